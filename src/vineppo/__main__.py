@@ -1,0 +1,10 @@
+"""`python -m vineppo`: the same as `vineppo`."""
+
+from __future__ import annotations
+
+import sys
+
+from vineppo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

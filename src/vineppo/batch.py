@@ -1,0 +1,63 @@
+"""Ragged sequences to padded tensors, always padded on the right: causal attention then never sees the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vineppo.types import TrainingSample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training samples as tensors; entries past a sequence's end are 0 and have loss_mask False."""
+
+    token_ids: torch.Tensor  # (B, T) int64
+    loss_mask: torch.Tensor  # (B, T) bool
+    sampler_logprobs: torch.Tensor  # (B, T) float32
+    advantages: torch.Tensor  # (B, T) float32
+    returns: torch.Tensor | None  # (B, T) float32
+    values: torch.Tensor | None  # (B, T) float32
+
+
+def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Rows of different lengths as one tensor, zeros on the right; shape (B, T) with T the longest row."""
+    out = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)  # (B, T)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=dtype)
+    return out.to(device)
+
+
+def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu") -> Batch:
+    """One padded batch of training samples."""
+
+    def optional(rows: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
+        present = [row for row in rows if row is not None]
+        return pad(present, torch.float32, device) if len(present) == len(rows) else None
+
+    return Batch(
+        token_ids=pad([s.token_ids for s in samples], torch.int64, device),
+        loss_mask=pad([s.loss_mask for s in samples], torch.bool, device),
+        sampler_logprobs=pad([s.sampler_logprobs for s in samples], torch.float32, device),
+        advantages=pad([s.advantages for s in samples], torch.float32, device),
+        returns=optional([s.returns for s in samples]),
+        values=optional([s.values for s in samples]),
+    )
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices cut into micro-batches of at most `max_tokens` padded tokens, neighbours in length together.
+
+    One sequence longer than the budget is a micro-batch of its own. Every index occurs exactly once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    groups: list[list[int]] = []
+    for index in order:
+        fits = groups and lengths[index] * (len(groups[-1]) + 1) <= max_tokens
+        if fits:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

@@ -1,0 +1,633 @@
+"""The door: `vineppo <command>`. Parse, call, print; what the commands do stands elsewhere.
+
+Heavy modules (PyTorch and all that need it) are imported inside the commands, so that `--help` and a user's mistake
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from vineppo.config import Config, SFTConfig
+from vineppo.report import ConsoleReporter, duration, interval_text
+from vineppo.settings import (
+    COMMAND_LINE,
+    build_config,
+    config_from_dict,
+    config_from_layers,
+    convert,
+    did_you_mean,
+    diff_configs,
+    load_recipe,
+    recipe_names,
+    recipe_stem,
+    sections_of,
+    settings_of,
+    suggestion,
+)
+from vineppo.types import UserError
+
+DEFAULT_RECIPE = "judgement"
+_SFT_PREFIX = "sft-"
+_SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
+_BUDGETS = ("run.max_updates", "run.max_tokens", "run.max_seconds")
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
+_EXTRAS = ("peft", "vllm", "ray", "tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of the program."""
+
+    purpose: str
+    """One line, for the overview and the top of its help."""
+    usage: str
+    """What follows the command's name."""
+    options: Callable[[argparse.ArgumentParser], None]
+    """Adds the options to the parser."""
+    run: Callable[[Request], int]
+    """Does it; returns the exit code."""
+    examples: tuple[tuple[str, str], ...]
+    """(what it does, command line)."""
+    config: Callable[[], type | None] = lambda: None
+    """The config dataclass whose dotted keys are options; a function, because one of them is slow to import."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed command line."""
+
+    positional: str | None
+    """RECIPE or MODEL, as written."""
+    options: Mapping[str, Any]
+    """The command's own options, without their dashes; None where not given."""
+    overrides: Mapping[str, str]
+    """Dotted keys that were given, with their text."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone, for example `| head`
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        return 141
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"vineppo {_version()}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        what = "option" if name.startswith("-") else "command"
+        hint = did_you_mean(name, COMMANDS)
+        raise UserError(f"unknown {what} {name}; {hint + ' ' if hint else ''}commands: {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    parser = _parser(name, command)
+    if "-h" in rest or "--help" in rest:
+        parser.print_help()
+        return 0
+    return command.run(_parse(parser, command, rest))
+
+
+def _overview() -> str:
+    purposes = "\n".join(f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items())
+    return (
+        "usage: vineppo COMMAND [...]\n\n"
+        "Fine-tune language models by reinforcement learning and give every reasoning step the credit it earned.\n\n"
+        f"commands:\n{purposes}\n\n"
+        "  vineppo COMMAND --help   its options and examples\n"
+        "  vineppo --version        the version"
+    )
+
+
+def _version() -> str:
+    import vineppo
+
+    return str(vineppo.__version__)
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A mistake is one line, without the usage of a hundred options."""
+        text = message.removeprefix("argument ")
+        raise UserError(f"{text}; see `{self.prog} --help`")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def _parser(name: str, command: Command) -> _Parser:
+    examples = "\n".join(f"  # {what}\n  {line}" for what, line in command.examples)
+    parser = _Parser(
+        prog=f"vineppo {name}",
+        usage=f"vineppo {name} {command.usage}".rstrip(),
+        description=command.purpose,
+        epilog=f"examples:\n{examples}",
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    command.options(parser)
+    return parser
+
+
+def _parse(parser: _Parser, command: Command, argv: list[str]) -> Request:
+    # What is left over is unknown options and the positional; argparse's own positionals must not stand after options.
+    given, left = parser.parse_known_args(_join_negative_numbers(argv))
+    cls = command.config()
+    names = [option.lstrip("-") for option in parser._option_string_actions]
+    for word in left:
+        if word.startswith("-") and word != "-":
+            key = word.split("=", 1)[0].lstrip("-")
+            hint = suggestion(cls, key, others=names, prefix="--") if cls else did_you_mean(key, names, "--")
+            raise UserError(f"unknown option {word.split('=', 1)[0]}; {hint or f'see `{parser.prog} --help`'}")
+    allowed = 1 if command.usage and not command.usage.startswith("[--") else 0
+    if len(left) > allowed:
+        raise UserError(f"too many arguments: {' '.join(left)}; usage: {parser.usage}")
+    values = vars(given)
+    keys = settings_of(cls) if cls else {}
+    return Request(
+        positional=left[0] if left else None,
+        options={name: value for name, value in values.items() if name not in keys and name != "help"},
+        overrides={name: value for name, value in values.items() if name in keys and value is not None},
+    )
+
+
+def _join_negative_numbers(argv: list[str]) -> list[str]:
+    """`--key -1e-4` as `--key=-1e-4`: argparse takes some negative numbers for options."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _is_negative_number(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_negative_number(word: str) -> bool:
+    try:
+        return word.startswith("-") and float(word) <= 0
+    except ValueError:
+        return False
+
+
+def _add_settings(parser: argparse.ArgumentParser, cls: type, hidden: Collection[str] = ()) -> None:
+    """Every setting of a config dataclass as an option, in a group per section, with the text under its field."""
+    groups: dict[str, Any] = {
+        key: parser.add_argument_group(f"{key}: {section.doc}" if key else "settings")
+        for key, section in sections_of(cls).items()
+    }
+    for key, setting in settings_of(cls).items():
+        default = _default_text(setting.default)
+        help_text = f"{setting.doc}{f' (default: {default})' if default else ''}".replace("%", "%%")
+        is_bool = setting.type is bool
+        groups[key.rpartition(".")[0]].add_argument(
+            f"--{key}",
+            metavar=_metavar(setting.type),
+            nargs="?" if is_bool else None,
+            const="true" if is_bool else None,
+            help=argparse.SUPPRESS if key in hidden else help_text,
+        )
+
+
+def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(typing.get_args(kind)) + "}"
+    if typing.get_origin(kind) is tuple:
+        return "A,B"
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def _default_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count(request: Request, name: str, default: int) -> int:
+    """A whole number among the command's own options."""
+    value = request.options[name]
+    return default if value is None else int(convert(f"--{name}", int, value, COMMAND_LINE))
+
+
+# --- train, demo ------------------------------------------------------------------------------------------------------
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
+    )
+    _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", _SFT_PREFIX, wanted=False)
+    _add_settings(parser, Config)
+
+
+def _add_recipe_note(parser: argparse.ArgumentParser, title: str, prefix: str, wanted: bool) -> None:
+    names = [name for name in recipe_names() if name.startswith(prefix) is wanted]
+    text = f"Path of a YAML file, or one of: {', '.join(names)}. Defaults below are those of a setting that neither"
+    parser.add_argument_group(title, f"{text} the recipe nor the command line gives.")
+
+
+def _train(request: Request) -> int:
+    if request.options["resume"] is not None:
+        return _resume(request)
+    recipe = request.positional or DEFAULT_RECIPE
+    config = _training_config(recipe, request.overrides)
+    if not config.run.dir:
+        folder = f"runs/{recipe_stem(recipe)}-{config.algorithm}-seed{config.run.seed}"
+        config = replace(config, run=replace(config.run, dir=folder))
+    return _exit_code(_train_with(config, recipe_stem(recipe)))
+
+
+def _training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | None = None) -> Config:
+    _check_kind(recipe, "train")
+    return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
+
+
+def _check_kind(recipe: str, command: str) -> None:
+    """Say it plainly when a recipe of the package belongs to the other command."""
+    names = recipe_names()
+    owner = "sft" if recipe.startswith(_SFT_PREFIX) else "train"
+    if recipe in names and owner != command:
+        fitting = [name for name in names if name.startswith(_SFT_PREFIX) is (command == "sft")]
+        known = ", ".join(fitting) or "none"
+        raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {known}")
+
+
+def _train_with(config: Config, recipe: str) -> dict[str, Any]:
+    from vineppo.train import train
+
+    with _reporter() as reporter:
+        return train(config, recipe=recipe, reporter=reporter)
+
+
+def _resume(request: Request) -> int:
+    from vineppo.run import RunDirectory
+
+    if request.positional is not None:
+        raise UserError(
+            f"--resume goes on with a run's own settings and takes no recipe; leave out {request.positional}"
+        )
+    folder = request.options["resume"]
+    run = RunDirectory.open(folder, writable=False)
+    layers = [(run.config, f"in {folder}/config.yaml")]
+    config = config_from_dict(Config, *layers[0])
+    changes = diff_configs(config, config_from_layers(Config, [*layers, (request.overrides, COMMAND_LINE)]))
+    if changes:
+        mend = "leave those options out, or start a new run with them"
+        raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {mend}")
+    config = replace(config, run=replace(config.run, dir=str(folder)))  # it may have been moved since
+    from vineppo.train import resume
+
+    with _reporter() as reporter:
+        return _exit_code(resume(config, recipe=_recipe_of(run.summary), reporter=reporter))
+
+
+def _recipe_of(summary: Path) -> str:
+    try:
+        return str(json.loads(summary.read_text(encoding="utf-8")).get("recipe") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+@contextlib.contextmanager
+def _reporter() -> Iterator[ConsoleReporter]:
+    reporter = ConsoleReporter()
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def _exit_code(summary: Mapping[str, Any]) -> int:
+    return 130 if summary.get("finish_reason") == "interrupted" else 0
+
+
+_DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
+
+
+def _demo_options(parser: argparse.ArgumentParser) -> None:
+    _add_settings(parser, Config, hidden=set(settings_of(Config)) - set(_DEMO_KEYS))
+
+
+def _demo(request: Request) -> int:
+    folder = request.overrides.get("run.dir") or _free_directory(Path("runs/demo"))
+    config = _training_config(DEFAULT_RECIPE, {**request.overrides, "run.dir": str(folder)})
+    print(
+        "A tiny language model that ships with the package solves chains of arithmetic; each step may be written in a\n"
+        "reliable or in a risky way. It now learns, by reward alone, which way to choose at which step.\n"
+    )
+    summary = _train_with(config, DEFAULT_RECIPE)
+    if not _exit_code(summary):
+        other = "grpo" if config.algorithm != "grpo" else "vineppo"
+        print("\nNext:")
+        print(f"  vineppo eval {folder}")
+        print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {other}")
+    return _exit_code(summary)
+
+
+def _free_directory(first: Path) -> Path:
+    """runs/demo, or runs/demo-2, runs/demo-3, ... where that exists."""
+    number, path = 1, first
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    return path
+
+
+# --- sft --------------------------------------------------------------------------------------------------------------
+
+
+def _sft_options(parser: argparse.ArgumentParser) -> None:
+    _add_recipe_note(parser, "RECIPE (may be left out)", _SFT_PREFIX, wanted=True)
+    _add_settings(parser, SFTConfig)
+
+
+def _sft(request: Request) -> int:
+    layers: list[tuple[Mapping[str, Any], str]] = [(request.overrides, COMMAND_LINE)]
+    if request.positional is not None:
+        _check_kind(request.positional, "sft")
+        recipe = {key: value for key, value in load_recipe(request.positional).items() if key != "description"}
+        layers.insert(0, (recipe, f"in recipe {request.positional}"))
+    config = config_from_layers(SFTConfig, layers)
+    from vineppo.sft import run_sft
+
+    for name, value in run_sft(config).items():
+        print(f"{name:<10} {_plain(name, value)}")
+    return 0
+
+
+def _plain(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return interval_text(value)
+    if name == "seconds":
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def _eval_spec() -> type:
+    from vineppo.evaluate import EvalSpec
+
+    return EvalSpec
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    text = "A model directory, a hub id, embedded:judgement, embedded:habit, or a run's directory: then its final"
+    parser.add_argument_group(
+        "MODEL", f"{text} model is measured, with the run's task, response budget and stop strings."
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    _add_settings(parser, _eval_spec(), hidden=("model.path",))
+
+
+def _eval(request: Request) -> int:
+    if request.positional is None:
+        raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement or a run's directory")
+    target = request.options["json"] and Path(request.options["json"])
+    if target and (target.is_dir() or not target.absolute().parent.is_dir()):
+        raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
+    cls, path = _eval_spec(), Path(request.positional)
+    layers = [(request.overrides, COMMAND_LINE), ({"model.path": request.positional}, COMMAND_LINE)]
+    if (path / "metrics.jsonl").exists():
+        layers = [_evaluation_of(path), layers[0], ({"model.path": str(path / "final")}, COMMAND_LINE)]
+    spec = config_from_layers(cls, layers)
+    from vineppo.evaluate import evaluate_model
+
+    result = evaluate_model(spec)
+    _print_evaluation(request.positional, result)
+    if target:
+        from vineppo.files import write_text
+
+        try:
+            write_text(target, json.dumps({"model": request.positional, **result}, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {target} cannot be written ({error.strerror})") from None
+        print(f"written to {target}")
+    return 0
+
+
+def _evaluation_of(run_dir: Path) -> tuple[dict[str, Any], str]:
+    """What `eval` takes over from a run: its model's form, its task, its response budget."""
+    from vineppo.run import RunDirectory
+
+    run = RunDirectory.open(run_dir, writable=False)
+    if not run.final.is_dir():
+        raise UserError(f"{run_dir} has no final model yet; finish it with `vineppo train --resume {run_dir}`")
+    where = f"in {run_dir}/config.yaml"
+    config = config_from_dict(Config, run.config, where)
+    rollouts = {"max_new_tokens": config.rollouts.max_new_tokens, "stop": config.rollouts.stop}
+    return {"model": run.config.get("model"), "task": run.config.get("task"), **rollouts}, where
+
+
+def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['num_problems']} {result.get('split', '')} problems")
+    table.add_column("measure")
+    table.add_column("accuracy [95%]", justify="right")
+    for name in ("greedy", *(key for key in result if key.startswith("pass@"))):
+        table.add_row(name, interval_text(result[name]).replace("[", r"\["))
+    print(f"{model}")
+    Console().print(table)
+    spent = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
+    cut = f"{100 * result['truncated_share']:.1f}% of responses reached the token budget"
+    print(f"{result['num_samples']} samples per problem; {cut}; {spent}")
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--algorithms", metavar="A,B", help="compared algorithms (default: vineppo,ppo,grpo,rloo)")
+    add("--seeds", metavar="N", help="runs per algorithm, with seeds 0 to N-1 (default: 5)")
+    add("--budget", metavar="KIND=N", help="of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
+    add("--out", metavar="DIR", help="directory of the comparison; one that stopped half-way goes on from there")
+    add("--jobs", metavar="N", help="runs at the same time; more than 1 makes seconds less meaningful (default: 1)")
+    _add_recipe_note(parser, "RECIPE", _SFT_PREFIX, wanted=False)
+    _add_settings(parser, Config, hidden={*_SET_BY_COMPARE, *_BUDGETS})
+
+
+def _compare(request: Request) -> int:
+    from vineppo.compare import CompareSpec, compare, parse_budget
+
+    recipe, options = request.positional, request.options
+    if recipe is None:
+        raise UserError(f"no RECIPE is given; recipes: {', '.join(_training_recipes())}, or the path of a YAML file")
+    if options["out"] is None:
+        raise UserError("--out is not given; name the directory of the comparison")
+    algorithms = tuple(name.strip() for name in (options["algorithms"] or "vineppo,ppo,grpo,rloo").split(","))
+    spec = CompareSpec(
+        recipe=recipe,
+        algorithms=algorithms,
+        seeds=_count(request, "seeds", 5),
+        budget=parse_budget(options["budget"] or "updates=96"),
+        out=options["out"],
+        jobs=_count(request, "jobs", 1),
+        overrides=tuple(f"--{key}={value}" for key, value in request.overrides.items()),
+    )
+    for algorithm in algorithms:  # a mistake is told now, not by the first run that meets it
+        _training_config(recipe, request.overrides, algorithm)
+    return 1 if compare(spec)["missing"] else 0
+
+
+def _training_recipes() -> list[str]:
+    return [name for name in recipe_names() if not name.startswith(_SFT_PREFIX)]
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    """The command has none but --help."""
+
+
+def _doctor(request: Request) -> int:
+    import importlib.resources
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    rows = {"vineppo": _version(), "python": platform.python_version(), "platform": platform.platform()}
+    for name in (*_PACKAGES, *_EXTRAS):
+        try:
+            rows[name] = version(name)
+        except PackageNotFoundError:
+            rows[name] = "not installed" + (" (optional)" if name in _EXTRAS else "")
+    rows["cores"] = str(os.cpu_count())
+    rows["device"] = _devices()
+    models = importlib.resources.files("vineppo") / "models"
+    names = sorted(item.name for item in models.iterdir() if item.is_dir()) if models.is_dir() else []
+    rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none is installed"
+    rows["recipes"] = ", ".join(recipe_names())
+    for name, value in rows.items():
+        print(f"{name:<12} {value}")
+    return 0
+
+
+def _devices() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"cpu ({torch.get_num_threads()} threads)", *(f"cuda:{i} ({n})" for i, n in enumerate(cuda))])
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        purpose="Train a language model by reinforcement learning; settings come from a recipe and from options.",
+        usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
+        options=_train_options,
+        run=_train,
+        config=lambda: Config,
+        examples=(
+            ("VinePPO on the embedded default", "vineppo train"),
+            ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
+            (
+                "your own model and problems",
+                "vineppo train mine.yaml --model.path org/name --task.name jsonl --task.train_path train.jsonl",
+            ),
+            ("go on with a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
+        ),
+    ),
+    "sft": Command(
+        purpose="Fine-tune a model on demonstrations: a task's own, or the columns of a JSON-lines file.",
+        usage="[RECIPE] [--KEY VALUE ...]",
+        options=_sft_options,
+        run=_sft,
+        config=lambda: SFTConfig,
+        examples=(
+            ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
+            (
+                "imitate the answer column of a file",
+                "vineppo sft --model.path org/name --task.name jsonl --task.train_path demos.jsonl --out models/mine",
+            ),
+        ),
+    ),
+    "eval": Command(
+        purpose="Measure a model: greedy, pass@1 as a mean over samples, and pass@k, with 95% bootstrap intervals.",
+        usage="MODEL [--KEY VALUE ...]",
+        options=_eval_options,
+        run=_eval,
+        config=_eval_spec,
+        examples=(
+            ("the embedded model on its task", "vineppo eval embedded:judgement"),
+            ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+            ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
+        ),
+    ),
+    "compare": Command(
+        purpose="Train several algorithms with several seeds on the same problems and budget; table, CSV, JSON, plots.",
+        usage="RECIPE --out DIR [--KEY VALUE ...]",
+        options=_compare_options,
+        run=_compare,
+        config=lambda: Config,
+        examples=(
+            (
+                "five seeds of four algorithms, 96 updates each",
+                "vineppo compare judgement --seeds 5 --budget updates=96 --out runs/compare",
+            ),
+            (
+                "equal generated tokens instead, two runs at a time",
+                "vineppo compare habit --algorithms vineppo,grpo --budget tokens=2000000 --jobs 2 --out runs/tokens",
+            ),
+        ),
+    ),
+    "demo": Command(
+        purpose="Five minutes on two cores: VinePPO on the embedded model and task, then a short report.",
+        usage="[--KEY VALUE ...]",
+        options=_demo_options,
+        run=_demo,
+        config=lambda: Config,
+        examples=(
+            ("into runs/demo, or the next free name", "vineppo demo"),
+            ("another algorithm on the same problems", "vineppo demo --algorithm grpo"),
+        ),
+    ),
+    "doctor": Command(
+        purpose="Print the versions and the machine that figures depend on; put it into a bug report.",
+        usage="",
+        options=_no_options,
+        run=_doctor,
+        examples=(
+            ("everything", "vineppo doctor"),
+            ("one line of it", "vineppo doctor | grep torch"),
+        ),
+    ),
+}

@@ -1,0 +1,355 @@
+"""Every setting, once: nested frozen dataclasses that refuse what cannot work. Imports nothing of ours but the words.
+
+The defaults are the vetted settings of the embedded default task. A field's meaning, unit and reduction stand under it;
+`vineppo train --help` prints the same text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vineppo.types import UserError
+
+Algorithm = Literal["vineppo", "ppo", "grpo", "rloo", "reinforce"]
+ALGORITHMS: tuple[Algorithm, ...] = ("vineppo", "ppo", "grpo", "rloo", "reinforce")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _at_least(section: str, minimum: float, **values: float) -> None:
+    for name, value in values.items():
+        _require(value >= minimum, f"{section}.{name} is {value}; it must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model is trained, and how it is held."""
+
+    path: str = "embedded:judgement"
+    """A Hugging Face model directory or hub id, or `embedded:judgement` / `embedded:habit` for the tiny models inside
+    the package."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights and of the computation."""
+    device: str = "cpu"
+    """A torch device: `cpu`, `cuda`, `cuda:0`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Let a hub model run its own Python code."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which problems are asked and how responses are graded."""
+
+    name: Literal["chain", "jsonl"] = "chain"
+    """`chain`: the embedded chained arithmetic. `jsonl`: your own JSON-lines files."""
+    level: Literal["judgement", "habit"] = "judgement"
+    """chain: `judgement` (the reliable way to write a step depends on that step) or `habit` (one way is reliable
+    everywhere)."""
+    num_steps: int = 10
+    """chain: number of reasoning steps of each problem; its difficulty."""
+    train_path: str = ""
+    """jsonl: file with training problems, one JSON object a line."""
+    validation_path: str = ""
+    """jsonl: file with validation problems; empty: the last tenth (at most 200) of the training file is held out."""
+    test_path: str = ""
+    """jsonl: file with test problems; empty: there is no test split."""
+    prompt_column: str = "prompt"
+    """jsonl: column that holds the problem's text."""
+    answer_column: str = "answer"
+    """jsonl: column that holds the reference answer (and, for `vineppo sft`, the response to imitate)."""
+    prompt_template: str = "{prompt}"
+    """jsonl: how a prompt is written; `{prompt}` stands for the problem's text."""
+    chat_template: bool = False
+    """jsonl: wrap the prompt as a user's message in the tokenizer's chat template."""
+    grader: str = "exact"
+    """jsonl: `exact` (the whole response equals the answer, outer white space aside), `hash` (number after the last
+    `####` on both sides), or `module:function` with the signature fn(prompts, completions, **columns) -> list[float]."""
+
+    def __post_init__(self) -> None:
+        _at_least("task", 1, num_steps=self.num_steps)
+        _require(self.num_steps <= 25, f"task.num_steps is {self.num_steps}; chains have at most 25 named variables")
+        _require(
+            "{prompt}" in self.prompt_template,
+            f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}",
+        )
+        if self.name == "jsonl":
+            _require(bool(self.train_path), "task.train_path is empty; task.name jsonl needs a file of problems")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How many responses are sampled each iteration, and how."""
+
+    num_problems: int = 8
+    """P: problems drawn per iteration."""
+    group_size: int = 4
+    """G: responses sampled per problem."""
+    temperature: float = 1.0
+    """Sampling temperature of rollouts and MC rollouts, and of the log-probabilities that are trained. There is no
+    top_p or top_k in training: the trained distribution would then not be the sampled one."""
+    max_new_tokens: int = 160
+    """Response budget in tokens. A response that reaches it has reward 0 and no end-of-sequence token."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, beside the end-of-sequence token; the string stays in the response."""
+    max_rows: int = 2048
+    """Largest number of sequences that the sampler decodes at once; more are cut into waves."""
+
+    def __post_init__(self) -> None:
+        _at_least("rollouts", 1, num_problems=self.num_problems, group_size=self.group_size, max_rows=self.max_rows)
+        _at_least("rollouts", 1, max_new_tokens=self.max_new_tokens)
+        _require(self.temperature > 0, f"rollouts.temperature is {self.temperature}; training samples need more than 0")
+        _require(all(self.stop), "rollouts.stop contains an empty string; give the text that ends a response")
+
+
+@dataclass(frozen=True)
+class VineConfig:
+    """VinePPO: values of intermediate states by Monte-Carlo continuation."""
+
+    num_mc_rollouts: int = 9
+    """K: continuations sampled from each state."""
+    splitter: str = "newline"
+    """How a response is cut into steps: `newline`, or `tokens:N` for a cut every N tokens."""
+    max_states: int = 0
+    """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
+    along the response, so that their advantages still telescope."""
+
+    def __post_init__(self) -> None:
+        _at_least("vineppo", 1, num_mc_rollouts=self.num_mc_rollouts)
+        _at_least("vineppo", 0, max_states=self.max_states)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO: credit from a full value network by generalised advantage estimation."""
+
+    gae_lambda: float = 1.0
+    """Lambda of GAE; 1 is the Monte-Carlo return minus the value (the paper's setting)."""
+    gamma: float = 1.0
+    """Discount per token."""
+    value_lr: float = 1e-4
+    """Learning rate of the value network, which starts as a copy of the policy with a fresh linear head."""
+    value_warmup_updates: int = 0
+    """Updates over which the value network's learning rate rises from 0."""
+    value_only_iterations: int = 0
+    """Iterations at the start in which only the value network learns."""
+    value_clip: float = 0.2
+    """Value clipping range in reward units; 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda is {self.gae_lambda}; allowed: 0 to 1")
+        _require(0 < self.gamma <= 1, f"ppo.gamma is {self.gamma}; allowed: above 0, at most 1")
+        _require(self.value_lr > 0, f"ppo.value_lr is {self.value_lr}; it must be above 0")
+        _at_least("ppo", 0, value_warmup_updates=self.value_warmup_updates, value_clip=self.value_clip)
+        _at_least("ppo", 0, value_only_iterations=self.value_only_iterations)
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO: a response's reward against its group's mean."""
+
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation (with 1e-4 added); off is the `Dr. GRPO` form."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Penalty on the divergence from the frozen starting model."""
+
+    coefficient: float = 0.0
+    """Weight of the penalty; 0 turns it off and the reference model is not loaded."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token estimate from d = logprob - ref_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
+    place: Literal["loss", "reward"] = "loss"
+    """`loss`: a differentiable term of the loss. `reward`: every token's advantage loses the penalty of the tokens from
+    it to the response's end."""
+    reduction: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    """In the loss: summed over a response's tokens and averaged over responses (the reference's), or averaged over all
+    tokens, which is weaker by the mean response length."""
+    clamp: float = 10.0
+    """Per-token estimates are clamped to [-clamp, clamp]."""
+
+    def __post_init__(self) -> None:
+        _at_least("learner.kl", 0, coefficient=self.coefficient)
+        _require(self.clamp > 0, f"learner.kl.clamp is {self.clamp}; it must be above 0")
+        _require(
+            not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0),
+            "learner.kl.estimator k1 in the loss has an expected gradient of 0; use k2 or k3, or learner.kl.place reward",
+        )
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """From credit to weights: PPO's clipped objective, the same for every algorithm."""
+
+    lr: float = 1e-4
+    """Peak learning rate of the policy (AdamW)."""
+    warmup_updates: int = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    decay: Literal["constant", "linear"] = "constant"
+    """After the warm-up: stay, or fall linearly to 0 at the last update."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm, for policy and value network apart; 0 turns it off."""
+    epochs: int = 2
+    """Passes over each iteration's rollouts."""
+    minibatch_size: int = 32
+    """Rollouts per update."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens per forward and backward pass. Changes memory and speed, never the result."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped from above at 1 + clip_high."""
+    advantage_scaling: Literal["none", "std", "whiten"] = "none"
+    """Over all response tokens of an iteration: leave, divide by the standard deviation, or also subtract the mean."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus (token mean)."""
+    kl: KLConfig = field(default_factory=KLConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, f"learner.lr is {self.lr}; it must be at least 0")
+        _at_least("learner", 1, epochs=self.epochs, minibatch_size=self.minibatch_size)
+        _at_least("learner", 1, micro_batch_tokens=self.micro_batch_tokens)
+        _at_least("learner", 0, warmup_updates=self.warmup_updates, weight_decay=self.weight_decay)
+        _at_least("learner", 0, max_grad_norm=self.max_grad_norm, entropy_coefficient=self.entropy_coefficient)
+        _require(0 < self.clip_low <= 1, f"learner.clip_low is {self.clip_low}; allowed: above 0, at most 1")
+        _require(self.clip_high > 0, f"learner.clip_high is {self.clip_high}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How accuracy is measured on held-out problems."""
+
+    every: int = 10
+    """Iterations between measurements on the validation split; 0 measures only before and after training."""
+    num_problems: int = 64
+    """Problems of each measurement during training (validation split, the same ones every time)."""
+    final_num_problems: int = 256
+    """Problems of the measurements before and after training."""
+    num_samples: int = 1
+    """Responses per problem; pass@1 is their mean."""
+    temperature: float = 1.0
+    """Sampling temperature of evaluation; 0 is greedy."""
+    split: Literal["validation", "test"] = "validation"
+    """Split of the measurements before and after training."""
+
+    def __post_init__(self) -> None:
+        _at_least("eval", 0, every=self.every, temperature=self.temperature)
+        _at_least("eval", 1, num_problems=self.num_problems, final_num_problems=self.final_num_problems)
+        _at_least("eval", 1, num_samples=self.num_samples)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, how long it lasts, what it keeps."""
+
+    dir: str = ""
+    """Run directory, made by the run; empty: `runs/<recipe>-<algorithm>-seed<seed>`."""
+    seed: int = 0
+    """Every random number is derived from it by address."""
+    iterations: int = 60
+    """Iterations of sampling, credit and updates."""
+    max_updates: int = 0
+    """Stop after the iteration that reaches this many updates (0: no such limit)."""
+    max_tokens: int = 0
+    """Stop after the iteration in which the tokens generated for training reach this number (0: no such limit)."""
+    max_seconds: float = 0.0
+    """Stop after the iteration in which training time (evaluation not counted) reaches this (0: no such limit)."""
+    checkpoint_every: int = 20
+    """Iterations between checkpoints; 0 keeps only the one at the end."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+    save_rollouts: bool = True
+    """Write every rollout with its steps, values and advantages as Parquet."""
+    report_to: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`."""
+
+    def __post_init__(self) -> None:
+        _at_least("run", 0, seed=self.seed, max_updates=self.max_updates, max_tokens=self.max_tokens)
+        _at_least("run", 0, max_seconds=self.max_seconds, checkpoint_every=self.checkpoint_every)
+        _at_least("run", 1, iterations=self.iterations, keep_checkpoints=self.keep_checkpoints)
+        unknown = sorted(set(self.report_to) - {"tensorboard", "wandb", "trackio"})
+        _require(not unknown, f"run.report_to has {', '.join(unknown)}; allowed: tensorboard, wandb, trackio")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run, whole."""
+
+    algorithm: Algorithm = "vineppo"
+    """Who writes the credit: `vineppo`, `ppo`, `grpo`, `rloo` or `reinforce`. Everything else is shared."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollouts: RolloutConfig = field(default_factory=RolloutConfig)
+    vineppo: VineConfig = field(default_factory=VineConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.algorithm in ALGORITHMS, f"algorithm is {self.algorithm!r}; allowed: {', '.join(ALGORITHMS)}")
+        if self.algorithm in ("grpo", "rloo"):
+            _require(
+                self.rollouts.group_size >= 2,
+                f"rollouts.group_size is {self.rollouts.group_size}; {self.algorithm} compares the responses of one "
+                "problem and needs at least 2",
+            )
+        if self.algorithm == "reinforce":
+            _require(
+                self.rollouts.group_size * self.rollouts.num_problems >= 2,
+                "reinforce compares the responses of one iteration and needs at least 2; raise rollouts.num_problems",
+            )
+        total = self.rollouts.group_size * self.rollouts.num_problems
+        _require(
+            self.learner.minibatch_size <= total,
+            f"learner.minibatch_size is {self.learner.minibatch_size} but an iteration has {total} rollouts "
+            "(rollouts.num_problems x rollouts.group_size); lower it",
+        )
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning on a task's demonstrations or on prompt and answer columns."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model to start from; `model.path` may be `new:tiny` for a fresh tiny Llama with the chain task's tokenizer."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    out: str = ""
+    """Directory the trained model is saved to; it must not exist yet."""
+    updates: int = 1000
+    """Optimizer updates."""
+    batch_size: int = 64
+    """Demonstrations per update."""
+    micro_batch_tokens: int = 16384
+    """Padded tokens per forward and backward pass; never changes the result."""
+    lr: float = 1e-3
+    """Peak learning rate (AdamW), linear to 0."""
+    warmup_fraction: float = 0.03
+    """Share of the updates in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    max_length: int = 2048
+    """Longer demonstrations are left out, and counted."""
+    seed: int = 0
+    """Seed of the weights (for `new:`) and of the order of demonstrations."""
+    eval_problems: int = 0
+    """Validation problems on which the finished model's pass@1 is measured (0: none)."""
+    eval_max_new_tokens: int = 160
+    """Response budget of that measurement."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.out), "out is empty; name the directory that the trained model is saved to")
+        _at_least("sft", 1, updates=self.updates, batch_size=self.batch_size, max_length=self.max_length)
+        _require(self.lr > 0, f"lr is {self.lr}; it must be above 0")
+        _at_least("sft", 0, seed=self.seed, eval_problems=self.eval_problems, warmup_fraction=self.warmup_fraction)

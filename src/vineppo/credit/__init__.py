@@ -1,0 +1,42 @@
+"""One small file per algorithm. An algorithm writes per-token credit; the trainer never learns its name."""
+
+from __future__ import annotations
+
+from vineppo.config import Config
+from vineppo.credit.gae import gae_credit
+from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
+from vineppo.credit.vine import vine_credit
+from vineppo.policy import Policy, ValueNetwork
+from vineppo.steps import build_splitter
+from vineppo.types import CreditFn, Sampler, Task
+from vineppo.values import MonteCarlo
+
+
+def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
+    """Bind the chosen algorithm to what it needs: the one place that knows their names."""
+    match config.algorithm:
+        case "vineppo":
+            monte_carlo = MonteCarlo(
+                sampler=sampler,
+                task=task,
+                decode=policy.decode,
+                num_mc_rollouts=config.vineppo.num_mc_rollouts,
+                max_new_tokens=config.rollouts.max_new_tokens,
+                run_seed=config.run.seed,
+            )
+            splitter = build_splitter(config.vineppo.splitter)
+            return vine_credit(monte_carlo, splitter, policy.token_texts, config.vineppo.max_states)
+        case "ppo":
+            assert critic is not None, "PPO comes with a value network"
+            return gae_credit(
+                critic,
+                gamma=config.ppo.gamma,
+                gae_lambda=config.ppo.gae_lambda,
+                micro_batch_tokens=config.learner.micro_batch_tokens,
+            )
+        case "grpo":
+            return grpo_credit(config.grpo.scale_by_std)
+        case "rloo":
+            return rloo_credit()
+        case "reinforce":
+            return reinforce_credit()

@@ -1,0 +1,57 @@
+"""PPO: credit from a value network by generalised advantage estimation (arXiv 1707.06347, 1506.02438)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vineppo.advantages import gae
+from vineppo.batch import micro_batches, pad
+from vineppo.credit.sample import training_sample
+from vineppo.policy import ValueNetwork
+from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, TrainingSample
+
+
+def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_batch_tokens: int) -> CreditFn:
+    """Bind PPO's credit function: the critic's values before each token, GAE, and the returns the critic learns from."""
+
+    def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        values = predict_values(critic, rollouts, micro_batch_tokens)
+        samples = []
+        for rollout, values_T in zip(rollouts, values, strict=True):
+            advantages_T, returns_T = gae(values_T, rollout.reward, gamma, gae_lambda)
+            samples.append(training_sample(rollout, advantages_T, returns_T=returns_T, values_T=values_T))
+        targets = [r.reward for r, row in zip(rollouts, values, strict=True) for _ in row]
+        return samples, {
+            "value/explained_variance": explained_variance([v for row in values for v in row], targets),
+            "value/mean": sum(map(sum, values)) / max(1, sum(map(len, values))),
+        }
+
+    return credit
+
+
+@torch.no_grad()
+def predict_values(critic: ValueNetwork, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> list[list[float]]:
+    """The critic's value before each response token: one list of shape (T,) per rollout."""
+    device = critic.head.weight.device
+    values: list[list[float]] = [[] for _ in rollouts]
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+    for group in micro_batches(lengths, micro_batch_tokens):
+        chosen = [rollouts[i] for i in group]
+        token_ids = pad([r.prompt_ids + r.response_ids for r in chosen], torch.int64, device)
+        mask = pad([[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in chosen], torch.bool, device)
+        flat = critic(token_ids, mask).tolist()
+        for i in group:
+            count = len(rollouts[i].response_ids)
+            values[i], flat = flat[:count], flat[count:]
+    return values
+
+
+def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:
+    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 no better than a constant, nan without variance."""
+    target = torch.tensor(targets, dtype=torch.float64)
+    error = target - torch.tensor(predictions, dtype=torch.float64)
+    variance = target.var(unbiased=False)
+    return float("nan") if variance == 0 else float(1 - error.var(unbiased=False) / variance)

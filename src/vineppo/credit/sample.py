@@ -1,0 +1,28 @@
+"""A rollout and its token advantages as a training sample: the last line of every credit function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vineppo.types import Rollout, StepCredit, TrainingSample
+
+
+def training_sample(
+    rollout: Rollout,
+    advantages_T: Sequence[float],
+    *,
+    returns_T: Sequence[float] | None = None,
+    values_T: Sequence[float] | None = None,
+    credit: StepCredit | None = None,
+) -> TrainingSample:
+    """Align per-response-token lists, shape (T,), with prompt + response by zeros over the prompt."""
+    zeros = (0.0,) * len(rollout.prompt_ids)
+    return TrainingSample(
+        token_ids=rollout.prompt_ids + rollout.response_ids,
+        loss_mask=(0,) * len(rollout.prompt_ids) + (1,) * len(rollout.response_ids),
+        sampler_logprobs=zeros + rollout.sampler_logprobs,
+        advantages=zeros + tuple(advantages_T),
+        returns=None if returns_T is None else zeros + tuple(returns_T),
+        values=None if values_T is None else zeros + tuple(values_T),
+        credit=credit,
+    )

@@ -1,0 +1,126 @@
+"""Accuracy on held-out problems: pass@1 as a mean over samples, pass@k, greedy, with intervals over problems."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vineppo.config import ModelConfig, TaskConfig
+from vineppo.policy import Policy
+from vineppo.rollouts import generated_tokens, problem_range, sample_groups
+from vineppo.sampling.native import NativeSampler
+from vineppo.seeds import derive_seed
+from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
+from vineppo.tasks import build_task
+from vineppo.types import Problem, Sampler, Split, Task, UserError
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Rewards of `num_samples` responses to each of P problems."""
+
+    rewards: tuple[tuple[float, ...], ...]
+    """Shape (P, num_samples)."""
+    tokens: int
+    truncated_share: float
+
+    def pass_at_1(self, seed: int) -> Interval:
+        """Mean reward over all responses; the interval is over problems."""
+        return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
+
+    def pass_at_k(self, k: int, seed: int) -> Interval:
+        """Chance that one of k responses is right (reward of at least 1), the unbiased estimate per problem."""
+        solved = [sum(reward >= 1 for reward in row) for row in self.rewards]
+        values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
+        return bootstrap_mean(values, seed=seed)
+
+
+def measure(
+    policy: Policy,
+    sampler: Sampler,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    address: Sequence[int | str],
+) -> Measurement:
+    """Sample and grade `num_samples` responses to each problem; the randomness is addressed by `address`."""
+    groups = sample_groups(
+        problems,
+        policy,
+        sampler,
+        task,
+        group_size=num_samples,
+        max_new_tokens=max_new_tokens,
+        address=address,
+    )
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return Measurement(
+        rewards=tuple(tuple(rollout.reward for rollout in group.rollouts) for group in groups),
+        tokens=generated_tokens(groups),
+        truncated_share=float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+    )
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What `vineppo eval` measures."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    split: Split = "test"
+    num_problems: int = 256
+    num_samples: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 160
+    stop: tuple[str, ...] = ()
+    k: tuple[int, ...] = (1,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_problems", "num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; it must be above 0 (greedy is measured beside it)")
+        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
+        if wrong:
+            raise UserError(f"k is {wrong[0]}; pass@k needs 1 <= k <= num_samples, which is {self.num_samples}")
+
+
+def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
+    """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took."""
+    began = time.perf_counter()
+    policy = Policy.load(spec.model)
+    task = build_task(spec.task, format_prompt=policy.chat_prompt if spec.task.chat_template else None)
+    problems = problem_range(task, spec.split, spec.num_problems)
+
+    def measured(temperature: float, num_samples: int) -> Measurement:
+        return measure(
+            policy,
+            NativeSampler(policy, temperature=temperature, stop=spec.stop),
+            task,
+            problems,
+            num_samples=num_samples,
+            max_new_tokens=spec.max_new_tokens,
+            address=(spec.seed, "eval"),
+        )
+
+    sampled, greedy = measured(spec.temperature, spec.num_samples), measured(0.0, 1)
+    seed = derive_seed(spec.seed, "bootstrap")
+    return {
+        "greedy": greedy.pass_at_1(seed).as_dict(),
+        "pass@1": sampled.pass_at_1(seed).as_dict(),
+        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in spec.k if k > 1},
+        "num_problems": len(problems),
+        "num_samples": spec.num_samples,
+        "split": spec.split,
+        "truncated_share": sampled.truncated_share,
+        "tokens": sampled.tokens + greedy.tokens,
+        "seconds": time.perf_counter() - began,
+    }

@@ -1,0 +1,240 @@
+"""From credit to weights: training samples -> epochs, minibatches, micro-batches -> optimizer -> metrics.
+
+The same for every algorithm: it sees per-token advantages and never learns who wrote them. Every sum over tokens is
+divided by the minibatch's global count, so micro-batches and their order cannot change an update.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from vineppo.advantages import penalty_to_go, scale_advantages
+from vineppo.batch import Batch, collate, micro_batches
+from vineppo.config import LearnerConfig, PPOConfig
+from vineppo.logits import token_logprobs
+from vineppo.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
+from vineppo.optim import Optimizer, lr_factor
+from vineppo.policy import Policy, ValueNetwork
+from vineppo.seeds import derive_seed
+from vineppo.types import Metrics, TrainingSample
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A training sample with what the trainer itself says of its tokens, response tokens only, shape (T,)."""
+
+    sample: TrainingSample
+    old_logprobs: tuple[float, ...]
+    ref_logprobs: tuple[float, ...] | None
+
+
+class Learner:
+    """Owns the optimizers of the policy and, where there is one, of the value network.
+
+    Args:
+        policy: trained in place.
+        reference: frozen starting policy of the KL penalty; None where there is no penalty.
+        critic: trained in place on the samples' returns; None for algorithms without a value network.
+        config: the objective.
+        ppo: settings of the critic's optimizer and loss.
+        temperature: of the rollouts; log-probabilities are those of the distribution that was sampled.
+        total_updates: where a linear decay ends.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        critic: ValueNetwork | None,
+        config: LearnerConfig,
+        ppo: PPOConfig,
+        *,
+        temperature: float,
+        total_updates: int,
+    ):
+        self.policy, self.reference, self.critic = policy, reference, critic
+        self.config, self.ppo = config, ppo
+        self.temperature, self.total_updates = temperature, total_updates
+        self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
+        self.critic_optimizer = (
+            None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
+        )
+        self.updates = 0
+
+    def update(self, samples: Sequence[TrainingSample], iteration: int, seed: int) -> Metrics:
+        """All epochs over one iteration's samples.
+
+        Returns:
+            Means over the iteration's updates: policy/*, kl/ref, value/loss, and `updates` (cumulative).
+        """
+        experience, metrics = self._prepare(samples)
+        train_policy = self.critic is None or iteration > self.ppo.value_only_iterations
+        totals: dict[str, float] = defaultdict(float)
+        begun = self.updates
+        for epoch in range(self.config.epochs):
+            order = list(range(len(experience)))
+            random.Random(derive_seed(seed, iteration, "minibatches", epoch)).shuffle(order)
+            for start in range(0, len(order), self.config.minibatch_size):
+                minibatch = [experience[i] for i in order[start : start + self.config.minibatch_size]]
+                for key, value in self._update(minibatch, train_policy).items():
+                    totals[key] += value
+        done = self.updates - begun
+        return {**metrics, **{key: value / done for key, value in totals.items()}, "updates": self.updates}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that an interrupted training needs: weights, moments, position."""
+        critic, critic_optimizer = self.critic, self.critic_optimizer
+        return {
+            "policy": self.policy.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "critic": None if critic is None else critic.state_dict(),
+            "critic_optimizer": None if critic_optimizer is None else critic_optimizer.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.policy.model.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.updates = state["updates"]
+
+    def _prepare(self, samples: Sequence[TrainingSample]) -> tuple[list[Experience], Metrics]:
+        """Old and reference log-probabilities, the penalty in the reward, and the scaling of advantages."""
+        old, entropy = self._logprobs(self.policy, samples)
+        ref = None if self.reference is None else self._logprobs(self.reference, samples)[0]
+        rows = [_response_part(s.advantages, s) for s in samples]
+        metrics: Metrics = {
+            "policy/entropy": entropy,
+            "policy/sampler_logprob_gap": _largest_gap(old, samples),
+            "credit/advantage_abs_mean": sum(abs(a) for row in rows for a in row) / max(1, sum(map(len, rows))),
+        }
+        if ref is not None:
+            penalties = [self._penalties(o, r) for o, r in zip(old, ref, strict=True)]
+            metrics["kl/ref"] = sum(map(sum, penalties)) / len(samples)
+            if self.config.kl.place == "reward":
+                weight = self.config.kl.coefficient
+                rows = [
+                    [a - weight * p for a, p in zip(row, penalty_to_go(penalty), strict=True)]
+                    for row, penalty in zip(rows, penalties, strict=True)
+                ]
+        rows = scale_advantages(rows, self.config.advantage_scaling)
+        scaled = [replace(s, advantages=_padded(row, s)) for s, row in zip(samples, rows, strict=True)]
+        refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
+        experience = [
+            Experience(s, tuple(o), None if r is None else tuple(r)) for s, o, r in zip(scaled, old, refs, strict=True)
+        ]
+        return experience, metrics
+
+    def _penalties(self, old: Sequence[float], ref: Sequence[float]) -> list[float]:
+        kl = self.config.kl
+        return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
+
+    @torch.no_grad()
+    def _logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> tuple[list[list[float]], float]:
+        """Log-probability of each response token, ragged (B, T), and the mean entropy in nats per token."""
+        rows: list[list[float]] = [[] for _ in samples]
+        entropy_sum, count = 0.0, 0
+        for group in micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens):
+            batch = collate([samples[i] for i in group], policy.device)
+            logprobs, entropies = token_logprobs(
+                policy.model, batch.token_ids, batch.loss_mask, self.temperature, with_entropy=True
+            )
+            assert entropies is not None
+            entropy_sum, count = entropy_sum + float(entropies.sum()), count + len(entropies)
+            flat = logprobs.tolist()
+            for i in group:
+                length = sum(samples[i].loss_mask)
+                rows[i], flat = flat[:length], flat[length:]
+        return rows, entropy_sum / max(1, count)
+
+    def _update(self, minibatch: Sequence[Experience], train_policy: bool) -> Metrics:
+        """One optimizer step of the policy and of the critic on one minibatch."""
+        config = self.config
+        tokens = sum(sum(e.sample.loss_mask) for e in minibatch)
+        totals: dict[str, float] = defaultdict(float)
+        for group in micro_batches([len(e.sample.token_ids) for e in minibatch], config.micro_batch_tokens):
+            chosen = [minibatch[i] for i in group]
+            batch = collate([e.sample for e in chosen], self.policy.device)
+            if train_policy:
+                loss, sums = self._policy_loss(batch, chosen, tokens, len(minibatch))
+                loss.backward()
+                for key, value in sums.items():
+                    totals[key] += value
+            if self.critic is not None:
+                value_loss = self._value_loss(self.critic, batch) / tokens
+                value_loss.backward()
+                totals["value/loss"] += value_loss.item()
+        factor = lr_factor(self.updates, config.warmup_updates, self.total_updates, config.decay)
+        if train_policy:
+            totals["policy/lr"] = config.lr * factor
+            totals["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
+        if self.critic_optimizer is not None:
+            warm = lr_factor(self.updates, self.ppo.value_warmup_updates, self.total_updates, config.decay)
+            totals["value/grad_norm"] = self.critic_optimizer.step(self.ppo.value_lr * warm, config.max_grad_norm)
+        self.updates += 1
+        return dict(totals)
+
+    def _policy_loss(
+        self, batch: Batch, chosen: Sequence[Experience], tokens: int, sequences: int
+    ) -> tuple[torch.Tensor, Metrics]:
+        """This micro-batch's share of the minibatch's loss, and of its metrics.
+
+        Args:
+            tokens, sequences: counts of the whole minibatch.
+        """
+        config, device = self.config, self.policy.device
+        logprobs, entropies = token_logprobs(
+            self.policy.model, batch.token_ids, batch.loss_mask, self.temperature, config.entropy_coefficient > 0
+        )
+        old = torch.tensor([x for e in chosen for x in e.old_logprobs], device=device)  # (N,)
+        advantages = batch.advantages[batch.loss_mask]  # (N,)
+        policy_loss, clipped = clipped_policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
+        loss = policy_loss / tokens
+        metrics = {
+            "policy/loss": loss.item(),
+            "policy/clip_share": float(clipped) / tokens,
+            "policy/kl_old": float(kl_estimate(logprobs.detach(), old, "k3", 10.0).sum()) / tokens,
+        }
+        if entropies is not None:
+            loss = loss - config.entropy_coefficient * entropies.sum() / tokens
+        if self.reference is not None and config.kl.place == "loss":
+            ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
+            penalty = kl_estimate(logprobs, ref, config.kl.estimator, config.kl.clamp).sum()
+            loss = loss + config.kl.coefficient * penalty / (
+                sequences if config.kl.reduction == "sequence_sum" else tokens
+            )
+        return loss, metrics
+
+    def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
+        assert batch.returns is not None and batch.values is not None, "a critic learns from returns and old values"
+        predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
+        mask = batch.loss_mask
+        return clipped_value_loss(predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip)
+
+
+def _response_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
+    return [x for x, trained in zip(row, sample.loss_mask, strict=True) if trained]
+
+
+def _padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
+    values = iter(row)
+    return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
+
+
+def _largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:
+    """Largest difference between the sampler's and the trainer's log-probability of one token, in nats."""
+    gaps = [
+        abs(a - b)
+        for row, sample in zip(old, samples, strict=True)
+        for a, b in zip(row, _response_part(sample.sampler_logprobs, sample), strict=True)
+    ]
+    return max(gaps, default=0.0)

@@ -1,0 +1,58 @@
+"""What a causal language model says of given tokens: logits and log-probabilities at chosen positions only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Logits of the next token at the selected positions only, shape (N, V), rows in row-major order of `select`.
+
+    The selection happens in front of the output layer, so that the other positions' V logits are never made, and
+    whatever the model does to logits afterwards (scaling, soft caps) still happens.
+
+    Args:
+        token_ids: right-padded, shape (B, T).
+        select: positions whose next-token logits are wanted, bool, shape (B, T).
+        options: handed to the model's attention (the sampler's tree).
+    """
+    with _positions_before_head(model, select):
+        return model(input_ids=token_ids, use_cache=False, **options).logits[0]  # (N, V)
+
+
+@contextlib.contextmanager
+def _positions_before_head(model: Any, select: torch.Tensor) -> Iterator[None]:
+    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0][select].unsqueeze(0),)  # (1, N, H)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def token_logprobs(
+    model: Any, token_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of the masked tokens under the distribution that sampling at `temperature` uses.
+
+    Args:
+        token_ids: right-padded, shape (B, T).
+        loss_mask: tokens that are asked about, bool, shape (B, T); the first column must be False.
+    Returns:
+        (logprobs, entropies), both (N,) in row-major order of the mask, in nats, float32; entropies is None unless
+        asked for.
+    """
+    select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each masked token
+    logits = selected_logits(model, token_ids, select).float() / temperature  # (N, V)
+    distribution = logits.log_softmax(-1)  # (N, V)
+    targets = token_ids[loss_mask]  # (N,)
+    entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None  # (N,)
+    return distribution.gather(-1, targets[:, None]).squeeze(-1), entropies

@@ -1,0 +1,68 @@
+"""Losses as pure functions of tensors. Each returns a *sum* over tokens; the caller divides by the global count, so that
+micro-batches and workers cannot change the result.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def clipped_policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's clipped surrogate (arXiv 1707.06347), to be minimised, summed over tokens.
+
+    -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) with ratio = exp(logprobs - old_logprobs).
+
+    Args:
+        logprobs, old_logprobs, advantages: shape (N,), one entry per trained token.
+    Returns:
+        (loss sum, number of tokens on which clipping removed the gradient).
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (N,)
+    free = ratio * advantages  # (N,)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (N,)
+    return -torch.minimum(free, bounded).sum(), (bounded < free).sum()
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) on tokens the policy sampled (Schulman, "Approximating KL").
+
+    With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2 / 2 (biased, its gradient is the KL's), k3 =
+    exp(-d) - 1 + d (unbiased, never negative). Clamped to [-clamp, clamp].
+
+    Returns:
+        Shape (N,), in nats.
+    """
+    d = logprobs - ref_logprobs  # (N,)
+    if estimator == "k1":
+        estimate = d
+    elif estimator == "k2":
+        estimate = d.square() / 2
+    elif estimator == "k3":
+        estimate = torch.expm1(-d) + d
+    else:
+        raise ValueError(f"unknown KL estimator {estimator!r}")
+    return estimate.clamp(-clamp, clamp)
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Half the squared error of the value network, summed over tokens; with clip > 0 the pessimistic clipped form.
+
+    0.5 * max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2)
+
+    Args:
+        values, old_values, returns: shape (N,), in reward units.
+        clip: 0 turns clipping off.
+    """
+    error = (values - returns).square()  # (N,)
+    if clip > 0:
+        clipped = old_values + (values - old_values).clamp(-clip, clip)  # (N,)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error.sum()

@@ -1,0 +1,165 @@
+"""The language models: policy, frozen reference and value network, with the two numbers we ask of them per token."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vineppo.config import ModelConfig
+from vineppo.types import UserError
+
+EMBEDDED = "embedded:"
+
+
+def resolve_model_path(path: str) -> str:
+    """Directory or hub id of a model; `embedded:NAME` is a directory inside the package.
+
+    Raises:
+        UserError: for an unknown embedded name, or a path that looks local and is no model directory.
+    """
+    if path.startswith(EMBEDDED):
+        root = Path(str(importlib.resources.files("vineppo") / "models"))
+        names = sorted(p.name for p in root.glob("*/") if (p / "config.json").exists())
+        name = path[len(EMBEDDED) :]
+        if name not in names:
+            known = ", ".join(EMBEDDED + n for n in names) or "none is installed"
+            raise UserError(f"model.path is {path!r}; no such embedded model (known: {known})")
+        return str(root / name)
+    local = Path(path)
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise UserError(f"model.path {path!r} has no config.json; give a directory saved by save_pretrained")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
+        raise UserError(f"model.path {path!r} does not exist; give a model directory or a hub id such as org/name")
+    return path
+
+
+def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) of a directory or hub id, in the dtype and on the device asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = resolve_model_path(config.path)
+    options = {"trust_remote_code": config.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+        model = model.to(config.device)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
+
+
+class Policy:
+    """A causal language model with its tokenizer. Deterministic: dropout is never active."""
+
+    def __init__(self, model: Any, tokenizer: Any):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self._token_texts: dict[int, str] = {}
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> Policy:
+        """The model at `config.path`."""
+        return cls(*load_pretrained(config))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens that the model was made for."""
+        return int(getattr(self.model.config, "max_position_embeddings", 0) or 1 << 30)
+
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt, with whatever the tokenizer puts in front (BOS) and nothing behind.
+
+        Raises:
+            UserError: when the text has no tokens.
+        """
+        ids = list(self.tokenizer(text).input_ids)
+        while ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
+            ids.pop()
+        if not ids:
+            raise UserError("a prompt is empty: it has no tokens; check task.prompt_column and task.prompt_template")
+        return tuple(ids)
+
+    def chat_prompt(self, text: str) -> str:
+        """The text as a user's message in the tokenizer's chat template, up to where the answer begins.
+
+        Raises:
+            UserError: when the tokenizer has no chat template.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "task.chat_template is true, but the model's tokenizer has no chat template; set it to false"
+            )
+        message = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens removed."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token alone; special tokens are empty. Used to find step boundaries, not to join text."""
+        for token in token_ids:
+            if token not in self._token_texts:
+                self._token_texts[token] = self.decode([token])
+        return [self._token_texts[token] for token in token_ids]
+
+    def frozen_copy(self) -> Policy:
+        """The same policy, for ever: the reference of the KL penalty."""
+        model = copy.deepcopy(self.model)
+        model.requires_grad_(False)
+        return Policy(model, self.tokenizer)
+
+    def save(self, path: Path | str) -> None:
+        """Write weights, configuration and tokenizer so that `AutoModelForCausalLM.from_pretrained` loads them."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+class ValueNetwork(nn.Module):
+    """A full language model body with a linear head: the value of the state before each token.
+
+    The body starts as a copy of the policy's, the head with standard deviation 1 / sqrt(hidden + 1) and no bias, as in
+    the reference settings of PPO in the VinePPO paper.
+    """
+
+    def __init__(self, policy: Policy, seed: int):
+        super().__init__()
+        self.body = copy.deepcopy(policy.model.base_model)
+        self.body.requires_grad_(True)
+        hidden = policy.model.config.get_text_config().hidden_size
+        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1) ** 0.5  # (1, H)
+        self.head = nn.Linear(hidden, 1, bias=False)
+        self.head.weight.data.copy_(weight)
+        self.to(policy.device)
+        self.eval()
+
+    def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Values of the states before the masked tokens, shape (N,) in row-major order, float32, in reward units."""
+        hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T)
+        return self.head(hidden[select].float()).squeeze(-1)  # (N,)
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    found: set[int] = set()
+    for owner in (model.generation_config, model.config, tokenizer):
+        ids = getattr(owner, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(found))

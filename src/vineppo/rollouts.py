@@ -1,0 +1,102 @@
+"""Problems to groups of graded rollouts."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from vineppo.policy import Policy
+from vineppo.seeds import derive_seed
+from vineppo.tasks.finished import grade_finished
+from vineppo.types import Completion, Problem, Rollout, RolloutGroup, Sampler, SampleRequest, Split, Task, UserError
+
+
+def draw_problems(task: Task, seed: int, iteration: int, count: int) -> list[Problem]:
+    """The training problems of an iteration: fresh ones of an endless task, shuffled passes over a finite one."""
+    size = task.size("train")
+    if size is None:
+        return [task.problem("train", derive_seed(seed, iteration, "problem", i)) for i in range(count)]
+    positions = range((iteration - 1) * count, iteration * count)
+    return [task.problem("train", _shuffled_index(seed, position, size)) for position in positions]
+
+
+def sample_groups(
+    problems: Sequence[Problem],
+    policy: Policy,
+    sampler: Sampler,
+    task: Task,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    address: Sequence[int | str],
+) -> list[RolloutGroup]:
+    """G graded rollouts of each problem.
+
+    Args:
+        address: what the randomness is for, for example (run seed, iteration, "rollouts"); the problem's id and how often
+            it came before are added.
+    Raises:
+        UserError: when a prompt and the response budget do not fit into the model's context.
+    """
+    prompts = [policy.encode_prompt(problem.prompt) for problem in problems]
+    for problem, ids in zip(problems, prompts, strict=True):
+        check_length(problem.id, len(ids), max_new_tokens, policy.max_length)
+    # A small data set can give one problem twice in an iteration: its second group must not repeat the first.
+    seen: Counter[str] = Counter()
+    requests = []
+    for problem, ids in zip(problems, prompts, strict=True):
+        seed = derive_seed(*address, problem.id, seen[problem.id])
+        requests.append(SampleRequest(ids, group_size, max_new_tokens, seed))
+        seen[problem.id] += 1
+    completions = sampler.sample(requests)
+    flat = [(p, c) for p, group in zip(problems, completions, strict=True) for c in group]
+    texts = [policy.decode(completion.token_ids) for _, completion in flat]
+    finished = [completion.finish_reason == "stop" for _, completion in flat]
+    rewards = iter(grade_finished(task, [problem for problem, _ in flat], texts, finished))
+    remaining = iter(texts)
+    return [
+        RolloutGroup(problem, tuple(_rollout(ids, c, next(remaining), next(rewards)) for c in group))
+        for problem, ids, group in zip(problems, prompts, completions, strict=True)
+    ]
+
+
+def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
+    """Refuse a prompt that leaves no room for its response budget in the model's context.
+
+    Raises:
+        UserError: one line with the numbers and the setting to change.
+    """
+    if prompt_tokens + max_new_tokens > max_length:
+        raise UserError(
+            f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} that "
+            f"is more than the model's context of {max_length}; lower rollouts.max_new_tokens or shorten the prompts"
+        )
+
+
+def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
+    """Response tokens of all rollouts."""
+    return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
+
+
+def problem_range(task: Task, split: Split, count: int) -> list[Problem]:
+    """The first `count` problems of a split, fewer where it has fewer."""
+    size = task.size(split)
+    return [task.problem(split, index) for index in range(count if size is None else min(count, size))]
+
+
+def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float) -> Rollout:
+    return Rollout(
+        prompt_ids=prompt_ids,
+        response_ids=completion.token_ids,
+        sampler_logprobs=completion.logprobs,
+        finish_reason=completion.finish_reason,
+        text=text,
+        reward=reward,
+    )
+
+
+def _shuffled_index(seed: int, position: int, size: int) -> int:
+    order = list(range(size))
+    random.Random(derive_seed(seed, "problem order", position // size)).shuffle(order)
+    return order[position % size]

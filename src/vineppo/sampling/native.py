@@ -1,0 +1,289 @@
+"""The native sampler: many continuations of few prefixes, from the policy's own weights in memory.
+
+Every prefix is computed once, however many samples it has, and a prefix of another prefix costs nothing (the states of
+one response all lie on it). Finished rows leave the batch. Sample j of a request draws its t-th token with one uniform
+number addressed by (request seed, j, t), so a sample does not depend on what else is in the batch, up to floating-point
+rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vineppo.batch import pad
+from vineppo.logits import selected_logits
+from vineppo.sampling.tree import KVTree, tree_mode
+from vineppo.seeds import stream_keys, uniforms
+from vineppo.types import Completion, SampleRequest
+
+_KEEP_SHARE = 0.75
+"""Rows are compacted when at most this share of them would stay."""
+
+
+class LanguageModel(Protocol):
+    """What the sampler needs of a policy."""
+
+    model: Any
+    """A transformers causal language model."""
+    eos_ids: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sample to be: which request and sample it is, and where its prefix ends on its trunk."""
+
+    request: int
+    sample: int
+    prefix_length: int
+
+
+@dataclass(frozen=True)
+class _Trunk:
+    """A token sequence to compute once, with the rows that start on it."""
+
+    token_ids: tuple[int, ...]
+    rows: tuple[_Row, ...]
+
+
+class NativeSampler:
+    """Sampler protocol (types.Sampler) over a Policy in the same process.
+
+    Args:
+        policy: whose weights are used as they are at each call; nothing is copied, nothing can be stale.
+        temperature: of sampling; 0 is greedy (log-probabilities are then 0).
+        stop: strings that end a completion beside the end-of-sequence tokens; the string stays in the completion.
+        max_rows: largest number of sequences decoded at once; more are cut into waves.
+    """
+
+    def __init__(self, policy: LanguageModel, *, temperature: float, stop: Sequence[str] = (), max_rows: int = 2048):
+        self.policy = policy
+        self.temperature = temperature
+        self.stop = tuple(stop)
+        self.max_rows = max_rows
+        self.tree_attention = bool(getattr(policy.model, "_supports_attention_backend", False))
+        if not self.tree_attention:
+            warnings.warn(
+                f"{type(policy.model).__name__} does not use transformers' attention interface: sampling recomputes "
+                "every token, which is slow",
+                stacklevel=2,
+            )
+
+    def load_weights(self, policy: LanguageModel) -> None:
+        """Sample from this policy from now on."""
+        self.policy = policy
+
+    @torch.no_grad()
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """One list of `num_samples` completions per request, in order.
+
+        A request without budget gets empty completions that end by "length".
+        """
+        results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
+        for i, request in enumerate(requests):
+            if request.max_new_tokens < 1:
+                results[i] = [Completion((), (), "length")] * request.num_samples
+        for wave in _waves(_trunks(requests), self.max_rows):
+            for row, completion in _Wave(self, requests, wave).run():
+                results[row.request][row.sample] = completion
+        return [[c for c in completions if c is not None] for completions in results]
+
+
+class _Wave:
+    """The decode loop over M trunks with up to R rows each; row slots without a row are inactive from the start."""
+
+    def __init__(self, sampler: NativeSampler, requests: Sequence[SampleRequest], trunks: Sequence[_Trunk]):
+        self.sampler, self.model = sampler, sampler.policy.model
+        self.device = sampler.policy.device
+        self.trunks = trunks
+        self.rows: list[_Row] = [row for trunk in trunks for row in trunk.rows]
+        width = max(len(trunk.rows) for trunk in trunks)
+        self.slots = np.full((len(trunks), width), -1)  # (M, R): index into self.rows, -1 is an empty slot
+        start = 0
+        for m, trunk in enumerate(trunks):
+            self.slots[m, : len(trunk.rows)] = np.arange(start, start + len(trunk.rows))
+            start += len(trunk.rows)
+        self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
+        self.budgets = np.array([requests[row.request].max_new_tokens for row in self.rows])
+        self.keys = stream_keys(
+            np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
+            np.array([row.sample for row in self.rows]),
+        )
+        steps = int(self.budgets.max())
+        self.token_ids = np.zeros((len(self.rows), steps), dtype=np.int64)
+        self.logprobs = np.zeros((len(self.rows), steps), dtype=np.float32)
+        self.counts = np.zeros(len(self.rows), dtype=np.int64)
+        self.finished = np.zeros(len(self.rows), dtype=bool)
+        self.stopped = np.zeros(len(self.rows), dtype=bool)
+
+    def run(self) -> list[tuple[_Row, Completion]]:
+        """Decode until every row has finished."""
+        decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
+        position = 0
+        for logits, alive in decode():
+            self._take(logits, alive, position)
+            position += 1
+        return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
+
+    def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        """Yield (logits (B', V), rows (B',)) per position; rows that finish in between are dropped in blocks."""
+        with tree_mode(self.model):
+            tree, logits = self._prefill()
+            flat = self.slots.reshape(-1)
+            while True:
+                active = (flat >= 0) & ~self.finished[flat]
+                picked = torch.from_numpy(np.flatnonzero(active)).to(self.device)
+                yield logits[picked], flat[active]
+                active = (flat >= 0) & ~self.finished[flat]
+                if not active.any():
+                    return
+                flat = self._compact(tree, active)
+                ids = self.token_ids[flat, np.maximum(self.counts[flat] - 1, 0)]
+                positions = np.where(flat >= 0, self.prefix_lengths[flat] + tree.length, 0)
+                logits = self.model(
+                    input_ids=torch.from_numpy(ids)[:, None].to(self.device),
+                    position_ids=torch.from_numpy(positions)[:, None].to(self.device),
+                    use_cache=False,
+                    tree=tree,
+                ).logits[:, -1]
+                tree.length += 1
+
+    def _prefill(self) -> tuple[KVTree, torch.Tensor]:
+        """Compute the trunks once; logits after each slot's prefix, shape (M * R, V)."""
+        lengths = np.where(self.slots >= 0, self.prefix_lengths[self.slots], 0)  # (M, R)
+        token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
+        tree = KVTree(torch.from_numpy(lengths).to(self.device), token_ids.shape[1])
+        select = np.zeros(token_ids.shape, dtype=bool)
+        where = np.arange(len(self.trunks))[:, None], np.maximum(lengths - 1, 0)
+        select[where] = True
+        place = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): row of each selected position
+        logits = selected_logits(self.model, token_ids, torch.from_numpy(select).to(self.device), tree=tree)  # (N, V)
+        return tree, logits[torch.from_numpy(place[where].reshape(-1)).to(self.device)]
+
+    def _compact(self, tree: KVTree, active: np.ndarray) -> np.ndarray:
+        """Drop finished rows and trunks without rows when enough would go; returns the row of each slot, flat."""
+        M, R = self.slots.shape
+        alive = active.reshape(M, R)
+        counts = alive.sum(1)
+        trunks = np.flatnonzero(counts)
+        width = int(counts.max())
+        if len(trunks) * width > _KEEP_SHARE * M * R:
+            return self.slots.reshape(-1)
+        order = np.argsort(~alive[trunks], axis=1, kind="stable")[:, :width]  # (M', R'): active slots first
+        kept = np.take_along_axis(alive[trunks], order, 1)
+        slots = np.where(kept, np.take_along_axis(self.slots[trunks], order, 1), -1)
+        lengths = np.where(kept, self.prefix_lengths[slots], 0)
+        tree.keep(
+            torch.from_numpy(trunks).to(self.device),
+            torch.from_numpy((trunks[:, None] * R + order).reshape(-1)).to(self.device),
+            torch.from_numpy(lengths).to(self.device),
+        )
+        self.slots = slots
+        return slots.reshape(-1)
+
+    def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+        """The slow, general path: the whole sequence is computed again for every token."""
+        prefixes = [trunk.token_ids[: row.prefix_length] for trunk in self.trunks for row in trunk.rows]
+        while not self.finished.all():
+            alive = np.flatnonzero(~self.finished)
+            rows = [(*prefixes[i], *self.token_ids[i, : self.counts[i]].tolist()) for i in alive]
+            token_ids = pad(rows, torch.int64, self.device)
+            select = torch.zeros(token_ids.shape, dtype=torch.bool, device=self.device)
+            select[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
+            yield selected_logits(self.model, token_ids, select), alive
+
+    def _take(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
+        """Draw one token for each living row, write it down, and see who has finished."""
+        drawn, logprobs = draw(logits, self.sampler.temperature, uniforms(self.keys[alive], position))
+        self.token_ids[alive, position] = drawn
+        self.logprobs[alive, position] = logprobs
+        self.counts[alive] = position + 1
+        stopped = np.isin(drawn, self.sampler.policy.eos_ids)
+        if self.sampler.stop:
+            stopped |= np.array([self._ends_with_stop(row) for row in alive])
+        self.stopped[alive] = stopped
+        self.finished[alive] = stopped | (position + 1 >= self.budgets[alive])
+
+    def _ends_with_stop(self, row: int) -> bool:
+        """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""
+        window = 1 + max(len(text.encode()) for text in self.sampler.stop)
+        last = self.token_ids[row, max(0, self.counts[row] - window) : self.counts[row]]
+        text = self.sampler.policy.decode(last.tolist())
+        return any(stop in text for stop in self.sampler.stop)
+
+    def _completion(self, row: int) -> Completion:
+        n = self.counts[row]
+        return Completion(
+            token_ids=tuple(self.token_ids[row, :n].tolist()),
+            logprobs=tuple(self.logprobs[row, :n].tolist()),
+            finish_reason="stop" if self.stopped[row] else "length",
+        )
+
+
+def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One token per row by inversion of the cumulative distribution: one uniform per row, not one per logit.
+
+    Args:
+        logits: shape (B, V).
+        temperature: 0 takes the most likely token.
+        uniform: in [0, 1), shape (B,).
+    Returns:
+        (token ids (B,), log-probabilities (B,)) of the distribution that was sampled.
+    """
+    if temperature == 0:
+        best = logits.argmax(-1).cpu().numpy()
+        return best, np.zeros(len(best), dtype=np.float32)
+    logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
+    cumulative = logprobs.exp().cumsum(-1)  # (B, V)
+    total = cumulative[:, -1:]  # (B, 1): 1 up to rounding
+    level = torch.from_numpy(uniform).to(logits.device, torch.float32)[:, None] * total
+    # right=True finds the first entry above the level, so a token of probability 0 is never drawn.
+    drawn = torch.searchsorted(cumulative, level, right=True).clamp_max(logits.shape[-1] - 1)  # (B, 1)
+    return drawn.squeeze(1).cpu().numpy(), logprobs.gather(1, drawn).squeeze(1).cpu().numpy()
+
+
+def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
+    """Group the requests' prefixes so that a prefix of a longer one lies on it."""
+    wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for i, request in enumerate(requests):
+        if request.max_new_tokens > 0:
+            wanted.setdefault(request.prompt_ids, []).append((i, request.num_samples))
+    trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
+    # In descending order a prefix comes right behind the sequences that extend it.
+    for ids in sorted(wanted, reverse=True):
+        if not trunks or trunks[-1][0][: len(ids)] != ids:
+            trunks.append((ids, []))
+        trunks[-1][1].extend(_Row(i, j, len(ids)) for i, n in wanted[ids] for j in range(n))
+    return [_Trunk(ids, tuple(rows)) for ids, rows in trunks]
+
+
+def _waves(trunks: Sequence[_Trunk], max_rows: int) -> Iterator[list[_Trunk]]:
+    """Cut the work into waves of at most `max_rows` row slots, trunks of similar width together."""
+    pieces = [
+        _Trunk(trunk.token_ids, trunk.rows[start : start + max_rows])
+        for trunk in trunks
+        for start in range(0, len(trunk.rows), max_rows)
+    ]
+    pieces.sort(key=lambda trunk: -len(trunk.rows))
+    wave: list[_Trunk] = []
+    for piece in pieces:
+        if wave and (len(wave) + 1) * len(wave[0].rows) > max_rows:
+            yield wave
+            wave = []
+        wave.append(piece)
+    if wave:
+        yield wave

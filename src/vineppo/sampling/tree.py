@@ -1,0 +1,218 @@
+"""Attention over a tree of keys and values: trunks that many rows share, and each row's own branch.
+
+A trunk is a token sequence that was computed once; every row reads a prefix of one trunk and, behind it, the tokens it
+sampled itself. The two parts are attended to apart and merged exactly by their log-sum-exps, so shared keys are read
+once for all rows that share them and are never copied per row.
+
+It plugs into transformers' attention interface: the model's own modules run unchanged, for any architecture that calls
+the interface.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "vineppo_tree"
+
+
+class KVTree:
+    """Keys and values of one wave: M trunks with up to R rows each, B = M * R rows in trunk order.
+
+    Layouts per layer: trunk (M, Hkv, L, d); branch (B, Hkv, capacity, d), of which the first `length` tokens are used.
+    """
+
+    def __init__(self, prefix_lengths: torch.Tensor, trunk_length: int):
+        self.trunk_keys: dict[int, torch.Tensor] = {}
+        self.trunk_values: dict[int, torch.Tensor] = {}
+        self.branch_keys: dict[int, torch.Tensor] = {}
+        self.branch_values: dict[int, torch.Tensor] = {}
+        self.length = 0
+        self.trunk_length = trunk_length
+        self.set_rows(prefix_lengths)
+
+    def set_rows(self, prefix_lengths: torch.Tensor) -> None:
+        """Prefix length of each row within its trunk, shape (M, R)."""
+        # An empty slot sees one column of its trunk: a softmax over nothing would be nan.
+        self.prefix_lengths = prefix_lengths.clamp_min(1)  # (M, R)
+        self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """0 where a row may look at its trunk, -inf elsewhere; shape (M, 1, R * groups, L).
+
+        Made once per set of rows, except under a sliding window, which moves with every token.
+        """
+        if window is None and (groups, dtype) in self._bias:
+            return self._bias[groups, dtype]
+        columns = torch.arange(self.trunk_length, device=self.prefix_lengths.device)  # (L,)
+        lengths = self.prefix_lengths[:, :, None]  # (M, R, 1)
+        visible = columns < lengths  # (M, R, L)
+        if window is not None:
+            visible &= columns > lengths + self.length - window
+        M, R, L = visible.shape
+        visible = visible[:, None, :, None].expand(M, 1, R, groups, L).reshape(M, 1, R * groups, L)
+        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        if window is None:
+            self._bias[groups, dtype] = bias
+        return bias
+
+    def keep(self, trunks: torch.Tensor, rows: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
+        """Compact: keep only these trunks, shape (M',), and these rows in their new order, shape (M' * R',)."""
+        longest = int(prefix_lengths.max())
+        for store in (self.trunk_keys, self.trunk_values):
+            for layer, tensor in store.items():
+                store[layer] = tensor[trunks, :, :longest].contiguous()
+        for store in (self.branch_keys, self.branch_values):
+            for layer, tensor in store.items():
+                used = tensor[rows, :, : self.length]
+                store[layer] = F.pad(used, (0, 0, 0, tensor.shape[2] - self.length))
+        self.trunk_length = longest
+        self.set_rows(prefix_lengths)
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write this step's key and value, each (B, Hkv, 1, d), behind each row's branch; return the whole branch."""
+        for store, tensor in ((self.branch_keys, key), (self.branch_values, value)):
+            held = store.get(layer)
+            if held is None:
+                held = tensor.new_empty(tensor.shape[0], tensor.shape[1], 32, tensor.shape[3])
+            if self.length == held.shape[2]:
+                held = torch.cat([held, torch.empty_like(held)], dim=2)
+            held[:, :, self.length] = tensor[:, :, 0]
+            store[layer] = held
+        used = self.length + 1
+        return self.branch_keys[layer][:, :, :used], self.branch_values[layer][:, :, :used]
+
+
+def tree_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree: KVTree,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query (B, H, q, d), key and value (B, Hkv, q, d) -> (B, q, H, d).
+
+    More than one query position means the trunks are being computed (the rows of the batch are the trunks, causal);
+    one means that every row decodes one token.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer = module.layer_idx
+    if layer not in tree.trunk_keys:
+        tree.trunk_keys[layer], tree.trunk_values[layer] = key, value
+        out = _prefill_attention(query, key, value, scale, softcap, sliding_window)
+    else:
+        keys, values = tree.append(layer, key, value)
+        out = _decode_attention(tree, layer, query, keys, values, scale, softcap, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _prefill_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None and window is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
+    length = query.shape[2]
+    position = torch.arange(length, device=query.device)
+    distance = position[:, None] - position[None, :]  # (T, T)
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    bias = torch.zeros(length, length, dtype=query.dtype, device=query.device).masked_fill_(~visible, float("-inf"))
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return _attend(query, key, value, bias, scale, softcap)[0]
+
+
+def _decode_attention(
+    tree: KVTree,
+    layer: int,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    B, H, _, d = query.shape
+    M, R = tree.prefix_lengths.shape
+    Hkv = keys.shape[1]
+    g = H // Hkv
+    # Rows of one trunk and query heads of one key head become rows of one matrix product.
+    by_trunk = query.view(M, R, Hkv, g, d).permute(0, 2, 1, 3, 4).reshape(M, Hkv, R * g, d)
+    bias = tree.trunk_bias(g, query.dtype, window)
+    attend = _attend if softcap is not None or window is not None or query.device.type != "cpu" else _attend_fused
+    out_trunk, lse_trunk = attend(by_trunk, tree.trunk_keys[layer], tree.trunk_values[layer], bias, scale, softcap)
+    out_trunk = out_trunk.view(M, Hkv, R, g, d).transpose(1, 2).reshape(B, Hkv, g, d)
+    lse_trunk = lse_trunk.view(M, Hkv, R, g).transpose(1, 2).reshape(B, Hkv, g, 1)
+    if window is not None and keys.shape[2] > window:
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    out_branch, lse_branch = attend(query.view(B, Hkv, g, d), keys, values, None, scale, softcap)
+    weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1)).to(query.dtype)  # (B, Hkv, g, 1)
+    return (out_branch + weight * (out_trunk - out_branch)).view(B, H, 1, d)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention (..., q, d) and its log-sum-exp (..., q) in float32; a row that sees nothing has 0 and -inf."""
+    scores = (query @ key.transpose(-1, -2)).float() * scale  # (..., q, k)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)  # (..., q)
+    weights = (scores - lse.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp()
+    return weights.to(value.dtype) @ value, lse
+
+
+def _attend_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    _softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by PyTorch's fused CPU kernel, which reads keys once and never holds the scores."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, False, attn_mask=bias, scale=scale
+    )
+    return out, lse
+
+
+@contextlib.contextmanager
+def tree_mode(model: Any) -> Iterator[None]:
+    """Run the model's attention through the tree inside the block, through its own implementation afterwards."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+
+
+AttentionInterface.register(NAME, tree_attention)

@@ -1,0 +1,111 @@
+"""Supervised fine-tuning on demonstrations: next-token likelihood of the response and its end-of-sequence token."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vineppo.batch import micro_batches, pad
+from vineppo.config import SFTConfig
+from vineppo.logits import token_logprobs
+from vineppo.optim import Optimizer, lr_factor
+from vineppo.policy import Policy
+from vineppo.seeds import derive_seed
+from vineppo.tasks import build_task
+from vineppo.types import Task, UserError
+
+Demonstration = tuple[tuple[int, ...], int]
+"""(token ids of prompt + response + EOS, number of prompt tokens)."""
+NEW_TINY = "new:tiny"
+
+
+def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
+    """Train `config.model` on the task's demonstrations and save it to `config.out`.
+
+    Returns:
+        out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds.
+    Raises:
+        UserError: when `out` exists, the task has no demonstrations, or all of them are too long.
+    """
+    out = Path(config.out)
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"out {config.out!r} exists already; name a new directory")
+    policy = _start(config)
+    task = build_task(config.task, format_prompt=policy.chat_prompt if config.task.chat_template else None)
+    optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
+    warmup = round(config.warmup_fraction * config.updates)
+    losses, tokens, began = [], 0, time.perf_counter()
+    for update in range(config.updates):
+        batch = _batch(config, policy, task, update)
+        loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
+        optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
+        losses.append(loss)
+        tokens += counted
+        if (update + 1) % max(1, config.updates // 20) == 0:
+            report(f"update {update + 1}/{config.updates}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s")
+    policy.save(out)
+    tail = losses[-max(1, len(losses) // 10) :]
+    seconds = time.perf_counter() - began
+    return {
+        "out": str(out),
+        "loss": sum(tail) / len(tail),
+        "updates": config.updates,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+
+
+def _start(config: SFTConfig) -> Policy:
+    if config.model.path != NEW_TINY:
+        return Policy.load(config.model)
+    from vineppo.tiny import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    return Policy(build_model(tokenizer, config.seed).to(config.model.device), tokenizer)
+
+
+def encode_demonstration(policy: Policy, prompt: str, response: str) -> Demonstration:
+    """Token ids of prompt, response and EOS. The parts are tokenized apart, as in sampling the prompt stands alone."""
+    prompt_ids = policy.encode_prompt(prompt)
+    response_ids = policy.tokenizer(response, add_special_tokens=False).input_ids
+    return (*prompt_ids, *response_ids, policy.tokenizer.eos_token_id), len(prompt_ids)
+
+
+def _batch(config: SFTConfig, policy: Policy, task: Task, update: int) -> list[Demonstration]:
+    """The demonstrations of one update: new ones for ever in an endless task, shuffled passes over a finite one."""
+    size = task.size("train")
+    first = update * config.batch_size
+    batch: list[Demonstration] = []
+    for position in range(first, first + config.batch_size):
+        index = position if size is None else _shuffled(config.seed, position // size, size)[position % size]
+        item = encode_demonstration(policy, *task.demonstration("train", index))
+        if len(item[0]) <= config.max_length:
+            batch.append(item)
+    if not batch:
+        raise UserError(f"all demonstrations of an update are longer than max_length {config.max_length}; raise it")
+    return batch
+
+
+def _shuffled(seed: int, epoch: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(derive_seed("sft order", seed, epoch)).shuffle(order)
+    return order
+
+
+def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
+    """Gradient of the mean token loss of a batch, in micro-batches; (loss in nats per token, trained tokens)."""
+    total = sum(len(ids) - start for ids, start in batch)
+    loss_sum = 0.0
+    for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):
+        items = [batch[i] for i in group]
+        token_ids = pad([ids for ids, _ in items], torch.int64, policy.device)
+        mask = pad([[0] * start + [1] * (len(ids) - start) for ids, start in items], torch.bool, policy.device)
+        logprobs, _ = token_logprobs(policy.model, token_ids, mask, 1.0)
+        loss = -logprobs.sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum, total

@@ -1,0 +1,207 @@
+"""Intervals and estimators for what the project measures: accuracies over problems, means over seeds, pass@k.
+
+Pure functions of numbers. An interval that cannot be known is NaN here and null in JSON, never of width 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+_BLOCK = 4_000_000
+"""Resampled values held in memory at once by the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its confidence interval, all in the unit of the values."""
+
+    mean: float
+    low: float
+    """NaN where the data cannot tell."""
+    high: float
+    """NaN where the data cannot tell."""
+
+    def as_dict(self) -> dict[str, float | None]:
+        """{"mean", "low", "high"} for JSON, with None for NaN (JSON has no NaN)."""
+        return {
+            name: None if math.isnan(value) else value
+            for name, value in (("mean", self.mean), ("low", self.low), ("high", self.high))
+        }
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, *, seed: int, num_resamples: int = 2000, level: float = 0.95
+) -> Interval:
+    """Mean of one number per problem, with the percentile bootstrap interval over problems (Efron 1979).
+
+    Problems are resampled, not single responses: responses to one problem are not independent, so average them first.
+    Where all values are equal every resample is the same and the bootstrap would claim a width of 0 for exactly the
+    samples that show least. Then the Wilson interval of `mean * n` successes in n trials is given instead: exact in
+    form for values that are all 0 or all 1, conservative for any other value in [0, 1], because no distribution on
+    [0, 1] with that mean varies more than 0/1 values. Equal values outside [0, 1] have an unknown interval (NaN).
+
+    Args:
+        values: one number per problem (for pass@1 the mean over its responses), shape (P,).
+        seed: the resamples depend on it and on nothing else.
+        num_resamples: bootstrap resamples.
+        level: confidence, between 0 and 1.
+    Raises:
+        ValueError: if there is no value, or one is not finite.
+    """
+    data = np.asarray(values, dtype=np.float64)  # (P,)
+    if data.ndim != 1 or data.size == 0:
+        raise ValueError("the bootstrap needs a non-empty list of numbers")
+    if not np.isfinite(data).all():
+        raise ValueError("the bootstrap needs finite numbers")
+    _check_level(level)
+    mean = float(data.mean())
+    if data.min() == data.max():
+        mean = float(data[0])
+        if not 0 <= mean <= 1:
+            return Interval(mean, math.nan, math.nan)
+        bounds = wilson(mean * data.size, data.size, level)
+        return Interval(mean, bounds.low, bounds.high)
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // data.size)
+    means = np.concatenate(
+        [
+            data[generator.integers(0, data.size, size=(min(rows, num_resamples - start), data.size))].mean(axis=1)
+            for start in range(0, num_resamples, rows)
+        ]
+    )  # (num_resamples,)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
+    """Share of successes with Wilson's score interval (Wilson 1927), which keeps a width when all trials agree.
+
+    With p = successes / trials and the normal quantile z, the bounds are
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). The mean returned is p itself.
+
+    Args:
+        successes: number of successes; a fraction is allowed (the mean of graded trials, times their number).
+        trials: number of independent trials, at least 1.
+        level: confidence, between 0 and 1.
+    Raises:
+        ValueError: if there is no trial, or successes are not between 0 and trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes in {trials} trials: needs 0 <= successes <= trials and 1 <= trials")
+    _check_level(level)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    # Rounding must not push a bound across the mean when all trials agree.
+    return Interval(share, min(share, max(0.0, (centre - half) / scale)), max(share, min(1.0, (centre + half) / scale)))
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k responses is correct (Chen et al. 2021, 2107.03374).
+
+    1 - C(n - c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. Computed as a product,
+    so that no binomial overflows.
+
+    Args:
+        num_samples: n, responses sampled to one problem.
+        num_correct: c, how many of them are correct.
+        k: size of the subset, 1 <= k <= n.
+    Raises:
+        ValueError: if k or num_correct does not fit num_samples.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
+        raise ValueError(f"pass@{k} of {num_correct} correct in {num_samples}: needs 1 <= k <= n and 0 <= correct <= n")
+    # The factor at i = k is 0, as it must be: fewer than k wrong responses leave no k-subset without a correct one.
+    return 1.0 - math.prod(1 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
+
+
+def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
+    """Mean over independent runs with Student's t interval: mean -+ t_{(1 + level) / 2, n - 1} * sd / sqrt(n).
+
+    One run says nothing about the spread over seeds: its bounds are NaN (None in JSON). So are the bounds of runs that
+    agree exactly, since a width of 0 would claim certainty.
+
+    Args:
+        values: one number per seed, shape (N,).
+        level: confidence, between 0 and 1.
+    Raises:
+        ValueError: if there is no value.
+    """
+    data = np.asarray(values, dtype=np.float64)  # (N,)
+    if data.ndim != 1 or data.size == 0:
+        raise ValueError("an interval over seeds needs at least one run")
+    _check_level(level)
+    mean = float(data.mean())
+    if data.size == 1 or data.min() == data.max():
+        return Interval(mean, math.nan, math.nan)
+    half = student_t_quantile((1 + level) / 2, data.size - 1) * float(data.std(ddof=1)) / math.sqrt(data.size)
+    return Interval(mean, mean - half, mean + half)
+
+
+def student_t_quantile(probability: float, degrees: float) -> float:
+    """The t with P(T <= t) = probability for Student's distribution, by bisection on its distribution function.
+
+    Args:
+        probability: strictly between 0 and 1.
+        degrees: degrees of freedom, above 0.
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if not 0 < probability < 1 or degrees <= 0:
+        raise ValueError(f"t quantile of {probability} with {degrees} degrees: needs 0 < p < 1 and degrees > 0")
+    if probability < 0.5:
+        return -student_t_quantile(1 - probability, degrees)
+    low, high = 0.0, 1.0
+    while _student_t_cdf(high, degrees) < probability:
+        low, high = high, 2 * high
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _student_t_cdf(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _student_t_cdf(t: float, degrees: float) -> float:
+    """P(T <= t) for t >= 0: 1 - I_x(degrees / 2, 1 / 2) / 2 at x = degrees / (degrees + t^2)."""
+    return 1 - _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t)) / 2
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """Regularised incomplete beta function I_x(a, b) by Lentz's continued fraction (Numerical Recipes, section 6.4)."""
+    if x <= 0 or x >= 1:
+        return min(1.0, max(0.0, x))
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on this side of the mean
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )  # x^a (1 - x)^b / B(a, b)
+    tiny = 1e-300
+    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1), tiny)
+    fraction = d
+    for m in range(1, 1000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            c = _away_from_zero(1 + term / c, tiny)
+            d = 1 / _away_from_zero(1 + term * d, tiny)
+            fraction *= c * d
+        if abs(c * d - 1) < 1e-16:
+            break
+    return front * fraction / a
+
+
+def _away_from_zero(value: float, tiny: float) -> float:
+    return value if abs(value) > tiny else tiny
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"confidence level is {level}; it must be between 0 and 1")

@@ -1,0 +1,50 @@
+"""A fresh tiny Llama and its tokenizer: the seed from which the embedded models are grown by `vineppo sft`."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vineppo.tasks import chain
+
+WORDS = ("<pad>", "</s>", "<unk>", "\n", "####", " ", "=", ";", "?", "+", "-", "*")
+_PATTERN = r"####| by [a-z]+| in [a-z]+| with [a-z]+| is | -> | = |\n|."
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the chain task: a letter, a digit, a sign, a way or a link is one token each."""
+    ways = [way for level in chain.LEVELS for way in chain.WAYS[level]]
+    letters = [chr(ord("a") + i) for i in range(26)]
+    tokens = [*WORDS, *map(str, range(10)), *letters, *ways, *chain.LINKS]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised two-layer Llama of about 0.25 million parameters (1 MB in fp32)."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

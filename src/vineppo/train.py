@@ -1,0 +1,392 @@
+"""The training loop, on one screen: draw, sample, credit, update, log, evaluate, save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vineppo.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from vineppo.config import Config
+from vineppo.credit import build_credit
+from vineppo.evaluate import Measurement, measure
+from vineppo.learner import Learner
+from vineppo.plots import plot_run
+from vineppo.policy import Policy, ValueNetwork
+from vineppo.rollouts import draw_problems, generated_tokens, problem_range, sample_groups
+from vineppo.run import RunDirectory, Timer
+from vineppo.sampling.native import NativeSampler
+from vineppo.seeds import derive_seed
+from vineppo.tasks import build_task
+from vineppo.trackers import Tracker, build_trackers, require_trackers
+from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes: the console, or nobody."""
+
+    def start(self, config: Config, total_iterations: int) -> None:
+        """Before the first iteration."""
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """After each iteration, with its line of metrics.jsonl."""
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
+        """At the end, with summary.json."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the learner's state, all that a resumed run needs, since randomness is by address."""
+
+    iteration: int = 0
+    rollout_tokens: int = 0
+    mc_tokens: int = 0
+    trained_tokens: int = 0
+    seconds_train: float = 0.0
+    seconds_eval: float = 0.0
+    accuracy_before: dict[str, float | None] = field(default_factory=dict)
+    best_validation_accuracy: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The built parts of a training, by the names of the loop's stages."""
+
+    config: Config
+    policy: Policy
+    task: Task
+    sampler: Sampler
+    eval_sampler: Sampler
+    credit: CreditFn
+    learner: Learner
+
+
+@dataclass(frozen=True)
+class Stages(Parts):
+    """A training with the place it writes to and those it tells."""
+
+    recipe: str
+    run: RunDirectory
+    trackers: list[Tracker]
+    reporter: Reporter | None
+
+
+def train(
+    config: Config, *, recipe: str = "", reward_fn: RewardFn | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Train a model as `config` says, in a new run directory.
+
+    Args:
+        recipe: name of the recipe, for the record.
+        reward_fn: grades responses instead of the task's grader, fn(prompts, completions, **columns) -> list[float].
+        reporter: told about every iteration.
+    Returns:
+        The content of summary.json.
+    Raises:
+        UserError: for everything the user can mend; nothing is lost.
+    """
+    require_trackers(config.run.report_to)
+    parts = _build(config, reward_fn)
+    run = RunDirectory.create(config.run.dir, config)
+    return _run(_stages(parts, run, recipe, reporter, 0), Progress())
+
+
+def resume(
+    config: Config,
+    *,
+    recipe: str = "",
+    reward_fn: RewardFn | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Go on with the run in `config.run.dir` from its newest whole checkpoint: on a CPU, to the same bit.
+
+    A run that was stopped before its first checkpoint starts again from the beginning.
+    """
+    run = RunDirectory.open(config.run.dir)
+    parts = _build(config, reward_fn)
+    progress = Progress()
+    if any(run.checkpoints.glob("*/")):
+        state = load_checkpoint(latest_checkpoint(run.checkpoints))
+        parts.learner.load_state_dict(state["learner"])
+        torch.set_rng_state(state["torch_rng"])
+        progress = Progress(**state["progress"])
+    run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
+    run.remove_rollouts(progress.iteration)
+    return _run(_stages(parts, run, recipe, reporter, progress.iteration), progress)
+
+
+def _run(stages: Stages, progress: Progress) -> dict[str, Any]:
+    began = time.perf_counter()
+    if stages.reporter:
+        stages.reporter.start(stages.config, stages.config.run.iterations)
+    with _graceful_stop() as stop:
+        progress, reason = _loop(stages, progress, stop)
+        summary = _finish(stages, progress, reason, stop)
+    summary["seconds_total"] = time.perf_counter() - began
+    stages.run.write_summary(summary)
+    if reason != "interrupted":
+        plot_run(stages.run.path)
+    for tracker in stages.trackers:
+        tracker.close()
+    if stages.reporter:
+        stages.reporter.finish(summary, stages.run.path)
+    return summary
+
+
+def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Progress, str]:
+    config, timer = stages.config, Timer()
+    if not progress.accuracy_before:
+        progress = _evaluate_before(stages, progress)
+    while not (reason := _reason_to_stop(config, progress, stages.learner.updates, stop)):
+        iteration = progress.iteration + 1
+        with timer("sample"):
+            problems = draw_problems(stages.task, config.run.seed, iteration, config.rollouts.num_problems)
+            groups = _sample(stages, problems, iteration)
+        with timer("credit"):
+            samples, credit_metrics = stages.credit(groups, iteration)
+        with timer("update"):
+            metrics = stages.learner.update(samples, iteration, config.run.seed)
+            stages.sampler.load_weights(stages.policy)
+        seconds = timer.pop()
+        progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
+        line = _metrics_line(progress, groups, {**credit_metrics, **metrics}, seconds)
+        is_last = bool(_reason_to_stop(config, progress, stages.learner.updates, stop))
+        if config.eval.every and (iteration % config.eval.every == 0 or is_last):
+            progress, accuracy = _evaluate(stages, progress)
+            line.update(accuracy)
+        if config.run.save_rollouts:
+            stages.run.write_rollouts(iteration, groups, samples, stages.policy.decode)
+        _log(stages, line)
+        if config.run.checkpoint_every and iteration % config.run.checkpoint_every == 0:
+            _save(stages, progress)
+    return progress, reason
+
+
+def _build(config: Config, reward_fn: RewardFn | None) -> Parts:
+    """Load and bind everything that can be wrong, before anything is written."""
+    policy = Policy.load(config.model)
+    format_prompt = policy.chat_prompt if config.task.chat_template else None
+    task = build_task(config.task, format_prompt=format_prompt, reward_fn=reward_fn)
+    sampler, eval_sampler = (
+        NativeSampler(policy, temperature=t, stop=config.rollouts.stop, max_rows=config.rollouts.max_rows)
+        for t in (config.rollouts.temperature, config.eval.temperature)
+    )
+    critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head")) if config.algorithm == "ppo" else None
+    learner = Learner(
+        policy,
+        policy.frozen_copy() if config.learner.kl.coefficient > 0 else None,
+        critic,
+        config.learner,
+        config.ppo,
+        temperature=config.rollouts.temperature,
+        total_updates=total_updates(config),
+    )
+    credit = build_credit(config, policy, sampler, task, critic)
+    return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
+
+
+def _stages(parts: Parts, run: RunDirectory, recipe: str, reporter: Reporter | None, start: int) -> Stages:
+    trackers = build_trackers(parts.config.run.report_to, run.path, run.config, start)
+    held = {f.name: getattr(parts, f.name) for f in fields(parts)}
+    return Stages(**held, recipe=recipe, run=run, trackers=trackers, reporter=reporter)
+
+
+def total_updates(config: Config) -> int:
+    """Updates of a whole run: where a linear decay ends."""
+    rollouts = config.rollouts.num_problems * config.rollouts.group_size
+    per_iteration = config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
+    updates = config.run.iterations * per_iteration
+    return min(updates, config.run.max_updates) if config.run.max_updates else updates
+
+
+def _sample(stages: Stages, problems: Any, iteration: int) -> list[RolloutGroup]:
+    return sample_groups(
+        problems,
+        stages.policy,
+        stages.sampler,
+        stages.task,
+        group_size=stages.config.rollouts.group_size,
+        max_new_tokens=stages.config.rollouts.max_new_tokens,
+        address=(stages.config.run.seed, iteration, "rollouts"),
+    )
+
+
+def _reason_to_stop(config: Config, progress: Progress, updates: int, stop: threading.Event) -> str:
+    """Why the loop ends here; empty to go on."""
+    run = config.run
+    if stop.is_set():
+        return "interrupted"
+    if progress.iteration >= run.iterations:
+        return "iterations"
+    if run.max_updates and updates >= run.max_updates:
+        return "updates"
+    if run.max_tokens and progress.rollout_tokens + progress.mc_tokens >= run.max_tokens:
+        return "tokens"
+    if run.max_seconds and progress.seconds_train >= run.max_seconds:
+        return "seconds"
+    return ""
+
+
+def _advance(
+    progress: Progress, groups: list[RolloutGroup], credit: Metrics, seconds: Mapping[str, float], epochs: int
+) -> Progress:
+    tokens = generated_tokens(groups)
+    return replace(
+        progress,
+        iteration=progress.iteration + 1,
+        rollout_tokens=progress.rollout_tokens + tokens,
+        mc_tokens=progress.mc_tokens + int(credit.get("tokens/mc", 0)),
+        trained_tokens=progress.trained_tokens + tokens * epochs,
+        seconds_train=progress.seconds_train + sum(seconds.values()),
+    )
+
+
+def _metrics_line(
+    progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    return {
+        **metrics,
+        "iteration": progress.iteration,
+        **_cumulative(progress),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(unbiased=False).item(),
+        "response/length_mean": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+        "response/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+
+
+def _cumulative(progress: Progress) -> dict[str, float]:
+    return {
+        "tokens/rollouts": progress.rollout_tokens,
+        "tokens/mc": progress.mc_tokens,
+        "tokens/generated": progress.rollout_tokens + progress.mc_tokens,
+        "tokens/trained": progress.trained_tokens,
+        "seconds/train": progress.seconds_train,
+    }
+
+
+def _measure(stages: Stages, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
+    return measure(
+        stages.policy,
+        stages.eval_sampler,
+        stages.task,
+        problem_range(stages.task, split, count),
+        num_samples=stages.config.eval.num_samples,
+        max_new_tokens=stages.config.rollouts.max_new_tokens,
+        address=(stages.config.run.seed, *address),
+    )
+
+
+def _evaluate(stages: Stages, progress: Progress) -> tuple[Progress, dict[str, float | None]]:
+    """Accuracy on the validation problems of the curve."""
+    began = time.perf_counter()
+    measured = _measure(stages, "validation", stages.config.eval.num_problems, ("eval", progress.iteration))
+    interval = measured.pass_at_1(stages.config.run.seed)
+    seconds = time.perf_counter() - began
+    progress = replace(
+        progress,
+        seconds_eval=progress.seconds_eval + seconds,
+        best_validation_accuracy=max(progress.best_validation_accuracy, interval.mean),
+    )
+    return progress, {
+        "eval/accuracy": interval.mean,
+        "eval/accuracy_low": interval.low,
+        "eval/accuracy_high": interval.high,
+        "seconds/eval": seconds,
+    }
+
+
+def _evaluate_before(stages: Stages, progress: Progress) -> Progress:
+    """Accuracy of the starting model, and the first point of the curve (iteration 0)."""
+    began = time.perf_counter()
+    settings = stages.config.eval
+    interval = _measure(stages, settings.split, settings.final_num_problems, ("before",)).pass_at_1(0)
+    progress = replace(progress, accuracy_before=interval.as_dict(), seconds_eval=time.perf_counter() - began)
+    line: dict[str, Any] = {"iteration": 0, "updates": 0, **_cumulative(progress)}
+    if settings.every:
+        progress, accuracy = _evaluate(stages, progress)
+        line.update(accuracy)
+    _log(stages, line)
+    _save(stages, progress)
+    return progress
+
+
+def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Event) -> dict[str, Any]:
+    """Last checkpoint, accuracy after training, the final model, and the summary."""
+    _save(stages, progress)
+    after: dict[str, float | None] | None = None
+    if reason != "interrupted":
+        began, settings = time.perf_counter(), stages.config.eval
+        after = _measure(stages, settings.split, settings.final_num_problems, ("after",)).pass_at_1(0).as_dict()
+        progress = replace(progress, seconds_eval=progress.seconds_eval + time.perf_counter() - began)
+        stages.policy.save(stages.run.final)
+    return {
+        "algorithm": stages.config.algorithm,
+        "seed": stages.config.run.seed,
+        "recipe": stages.recipe,
+        "finish_reason": reason,
+        "accuracy_before": progress.accuracy_before,
+        "accuracy_after": after,
+        "best_validation_accuracy": progress.best_validation_accuracy,
+        "updates": stages.learner.updates,
+        "iterations": progress.iteration,
+        "seconds": progress.seconds_train,
+        "seconds_eval": progress.seconds_eval,
+        "tokens": {
+            "rollouts": progress.rollout_tokens,
+            "mc": progress.mc_tokens,
+            "generated": progress.rollout_tokens + progress.mc_tokens,
+            "trained": progress.trained_tokens,
+        },
+        "final": "final" if reason != "interrupted" else None,
+    }
+
+
+def _log(stages: Stages, line: dict[str, Any]) -> None:
+    stages.run.append_metrics(line)
+    for tracker in stages.trackers:
+        tracker.log(line, line["iteration"])
+    if stages.reporter:
+        stages.reporter.iteration(line)
+
+
+def _save(stages: Stages, progress: Progress) -> None:
+    state = {
+        "learner": stages.learner.state_dict(),
+        "progress": asdict(progress),
+        "torch_rng": torch.get_rng_state(),
+    }
+    save_checkpoint(stages.run.checkpoints, progress.iteration, state, stages.config.run.keep_checkpoints)
+
+
+@contextmanager
+def _graceful_stop() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM asks the loop to finish its iteration; a second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

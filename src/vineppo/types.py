@@ -1,0 +1,150 @@
+"""The vocabulary: frozen facts that pass between the floors. Imports nothing of ours.
+
+Dimension letters used everywhere: P problems, G rollouts per group, S steps, K MC rollouts per state, T tokens of one
+sequence, B sequences in a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+Split = Literal["train", "validation", "test"]
+Metrics = dict[str, float]
+
+
+class UserError(ValueError):
+    """A mistake of the user's. The message is one line: what was wrong, where, what is allowed, how to mend it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task item: what the policy is asked and what the grader compares with."""
+
+    id: str
+    """Unique within the task, for example "train/17"; randomness is addressed by it."""
+    prompt: str
+    """The text the policy is given, already formatted."""
+    answer: str = ""
+    """The reference answer, as text."""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the data set, handed to reward functions by keyword."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Ask a sampler for `num_samples` completions of one token prefix."""
+
+    prompt_ids: tuple[int, ...]
+    num_samples: int
+    max_new_tokens: int
+    seed: int
+    """63-bit address of the randomness: sample j of this request depends on (seed, j) and on nothing else."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a sampler returns for one prefix."""
+
+    token_ids: tuple[int, ...]
+    """Sampled ids; the end-of-sequence id is included if and only if it was sampled."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each id under the distribution that was really sampled (temperature included), in nats."""
+    finish_reason: FinishReason
+
+
+class Sampler(Protocol):
+    """Token ids in, token ids out. Results depend on each request's seed only, not on order, batch or worker."""
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """One list of `num_samples` completions per request, in the order of the requests."""
+        ...
+
+    def load_weights(self, policy: Any) -> None:
+        """Take over the policy's current weights; drop whatever was cached for the old ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompt, response and reward: what we train on."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sampler_logprobs: tuple[float, ...]
+    """Of each response token, shape (T,)."""
+    finish_reason: FinishReason
+    text: str
+    """The response as text, special tokens removed."""
+    reward: float
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one problem."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True)
+class StepCredit:
+    """What a credit function found out about one rollout, for the record (Parquet, tables); not used in training."""
+
+    boundaries: tuple[int, ...]
+    """End of each step in response tokens, strictly increasing, the last one is T; shape (S,)."""
+    values: tuple[float, ...] = ()
+    """V of the state before each step, in reward units, shape (S,); empty where the algorithm has no step values."""
+    num_mc_rollouts: tuple[int, ...] = ()
+    """MC rollouts behind each value, shape (S,); 0 where the value was known without sampling."""
+    step_advantages: tuple[float, ...] = ()
+    """Shape (S,); empty where the algorithm has no step advantages."""
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One sequence with its credit, as equal-length per-token lists of shape (T,) over prompt + response.
+
+    The learner knows nothing else about an algorithm. Entries of prompt tokens are 0 (their `loss_mask` is 0).
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+    """1 for tokens that the policy sampled, 0 for the prompt."""
+    sampler_logprobs: tuple[float, ...]
+    advantages: tuple[float, ...]
+    returns: tuple[float, ...] | None = None
+    """Targets of the value network, aligned with the *state before* each token; None without one."""
+    values: tuple[float, ...] | None = None
+    """The value network's predictions when the credit was made (for value clipping); None without one."""
+    credit: StepCredit | None = None
+
+
+CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
+"""(groups, iteration) -> (one training sample per rollout in order, metrics): the one seam between algorithms and
+trainer."""
+
+RewardFn = Callable[..., Sequence[float | None]]
+"""fn(prompts, completions, **columns) -> one reward per completion; `answer` is always among the columns."""
+
+
+class Task(Protocol):
+    """Problems by address and the function that grades responses to them."""
+
+    def size(self, split: Split) -> int | None:
+        """Number of problems in a split; None when endless."""
+        ...
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """The problem at an address; the same address gives the same problem for ever."""
+        ...
+
+    def demonstration(self, split: Split, index: int) -> tuple[str, str]:
+        """(prompt, response) for supervised fine-tuning. Raises UserError where the task has none."""
+        ...
+
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+        """Reward of each response text to the problem beside it."""
+        ...

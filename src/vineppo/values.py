@@ -1,0 +1,112 @@
+"""The vines: Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
+
+A state is a token prefix of one problem's response. Go back to it, sample K fresh continuations with what is left of
+the response budget, grade prefix plus continuation: their mean reward is an unbiased value of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vineppo.seeds import derive_seed
+from vineppo.tasks.finished import grade_finished
+from vineppo.types import Problem, Sampler, SampleRequest, Task
+
+
+@dataclass(frozen=True)
+class State:
+    """A prefix of a response to a problem; equal token ids are one state."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """What makes two states the same: the problem that is graded and the tokens."""
+        return self.problem.id, self.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class Value:
+    """Estimate of a state's expected reward."""
+
+    mean: float
+    """In reward units."""
+    num_mc_rollouts: int
+    """Continuations behind it; 0 where the outcome is known without sampling."""
+
+
+@dataclass(frozen=True)
+class ValueCost:
+    """What a batch of values took."""
+
+    states: int
+    distinct_states: int
+    mc_rollouts: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """Everything needed to value states: bound once, then called per iteration.
+
+    Attributes:
+        sampler: of the current policy, at the temperature of the rollouts themselves.
+        task: grades the finished texts.
+        decode: token ids to text, special tokens removed.
+        num_mc_rollouts: K.
+        max_new_tokens: response budget; a continuation gets what the prefix left of it.
+        run_seed: part of every request's address.
+    """
+
+    sampler: Sampler
+    task: Task
+    decode: Callable[[Sequence[int]], str]
+    num_mc_rollouts: int
+    max_new_tokens: int
+    run_seed: int
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        """Value of each state, in order; equal states are sampled once.
+
+        A state that has used up its budget is a response cut off by the length limit: its value is 0, without sampling.
+        """
+        distinct = {state.key: state for state in states}
+        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
+        open_states = [state for key, state in distinct.items() if key not in known]
+        rewards, tokens = self._rewards(open_states, iteration)
+        K = self.num_mc_rollouts
+        for state, group in zip(open_states, rewards, strict=True):
+            known[state.key] = Value(sum(group) / K, K)
+        cost = ValueCost(len(states), len(distinct), K * len(open_states), tokens)
+        return [known[state.key] for state in states], cost
+
+    def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
+        """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
+        requests = [
+            SampleRequest(
+                prompt_ids=state.prompt_ids + state.response_ids,
+                num_samples=self.num_mc_rollouts,
+                max_new_tokens=self.max_new_tokens - len(state.response_ids),
+                # The prefix itself is the address: the order of states and the batch they come in cannot matter.
+                seed=derive_seed(self.run_seed, iteration, state.problem.id, "mc", _digest(state.response_ids)),
+            )
+            for state in states
+        ]
+        completions = self.sampler.sample(requests)
+        problems = [state.problem for state, group in zip(states, completions, strict=True) for _ in group]
+        texts = [
+            self.decode(state.response_ids + c.token_ids)
+            for state, group in zip(states, completions, strict=True)
+            for c in group
+        ]
+        finished = [c.finish_reason == "stop" for group in completions for c in group]
+        graded = iter(grade_finished(self.task, problems, texts, finished))
+        tokens = sum(len(c.token_ids) for group in completions for c in group)
+        return [[next(graded) for _ in group] for group in completions], tokens
+
+
+def _digest(token_ids: Sequence[int]) -> int:
+    return derive_seed(*token_ids)

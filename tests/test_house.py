@@ -1,0 +1,194 @@
+"""The house: imports only go down, functions stay short, what is public is explained, no file knows one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "vineppo"
+
+# The floors, lowest first. A name is a module of vineppo or a directory of modules. A module imports from floors below
+# its own and from its own directory; the door's modules may import each other as well.
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"types", "config", "seeds", "files"}),
+    frozenset({"advantages", "losses", "logits", "batch", "steps", "statistics", "records", "optim", "tasks"}),
+    frozenset({"policy", "sampling", "run", "checkpoint", "trackers", "tiny"}),
+    frozenset({"rollouts", "values", "learner", "plots"}),
+    frozenset({"credit", "evaluate", "analysis"}),
+    frozenset({"train", "sft"}),
+    frozenset({"cli", "compare", "settings", "report", "__main__", "__init__"}),
+)
+DOOR = FLOORS[-1]
+# The words and the seeds may be imported by their neighbours too; they themselves import nothing of ours.
+FOUNDATION = frozenset({"types", "seeds"})
+MAX_FUNCTION_LINES = 60
+
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def source_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def unit_of(path: Path) -> str:
+    """Name in the floor table: `losses` for losses.py, `credit` for credit/vine.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_units(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(line, unit) of every import of ours, inside functions too; `package` is that of the module, for relative ones.
+
+    `from vineppo import x` is the unit x where the table knows it, else the package's own door.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            dotted = [f"{module}.{alias.name}" for alias in node.names] if module == "vineppo" else [module]
+        else:
+            continue
+        for name in dotted:
+            parts = name.split(".")
+            if parts[0] != "vineppo":
+                continue
+            unit = parts[1] if len(parts) > 1 else "__init__"
+            known = unit in FLOOR_OF or (PACKAGE / unit).is_dir() or (PACKAGE / f"{unit}.py").is_file()
+            yield node.lineno, unit if known else "__init__"
+
+
+def refusal(importer: str, imported: str) -> str | None:
+    """Why `importer` may not import `imported`, or None where it may."""
+    for name in (importer, imported):
+        if name not in FLOOR_OF:
+            return f"{name} has no floor; give it one in FLOORS"
+    if importer == imported or (imported in FOUNDATION and importer not in FOUNDATION):
+        return None
+    if importer in DOOR and imported in DOOR:
+        return None
+    above, below = FLOOR_OF[importer], FLOOR_OF[imported]
+    if below < above:
+        return None
+    kind = "its neighbour" if below == above else "the higher floor"
+    return f"{importer} (floor {above}) imports {kind} {imported} (floor {below})"
+
+
+def test_imports_only_go_down() -> None:
+    offenders = []
+    for path in source_files():
+        package = ("vineppo", *path.relative_to(PACKAGE).parts[:-1])
+        for line, unit in imported_units(ast.parse(path.read_text()), package):
+            reason = refusal(unit_of(path), unit)
+            if reason:
+                offenders.append(f"{path.relative_to(ROOT)}:{line}: {reason}")
+    assert not offenders, "imports that do not go down:\n" + "\n".join(offenders)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("train", "credit", True),
+        ("credit", "train", False),
+        ("learner", "rollouts", False),
+        ("credit", "credit", True),
+        ("cli", "compare", True),
+        ("losses", "seeds", True),
+        ("config", "types", True),
+        ("types", "config", False),
+        ("types", "seeds", False),
+        ("credit", "__init__", False),
+        ("losses", "unheard_of", False),
+    ],
+)
+def test_the_import_rule_itself(importer: str, imported: str, allowed: bool) -> None:
+    assert (refusal(importer, imported) is None) is allowed
+
+
+def test_every_form_of_import_is_seen() -> None:
+    source = """
+import vineppo
+import vineppo.losses as losses
+from vineppo.credit.vine import vine
+from vineppo import policy, version
+from . import group
+from ..values import estimate
+def inner():
+    from vineppo.train import train
+import numpy
+"""
+    found = [unit for _, unit in imported_units(ast.parse(source), ("vineppo", "credit"))]
+    assert sorted(found) == ["__init__", "__init__", "credit", "credit", "losses", "policy", "train", "values"]
+
+
+def functions(tree: ast.AST) -> Iterator[FunctionNode]:
+    return (node for node in ast.walk(tree) if isinstance(node, FunctionNode))
+
+
+def test_functions_stay_short() -> None:
+    offenders = []
+    for path in source_files():
+        for node in functions(ast.parse(path.read_text())):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                offenders.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines")
+    assert not offenders, f"functions of more than {MAX_FUNCTION_LINES} lines:\n" + "\n".join(offenders)
+
+
+def public_without_docstring(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[int, str]]:
+    """(line, name) of public functions, classes and methods that nothing explains; functions in functions are local."""
+    for node in body:
+        if not isinstance(node, ast.ClassDef | FunctionNode) or node.name.startswith("_"):
+            continue
+        if ast.get_docstring(node) is None:
+            yield node.lineno, prefix + node.name
+        if isinstance(node, ast.ClassDef):
+            yield from public_without_docstring(node.body, f"{prefix}{node.name}.")
+
+
+def test_public_names_are_explained() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in source_files()
+        for line, name in public_without_docstring(ast.parse(path.read_text()).body)
+    ]
+    assert not offenders, "public functions and classes without a docstring:\n" + "\n".join(offenders)
+
+
+# Put together from pieces, so that this file does not find itself.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~/-])/(?:" + "|".join(["ho" + "me", "ro" + "ot", "wo" + "rk", "Us" + "ers"]) + r")/\w"
+)
+TEXT_SUFFIXES = {".py", ".md", ".yaml", ".yml", ".json", ".toml", ".txt", ".csv", ".cfg"}
+TEXT_NAMES = {"Makefile", "run", ".gitignore"}
+
+
+def text_files() -> Iterator[Path]:
+    """Every text file of the project: those of its folders, and those beside them."""
+    folders = [ROOT / name for name in ("src", "tests", "docs", "dev", ".ci")]
+    inside = (path for folder in folders for path in folder.rglob("*"))
+    for path in sorted([*inside, *ROOT.iterdir()]):
+        if path.is_file() and (path.suffix in TEXT_SUFFIXES or path.name in TEXT_NAMES):
+            yield path
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+        for path in text_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert not offenders, "absolute paths of one machine:\n" + "\n".join(offenders)
+
+
+def test_the_path_rule_itself() -> None:
+    assert MACHINE_PATH.search('out = "' + "/ho" + 'me/someone/runs"')
+    assert MACHINE_PATH.search("/wo" + "rk/main")
+    assert not MACHINE_PATH.search("see docs" + "/ho" + "me/page and ~/wo" + "rk/x")

@@ -1,0 +1,152 @@
+"""Intervals and estimators against hand-computed, tabulated and enumerated numbers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from vineppo.statistics import (
+    Interval,
+    bootstrap_mean,
+    interval_over_seeds,
+    pass_at_k,
+    student_t_quantile,
+    wilson,
+)
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "tabulated"),
+    [
+        (0.975, 1, 12.706205),
+        (0.975, 2, 4.302653),
+        (0.975, 4, 2.776445),
+        (0.975, 9, 2.262157),
+        (0.975, 30, 2.042272),
+        (0.975, 1000, 1.962339),
+        (0.95, 4, 2.131847),
+        (0.995, 7, 3.499483),
+        (0.75, 1, 1.0),
+        (0.9995, 1, 636.619249),
+    ],
+)
+def test_t_quantiles_agree_with_the_table(probability: float, degrees: int, tabulated: float) -> None:
+    assert student_t_quantile(probability, degrees) == pytest.approx(tabulated, abs=5e-7 * max(1, tabulated))
+    assert student_t_quantile(1 - probability, degrees) == pytest.approx(-tabulated, abs=5e-6 * max(1, tabulated))
+
+
+def test_t_quantile_of_one_half_is_zero() -> None:
+    assert student_t_quantile(0.5, 4) == pytest.approx(0, abs=1e-9)
+
+
+def test_interval_over_seeds_by_hand() -> None:
+    interval = interval_over_seeds([0.6, 0.7, 0.8])  # sd 0.1, t_{0.975,2} = 4.302653, half = 0.430265 / sqrt(3)
+    assert interval.mean == pytest.approx(0.7)
+    assert interval.high - 0.7 == pytest.approx(0.248414, abs=1e-6)
+    assert 0.7 - interval.low == pytest.approx(0.248414, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [[0.4], [0.4, 0.4, 0.4]])
+def test_seeds_that_show_no_spread_have_no_bounds(values: list[float]) -> None:
+    interval = interval_over_seeds(values)
+    assert math.isnan(interval.low) and math.isnan(interval.high)
+    assert json.loads(json.dumps(interval.as_dict())) == {"mean": pytest.approx(0.4), "low": None, "high": None}
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        (0, 10, 0.0, 0.277533),  # z^2 / (n + z^2) with z^2 = 3.841459
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (1, 1, 0.206549, 1.0),
+        (15, 148, 0.062386, 0.160448),  # Newcombe 1998, table I: .0624 to .1605
+        (81, 263, 0.255259, 0.366179),  # Newcombe 1998, table I: .2553 to .3662
+    ],
+)
+def test_wilson_intervals_agree_with_known_values(successes: int, trials: int, low: float, high: float) -> None:
+    interval = wilson(successes, trials, 0.95)
+    assert interval.mean == successes / trials
+    assert interval.low == pytest.approx(low, abs=1e-4)
+    assert interval.high == pytest.approx(high, abs=1e-4)
+
+
+def test_wilson_refuses_the_impossible() -> None:
+    with pytest.raises(ValueError, match="0 <= successes <= trials"):
+        wilson(3, 2)
+    with pytest.raises(ValueError, match="trials"):
+        wilson(0, 0)
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(0.0, (0.0, 0.161125)), (1.0, (0.838875, 1.0))])
+def test_bootstrap_of_agreeing_problems_is_not_of_width_zero(value: float, bounds: tuple[float, float]) -> None:
+    interval = bootstrap_mean([value] * 20, seed=0)  # z^2 / (20 + z^2) = 0.161125
+    assert interval.mean == value
+    assert (interval.low, interval.high) == pytest.approx(bounds, abs=1e-6)
+
+
+def test_bootstrap_of_equal_values_elsewhere() -> None:
+    inside = bootstrap_mean([0.5] * 10, seed=0)
+    assert (inside.low, inside.high) == pytest.approx((0.236593, 0.763407), abs=1e-6)
+    outside = bootstrap_mean([2.5] * 10, seed=0)
+    assert outside.mean == 2.5 and math.isnan(outside.low) and math.isnan(outside.high)
+
+
+def test_bootstrap_matches_the_normal_interval_of_a_large_sample() -> None:
+    values = np.repeat([0.0, 1.0], [700, 300])  # standard error sqrt(.3 * .7 / 1000) = 0.014491
+    interval = bootstrap_mean(values, seed=3, num_resamples=4000)
+    assert interval.mean == pytest.approx(0.3)
+    assert interval.low == pytest.approx(0.3 - 1.96 * 0.014491, abs=0.002)
+    assert interval.high == pytest.approx(0.3 + 1.96 * 0.014491, abs=0.002)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        interval = bootstrap_mean((generator.random(80) < 0.4).astype(float), seed=trial, num_resamples=400)
+        hits += interval.low <= 0.4 <= interval.high
+    assert 0.91 <= hits / 300 <= 0.98
+
+
+def test_bootstrap_depends_on_the_seed_only() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0, 0.5]
+    assert bootstrap_mean(values, seed=7) == bootstrap_mean(np.array(values), seed=7)
+    wide, narrow = bootstrap_mean(values, seed=7, level=0.99), bootstrap_mean(values, seed=7, level=0.5)
+    assert wide.low < narrow.low < wide.mean < narrow.high < wide.high
+
+
+@pytest.mark.parametrize("values", [[], [0.0, math.nan]])
+def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="bootstrap needs"):
+        bootstrap_mean(values, seed=0)
+
+
+def test_pass_at_k_equals_enumeration() -> None:
+    """Trap 15: pass@k is an estimate over subsets, and pass@1 is the plain mean."""
+    for num_samples, num_correct in itertools.product(range(1, 8), range(8)):
+        if num_correct > num_samples:
+            continue
+        outcomes = [1] * num_correct + [0] * (num_samples - num_correct)
+        for k in range(1, num_samples + 1):
+            subsets = list(itertools.combinations(outcomes, k))
+            share = sum(any(subset) for subset in subsets) / len(subsets)
+            assert pass_at_k(num_samples, num_correct, k) == pytest.approx(share, abs=1e-12)
+        assert pass_at_k(num_samples, num_correct, 1) == pytest.approx(num_correct / num_samples)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
+    assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
+
+
+def test_pass_at_k_refuses_more_than_was_sampled() -> None:
+    with pytest.raises(ValueError, match="pass@5"):
+        pass_at_k(4, 2, 5)
+
+
+def test_interval_is_plain_json() -> None:
+    assert Interval(0.5, 0.25, 0.75).as_dict() == {"mean": 0.5, "low": 0.25, "high": 0.75}
