@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +52,8 @@ class Command:
 
     purpose: str
     """One line, for the overview and the top of its help."""
+    takes: str
+    """Name of what may stand without dashes; empty: nothing."""
     usage: str
     """What follows the command's name."""
     options: Callable[[argparse.ArgumentParser], None]
@@ -170,9 +174,8 @@ def _parse(parser: _Parser, command: Command, argv: list[str]) -> Request:
             key = word.split("=", 1)[0].lstrip("-")
             hint = suggestion(cls, key, others=names, prefix="--") if cls else did_you_mean(key, names, "--")
             raise UserError(f"unknown option {word.split('=', 1)[0]}; {hint or f'see `{parser.prog} --help`'}")
-    allowed = 1 if command.usage and not command.usage.startswith("[--") else 0
-    if len(left) > allowed:
-        raise UserError(f"too many arguments: {' '.join(left)}; usage: {parser.usage}")
+    if len(left) > bool(command.takes):
+        raise UserError(f"{left[-1]} is one argument too many; usage: {parser.usage}")
     values = vars(given)
     keys = settings_of(cls) if cls else {}
     return Request(
@@ -254,8 +257,17 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe_note(parser: argparse.ArgumentParser, title: str, prefix: str, wanted: bool) -> None:
     names = [name for name in recipe_names() if name.startswith(prefix) is wanted]
-    text = f"Path of a YAML file, or one of: {', '.join(names)}. Defaults below are those of a setting that neither"
-    parser.add_argument_group(title, f"{text} the recipe nor the command line gives.")
+    _add_note(
+        parser,
+        title,
+        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither the "
+        "recipe nor the command line gives. Lists are written a,b or [a, b].",
+    )
+
+
+def _add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:
+    width = max(40, min(shutil.get_terminal_size().columns, 120) - 4)
+    parser.add_argument_group(title, textwrap.fill(text, width))
 
 
 def _train(request: Request) -> int:
@@ -419,11 +431,14 @@ def _eval(request: Request) -> int:
     target = request.options["json"] and Path(request.options["json"])
     if target and (target.is_dir() or not target.absolute().parent.is_dir()):
         raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
-    cls, path = _eval_spec(), Path(request.positional)
-    layers = [(request.overrides, COMMAND_LINE), ({"model.path": request.positional}, COMMAND_LINE)]
-    if (path / "metrics.jsonl").exists():
-        layers = [_evaluation_of(path), layers[0], ({"model.path": str(path / "final")}, COMMAND_LINE)]
-    spec = config_from_layers(cls, layers)
+    if "model.path" in request.overrides:
+        raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
+    run_dir, model = _run_of(Path(request.positional)), request.positional
+    layers: list[tuple[Mapping[str, Any], str]] = [(request.overrides, COMMAND_LINE)]
+    if run_dir:
+        layers.insert(0, _evaluation_of(run_dir))
+        model = str(run_dir / "final")
+    spec: Any = config_from_layers(_eval_spec(), [*layers, ({"model.path": model}, COMMAND_LINE)])
     from vineppo.evaluate import evaluate_model
 
     result = evaluate_model(spec)
@@ -437,6 +452,12 @@ def _eval(request: Request) -> int:
             raise UserError(f"--json {target} cannot be written ({error.strerror})") from None
         print(f"written to {target}")
     return 0
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run that a MODEL belongs to: it is the run's directory, or the model inside."""
+    inside = path.parent if path.name == "final" else path
+    return inside if (inside / "config.yaml").is_file() else None
 
 
 def _evaluation_of(run_dir: Path) -> tuple[dict[str, Any], str]:
@@ -552,6 +573,7 @@ def _devices() -> str:
 COMMANDS: dict[str, Command] = {
     "train": Command(
         purpose="Train a language model by reinforcement learning; settings come from a recipe and from options.",
+        takes="RECIPE",
         usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
         options=_train_options,
         run=_train,
@@ -568,6 +590,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sft": Command(
         purpose="Fine-tune a model on demonstrations: a task's own, or the columns of a JSON-lines file.",
+        takes="RECIPE",
         usage="[RECIPE] [--KEY VALUE ...]",
         options=_sft_options,
         run=_sft,
@@ -582,6 +605,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "eval": Command(
         purpose="Measure a model: greedy, pass@1 as a mean over samples, and pass@k, with 95% bootstrap intervals.",
+        takes="MODEL",
         usage="MODEL [--KEY VALUE ...]",
         options=_eval_options,
         run=_eval,
@@ -594,6 +618,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         purpose="Train several algorithms with several seeds on the same problems and budget; table, CSV, JSON, plots.",
+        takes="RECIPE",
         usage="RECIPE --out DIR [--KEY VALUE ...]",
         options=_compare_options,
         run=_compare,
@@ -611,6 +636,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command(
         purpose="Five minutes on two cores: VinePPO on the embedded model and task, then a short report.",
+        takes="",
         usage="[--KEY VALUE ...]",
         options=_demo_options,
         run=_demo,
@@ -622,6 +648,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         purpose="Print the versions and the machine that figures depend on; put it into a bug report.",
+        takes="",
         usage="",
         options=_no_options,
         run=_doctor,

@@ -69,8 +69,8 @@ def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_l
     """
     if prompt_tokens + max_new_tokens > max_length:
         raise UserError(
-            f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} that "
-            f"is more than the model's context of {max_length}; lower rollouts.max_new_tokens or shorten the prompts"
+            f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} "
+            f"that is more than the model's context of {max_length}; lower rollouts.max_new_tokens or shorten the prompts"
         )
 
 

@@ -63,7 +63,7 @@ class Section:
 
     key: str
     doc: str
-    """The first line of its docstring."""
+    """The first line of its docstring, without the full stop."""
 
 
 @cache
@@ -79,7 +79,7 @@ def sections_of(cls: type) -> dict[str, Section]:
 
 
 def _walk(cls: Any, prefix: str) -> Iterable[Setting | Section]:
-    yield Section(prefix.rstrip("."), (inspect.getdoc(cls) or "").splitlines()[0])
+    yield Section(prefix.rstrip("."), (inspect.getdoc(cls) or "").partition("\n")[0].rstrip("."))
     types, docs = typing.get_type_hints(cls), _field_docs(cls.__module__).get(cls.__name__, {})
     for field in dataclasses.fields(cls):
         kind, key = types[field.name], prefix + field.name
@@ -341,7 +341,8 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 def diff_configs(a: Any, b: Any) -> list[str]:
     """What differs between two configs of the same class, a line each: `learner.lr: 0.0001 -> 0.0002`."""
-    return [f"{key}: {_at(a, key)} -> {_at(b, key)}" for key in settings_of(type(a)) if _at(a, key) != _at(b, key)]
+    cls: type = type(a)
+    return [f"{key}: {_at(a, key)} -> {_at(b, key)}" for key in settings_of(cls) if _at(a, key) != _at(b, key)]
 
 
 def _at(config: Any, key: str) -> Any:
@@ -391,10 +392,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Refuse repeated keys; merge keys (`<<`) may be overridden."""
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for (key, _), name in zip(node.value, [key.value for key, _ in node.value], strict=True):
-            if isinstance(name, str) and keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name} stands twice", key.start_mark)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
 
 

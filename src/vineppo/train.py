@@ -158,7 +158,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         seconds = timer.pop()
         progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
         line = _metrics_line(progress, groups, {**credit_metrics, **metrics}, seconds)
-        is_last = bool(_reason_to_stop(config, progress, stages.learner.updates, stop))
+        is_last = _reason_to_stop(config, progress, stages.learner.updates, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
             progress, accuracy = _evaluate(stages, progress)
             line.update(accuracy)
@@ -389,4 +389,3 @@ def _graceful_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -133,10 +133,8 @@ class _Wave:
     def run(self) -> list[tuple[_Row, Completion]]:
         """Decode until every row has finished."""
         decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
-        position = 0
-        for logits, alive in decode():
+        for position, (logits, alive) in enumerate(decode()):
             self._take(logits, alive, position)
-            position += 1
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
     def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
