@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from vineppo.config import Config, SFTConfig
+from vineppo.config import Config, EvalSpec, SFTConfig
 from vineppo.report import ConsoleReporter, duration, interval_text
 from vineppo.settings import (
     COMMAND_LINE,
@@ -62,8 +63,8 @@ class Command:
     """Does it; returns the exit code."""
     examples: tuple[tuple[str, str], ...]
     """(what it does, command line)."""
-    config: Callable[[], type | None] = lambda: None
-    """The config dataclass whose dotted keys are options; a function, because one of them is slow to import."""
+    config: type | None = None
+    """The config dataclass whose dotted keys are options."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
         return 141
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.filename} is too long for the name of a file", file=sys.stderr)
+        return 2
     return code
 
 
@@ -106,7 +112,7 @@ def _dispatch(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
         what = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, COMMANDS)
+        hint = did_you_mean(name, ["--help", "--version"] if name.startswith("-") else COMMANDS)
         raise UserError(f"unknown {what} {name}; {hint + ' ' if hint else ''}commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     parser = _parser(name, command)
@@ -167,7 +173,7 @@ def _parser(name: str, command: Command) -> _Parser:
 def _parse(parser: _Parser, command: Command, argv: list[str]) -> Request:
     # What is left over is unknown options and the positional; argparse's own positionals must not stand after options.
     given, left = parser.parse_known_args(_join_negative_numbers(argv))
-    cls = command.config()
+    cls = command.config
     names = [option.lstrip("-") for option in parser._option_string_actions]
     for word in left:
         if word.startswith("-") and word != "-":
@@ -260,8 +266,8 @@ def _add_recipe_note(parser: argparse.ArgumentParser, title: str, prefix: str, w
     _add_note(
         parser,
         title,
-        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither the "
-        "recipe nor the command line gives. Lists are written a,b or [a, b].",
+        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither "
+        "the recipe nor the command line gives. Lists are written a,b or [a, b].",
     )
 
 
@@ -410,26 +416,22 @@ def _plain(name: str, value: Any) -> str:
 # --- eval -------------------------------------------------------------------------------------------------------------
 
 
-def _eval_spec() -> type:
-    from vineppo.evaluate import EvalSpec
-
-    return EvalSpec
-
-
 def _eval_options(parser: argparse.ArgumentParser) -> None:
-    text = "A model directory, a hub id, embedded:judgement, embedded:habit, or a run's directory: then its final"
-    parser.add_argument_group(
-        "MODEL", f"{text} model is measured, with the run's task, response budget and stop strings."
+    _add_note(
+        parser,
+        "MODEL",
+        "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory, whose final model is "
+        "measured with the run's own task, response budget and stop strings. Greedy decoding is always measured too.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    _add_settings(parser, _eval_spec(), hidden=("model.path",))
+    _add_settings(parser, EvalSpec, hidden=("model.path",))
 
 
 def _eval(request: Request) -> int:
     if request.positional is None:
         raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement or a run's directory")
     target = request.options["json"] and Path(request.options["json"])
-    if target and (target.is_dir() or not target.absolute().parent.is_dir()):
+    if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
         raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
     if "model.path" in request.overrides:
         raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
@@ -438,7 +440,7 @@ def _eval(request: Request) -> int:
     if run_dir:
         layers.insert(0, _evaluation_of(run_dir))
         model = str(run_dir / "final")
-    spec: Any = config_from_layers(_eval_spec(), [*layers, ({"model.path": model}, COMMAND_LINE)])
+    spec: Any = config_from_layers(EvalSpec, [*layers, ({"model.path": model}, COMMAND_LINE)])
     from vineppo.evaluate import evaluate_model
 
     result = evaluate_model(spec)
@@ -457,7 +459,7 @@ def _eval(request: Request) -> int:
 def _run_of(path: Path) -> Path | None:
     """The run that a MODEL belongs to: it is the run's directory, or the model inside."""
     inside = path.parent if path.name == "final" else path
-    return inside if (inside / "config.yaml").is_file() else None
+    return inside if os.path.isfile(inside / "config.yaml") else None
 
 
 def _evaluation_of(run_dir: Path) -> tuple[dict[str, Any], str]:
@@ -577,7 +579,7 @@ COMMANDS: dict[str, Command] = {
         usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
         options=_train_options,
         run=_train,
-        config=lambda: Config,
+        config=Config,
         examples=(
             ("VinePPO on the embedded default", "vineppo train"),
             ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
@@ -594,7 +596,7 @@ COMMANDS: dict[str, Command] = {
         usage="[RECIPE] [--KEY VALUE ...]",
         options=_sft_options,
         run=_sft,
-        config=lambda: SFTConfig,
+        config=SFTConfig,
         examples=(
             ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
             (
@@ -609,7 +611,7 @@ COMMANDS: dict[str, Command] = {
         usage="MODEL [--KEY VALUE ...]",
         options=_eval_options,
         run=_eval,
-        config=_eval_spec,
+        config=EvalSpec,
         examples=(
             ("the embedded model on its task", "vineppo eval embedded:judgement"),
             ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
@@ -622,7 +624,7 @@ COMMANDS: dict[str, Command] = {
         usage="RECIPE --out DIR [--KEY VALUE ...]",
         options=_compare_options,
         run=_compare,
-        config=lambda: Config,
+        config=Config,
         examples=(
             (
                 "five seeds of four algorithms, 96 updates each",
@@ -640,7 +642,7 @@ COMMANDS: dict[str, Command] = {
         usage="[--KEY VALUE ...]",
         options=_demo_options,
         run=_demo,
-        config=lambda: Config,
+        config=Config,
         examples=(
             ("into runs/demo, or the next free name", "vineppo demo"),
             ("another algorithm on the same problems", "vineppo demo --algorithm grpo"),

@@ -145,7 +145,7 @@ def _require(condition: bool, message: str) -> None:
 def _recipe_digest(recipe: str) -> str | None:
     """Hash of the recipe's text, so that a recipe edited half-way is noticed; None where there is no such file."""
     packaged = Path(__file__).parent / "recipes" / f"{recipe}.yaml"
-    for path in (Path(recipe), packaged):
+    for path in (packaged, Path(recipe)):
         if path.is_file():
             return hashlib.sha256(path.read_bytes()).hexdigest()
     return None

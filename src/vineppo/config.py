@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vineppo.types import UserError
+from vineppo.types import Split, UserError
 
 Algorithm = Literal["vineppo", "ppo", "grpo", "rloo", "reinforce"]
 ALGORITHMS: tuple[Algorithm, ...] = ("vineppo", "ppo", "grpo", "rloo", "reinforce")
@@ -22,7 +22,8 @@ def _require(condition: bool, message: str) -> None:
 
 def _at_least(section: str, minimum: float, **values: float) -> None:
     for name, value in values.items():
-        _require(value >= minimum, f"{section}.{name} is {value}; it must be at least {minimum}")
+        key = f"{section}.{name}" if section else name
+        _require(value >= minimum, f"{key} is {value}; it must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TaskConfig:
     level: Literal["judgement", "habit"] = "judgement"
     """chain: `judgement` (the reliable way to write a step depends on that step) or `habit` (one way is reliable
     everywhere)."""
-    num_steps: int = 10
+    num_steps: int = 12
     """chain: number of reasoning steps of each problem; its difficulty."""
     train_path: str = ""
     """jsonl: file with training problems, one JSON object a line."""
@@ -69,7 +70,7 @@ class TaskConfig:
     """jsonl: wrap the prompt as a user's message in the tokenizer's chat template."""
     grader: str = "exact"
     """jsonl: `exact` (the whole response equals the answer, outer white space aside), `hash` (number after the last
-    `####` on both sides), or `module:function` with the signature fn(prompts, completions, **columns) -> list[float]."""
+    `####` on both sides), or `module:function`, a function fn(prompts, completions, **columns) -> list[float]."""
 
     def __post_init__(self) -> None:
         _at_least("task", 1, num_steps=self.num_steps)
@@ -93,7 +94,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature of rollouts and MC rollouts, and of the log-probabilities that are trained. There is no
     top_p or top_k in training: the trained distribution would then not be the sampled one."""
-    max_new_tokens: int = 160
+    max_new_tokens: int = 120
     """Response budget in tokens. A response that reaches it has reward 0 and no end-of-sequence token."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, beside the end-of-sequence token; the string stays in the response."""
@@ -179,7 +180,7 @@ class KLConfig:
         _require(self.clamp > 0, f"learner.kl.clamp is {self.clamp}; it must be above 0")
         _require(
             not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0),
-            "learner.kl.estimator k1 in the loss has an expected gradient of 0; use k2 or k3, or learner.kl.place reward",
+            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; use k2, k3 or learner.kl.place reward",
         )
 
 
@@ -323,7 +324,7 @@ class SFTConfig:
     """Supervised fine-tuning on a task's demonstrations or on prompt and answer columns."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model to start from; `model.path` may be `new:tiny` for a fresh tiny Llama with the chain task's tokenizer."""
+    """The model to start from; `model.path` may be `new:tiny`, a fresh tiny Llama with the chain task's tokenizer."""
     task: TaskConfig = field(default_factory=TaskConfig)
     out: str = ""
     """Directory the trained model is saved to; it must not exist yet."""
@@ -343,13 +344,43 @@ class SFTConfig:
     """Longer demonstrations are left out, and counted."""
     seed: int = 0
     """Seed of the weights (for `new:`) and of the order of demonstrations."""
-    eval_problems: int = 0
-    """Validation problems on which the finished model's pass@1 is measured (0: none)."""
-    eval_max_new_tokens: int = 160
-    """Response budget of that measurement."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.out), "out is empty; name the directory that the trained model is saved to")
-        _at_least("sft", 1, updates=self.updates, batch_size=self.batch_size, max_length=self.max_length)
+        _require(bool(self.out), "out is empty; name the directory that the trained model is saved to (--out DIR)")
+        _at_least("", 1, updates=self.updates, batch_size=self.batch_size, max_length=self.max_length)
         _require(self.lr > 0, f"lr is {self.lr}; it must be above 0")
-        _at_least("sft", 0, seed=self.seed, eval_problems=self.eval_problems, warmup_fraction=self.warmup_fraction)
+        _at_least("", 0, seed=self.seed, warmup_fraction=self.warmup_fraction)
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """What `vineppo eval` measures: pass@1 as a mean over samples, pass@k, and greedy beside them."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    split: Split = "test"
+    """Problems of `train`, `validation` or `test`."""
+    num_problems: int = 256
+    """Problems, the first ones of the split; fewer where it has fewer."""
+    num_samples: int = 4
+    """Responses per problem."""
+    temperature: float = 1.0
+    """Sampling temperature of pass@1 and pass@k."""
+    max_new_tokens: int = 160
+    """Response budget in tokens; a response that reaches it counts as wrong."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, beside the end-of-sequence token."""
+    k: tuple[int, ...] = (1, 4)
+    """The k of pass@k; each at most num_samples."""
+    seed: int = 0
+    """Address of the randomness of sampling and of the intervals."""
+
+    def __post_init__(self) -> None:
+        _at_least("", 1, num_problems=self.num_problems, num_samples=self.num_samples)
+        _at_least("", 1, max_new_tokens=self.max_new_tokens)
+        _require(
+            self.temperature > 0,
+            f"temperature is {self.temperature}; it must be above 0 (greedy is always measured beside it)",
+        )
+        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
+        _require(not wrong, f"k is {wrong[:1]}; pass@k needs 1 <= k <= num_samples, which is {self.num_samples}")

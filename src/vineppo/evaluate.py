@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vineppo.config import ModelConfig, TaskConfig
+from vineppo.config import EvalSpec
 from vineppo.policy import Policy
 from vineppo.rollouts import generated_tokens, problem_range, sample_groups
 from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
-from vineppo.types import Problem, Sampler, Split, Task, UserError
+from vineppo.types import Problem, Sampler, Task
 
 
 @dataclass(frozen=True)
@@ -65,32 +65,6 @@ def measure(
         tokens=generated_tokens(groups),
         truncated_share=float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
     )
-
-
-@dataclass(frozen=True)
-class EvalSpec:
-    """What `vineppo eval` measures."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    split: Split = "test"
-    num_problems: int = 256
-    num_samples: int = 4
-    temperature: float = 1.0
-    max_new_tokens: int = 160
-    stop: tuple[str, ...] = ()
-    k: tuple[int, ...] = (1,)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_problems", "num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; it must be above 0 (greedy is measured beside it)")
-        wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
-        if wrong:
-            raise UserError(f"k is {wrong[0]}; pass@k needs 1 <= k <= num_samples, which is {self.num_samples}")
 
 
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:

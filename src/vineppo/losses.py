@@ -1,5 +1,5 @@
-"""Losses as pure functions of tensors. Each returns a *sum* over tokens; the caller divides by the global count, so that
-micro-batches and workers cannot change the result.
+"""Losses as pure functions of tensors. Each returns a *sum* over tokens; the caller divides by the global count, so
+that micro-batches and workers cannot change the result.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ConsoleReporter:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         columns = (
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -46,13 +46,16 @@ class ConsoleReporter:
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show one line of metrics.jsonl."""
-        line = progress_line(metrics, self._config.run.iterations)
+        iterations = self._config.run.iterations
+        line = progress_line(metrics, iterations)
         if self._bar is None:
             _say(line)
             return
         if metrics.get("eval/accuracy") is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self._bar.update(self._row, completed=share_done(metrics, self._config), description=line)
+        moving = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
+        short = progress_line(moving, iterations) if metrics.get("iteration") else "first iteration"
+        self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Close the live line and print the report."""
@@ -104,7 +107,8 @@ def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
         parts.append(f"reward {metrics['reward/mean']:.3f}")
     if number:
         parts.append(f"tokens {short_number(metrics.get('tokens/generated', 0))}")
-        parts.append(f"{metrics.get('seconds/train', 0):.0f} s")
+    if number and "seconds/train" in metrics:
+        parts.append(f"{metrics['seconds/train']:.0f} s")
     if metrics.get("eval/accuracy") is not None:
         bounds = {name: metrics.get(f"eval/accuracy_{name}") for name in ("low", "high")}
         parts.append(f"accuracy {interval_text({'mean': metrics['eval/accuracy'], **bounds})}")

@@ -34,8 +34,8 @@ def sample_groups(
     """G graded rollouts of each problem.
 
     Args:
-        address: what the randomness is for, for example (run seed, iteration, "rollouts"); the problem's id and how often
-            it came before are added.
+        address: what the randomness is for, for example (run seed, iteration, "rollouts"); the problem's id and how
+            often it came before are added.
     Raises:
         UserError: when a prompt and the response budget do not fit into the model's context.
     """
@@ -70,7 +70,7 @@ def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_l
     if prompt_tokens + max_new_tokens > max_length:
         raise UserError(
             f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} "
-            f"that is more than the model's context of {max_length}; lower rollouts.max_new_tokens or shorten the prompts"
+            f"that is more than the model's context of {max_length}; lower it or shorten the prompts"
         )
 
 

@@ -22,6 +22,7 @@ import difflib
 import importlib.resources
 import inspect
 import math
+import os
 import re
 import sys
 import typing
@@ -116,7 +117,10 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     head, _, last = name.rpartition(".")
     initials = "".join(word[:1] for word in re.split(r"[_-]+", last))
     spellings = [name, *([f"{head}.{initials}" if head else initials] if len(initials) > 1 else [])]
-    scores = {key: max(_likeness(spelling, key) for spelling in spellings) for key in known}
+    scores = {
+        key: max(0.9 * (_likeness(last, key) == 1), *(_likeness(spelling, key) for spelling in spellings))
+        for key in known
+    }
     best = max(scores.values(), default=0.0)
     return [key for key, score in scores.items() if score >= max(best - 1e-9, 0.6)][:limit]
 
@@ -370,8 +374,8 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
     if name in names:
         text = (importlib.resources.files("vineppo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         return _parse_recipe(text, name)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "is neither a recipe of the package nor a file"
+    if not os.path.isfile(path):  # which, unlike Path's, never raises, whatever the text
+        what = "is a directory" if os.path.isdir(path) else "is neither a recipe of the package nor a file"
         hint = did_you_mean(name, names)
         raise UserError(f"recipe {name!r} {what}; {hint + ' ' if hint else ''}recipes: {', '.join(names)}")
     try:

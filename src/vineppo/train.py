@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -26,7 +27,7 @@ from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.trackers import Tracker, build_trackers, require_trackers
-from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task
+from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task, UserError
 
 
 class Reporter(Protocol):
@@ -46,6 +47,7 @@ class Reporter(Protocol):
 class Progress:
     """Where a run stands; with the learner's state, all that a resumed run needs, since randomness is by address."""
 
+    recipe: str = ""
     iteration: int = 0
     rollout_tokens: int = 0
     mc_tokens: int = 0
@@ -73,7 +75,6 @@ class Parts:
 class Stages(Parts):
     """A training with the place it writes to and those it tells."""
 
-    recipe: str
     run: RunDirectory
     trackers: list[Tracker]
     reporter: Reporter | None
@@ -85,6 +86,7 @@ def train(
     """Train a model as `config` says, in a new run directory.
 
     Args:
+        config: everything; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`.
         recipe: name of the recipe, for the record.
         reward_fn: grades responses instead of the task's grader, fn(prompts, completions, **columns) -> list[float].
         reporter: told about every iteration.
@@ -94,25 +96,25 @@ def train(
         UserError: for everything the user can mend; nothing is lost.
     """
     require_trackers(config.run.report_to)
+    if not config.run.dir:
+        name = f"{recipe or config.task.name}-{config.algorithm}-seed{config.run.seed}"
+        config = replace(config, run=replace(config.run, dir=f"runs/{name}"))
     parts = _build(config, reward_fn)
     run = RunDirectory.create(config.run.dir, config)
-    return _run(_stages(parts, run, recipe, reporter, 0), Progress())
+    return _run(_stages(parts, run, reporter, 0), Progress(recipe=recipe))
 
 
 def resume(
-    config: Config,
-    *,
-    recipe: str = "",
-    reward_fn: RewardFn | None = None,
-    reporter: Reporter | None = None,
+    config: Config, *, recipe: str = "", reward_fn: RewardFn | None = None, reporter: Reporter | None = None
 ) -> dict[str, Any]:
     """Go on with the run in `config.run.dir` from its newest whole checkpoint: on a CPU, to the same bit.
 
     A run that was stopped before its first checkpoint starts again from the beginning.
     """
     run = RunDirectory.open(config.run.dir)
+    _refuse_finished(run)
     parts = _build(config, reward_fn)
-    progress = Progress()
+    progress = Progress(recipe=recipe)
     if any(run.checkpoints.glob("*/")):
         state = load_checkpoint(latest_checkpoint(run.checkpoints))
         parts.learner.load_state_dict(state["learner"])
@@ -120,7 +122,17 @@ def resume(
         progress = Progress(**state["progress"])
     run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
     run.remove_rollouts(progress.iteration)
-    return _run(_stages(parts, run, recipe, reporter, progress.iteration), progress)
+    return _run(_stages(parts, run, reporter, progress.iteration), progress)
+
+
+def _refuse_finished(run: RunDirectory) -> None:
+    if run.summary.exists():
+        reason = json.loads(run.summary.read_text())["finish_reason"]
+        if reason != "interrupted":
+            raise UserError(
+                f"run {run.path} is finished (it ended by {reason}): there is nothing to resume; train on from "
+                f"{run.final} with --model.path and another run.dir"
+            )
 
 
 def _run(stages: Stages, progress: Progress) -> dict[str, Any]:
@@ -193,10 +205,10 @@ def _build(config: Config, reward_fn: RewardFn | None) -> Parts:
     return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
 
 
-def _stages(parts: Parts, run: RunDirectory, recipe: str, reporter: Reporter | None, start: int) -> Stages:
+def _stages(parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Stages:
     trackers = build_trackers(parts.config.run.report_to, run.path, run.config, start)
     held = {f.name: getattr(parts, f.name) for f in fields(parts)}
-    return Stages(**held, recipe=recipe, run=run, trackers=trackers, reporter=reporter)
+    return Stages(**held, run=run, trackers=trackers, reporter=reporter)
 
 
 def total_updates(config: Config) -> int:
@@ -334,7 +346,7 @@ def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Eve
     return {
         "algorithm": stages.config.algorithm,
         "seed": stages.config.run.seed,
-        "recipe": stages.recipe,
+        "recipe": progress.recipe,
         "finish_reason": reason,
         "accuracy_before": progress.accuracy_before,
         "accuracy_after": after,

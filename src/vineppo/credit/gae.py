@@ -14,7 +14,7 @@ from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, TrainingSamp
 
 
 def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_batch_tokens: int) -> CreditFn:
-    """Bind PPO's credit function: the critic's values before each token, GAE, and the returns the critic learns from."""
+    """Bind PPO's credit function: the critic's value before each token, GAE, and the returns it learns from."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -18,7 +18,7 @@ import torch
 
 from vineppo.batch import pad
 from vineppo.logits import selected_logits
-from vineppo.sampling.tree import KVTree, tree_mode
+from vineppo.sampling.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Completion, SampleRequest
 
@@ -75,11 +75,11 @@ class NativeSampler:
         self.temperature = temperature
         self.stop = tuple(stop)
         self.max_rows = max_rows
-        self.tree_attention = bool(getattr(policy.model, "_supports_attention_backend", False))
+        self.tree_attention = tree_supported(policy.model)
         if not self.tree_attention:
             warnings.warn(
-                f"{type(policy.model).__name__} does not use transformers' attention interface: sampling recomputes "
-                "every token, which is slow",
+                f"{type(policy.model).__name__} has layers that are not plain attention through transformers' "
+                "interface: sampling recomputes every token, which is slow",
                 stacklevel=2,
             )
 
@@ -151,7 +151,8 @@ class _Wave:
                     return
                 flat = self._compact(tree, active)
                 ids = self.token_ids[flat, np.maximum(self.counts[flat] - 1, 0)]
-                positions = np.where(flat >= 0, self.prefix_lengths[flat] + tree.length, 0)
+                # A finished row that is still here stays where it ended: further on, the model may have no position.
+                positions = np.where(flat >= 0, self.prefix_lengths[flat] + self.counts[flat] - 1, 0)
                 logits = self.model(
                     input_ids=torch.from_numpy(ids)[:, None].to(self.device),
                     position_ids=torch.from_numpy(positions)[:, None].to(self.device),
@@ -249,6 +250,8 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
     cumulative = logprobs.exp().cumsum(-1)  # (B, V)
     total = cumulative[:, -1:]  # (B, 1): 1 up to rounding
     level = torch.from_numpy(uniform).to(logits.device, torch.float32)[:, None] * total
+    # Rounding may lift the level to the total, above which there is no entry.
+    level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
     # right=True finds the first entry above the level, so a token of probability 0 is never drawn.
     drawn = torch.searchsorted(cumulative, level, right=True).clamp_max(logits.shape[-1] - 1)  # (B, 1)
     return drawn.squeeze(1).cpu().numpy(), logprobs.gather(1, drawn).squeeze(1).cpu().numpy()

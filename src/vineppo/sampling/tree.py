@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 NAME = "vineppo_tree"
+_TRIAL_TOKENS = 8
+_TRIAL_DISTANCE = 0.05
+"""Total variation between two next-token distributions: above bfloat16's rounding, below a wrong attention."""
 
 
 class KVTree:
@@ -34,6 +37,7 @@ class KVTree:
         self.branch_values: dict[int, torch.Tensor] = {}
         self.length = 0
         self.trunk_length = trunk_length
+        self.windowed = False
         self.set_rows(prefix_lengths)
 
     def set_rows(self, prefix_lengths: torch.Tensor) -> None:
@@ -99,15 +103,22 @@ def tree_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query (B, H, q, d), key and value (B, Hkv, q, d) -> (B, q, H, d).
 
     More than one query position means the trunks are being computed (the rows of the batch are the trunks, causal);
     one means that every row decodes one token.
+
+    Raises:
+        TypeError: for attention sinks (`s_aux`), which the merge of trunk and branch does not know.
     """
+    if s_aux is not None:
+        raise TypeError("the tree has no attention sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
+    tree.windowed |= sliding_window is not None
     if layer not in tree.trunk_keys:
         tree.trunk_keys[layer], tree.trunk_values[layer] = key, value
         out = _prefill_attention(query, key, value, scale, softcap, sliding_window)
@@ -213,6 +224,36 @@ def tree_mode(model: Any) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
+
+
+@torch.no_grad()
+def tree_supported(model: Any) -> bool:
+    """Whether decoding through the tree gives what the model's own forward pass gives.
+
+    The tree knows full and sliding-window attention. It does not know layers that keep another state (convolutions,
+    recurrences), see chunks, hide their window in a mask, or add sinks to the softmax. Some of these say so in the
+    configuration; the others show on a few tokens.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windowed = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
+    if not getattr(model, "_supports_attention_backend", False) or kinds - {"full_attention", "sliding_attention"}:
+        return False
+    device = next(model.parameters()).device
+    ids = torch.arange(_TRIAL_TOKENS, device=device)[None] % config.vocab_size  # (1, T)
+    tree = KVTree(torch.tensor([[_TRIAL_TOKENS - 2]], device=device), _TRIAL_TOKENS - 2)
+    try:
+        with tree_mode(model):
+            model(input_ids=ids[:, :-2], use_cache=False, tree=tree)
+            for position in range(_TRIAL_TOKENS - 2, _TRIAL_TOKENS):
+                place = torch.tensor([[position]], device=device)  # (1, 1)
+                decoded = model(input_ids=ids[:, place[0]], position_ids=place, use_cache=False, tree=tree).logits
+                tree.length += 1
+    except (RuntimeError, TypeError):
+        return False
+    own = model(input_ids=ids, use_cache=False).logits  # (1, T, V)
+    distance = (own[0, -1].float().softmax(-1) - decoded[0, -1].float().softmax(-1)).abs().sum() / 2
+    return bool(distance < _TRIAL_DISTANCE) and tree.windowed == windowed
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -60,6 +60,10 @@ class ChainTask:
         self.level = level
         self.num_steps = num_steps
 
+    def with_steps(self, num_steps: int) -> ChainTask:
+        """The same level with chains of another length."""
+        return ChainTask(self.level, num_steps)
+
     def size(self, split: Split) -> int | None:
         """None: endless."""
         return None
@@ -81,9 +85,16 @@ class ChainTask:
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) of a writer with both habits, who slips in the unreliable way and goes on from there."""
+        """(prompt, response) of a writer with both habits, who slips in the unreliable way and goes on from there.
+
+        Every second demonstration is a shorter chain, of 2 steps or more, so that a model taught on long chains can be
+        asked short ones.
+        """
+        if index % 2 and self.num_steps > 2:
+            shorter = 2 + derive_seed("chain length", split, index) % (self.num_steps - 2)
+            return self.with_steps(shorter).demonstration(split, index - 1)
         problem = self.problem(split, index)
-        rng = random.Random(derive_seed("chain demonstration", self.level, self.num_steps, split, index))
+        rng = random.Random(derive_seed("chain demonstration", self.level, problem.prompt))
         left, lines = int(problem.columns["start"]), []
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
             way = rng.randrange(2)

@@ -1,0 +1,47 @@
+"""Shared pieces: small configurations of the embedded task, hashes, and where the public data sets lie."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from vineppo.config import (
+    Config,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    VineConfig,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: object) -> Config:
+    """A run of seconds on short chains with the embedded model."""
+    config = Config(
+        algorithm=algorithm,  # type: ignore[arg-type]
+        model=ModelConfig(path="embedded:judgement"),
+        task=TaskConfig(num_steps=3),
+        rollouts=RolloutConfig(num_problems=4, group_size=4, max_new_tokens=40),
+        vineppo=VineConfig(num_mc_rollouts=2),
+        learner=LearnerConfig(lr=1e-4, minibatch_size=8, epochs=1, advantage_scaling="std"),
+        eval=EvalConfig(every=2, num_problems=8, final_num_problems=16),
+        run=RunConfig(dir=str(run_dir), iterations=4, checkpoint_every=1),
+    )
+    return replace(config, **sections)  # type: ignore[arg-type]
+
+
+def weights_hash(directory: Path) -> str:
+    """Hash of the saved weights of a model directory."""
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+def data_directory() -> Path | None:
+    """Where GSM8K and MATH lie as JSON lines, if they are here: VINEPPO_DATA, or ../shared/data beside the project."""
+    candidates = [Path(os.environ["VINEPPO_DATA"])] if "VINEPPO_DATA" in os.environ else [ROOT.parent / "shared/data"]
+    return next((path for path in candidates if path.is_dir()), None)
