@@ -1,9 +1,9 @@
-"""Truth 1, the ground-truth world: values and gradients against exact ones, with the real model, sampler, grader, credit
-and loss (tests/world.py).
+"""Truth 1, the ground-truth world: values and gradients against exact ones, with the real model, sampler, grading,
+credit and loss (tests/world.py).
 
-A credit function is right when the expectation of sum_t A_t grad log pi(a_t) is the gradient of the expected reward. The
-expectation is taken by enumerating every response, or every tuple of responses, with its probability; where Monte-Carlo
-values are random too, by a z-test with fixed seeds.
+A credit function is right when the expectation of sum_t A_t grad log pi(a_t) is the gradient of the expected reward.
+The expectation is taken by enumerating every response, or every tuple of responses, with its probability; where
+Monte-Carlo values are random too, by a z-test with fixed seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.world import EOS, RandomRewards, World, build_policy, build_world, policy_gradient
+from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit
@@ -123,10 +123,10 @@ def test_values_obey_the_bellman_equation() -> None:
     w = world(3)
     ends = {o.rollout.response_ids: o.rollout.reward for o in w.outcomes}
     for state in w.states:
-        rows = [w.prompt_ids + state]
-        logits = w.policy.model(input_ids=torch.tensor(rows), use_cache=False).logits[0, -1].double()
-        probabilities = (logits / w.temperature).softmax(-1).tolist()
-        following = [ends.get((*state, token), w.value((*state, token))) for token in range(5)]
+        logits = policy().model(input_ids=torch.tensor([w.prompt_ids + state]), use_cache=False).logits[0, -1]
+        probabilities = (logits.double() / w.temperature).softmax(-1).tolist()
+        nexts = [(*state, token) for token in range(5)]
+        following = [ends[s] if s in ends else w.value(s) for s in nexts]
         expected = sum(p * v for p, v in zip(probabilities, following, strict=True))
         assert w.value(state) == pytest.approx(expected, abs=1e-6)
 
@@ -143,15 +143,11 @@ def test_a_truncated_response_has_reward_0_though_its_text_would_have_one() -> N
 def test_the_trainer_gives_the_worlds_logprobs() -> None:
     w = world(4)
     samples, _ = vine(ExactValues(w), "tokens:1")([w.group()], 0)
-    found = [
-        token_logprobs(policy().model, torch.tensor([s.token_ids]), torch.tensor([s.loss_mask]).bool(), w.temperature)[
-            0
-        ]
-        for s in samples
-    ]
-    for row, sample in zip(found, samples, strict=True):
+    for sample in samples:
+        ids, mask = torch.tensor([sample.token_ids]), torch.tensor([sample.loss_mask]).bool()
+        found, _ = token_logprobs(policy().model, ids, mask, w.temperature)
         expected = torch.tensor(sample.sampler_logprobs)[len(w.prompt_ids) :]
-        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 # --- sampling and Monte-Carlo values ---
@@ -203,7 +199,7 @@ def monte_carlo_errors(w: World, num_mc_rollouts: int, iterations: int) -> np.nd
 @pytest.mark.parametrize("num_mc_rollouts", [1, 4])
 def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
     """The sum over states of z^2 is chi-square: too large is a bias, too small a dependence between iterations."""
-    w, iterations = world(4), 150
+    w, iterations = world(4), 100
     errors = monte_carlo_errors(w, num_mc_rollouts, iterations).mean(0)
     variances = np.array([w.moments[state][1] for state in w.states])
     z = errors / np.sqrt(variances / (num_mc_rollouts * iterations))
@@ -213,8 +209,11 @@ def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
 
 
 def test_the_error_falls_as_one_over_sqrt_k() -> None:
-    """16 times the continuations, a quarter of the error. With 85 states x 20 iterations a root mean square is known to
-    about 2%, and the ratio to 3%; both sizes must also be those that the exact variances say."""
+    """16 times the continuations, a quarter of the error.
+
+    With 85 states x 20 iterations a root mean square is known to about 2%, and the ratio to 3%; both sizes must also be
+    those that the exact variances say.
+    """
     w = world(4)
     variance = np.mean([w.moments[state][1] for state in w.states])
     rms = {K: math.sqrt((monte_carlo_errors(w, K, 20) ** 2).mean()) for K in (4, 64)}
@@ -226,12 +225,13 @@ def test_the_error_falls_as_one_over_sqrt_k() -> None:
 def test_a_full_budget_for_late_states_would_be_seen() -> None:
     """Trap 2: the values of a longer problem differ from ours by far more than the tests above allow."""
     short, long = world(3), world(4)
-    state = State(short.problem, short.prompt_ids, (2,))
-    wrong, _ = replace(short.monte_carlo(4096), max_new_tokens=4).evaluate([state], 0)
-    right, _ = short.monte_carlo(4096).evaluate([state], 0)
-    assert right[0].mean == pytest.approx(short.value((2,)), abs=0.02)
-    assert wrong[0].mean == pytest.approx(long.value((2,)), abs=0.02)
-    assert long.value((2,)) - short.value((2,)) > 0.06
+    prefix = max(short.states, key=lambda state: long.value(state) - short.value(state))
+    state = State(short.problem, short.prompt_ids, prefix)
+    (right,), _ = short.monte_carlo(4096).evaluate([state], 0)
+    (wrong,), _ = replace(short.monte_carlo(4096), max_new_tokens=4).evaluate([state], 0)
+    assert right.mean == pytest.approx(short.value(prefix), abs=0.02)
+    assert wrong.mean == pytest.approx(long.value(prefix), abs=0.02)
+    assert long.value(prefix) - short.value(prefix) > 0.1
 
 
 # --- the expected gradient: credit from values ---
@@ -249,10 +249,29 @@ def test_two_problems_have_two_gradients() -> None:
     """The worlds of two problems differ, and each is met; a mix-up of problems would be seen."""
     first, second = world(4, 0), world(4, 1)
     assert largest_error(first.exact_gradient(), second.exact_gradient()) > 0.1
-    assert (
-        largest_error(expected_gradient(second, vine(ExactValues(second), "tokens:1")), second.exact_gradient())
-        < ABSOLUTE
-    )
+    found = expected_gradient(second, vine(ExactValues(second), "tokens:1"))
+    assert largest_error(found, second.exact_gradient()) < ABSOLUTE
+
+
+def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
+    """The limit of the claim: a cut must be decided by the tokens before it.
+
+    `max_states` spreads its cuts by the response's length, and a cut that is left out before an ending (the newline
+    splitter's rule for answer lines and for EOS) looks one token ahead. Both bend the gradient, neither turns it.
+    """
+    w = world(4)
+    exact = w.exact_gradient()
+
+    def skips_the_cut_before_eos(tokens: Sequence[str]) -> tuple[int, ...]:
+        return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
+
+    values = cast(MonteCarlo, ExactValues(w))
+    ahead = vine_credit(values, skips_the_cut_before_eos, policy().token_texts, max_states=0)
+    for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
+        found = expected_gradient(w, credit)
+        print(largest_error(found, exact), (found @ exact) / (exact @ exact), exact.abs().max())
+        assert largest_error(found, exact) > 0.01
+        assert (found @ exact) / (found.norm() * exact.norm()) > 0.95
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
@@ -346,17 +365,20 @@ def test_vineppo_with_few_continuations_is_unbiased(num_mc_rollouts: int, splitt
     """Responses are enumerated, values are sampled: K buys variance only."""
     w = world(3)
     credit = vine(w.monte_carlo(num_mc_rollouts), splitter)
-    z = z_scores([expected_gradient(w, credit, iteration) for iteration in range(150)], w.exact_gradient())
-    assert max(map(abs, z)) < SIGMAS
-    graded_all = replace(w.monte_carlo(num_mc_rollouts), sampler=EverythingFinished(w.sampler()))
-    z = z_scores(
-        [expected_gradient(w, vine(graded_all, splitter), iteration) for iteration in range(150)], w.exact_gradient()
-    )
-    assert max(map(abs, z)) > 3 * SIGMAS  # the test can fail: one wrong rule shows at once
+    gradients = [expected_gradient(w, credit, iteration) for iteration in range(100)]
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS
+
+
+def test_one_wrong_rule_shows_as_a_bias() -> None:
+    """The test above can fail: continuations that were cut off, graded all the same."""
+    w = world(3)
+    credit = vine(replace(w.monte_carlo(1), sampler=EverythingFinished(w.sampler())), "tokens:1")
+    gradients = [expected_gradient(w, credit, iteration) for iteration in range(50)]
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) > 3 * SIGMAS
 
 
 def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
-    """Sampled groups, shared Monte-Carlo values with K = 2, the loss: the mean over iterations is the exact gradient."""
+    """Sampled groups, shared Monte-Carlo values with K = 2, the loss: their mean is the exact gradient."""
     w, group_size = world(3), 8
     credit = vine(w.monte_carlo(2), "tokens:1")
     gradients = []
@@ -375,6 +397,6 @@ def test_more_continuations_have_less_variance() -> None:
     variance = {}
     for K in (1, 8):
         credit = vine(w.monte_carlo(K), "tokens:1")
-        gradients = torch.stack([expected_gradient(w, credit, iteration) for iteration in range(100)])
+        gradients = torch.stack([expected_gradient(w, credit, iteration) for iteration in range(60)])
         variance[K] = gradients.var(0).sum().item()
     assert variance[1] / variance[8] == pytest.approx(8, rel=0.25)

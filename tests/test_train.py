@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import small_config, weights_hash
+from tests.helpers import small_config, weights_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vineppo.config import ALGORITHMS, EvalConfig, EvalSpec, KLConfig, LearnerConfig, ModelConfig, RunConfig, TaskConfig

@@ -65,7 +65,7 @@ class World:
     problem: Problem
     max_new_tokens: int
     temperature: float
-    task: RandomRewards = RandomRewards()
+    task: RandomRewards
 
     @cached_property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -141,15 +141,15 @@ class World:
     def probabilities(self) -> list[float]:
         return [outcome.probability for outcome in self.outcomes]
 
-    def monte_carlo(self, num_mc_rollouts: int, *, task: RandomRewards | None = None, run_seed: int = 0) -> MonteCarlo:
+    def monte_carlo(self, num_mc_rollouts: int) -> MonteCarlo:
         """The package's estimator on the package's sampler."""
         return MonteCarlo(
             sampler=self.sampler(),
-            task=task or self.task,
+            task=self.task,
             decode=self.policy.decode,
             num_mc_rollouts=num_mc_rollouts,
             max_new_tokens=self.max_new_tokens,
-            run_seed=run_seed,
+            run_seed=0,
         )
 
     def sampler(self) -> NativeSampler:
@@ -192,7 +192,7 @@ def build_policy(seed: int = 8) -> Policy:
 def build_world(max_new_tokens: int, *, problem: int = 0, policy: Policy | None = None) -> World:
     """A world at temperature 0.7, so that a forgotten temperature is seen."""
     task = RandomRewards()
-    return World(policy or build_policy(), task.problem("train", problem), max_new_tokens, temperature=0.7, task=task)
+    return World(policy or build_policy(), task.problem("train", problem), max_new_tokens, 0.7, task)
 
 
 def flat_gradient(scalar: torch.Tensor, policy: Policy) -> torch.Tensor:

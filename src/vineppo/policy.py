@@ -44,7 +44,9 @@ def resolve_model_path(path: str) -> str:
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     """(model, tokenizer) of a directory or hub id, in the dtype and on the device asked for."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     path = resolve_model_path(config.path)
     options = {"trust_remote_code": config.trust_remote_code}
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 
 from vineppo.policy import Policy
-from vineppo.seeds import derive_seed
+from vineppo.seeds import derive_seed, shuffled_index
 from vineppo.tasks.finished import grade_finished
 from vineppo.types import Completion, Problem, Rollout, RolloutGroup, Sampler, SampleRequest, Split, Task, UserError
 
@@ -18,7 +17,7 @@ def draw_problems(task: Task, seed: int, iteration: int, count: int) -> list[Pro
     if size is None:
         return [task.problem("train", derive_seed(seed, iteration, "problem", i)) for i in range(count)]
     positions = range((iteration - 1) * count, iteration * count)
-    return [task.problem("train", _shuffled_index(seed, position, size)) for position in positions]
+    return [task.problem("train", shuffled_index(position, size, seed, "problem order")) for position in positions]
 
 
 def sample_groups(
@@ -94,9 +93,3 @@ def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, rew
         text=text,
         reward=reward,
     )
-
-
-def _shuffled_index(seed: int, position: int, size: int) -> int:
-    order = list(range(size))
-    random.Random(derive_seed(seed, "problem order", position // size)).shuffle(order)
-    return order[position % size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import numpy as np
 
@@ -17,6 +18,13 @@ def derive_seed(*address: int | str) -> int:
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def shuffled_index(position: int, size: int, *address: int | str) -> int:
+    """Element at a position of endless shuffled passes over `size` elements; every pass has an order of its own."""
+    order = list(range(size))
+    random.Random(derive_seed(*address, position // size)).shuffle(order)
+    return order[position % size]
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from vineppo.config import SFTConfig
 from vineppo.logits import token_logprobs
 from vineppo.optim import Optimizer, lr_factor
 from vineppo.policy import Policy
-from vineppo.seeds import derive_seed
+from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
 from vineppo.types import Task, UserError
 
@@ -81,19 +80,13 @@ def _batch(config: SFTConfig, policy: Policy, task: Task, update: int) -> list[D
     first = update * config.batch_size
     batch: list[Demonstration] = []
     for position in range(first, first + config.batch_size):
-        index = position if size is None else _shuffled(config.seed, position // size, size)[position % size]
+        index = position if size is None else shuffled_index(position, size, "sft order", config.seed)
         item = encode_demonstration(policy, *task.demonstration("train", index))
         if len(item[0]) <= config.max_length:
             batch.append(item)
     if not batch:
         raise UserError(f"all demonstrations of an update are longer than max_length {config.max_length}; raise it")
     return batch
-
-
-def _shuffled(seed: int, epoch: int, size: int) -> list[int]:
-    order = list(range(size))
-    random.Random(derive_seed("sft order", seed, epoch)).shuffle(order)
-    return order
 
 
 def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:

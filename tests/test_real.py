@@ -1,0 +1,140 @@
+"""A real pretrained model, SmolLM2-135M-Instruct, through the same path as the embedded one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers import data_directory
+from vineppo.batch import pad
+from vineppo.config import (
+    Config,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    VineConfig,
+)
+from vineppo.logits import token_logprobs
+from vineppo.policy import Policy
+from vineppo.sampling.native import NativeSampler
+from vineppo.steps import build_splitter
+from vineppo.train import train
+from vineppo.types import SampleRequest
+
+pytestmark = pytest.mark.real
+
+TEMPLATE = (
+    "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n{prompt}"
+)
+OWN_PROBLEMS = [
+    {
+        "question": f"Ann has {a} apples and buys {b} bags of {c}. How many apples has she?",
+        "answer": f"#### {a + b * c}",
+    }
+    for a in range(2, 6)
+    for b in range(2, 4)
+    for c in range(2, 4)
+]
+
+
+def problems_file(tmp_path: Path) -> Path:
+    """GSM8K's training problems where they are at hand, else a few of our own in the same form."""
+    data = data_directory()
+    if data is not None and (data / "gsm8k/train.jsonl").exists():
+        return data / "gsm8k/train.jsonl"
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(json.dumps(problem) for problem in OWN_PROBLEMS))
+    return path
+
+
+def brief_and_tidy(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward that an untrained model earns now and then: how much of the text is on lines with a digit."""
+    return [sum(any(c.isdigit() for c in line) for line in t.split("\n")) / (1 + t.count("\n")) for t in completions]
+
+
+def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model), dtype="bfloat16"),
+        task=TaskConfig(
+            name="jsonl",
+            train_path=str(problems),
+            prompt_column="question",
+            answer_column="answer",
+            grader="hash",
+            prompt_template=TEMPLATE,
+            chat_template=True,
+        ),
+        rollouts=RolloutConfig(num_problems=2, group_size=2, max_new_tokens=48),
+        vineppo=VineConfig(num_mc_rollouts=2, max_states=4),
+        learner=LearnerConfig(lr=1e-5, epochs=1, minibatch_size=4, micro_batch_tokens=1024),
+        eval=EvalConfig(every=0, num_problems=2, final_num_problems=2),
+        run=RunConfig(dir=str(run_dir), iterations=2, checkpoint_every=0),
+    )
+
+
+def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
+    """Truth 5 in fp32, with grouped-query attention and a vocabulary of 49,152: for prompts and for states."""
+    policy = Policy.load(ModelConfig(path=str(smollm2)))
+    prompt = policy.encode_prompt(policy.chat_prompt("What is 12 + 30? Think in steps."))
+    for temperature in (1.0, 0.6):
+        sampler = NativeSampler(policy, temperature=temperature)
+        first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1)])[0]
+        stem = prompt + first[0].token_ids
+        states = [SampleRequest(stem[: len(prompt) + cut], 2, 12, seed=2 + cut) for cut in (0, 5, 11, 20)]
+        completions = [(prompt, c) for c in first]
+        completions += [(s.prompt_ids, c) for s, cs in zip(states, sampler.sample(states), strict=True) for c in cs]
+        token_ids = pad([p + c.token_ids for p, c in completions], torch.int64)
+        mask = pad([[0] * len(p) + [1] * len(c.token_ids) for p, c in completions], torch.bool)
+        with torch.no_grad():
+            expected, _ = token_logprobs(policy.model, token_ids, mask, temperature)
+        sampled = torch.tensor([x for _, c in completions for x in c.logprobs])
+        assert float((sampled - expected).abs().max()) < 1e-4
+
+
+def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
+    policy = Policy.load(ModelConfig(path=str(smollm2)))
+    prompt = policy.encode_prompt(policy.chat_prompt("Name three primes."))
+    ours = NativeSampler(policy, temperature=0.0).sample([SampleRequest(prompt, 1, 24, seed=0)])[0][0].token_ids
+    theirs = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+    assert list(ours) == theirs.tolist()
+
+
+def test_vineppo_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """Two iterations in bfloat16; what the Parquet says is recomputed from its own columns."""
+    run = tmp_path / "run"
+    config = real_config(smollm2, problems_file(tmp_path), run)
+    summary = train(config, reward_fn=brief_and_tidy)
+    assert summary["updates"] == 2 and summary["tokens"]["mc"] > 0
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    splitter = build_splitter("newline")
+    rows = [row for i in (1, 2) for row in pq.read_table(run / f"rollouts/{i:06d}.parquet").to_pylist()]
+    assert len(rows) == 8
+    for row in rows:
+        texts = [tokenizer.decode([i], skip_special_tokens=True) for i in row["response_ids"]]
+        ends = splitter(texts)
+        assert set(row["step_ends"]) <= set(ends) and row["step_ends"][-1] == len(row["response_ids"])
+        assert "".join(row["step_texts"]) == row["response"]
+        after = [*row["values"][1:], row["reward"]]
+        for i, (value, advantage) in enumerate(zip(row["values"], row["step_advantages"], strict=True)):
+            assert advantage == pytest.approx(after[i] - value, abs=1e-12)
+            assert row["num_mc_rollouts"][i] == 2
+        starts = [0, *row["step_ends"][:-1]]
+        for start, end, advantage in zip(starts, row["step_ends"], row["step_advantages"], strict=True):
+            assert row["token_advantages"][start:end] == pytest.approx([advantage] * (end - start), abs=1e-6)
+        assert row["reward"] == 0.0 if row["finish_reason"] == "length" else row["reward"] >= 0.0
+        assert math.isclose(row["values"][0] + sum(row["step_advantages"]), row["reward"], abs_tol=1e-12)
+
+    before = AutoModelForCausalLM.from_pretrained(smollm2)
+    after_model = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert type(before) is type(after_model) and after_model.dtype == torch.bfloat16
