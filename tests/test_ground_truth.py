@@ -269,7 +269,6 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
     ahead = vine_credit(values, skips_the_cut_before_eos, policy().token_texts, max_states=0)
     for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
         found = expected_gradient(w, credit)
-        print(largest_error(found, exact), (found @ exact) / (exact @ exact), exact.abs().max())
         assert largest_error(found, exact) > 0.01
         assert (found @ exact) / (found.norm() * exact.norm()) > 0.95
 
@@ -382,7 +381,7 @@ def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
     w, group_size = world(3), 8
     credit = vine(w.monte_carlo(2), "tokens:1")
     gradients = []
-    for iteration in range(200):
+    for iteration in range(120):
         groups = sample_groups(
             [w.problem], policy(), w.sampler(), w.task, group_size=group_size, max_new_tokens=3, address=(0, iteration)
         )

@@ -44,7 +44,8 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     elif estimator == "k2":
         estimate = d.square() / 2
     elif estimator == "k3":
-        estimate = torch.expm1(-d) + d
+        # Far beyond any clamp exp(-d) would overflow, and 0 * inf make the clamped token's gradient nan.
+        estimate = torch.expm1(-d.clamp_min(-80.0)) + d
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}")
     return estimate.clamp(-clamp, clamp)

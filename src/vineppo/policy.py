@@ -33,7 +33,7 @@ def resolve_model_path(path: str) -> str:
             raise UserError(f"model.path is {path!r}; no such embedded model (known: {known})")
         return str(root / name)
     local = Path(path)
-    if local.is_dir():
+    if path and local.is_dir():
         if not (local / "config.json").exists():
             raise UserError(f"model.path {path!r} has no config.json; give a directory saved by save_pretrained")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
