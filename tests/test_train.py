@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.helpers import small_config, weights_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers import small_config, weights_hash
 from vineppo.config import ALGORITHMS, EvalConfig, EvalSpec, KLConfig, LearnerConfig, ModelConfig, RunConfig, TaskConfig
 from vineppo.run import config_to_dict
 from vineppo.train import resume, train
@@ -126,10 +126,27 @@ def start_cli(run: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-SMALL = (
-    "judgement --task.num_steps 3 --rollouts.num_problems 4 --rollouts.max_new_tokens 40 --learner.minibatch_size 8 "
-    "--eval.num_problems 8 --eval.final_num_problems 8 --eval.every 3 --run.iterations 8 --run.checkpoint_every 2"
-).split()
+SMALL = [
+    "judgement",
+    "--task.num_steps",
+    "3",
+    "--rollouts.num_problems",
+    "4",
+    "--rollouts.max_new_tokens",
+    "40",
+    "--learner.minibatch_size",
+    "8",
+    "--eval.num_problems",
+    "8",
+    "--eval.final_num_problems",
+    "8",
+    "--eval.every",
+    "3",
+    "--run.iterations",
+    "8",
+    "--run.checkpoint_every",
+    "2",
+]
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ class VineConfig:
     """How a response is cut into steps: `newline`, or `tokens:N` for a cut every N tokens."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
-    along the response, so that their advantages still telescope."""
+    along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
+    which costs the expected gradient a little of its size (docs/algorithms.md)."""
 
     def __post_init__(self) -> None:
         _at_least("vineppo", 1, num_mc_rollouts=self.num_mc_rollouts)
@@ -180,7 +181,7 @@ class KLConfig:
         _require(self.clamp > 0, f"learner.kl.clamp is {self.clamp}; it must be above 0")
         _require(
             not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0),
-            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; use k2, k3 or learner.kl.place reward",
+            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; take k2, k3 or place reward",
         )
 
 

@@ -42,6 +42,9 @@ class SampleRequest:
     max_new_tokens: int
     seed: int
     """63-bit address of the randomness: sample j of this request depends on (seed, j) and on nothing else."""
+    response_tokens: int = 0
+    """How many ids at the end of `prompt_ids` are the start of the response that is continued: a stop string may begin
+    in them."""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class MonteCarlo:
                 max_new_tokens=self.max_new_tokens - len(state.response_ids),
                 # The prefix itself is the address: the order of states and the batch they come in cannot matter.
                 seed=derive_seed(self.run_seed, iteration, state.problem.id, "mc", _digest(state.response_ids)),
+                response_tokens=len(state.response_ids),
             )
             for state in states
         ]

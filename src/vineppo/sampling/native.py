@@ -123,6 +123,9 @@ class _Wave:
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
             np.array([row.sample for row in self.rows]),
         )
+        # A stop string may begin in the part of the response that is continued.
+        window = max((len(text.encode()) for text in sampler.stop), default=0)
+        self.tails = [_tail(requests[row.request], window) for row in self.rows]
         steps = int(self.budgets.max())
         self.token_ids = np.zeros((len(self.rows), steps), dtype=np.int64)
         self.logprobs = np.zeros((len(self.rows), steps), dtype=np.float32)
@@ -220,8 +223,8 @@ class _Wave:
     def _ends_with_stop(self, row: int) -> bool:
         """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""
         window = 1 + max(len(text.encode()) for text in self.sampler.stop)
-        last = self.token_ids[row, max(0, self.counts[row] - window) : self.counts[row]]
-        text = self.sampler.policy.decode(last.tolist())
+        last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
+        text = self.sampler.policy.decode(last)
         return any(stop in text for stop in self.sampler.stop)
 
     def _completion(self, row: int) -> Completion:
@@ -270,6 +273,12 @@ def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
             trunks.append((ids, []))
         trunks[-1][1].extend(_Row(i, j, len(ids)) for i, n in wanted[ids] for j in range(n))
     return [_Trunk(ids, tuple(rows)) for ids, rows in trunks]
+
+
+def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
+    """The last ids of the response that a request continues, at most `length`."""
+    kept = min(length, request.response_tokens)
+    return request.prompt_ids[-kept:] if kept else ()
 
 
 def _waves(trunks: Sequence[_Trunk], max_rows: int) -> Iterator[list[_Trunk]]:
