@@ -60,7 +60,7 @@ def run_one(arguments: argparse.Namespace, settings: dict[str, str], seed: str) 
         fixed |= {"run.max_updates": str(arguments.updates), "run.save_rollouts": "false", "run.checkpoint_every": "0"}
         options = [part for key, value in {**fixed, **settings}.items() for part in (f"--{key}", value)]
         command = [sys.executable, "-m", "vineppo", "train", arguments.recipe, *options]
-        threads = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs))}
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // arguments.jobs)), **os.environ}
         subprocess.run(command, check=True, env=threads, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["updates"], line["eval/accuracy"]) for line in lines if "eval/accuracy" in line]

@@ -340,15 +340,15 @@ def test_value_loss_is_the_clipped_mean_over_tokens() -> None:
     batch = collate(samples)
     values = critic(batch.token_ids, batch.loss_mask)
     # The first response's values have come nearly all the way from 1 below to their returns: clipping holds them back.
-    # The second's are where they were, 0.5 above their returns: clipping does nothing.
+    # The second's have gone 1 above their returns, on which they were: the unclipped error is the larger one.
     first, second = values.detach()[:2], values.detach()[2:]
     samples = [
         replace(samples[0], values=behind_prompt(3, first - 1), returns=behind_prompt(3, first + 0.1)),
-        replace(samples[1], values=behind_prompt(4, second), returns=behind_prompt(4, second - 0.5)),
+        replace(samples[1], values=behind_prompt(4, second - 1), returns=behind_prompt(4, second - 1)),
     ]
-    norm = gradient_norm(0.5 * (values[2:] - (second - 0.5)).square().sum() / 7, critic)
+    norm = gradient_norm(0.5 * (values[2:] - (second - 1)).square().sum() / 7, critic)
     metrics = build_learner(policy, critic=critic, micro_batch_tokens=1).update(samples, 1, seed=0)
-    assert metrics["value/loss"] == pytest.approx(0.5 * (2 * 0.9**2 + 5 * 0.5**2) / 7, rel=1e-5)
+    assert metrics["value/loss"] == pytest.approx(0.5 * (2 * 0.9**2 + 5 * 1**2) / 7, rel=1e-5)
     assert metrics["value/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 

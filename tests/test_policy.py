@@ -298,3 +298,25 @@ def test_dropout_is_never_active() -> None:
     policy.model.train()
     for model in (Policy(policy.model, policy.tokenizer).model, policy.frozen_copy().model):
         assert torch.equal(model(some_ids(policy)).logits, model(some_ids(policy)).logits)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path: Path) -> None:
+    """The layers' forward runs a second time in the backward pass, and the gradients are the same."""
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        policy = Policy.load(ModelConfig(path=str(tmp_path), gradient_checkpointing=checkpointing))
+        count = [0]
+        policy.model.model.layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.__setitem__(0, count[0] + 1)
+        )
+        token_ids = torch.tensor([policy.encode_prompt("a=7;b=a*3;b?\n")])
+        mask = torch.ones_like(token_ids, dtype=torch.bool)
+        mask[:, 0] = False
+        token_logprobs(policy.model, token_ids, mask, 1.0)[0].sum().backward()
+        gradients.append(policy.model.model.layers[0].mlp.up_proj.weight.grad)
+        calls.append(count[0])
+    assert calls == [1, 2]
+    assert torch.equal(gradients[0], gradients[1])

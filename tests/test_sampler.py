@@ -83,7 +83,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
         "llama4_text",
         {
             **LLAMA,
-            "attention_chunk_size": WINDOW,
+            "attention_chunk_size": 12,
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
             "intermediate_size_mlp": 48,
@@ -242,6 +242,20 @@ def test_first_tokens_have_the_distribution_of_the_softmax(llama: Policy, temper
     assert chi_square(counts, (logits / (1.6 - temperature)).softmax(-1).numpy()) > 10 * len(counts)
     expected = (logits / temperature).log_softmax(-1)
     assert all(abs(c.logprobs[0] - expected[c.token_ids[0]]) < 1e-5 for c in completions[:500])
+
+
+def test_later_tokens_are_drawn_independently_of_the_first(llama: Policy) -> None:
+    request = SampleRequest(random_ids(6, 0), 20_000, 3, seed=1)
+    ids = tokens(NativeSampler(llama, temperature=1.0).sample([request]))[0]
+    likely = np.bincount([row[0] for row in ids]).argmax()
+    seconds = [row[1] for row in ids if row[0] == likely]
+    thirds = [row[2] for row in ids if len(row) == 3]
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([[*request.prompt_ids, likely]])).logits[0, -1].double()
+    assert len(seconds) > 1000
+    counts = np.bincount(seconds, minlength=len(TOKENIZER))
+    assert chi_square(counts, logits.softmax(-1).numpy()) < chi_square_limit(len(counts) - 1)
+    assert len(set(thirds)) > 40
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:

@@ -32,13 +32,13 @@ def resolve_model_path(path: str) -> str:
             known = ", ".join(EMBEDDED + n for n in names) or "none is installed"
             raise UserError(f"model.path is {path!r}; no such embedded model (known: {known})")
         return str(root / name)
-    local = Path(path)
+    local = Path(path).expanduser()
     if path and local.is_dir():
         if not (local / "config.json").exists():
             raise UserError(f"model.path {path!r} has no config.json; give a directory saved by save_pretrained")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise UserError(f"model.path {path!r} does not exist; give a model directory or a hub id such as org/name")
-    return path
+    return str(local) if local.is_dir() else path
 
 
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
@@ -54,18 +54,31 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
         model = model.to(config.device)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 
+def without_dropout(model: Any) -> Any:
+    """Evaluation mode, but for layers that recompute their activations: transformers does so in training mode only."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # some families read their own flag
+    return model
+
+
 class Policy:
     """A causal language model with its tokenizer. Deterministic: dropout is never active."""
 
     def __init__(self, model: Any, tokenizer: Any):
-        self.model = model.eval()
+        self.model = without_dropout(model)
         self.tokenizer = tokenizer
         self.eos_ids = _eos_ids(model, tokenizer)
         self._token_texts: dict[int, str] = {}
@@ -150,7 +163,7 @@ class ValueNetwork(nn.Module):
         self.head = nn.Linear(hidden, 1, bias=False)
         self.head.weight.data.copy_(weight)
         self.to(policy.device)
-        self.eval()
+        without_dropout(self)
 
     def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         """Values of the states before the masked tokens, shape (N,) in row-major order, float32, in reward units."""

@@ -85,6 +85,8 @@ class NativeSampler:
 
     def load_weights(self, policy: LanguageModel) -> None:
         """Sample from this policy from now on."""
+        if policy.model is not self.policy.model:
+            self.tree_attention = tree_supported(policy.model)
         self.policy = policy
 
     @torch.no_grad()
@@ -250,9 +252,11 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
     logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
-    cumulative = logprobs.exp().cumsum(-1)  # (B, V)
+    # A parallel scan in float32 need not be monotone; on the CPU it is sequential and is.
+    exact = torch.float32 if logits.device.type == "cpu" else torch.float64
+    cumulative = logprobs.exp().cumsum(-1, dtype=exact)  # (B, V)
     total = cumulative[:, -1:]  # (B, 1): 1 up to rounding
-    level = torch.from_numpy(uniform).to(logits.device, torch.float32)[:, None] * total
+    level = torch.from_numpy(uniform).to(logits.device, exact)[:, None] * total
     # Rounding may lift the level to the total, above which there is no entry.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
     # right=True finds the first entry above the level, so a token of probability 0 is never drawn.
