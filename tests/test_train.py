@@ -17,11 +17,21 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import small_config, weights_hash
-from vineppo.config import ALGORITHMS, EvalConfig, EvalSpec, KLConfig, LearnerConfig, ModelConfig, RunConfig, TaskConfig
+from vineppo.config import (
+    ALGORITHMS,
+    EvalConfig,
+    EvalSpec,
+    KLConfig,
+    LearnerConfig,
+    ModelConfig,
+    PPOConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+)
 from vineppo.run import config_to_dict
 from vineppo.train import resume, train
 from vineppo.types import UserError
@@ -224,7 +234,7 @@ def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
-    lines = [{"q": f"a={i % 10};b=a+1;b?\n", "a": f"#### {(i + 1) % 10}"} for i in range(40)]
+    lines = [{"q": f"a={i % 10};b=a+2;c=b+5;c?\n", "a": f"#### {(i + 7) % 10}"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = TaskConfig(
         name="jsonl", train_path=str(tmp_path / "train.jsonl"), prompt_column="q", answer_column="a", grader="hash"
@@ -238,15 +248,17 @@ def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
-    """From about two thirds right on chains of three steps to clearly more, in a run of half a minute at most."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1)))
+    """One habit decides on this level: a run of seconds lifts accuracy beyond what chance allows."""
     config = small_config(
         tmp_path / "run",
         algorithm,
-        rollouts=replace(small_config(tmp_path).rollouts, num_problems=16, group_size=8),
-        learner=LearnerConfig(lr=2e-4, warmup_updates=4, minibatch_size=64, epochs=1, advantage_scaling="std"),
-        eval=EvalConfig(every=0, final_num_problems=512),
-        run=RunConfig(dir=str(tmp_path / "run"), iterations=20, checkpoint_every=0, save_rollouts=False),
+        model=ModelConfig(path="embedded:habit"),
+        task=TaskConfig(level="habit", num_steps=4),
+        rollouts=RolloutConfig(num_problems=8, group_size=8, max_new_tokens=45),
+        learner=LearnerConfig(lr=2e-4, warmup_updates=5, minibatch_size=32, advantage_scaling="std"),
+        ppo=PPOConfig(value_lr=1e-3),
+        eval=EvalConfig(every=0, final_num_problems=256),
+        run=RunConfig(dir=str(tmp_path / "run"), iterations=15, checkpoint_every=0, save_rollouts=False),
     )
     summary = train(config)
     before, after = summary["accuracy_before"], summary["accuracy_after"]
@@ -264,6 +276,7 @@ def test_the_embedded_models_start_where_the_readme_says() -> None:
             split="validation",
             num_problems=512,
             num_samples=1,
+            k=(1,),
             max_new_tokens=120,
         )
         result = evaluate_model(spec)
