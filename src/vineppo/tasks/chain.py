@@ -7,12 +7,10 @@ which of two ways it did so, and ends with an answer line:
     c=1+5 by rule is 6
     #### 6
 
-The two ways are habits of writing that demonstrations teach half and half. On most steps both are right. On a third of
-the kinds of step, the traps, one of them slips: it writes a wrong number, always the same one for the same step. A kind
-is (operator, operand, parity of the left number): 42 kinds, 14 traps. Which way slips at a trap depends on the level.
-In `habit` it is the first way at every trap, so one decision settles everything. In `judgement` it differs from trap to
-trap, so there is one decision for each of them. The model never lacks a fact, and writing more greedily does not help
-it: it has to choose the way that suits the step.
+The two ways are habits of writing that demonstrations teach half and half. One of them slips: the number it writes is
+wrong with probability SLIP. Which one it is depends on the level. In `habit` the first way slips everywhere, so one
+decision settles everything. In `judgement` it is a fixed table over (operator, operand, parity of the left number): 42
+decisions, and a response mixes `num_steps` of them. The model never lacks a fact; it only has habits to sharpen.
 """
 
 from __future__ import annotations
@@ -25,12 +23,14 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Split
 
 MODULUS = 10
+SLIP = 0.4
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")
 """Harmless variation in wording: which link is written says nothing about the number after it."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
-"""Every operation is a bijection modulo 10, so a slip is undone by another slip only."""
+"""Every operation is a bijection modulo 10, so a slip is never undone by chance of the operation."""
+MAX_STEPS = 25
 _ANSWER = re.compile(r"(?:^|\n)#### (\d+)\s*\Z")
 _SPLIT_OF_RESIDUE: dict[int, Split] = {0: "validation", 1: "test"}
 
@@ -40,29 +40,11 @@ def apply(left: int, operator: str, operand: int) -> int:
     return {"+": left + operand, "-": left - operand, "*": left * operand}[operator] % MODULUS
 
 
-def _traps() -> dict[tuple[str, int, int], int]:
-    """The kinds of step at which a way slips, and which one in `judgement`: a fixed third of every operator's kinds."""
-    traps = {}
-    for operator, operands in OPERANDS.items():
-        kinds = [(operator, operand, parity) for operand in operands for parity in (0, 1)]
-        kinds.sort(key=lambda kind: derive_seed("trap", *kind))
-        traps.update({kind: position % 2 for position, kind in enumerate(kinds[: len(kinds) // 3])})
-    return traps
-
-
-TRAPS = _traps()
-
-
-def slipping_way(level: str, left: int, operator: str, operand: int) -> int | None:
-    """Index into WAYS[level] of the way that slips on this step; None where both are right."""
-    way = TRAPS.get((operator, operand, left % 2))
-    return 0 if way is not None and level == "habit" else way
-
-
-def slipped(left: int, operator: str, operand: int) -> int:
-    """The wrong number that the slipping way writes on this step."""
-    offset = 1 + derive_seed("slip", left, operator, operand) % (MODULUS - 1)
-    return (apply(left, operator, operand) + offset) % MODULUS
+def reliable_way(level: str, left: int, operator: str, operand: int) -> int:
+    """Index into WAYS[level] of the way that does not slip on this step."""
+    if level == "habit":
+        return 1
+    return derive_seed("reliable way", operator, operand, left % 2) % 2
 
 
 def answer_of(text: str) -> str:
@@ -103,7 +85,7 @@ class ChainTask:
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) of a writer with both habits, who goes on from a slip as if nothing had happened.
+        """(prompt, response) of a writer with both habits, who slips in the unreliable way and goes on from there.
 
         Every second demonstration is a shorter chain, of 2 steps or more, so that a model taught on long chains can be
         asked short ones.
@@ -116,8 +98,9 @@ class ChainTask:
         left, lines = int(problem.columns["start"]), []
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
             way = rng.randrange(2)
-            slips = way == slipping_way(self.level, left, operator, operand)
-            result = (slipped if slips else apply)(left, operator, operand)
+            result = apply(left, operator, operand)
+            if way != reliable_way(self.level, left, operator, operand) and rng.random() < SLIP:
+                result = (result + rng.randrange(1, MODULUS)) % MODULUS
             lines.append(
                 f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{rng.choice(LINKS)}{result}\n"
             )
