@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import data_directory
 from vineppo.tasks.graders import apply_reward, grade_exact, grade_hash, hash_number, load_grader
 from vineppo.types import Problem, UserError
 
@@ -93,8 +93,7 @@ def test_trap_11_an_answer_that_cannot_be_graded_is_an_error_and_not_wrong() -> 
 
 
 def gsm8k_answers() -> list[str]:
-    root = os.environ.get("VINEPPO_DATA", str(Path(__file__).parents[1] / ".." / "shared" / "data"))
-    path = Path(root) / "gsm8k" / "test.jsonl"
+    path = (data_directory() or Path("shared/data")) / "gsm8k" / "test.jsonl"
     if not path.exists():
         pytest.skip(f"no {path}: set VINEPPO_DATA to a folder with gsm8k/test.jsonl")
     return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").split("\n") if line]

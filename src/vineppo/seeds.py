@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 
@@ -22,9 +23,14 @@ def derive_seed(*address: int | str) -> int:
 
 def shuffled_index(position: int, size: int, *address: int | str) -> int:
     """Element at a position of endless shuffled passes over `size` elements; every pass has an order of its own."""
+    return _shuffled(size, derive_seed(*address, position // size))[position % size]
+
+
+@functools.lru_cache(maxsize=2)  # a batch asks for neighbours of one pass, or of two
+def _shuffled(size: int, seed: int) -> tuple[int, ...]:
     order = list(range(size))
-    random.Random(derive_seed(*address, position // size)).shuffle(order)
-    return order[position % size]
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:

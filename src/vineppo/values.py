@@ -91,7 +91,7 @@ class MonteCarlo:
                 num_samples=self.num_mc_rollouts,
                 max_new_tokens=self.max_new_tokens - len(state.response_ids),
                 # The prefix itself is the address: the order of states and the batch they come in cannot matter.
-                seed=derive_seed(self.run_seed, iteration, state.problem.id, "mc", _digest(state.response_ids)),
+                seed=derive_seed(self.run_seed, iteration, state.problem.id, "mc", derive_seed(*state.response_ids)),
                 response_tokens=len(state.response_ids),
             )
             for state in states
@@ -107,7 +107,3 @@ class MonteCarlo:
         graded = iter(grade_finished(self.task, problems, texts, finished))
         tokens = sum(len(c.token_ids) for group in completions for c in group)
         return [[next(graded) for _ in group] for group in completions], tokens
-
-
-def _digest(token_ids: Sequence[int]) -> int:
-    return derive_seed(*token_ids)
