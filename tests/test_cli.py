@@ -352,7 +352,7 @@ def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> 
     reporter.finish(SUMMARY, Path("runs/a"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(
-        "VinePPO on embedded:judgement, task chain (judgement, 12 steps): 8 problems x 4 responses"
+        "VinePPO on embedded:judgement, task chain (judgement, 10 steps): 8 problems x 4 responses"
     )
     assert [line.split()[0] for line in lines[1:3]] == ["start", "iteration"]
     assert not any("\x1b" in line for line in lines)

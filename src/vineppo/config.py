@@ -52,7 +52,7 @@ class TaskConfig:
     level: Literal["judgement", "habit"] = "judgement"
     """chain: `judgement` (the reliable way to write a step depends on that step) or `habit` (one way is reliable
     everywhere)."""
-    num_steps: int = 12
+    num_steps: int = 10
     """chain: number of reasoning steps of each problem; its difficulty."""
     train_path: str = ""
     """jsonl: file with training problems, one JSON object a line."""
@@ -116,6 +116,9 @@ class VineConfig:
     """K: continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into steps: `newline`, or `tokens:N` for a cut every N tokens."""
+    reuse: bool = False
+    """Let a continuation that follows a response to its next state count as one of that state's K too: unbiased, fewer
+    tokens, less noise (docs/algorithms.md). Off: K fresh ones at every state, as in the paper."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,

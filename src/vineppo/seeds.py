@@ -8,8 +8,6 @@ import random
 
 import numpy as np
 
-_MASK = (1 << 64) - 1
-
 
 def derive_seed(*address: int | str) -> int:
     """63-bit seed of an address such as (run seed, iteration, problem id, "rollouts").
@@ -47,8 +45,11 @@ def stream_keys(seeds: np.ndarray, samples: np.ndarray) -> np.ndarray:
         return _splitmix64(_splitmix64(seeds.astype(np.uint64)) + offsets)
 
 
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """One uniform in [0, 1) per key for a token position, shape (B,), float64 with 53 random bits."""
+def uniforms(keys: np.ndarray, positions: int | np.ndarray) -> np.ndarray:
+    """One uniform in [0, 1) per key for a token position, float64 with 53 random bits.
+
+    Keys (B,) and one position give shape (B,); keys (B, 1) and positions (T,) give shape (B, T).
+    """
     with np.errstate(over="ignore"):
-        offset = np.uint64(((position + 1) * 0x9E3779B97F4A7C15) & _MASK)
+        offset = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         return (_splitmix64(keys + offset) >> np.uint64(11)).astype(np.float64) * 2.0**-53

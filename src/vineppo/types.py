@@ -45,6 +45,9 @@ class SampleRequest:
     response_tokens: int = 0
     """How many ids at the end of `prompt_ids` are the start of the response that is continued: a stop string may begin
     in them."""
+    excluded_first: tuple[int, ...] = ()
+    """Ids that the first sampled token must not be; the other tokens keep their proportions. What is sampled is then
+    the policy's continuation on condition that it leaves a known one here."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vineppo.seeds import derive_seed
 from vineppo.tasks.finished import grade_finished
-from vineppo.types import Problem, Sampler, SampleRequest, Task
+from vineppo.types import Problem, Rollout, Sampler, SampleRequest, Task
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class State:
     problem: Problem
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    rollout: Rollout | None = None
+    """A rollout that begins with these tokens, for estimators that use how it goes on; it is no part of the state."""
 
     @property
     def key(self) -> tuple[str, tuple[int, ...]]:
@@ -96,6 +98,10 @@ class MonteCarlo:
             )
             for state in states
         ]
+        return self._graded(states, requests)
+
+    def _graded(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> tuple[list[list[float]], int]:
+        """Rewards of the continuations that each state's request asks for, and the tokens they took."""
         completions = self.sampler.sample(requests)
         problems = [state.problem for state, group in zip(states, completions, strict=True) for _ in group]
         texts = [

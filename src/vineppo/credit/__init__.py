@@ -7,6 +7,7 @@ from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit
 from vineppo.policy import Policy, ValueNetwork
+from vineppo.reuse import ReusingMonteCarlo
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
 from vineppo.values import MonteCarlo
@@ -16,7 +17,7 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
     """Bind the chosen algorithm to what it needs: the one place that knows their names."""
     match config.algorithm:
         case "vineppo":
-            monte_carlo = MonteCarlo(
+            monte_carlo = (ReusingMonteCarlo if config.vineppo.reuse else MonteCarlo)(
                 sampler=sampler,
                 task=task,
                 decode=policy.decode,

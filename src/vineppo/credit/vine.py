@@ -27,7 +27,7 @@ def vine_credit(
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
         cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
         states = [
-            State(problem, rollout.prompt_ids, rollout.response_ids[:start])
+            State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
             for (problem, rollout), ends in zip(owners, cuts, strict=True)
             for start in (0, *ends[:-1])
         ]

@@ -128,6 +128,7 @@ class _Wave:
         # A stop string may begin in the part of the response that is continued.
         window = max((len(text.encode()) for text in sampler.stop), default=0)
         self.tails = [_tail(requests[row.request], window) for row in self.rows]
+        self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
         steps = int(self.budgets.max())
         self.token_ids = np.zeros((len(self.rows), steps), dtype=np.int64)
         self.logprobs = np.zeros((len(self.rows), steps), dtype=np.float32)
@@ -212,6 +213,8 @@ class _Wave:
 
     def _take(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
         """Draw one token for each living row, write it down, and see who has finished."""
+        if position == 0 and self.excluded:
+            logits = self._without_excluded(logits, alive)
         drawn, logprobs = draw(logits, self.sampler.temperature, uniforms(self.keys[alive], position))
         self.token_ids[alive, position] = drawn
         self.logprobs[alive, position] = logprobs
@@ -221,6 +224,14 @@ class _Wave:
             stopped |= np.array([self._ends_with_stop(row) for row in alive])
         self.stopped[alive] = stopped
         self.finished[alive] = stopped | (position + 1 >= self.budgets[alive])
+
+    def _without_excluded(self, logits: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
+        """Logits (B', V) of the first position with -inf at each row's excluded tokens."""
+        places = [(place, token) for place, row in enumerate(alive) for token in self.excluded.get(row, ())]
+        places_in_batch, tokens = torch.tensor(places, device=logits.device).T
+        logits = logits.clone()
+        logits[places_in_batch, tokens] = float("-inf")
+        return logits
 
     def _ends_with_stop(self, row: int) -> bool:
         """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""

@@ -7,10 +7,16 @@ which of two ways it did so, and ends with an answer line:
     c=1+5 by rule is 6
     #### 6
 
-The two ways are habits of writing that demonstrations teach half and half. One of them slips: the number it writes is
-wrong with probability SLIP. Which one it is depends on the level. In `habit` the first way slips everywhere, so one
-decision settles everything. In `judgement` it is a fixed table over (operator, operand, parity of the left number): 42
-decisions, and a response mixes `num_steps` of them. The model never lacks a fact; it only has habits to sharpen.
+The ways are habits of writing that demonstrations teach, and at some steps one of the two is a trap. A third of the 42
+kinds of step (operator, operand, parity of the left number) has a slipping way: written in it, the step gets a fixed
+wrong number, always. Everywhere else both ways write the right number. Which way slips depends on the level:
+
+- `judgement`: at half of the traps the first way slips, at the other half the second, with nothing in the text to say
+  which. Writers are torn at the traps (they take the slipping way in 60%) and keep to one way of each kind elsewhere.
+- `habit`: at every trap the first way slips. Writers take it in 60% of all steps, so one decision settles everything.
+
+The model never lacks a fact, and it cannot win by being more certain of what it does: its favourite way at a trap is
+the slipping one. It has to learn where to choose differently: 14 decisions in `judgement`, one in `habit`.
 """
 
 from __future__ import annotations
@@ -23,14 +29,20 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Split
 
 MODULUS = 10
-SLIP = 0.4
+TORN = 0.6
+"""Share of the slipping way in demonstrations where a writer is torn."""
+STEADY = 0.95
+"""Share of a kind's usual way in demonstrations where both ways are right (level judgement)."""
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")
+LINK_WEIGHTS = (18, 1, 1)
 """Harmless variation in wording: which link is written says nothing about the number after it."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
 """Every operation is a bijection modulo 10, so a slip is never undone by chance of the operation."""
 MAX_STEPS = 25
+Kind = tuple[str, int, int]
+"""(operator, operand, parity of the left number)."""
 _ANSWER = re.compile(r"(?:^|\n)#### (\d+)\s*\Z")
 _SPLIT_OF_RESIDUE: dict[int, Split] = {0: "validation", 1: "test"}
 
@@ -40,11 +52,41 @@ def apply(left: int, operator: str, operand: int) -> int:
     return {"+": left + operand, "-": left - operand, "*": left * operand}[operator] % MODULUS
 
 
-def reliable_way(level: str, left: int, operator: str, operand: int) -> int:
-    """Index into WAYS[level] of the way that does not slip on this step."""
-    if level == "habit":
-        return 1
-    return derive_seed("reliable way", operator, operand, left % 2) % 2
+def _kinds() -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """(slipping way of every trap, usual way of every other kind), a third and two thirds of each operator's kinds."""
+    traps: dict[Kind, int] = {}
+    usual: dict[Kind, int] = {}
+    for operator, operands in OPERANDS.items():
+        kinds = [(operator, operand, parity) for operand in operands for parity in (0, 1)]
+        kinds.sort(key=lambda kind: derive_seed("kind of step", *kind))
+        for position, kind in enumerate(kinds):
+            (traps if position < len(kinds) // 3 else usual)[kind] = position % 2
+    return traps, usual
+
+
+TRAPS, USUAL = _kinds()
+
+
+def slipping_way(level: str, left: int, operator: str, operand: int) -> int | None:
+    """Index into WAYS[level] of the way that writes a wrong number on this step; None where both are right."""
+    way = TRAPS.get((operator, operand, left % 2))
+    return 0 if way is not None and level == "habit" else way
+
+
+def written(level: str, left: int, operator: str, operand: int, way: int) -> int:
+    """The number that a step gets when it is written in a way: the right one, or the trap's fixed wrong one."""
+    right = apply(left, operator, operand)
+    if way != slipping_way(level, left, operator, operand):
+        return right
+    return (right + 1 + derive_seed("slip", left, operator, operand) % (MODULUS - 1)) % MODULUS
+
+
+def _habitual_way(level: str, left: int, operator: str, operand: int, rng: random.Random) -> int:
+    """The way that a writer of demonstrations takes."""
+    slipping = 0 if level == "habit" else TRAPS.get((operator, operand, left % 2))
+    if slipping is not None:
+        return slipping ^ (rng.random() >= TORN)
+    return USUAL[operator, operand, left % 2] ^ (rng.random() >= STEADY)
 
 
 def answer_of(text: str) -> str:
@@ -85,7 +127,7 @@ class ChainTask:
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) of a writer with both habits, who slips in the unreliable way and goes on from there.
+        """(prompt, response) of a writer with both habits, who walks into traps and goes on from there.
 
         Every second demonstration is a shorter chain, of 2 steps or more, so that a model taught on long chains can be
         asked short ones.
@@ -97,13 +139,10 @@ class ChainTask:
         rng = random.Random(derive_seed("chain demonstration", self.level, problem.prompt))
         left, lines = int(problem.columns["start"]), []
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
-            way = rng.randrange(2)
-            result = apply(left, operator, operand)
-            if way != reliable_way(self.level, left, operator, operand) and rng.random() < SLIP:
-                result = (result + rng.randrange(1, MODULUS)) % MODULUS
-            lines.append(
-                f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{rng.choice(LINKS)}{result}\n"
-            )
+            way = _habitual_way(self.level, left, operator, operand, rng)
+            link = rng.choices(LINKS, LINK_WEIGHTS)[0]
+            result = written(self.level, left, operator, operand, way)
+            lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
 

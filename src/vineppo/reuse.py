@@ -1,0 +1,184 @@
+"""Values of many states from fewer continuations: one that follows a response to its next state counts there too.
+
+Plain VinePPO samples K fresh continuations at every state of a response. Many of them begin as the response itself goes
+on: they pass through its next state, and from there they are fair samples of that state as well. So a state takes over
+the continuations that arrive and samples only what is missing to K:
+
+- exactly unbiased for every state, since each of its K continuations is a sample from it, whichever state it began at;
+- cheaper: a continuation is decoded from where it leaves the response, not from where it began. How long it follows
+  needs no decoding at all: the log-probabilities of the response's tokens are known from its sampling;
+- less noise in the credit: neighbouring values share the continuations that do not leave between them, so these cancel
+  in the difference. If a share q leaves within a step, the variance of its advantage is about q times that of two
+  values sampled apart; a step that was certain (q = 0) gets exactly 0.
+
+The responses of a group form a tree, and continuations walk down it: at a fork they may follow any of its responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vineppo.seeds import derive_seed, stream_keys, uniforms
+from vineppo.types import Rollout, SampleRequest
+from vineppo.values import MonteCarlo, State, Value, ValueCost
+
+Key = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ReusingMonteCarlo(MonteCarlo):
+    """`MonteCarlo` whose K continuations of a state include those that arrive from earlier states.
+
+    Every state must lie on a rollout (`State.rollout`), sampled by the same policy at the same temperature.
+    """
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        """Value of each state, in order; the rollouts of one problem are walked together."""
+        problems: dict[tuple[str, tuple[int, ...]], list[State]] = {}
+        for state in states:
+            problems.setdefault((state.problem.id, state.prompt_ids), []).append(state)
+        walks = [_Walk(self, own, iteration) for own in problems.values()]
+        exits = [exit for walk in walks for exit in walk.exits]
+        rewards, tokens = self._graded([exit.state for exit in exits], [exit.request for exit in exits])
+        for exit, group in zip(exits, rewards, strict=True):
+            exit.outcomes[exit.walkers] = group
+        known = {key: value for walk in walks for key, value in walk.values()}
+        cost = ValueCost(len(states), len(known), sum(len(exit.walkers) for exit in exits), tokens)
+        return [known[state.key] for state in states], cost
+
+
+@dataclass(frozen=True)
+class _Exit:
+    """Where walkers leave the tree of rollouts: they are decoded from here, beginning with another token."""
+
+    state: State
+    request: SampleRequest
+    walkers: np.ndarray
+    """Indices into `outcomes`, shape (n,)."""
+    outcomes: np.ndarray
+
+
+@dataclass
+class _Walk:
+    """All continuations of one problem's states, walked down the tree of its rollouts as far as they follow it."""
+
+    settings: ReusingMonteCarlo
+    states: Sequence[State]
+    iteration: int
+    exits: list[_Exit] = field(default_factory=list)
+    pools: dict[Key, np.ndarray] = field(default_factory=dict)
+    """Walkers that pass each state, K of them."""
+
+    def __post_init__(self) -> None:
+        first = self.states[0]
+        self.problem, self.prompt_ids = first.problem, first.prompt_ids
+        wanted: dict[tuple[int, ...], tuple[Rollout, set[int]]] = {}
+        for state in self.states:
+            assert state.rollout is not None, "a state without its rollout has nothing to follow"
+            response = state.rollout.response_ids
+            wanted.setdefault(response, (state.rollout, set()))[1].add(len(state.response_ids))
+        self.branches = [_Branch(rollout, sorted(depths)) for _, (rollout, depths) in sorted(wanted.items())]
+        # At most K walkers begin at each state.
+        size = self.settings.num_mc_rollouts * len({state.key for state in self.states})
+        self.keys = np.zeros(size, dtype=np.uint64)
+        self.outcomes = np.zeros(size)
+        self.begun = 0
+        nobody = np.zeros(0, dtype=np.int64)
+        waiting = [(self.branches, 0, nobody)]
+        while waiting:
+            waiting.extend(self._advance(*waiting.pop()))
+
+    def values(self) -> Iterator[tuple[Key, Value]]:
+        """The value of every state, once the outcomes are known."""
+        for key, pool in self.pools.items():
+            yield key, Value(float(self.outcomes[pool].mean()) if len(pool) else 0.0, len(pool))
+
+    def _advance(
+        self, branches: list[_Branch], depth: int, walkers: np.ndarray
+    ) -> Iterator[tuple[list[_Branch], int, np.ndarray]]:
+        """From a node, where `branches` share `depth` tokens, to its next nodes, with the walkers that get there."""
+        response = branches[0].rollout.response_ids
+        if any(depth in branch.depths for branch in branches):
+            walkers = self._filled_up(walkers, response[:depth])
+        if len(response) == depth:  # the response ends here, and so does who has followed it so far
+            self.outcomes[walkers] = branches[0].rollout.reward
+            return
+        children: dict[int, list[_Branch]] = {}
+        for branch in branches:
+            children.setdefault(branch.rollout.response_ids[depth], []).append(branch)
+        level = uniforms(self.keys[walkers], depth)  # (n,)
+        total = 0.0
+        for token in sorted(children):
+            probability = float(np.exp(children[token][0].rollout.sampler_logprobs[depth]))
+            follows = (level >= total) & (level < total + probability)
+            total += probability
+            end = _next_node(children[token], depth)
+            yield children[token], end, self._follow(children[token][0].rollout, depth + 1, end, walkers[follows])
+        self._leave(response[:depth], tuple(sorted(children)), walkers[level >= total])
+
+    def _follow(self, rollout: Rollout, start: int, end: int, walkers: np.ndarray) -> np.ndarray:
+        """Walk along a stretch without forks, tokens [start, end); returns who is still there at its end."""
+        if start == end or not len(walkers):
+            return walkers
+        stay = np.exp(np.array(rollout.sampler_logprobs[start:end]))  # (T,)
+        leaves = uniforms(self.keys[walkers][:, None], np.arange(start, end)) >= stay  # (n, T)
+        place = np.where(leaves.any(1), leaves.argmax(1), end - start)  # (n,)
+        for offset in np.unique(place[place < end - start]).tolist():
+            position = start + offset
+            prefix, token = rollout.response_ids[:position], rollout.response_ids[position]
+            self._leave(prefix, (token,), walkers[place == offset])
+        return walkers[place == end - start]
+
+    def _filled_up(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
+        """The K continuations of a state: those that arrived, and new ones."""
+        state = State(self.problem, self.prompt_ids, response_ids)
+        if len(response_ids) >= self.settings.max_new_tokens:  # cut off by the limit: worth 0, nothing to sample
+            self.pools[state.key] = np.zeros(0, dtype=np.int64)
+            return walkers
+        missing = self.settings.num_mc_rollouts - len(walkers)
+        fresh = np.arange(self.begun, self.begun + missing)
+        seed = self._seed("walk", response_ids)
+        self.keys[fresh] = stream_keys(np.full(missing, seed, dtype=np.uint64), np.arange(missing))
+        self.begun += missing
+        pool = np.concatenate([walkers, fresh])
+        self.pools[state.key] = pool
+        return pool
+
+    def _leave(self, response_ids: tuple[int, ...], excluded: tuple[int, ...], walkers: np.ndarray) -> None:
+        if not len(walkers):
+            return
+        request = SampleRequest(
+            prompt_ids=self.prompt_ids + response_ids,
+            num_samples=len(walkers),
+            max_new_tokens=self.settings.max_new_tokens - len(response_ids),
+            seed=self._seed("mc", response_ids),
+            response_tokens=len(response_ids),
+            excluded_first=excluded,
+        )
+        self.exits.append(_Exit(State(self.problem, self.prompt_ids, response_ids), request, walkers, self.outcomes))
+
+    def _seed(self, purpose: str, response_ids: tuple[int, ...]) -> int:
+        address = self.settings.run_seed, self.iteration, self.problem.id, purpose, derive_seed(*response_ids)
+        return derive_seed(*address)
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One rollout of the tree and how many of its tokens each wanted state has."""
+
+    rollout: Rollout
+    depths: list[int]
+
+
+def _next_node(branches: list[_Branch], depth: int) -> int:
+    """Where the next state, fork or end lies on branches that share the token at `depth`."""
+    first, last = branches[0].rollout.response_ids, branches[-1].rollout.response_ids  # in lexicographic order
+    shared = depth + 1
+    limit = min(len(first), len(last))
+    while shared < limit and first[shared] == last[shared]:
+        shared += 1
+    nexts = [d for branch in branches for d in branch.depths if d > depth]
+    return min([shared, *nexts])

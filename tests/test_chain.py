@@ -1,0 +1,96 @@
+"""The embedded task: splits, arithmetic, traps, and the demonstrations' habits, against counts made here by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from vineppo.tasks.chain import LEVELS, OPERANDS, TRAPS, USUAL, WAYS, ChainTask, answer_of, apply, slipping_way, written
+
+LINE = re.compile(r"([a-z])=(\d)([-+*])(\d)( by rote| by rule| in haste| with care)( = | is | -> )(\d)")
+FACTS = [(left, operator, operand) for left in range(10) for operator in "+-*" for operand in OPERANDS[operator]]
+
+
+def test_the_splits_share_no_prompt() -> None:
+    task = ChainTask("judgement", 2)  # 4,410 problems in all, so that a leak would show
+    prompts = {split: {task.problem(split, i).prompt for i in range(1500)} for split in ("train", "validation", "test")}
+    assert not prompts["train"] & prompts["validation"]
+    assert not prompts["train"] & prompts["test"]
+    assert not prompts["validation"] & prompts["test"]
+    assert min(map(len, prompts.values())) > 300
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_answer_is_that_of_the_expression(level: str) -> None:
+    for index in range(100):
+        problem = ChainTask(level, 10).problem("test", index)
+        *assignments, asked = problem.prompt.strip().split(";")
+        scope: dict[str, int] = {}
+        for assignment in assignments:
+            name, expression = assignment.split("=")
+            scope[name] = eval(expression, {}, scope) % 10
+        assert str(scope[asked.rstrip("?")]) == problem.answer
+        texts = [f"x\n#### {problem.answer}", f"#### {problem.answer} 1", ""]
+        assert ChainTask(level, 10).grade([problem] * 3, texts) == [1.0, 0.0, 0.0]
+
+
+def test_every_operation_is_a_bijection() -> None:
+    for operator, operands in OPERANDS.items():
+        for operand in operands:
+            assert sorted(apply(left, operator, operand) for left in range(10)) == list(range(10))
+
+
+def test_a_third_of_the_kinds_are_traps_and_the_ways_slip_equally_often() -> None:
+    assert (len(TRAPS), len(USUAL), TRAPS.keys() & USUAL.keys()) == (14, 28, set())
+    assert Counter(TRAPS.values()) == {0: 7, 1: 7}
+    assert Counter(operator for operator, _, _ in TRAPS) == {"+": 6, "-": 6, "*": 2}
+
+
+def test_the_slipping_way_is_always_wrong_and_the_other_never() -> None:
+    for level in LEVELS:
+        for fact in FACTS:
+            slipping = slipping_way(level, *fact)
+            for way in (0, 1):
+                assert (written(level, *fact, way) == apply(*fact)) == (way != slipping)
+    assert {slipping_way("habit", *fact) for fact in FACTS} == {None, 0}
+    assert [slipping_way("habit", *f) is None for f in FACTS] == [slipping_way("judgement", *f) is None for f in FACTS]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_demonstrations_slip_at_traps_only_and_have_the_stated_habits(level: str) -> None:
+    task = ChainTask(level, 10)
+    taken: Counter[tuple[str, bool]] = Counter()
+    right = 0
+    for index in range(0, 3000, 2):
+        prompt, response = task.demonstration("train", index)
+        *lines, answer = response.split("\n")
+        left = int(prompt[2])
+        for line in lines:
+            match = LINE.fullmatch(line)
+            assert match and int(match[2]) == left
+            way, operator, operand = WAYS[level].index(match[5]), match[3], int(match[4])
+            slipping = slipping_way(level, left, operator, operand)
+            if slipping is not None:
+                taken["trap", way == slipping] += 1
+            elif level == "judgement":
+                taken["free", way == USUAL[operator, operand, left % 2]] += 1
+            else:
+                taken["free", way == 0] += 1
+            left = int(match[7])
+            assert left == written(level, int(match[2]), operator, operand, way)
+        assert answer == f"#### {left}"
+        right += answer_of(response) == task.problem("train", index).answer
+    # Four standard errors: of about 5,000 traps, 10,000 free steps and 1,500 answers.
+    assert abs(taken["trap", True] / (taken["trap", True] + taken["trap", False]) - 0.6) < 0.03
+    usual = 0.95 if level == "judgement" else 0.6
+    assert abs(taken["free", True] / (taken["free", True] + taken["free", False]) - usual) < 0.02
+    # 0.8 ** 10 = 11% of chains have no slip; luck and the uneven operators add the rest.
+    assert 0.12 < right / 1500 < 0.25
+
+
+def test_every_second_demonstration_is_shorter() -> None:
+    lengths = Counter(len(ChainTask("habit", 10).demonstration("train", i)[1].split("\n")) - 1 for i in range(400))
+    assert lengths[10] >= 200
+    assert set(lengths) == {2, 3, 4, 5, 6, 7, 8, 9, 10}
