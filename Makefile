@@ -59,6 +59,7 @@ format: $(READY)  ## write the format that `make check` asks for
 
 models: $(READY)  ## rebuild the embedded models from their recipes
 	rm -rf build/models
+	$(BIN)/vineppo sft sft-judgement-wavering --out build/models/wavering
 	$(BIN)/vineppo sft sft-judgement --out build/models/judgement
 	$(BIN)/vineppo sft sft-habit --out build/models/habit
 	rm -rf src/vineppo/models/judgement src/vineppo/models/habit

@@ -54,7 +54,7 @@ def main() -> None:
 def run_one(arguments: argparse.Namespace, settings: dict[str, str], seed: str) -> list[tuple[int, float]]:
     """(updates, validation accuracy) along one run."""
     name = "-".join([arguments.recipe, arguments.algorithm, *(f"{k}={v}" for k, v in settings.items()), f"seed{seed}"])
-    run = Path(arguments.out) / name
+    run = Path(arguments.out) / name.replace("/", "_")
     if not (run / "summary.json").exists():
         fixed = {"algorithm": arguments.algorithm, "run.dir": str(run), "run.seed": seed, "run.iterations": "1000000"}
         fixed |= {"run.max_updates": str(arguments.updates), "run.save_rollouts": "false", "run.checkpoint_every": "0"}

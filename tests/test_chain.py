@@ -43,7 +43,7 @@ def test_every_operation_is_a_bijection() -> None:
 
 
 def test_a_third_of_the_kinds_are_traps_and_the_ways_slip_equally_often() -> None:
-    assert (len(TRAPS), len(USUAL), TRAPS.keys() & USUAL.keys()) == (14, 28, set())
+    assert (len(TRAPS), len(USUAL)) == (14, 42)
     assert Counter(TRAPS.values()) == {0: 7, 1: 7}
     assert Counter(operator for operator, _, _ in TRAPS) == {"+": 6, "-": 6, "*": 2}
 
@@ -94,3 +94,20 @@ def test_every_second_demonstration_is_shorter() -> None:
     lengths = Counter(len(ChainTask("habit", 10).demonstration("train", i)[1].split("\n")) - 1 for i in range(400))
     assert lengths[10] >= 200
     assert set(lengths) == {2, 3, 4, 5, 6, 7, 8, 9, 10}
+
+
+def test_wavering_writers_know_the_kinds_but_not_the_traps() -> None:
+    """They take the usual way of a kind in 80%, trap or not; at ten of the fourteen traps it is the slipping one."""
+    task = ChainTask("judgement", 10, "wavering")
+    usual: Counter[bool] = Counter()
+    links: Counter[str] = Counter()
+    for index in range(0, 1000, 2):
+        for line in task.demonstration("train", index)[1].split("\n")[:-1]:
+            match = LINE.fullmatch(line)
+            assert match
+            kind = match[3], int(match[4]), int(match[2]) % 2
+            usual[WAYS["judgement"].index(match[5]) == USUAL[kind]] += 1
+            links[match[6]] += 1
+    assert abs(usual[True] / 5000 - 0.8) < 0.023
+    assert max(abs(count / 5000 - 1 / 3) for count in links.values()) < 0.027
+    assert sum(USUAL[kind] == way for kind, way in TRAPS.items()) == 10

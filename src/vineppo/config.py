@@ -54,6 +54,8 @@ class TaskConfig:
     everywhere)."""
     num_steps: int = 10
     """chain: number of reasoning steps of each problem; its difficulty."""
+    writers: Literal["settled", "wavering"] = "settled"
+    """chain, for `vineppo sft`: whose habits the demonstrations show (`vineppo.tasks.chain`)."""
     train_path: str = ""
     """jsonl: file with training problems, one JSON object a line."""
     validation_path: str = ""

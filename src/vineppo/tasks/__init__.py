@@ -31,7 +31,7 @@ def build_task(
         return JsonlTask(config, format_prompt, reward_fn)
     from vineppo.tasks.chain import ChainTask
 
-    task: Task = ChainTask(level=config.level, num_steps=config.num_steps)
+    task: Task = ChainTask(level=config.level, num_steps=config.num_steps, writers=config.writers)
     return Regraded(task, reward_fn) if reward_fn else task
 
 

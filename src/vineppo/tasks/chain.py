@@ -12,11 +12,14 @@ kinds of step (operator, operand, parity of the left number) has a slipping way:
 wrong number, always. Everywhere else both ways write the right number. Which way slips depends on the level:
 
 - `judgement`: at half of the traps the first way slips, at the other half the second, with nothing in the text to say
-  which. Writers are torn at the traps (they take the slipping way in 60%) and keep to one way of each kind elsewhere.
-- `habit`: at every trap the first way slips. Writers take it in 60% of all steps, so one decision settles everything.
+  which: 14 decisions, of which a chain mixes three or four.
+- `habit`: at every trap the first way slips, so one decision settles everything.
 
 The model never lacks a fact, and it cannot win by being more certain of what it does: its favourite way at a trap is
-the slipping one. It has to learn where to choose differently: 14 decisions in `judgement`, one in `habit`.
+the slipping one. Two groups of writers make the demonstrations. The `wavering` ones have a usual way for every kind of
+step and take it in 80% of the cases; they teach the facts, and to tell the kinds apart. The `settled` ones keep to
+their usual way (in 95%) where both ways are right and are torn at the traps, where they take the slipping way in 60%;
+in `habit` they take the slipping way in 60% of all steps.
 """
 
 from __future__ import annotations
@@ -29,14 +32,10 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Split
 
 MODULUS = 10
-TORN = 0.6
-"""Share of the slipping way in demonstrations where a writer is torn."""
-STEADY = 0.95
-"""Share of a kind's usual way in demonstrations where both ways are right (level judgement)."""
+WRITERS = ("settled", "wavering")
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")
-LINK_WEIGHTS = (18, 1, 1)
 """Harmless variation in wording: which link is written says nothing about the number after it."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
 """Every operation is a bijection modulo 10, so a slip is never undone by chance of the operation."""
@@ -53,14 +52,16 @@ def apply(left: int, operator: str, operand: int) -> int:
 
 
 def _kinds() -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """(slipping way of every trap, usual way of every other kind), a third and two thirds of each operator's kinds."""
+    """(slipping way of every trap, usual way of every kind); a third of each operator's kinds are traps."""
     traps: dict[Kind, int] = {}
     usual: dict[Kind, int] = {}
     for operator, operands in OPERANDS.items():
         kinds = [(operator, operand, parity) for operand in operands for parity in (0, 1)]
-        kinds.sort(key=lambda kind: derive_seed("kind of step", *kind))
+        kinds.sort(key=lambda kind: derive_seed("trap", *kind))
         for position, kind in enumerate(kinds):
-            (traps if position < len(kinds) // 3 else usual)[kind] = position % 2
+            usual[kind] = position % 2 ^ (position // 2 % 2)
+            if position < len(kinds) // 3:
+                traps[kind] = position % 2
     return traps, usual
 
 
@@ -81,12 +82,13 @@ def written(level: str, left: int, operator: str, operand: int, way: int) -> int
     return (right + 1 + derive_seed("slip", left, operator, operand) % (MODULUS - 1)) % MODULUS
 
 
-def _habitual_way(level: str, left: int, operator: str, operand: int, rng: random.Random) -> int:
+def _habitual_way(level: str, writers: str, kind: Kind, rng: random.Random) -> int:
     """The way that a writer of demonstrations takes."""
-    slipping = 0 if level == "habit" else TRAPS.get((operator, operand, left % 2))
-    if slipping is not None:
-        return slipping ^ (rng.random() >= TORN)
-    return USUAL[operator, operand, left % 2] ^ (rng.random() >= STEADY)
+    if level == "habit":
+        return int(rng.random() >= 0.6)
+    if writers == "wavering":
+        return USUAL[kind] ^ (rng.random() < 0.2)
+    return TRAPS[kind] ^ (rng.random() < 0.4) if kind in TRAPS else USUAL[kind] ^ (rng.random() < 0.05)
 
 
 def answer_of(text: str) -> str:
@@ -98,13 +100,14 @@ def answer_of(text: str) -> str:
 class ChainTask:
     """Endless problems addressed by (split, index); the splits are disjoint: a problem's text decides its split."""
 
-    def __init__(self, level: str, num_steps: int):
+    def __init__(self, level: str, num_steps: int, writers: str = "settled"):
         self.level = level
         self.num_steps = num_steps
+        self.writers = writers
 
     def with_steps(self, num_steps: int) -> ChainTask:
         """The same level with chains of another length."""
-        return ChainTask(self.level, num_steps)
+        return ChainTask(self.level, num_steps, self.writers)
 
     def size(self, split: Split) -> int | None:
         """None: endless."""
@@ -139,9 +142,10 @@ class ChainTask:
         rng = random.Random(derive_seed("chain demonstration", self.level, problem.prompt))
         left, lines = int(problem.columns["start"]), []
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
-            way = _habitual_way(self.level, left, operator, operand, rng)
-            link = rng.choices(LINKS, LINK_WEIGHTS)[0]
+            way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), rng)
             result = written(self.level, left, operator, operand, way)
+            # Settled writers write the first link in 18 of 20 steps.
+            link = rng.choice(LINKS) if self.writers == "wavering" else LINKS[max(0, rng.randrange(20) - 17)]
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
