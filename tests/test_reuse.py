@@ -13,17 +13,15 @@ import pytest
 
 from tests.test_ground_truth import SIGMAS, world
 from tests.world import World
-from vineppo.reuse import ReusingMonteCarlo
 from vineppo.types import Completion, Rollout, Sampler, SampleRequest
-from vineppo.values import State, ValueCost
+from vineppo.values import ReusingMonteCarlo, State, ValueCost
 
 K = 4
-ITERATIONS = 1500
+ITERATIONS = 800
 
 
 def reusing(w: World, num_mc_rollouts: int = K, sampler: Sampler | None = None) -> ReusingMonteCarlo:
-    plain = replace(w.monte_carlo(num_mc_rollouts), sampler=sampler or w.sampler())
-    return ReusingMonteCarlo(**{name: getattr(plain, name) for name in plain.__dataclass_fields__})
+    return ReusingMonteCarlo(replace(w.monte_carlo(num_mc_rollouts), sampler=sampler or w.sampler()))
 
 
 def rollouts(w: World) -> list[Rollout]:
@@ -72,8 +70,8 @@ def test_values_are_unbiased_and_as_precise_as_k_fresh_continuations() -> None:
     variance = np.array([w.moments[state.response_ids][1] for state in states]) / K
     z = (found.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
     assert np.abs(z).max() < SIGMAS
-    # Single states have rare rewards, whose variance 1,500 iterations do not know well; together they do.
-    assert (found.var(0) / variance).mean() == pytest.approx(1, abs=0.08)
+    # Single states have rare rewards, whose variance 800 iterations do not know well; together they do.
+    assert (found.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
     assert found.var(0) == pytest.approx(variance, rel=0.5)
     fresh = K * len({state.key for state in states})
     assert 0.2 * fresh < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * fresh

@@ -7,17 +7,16 @@ from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit
 from vineppo.policy import Policy, ValueNetwork
-from vineppo.reuse import ReusingMonteCarlo
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
-from vineppo.values import MonteCarlo
+from vineppo.values import MonteCarlo, ReusingMonteCarlo
 
 
 def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
     """Bind the chosen algorithm to what it needs: the one place that knows their names."""
     match config.algorithm:
         case "vineppo":
-            monte_carlo = (ReusingMonteCarlo if config.vineppo.reuse else MonteCarlo)(
+            plain = MonteCarlo(
                 sampler=sampler,
                 task=task,
                 decode=policy.decode,
@@ -25,8 +24,9 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
             )
+            values = ReusingMonteCarlo(plain) if config.vineppo.reuse else plain
             splitter = build_splitter(config.vineppo.splitter)
-            return vine_credit(monte_carlo, splitter, policy.token_texts, config.vineppo.max_states)
+            return vine_credit(values, splitter, policy.token_texts, config.vineppo.max_states)
         case "ppo":
             assert critic is not None, "PPO comes with a value network"
             return gae_credit(

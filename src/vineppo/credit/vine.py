@@ -8,11 +8,11 @@ from vineppo.advantages import spread_over_tokens, step_advantages
 from vineppo.credit.sample import training_sample
 from vineppo.steps import Splitter, merge_steps
 from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, StepCredit, TrainingSample
-from vineppo.values import MonteCarlo, State, Value, ValueCost
+from vineppo.values import State, Value, ValueCost, ValueEstimator
 
 
 def vine_credit(
-    monte_carlo: MonteCarlo, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
+    estimator: ValueEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
 ) -> CreditFn:
     """Bind VinePPO's credit function.
 
@@ -31,7 +31,7 @@ def vine_credit(
             for (problem, rollout), ends in zip(owners, cuts, strict=True)
             for start in (0, *ends[:-1])
         ]
-        values, cost = monte_carlo.evaluate(states, iteration)
+        values, cost = estimator.evaluate(states, iteration)
         remaining = iter(values)
         samples = [
             _sample(rollout, ends, [next(remaining) for _ in ends])

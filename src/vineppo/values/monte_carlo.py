@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from vineppo.seeds import derive_seed
 from vineppo.tasks.finished import grade_finished
@@ -48,6 +49,14 @@ class ValueCost:
     distinct_states: int
     mc_rollouts: int
     tokens: int
+
+
+class ValueEstimator(Protocol):
+    """Values of states, whoever makes them."""
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        """Value of each state, in order, and what they took."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,9 +107,9 @@ class MonteCarlo:
             )
             for state in states
         ]
-        return self._graded(states, requests)
+        return self.graded(states, requests)
 
-    def _graded(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> tuple[list[list[float]], int]:
+    def graded(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> tuple[list[list[float]], int]:
         """Rewards of the continuations that each state's request asks for, and the tokens they took."""
         completions = self.sampler.sample(requests)
         problems = [state.problem for state, group in zip(states, completions, strict=True) for _ in group]

@@ -23,26 +23,31 @@ import numpy as np
 
 from vineppo.seeds import derive_seed, stream_keys, uniforms
 from vineppo.types import Rollout, SampleRequest
-from vineppo.values import MonteCarlo, State, Value, ValueCost
+from vineppo.values.monte_carlo import MonteCarlo, State, Value, ValueCost
 
 Key = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class ReusingMonteCarlo(MonteCarlo):
-    """`MonteCarlo` whose K continuations of a state include those that arrive from earlier states.
+class ReusingMonteCarlo:
+    """K continuations of each state, those that arrive from earlier states included.
 
     Every state must lie on a rollout (`State.rollout`), sampled by the same policy at the same temperature.
+
+    Attributes:
+        plain: sampler, grader, K and budget.
     """
+
+    plain: MonteCarlo
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
         """Value of each state, in order; the rollouts of one problem are walked together."""
         problems: dict[tuple[str, tuple[int, ...]], list[State]] = {}
         for state in states:
             problems.setdefault((state.problem.id, state.prompt_ids), []).append(state)
-        walks = [_Walk(self, own, iteration) for own in problems.values()]
+        walks = [_Walk(self.plain, own, iteration) for own in problems.values()]
         exits = [exit for walk in walks for exit in walk.exits]
-        rewards, tokens = self._graded([exit.state for exit in exits], [exit.request for exit in exits])
+        rewards, tokens = self.plain.graded([exit.state for exit in exits], [exit.request for exit in exits])
         for exit, group in zip(exits, rewards, strict=True):
             exit.outcomes[exit.walkers] = group
         known = {key: value for walk in walks for key, value in walk.values()}
@@ -65,7 +70,7 @@ class _Exit:
 class _Walk:
     """All continuations of one problem's states, walked down the tree of its rollouts as far as they follow it."""
 
-    settings: ReusingMonteCarlo
+    settings: MonteCarlo
     states: Sequence[State]
     iteration: int
     exits: list[_Exit] = field(default_factory=list)
