@@ -150,7 +150,7 @@ def vine_samples(
     config = Config(
         algorithm="vineppo",
         rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
-        vineppo=VineConfig(num_mc_rollouts=K, splitter="newline", max_states=max_states),
+        vineppo=VineConfig(reuse=False, num_mc_rollouts=K, splitter="newline", max_states=max_states),
         learner=LearnerConfig(minibatch_size=4),
     )
     return build_credit(config, policy(), sampler, task or ChainTask("judgement", 3), None)(groups, 1)
@@ -488,7 +488,7 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
     config = Config(
         algorithm=algorithm,  # type: ignore[arg-type]
         rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
-        vineppo=VineConfig(num_mc_rollouts=K),
+        vineppo=VineConfig(reuse=False, num_mc_rollouts=K),
         grpo=GRPOConfig(scale_by_std=False),
         learner=LearnerConfig(minibatch_size=4),
     )

@@ -118,9 +118,9 @@ class VineConfig:
     """K: continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into steps: `newline`, or `tokens:N` for a cut every N tokens."""
-    reuse: bool = False
+    reuse: bool = True
     """Let a continuation that follows a response to its next state count as one of that state's K too: unbiased, fewer
-    tokens, less noise (docs/algorithms.md). Off: K fresh ones at every state, as in the paper."""
+    tokens, less noise (docs/algorithms.md). `false`: K fresh ones at every state, as in the paper."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
