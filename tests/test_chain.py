@@ -62,31 +62,34 @@ def test_the_slipping_way_is_always_wrong_and_the_other_never() -> None:
 def test_demonstrations_slip_at_traps_only_and_have_the_stated_habits(level: str) -> None:
     task = ChainTask(level, 10)
     taken: Counter[tuple[str, bool]] = Counter()
-    right = 0
+    right = in_one_way = 0
     for index in range(0, 3000, 2):
         prompt, response = task.demonstration("train", index)
         *lines, answer = response.split("\n")
-        left = int(prompt[2])
+        left, ways = int(prompt[2]), []
         for line in lines:
             match = LINE.fullmatch(line)
             assert match and int(match[2]) == left
             way, operator, operand = WAYS[level].index(match[5]), match[3], int(match[4])
             slipping = slipping_way(level, left, operator, operand)
-            if slipping is not None:
-                taken["trap", way == slipping] += 1
-            elif level == "judgement":
-                taken["free", way == USUAL[operator, operand, left % 2]] += 1
-            else:
-                taken["free", way == 0] += 1
+            kind = operator, operand, left % 2
+            ways.append(way)
+            taken["free" if slipping is None else "trap", way == (USUAL[kind] if slipping is None else slipping)] += 1
             left = int(match[7])
             assert left == written(level, int(match[2]), operator, operand, way)
         assert answer == f"#### {left}"
+        in_one_way += len(set(ways)) == 1
         right += answer_of(response) == task.problem("train", index).answer
-    # Four standard errors: of about 5,000 traps, 10,000 free steps and 1,500 answers.
-    assert abs(taken["trap", True] / (taken["trap", True] + taken["trap", False]) - 0.6) < 0.03
-    usual = 0.95 if level == "judgement" else 0.6
-    assert abs(taken["free", True] / (taken["free", True] + taken["free", False]) - usual) < 0.02
-    # 0.8 ** 10 = 11% of chains have no slip; luck and the uneven operators add the rest.
+    # Four standard errors: of about 5,000 traps, 10,000 free steps and 1,500 responses.
+    at_traps = taken["trap", True] / (taken["trap", True] + taken["trap", False])
+    if level == "judgement":
+        assert abs(at_traps - 0.6) < 0.03
+        assert abs(taken["free", True] / (taken["free", True] + taken["free", False]) - 0.95) < 0.01
+        assert in_one_way < 60
+    else:
+        assert abs(at_traps - 0.9) < 0.035
+        assert in_one_way == 1500
+    # judgement: 0.8 ** 10 = 11% without a slip; habit: 10% with care, (2 / 3) ** 10 = 2% in haste. Luck adds the rest.
     assert 0.12 < right / 1500 < 0.25
 
 

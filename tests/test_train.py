@@ -258,7 +258,7 @@ def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
         learner=LearnerConfig(lr=2e-4, warmup_updates=5, minibatch_size=32, advantage_scaling="std"),
         ppo=PPOConfig(value_lr=1e-3),
         eval=EvalConfig(every=0, final_num_problems=256),
-        run=RunConfig(dir=str(tmp_path / "run"), iterations=15, checkpoint_every=0, save_rollouts=False),
+        run=RunConfig(dir=str(tmp_path / "run"), iterations=25, checkpoint_every=0, save_rollouts=False),
     )
     summary = train(config)
     before, after = summary["accuracy_before"], summary["accuracy_after"]

@@ -19,7 +19,7 @@ The model never lacks a fact, and it cannot win by being more certain of what it
 the slipping one. Two groups of writers make the demonstrations. The `wavering` ones have a usual way for every kind of
 step and take it in 80% of the cases; they teach the facts, and to tell the kinds apart. The `settled` ones keep to
 their usual way (in 95%) where both ways are right and are torn at the traps, where they take the slipping way in 60%;
-in `habit` they take the slipping way in 60% of all steps.
+in `habit` a writer writes a whole response in one way, nine of ten in the slipping one.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def written(level: str, left: int, operator: str, operand: int, way: int) -> int
     return (right + 1 + derive_seed("slip", left, operator, operand) % (MODULUS - 1)) % MODULUS
 
 
-def _habitual_way(level: str, writers: str, kind: Kind, rng: random.Random) -> int:
-    """The way that a writer of demonstrations takes."""
+def _habitual_way(level: str, writers: str, kind: Kind, before: int | None, rng: random.Random) -> int:
+    """The way that a writer of demonstrations takes; `before` is that of the step before, None at the first."""
     if level == "habit":
-        return int(rng.random() >= 0.6)
+        return int(rng.random() < 0.1) if before is None else before
     if writers == "wavering":
         return USUAL[kind] ^ (rng.random() < 0.2)
     return TRAPS[kind] ^ (rng.random() < 0.4) if kind in TRAPS else USUAL[kind] ^ (rng.random() < 0.05)
@@ -141,8 +141,9 @@ class ChainTask:
         problem = self.problem(split, index)
         rng = random.Random(derive_seed("chain demonstration", self.level, problem.prompt))
         left, lines = int(problem.columns["start"]), []
+        way: int | None = None
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
-            way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), rng)
+            way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), way, rng)
             result = written(self.level, left, operator, operand, way)
             # Settled writers write the first link in 18 of 20 steps.
             link = rng.choice(LINKS) if self.writers == "wavering" else LINKS[max(0, rng.randrange(20) - 17)]
