@@ -70,7 +70,7 @@ results: results-default results-habit  ## both comparisons (results-default, re
 
 results-default: RECIPE := judgement
 results-habit: RECIPE := habit
-results-habit: RESULTS_BUDGET := updates=96
+results-habit: RESULTS_BUDGET := updates=64
 results-default results-habit: results-%: $(READY)
 	$(BIN)/vineppo compare $(RECIPE) --algorithms $(RESULTS_ALGORITHMS) --seeds $(RESULTS_SEEDS) \
 		--budget $(RESULTS_BUDGET) --jobs $(RESULTS_JOBS) --eval.split test --out runs/compare-$*
