@@ -32,7 +32,6 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Split
 
 MODULUS = 10
-WRITERS = ("settled", "wavering")
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")

@@ -96,18 +96,24 @@ class MonteCarlo:
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
         """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
-        requests = [
-            SampleRequest(
-                prompt_ids=state.prompt_ids + state.response_ids,
-                num_samples=self.num_mc_rollouts,
-                max_new_tokens=self.max_new_tokens - len(state.response_ids),
-                # The prefix itself is the address: the order of states and the batch they come in cannot matter.
-                seed=derive_seed(self.run_seed, iteration, state.problem.id, "mc", derive_seed(*state.response_ids)),
-                response_tokens=len(state.response_ids),
-            )
-            for state in states
-        ]
-        return self.graded(states, requests)
+        return self.graded(states, [self.request(state, iteration, self.num_mc_rollouts) for state in states])
+
+    def request(
+        self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
+    ) -> SampleRequest:
+        """What asks for continuations of a state, with what the prefix left of the budget."""
+        return SampleRequest(
+            prompt_ids=state.prompt_ids + state.response_ids,
+            num_samples=num_samples,
+            max_new_tokens=self.max_new_tokens - len(state.response_ids),
+            seed=self.seed(state, iteration, "mc"),
+            response_tokens=len(state.response_ids),
+            excluded_first=excluded_first,
+        )
+
+    def seed(self, state: State, iteration: int, purpose: str) -> int:
+        """The prefix itself is the address: the order of states and the batch they come in cannot matter."""
+        return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
 
     def graded(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> tuple[list[list[float]], int]:
         """Rewards of the continuations that each state's request asks for, and the tokens they took."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vineppo.seeds import derive_seed, stream_keys, uniforms
+from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Rollout, SampleRequest
 from vineppo.values.monte_carlo import MonteCarlo, State, Value, ValueCost
 
@@ -145,7 +145,7 @@ class _Walk:
             return walkers
         missing = self.settings.num_mc_rollouts - len(walkers)
         fresh = np.arange(self.begun, self.begun + missing)
-        seed = self._seed("walk", response_ids)
+        seed = self.settings.seed(state, self.iteration, "walk")
         self.keys[fresh] = stream_keys(np.full(missing, seed, dtype=np.uint64), np.arange(missing))
         self.begun += missing
         pool = np.concatenate([walkers, fresh])
@@ -155,19 +155,9 @@ class _Walk:
     def _leave(self, response_ids: tuple[int, ...], excluded: tuple[int, ...], walkers: np.ndarray) -> None:
         if not len(walkers):
             return
-        request = SampleRequest(
-            prompt_ids=self.prompt_ids + response_ids,
-            num_samples=len(walkers),
-            max_new_tokens=self.settings.max_new_tokens - len(response_ids),
-            seed=self._seed("mc", response_ids),
-            response_tokens=len(response_ids),
-            excluded_first=excluded,
-        )
-        self.exits.append(_Exit(State(self.problem, self.prompt_ids, response_ids), request, walkers, self.outcomes))
-
-    def _seed(self, purpose: str, response_ids: tuple[int, ...]) -> int:
-        address = self.settings.run_seed, self.iteration, self.problem.id, purpose, derive_seed(*response_ids)
-        return derive_seed(*address)
+        state = State(self.problem, self.prompt_ids, response_ids)
+        request = self.settings.request(state, self.iteration, len(walkers), excluded)
+        self.exits.append(_Exit(state, request, walkers, self.outcomes))
 
 
 @dataclass(frozen=True)
@@ -181,9 +171,9 @@ class _Branch:
 def _next_node(branches: list[_Branch], depth: int) -> int:
     """Where the next state, fork or end lies on branches that share the token at `depth`."""
     first, last = branches[0].rollout.response_ids, branches[-1].rollout.response_ids  # in lexicographic order
-    shared = depth + 1
-    limit = min(len(first), len(last))
-    while shared < limit and first[shared] == last[shared]:
-        shared += 1
     nexts = [d for branch in branches for d in branch.depths if d > depth]
-    return min([shared, *nexts])
+    limit = min([len(first), len(last), *nexts])
+    end = depth + 1
+    while end < limit and first[end] == last[end]:
+        end += 1
+    return end
