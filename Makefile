@@ -19,7 +19,7 @@ READY_REAL := $(VENV)/.ready-real
 # end is on test problems, which no setting was chosen by; the curves are on validation problems.
 RESULTS_ALGORITHMS ?= vineppo,ppo,grpo,rloo
 RESULTS_SEEDS ?= 5
-RESULTS_BUDGET ?= updates=192
+RESULTS_BUDGET ?= updates=256
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help

@@ -358,6 +358,11 @@ def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> 
     assert not any("\x1b" in line for line in lines)
 
 
+def test_a_start_that_was_not_measured_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    ConsoleReporter(live=False).iteration({"iteration": 0, "updates": 0})
+    assert capsys.readouterr().out == ""
+
+
 def test_a_terminal_keeps_the_measurements(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter(live=True)
     reporter.start(Config(), 60)

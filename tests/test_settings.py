@@ -232,6 +232,7 @@ def test_lists_that_are_cut_off_or_have_holes() -> None:
         ({"rollouts.group_size": "0"}, "rollouts.group_size is 0; it must be at least 1"),
         ({"algorithm": "grpo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; grpo"),
         ({"algorithm": "rloo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; rloo"),
+        ({"learner.decay": "linear", "run.max_tokens": "1000"}, "learner.decay is linear and run.max_tokens may end"),
         ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
     ],
 )

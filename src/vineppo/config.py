@@ -317,6 +317,12 @@ class Config:
                 self.rollouts.group_size * self.rollouts.num_problems >= 2,
                 "reinforce compares the responses of one iteration and needs at least 2; raise rollouts.num_problems",
             )
+        unforeseen = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
+        _require(
+            self.learner.decay == "constant" or bool(self.run.max_updates) or not unforeseen,
+            f"learner.decay is linear and {' and '.join(unforeseen)} may end the run, so it is unknown "
+            "at which update the rate should reach 0; give run.max_updates as well, or use learner.decay constant",
+        )
         total = self.rollouts.group_size * self.rollouts.num_problems
         _require(
             self.learner.minibatch_size <= total,

@@ -49,7 +49,8 @@ class ConsoleReporter:
         iterations = self._config.run.iterations
         line = progress_line(metrics, iterations)
         if self._bar is None:
-            _say(line)
+            if metrics.get("iteration") or "accuracy" in line:  # nothing is known yet of a start that was not measured
+                _say(line)
             return
         if metrics.get("eval/accuracy") is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)

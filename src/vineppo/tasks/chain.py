@@ -38,7 +38,6 @@ LINKS = (" = ", " is ", " -> ")
 """Harmless variation in wording: which link is written says nothing about the number after it."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
 """Every operation is a bijection modulo 10, so a slip is never undone by chance of the operation."""
-MAX_STEPS = 25
 Kind = tuple[str, int, int]
 """(operator, operand, parity of the left number)."""
 _ANSWER = re.compile(r"(?:^|\n)#### (\d+)\s*\Z")
