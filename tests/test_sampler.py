@@ -399,9 +399,9 @@ def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeyp
     left: list[int] = []
     keep = KVTree.keep
 
-    def counted(tree: KVTree, trunks: torch.Tensor, rows: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
+    def counted(tree: KVTree, rows: torch.Tensor) -> None:
         left.append(len(rows))
-        keep(tree, trunks, rows, prefix_lengths)
+        keep(tree, rows)
 
     monkeypatch.setattr(KVTree, "keep", counted)
     sampler = NativeSampler(policy, temperature=1.0)

@@ -22,7 +22,7 @@ from vineppo.sampling.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Completion, SampleRequest
 
-_KEEP_SHARE = 0.75
+_KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
 
 
@@ -106,19 +106,14 @@ class NativeSampler:
 
 
 class _Wave:
-    """The decode loop over M trunks with up to R rows each; row slots without a row are inactive from the start."""
+    """The decode loop over M trunks and the N rows on them, in the order of the trunks."""
 
     def __init__(self, sampler: NativeSampler, requests: Sequence[SampleRequest], trunks: Sequence[_Trunk]):
         self.sampler, self.model = sampler, sampler.policy.model
         self.device = sampler.policy.device
         self.trunks = trunks
         self.rows: list[_Row] = [row for trunk in trunks for row in trunk.rows]
-        width = max(len(trunk.rows) for trunk in trunks)
-        self.slots = np.full((len(trunks), width), -1)  # (M, R): index into self.rows, -1 is an empty slot
-        start = 0
-        for m, trunk in enumerate(trunks):
-            self.slots[m, : len(trunk.rows)] = np.arange(start, start + len(trunk.rows))
-            start += len(trunk.rows)
+        self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
         self.budgets = np.array([requests[row.request].max_new_tokens for row in self.rows])
         self.keys = stream_keys(
@@ -147,58 +142,40 @@ class _Wave:
         """Yield (logits (B', V), rows (B',)) per position; rows that finish in between are dropped in blocks."""
         with tree_mode(self.model):
             tree, logits = self._prefill()
-            flat = self.slots.reshape(-1)
+            rows = np.arange(len(self.rows))  # those that the tree holds, finished ones among them
             while True:
-                active = (flat >= 0) & ~self.finished[flat]
-                picked = torch.from_numpy(np.flatnonzero(active)).to(self.device)
-                yield logits[picked], flat[active]
-                active = (flat >= 0) & ~self.finished[flat]
+                active = ~self.finished[rows]
+                yield logits[self._on_device(np.flatnonzero(active))], rows[active]
+                active = ~self.finished[rows]
                 if not active.any():
                     return
-                flat = self._compact(tree, active)
-                ids = self.token_ids[flat, np.maximum(self.counts[flat] - 1, 0)]
+                if active.mean() <= _KEEP_SHARE:
+                    tree.keep(self._on_device(np.flatnonzero(active)))
+                    rows = rows[active]
                 # A finished row that is still here stays where it ended: further on, the model may have no position.
-                positions = np.where(flat >= 0, self.prefix_lengths[flat] + self.counts[flat] - 1, 0)
+                ids = self.token_ids[rows, self.counts[rows] - 1]
+                positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
-                    input_ids=torch.from_numpy(ids)[:, None].to(self.device),
-                    position_ids=torch.from_numpy(positions)[:, None].to(self.device),
+                    input_ids=self._on_device(ids)[:, None],
+                    position_ids=self._on_device(positions)[:, None],
                     use_cache=False,
                     tree=tree,
                 ).logits[:, -1]
                 tree.length += 1
 
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
-        """Compute the trunks once; logits after each slot's prefix, shape (M * R, V)."""
-        lengths = np.where(self.slots >= 0, self.prefix_lengths[self.slots], 0)  # (M, R)
+        """Compute the trunks once; logits after each row's prefix, shape (N, V)."""
         token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
-        tree = KVTree(torch.from_numpy(lengths).to(self.device), token_ids.shape[1])
+        tree = KVTree(self._on_device(self.trunk_of), self._on_device(self.prefix_lengths), token_ids.shape[1])
         select = np.zeros(token_ids.shape, dtype=bool)
-        where = np.arange(len(self.trunks))[:, None], np.maximum(lengths - 1, 0)
+        where = self.trunk_of, self.prefix_lengths - 1
         select[where] = True
         place = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): row of each selected position
-        logits = selected_logits(self.model, token_ids, torch.from_numpy(select).to(self.device), tree=tree)  # (N, V)
-        return tree, logits[torch.from_numpy(place[where].reshape(-1)).to(self.device)]
+        logits = selected_logits(self.model, token_ids, self._on_device(select), tree=tree)  # (prefixes, V)
+        return tree, logits[self._on_device(place[where])]
 
-    def _compact(self, tree: KVTree, active: np.ndarray) -> np.ndarray:
-        """Drop finished rows and trunks without rows when enough would go; returns the row of each slot, flat."""
-        M, R = self.slots.shape
-        alive = active.reshape(M, R)
-        counts = alive.sum(1)
-        trunks = np.flatnonzero(counts)
-        width = int(counts.max())
-        if len(trunks) * width > _KEEP_SHARE * M * R:
-            return self.slots.reshape(-1)
-        order = np.argsort(~alive[trunks], axis=1, kind="stable")[:, :width]  # (M', R'): active slots first
-        kept = np.take_along_axis(alive[trunks], order, 1)
-        slots = np.where(kept, np.take_along_axis(self.slots[trunks], order, 1), -1)
-        lengths = np.where(kept, self.prefix_lengths[slots], 0)
-        tree.keep(
-            torch.from_numpy(trunks).to(self.device),
-            torch.from_numpy((trunks[:, None] * R + order).reshape(-1)).to(self.device),
-            torch.from_numpy(lengths).to(self.device),
-        )
-        self.slots = slots
-        return slots.reshape(-1)
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
         """The slow, general path: the whole sequence is computed again for every token."""
@@ -297,7 +274,7 @@ def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
 
 
 def _waves(trunks: Sequence[_Trunk], max_rows: int) -> Iterator[list[_Trunk]]:
-    """Cut the work into waves of at most `max_rows` row slots, trunks of similar width together."""
+    """Cut the work into waves of at most `max_rows` rows, trunks with similarly many rows together."""
     pieces = [
         _Trunk(trunk.token_ids, trunk.rows[start : start + max_rows])
         for trunk in trunks
@@ -305,10 +282,12 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int) -> Iterator[list[_Trunk]]:
     ]
     pieces.sort(key=lambda trunk: -len(trunk.rows))
     wave: list[_Trunk] = []
+    held = 0
     for piece in pieces:
-        if wave and (len(wave) + 1) * len(wave[0].rows) > max_rows:
+        if wave and held + len(piece.rows) > max_rows:
             yield wave
-            wave = []
+            wave, held = [], 0
         wave.append(piece)
+        held += len(piece.rows)
     if wave:
         yield wave

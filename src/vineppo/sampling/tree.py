@@ -27,12 +27,15 @@ _TRIAL_DISTANCE_ROUNDED = 0.3
 
 
 class KVTree:
-    """Keys and values of one wave: M trunks with up to R rows each, B = M * R rows in trunk order.
+    """Keys and values of one wave: M trunks, and B rows in the order of their trunks.
 
     Layouts per layer: trunk (M, Hkv, L, d); branch (B, Hkv, capacity, d), of which the first `length` tokens are used.
+    Rows are kept without gaps. Only attention to the trunks works on a rectangle of M x R places, R being the largest
+    number of rows on one trunk; it borrows a row's query for that and gives the result back.
     """
 
-    def __init__(self, prefix_lengths: torch.Tensor, trunk_length: int):
+    def __init__(self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor, trunk_length: int):
+        """Trunk of each row (ascending, every trunk at least once) and its prefix length on it, both of shape (B,)."""
         self.trunk_keys: dict[int, torch.Tensor] = {}
         self.trunk_values: dict[int, torch.Tensor] = {}
         self.branch_keys: dict[int, torch.Tensor] = {}
@@ -40,13 +43,27 @@ class KVTree:
         self.length = 0
         self.trunk_length = trunk_length
         self.windowed = False
-        self.set_rows(prefix_lengths)
+        self._set_rows(trunk_of, prefix_lengths)
 
-    def set_rows(self, prefix_lengths: torch.Tensor) -> None:
-        """Prefix length of each row within its trunk, shape (M, R)."""
-        # An empty slot sees one column of its trunk: a softmax over nothing would be nan.
-        self.prefix_lengths = prefix_lengths.clamp_min(1)  # (M, R)
+    def _set_rows(self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
+        self.trunk_of, self.prefix_lengths = trunk_of, prefix_lengths
+        counts = trunk_of.bincount()  # (M,)
+        first = counts.cumsum(0) - counts
+        M, R = len(counts), int(counts.max())
+        self.places = trunk_of * R + torch.arange(len(trunk_of), device=trunk_of.device) - first[trunk_of]  # (B,)
+        # An empty place sees one column of its trunk: a softmax over nothing would be nan.
+        self.lengths_by_place = prefix_lengths.new_ones(M * R).index_copy(0, self.places, prefix_lengths).view(M, R)
         self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def to_places(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One entry per row, shape (B, ...), spread over the places of the trunks, (M, R, ...); 0 where none is."""
+        M, R = self.lengths_by_place.shape
+        spread = tensor.new_zeros(M * R, *tensor.shape[1:]).index_copy(0, self.places, tensor)
+        return spread.view(M, R, *tensor.shape[1:])
+
+    def from_places(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Shape (M, R, ...) back to one entry per row, (B, ...)."""
+        return tensor.flatten(0, 1)[self.places]
 
     def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
         """0 where a row may look at its trunk, -inf elsewhere; shape (M, 1, R * groups, L).
@@ -55,8 +72,8 @@ class KVTree:
         """
         if window is None and (groups, dtype) in self._bias:
             return self._bias[groups, dtype]
-        columns = torch.arange(self.trunk_length, device=self.prefix_lengths.device)  # (L,)
-        lengths = self.prefix_lengths[:, :, None]  # (M, R, 1)
+        columns = torch.arange(self.trunk_length, device=self.lengths_by_place.device)  # (L,)
+        lengths = self.lengths_by_place[:, :, None]  # (M, R, 1)
         visible = columns < lengths  # (M, R, L)
         if window is not None:
             visible &= columns > lengths + self.length - window
@@ -67,18 +84,22 @@ class KVTree:
             self._bias[groups, dtype] = bias
         return bias
 
-    def keep(self, trunks: torch.Tensor, rows: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
-        """Compact: keep only these trunks, shape (M',), and these rows in their new order, shape (M' * R',)."""
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these, shape (B',), ascending, and the trunks without rows."""
+        trunks, trunk_of = self.trunk_of[rows].unique(return_inverse=True)
+        prefix_lengths = self.prefix_lengths[rows]
         longest = int(prefix_lengths.max())
-        for store in (self.trunk_keys, self.trunk_values):
-            for layer, tensor in store.items():
-                store[layer] = tensor[trunks, :, :longest].contiguous()
+        if len(trunks) < len(self.lengths_by_place) or longest < self.trunk_length:
+            for store in (self.trunk_keys, self.trunk_values):
+                for layer, tensor in store.items():
+                    store[layer] = tensor[trunks, :, :longest].contiguous()
+            self.trunk_length = longest
         for store in (self.branch_keys, self.branch_values):
             for layer, tensor in store.items():
-                used = tensor[rows, :, : self.length]
-                store[layer] = F.pad(used, (0, 0, 0, tensor.shape[2] - self.length))
-        self.trunk_length = longest
-        self.set_rows(prefix_lengths)
+                kept = tensor.new_empty(len(rows), *tensor.shape[1:])
+                kept[:, :, : self.length] = tensor[rows, :, : self.length]
+                store[layer] = kept
+        self._set_rows(trunk_of, prefix_lengths)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write this step's key and value, each (B, Hkv, 1, d), behind each row's branch; return the whole branch."""
@@ -163,19 +184,20 @@ def _decode_attention(
     window: int | None,
 ) -> torch.Tensor:
     B, H, _, d = query.shape
-    M, R = tree.prefix_lengths.shape
+    M, R = tree.lengths_by_place.shape
     Hkv = keys.shape[1]
     g = H // Hkv
+    query = query.view(B, Hkv, g, d)
     # Rows of one trunk and query heads of one key head become rows of one matrix product.
-    by_trunk = query.view(M, R, Hkv, g, d).permute(0, 2, 1, 3, 4).reshape(M, Hkv, R * g, d)
+    by_trunk = tree.to_places(query).transpose(1, 2).reshape(M, Hkv, R * g, d)
     bias = tree.trunk_bias(g, query.dtype, window)
     attend = _attend if softcap is not None or window is not None or query.device.type != "cpu" else _attend_fused
     out_trunk, lse_trunk = attend(by_trunk, tree.trunk_keys[layer], tree.trunk_values[layer], bias, scale, softcap)
-    out_trunk = out_trunk.view(M, Hkv, R, g, d).transpose(1, 2).reshape(B, Hkv, g, d)
-    lse_trunk = lse_trunk.view(M, Hkv, R, g).transpose(1, 2).reshape(B, Hkv, g, 1)
+    out_trunk = tree.from_places(out_trunk.view(M, Hkv, R, g, d).transpose(1, 2))  # (B, Hkv, g, d)
+    lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
     if window is not None and keys.shape[2] > window:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    out_branch, lse_branch = attend(query.view(B, Hkv, g, d), keys, values, None, scale, softcap)
+    out_branch, lse_branch = attend(query, keys, values, None, scale, softcap)
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
 
@@ -243,7 +265,8 @@ def tree_supported(model: Any) -> bool:
         return False
     device = next(model.parameters()).device
     ids = torch.arange(_TRIAL_TOKENS, device=device)[None] % config.vocab_size  # (1, T)
-    tree = KVTree(torch.tensor([[_TRIAL_TOKENS - 2]], device=device), _TRIAL_TOKENS - 2)
+    one_row = torch.zeros(1, dtype=torch.int64, device=device)
+    tree = KVTree(one_row, one_row + _TRIAL_TOKENS - 2, _TRIAL_TOKENS - 2)
     try:
         with tree_mode(model):
             model(input_ids=ids[:, :-2], use_cache=False, tree=tree)

@@ -1,0 +1,289 @@
+"""How wrong are the advantages after how many tokens? Fixed K against every way to save continuations.
+
+    python benchmarks/budget.py --out runs/budget
+
+Two scenes. In the *world* (tests/world.py) every response of a tiny policy is enumerated, so the true values are exact
+and a cut is made after every token. On the *embedded* model the truth is the mean of 512 fresh continuations of every
+state, and the noise that it still has is subtracted from the errors. In each scene the rollouts are fixed; every method
+values their states again and again, with other random numbers each time.
+
+Prints a table per scene and writes budget.json and budget.md. The figure to look at is `tokens_share_at_equal_mse`: the
+tokens that a method takes, as a share of those of fixed K = 9, when its mean squared error is the same. Token counts do
+not depend on the machine or on what else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
+
+from tests.world import build_world
+
+from vineppo.advantages import spread_over_tokens, step_advantages
+from vineppo.config import ModelConfig, TaskConfig
+from vineppo.credit.vine import vine_credit
+from vineppo.policy import Policy
+from vineppo.rollouts import draw_problems, sample_groups
+from vineppo.sampling.native import NativeSampler
+from vineppo.steps import Splitter, build_splitter
+from vineppo.tasks import build_task
+from vineppo.types import RolloutGroup, Sampler, Task, TrainingSample
+from vineppo.values import MonteCarlo, ReusingMonteCarlo, State, ValueEstimator
+
+REFERENCE_K = 9
+METHODS: dict[str, Callable[[MonteCarlo], ValueEstimator]] = {
+    "fixed K": lambda plain: plain,
+    "reuse": ReusingMonteCarlo,
+}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """True token advantages of all rollouts in a row, and how sure they are."""
+
+    advantages: np.ndarray
+    """Shape (tokens,)."""
+    variance: np.ndarray
+    """Of the noise in them, shape (tokens,); 0 where they are exact."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Fixed rollouts with everything that values their states."""
+
+    name: str
+    policy: Policy
+    task: Task
+    sampler: Sampler
+    splitter: Splitter
+    groups: list[RolloutGroup]
+    max_new_tokens: int
+    value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
+    """True values of states, and the variance of the noise in them."""
+
+    def estimator(self, method: str, num_mc_rollouts: int, seed: int) -> ValueEstimator:
+        """One of METHODS, bound to this scene."""
+        plain = MonteCarlo(
+            self.sampler, self.task, self.policy.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
+        )
+        return METHODS[method](plain)
+
+
+def world_scene(rollouts: int) -> Scene:
+    """Responses of up to six tokens over an alphabet of five, a step per token, exact values."""
+    world = build_world(6)
+    groups = sample_groups(
+        [world.problem],
+        world.policy,
+        world.sampler(),
+        world.task,
+        group_size=rollouts,
+        max_new_tokens=world.max_new_tokens,
+        address=(0, "benchmark"),
+    )
+
+    def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
+        return [world.value(state.response_ids) for state in states], [0.0] * len(states)
+
+    splitter = build_splitter("tokens:1")
+    return Scene("world", world.policy, world.task, world.sampler(), splitter, groups, world.max_new_tokens, value)
+
+
+def embedded_scene(rollouts: int, level: str, truth: int) -> Scene:
+    """Ten-step chains of the embedded model, one response to a problem, a step per line."""
+    policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
+    task = build_task(TaskConfig(level=level, num_steps=10))
+    sampler = NativeSampler(policy, temperature=1.0)
+    groups = sample_groups(
+        draw_problems(task, 0, 1, rollouts),
+        policy,
+        sampler,
+        task,
+        group_size=1,
+        max_new_tokens=120,
+        address=(0, "benchmark"),
+    )
+
+    def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
+        fresh = MonteCarlo(sampler, task, policy.decode, truth, 120, run_seed=-1)
+        values = [v.mean for v in fresh.evaluate(states, 0)[0]]
+        return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
+
+    return Scene(f"embedded:{level}", policy, task, sampler, build_splitter("newline"), groups, 120, value)
+
+
+def true_advantages(scene: Scene) -> Truth:
+    """Token advantages from the true values of every state."""
+    advantages: list[float] = []
+    variance: list[float] = []
+    for group in scene.groups:
+        for rollout in group.rollouts:
+            ends = scene.splitter(scene.policy.token_texts(rollout.response_ids))
+            starts = (0, *ends[:-1])
+            states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
+            values, noise = scene.value(states)
+            advantages += spread_over_tokens(step_advantages(values, rollout.reward), ends)
+            steps = [a + b for a, b in zip(noise, [*noise[1:], 0.0], strict=True)]
+            variance += spread_over_tokens(steps, ends)
+    return Truth(np.array(advantages), np.array(variance))
+
+
+def estimates(scene: Scene, method: str, num_mc_rollouts: int, repeats: int) -> tuple[np.ndarray, float]:
+    """(token advantages (repeats, tokens), mean tokens generated for one valuation of all rollouts)."""
+    rows, tokens = [], []
+    for repeat in range(repeats):
+        values = scene.estimator(method, num_mc_rollouts, seed=repeat)
+        credit = vine_credit(values, scene.splitter, scene.policy.token_texts, max_states=0)
+        samples, metrics = credit(scene.groups, 1)
+        rows.append(np.concatenate([_response(sample) for sample in samples]))
+        tokens.append(metrics["tokens/mc"])
+    return np.stack(rows), float(np.mean(tokens))
+
+
+def _response(sample: TrainingSample) -> np.ndarray:
+    return np.array(sample.advantages)[np.array(sample.loss_mask) == 1]
+
+
+def compared(found: np.ndarray, truth: Truth) -> dict[str, float]:
+    """Errors of estimates, shape (repeats, tokens), with the truth's own noise taken out."""
+    errors = found - truth.advantages
+    per_repeat = (errors**2).mean(1) - truth.variance.mean()
+    repeats = len(found)
+    noise = errors.var(0, ddof=1) / repeats
+    squared_bias = float((errors.mean(0) ** 2 - noise - truth.variance).mean())
+    return {
+        "mse": float(per_repeat.mean()),
+        "mse_standard_error": float(per_repeat.std(ddof=1) / math.sqrt(repeats)),
+        "mean_error": float(errors.mean()),
+        "mean_squared_bias": squared_bias,
+        "mean_squared_bias_noise": float(noise.mean() * math.sqrt(2 / errors.shape[1])),
+    }
+
+
+def tokens_at(mse: float, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens at which a method has this error, between its measured K on logarithmic scales; None outside of them."""
+    points = sorted((row["mse"], row["tokens"]) for row in rows)
+    if not points[0][0] <= mse <= points[-1][0]:
+        return None
+    log_mse, log_tokens = np.log(np.array(points)).T
+    return float(np.exp(np.interp(math.log(mse), log_mse, log_tokens)))
+
+
+def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
+    """All methods and K on one scene."""
+    truth = true_advantages(scene)
+    rows = []
+    for method in METHODS:
+        for k in ks:
+            found, tokens = estimates(scene, method, k, repeats)
+            rows.append({"method": method, "k": k, "tokens": tokens, **compared(found, truth)})
+            print(_line(rows[-1]), flush=True)
+    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    reference = next(row for row in by_method["fixed K"] if row["k"] == REFERENCE_K)
+    shares = {}
+    for method, own in by_method.items():
+        tokens = tokens_at(reference["mse"], own)
+        shares[method] = None if tokens is None else tokens / reference["tokens"]
+    return {
+        "rollouts": sum(len(group.rollouts) for group in scene.groups),
+        "tokens_of_rollouts": len(truth.advantages),
+        "mean_square_of_true_advantages": float((truth.advantages**2).mean() - truth.variance.mean()),
+        "rows": rows,
+        "tokens_share_at_equal_mse": shares,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['method']:8} K={row['k']:<3} tokens {row['tokens']:>11,.0f}  mse {row['mse']:.5f} "
+        f"+- {row['mse_standard_error']:.5f}  squared bias {row['mean_squared_bias']:+.6f} "
+        f"(noise {row['mean_squared_bias_noise']:.6f})  mean error {row['mean_error']:+.5f}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of budget.md."""
+    lines = [
+        "# Error of the advantages over tokens",
+        "",
+        "Mean squared error of the token advantages against the true ones, for continuations generated to value all "
+        "states of the rollouts once. Made by `python benchmarks/budget.py`.",
+    ]
+    for name, scene in result["scenes"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{scene['rollouts']} rollouts of {scene['tokens_of_rollouts']:,} tokens; mean square of the true "
+            f"advantages {scene['mean_square_of_true_advantages']:.4f}.",
+            "",
+            "| method | K | tokens | mean squared error | squared bias |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['method']} | {r['k']} | {r['tokens']:,.0f} | {r['mse']:.5f} ± {r['mse_standard_error']:.5f} | "
+            f"{r['mean_squared_bias']:+.6f} ± {r['mean_squared_bias_noise']:.6f} |"
+            for r in scene["rows"]
+        ]
+        shares = [
+            f"{method} {'-' if share is None else f'{share:.1%}'}"
+            for method, share in scene["tokens_share_at_equal_mse"].items()
+            if method != "fixed K"
+        ]
+        lines += ["", f"Tokens at the error of fixed K = {REFERENCE_K}, as a share of its tokens: {', '.join(shares)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/budget"))
+    parser.add_argument("--ks", default="1,2,3,5,9,16,32", help="K of every method; must contain 9")
+    parser.add_argument("--rollouts", type=int, default=32, help="rollouts of each scene")
+    parser.add_argument("--truth", type=int, default=512, help="fresh continuations behind every true value")
+    parser.add_argument("--repeats", type=int, default=12, help="valuations of every method and K")
+    parser.add_argument("--scenes", default="world,judgement,habit")
+    arguments = parser.parse_args()
+    ks = [int(k) for k in arguments.ks.split(",")]
+    if REFERENCE_K not in ks or arguments.repeats < 2 or arguments.truth < 2 or arguments.rollouts < 1:
+        parser.error(
+            f"--ks must contain {REFERENCE_K}; --repeats and --truth must be at least 2, --rollouts at least 1"
+        )
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    scenes = {}
+    for name in arguments.scenes.split(","):
+        if name not in ("world", "judgement", "habit"):
+            parser.error(f"--scenes has {name!r}; allowed: world, judgement, habit")
+        scene = (
+            world_scene(arguments.rollouts)
+            if name == "world"
+            else embedded_scene(arguments.rollouts, name, arguments.truth)
+        )
+        print(f"\n{scene.name}")
+        scenes[scene.name] = measure(scene, ks, arguments.repeats)
+    result = {
+        "command": " ".join(["python", "benchmarks/budget.py", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "scenes": scenes,
+    }
+    (arguments.out / "budget.json").write_text(json.dumps(result, indent=1))
+    (arguments.out / "budget.md").write_text(markdown(result))
+    for name, measured in scenes.items():
+        print(f"{name}: tokens_share_at_equal_mse {measured['tokens_share_at_equal_mse']}")
+
+
+if __name__ == "__main__":
+    main()
