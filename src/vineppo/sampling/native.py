@@ -256,7 +256,7 @@ def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
     """Group the requests' prefixes so that a prefix of a longer one lies on it."""
     wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for i, request in enumerate(requests):
-        if request.max_new_tokens > 0:
+        if request.max_new_tokens > 0 and request.num_samples > 0:
             wanted.setdefault(request.prompt_ids, []).append((i, request.num_samples))
     trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
     # In descending order a prefix comes right behind the sequences that extend it.
