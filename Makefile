@@ -18,8 +18,8 @@ READY_REAL := $(VENV)/.ready-real
 # The published comparisons (docs/results/): recipe, seeds, budget of each run, runs at the same time. Accuracy at the
 # end is on test problems, which no setting was chosen by; the curves are on validation problems.
 RESULTS_ALGORITHMS ?= vineppo,ppo,grpo,rloo
-RESULTS_SEEDS ?= 8
-RESULTS_BUDGET ?= updates=256
+RESULTS_SEEDS ?= 5
+RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help

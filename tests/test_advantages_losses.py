@@ -15,6 +15,7 @@ from vineppo.advantages import (
     gae,
     grpo_advantages,
     leave_one_out_advantages,
+    node_advantages,
     penalty_to_go,
     scale_advantages,
     spread_over_tokens,
@@ -501,3 +502,35 @@ def test_state_round_trip_is_exact(dtype: torch.dtype) -> None:
     go_on(resumed_weight, resumed, gradients[3:])
     assert torch.equal(resumed_weight, whole)
     assert all(torch.equal(a, b) for a, b in zip(resumed.masters, undisturbed.masters, strict=True))
+
+
+# --- alternatives ---
+
+
+def test_a_place_is_shared_by_everyone_who_chose_there() -> None:
+    """Three came by: two chose the response's token (rewards 1 and 0), one left (0); the response leads to 0.8."""
+    own, left = node_advantages(0.8, 0.5, followed=[1.0, 0.0], left=[0.0])
+    # Their mean is 1/3; against the mean of the others they are 1 - 0, 0 - 1/2 and 0 - 1/2; the response 0.8 - 1/3.
+    assert own == pytest.approx((0.8 - 1 / 3 + 1.0 - 0.5) / 4)
+    assert left == pytest.approx([-0.5 / 4])
+
+
+def test_a_place_that_few_came_by() -> None:
+    """One continuation has no others to be compared with; the response has its reward as a baseline."""
+    for followed, left, own in [([], [], 0.3), ([1.0], [], -0.2), ([], [0.25], 0.55)]:
+        found, others = node_advantages(0.8, 0.5, followed, left)
+        assert found == pytest.approx(own)
+        assert others == [0.0] * len(left)
+
+
+@pytest.mark.parametrize("n", [2, 5, 9])
+def test_a_place_without_differences_earns_nothing(n: int) -> None:
+    for followers in range(n + 1):
+        own, left = node_advantages(1.0, 0.0, [1.0] * followers, [1.0] * (n - followers))
+        assert [own, *left] == pytest.approx([0.0] * (1 + n - followers), abs=1e-15)
+
+
+def test_the_credit_of_a_place_sums_to_the_response_s_own() -> None:
+    """Each against the others: what continuations earn cancels over all of them."""
+    own, left = node_advantages(0.9, 0.1, [0.3, 0.7, 0.2], [0.5, 1.0])
+    assert own + sum(left) == pytest.approx((0.9 - 2.7 / 5) / 6)

@@ -24,7 +24,7 @@ from vineppo.optim import lr_factor
 from vineppo.policy import Policy, ValueNetwork
 from vineppo.seeds import derive_seed, stream_keys, uniforms
 from vineppo.tiny import build_tokenizer
-from vineppo.types import Metrics, TrainingSample, UserError
+from vineppo.types import Alternative, Metrics, TrainingSample, UserError
 
 TOKENIZER = build_tokenizer()
 TEMPERATURE = 0.7
@@ -553,3 +553,74 @@ def test_uniforms_are_independent_across_positions_samples_and_seeds() -> None:
         counts = np.histogram2d(a.ravel(), b.ravel(), bins=10, range=[[0, 1], [0, 1]])[0]
         expected = a.size / 100
         assert 50 < ((counts - expected) ** 2 / expected).sum() < 165, name
+
+
+# --- alternatives ---
+
+
+def with_alternatives(samples: list[TrainingSample], seed: int = 5) -> list[TrainingSample]:
+    """Up to four alternatives at random places of every sample."""
+    rng = np.random.default_rng(seed)
+    changed = []
+    for sample in samples:
+        T = sum(sample.loss_mask)
+        alternatives = tuple(
+            Alternative(int(rng.integers(T)), int(rng.integers(3, len(TOKENIZER))), float(rng.normal()))
+            for _ in range(rng.integers(5))
+        )
+        changed.append(replace(sample, alternatives=alternatives))
+    return changed
+
+
+def trained(samples: list[TrainingSample], **options: Any) -> torch.Tensor:
+    policy = build_policy()
+    build_learner(policy, **options).update(samples, 1, 0)
+    return weights(policy.model)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 60, 300])
+def test_alternatives_do_not_depend_on_the_batch_layout(micro_batch_tokens: int) -> None:
+    samples = with_alternatives(build_samples(RAGGED))
+    options: dict[str, Any] = {"minibatch_size": 4, "epochs": 2, "advantage_scaling": "std"}
+    whole = trained(samples, micro_batch_tokens=100_000, **options)
+    assert torch.allclose(trained(samples, micro_batch_tokens=micro_batch_tokens, **options), whole, atol=1e-6)
+    assert not torch.allclose(trained(build_samples(RAGGED), **options), whole, atol=1e-4)
+
+
+def test_an_alternative_trains_like_a_sequence_that_ends_with_it() -> None:
+    """The same prefix with the other token as its only trained one has the same gradient."""
+    (sample,) = build_samples([(4, 9)])
+    position, token, advantage = 5, 7, -1.3
+    place = 4 + position
+    other = TrainingSample(
+        token_ids=(*sample.token_ids[:place], token),
+        loss_mask=(0,) * place + (1,),
+        sampler_logprobs=(0.0,) * place + (-1.0,),
+        advantages=(0.0,) * place + (advantage,),
+    )
+    joined = replace(sample, alternatives=(Alternative(position, token, advantage),))
+    options: dict[str, Any] = {"max_grad_norm": 0.0, "micro_batch_tokens": 1}
+    # Both have sums over the same ten entries; nine tokens are counted in one, ten in the other, which Adam's first
+    # step (a sign) does not see.
+    together, apart = trained([joined], **options), trained([sample, other], **options)
+    start = weights(build_policy().model)
+    moved = (together - start).abs() > 1e-4
+    assert moved.float().mean() > 0.9
+    assert torch.allclose(together, apart, atol=1e-5)
+    assert not torch.allclose(trained([sample], **options), together, atol=1e-4)
+
+
+def test_alternatives_are_scaled_with_the_advantages() -> None:
+    """Advantages ten times as large, alternatives too: `std` undoes it for both, for neither alone."""
+    samples = with_alternatives(build_samples(RAGGED))
+    larger = [
+        replace(
+            s,
+            advantages=tuple(10 * a for a in s.advantages),
+            alternatives=tuple(replace(a, advantage=10 * a.advantage) for a in s.alternatives),
+        )
+        for s in samples
+    ]
+    assert torch.allclose(
+        trained(larger, advantage_scaling="std"), trained(samples, advantage_scaling="std"), atol=1e-5
+    )

@@ -10,10 +10,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import torch
 
-from tests.test_ground_truth import SIGMAS, world
-from tests.world import World
-from vineppo.types import Completion, Rollout, Sampler, SampleRequest
+from tests.test_ground_truth import SIGMAS, world, z_scores
+from tests.world import World, policy_gradient
+from vineppo.credit.vine import vine_node_credit
+from vineppo.rollouts import sample_groups
+from vineppo.steps import build_splitter
+from vineppo.types import Completion, Rollout, Sampler, SampleRequest, TrainingSample
 from vineppo.values import ReusingMonteCarlo, State, ValueCost
 
 K = 4
@@ -172,3 +176,82 @@ def test_neither_order_nor_repetition_nor_other_problems_change_a_value() -> Non
     together, _ = reusing(w).evaluate([*beside, *states], 3)
     assert together[len(beside) :] == values
     assert reusing(w).evaluate(states, 4)[0] != values
+
+
+# --- alternatives: what continuations did at each token of a rollout ---
+
+
+def test_nodes_hold_everyone_who_came_by() -> None:
+    """K at each state; behind a token those that chose it, until the next state fills up."""
+    w = world(4)
+    chosen = rollouts(w)
+    by_step = [s for s in states_of(w, chosen) if len(s.response_ids) % 2 == 0]
+    for iteration in range(20):
+        values, nodes, cost = reusing(w).evaluate_nodes(by_step, [(w.problem, r) for r in chosen], iteration)
+        again, same_cost = reusing(w).evaluate(by_step, iteration)
+        assert (values, cost) == (again, same_cost)
+        value_of = {state.key: value.mean for state, value in zip(by_step, values, strict=True)}
+        for rollout, nodes_T in zip(chosen, nodes, strict=True):
+            assert len(nodes_T) == len(rollout.response_ids)
+            assert nodes_T == nodes[chosen.index(rollout)]
+            for t, node in enumerate(nodes_T):
+                here = [*node.followed, *(reward for _, reward in node.left)]
+                assert rollout.response_ids[t] not in {token for token, _ in node.left}
+                if t % 2 == 0:
+                    assert len(here) == K
+                    mean = value_of[State(w.problem, w.prompt_ids, rollout.response_ids[:t]).key]
+                    assert sum(here) / K == pytest.approx(mean)
+                else:
+                    assert sorted(here) == sorted(nodes_T[t - 1].followed)
+
+
+def test_a_node_chooses_as_the_policy_does() -> None:
+    """Of those that pass the first node, each token is chosen with its probability, and earns what it leads to."""
+    w = world(3)
+    rollout = rollouts(world(4))[0].response_ids[:1]
+    outcome = next(o.rollout for o in w.outcomes if o.rollout.response_ids[:1] == rollout)
+    chosen: dict[int, list[float]] = {}
+    for iteration in range(ITERATIONS):
+        _, nodes, _ = reusing(w).evaluate_nodes(states_of(w, [outcome]), [(w.problem, outcome)], iteration)
+        first = nodes[0][0]
+        for token, reward in [*((outcome.response_ids[0], r) for r in first.followed), *first.left]:
+            chosen.setdefault(token, []).append(reward)
+    total = sum(map(len, chosen.values()))
+    assert total == K * ITERATIONS
+    for token, rewards in chosen.items():
+        paths = [o for o in w.outcomes if o.rollout.response_ids[0] == token]
+        p = sum(o.probability for o in paths)
+        mean = sum(o.probability * o.rollout.reward for o in paths) / p
+        variance = max(0.0, sum(o.probability * o.rollout.reward**2 for o in paths) / p - mean**2)
+        assert len(rewards) / total == pytest.approx(p, abs=SIGMAS * math.sqrt(p * (1 - p) / total))
+        assert np.mean(rewards) == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / len(rewards)) + 1e-12)
+
+
+def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
+    """Gradients of sampled groups of eight, each response alone in its problem's tree or with others by chance."""
+    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.token_texts, 0)
+    gradients = []
+    for iteration in range(iterations):
+        address = (0, iteration, "rollouts")
+        groups = sample_groups(
+            [w.problem], w.policy, w.sampler(), w.task, group_size=8, max_new_tokens=3, address=address
+        )
+        samples: list[TrainingSample] = credit(groups, iteration)[0]
+        if drop:
+            samples = [replace(sample, alternatives=()) for sample in samples]
+        gradients.append(policy_gradient(w.policy, w.temperature, [(1 / 8, sample) for sample in samples]))
+    return gradients
+
+
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3"])
+def test_vineppo_with_alternatives_is_unbiased(splitter: str) -> None:
+    w = world(3)
+    z = z_scores(node_gradients(w, splitter, 250), w.exact_gradient())
+    assert max(map(abs, z)) < SIGMAS
+
+
+def test_alternatives_are_part_of_the_gradient() -> None:
+    """The test above can fail: without them most of a place's choices are missing."""
+    w = world(3)
+    z = z_scores(node_gradients(w, "tokens:2", 250, drop=True), w.exact_gradient())
+    assert max(map(abs, z)) > 2 * SIGMAS

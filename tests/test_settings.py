@@ -233,6 +233,8 @@ def test_lists_that_are_cut_off_or_have_holes() -> None:
         ({"algorithm": "grpo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; grpo"),
         ({"algorithm": "rloo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; rloo"),
         ({"learner.decay": "linear", "run.max_tokens": "1000"}, "learner.decay is linear and run.max_tokens may end"),
+        ({"vineppo.alternatives": "true", "vineppo.reuse": "false"}, "vineppo.alternatives is true, but vineppo.reuse"),
+        ({"vineppo.alternatives": "true", "learner.advantage_scaling": "whiten"}, "advantage_scaling is whiten, which"),
         ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
     ],
 )

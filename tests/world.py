@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -206,6 +206,8 @@ def policy_gradient(
 ) -> torch.Tensor:
     """Ascent direction of the package's loss before the first update: sum of weight * A_t * grad log pi(a_t).
 
+    Alternatives have terms of the same form, for their token in the place of the response's.
+
     Args:
         weighted: (probability, sample) pairs; samples of the same tokens are added up.
     Returns:
@@ -214,11 +216,15 @@ def policy_gradient(
     samples: dict[tuple[int, ...], TrainingSample] = {}
     credit: dict[tuple[int, ...], torch.Tensor] = {}
     for weight, sample in weighted:
-        samples[sample.token_ids] = sample
+        scaled = tuple(replace(a, advantage=weight * a.advantage) for a in sample.alternatives)
+        known = samples[sample.token_ids].alternatives if sample.token_ids in samples else ()
+        samples[sample.token_ids] = replace(sample, alternatives=known + scaled)
         term = weight * torch.tensor(sample.advantages, dtype=torch.float64)
         credit[sample.token_ids] = credit.get(sample.token_ids, 0) + term
     batch = collate(list(samples.values()))
     advantages = pad([row.tolist() for row in credit.values()], torch.float32)
-    logprobs, _ = token_logprobs(policy.model, batch.token_ids, batch.loss_mask, temperature)
-    loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), advantages[batch.loss_mask], 0.2, 0.2)
+    alternatives = (batch.alternative_places, batch.alternative_ids)
+    logprobs, _ = token_logprobs(policy.model, batch.token_ids, batch.loss_mask, temperature, False, alternatives)
+    every = torch.cat([advantages[batch.loss_mask], batch.alternative_advantages])
+    loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), every, 0.2, 0.2)
     return flat_gradient(-loss, policy)

@@ -82,6 +82,34 @@ def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
     return [reward - (total - reward) / (n - 1) for reward in rewards]
 
 
+def node_advantages(
+    own: float, state_value: float, followed: Sequence[float], left: Sequence[float]
+) -> tuple[float, list[float]]:
+    """Credit of everything that was chosen at one place of a response: the response's token, and others.
+
+    n continuations came by here; each chose its next token afresh, as the response did. The policy gradient of the
+    place is the expectation of (return - baseline) * grad log pi(token), so the n + 1 choices are averaged: those that
+    chose the response's token share its entry, every other one has an entry of its own. The baseline of a
+    continuation is the mean of the others' rewards; that of the response itself is the mean of all n.
+
+    Args:
+        own: value of the state behind the response's step: what its own choice led to.
+        state_value: value of the state before the step, the baseline where nobody else came by.
+        followed: rewards of the continuations that chose the response's token.
+        left: rewards of those that chose another one.
+    Returns:
+        (advantage of the response's token, advantage of each of `left`), shares of 1 / (n + 1) included. With n < 2
+        only the response's own choice counts: a single continuation has no baseline of others.
+    """
+    n = len(followed) + len(left)
+    if n < 2:
+        return own - (followed[0] if followed else left[0] if left else state_value), [0.0] * len(left)
+    mean = (math.fsum(followed) + math.fsum(left)) / n
+    others = n / (n - 1)  # r - (mean of the others) = others * (r - mean of all)
+    by_followers = others * math.fsum(reward - mean for reward in followed)
+    return (own - mean + by_followers) / (n + 1), [others * (reward - mean) / (n + 1) for reward in left]
+
+
 def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float) -> tuple[list[float], list[float]]:
     """Generalised advantage estimation for one response whose only reward comes with its last token (arXiv 1506.02438).
 
@@ -115,14 +143,18 @@ def scale_advantages(rows: Sequence[Sequence[float]], scaling: str) -> list[list
     Returns:
         The same shapes. Without any spread (all advantages equal) nothing is divided.
     """
+    shift, divisor = shift_and_divisor(rows, scaling)
+    return [[(a - shift) / divisor for a in row] for row in rows]
+
+
+def shift_and_divisor(rows: Sequence[Sequence[float]], scaling: str) -> tuple[float, float]:
+    """What `scale_advantages` subtracts from every advantage, and what it then divides by; (0, 1) changes nothing."""
     flat = [a for row in rows for a in row]
     if scaling == "none" or not flat:
-        return [list(row) for row in rows]
+        return 0.0, 1.0
     mean = math.fsum(flat) / len(flat)
     std = math.sqrt(math.fsum((a - mean) ** 2 for a in flat) / len(flat))
-    divisor = std if std > 1e-8 else 1.0
-    shift = mean if scaling == "whiten" else 0.0
-    return [[(a - shift) / divisor for a in row] for row in rows]
+    return (mean if scaling == "whiten" else 0.0), (std if std > 1e-8 else 1.0)
 
 
 def penalty_to_go(penalties_T: Sequence[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -20,6 +21,9 @@ class Batch:
     advantages: torch.Tensor  # (B, T) float32
     returns: torch.Tensor | None  # (B, T) float32
     values: torch.Tensor | None  # (B, T) float32
+    alternative_places: torch.Tensor  # (A,) int64: which of the N tokens under loss_mask each alternative replaces
+    alternative_ids: torch.Tensor  # (A,) int64
+    alternative_advantages: torch.Tensor  # (A,) float32
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -37,6 +41,8 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
         present = [row for row in rows if row is not None]
         return pad(present, torch.float32, device) if len(present) == len(rows) else None
 
+    firsts = accumulate((sum(s.loss_mask) for s in samples), initial=0)
+    alternatives = [(first + a.position, a) for first, s in zip(firsts, samples, strict=False) for a in s.alternatives]
     return Batch(
         token_ids=pad([s.token_ids for s in samples], torch.int64, device),
         loss_mask=pad([s.loss_mask for s in samples], torch.bool, device),
@@ -44,6 +50,9 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
         advantages=pad([s.advantages for s in samples], torch.float32, device),
         returns=optional([s.returns for s in samples]),
         values=optional([s.values for s in samples]),
+        alternative_places=torch.tensor([place for place, _ in alternatives], dtype=torch.int64, device=device),
+        alternative_ids=torch.tensor([a.token_id for _, a in alternatives], dtype=torch.int64, device=device),
+        alternative_advantages=torch.tensor([a.advantage for _, a in alternatives], dtype=torch.float32, device=device),
     )
 
 

@@ -121,6 +121,9 @@ class VineConfig:
     reuse: bool = True
     """Let a continuation that follows a response to its next state count as one of that state's K too: unbiased, fewer
     tokens, less noise (docs/algorithms.md). `false`: K fresh ones at every state, as in the paper."""
+    alternatives: bool = False
+    """Train also on the tokens that continuations chose in the place of the response's own: no further sampling, no
+    further forward pass, and credit for every token instead of every step (docs/algorithms.md). Needs `reuse`."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
@@ -129,6 +132,11 @@ class VineConfig:
     def __post_init__(self) -> None:
         _at_least("vineppo", 1, num_mc_rollouts=self.num_mc_rollouts)
         _at_least("vineppo", 0, max_states=self.max_states)
+        _require(
+            self.reuse or not self.alternatives,
+            "vineppo.alternatives is true, but vineppo.reuse is false: only continuations that follow the response are "
+            "known token by token; set vineppo.reuse true, or vineppo.alternatives false",
+        )
 
 
 @dataclass(frozen=True)
@@ -322,6 +330,12 @@ class Config:
             self.learner.decay == "constant" or bool(self.run.max_updates) or not unforeseen,
             f"learner.decay is linear and {' and '.join(unforeseen)} may end the run, so it is unknown "
             "at which update the rate should reach 0; give run.max_updates as well, or use learner.decay constant",
+        )
+        _require(
+            not (self.algorithm == "vineppo" and self.vineppo.alternatives)
+            or self.learner.advantage_scaling != "whiten",
+            "learner.advantage_scaling is whiten, which gives credit to alternatives that earned none "
+            "(vineppo.alternatives); allowed with it: none, std",
         )
         total = self.rollouts.group_size * self.rollouts.num_problems
         _require(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vineppo.advantages import penalty_to_go, scale_advantages
+from vineppo.advantages import penalty_to_go, scale_advantages, shift_and_divisor
 from vineppo.batch import Batch, collate, micro_batches
 from vineppo.config import LearnerConfig, PPOConfig
 from vineppo.logits import token_logprobs
@@ -22,7 +22,7 @@ from vineppo.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.optim import Optimizer, lr_factor
 from vineppo.policy import Policy, ValueNetwork
 from vineppo.seeds import derive_seed
-from vineppo.types import Metrics, TrainingSample
+from vineppo.types import Alternative, Metrics, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Experience:
 
     sample: TrainingSample
     old_logprobs: tuple[float, ...]
+    old_alternatives: tuple[float, ...]
+    """Log-probabilities of the sample's alternatives, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
 
 
@@ -109,7 +111,7 @@ class Learner:
 
     def _prepare(self, samples: Sequence[TrainingSample]) -> tuple[list[Experience], Metrics]:
         """Old and reference log-probabilities, the penalty in the reward, and the scaling of advantages."""
-        old, entropy = self._logprobs(self.policy, samples)
+        old, old_alternatives, entropy = self._logprobs(self.policy, samples)
         ref = None if self.reference is None else self._logprobs(self.reference, samples)[0]
         rows = [_response_part(s.advantages, s) for s in samples]
         metrics: Metrics = {
@@ -126,11 +128,16 @@ class Learner:
                     [a - weight * p for a, p in zip(row, penalty_to_go(penalty), strict=True)]
                     for row, penalty in zip(rows, penalties, strict=True)
                 ]
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling)[1]
         rows = scale_advantages(rows, self.config.advantage_scaling)
-        scaled = [replace(s, advantages=_padded(row, s)) for s, row in zip(samples, rows, strict=True)]
+        scaled = [
+            replace(s, advantages=_padded(row, s), alternatives=_divided(s.alternatives, divisor))
+            for s, row in zip(samples, rows, strict=True)
+        ]
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
         experience = [
-            Experience(s, tuple(o), None if r is None else tuple(r)) for s, o, r in zip(scaled, old, refs, strict=True)
+            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r))
+            for s, o, a, r in zip(scaled, old, old_alternatives, refs, strict=True)
         ]
         return experience, metrics
 
@@ -139,14 +146,24 @@ class Learner:
         return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
     @torch.no_grad()
-    def _logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> tuple[list[list[float]], float]:
-        """Log-probability of each response token, ragged (B, T), and the mean entropy in nats per token."""
+    def _logprobs(
+        self, policy: Policy, samples: Sequence[TrainingSample]
+    ) -> tuple[list[list[float]], list[list[float]], float]:
+        """Log-probability of each response token, ragged (B, T), of each alternative, ragged (B, A), and the mean
+        entropy in nats per token.
+        """
         rows: list[list[float]] = [[] for _ in samples]
+        alternatives: list[list[float]] = [[] for _ in samples]
         entropy_sum, count = 0.0, 0
         for group in micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens):
             batch = collate([samples[i] for i in group], policy.device)
             logprobs, entropies = token_logprobs(
-                policy.model, batch.token_ids, batch.loss_mask, self.temperature, with_entropy=True
+                policy.model,
+                batch.token_ids,
+                batch.loss_mask,
+                self.temperature,
+                True,
+                (batch.alternative_places, batch.alternative_ids),
             )
             assert entropies is not None
             entropy_sum, count = entropy_sum + float(entropies.sum()), count + len(entropies)
@@ -154,7 +171,10 @@ class Learner:
             for i in group:
                 length = sum(samples[i].loss_mask)
                 rows[i], flat = flat[:length], flat[length:]
-        return rows, entropy_sum / max(1, count)
+            for i in group:
+                length = len(samples[i].alternatives)
+                alternatives[i], flat = flat[:length], flat[length:]
+        return rows, alternatives, entropy_sum / max(1, count)
 
     def _update(self, minibatch: Sequence[Experience], train_policy: bool) -> Metrics:
         """One optimizer step of the policy and of the critic on one minibatch."""
@@ -193,22 +213,30 @@ class Learner:
         """
         config, device = self.config, self.policy.device
         logprobs, entropies = token_logprobs(
-            self.policy.model, batch.token_ids, batch.loss_mask, self.temperature, config.entropy_coefficient > 0
-        )
-        old = torch.tensor([x for e in chosen for x in e.old_logprobs], device=device)  # (N,)
-        advantages = batch.advantages[batch.loss_mask]  # (N,)
+            self.policy.model,
+            batch.token_ids,
+            batch.loss_mask,
+            self.temperature,
+            config.entropy_coefficient > 0,
+            (batch.alternative_places, batch.alternative_ids),
+        )  # logprobs (N + A,)
+        N = int(batch.loss_mask.sum())
+        old = torch.tensor(
+            [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
+        )  # (N + A,)
+        advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
         policy_loss, clipped = clipped_policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
         loss = policy_loss / tokens
         metrics = {
             "policy/loss": loss.item(),
             "policy/clip_share": float(clipped) / tokens,
-            "policy/kl_old": float(kl_estimate(logprobs.detach(), old, "k3", 10.0).sum()) / tokens,
+            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / tokens,
         }
         if entropies is not None:
             loss = loss - config.entropy_coefficient * entropies.sum() / tokens
         if self.reference is not None and config.kl.place == "loss":
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
-            penalty = kl_estimate(logprobs, ref, config.kl.estimator, config.kl.clamp).sum()
+            penalty = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp).sum()
             loss = loss + config.kl.coefficient * penalty / (
                 sequences if config.kl.reduction == "sequence_sum" else tokens
             )
@@ -228,6 +256,10 @@ def _response_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
 def _padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
+
+
+def _divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Alternative, ...]:
+    return tuple(replace(a, advantage=a.advantage / divisor) for a in alternatives)
 
 
 def _largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:

@@ -39,20 +39,29 @@ def _positions_before_head(model: Any, select: torch.Tensor) -> Iterator[None]:
 
 
 def token_logprobs(
-    model: Any, token_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float, with_entropy: bool = False
+    model: Any,
+    token_ids: torch.Tensor,
+    loss_mask: torch.Tensor,
+    temperature: float,
+    with_entropy: bool = False,
+    alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of the masked tokens under the distribution that sampling at `temperature` uses.
 
     Args:
         token_ids: right-padded, shape (B, T).
         loss_mask: tokens that are asked about, bool, shape (B, T); the first column must be False.
+        alternatives: (places, ids), both (A,): tokens that are asked about in the place of the N masked ones.
     Returns:
         (logprobs, entropies), both (N,) in row-major order of the mask, in nats, float32; entropies is None unless
-        asked for.
+        asked for. With alternatives logprobs is (N + A,), theirs at the end: they cost no forward pass of their own.
     """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each masked token
     logits = selected_logits(model, token_ids, select).float() / temperature  # (N, V)
     distribution = logits.log_softmax(-1)  # (N, V)
     targets = token_ids[loss_mask]  # (N,)
     entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None  # (N,)
-    return distribution.gather(-1, targets[:, None]).squeeze(-1), entropies
+    logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
+    if alternatives is not None:
+        logprobs = torch.cat([logprobs, distribution[alternatives]])  # (N + A,)
+    return logprobs, entropies

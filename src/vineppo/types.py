@@ -110,6 +110,17 @@ class StepCredit:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A token that the policy chose elsewhere in the place of one of a response's tokens, with the credit it earned."""
+
+    position: int
+    """Of the response's token whose place it takes, counted from 0 over the response."""
+    token_id: int
+    advantage: float
+    """In reward units, its share of the place's credit included."""
+
+
+@dataclass(frozen=True)
 class TrainingSample:
     """One sequence with its credit, as equal-length per-token lists of shape (T,) over prompt + response.
 
@@ -126,6 +137,8 @@ class TrainingSample:
     values: tuple[float, ...] | None = None
     """The value network's predictions when the credit was made (for value clipping); None without one."""
     credit: StepCredit | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    """Tokens that are trained beside the response's own, each behind the response's tokens before its position."""
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]

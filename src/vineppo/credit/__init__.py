@@ -5,7 +5,7 @@ from __future__ import annotations
 from vineppo.config import Config
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
-from vineppo.credit.vine import vine_credit
+from vineppo.credit.vine import vine_credit, vine_node_credit
 from vineppo.policy import Policy, ValueNetwork
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
@@ -24,9 +24,10 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
             )
-            values = ReusingMonteCarlo(plain) if config.vineppo.reuse else plain
-            splitter = build_splitter(config.vineppo.splitter)
-            return vine_credit(values, splitter, policy.token_texts, config.vineppo.max_states)
+            steps = (build_splitter(config.vineppo.splitter), policy.token_texts, config.vineppo.max_states)
+            if config.vineppo.alternatives:
+                return vine_node_credit(ReusingMonteCarlo(plain), *steps)
+            return vine_credit(ReusingMonteCarlo(plain) if config.vineppo.reuse else plain, *steps)
         case "ppo":
             assert critic is not None, "PPO comes with a value network"
             return gae_credit(

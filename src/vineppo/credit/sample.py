@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vineppo.types import Rollout, StepCredit, TrainingSample
+from vineppo.types import Alternative, Rollout, StepCredit, TrainingSample
 
 
 def training_sample(
@@ -14,6 +14,7 @@ def training_sample(
     returns_T: Sequence[float] | None = None,
     values_T: Sequence[float] | None = None,
     credit: StepCredit | None = None,
+    alternatives: Sequence[Alternative] = (),
 ) -> TrainingSample:
     """Align per-response-token lists, shape (T,), with prompt + response by zeros over the prompt."""
     zeros = (0.0,) * len(rollout.prompt_ids)
@@ -25,4 +26,5 @@ def training_sample(
         returns=None if returns_T is None else zeros + tuple(returns_T),
         values=None if values_T is None else zeros + tuple(values_T),
         credit=credit,
+        alternatives=tuple(alternatives),
     )

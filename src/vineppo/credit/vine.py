@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vineppo.advantages import spread_over_tokens, step_advantages
+from vineppo.advantages import node_advantages, spread_over_tokens, step_advantages
 from vineppo.credit.sample import training_sample
 from vineppo.steps import Splitter, merge_steps
-from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, StepCredit, TrainingSample
-from vineppo.values import State, Value, ValueCost, ValueEstimator
+from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
+from vineppo.values import Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
 
 
 def vine_credit(
@@ -26,31 +26,78 @@ def vine_credit(
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
         cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
-        states = [
-            State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
-            for (problem, rollout), ends in zip(owners, cuts, strict=True)
-            for start in (0, *ends[:-1])
-        ]
-        values, cost = estimator.evaluate(states, iteration)
-        remaining = iter(values)
+        values, cost = estimator.evaluate(_states(owners, cuts), iteration)
+        records = _records(owners, cuts, values)
         samples = [
-            _sample(rollout, ends, [next(remaining) for _ in ends])
-            for (_, rollout), ends in zip(owners, cuts, strict=True)
+            training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
+            for (_, rollout), record in zip(owners, records, strict=True)
         ]
         return samples, _metrics(samples, cost)
 
     return credit
 
 
-def _sample(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) -> TrainingSample:
-    advantages_S = step_advantages([value.mean for value in values_S], rollout.reward)
-    record = StepCredit(
+def vine_node_credit(
+    estimator: NodeEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
+) -> CreditFn:
+    """VinePPO with alternatives: the continuations that came by a token are choices at that place like the response's.
+
+    The same states, values and cost as `vine_credit`. But where that gives a whole step one advantage, here every
+    token has its own from the continuations that passed it, and each of those that chose another token trains that one
+    too (`node_advantages`; derivation in docs/algorithms.md). The step advantages are kept for the record.
+    """
+
+    def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+        cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
+        values, nodes, cost = estimator.evaluate_nodes(_states(owners, cuts), owners, iteration)
+        records = _records(owners, cuts, values)
+        samples = [
+            _node_sample(rollout, record, nodes_T)
+            for (_, rollout), record, nodes_T in zip(owners, records, nodes, strict=True)
+        ]
+        alternatives = sum(len(sample.alternatives) for sample in samples)
+        return samples, {**_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
+
+    return credit
+
+
+def _states(owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]]) -> list[State]:
+    return [
+        State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
+        for (problem, rollout), ends in zip(owners, cuts, strict=True)
+        for start in (0, *ends[:-1])
+    ]
+
+
+def _records(
+    owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]], values: Sequence[Value]
+) -> list[StepCredit]:
+    remaining = iter(values)
+    return [
+        _record(rollout, ends, [next(remaining) for _ in ends]) for (_, rollout), ends in zip(owners, cuts, strict=True)
+    ]
+
+
+def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) -> StepCredit:
+    return StepCredit(
         boundaries=tuple(ends_S),
         values=tuple(value.mean for value in values_S),
         num_mc_rollouts=tuple(value.num_mc_rollouts for value in values_S),
-        step_advantages=tuple(advantages_S),
+        step_advantages=tuple(step_advantages([value.mean for value in values_S], rollout.reward)),
     )
-    return training_sample(rollout, spread_over_tokens(advantages_S, ends_S), credit=record)
+
+
+def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) -> TrainingSample:
+    before_T = spread_over_tokens(record.values, record.boundaries)
+    behind_T = spread_over_tokens((*record.values[1:], rollout.reward), record.boundaries)
+    advantages_T: list[float] = []
+    alternatives: list[Alternative] = []
+    for t, (node, before, behind) in enumerate(zip(nodes_T, before_T, behind_T, strict=True)):
+        own, others = node_advantages(behind, before, node.followed, [reward for _, reward in node.left])
+        advantages_T.append(own)
+        alternatives += [Alternative(t, token, a) for (token, _), a in zip(node.left, others, strict=True) if a != 0]
+    return training_sample(rollout, advantages_T, credit=record, alternatives=alternatives)
 
 
 def _metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics:

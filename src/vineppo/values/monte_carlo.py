@@ -12,7 +12,7 @@ from typing import Protocol
 
 from vineppo.seeds import derive_seed
 from vineppo.tasks.finished import grade_finished
-from vineppo.types import Problem, Rollout, Sampler, SampleRequest, Task
+from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Node:
+    """A place of a response, before one of its tokens: what the continuations that came by did there, and earned."""
+
+    followed: tuple[float, ...]
+    """Rewards of those that chose the response's token."""
+    left: tuple[tuple[int, float], ...]
+    """(token, reward) of those that chose another one."""
+
+
+@dataclass(frozen=True)
 class ValueCost:
     """What a batch of values took."""
 
@@ -56,6 +66,16 @@ class ValueEstimator(Protocol):
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
         """Value of each state, in order, and what they took."""
+        ...
+
+
+class NodeEstimator(ValueEstimator, Protocol):
+    """One that can also say what its continuations did along each rollout."""
+
+    def evaluate_nodes(
+        self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
+    ) -> tuple[list[Value], list[list[Node]], ValueCost]:
+        """Value of each state; the T nodes of each rollout, which must be one that the states lie on; the cost."""
         ...
 
 
@@ -96,7 +116,9 @@ class MonteCarlo:
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
         """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
-        return self.graded(states, [self.request(state, iteration, self.num_mc_rollouts) for state in states])
+        requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
+        rewards, completions = self.graded(states, requests)
+        return rewards, sum(len(c.token_ids) for group in completions for c in group)
 
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
@@ -115,8 +137,10 @@ class MonteCarlo:
         """The prefix itself is the address: the order of states and the batch they come in cannot matter."""
         return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
 
-    def graded(self, states: Sequence[State], requests: Sequence[SampleRequest]) -> tuple[list[list[float]], int]:
-        """Rewards of the continuations that each state's request asks for, and the tokens they took."""
+    def graded(
+        self, states: Sequence[State], requests: Sequence[SampleRequest]
+    ) -> tuple[list[list[float]], list[list[Completion]]]:
+        """The continuations that each state's request asks for, and their rewards."""
         completions = self.sampler.sample(requests)
         problems = [state.problem for state, group in zip(states, completions, strict=True) for _ in group]
         texts = [
@@ -126,5 +150,4 @@ class MonteCarlo:
         ]
         finished = [c.finish_reason == "stop" for group in completions for c in group]
         graded = iter(grade_finished(self.task, problems, texts, finished))
-        tokens = sum(len(c.token_ids) for group in completions for c in group)
-        return [[next(graded) for _ in group] for group in completions], tokens
+        return [[next(graded) for _ in group] for group in completions], completions

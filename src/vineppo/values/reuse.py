@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vineppo.seeds import stream_keys, uniforms
-from vineppo.types import Rollout, SampleRequest
-from vineppo.values.monte_carlo import MonteCarlo, State, Value, ValueCost
+from vineppo.types import Problem, Rollout, SampleRequest
+from vineppo.values.monte_carlo import MonteCarlo, Node, State, Value, ValueCost
 
 Key = tuple[str, tuple[int, ...]]
 
@@ -42,17 +42,28 @@ class ReusingMonteCarlo:
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
         """Value of each state, in order; the rollouts of one problem are walked together."""
+        values, _, cost = self.evaluate_nodes(states, (), iteration)
+        return values, cost
+
+    def evaluate_nodes(
+        self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
+    ) -> tuple[list[Value], list[list[Node]], ValueCost]:
+        """Value of each state, and the nodes of each rollout: what became of everyone who came by."""
         problems: dict[tuple[str, tuple[int, ...]], list[State]] = {}
         for state in states:
             problems.setdefault((state.problem.id, state.prompt_ids), []).append(state)
         walks = [_Walk(self.plain, own, iteration) for own in problems.values()]
         exits = [exit for walk in walks for exit in walk.exits]
-        rewards, tokens = self.plain.graded([exit.state for exit in exits], [exit.request for exit in exits])
-        for exit, group in zip(exits, rewards, strict=True):
-            exit.outcomes[exit.walkers] = group
+        rewards, completions = self.plain.graded([exit.state for exit in exits], [exit.request for exit in exits])
+        for exit, group, sampled in zip(exits, rewards, completions, strict=True):
+            exit.paths.outcomes[exit.walkers] = group
+            exit.paths.exit_tokens[exit.walkers] = [completion.token_ids[0] for completion in sampled]
         known = {key: value for walk in walks for key, value in walk.values()}
+        by_problem = {(walk.problem.id, walk.prompt_ids): walk.paths for walk in walks}
+        nodes = [by_problem[problem.id, rollout.prompt_ids].nodes(rollout) for problem, rollout in rollouts]
+        tokens = sum(len(completion.token_ids) for group in completions for completion in group)
         cost = ValueCost(len(states), len(known), sum(len(exit.walkers) for exit in exits), tokens)
-        return [known[state.key] for state in states], cost
+        return [known[state.key] for state in states], nodes, cost
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,53 @@ class _Exit:
     state: State
     request: SampleRequest
     walkers: np.ndarray
-    """Indices into `outcomes`, shape (n,)."""
-    outcomes: np.ndarray
+    """Indices into `paths`, shape (n,)."""
+    paths: _Paths
+
+
+class _Paths:
+    """Where each walker of a problem began, whom it followed how far, and what it earned."""
+
+    def __init__(self, size: int):
+        self.outcomes = np.zeros(size)
+        self.begins = np.full(size, -1, dtype=np.int64)
+        self.ends = np.zeros(size, dtype=np.int64)
+        """Response tokens that the walker has when it leaves, or all of them."""
+        self.followed = np.zeros(size, dtype=np.int64)
+        """Index into `responses`."""
+        self.exit_tokens = np.full(size, -1, dtype=np.int64)
+        """The token it left with; -1 for a walker that followed a response to its end."""
+        self.responses: list[tuple[int, ...]] = []
+
+    def stop(self, walkers: np.ndarray, response: tuple[int, ...], depth: int) -> None:
+        """These walkers have followed a response for `depth` tokens and no longer."""
+        if response not in self.responses:
+            self.responses.append(response)
+        self.followed[walkers] = self.responses.index(response)
+        self.ends[walkers] = depth
+
+    def nodes(self, rollout: Rollout) -> list[Node]:
+        """What everyone who came by did at each token of a rollout, shape (T,)."""
+        response = rollout.response_ids
+        shared = np.array([_shared_length(other, response) for other in self.responses])
+        agreed = np.minimum(self.ends, shared[self.followed])  # (n,): where a walker and the rollout part
+        # Unused places at the end of the arrays have begun nowhere.
+        here = np.flatnonzero((self.begins <= agreed) & (self.begins >= 0))
+        followed: list[list[float]] = [[] for _ in response]
+        left: list[list[tuple[int, float]]] = [[] for _ in response]
+        for walker in here.tolist():
+            reward = float(self.outcomes[walker])
+            for position in range(self.begins[walker], agreed[walker]):
+                followed[position].append(reward)
+            parting = int(agreed[walker])
+            if parting < len(response):
+                left[parting].append((self._token_at(walker, parting), reward))
+        return [Node(tuple(f), tuple(b)) for f, b in zip(followed, left, strict=True)]
+
+    def _token_at(self, walker: int, position: int) -> int:
+        if self.ends[walker] == position:
+            return int(self.exit_tokens[walker])
+        return self.responses[self.followed[walker]][position]
 
 
 @dataclass
@@ -89,7 +145,7 @@ class _Walk:
         # At most K walkers begin at each state.
         size = self.settings.num_mc_rollouts * len({state.key for state in self.states})
         self.keys = np.zeros(size, dtype=np.uint64)
-        self.outcomes = np.zeros(size)
+        self.paths = _Paths(size)
         self.begun = 0
         nobody = np.zeros(0, dtype=np.int64)
         waiting = [(self.branches, 0, nobody)]
@@ -99,7 +155,7 @@ class _Walk:
     def values(self) -> Iterator[tuple[Key, Value]]:
         """The value of every state, once the outcomes are known."""
         for key, pool in self.pools.items():
-            yield key, Value(float(self.outcomes[pool].mean()) if len(pool) else 0.0, len(pool))
+            yield key, Value(float(self.paths.outcomes[pool].mean()) if len(pool) else 0.0, len(pool))
 
     def _advance(
         self, branches: list[_Branch], depth: int, walkers: np.ndarray
@@ -109,7 +165,8 @@ class _Walk:
         if any(depth in branch.depths for branch in branches):
             walkers = self._filled_up(walkers, response[:depth])
         if len(response) == depth:  # the response ends here, and so does who has followed it so far
-            self.outcomes[walkers] = branches[0].rollout.reward
+            self.paths.outcomes[walkers] = branches[0].rollout.reward
+            self.paths.stop(walkers, response, depth)
             return
         children: dict[int, list[_Branch]] = {}
         for branch in branches:
@@ -122,7 +179,7 @@ class _Walk:
             total += probability
             end = _next_node(children[token], depth)
             yield children[token], end, self._follow(children[token][0].rollout, depth + 1, end, walkers[follows])
-        self._leave(response[:depth], tuple(sorted(children)), walkers[level >= total])
+        self._leave(response, depth, tuple(sorted(children)), walkers[level >= total])
 
     def _follow(self, rollout: Rollout, start: int, end: int, walkers: np.ndarray) -> np.ndarray:
         """Walk along a stretch without forks, tokens [start, end); returns who is still there at its end."""
@@ -133,8 +190,8 @@ class _Walk:
         place = np.where(leaves.any(1), leaves.argmax(1), end - start)  # (n,)
         for offset in np.unique(place[place < end - start]).tolist():
             position = start + offset
-            prefix, token = rollout.response_ids[:position], rollout.response_ids[position]
-            self._leave(prefix, (token,), walkers[place == offset])
+            token = rollout.response_ids[position]
+            self._leave(rollout.response_ids, position, (token,), walkers[place == offset])
         return walkers[place == end - start]
 
     def _filled_up(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
@@ -147,17 +204,19 @@ class _Walk:
         fresh = np.arange(self.begun, self.begun + missing)
         seed = self.settings.seed(state, self.iteration, "walk")
         self.keys[fresh] = stream_keys(np.full(missing, seed, dtype=np.uint64), np.arange(missing))
+        self.paths.begins[fresh] = len(response_ids)
         self.begun += missing
         pool = np.concatenate([walkers, fresh])
         self.pools[state.key] = pool
         return pool
 
-    def _leave(self, response_ids: tuple[int, ...], excluded: tuple[int, ...], walkers: np.ndarray) -> None:
+    def _leave(self, response: tuple[int, ...], depth: int, excluded: tuple[int, ...], walkers: np.ndarray) -> None:
         if not len(walkers):
             return
-        state = State(self.problem, self.prompt_ids, response_ids)
+        self.paths.stop(walkers, response, depth)
+        state = State(self.problem, self.prompt_ids, response[:depth])
         request = self.settings.request(state, self.iteration, len(walkers), excluded)
-        self.exits.append(_Exit(state, request, walkers, self.outcomes))
+        self.exits.append(_Exit(state, request, walkers, self.paths))
 
 
 @dataclass(frozen=True)
@@ -177,3 +236,8 @@ def _next_node(branches: list[_Branch], depth: int) -> int:
     while end < limit and first[end] == last[end]:
         end += 1
     return end
+
+
+def _shared_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two responses have in common at their beginnings."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
