@@ -26,7 +26,7 @@ from vineppo.config import Config, LearnerConfig, RolloutConfig, RunConfig
 from vineppo.records import step_texts
 from vineppo.run import RunDirectory, Timer, config_to_dict
 from vineppo.trackers import build_trackers, require_trackers
-from vineppo.types import Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
+from vineppo.types import Alternative, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
 
 CONFIG = Config(
     learner=LearnerConfig(lr=1e-5, betas=(0.9, 0.95)),
@@ -188,6 +188,7 @@ def _two_rollouts() -> tuple[list[RolloutGroup], list[TrainingSample]]:
             sampler_logprobs=(0.0, 0.0, *first.sampler_logprobs),
             advantages=(0.0, 0.0, -0.1, -0.1, 0.7, 0.7, 0.7),
             credit=credit,
+            alternatives=(Alternative(3, 2, 0.1), Alternative(3, 6, -0.5)),
         ),
         TrainingSample(
             token_ids=(6, 6, 1, 1),
@@ -233,9 +234,13 @@ def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
         "values": [1 / 3, 0.1 + 0.2],
         "num_mc_rollouts": [9, 0],
         "step_advantages": [-0.1, 0.7],
+        "alternatives": [
+            {"position": 3, "token_id": 2, "text": DECODE_TABLE[2], "advantage": float32([0.1])[0]},
+            {"position": 3, "token_id": 6, "text": DECODE_TABLE[6], "advantage": -0.5},
+        ],
     }
     assert second["token_advantages"] == [-0.5, -0.5] and second["finish_reason"] == "length"
-    for column in ("step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages"):
+    for column in ("step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages", "alternatives"):
         assert second[column] == []  # an algorithm without steps
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from vineppo.types import RolloutGroup, StepCredit, TrainingSample
 Decode = Callable[[Sequence[int]], str]
 """Token ids -> text without special tokens."""
 
+_ALTERNATIVE = pa.struct(
+    [("position", pa.int32()), ("token_id", pa.int32()), ("text", pa.string()), ("advantage", pa.float32())]
+)
 SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),  # 1-based
@@ -33,9 +37,10 @@ SCHEMA = pa.schema(
         ("values", pa.list_(pa.float64())),  # (S,), of the state before each step, or empty
         ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), or empty
         ("step_advantages", pa.list_(pa.float64())),  # (S,), or empty
+        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), in the order of their positions, or empty
     ]
 )
-"""Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps."""
+"""Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps or no alternatives."""
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
@@ -98,6 +103,7 @@ def rollout_rows(
                 "values": credit.values,
                 "num_mc_rollouts": credit.num_mc_rollouts,
                 "step_advantages": credit.step_advantages,
+                "alternatives": [{**asdict(a), "text": decode([a.token_id])} for a in sample.alternatives],
             }
         )
     return rows
