@@ -40,7 +40,8 @@ SCHEMA = pa.schema(
         ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), in the order of their positions, or empty
     ]
 )
-"""Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps or no alternatives."""
+"""Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps, and
+`alternatives` where it has none."""
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
