@@ -140,6 +140,8 @@ SMALL = [
     "judgement",
     "--task.num_steps",
     "3",
+    "--rollouts.group_size",
+    "4",
     "--rollouts.num_problems",
     "4",
     "--rollouts.max_new_tokens",

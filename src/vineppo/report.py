@@ -82,7 +82,10 @@ def headline(config: Config, total_iterations: int) -> str:
     chosen = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
     if chosen:
         length = f"until {' or '.join(chosen)}"
-    rollouts = f"{config.rollouts.num_problems} problems x {config.rollouts.group_size} responses"
+    rollouts = " x ".join(
+        f"{count} {word}{'s' * (count != 1)}"
+        for count, word in ((config.rollouts.num_problems, "problem"), (config.rollouts.group_size, "response"))
+    )
     name = _name(config.algorithm)
     return f"{name} on {config.model.path}, task {task}: {rollouts} per iteration, {length}, seed {config.run.seed}"
 
