@@ -118,7 +118,7 @@ class MonteCarlo:
         """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
         requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
         rewards, completions = self.graded(states, requests)
-        return rewards, sum(len(c.token_ids) for group in completions for c in group)
+        return rewards, total_tokens(completions)
 
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
@@ -151,3 +151,8 @@ class MonteCarlo:
         finished = [c.finish_reason == "stop" for group in completions for c in group]
         graded = iter(grade_finished(self.task, problems, texts, finished))
         return [[next(graded) for _ in group] for group in completions], completions
+
+
+def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:
+    """Tokens that were generated for completions."""
+    return sum(len(completion.token_ids) for group in completions for completion in group)

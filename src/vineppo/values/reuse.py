@@ -23,7 +23,7 @@ import numpy as np
 
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Problem, Rollout, SampleRequest
-from vineppo.values.monte_carlo import MonteCarlo, Node, State, Value, ValueCost
+from vineppo.values.monte_carlo import MonteCarlo, Node, State, Value, ValueCost, total_tokens
 
 Key = tuple[str, tuple[int, ...]]
 
@@ -61,8 +61,8 @@ class ReusingMonteCarlo:
         known = {key: value for walk in walks for key, value in walk.values()}
         by_problem = {(walk.problem.id, walk.prompt_ids): walk.paths for walk in walks}
         nodes = [by_problem[problem.id, rollout.prompt_ids].nodes(rollout) for problem, rollout in rollouts]
-        tokens = sum(len(completion.token_ids) for group in completions for completion in group)
-        cost = ValueCost(len(states), len(known), sum(len(exit.walkers) for exit in exits), tokens)
+        mc_rollouts = sum(len(exit.walkers) for exit in exits)
+        cost = ValueCost(len(states), len(known), mc_rollouts, total_tokens(completions))
         return [known[state.key] for state in states], nodes, cost
 
 
@@ -86,22 +86,20 @@ class _Paths:
         self.ends = np.zeros(size, dtype=np.int64)
         """Response tokens that the walker has when it leaves, or all of them."""
         self.followed = np.zeros(size, dtype=np.int64)
-        """Index into `responses`."""
+        """Number of a response in `responses`."""
         self.exit_tokens = np.full(size, -1, dtype=np.int64)
         """The token it left with; -1 for a walker that followed a response to its end."""
-        self.responses: list[tuple[int, ...]] = []
+        self.responses: dict[tuple[int, ...], int] = {}
 
     def stop(self, walkers: np.ndarray, response: tuple[int, ...], depth: int) -> None:
         """These walkers have followed a response for `depth` tokens and no longer."""
-        if response not in self.responses:
-            self.responses.append(response)
-        self.followed[walkers] = self.responses.index(response)
+        self.followed[walkers] = self.responses.setdefault(response, len(self.responses))
         self.ends[walkers] = depth
 
     def nodes(self, rollout: Rollout) -> list[Node]:
         """What everyone who came by did at each token of a rollout, shape (T,)."""
-        response = rollout.response_ids
-        shared = np.array([_shared_length(other, response) for other in self.responses])
+        response, others = rollout.response_ids, list(self.responses)
+        shared = np.array([_shared_length(other, response) for other in others])
         agreed = np.minimum(self.ends, shared[self.followed])  # (n,): where a walker and the rollout part
         # Unused places at the end of the arrays have begun nowhere.
         here = np.flatnonzero((self.begins <= agreed) & (self.begins >= 0))
@@ -113,13 +111,10 @@ class _Paths:
                 followed[position].append(reward)
             parting = int(agreed[walker])
             if parting < len(response):
-                left[parting].append((self._token_at(walker, parting), reward))
+                went_on = self.ends[walker] > parting  # with another response
+                token = others[self.followed[walker]][parting] if went_on else self.exit_tokens[walker]
+                left[parting].append((int(token), reward))
         return [Node(tuple(f), tuple(b)) for f, b in zip(followed, left, strict=True)]
-
-    def _token_at(self, walker: int, position: int) -> int:
-        if self.ends[walker] == position:
-            return int(self.exit_tokens[walker])
-        return self.responses[self.followed[walker]][position]
 
 
 @dataclass
