@@ -32,22 +32,29 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 from tests.world import build_world
 
 from vineppo.advantages import spread_over_tokens, step_advantages
-from vineppo.config import ModelConfig, TaskConfig
+from vineppo.config import ModelConfig, TaskConfig, VineConfig
+from vineppo.credit.bisection import Bisection, bisected_vine_credit
 from vineppo.credit.vine import vine_credit
 from vineppo.policy import Policy
 from vineppo.rollouts import draw_problems, sample_groups
 from vineppo.sampling.native import NativeSampler
 from vineppo.steps import Splitter, build_splitter
 from vineppo.tasks import build_task
-from vineppo.types import RolloutGroup, Sampler, Task, TrainingSample
-from vineppo.values import MonteCarlo, ReusingMonteCarlo, State, ValueEstimator
+from vineppo.types import CreditFn, RolloutGroup, Sampler, Task, TrainingSample
+from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, State, ValueEstimator
 
 Level = Literal["judgement", "habit"]
 REFERENCE_K = 9
-METHODS: dict[str, Callable[[MonteCarlo], ValueEstimator]] = {
-    "fixed K": lambda plain: plain,
-    "reuse": ReusingMonteCarlo,
-}
+
+METHODS = (
+    "fixed K",
+    "adaptive",
+    "bisection",
+    "bisection, chance 0",
+    "reuse",
+    "reuse, bisection",
+)
+"""K is the largest number of continuations of a state; `adaptive` begins with a third of it."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,22 @@ class Scene:
     value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
     """True values of states, and the variance of the noise in them."""
 
-    def estimator(self, method: str, num_mc_rollouts: int, seed: int) -> ValueEstimator:
-        """One of METHODS, bound to this scene."""
+    def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
+        """One of METHODS, bound to this scene, with the default settings of its own."""
+        settings = VineConfig()
         plain = MonteCarlo(
             self.sampler, self.task, self.policy.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
         )
-        return METHODS[method](plain)
+        values: ValueEstimator = plain
+        if "reuse" in method:
+            values = ReusingMonteCarlo(plain)
+        elif "adaptive" in method:
+            values = AdaptiveMonteCarlo(plain, math.ceil(num_mc_rollouts / 3), settings.decided_width)
+        steps = (values, self.splitter, self.policy.token_texts, 0)
+        if "bisection" not in method:
+            return vine_credit(*steps)
+        chance = 0.0 if "chance 0" in method else settings.bisection_chance
+        return bisected_vine_credit(*steps, Bisection(settings.bisection_level, chance, seed))
 
 
 def world_scene(rollouts: int) -> Scene:
@@ -145,9 +162,7 @@ def estimates(scene: Scene, method: str, num_mc_rollouts: int, repeats: int) -> 
     """(token advantages (repeats, tokens), mean tokens generated for one valuation of all rollouts)."""
     rows, tokens = [], []
     for repeat in range(repeats):
-        values = scene.estimator(method, num_mc_rollouts, seed=repeat)
-        credit = vine_credit(values, scene.splitter, scene.policy.token_texts, max_states=0)
-        samples, metrics = credit(scene.groups, 1)
+        samples, metrics = scene.credit(method, num_mc_rollouts, seed=repeat)(scene.groups, 1)
         rows.append(np.concatenate([_response(sample) for sample in samples]))
         tokens.append(metrics["tokens/mc"])
     return np.stack(rows), float(np.mean(tokens))
@@ -212,7 +227,7 @@ def token_shares(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['method']:8} K={row['k']:<3} tokens {row['tokens']:>11,.0f}  mse {row['mse']:.5f} "
+        f"{row['method']:20} K={row['k']:<3} tokens {row['tokens']:>11,.0f}  mse {row['mse']:.5f} "
         f"+- {row['mse_standard_error']:.5f}  squared bias {row['mean_squared_bias']:+.6f} "
         f"(noise {row['mean_squared_bias_noise']:.6f})  mean error {row['mean_error']:+.5f}"
     )

@@ -124,6 +124,20 @@ class VineConfig:
     alternatives: bool = False
     """Train also on the tokens that continuations chose in the place of the response's own: no further sampling, no
     further forward pass, and credit for every token instead of every step (docs/algorithms.md). Needs `reuse`."""
+    min_mc_rollouts: int = 0
+    """Adaptive K: begin with this many continuations of a state and go on, doubling them, up to `num_mc_rollouts` while
+    the state is undecided; the values stay unbiased (docs/algorithms.md). 0: always K. Needs `reuse: false`."""
+    decided_width: float = 0.7
+    """Of the 95% Wilson interval of a value at which adaptive K calls the state decided. 0.7 lets three continuations
+    that agree be enough (their interval is 0.56 wide)."""
+    bisection: bool = False
+    """Measure states only where the response was decided: begin with its two ends and halve the stretches whose ends
+    differ by more than their noise (docs/algorithms.md). For long chains."""
+    bisection_level: float = 0.7
+    """Confidence with which the two ends of a stretch must differ for bisection to look inside."""
+    bisection_chance: float = 0.1
+    """Probability of looking inside of a stretch whose ends do not differ; what it finds counts 1 / chance times, which
+    keeps the credit unbiased. 0 never looks: fewer continuations, a bias towards no credit."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
@@ -136,6 +150,31 @@ class VineConfig:
             self.reuse or not self.alternatives,
             "vineppo.alternatives is true, but vineppo.reuse is false: only continuations that follow the response are "
             "known token by token; set vineppo.reuse true, or vineppo.alternatives false",
+        )
+        self._check_savings()
+
+    def _check_savings(self) -> None:
+        _at_least("vineppo", 0, min_mc_rollouts=self.min_mc_rollouts)
+        _require(
+            self.min_mc_rollouts <= self.num_mc_rollouts,
+            f"vineppo.min_mc_rollouts is {self.min_mc_rollouts}, above vineppo.num_mc_rollouts "
+            f"({self.num_mc_rollouts}); adaptive K goes from the first up to the second, 0 turns it off",
+        )
+        _require(
+            not (self.min_mc_rollouts and self.reuse),
+            "vineppo.min_mc_rollouts and vineppo.reuse exclude each other: continuations that serve several states "
+            "have no K of their own; set vineppo.reuse false, or vineppo.min_mc_rollouts 0",
+        )
+        _require(
+            not (self.bisection and self.alternatives),
+            "vineppo.bisection and vineppo.alternatives exclude each other: bisection leaves states without "
+            "continuations; set one of them false",
+        )
+        for name, value in (("decided_width", self.decided_width), ("bisection_level", self.bisection_level)):
+            _require(0 < value < 1, f"vineppo.{name} is {value}; allowed: above 0, below 1")
+        _require(
+            0 <= self.bisection_chance <= 1,
+            f"vineppo.bisection_chance is {self.bisection_chance}; allowed: 0 to 1",
         )
 
 

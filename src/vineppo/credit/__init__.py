@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from vineppo.config import Config
+from vineppo.config import Config, VineConfig
+from vineppo.credit.bisection import Bisection, bisected_vine_credit
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit, vine_node_credit
 from vineppo.policy import Policy, ValueNetwork
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
-from vineppo.values import MonteCarlo, ReusingMonteCarlo
+from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator
 
 
 def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
@@ -24,10 +25,7 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
             )
-            steps = (build_splitter(config.vineppo.splitter), policy.token_texts, config.vineppo.max_states)
-            if config.vineppo.alternatives:
-                return vine_node_credit(ReusingMonteCarlo(plain), *steps)
-            return vine_credit(ReusingMonteCarlo(plain) if config.vineppo.reuse else plain, *steps)
+            return _vine(config.vineppo, plain, policy)
         case "ppo":
             assert critic is not None, "PPO comes with a value network"
             return gae_credit(
@@ -42,3 +40,20 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
             return rloo_credit()
         case "reinforce":
             return reinforce_credit()
+
+
+def _vine(config: VineConfig, plain: MonteCarlo, policy: Policy) -> CreditFn:
+    """VinePPO in the form that its settings ask for."""
+    steps = (build_splitter(config.splitter), policy.token_texts, config.max_states)
+    if config.alternatives:
+        return vine_node_credit(ReusingMonteCarlo(plain), *steps)
+    estimator: ValueEstimator = plain
+    if config.reuse:
+        estimator = ReusingMonteCarlo(plain)
+    elif config.min_mc_rollouts:
+        estimator = AdaptiveMonteCarlo(plain, config.min_mc_rollouts, config.decided_width)
+    if config.bisection:
+        return bisected_vine_credit(
+            estimator, *steps, Bisection(config.bisection_level, config.bisection_chance, plain.run_seed)
+        )
+    return vine_credit(estimator, *steps)

@@ -27,12 +27,8 @@ def vine_credit(
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
         cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
         values, cost = estimator.evaluate(_states(owners, cuts), iteration)
-        records = _records(owners, cuts, values)
-        samples = [
-            training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
-            for (_, rollout), record in zip(owners, records, strict=True)
-        ]
-        return samples, _metrics(samples, cost)
+        samples = credited_samples(owners, cuts, values)
+        return samples, vine_metrics(samples, cost)
 
     return credit
 
@@ -57,7 +53,7 @@ def vine_node_credit(
             for (_, rollout), record, nodes_T in zip(owners, records, nodes, strict=True)
         ]
         alternatives = sum(len(sample.alternatives) for sample in samples)
-        return samples, {**_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
+        return samples, {**vine_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
 
     return credit
 
@@ -67,6 +63,22 @@ def _states(owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[i
         State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
         for (problem, rollout), ends in zip(owners, cuts, strict=True)
         for start in (0, *ends[:-1])
+    ]
+
+
+def credited_samples(
+    owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]], values: Sequence[Value]
+) -> list[TrainingSample]:
+    """Rollouts with the advantages of their steps.
+
+    Args:
+        owners: shape (N,).
+        cuts: ends of each rollout's steps in response tokens, (N, S), ragged.
+        values: of the state before each step, all rollouts' in a row.
+    """
+    return [
+        training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
+        for (_, rollout), record in zip(owners, _records(owners, cuts, values), strict=True)
     ]
 
 
@@ -100,7 +112,8 @@ def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) 
     return training_sample(rollout, advantages_T, credit=record, alternatives=alternatives)
 
 
-def _metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics:
+def vine_metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics:
+    """What the credit cost and how it looks."""
     advantages = [a for sample in samples if sample.credit for a in sample.credit.step_advantages]
     return {
         "tokens/mc": float(cost.tokens),

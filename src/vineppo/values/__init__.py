@@ -1,6 +1,17 @@
-"""States to Monte-Carlo values: with K fresh continuations of each, or with continuations that serve several states."""
+"""States to Monte-Carlo values: K fresh continuations each, as many as it takes, or ones that serve several."""
 
+from vineppo.values.adaptive import AdaptiveMonteCarlo
 from vineppo.values.monte_carlo import MonteCarlo, Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
 from vineppo.values.reuse import ReusingMonteCarlo
 
-__all__ = ["MonteCarlo", "Node", "NodeEstimator", "ReusingMonteCarlo", "State", "Value", "ValueCost", "ValueEstimator"]
+__all__ = [
+    "AdaptiveMonteCarlo",
+    "MonteCarlo",
+    "Node",
+    "NodeEstimator",
+    "ReusingMonteCarlo",
+    "State",
+    "Value",
+    "ValueCost",
+    "ValueEstimator",
+]

@@ -121,14 +121,22 @@ class MonteCarlo:
         return rewards, total_tokens(completions)
 
     def request(
-        self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
+        self,
+        state: State,
+        iteration: int,
+        num_samples: int,
+        excluded_first: tuple[int, ...] = (),
+        purpose: str = "mc",
     ) -> SampleRequest:
-        """What asks for continuations of a state, with what the prefix left of the budget."""
+        """What asks for continuations of a state, with what the prefix left of the budget.
+
+        Requests of one state must differ in `purpose`, or they get the same continuations.
+        """
         return SampleRequest(
             prompt_ids=state.prompt_ids + state.response_ids,
             num_samples=num_samples,
             max_new_tokens=self.max_new_tokens - len(state.response_ids),
-            seed=self.seed(state, iteration, "mc"),
+            seed=self.seed(state, iteration, purpose),
             response_tokens=len(state.response_ids),
             excluded_first=excluded_first,
         )
