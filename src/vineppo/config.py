@@ -102,8 +102,11 @@ class RolloutConfig:
     """Strings that end a response, beside the end-of-sequence token; the string stays in the response."""
     max_rows: int = 2048
     """Largest number of sequences that the sampler decodes at once; more are cut into waves."""
+    kv_memory: float = 4.0
+    """Gibibytes that the sampler's keys and values may take; larger work is cut into waves."""
 
     def __post_init__(self) -> None:
+        _require(self.kv_memory > 0, f"rollouts.kv_memory is {self.kv_memory}; it must be above 0 (gibibytes)")
         _at_least("rollouts", 1, num_problems=self.num_problems, group_size=self.group_size, max_rows=self.max_rows)
         _at_least("rollouts", 1, max_new_tokens=self.max_new_tokens)
         _require(self.temperature > 0, f"rollouts.temperature is {self.temperature}; training samples need more than 0")

@@ -187,9 +187,10 @@ def _build(config: Config, reward_fn: RewardFn | None) -> Parts:
     policy = Policy.load(config.model)
     format_prompt = policy.chat_prompt if config.task.chat_template else None
     task = build_task(config.task, format_prompt=format_prompt, reward_fn=reward_fn)
+    own = config.rollouts
     sampler, eval_sampler = (
-        NativeSampler(policy, temperature=t, stop=config.rollouts.stop, max_rows=config.rollouts.max_rows)
-        for t in (config.rollouts.temperature, config.eval.temperature)
+        NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
+        for t in (own.temperature, config.eval.temperature)
     )
     critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head")) if config.algorithm == "ppo" else None
     learner = Learner(

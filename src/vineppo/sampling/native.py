@@ -20,7 +20,7 @@ from vineppo.batch import pad
 from vineppo.logits import selected_logits
 from vineppo.sampling.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
-from vineppo.types import Completion, SampleRequest
+from vineppo.types import Completion, SampleRequest, UserError
 
 _KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
@@ -50,6 +50,7 @@ class _Row:
     request: int
     sample: int
     prefix_length: int
+    budget: int
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class _Trunk:
 
     token_ids: tuple[int, ...]
     rows: tuple[_Row, ...]
+
+    @property
+    def budget(self) -> int:
+        """The largest of its rows'."""
+        return max(row.budget for row in self.rows)
 
 
 class NativeSampler:
@@ -68,13 +74,22 @@ class NativeSampler:
         temperature: of sampling; 0 is greedy (log-probabilities are then 0).
         stop: strings that end a completion beside the end-of-sequence tokens; the string stays in the completion.
         max_rows: largest number of sequences decoded at once; more are cut into waves.
+        kv_memory: bytes that the keys and values of a wave may take, the same way.
     """
 
-    def __init__(self, policy: LanguageModel, *, temperature: float, stop: Sequence[str] = (), max_rows: int = 2048):
+    def __init__(
+        self,
+        policy: LanguageModel,
+        *,
+        temperature: float,
+        stop: Sequence[str] = (),
+        max_rows: int = 2048,
+        kv_memory: int = 4 << 30,
+    ):
         self.policy = policy
         self.temperature = temperature
         self.stop = tuple(stop)
-        self.max_rows = max_rows
+        self.max_rows, self.kv_memory = max_rows, kv_memory
         self.tree_attention = tree_supported(policy.model)
         if not self.tree_attention:
             warnings.warn(
@@ -94,15 +109,24 @@ class NativeSampler:
         """One list of `num_samples` completions per request, in order.
 
         A request without budget gets empty completions that end by "length".
+
+        Raises:
+            UserError: when the keys and values of a single sequence do not fit into `kv_memory`.
         """
         results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
         for i, request in enumerate(requests):
             if request.max_new_tokens < 1:
                 results[i] = [Completion((), (), "length")] * request.num_samples
-        for wave in _waves(_trunks(requests), self.max_rows):
+        for wave in _waves(_trunks(requests), self.max_rows, self._kv_tokens()):
             for row, completion in _Wave(self, requests, wave).run():
                 results[row.request][row.sample] = completion
         return [[c for c in completions if c is not None] for completions in results]
+
+    def _kv_tokens(self) -> int:
+        """Number of tokens whose keys and values `kv_memory` holds; as good as endless where none are kept."""
+        if not self.tree_attention:
+            return 1 << 62
+        return self.kv_memory // kv_bytes_per_token(self.policy.model)
 
 
 class _Wave:
@@ -115,7 +139,7 @@ class _Wave:
         self.rows: list[_Row] = [row for trunk in trunks for row in trunk.rows]
         self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
-        self.budgets = np.array([requests[row.request].max_new_tokens for row in self.rows])
+        self.budgets = np.array([row.budget for row in self.rows])
         self.keys = stream_keys(
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
             np.array([row.sample for row in self.rows]),
@@ -166,7 +190,12 @@ class _Wave:
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
         """Compute the trunks once; logits after each row's prefix, shape (N, V)."""
         token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
-        tree = KVTree(self._on_device(self.trunk_of), self._on_device(self.prefix_lengths), token_ids.shape[1])
+        tree = KVTree(
+            self._on_device(self.trunk_of),
+            self._on_device(self.prefix_lengths),
+            token_ids.shape[1],
+            int(self.budgets.max()),
+        )
         select = np.zeros(token_ids.shape, dtype=bool)
         where = self.trunk_of, self.prefix_lengths - 1
         select[where] = True
@@ -254,16 +283,18 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
 
 def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
     """Group the requests' prefixes so that a prefix of a longer one lies on it."""
-    wanted: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    wanted: dict[tuple[int, ...], list[_Row]] = {}
     for i, request in enumerate(requests):
-        if request.max_new_tokens > 0 and request.num_samples > 0:
-            wanted.setdefault(request.prompt_ids, []).append((i, request.num_samples))
+        if request.max_new_tokens > 0:
+            wanted.setdefault(request.prompt_ids, []).extend(
+                _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)
+            )
     trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
     # In descending order a prefix comes right behind the sequences that extend it.
-    for ids in sorted(wanted, reverse=True):
+    for ids in sorted((ids for ids, rows in wanted.items() if rows), reverse=True):
         if not trunks or trunks[-1][0][: len(ids)] != ids:
             trunks.append((ids, []))
-        trunks[-1][1].extend(_Row(i, j, len(ids)) for i, n in wanted[ids] for j in range(n))
+        trunks[-1][1].extend(wanted[ids])
     return [_Trunk(ids, tuple(rows)) for ids, rows in trunks]
 
 
@@ -273,21 +304,45 @@ def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
     return request.prompt_ids[-kept:] if kept else ()
 
 
-def _waves(trunks: Sequence[_Trunk], max_rows: int) -> Iterator[list[_Trunk]]:
-    """Cut the work into waves of at most `max_rows` rows, trunks with similarly many rows together."""
-    pieces = [
-        _Trunk(trunk.token_ids, trunk.rows[start : start + max_rows])
-        for trunk in trunks
-        for start in range(0, len(trunk.rows), max_rows)
-    ]
-    pieces.sort(key=lambda trunk: -len(trunk.rows))
+def kv_bytes_per_token(model: Any) -> int:
+    """Keys and values of one token in all layers, in bytes."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize)
+
+
+def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[_Trunk]]:
+    """Cut the work into waves, trunks with similarly many rows together.
+
+    A wave has at most `max_rows` rows. Its trunks are padded to the longest and its branches to the largest budget; all
+    that holds at most `kv_tokens` tokens.
+    """
+    pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
     wave: list[_Trunk] = []
-    held = 0
     for piece in pieces:
-        if wave and held + len(piece.rows) > max_rows:
+        if wave and not _fits([*wave, piece], max_rows, kv_tokens):
             yield wave
-            wave, held = [], 0
+            wave = []
         wave.append(piece)
-        held += len(piece.rows)
     if wave:
         yield wave
+
+
+def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
+    """A trunk with so many of its rows at a time that it fits into a wave of its own."""
+    length, budget = len(trunk.token_ids), trunk.budget
+    size = min(max_rows, (kv_tokens - length) // budget)
+    if size < 1:
+        raise UserError(
+            f"a sequence of {length} tokens and {budget} new ones needs keys and values of {length + budget} tokens, "
+            f"but rollouts.kv_memory holds {kv_tokens}; raise rollouts.kv_memory or lower rollouts.max_new_tokens"
+        )
+    for start in range(0, len(trunk.rows), size):
+        yield _Trunk(trunk.token_ids, trunk.rows[start : start + size])
+
+
+def _fits(wave: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> bool:
+    rows = sum(len(trunk.rows) for trunk in wave)
+    trunks = len(wave) * max(len(trunk.token_ids) for trunk in wave)
+    return rows <= max_rows and trunks + rows * max(trunk.budget for trunk in wave) <= kv_tokens

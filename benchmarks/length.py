@@ -1,0 +1,294 @@
+"""What does a longer chain cost? Seconds, tokens and memory of the credit of one response, over its number of steps.
+
+    python benchmarks/length.py --out runs/length
+
+A model of the embedded one's shape, with random weights and a context that is long enough, writes responses of 10 to
+500 steps of a few tokens each. Two steps of each decide about the reward, a third and two thirds of the way through,
+whatever the length; the others change nothing. That is the case bisection is for. Every method values the same
+responses:
+
+    fixed K      K fresh continuations of every state, as in the paper
+    reuse        continuations that serve several states
+    bisection    states where something was decided (vineppo.bisection), K fresh continuations of each
+    generate     fixed K through transformers' `generate` instead of the native sampler
+
+Tokens and seconds grow as (number of steps)^exponent; the exponent is fitted from 50 steps on. A method stops at the
+length before the one at which fixed K would take more than --max-tokens, bisection never. Writes length.json and
+length.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
+
+from benchmarks.engines import generate, peak_memory
+from tests.world import LETTERS, build_tokenizer
+from transformers import AutoConfig, LlamaForCausalLM
+
+from vineppo.config import VineConfig
+from vineppo.credit.bisection import Bisection, bisected_vine_credit
+from vineppo.credit.vine import vine_credit
+from vineppo.policy import Policy, resolve_model_path
+from vineppo.rollouts import sample_groups
+from vineppo.sampling.native import NativeSampler
+from vineppo.steps import build_splitter
+from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
+from vineppo.values import MonteCarlo, ReusingMonteCarlo, ValueEstimator
+
+METHODS = ("fixed K", "reuse", "bisection", "generate")
+FIT_FROM = 50
+
+
+class EndlessPolicy(Policy):
+    """No token ends a sequence, and every token has a letter."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A letter per token."""
+        return "".join(("x" + LETTERS)[token] for token in token_ids)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The sampler, but a response of full length counts as finished: there is no other end here."""
+
+    sampler: NativeSampler
+
+    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+        """As the sampler's."""
+        return [[Completion(c.token_ids, c.logprobs, "stop") for c in group] for group in self.sampler.sample(requests)]
+
+    def load_weights(self, policy: Any) -> None:
+        """As the sampler's."""
+        self.sampler.load_weights(policy)
+
+
+@dataclass(frozen=True)
+class TwoDecisions:
+    """A task: the reward is 1 if neither of two steps contains the last letter (about one in ten does, by chance)."""
+
+    num_steps: int
+    step_tokens: int
+
+    def size(self, split: Split) -> int | None:
+        """Endless."""
+        return None
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """The same prompt for all."""
+        return Problem(id=f"{split}/{index}", prompt="ab")
+
+    def demonstration(self, split: Split, index: int) -> tuple[str, str]:
+        """None is needed."""
+        raise NotImplementedError
+
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+        """Look at the two steps."""
+        n = self.step_tokens
+        places = [self.num_steps * third // 3 * n for third in (1, 2)]
+        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in texts]
+
+
+def build_policy(max_tokens: int) -> EndlessPolicy:
+    """The embedded model's shape over five letters, with random weights."""
+    config = AutoConfig.from_pretrained(resolve_model_path("embedded:judgement"))
+    config.vocab_size, config.max_position_embeddings, config.eos_token_id = 1 + len(LETTERS), max_tokens + 16, None
+    config.bos_token_id = config.pad_token_id = None
+    torch.manual_seed(0)
+    policy = EndlessPolicy(LlamaForCausalLM(config).eval(), build_tokenizer())
+    policy.eos_ids = ()
+    return policy
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Responses of one length with everything that values their states."""
+
+    policy: EndlessPolicy
+    task: TwoDecisions
+    sampler: Whole
+    groups: list[RolloutGroup]
+    k: int
+
+    @property
+    def budget(self) -> int:
+        """Tokens of a response."""
+        return self.task.num_steps * self.task.step_tokens
+
+    def credit(self, method: str) -> CreditFn:
+        """One of METHODS, with the default settings of its own."""
+        settings = VineConfig()
+        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0)
+        steps = (build_splitter(f"tokens:{self.task.step_tokens}"), self.policy.token_texts, 0)
+        if method == "bisection":
+            return bisected_vine_credit(
+                plain, *steps, Bisection(settings.bisection_level, settings.bisection_chance, 0)
+            )
+        values: ValueEstimator = ReusingMonteCarlo(plain) if method == "reuse" else plain
+        return vine_credit(values, *steps)
+
+    def fixed_tokens(self) -> int:
+        """Tokens that K fresh continuations of every state take."""
+        rollouts = sum(len(group.rollouts) for group in self.groups)
+        return self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.task.step_tokens))
+
+
+def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
+    """Sample the responses."""
+    task = TwoDecisions(num_steps, arguments.step_tokens)
+    sampler = Whole(NativeSampler(policy, temperature=1.0))
+    groups = sample_groups(
+        [task.problem("train", index) for index in range(arguments.responses)],
+        policy,
+        sampler,
+        task,
+        group_size=1,
+        max_new_tokens=num_steps * arguments.step_tokens,
+        address=(0, "length"),
+    )
+    return Scene(policy, task, sampler, groups, arguments.k)
+
+
+def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
+    """Seconds and tokens of the credit of one response of the scene."""
+    responses = len(scene.groups)
+    if method == "generate":
+        work = generate_work(scene, folder)
+        run = generate(work)
+        start = time.perf_counter()
+        tokens = run()
+        return {"seconds": (time.perf_counter() - start) / responses, "tokens": tokens / responses}
+    start = time.perf_counter()
+    _, metrics = scene.credit(method)(scene.groups, 0)
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds / responses,
+        "tokens": metrics["tokens/mc"] / responses,
+        "states": metrics["credit/distinct_states"] / responses,
+    }
+
+
+def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
+    """The same states and lengths for `generate`."""
+    scene.policy.model.save_pretrained(folder / "model")
+    rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
+    cuts = range(0, scene.budget, scene.task.step_tokens)
+    return {
+        "model": str(folder / "model"),
+        "dtype": "float32",
+        "prefixes": [list(r.prompt_ids + r.response_ids[:cut]) for r in rollouts for cut in cuts],
+        "lengths": [[scene.budget - cut] * scene.k for _ in rollouts for cut in cuts],
+    }
+
+
+def fitted(rows: Sequence[dict[str, Any]], what: str) -> float | None:
+    """Slope of log(what) over log(steps), from FIT_FROM steps on; None for fewer than two lengths."""
+    points = [(row["steps"], row[what]) for row in rows if row["steps"] >= FIT_FROM]
+    if len(points) < 2:
+        return None
+    steps, values = np.log(np.array(points, dtype=float)).T
+    return float(np.polyfit(steps, values, 1)[0])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of length.md."""
+    lines = [
+        "# Cost of the credit of one response over its length",
+        "",
+        f"`{result['command']}` on {result['platform']}, {result['threads']} threads: K = {result['k']}, "
+        f"{result['step_tokens']} tokens a step, medians of {result['repeats']} runs. Peak memory is that of "
+        "the process so far, methods in the order of the table.",
+        "",
+        "| method | steps | measured states | tokens | seconds | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        states = f"{row['states']:.1f}" if "states" in row else str(row["steps"])
+        lines.append(
+            f"| {row['method']} | {row['steps']} | {states} | {row['tokens']:,.0f} | {row['seconds']:.3f} | "
+            f"{row['bytes'] / 2**20:.0f} MiB |"
+        )
+    lines += [
+        "",
+        f"| method | exponent of the tokens | exponent of the seconds | (from {FIT_FROM} steps on) |",
+        "|---|---|---|---|",
+    ]
+    for method, of in result["exponents"].items():
+        shown = ["-" if of[what] is None else f"{of[what]:.2f}" for what in ("tokens", "seconds")]
+        lines.append(f"| {method} | {shown[0]} | {shown[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default="10,50,100,200,500")
+    parser.add_argument("--step-tokens", type=int, default=4)
+    parser.add_argument("--responses", type=int, default=8)
+    parser.add_argument("--k", type=int, default=9)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--max-tokens", type=float, default=2e6, help="skip all but bisection above this")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs/length"))
+    arguments = parser.parse_args()
+    methods = arguments.methods.split(",")
+    if unknown := set(methods) - set(METHODS):
+        parser.error(f"--methods has {', '.join(sorted(unknown))}; allowed: {', '.join(METHODS)}")
+    steps = [int(n) for n in arguments.steps.split(",")]
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    policy = build_policy(max(steps) * arguments.step_tokens)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in ("bisection", "reuse", "fixed K", "generate"):
+            for num_steps in steps if method in methods else ():
+                scene = build_scene(policy, num_steps, arguments)
+                if method != "bisection" and scene.fixed_tokens() > arguments.max_tokens:
+                    break
+                runs = [measure(scene, method, Path(folder)) for _ in range(arguments.repeats)]
+                row = {"method": method, "steps": num_steps, **runs[0], "bytes": peak_memory(os.getpid())}
+                row["seconds"] = median(run["seconds"] for run in runs)
+                rows.append(row)
+                print(
+                    f"{method:10} {num_steps:4} steps {row['tokens']:12,.0f} tokens {row['seconds']:9.3f} s", flush=True
+                )
+    exponents = {
+        method: {what: fitted([r for r in rows if r["method"] == method], what) for what in ("tokens", "seconds")}
+        for method in methods
+    }
+    result = {
+        "command": " ".join(["python", "benchmarks/length.py", *sys.argv[1:]]),
+        "exponent": exponents.get("bisection", {}).get("seconds"),
+        "k": arguments.k,
+        "step_tokens": arguments.step_tokens,
+        "responses": arguments.responses,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "exponents": exponents,
+        "rows": rows,
+    }
+    (arguments.out / "length.json").write_text(json.dumps(result, indent=1))
+    (arguments.out / "length.md").write_text(markdown(result))
+    print("\n" + markdown(result))
+
+
+if __name__ == "__main__":
+    main()

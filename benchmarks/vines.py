@@ -1,0 +1,277 @@
+"""How fast are the vines? One whole VinePPO sampling phase through every engine, in turn, in one run.
+
+    python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python .venv-vllm/bin/python \
+        --out runs/vines
+
+Rollouts of P problems x G responses are sampled once, cut into steps, and K continuations of every state are sampled
+once to know how long they get. That is the workload: the same prefixes and the same number of tokens for every
+engine, in the same dtype and at the same temperature. Each engine lives in a process of its own and takes its turn,
+`--repeats` times; the others are idle meanwhile. Beside them `matmul`: the model's matrix products alone for the same
+rows, which no engine can beat on this machine with these weights. Reuse of continuations (`vineppo.reuse`) is off:
+it would save tokens for the native engine alone.
+
+Prints a table and writes vines.json and vines.md: seconds (median, lowest, highest), tokens per second, peak memory,
+how many times faster the native engine is, and which share of its time the matrix products alone would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+
+from vineppo.config import ModelConfig
+from vineppo.policy import Policy, resolve_model_path
+from vineppo.rollouts import problem_range, sample_groups
+from vineppo.sampling.native import NativeSampler
+from vineppo.steps import build_splitter
+from vineppo.tasks.chain import ChainTask
+from vineppo.types import Problem, SampleRequest, Task
+
+ENGINES = ("native", "generate", "generate_batch", "vllm", "matmul")
+INSTRUCTION = "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n"
+WORD_PROBLEMS = (
+    "A baker makes 24 rolls in the morning and 18 in the afternoon. She sells 35 of them. How many rolls are left?",
+    "Tom reads 15 pages a day. His book has 180 pages and he has read 60. How many more days does he need?",
+    "A bus has 42 seats. At the first stop 17 people get on, at the second 12, and 5 get off. How many seats are free?",
+    "Maria buys 3 pens for 2 dollars each and 4 books for 7 dollars each. She pays with 50. What is the change?",
+    "A garden has 6 rows of 9 tomato plants. A storm breaks 13. Each other plant gives 5 tomatoes. How many?",
+    "Two trains leave at the same time in opposite directions, at 60 and 80 km per hour. How far apart are they after "
+    "3 hours?",
+    "A tank holds 200 litres. It loses 4 litres an hour and gains 10 litres an hour. It starts at 50. When is it full?",
+    "Ali has twice as many marbles as Ben, and Ben has 7 more than Cem. Cem has 12. How many have they together?",
+)
+
+
+class WordProblems:
+    """The problems above as a task; a benchmark grades nothing."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def size(self, split: str) -> int:
+        """Number of problems."""
+        return len(WORD_PROBLEMS)
+
+    def problem(self, split: str, index: int) -> Problem:
+        """One of them, in the model's chat template."""
+        return Problem(id=str(index), prompt=self.policy.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
+
+    def demonstration(self, split: str, index: int) -> tuple[str, str]:
+        """None is needed."""
+        raise NotImplementedError
+
+    def grade(self, problems: Any, texts: Any) -> list[float]:
+        """Everything is worth nothing."""
+        return [0.0] * len(texts)
+
+
+def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Prefixes of every distinct state and the lengths of its K continuations, as VinePPO would sample them."""
+    embedded = path.startswith("embedded:")
+    dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
+    policy = Policy.load(ModelConfig(path=path, dtype=dtype))
+    task: Task = ChainTask(path.split(":")[1], 10) if embedded else WordProblems(policy)
+    num_problems, group_size, budget = (32, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
+    sampler = NativeSampler(policy, temperature=1.0)
+    problems = problem_range(task, "train", num_problems)
+    shape = {"group_size": group_size, "max_new_tokens": budget, "address": (0, "vines")}
+    groups = sample_groups(problems, policy, sampler, task, **shape)  # type: ignore[arg-type]
+    cut = build_splitter("newline")
+    requests: dict[tuple[int, ...], SampleRequest] = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            for start in (0, *cut(policy.token_texts(rollout.response_ids))[:-1]):
+                prefix = rollout.prompt_ids + rollout.response_ids[:start]
+                requests[prefix] = SampleRequest(prefix, arguments.k, budget - start, seed=len(requests))
+    sampled = sampler.sample(list(requests.values()))
+    return {
+        "model": resolve_model_path(path),
+        "dtype": dtype,
+        "threads": arguments.threads,
+        "problems": num_problems,
+        "group_size": group_size,
+        "prefixes": [list(prefix) for prefix in requests],
+        "lengths": [[len(completion.token_ids) for completion in group] for group in sampled],
+    }
+
+
+class Worker:
+    """benchmarks/engines.py in a process of its own."""
+
+    def __init__(self, python: str, engine: str, work: Path, threads: int):
+        command = [python, str(Path(__file__).with_name("engines.py")), engine, str(work)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.log = work.with_name(f"{engine}.log").open("w")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
+        self.ready = self._line() == "ready"
+
+    def run(self) -> dict[str, float]:
+        """Sample the workload once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        line = self._line()
+        if not line:
+            self.log.flush()
+            raise RuntimeError(Path(self.log.name).read_text()[-2000:])
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every engine in turn, `repeats` times after one round to warm up."""
+    tokens = sum(map(sum, work["lengths"]))
+    print(f"\n{work['model']}: {len(work['prefixes'])} states, {tokens:,} tokens, {work['dtype']}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "work.json"
+        path.write_text(json.dumps(work))
+        workers = {}
+        for engine in engines:
+            python = arguments.vllm_python if engine == "vllm" else sys.executable
+            workers[engine] = Worker(python, engine, path, arguments.threads)
+            if not workers[engine].ready:
+                raise RuntimeError(f"{engine} did not start:\n" + (Path(folder) / f"{engine}.log").read_text()[-2000:])
+        runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
+        for repeat in range(-1, arguments.repeats):
+            for engine, worker in workers.items():
+                answer = worker.run()
+                assert answer["tokens"] == tokens, f"{engine} generated {answer['tokens']} of {tokens} tokens"
+                if repeat >= 0:
+                    runs[engine].append(answer)
+                print(f"  {'warm-up' if repeat < 0 else repeat + 1} {engine:15} {answer['seconds']:8.2f} s", flush=True)
+        for worker in workers.values():
+            worker.close()
+    return {
+        "states": len(work["prefixes"]),
+        "problems": work["problems"],
+        "group_size": work["group_size"],
+        "tokens": tokens,
+        "dtype": work["dtype"],
+        **summary(runs, tokens),
+    }
+
+
+def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, Any]:
+    """Medians, and ratios to the native engine."""
+    engines = {}
+    for engine, answers in runs.items():
+        seconds = [answer["seconds"] for answer in answers]
+        engines[engine] = {
+            "seconds": median(seconds),
+            "lowest": min(seconds),
+            "highest": max(seconds),
+            "tokens_per_second": tokens / median(seconds),
+            "peak_memory_bytes": max(answer["bytes"] for answer in answers),
+        }
+    own = engines["native"]["seconds"]
+    ratios = {engine: of["seconds"] / own for engine, of in engines.items() if engine not in ("native", "matmul")}
+    share = engines["matmul"]["seconds"] / own if "matmul" in engines else None
+    return {"engines": engines, "ratio_vs": ratios, "matmul_share": share}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of vines.md."""
+    lines = [
+        "# The vines through every engine",
+        "",
+        f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}; medians "
+        f"of {result['repeats']} runs in turn (lowest to highest).",
+    ]
+    for name, model in result["models"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{model['problems']} problems x {model['group_size']} responses, {model['states']} states, "
+            f"K = {result['k']}, {model['tokens']:,} tokens, {model['dtype']}.",
+            "",
+            "| engine | seconds | tokens per second | peak memory | native is faster by |",
+            "|---|---|---|---|---|",
+        ]
+        for engine, of in model["engines"].items():
+            ratio = model["ratio_vs"].get(engine)
+            label = "matrix products alone" if engine == "matmul" else f"`{engine}`"
+            memory = "" if engine == "matmul" else f"{of['peak_memory_bytes'] / 2**30:.2f} GiB"
+            lines.append(
+                f"| {label} | {of['seconds']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f}) | "
+                f"{of['tokens_per_second']:,.0f} | {memory} | {'' if ratio is None else f'{ratio:.2f}'} |"
+            )
+        if model["matmul_share"] is not None:
+            lines += ["", f"The matrix products alone are {model['matmul_share']:.0%} of the native engine's time."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="embedded:judgement", help="embedded:NAME or model directories")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--vllm-python", help="interpreter of the environment with vLLM (make bench-vllm)")
+    parser.add_argument("--problems", type=int, default=4, help="P, for models that are not embedded")
+    parser.add_argument("--group", type=int, default=2, help="G, for models that are not embedded")
+    parser.add_argument("--k", type=int, default=9)
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="of models that are not embedded (those are float32)",
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/vines"))
+    arguments = parser.parse_args()
+    engines = arguments.engines.split(",")
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"--engines has {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
+    if "native" not in engines:
+        parser.error("--engines must contain native: the ratios are to it")
+    if "vllm" in engines and not arguments.vllm_python:
+        parser.error(
+            "--engines has vllm: give --vllm-python (make bench-vllm makes the environment), or leave vllm out"
+        )
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for path in arguments.models.split(","):
+        name = path.split(":")[-1] if path.startswith("embedded:") else Path(path).name
+        models[name] = measure(workload(path, arguments), engines, arguments)
+    result = {
+        "command": " ".join(["python", "benchmarks/vines.py", *sys.argv[1:]]),
+        "k": arguments.k,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "models": models,
+    }
+    # The names that a reader of the file looks for are one level up.
+    flat = {name: {"ratio_vs": m["ratio_vs"], "matmul_share": m["matmul_share"]} for name, m in models.items()}
+    (arguments.out / "vines.json").write_text(json.dumps({**flat, **result}, indent=1))
+    (arguments.out / "vines.md").write_text(markdown(result))
+    print("\n" + markdown(result))
+
+
+if __name__ == "__main__":
+    main()
