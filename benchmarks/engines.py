@@ -112,7 +112,7 @@ def generate_batch(work: Work) -> Run:
     wanted = [(prefix, length) for prefix, lengths in pairs for length in lengths]
     longest = max(len(prefix) + length for prefix, length in wanted)
     blocks = -(-longest // 32) * 64  # room for 64 of the longest at once, in blocks of 32 tokens
-    batching = ContinuousBatchingConfig(block_size=32, num_blocks=blocks, max_batch_tokens=512)
+    batching = ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=512)
 
     def run() -> int:
         options = {"generation_config": settings, "continuous_batching_config": batching, "block": True}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from vineppo.batch import pad
 from vineppo.logits import selected_logits
@@ -24,6 +25,10 @@ from vineppo.types import Completion, SampleRequest, UserError
 
 _KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
+_BLOCK = 256
+"""Vocabulary entries that are summed at once when a token is drawn."""
+_LOGITS_AT_ONCE = 1 << 20
+"""Of rows from which tokens are drawn together: few enough to stay in a processor's cache from one pass to the next."""
 
 
 class LanguageModel(Protocol):
@@ -268,17 +273,54 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
-    logprobs = (logits.float() / temperature).log_softmax(-1)  # (B, V)
-    # A parallel scan in float32 need not be monotone; on the CPU it is sequential and is.
-    exact = torch.float32 if logits.device.type == "cpu" else torch.float64
-    cumulative = logprobs.exp().cumsum(-1, dtype=exact)  # (B, V)
-    total = cumulative[:, -1:]  # (B, 1): 1 up to rounding
-    level = torch.from_numpy(uniform).to(logits.device, exact)[:, None] * total
-    # Rounding may lift the level to the total, above which there is no entry.
+    rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    parts = [
+        _draw(logits[start : start + rows], temperature, uniform[start : start + rows])
+        for start in range(0, len(logits), rows)
+    ]
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([logprobs for _, logprobs in parts])
+
+
+def _draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature  # (B, V)
+    highest = scaled.amax(-1, keepdim=True)  # (B, 1)
+    weights = torch.sub(scaled, highest).exp_()  # (B, V)
+    drawn, total = invert(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
+    logprobs = (scaled.gather(1, drawn) - highest).double() - total.log()  # (B, 1)
+    return drawn.squeeze(1).cpu().numpy(), logprobs.squeeze(1).float().cpu().numpy()
+
+
+def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entry at which the running sum of each row passes `uniform` times the row's total.
+
+    A long row is searched for the block of entries first, by the blocks' sums, and then inside of it: that spares the
+    running sum over everything, in which a hundred thousand small numbers would be added one after another.
+
+    Args:
+        weights: not negative, not all 0, shape (B, V).
+        uniform: float64, in [0, 1), shape (B, 1).
+    Returns:
+        (entries (B, 1), never one of weight 0; totals (B, 1) in float64).
+    """
+    B, V = weights.shape
+    if V <= _BLOCK:
+        sums = weights.cumsum(-1, dtype=torch.float64)  # (B, V)
+        return _first_above(sums, uniform * sums[:, -1:]), sums[:, -1:]
+    blocks = F.pad(weights, (0, -V % _BLOCK)).view(B, -1, _BLOCK)  # (B, blocks, _BLOCK); no copy where V fits
+    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, blocks)
+    level = uniform * sums[:, -1:]  # (B, 1)
+    block = _first_above(sums, level)  # (B, 1)
+    before = F.pad(sums, (1, 0)).gather(1, block)  # (B, 1)
+    inside = blocks.gather(1, block[:, :, None].expand(B, 1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    return block * _BLOCK + _first_above(inside, level - before), sums[:, -1:]
+
+
+def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Index of the first running sum, shape (B, n), above each level, (B, 1): never that of an entry that adds 0."""
+    total = sums[:, -1:]
+    # Rounding may lift a level to the total, above which there is no entry.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
-    # right=True finds the first entry above the level, so a token of probability 0 is never drawn.
-    drawn = torch.searchsorted(cumulative, level, right=True).clamp_max(logits.shape[-1] - 1)  # (B, 1)
-    return drawn.squeeze(1).cpu().numpy(), logprobs.gather(1, drawn).squeeze(1).cpu().numpy()
+    return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
 
 def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
