@@ -54,7 +54,7 @@ METHODS = (
     "reuse",
     "reuse, bisection",
 )
-"""K is the largest number of continuations of a state; `adaptive` begins with a third of it."""
+"""K is the largest number of continuations of a state; `adaptive` begins with 0.4 of it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Scene:
         if "reuse" in method:
             values = ReusingMonteCarlo(plain)
         elif "adaptive" in method:
-            values = AdaptiveMonteCarlo(plain, math.ceil(num_mc_rollouts / 3), settings.decided_width)
+            values = AdaptiveMonteCarlo(plain, math.ceil(0.4 * num_mc_rollouts), settings.decided_width)
         steps = (values, self.splitter, self.policy.token_texts, 0)
         if "bisection" not in method:
             return vine_credit(*steps)

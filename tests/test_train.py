@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vineppo.config import (
     RolloutConfig,
     RunConfig,
     TaskConfig,
+    VineConfig,
 )
 from vineppo.run import config_to_dict
 from vineppo.train import resume, train
@@ -95,6 +96,46 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> 
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     assert model(**tokenizer("a=7;b=a*3;b?\n", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
     assert sorted(path.suffix for path in (run / "plots").iterdir()) and (run / "config.yaml").exists()
+
+
+SAVINGS = {
+    "adaptive": VineConfig(num_mc_rollouts=9, reuse=False, min_mc_rollouts=4),
+    "bisection": VineConfig(num_mc_rollouts=3, reuse=False, bisection=True, bisection_chance=0.0),
+    "bisection-reuse": VineConfig(num_mc_rollouts=3, bisection=True, bisection_chance=0.5),
+    "bisection-adaptive": VineConfig(num_mc_rollouts=9, reuse=False, min_mc_rollouts=4, bisection=True),
+}
+
+
+@pytest.mark.parametrize("saving", SAVINGS)
+def test_every_saving_trains_and_resumes_to_the_bit(tmp_path: Path, saving: str) -> None:
+    run = RunConfig(dir=str(tmp_path / "whole"), iterations=2, checkpoint_every=1)
+    whole = small_config(tmp_path / "whole", vineppo=SAVINGS[saving], run=run)
+    train(whole)
+    cut = replace(whole, run=replace(run, dir=str(tmp_path / "cut")))
+    with pytest.raises(Crash):
+        train(cut, reporter=CrashAt(2))
+    resume(cut)
+    assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
+    rows = [row for i in (1, 2) for row in pq.read_table(tmp_path / f"whole/rollouts/{i:06d}.parquet").to_pylist()]
+    numbers = {number for row in rows for number in row["num_mc_rollouts"]}
+    steps = sum(row["response"].count("\n") for row in rows)
+    measured = sum(len(row["values"]) for row in rows)
+    assert all("".join(row["step_texts"]) == row["response"] for row in rows)
+    if "adaptive" in saving:
+        assert numbers == {4, 8, 9}
+    if "bisection" in saving:
+        assert measured < steps
+        line = read_lines(tmp_path / "whole")[-1]
+        assert line["credit/rounds"] >= 2 and line["credit/measured_share"] < 1
+    if saving in ("adaptive", "bisection"):  # with a chance some stretches are weighted
+        assert telescopes(rows)
+
+
+def telescopes(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether V(s_0) plus the advantages is the reward, everywhere."""
+    return all(
+        math.isclose(row["values"][0] + sum(row["step_advantages"]), row["reward"], abs_tol=1e-12) for row in rows
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])

@@ -130,9 +130,9 @@ class VineConfig:
     min_mc_rollouts: int = 0
     """Adaptive K: begin with this many continuations of a state and go on, doubling them, up to `num_mc_rollouts` while
     the state is undecided; the values stay unbiased (docs/algorithms.md). 0: always K. Needs `reuse: false`."""
-    decided_width: float = 0.7
-    """Of the 95% Wilson interval of a value at which adaptive K calls the state decided. 0.7 lets three continuations
-    that agree be enough (their interval is 0.56 wide)."""
+    decided_width: float = 0.0
+    """Of the 95% Wilson interval of a value at which adaptive K calls the state decided. 0: as wide as K continuations
+    leave it where half of them succeed, so that no state is known less well than at fixed K."""
     bisection: bool = False
     """Measure states only where the response was decided: begin with its two ends and halve the stretches whose ends
     differ by more than their noise (docs/algorithms.md). For long chains."""
@@ -173,8 +173,14 @@ class VineConfig:
             "vineppo.bisection and vineppo.alternatives exclude each other: bisection leaves states without "
             "continuations; set one of them false",
         )
-        for name, value in (("decided_width", self.decided_width), ("bisection_level", self.bisection_level)):
-            _require(0 < value < 1, f"vineppo.{name} is {value}; allowed: above 0, below 1")
+        _require(
+            0 <= self.decided_width < 1,
+            f"vineppo.decided_width is {self.decided_width}; allowed: 0 (that of K continuations) to below 1",
+        )
+        _require(
+            0 < self.bisection_level < 1,
+            f"vineppo.bisection_level is {self.bisection_level}; allowed: above 0, below 1",
+        )
         _require(
             0 <= self.bisection_chance <= 1,
             f"vineppo.bisection_chance is {self.bisection_chance}; allowed: 0 to 1",

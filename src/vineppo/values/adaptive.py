@@ -36,8 +36,14 @@ class SamplingPlan:
     """(continuations, successes) -> unbiased estimate of the chance of success, for every outcome that stops."""
 
 
+def interval_width(successes: float, trials: int) -> float:
+    """Of Wilson's 95% interval."""
+    interval = wilson(successes, trials)
+    return interval.high - interval.low
+
+
 @cache
-def sampling_plan(first: int, last: int, width: float, level: float = 0.95) -> SamplingPlan:
+def sampling_plan(first: int, last: int, width: float) -> SamplingPlan:
     """Start with `first` continuations and double them up to `last`, while Wilson's interval is wider than `width`.
 
     An outcome's estimate is (orders that lead to it, weighted by their first round's share of successes) divided by
@@ -54,8 +60,7 @@ def sampling_plan(first: int, last: int, width: float, level: float = 0.95) -> S
     while True:
         on: dict[int, tuple[int, int]] = {}
         for successes, (orders, weighted) in reached.items():
-            interval = wilson(successes, n, level)
-            if n == last or interval.high - interval.low <= width:
+            if n == last or interval_width(successes, n) <= width:
                 shares[n, successes] = weighted / (orders * first)
             else:
                 on[successes] = orders, weighted
@@ -82,7 +87,7 @@ class AdaptiveMonteCarlo:
     Attributes:
         plain: sampler, grader, K and budget.
         first: continuations of the first round.
-        width: of the 95% Wilson interval at which a state is decided.
+        width: of the 95% Wilson interval at which a state is decided; 0 for that of K / 2 successes in K.
     """
 
     plain: MonteCarlo
@@ -91,7 +96,8 @@ class AdaptiveMonteCarlo:
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
         """Value of each state, in order; equal states are sampled once, a state without budget is worth 0."""
-        plan = sampling_plan(min(self.first, self.plain.num_mc_rollouts), self.plain.num_mc_rollouts, self.width)
+        K = self.plain.num_mc_rollouts
+        plan = sampling_plan(min(self.first, K), K, self.width or interval_width(K / 2, K))
         distinct = {state.key: state for state in states}
         limit = self.plain.max_new_tokens
         known = {key: Value(0.0, 0) for key, state in distinct.items() if len(state.response_ids) >= limit}
