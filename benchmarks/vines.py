@@ -81,7 +81,7 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
     task: Task = ChainTask(path.split(":")[1], 10) if embedded else WordProblems(policy)
-    num_problems, group_size, budget = (32, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
+    num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
     sampler = NativeSampler(policy, temperature=1.0)
     problems = problem_range(task, "train", num_problems)
     shape = {"group_size": group_size, "max_new_tokens": budget, "address": (0, "vines")}
@@ -105,6 +105,10 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+class EngineError(RuntimeError):
+    """An engine does not run the model."""
+
+
 class Worker:
     """benchmarks/engines.py in a process of its own."""
 
@@ -118,14 +122,21 @@ class Worker:
         self.ready = self._line() == "ready"
 
     def run(self) -> dict[str, float]:
-        """Sample the workload once."""
+        """Sample the workload once.
+
+        Raises:
+            EngineError: when the engine has stopped, with the last thing that it said.
+        """
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        line = self._line()
+        line = ""
+        if self.ready:
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+            line = self._line()
         if not line:
-            self.log.flush()
-            raise RuntimeError(Path(self.log.name).read_text()[-2000:])
+            said = Path(self.log.name).read_text().strip().splitlines()
+            causes = [text for text in said if "Error" in text and "EngineCore" not in text.rsplit("]", 1)[-1]]
+            raise EngineError((causes or said or ["it stopped"])[-1].rsplit("]", 1)[-1].strip()[:300])
         answer: dict[str, float] = json.loads(line)
         return answer
 
@@ -147,20 +158,28 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "work.json"
         path.write_text(json.dumps(work))
-        workers = {}
+        workers, refused = {}, {}
         for engine in engines:
             python = arguments.vllm_python if engine == "vllm" else sys.executable
             workers[engine] = Worker(python, engine, path, arguments.threads)
-            if not workers[engine].ready:
-                raise RuntimeError(f"{engine} did not start:\n" + (Path(folder) / f"{engine}.log").read_text()[-2000:])
         runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
         for repeat in range(-1, arguments.repeats):
-            for engine, worker in workers.items():
-                answer = worker.run()
+            for engine, worker in list(workers.items()):
+                try:
+                    answer = worker.run()
+                except EngineError as error:
+                    if engine == "native":
+                        raise
+                    refused[engine] = str(error)
+                    print(f"  {engine} does not run this model: {error}", flush=True)
+                    del workers[engine], runs[engine]
+                    continue
                 assert answer["tokens"] == tokens, f"{engine} generated {answer['tokens']} of {tokens} tokens"
                 if repeat >= 0:
                     runs[engine].append(answer)
-                print(f"  {'warm-up' if repeat < 0 else repeat + 1} {engine:15} {answer['seconds']:8.2f} s", flush=True)
+                print(
+                    f"  {'warm-up' if repeat < 0 else repeat + 1:>7} {engine:15} {answer['seconds']:8.2f} s", flush=True
+                )
         for worker in workers.values():
             worker.close()
     return {
@@ -169,6 +188,7 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
         "group_size": work["group_size"],
         "tokens": tokens,
         "dtype": work["dtype"],
+        "refused": refused,
         **summary(runs, tokens),
     }
 
@@ -218,6 +238,9 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {label} | {of['seconds']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f}) | "
                 f"{of['tokens_per_second']:,.0f} | {memory} | {'' if ratio is None else f'{ratio:.2f}'} |"
             )
+        lines += [
+            f"| `{engine}` | does not run this model: {reason} | | | |" for engine, reason in model["refused"].items()
+        ]
         if model["matmul_share"] is not None:
             lines += ["", f"The matrix products alone are {model['matmul_share']:.0%} of the native engine's time."]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from math import comb
 
 from vineppo.statistics import wilson
@@ -104,8 +105,7 @@ class AdaptiveMonteCarlo:
         undecided = {key: state for key, state in distinct.items() if key not in known}
         rewards: dict[tuple[str, tuple[int, ...]], list[float]] = {key: [] for key in undecided}
         tokens = 0
-        for end in plan.rounds:
-            start = 0 if end == plan.rounds[0] else plan.rounds[plan.rounds.index(end) - 1]
+        for start, end in pairwise((0, *plan.rounds)):
             asked = list(undecided.values())
             requests = [self.plain.request(s, iteration, end - start, purpose=f"mc from {start}") for s in asked]
             graded, completions = self.plain.graded(asked, requests)
