@@ -90,7 +90,7 @@ $(VLLM)/.ready:
 runs/smollm2: $(READY_REAL)
 	$(BIN)/python dev/real_model.py $@
 
-bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), about an hour
+bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), two hours
 
 bench-vines: $(VLLM)/.ready runs/smollm2  ## the sampling phase through every engine, vLLM in an environment of its own
 	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python --out docs/results/vines

@@ -50,7 +50,7 @@ METHODS = (
     "fixed K",
     "adaptive",
     "bisection",
-    "bisection, chance 0",
+    "bisection, chance 0.5",
     "reuse",
     "reuse, bisection",
 )
@@ -95,7 +95,7 @@ class Scene:
         steps = (values, self.splitter, self.policy.token_texts, 0)
         if "bisection" not in method:
             return vine_credit(*steps)
-        chance = 0.0 if "chance 0" in method else settings.bisection_chance
+        chance = 0.5 if "chance" in method else settings.bisection_chance
         return bisected_vine_credit(*steps, Bisection(settings.bisection_level, chance, seed))
 
 
@@ -239,7 +239,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Error of the advantages over tokens",
         "",
         "Mean squared error of the token advantages against the true ones, for continuations generated to value all "
-        "states of the rollouts once. Made by `python benchmarks/budget.py`.",
+        f"states of the rollouts once. Made by `{result['command']}`.",
     ]
     for name, scene in result["scenes"].items():
         lines += [
@@ -297,6 +297,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/budget.py", *sys.argv[1:]]),
         "torch": torch.__version__,
         "platform": platform.platform(),
+        "tokens_share_at_equal_mse": {name: scene["tokens_share_at_equal_mse"] for name, scene in scenes.items()},
         "scenes": scenes,
     }
     (arguments.out / "budget.json").write_text(json.dumps(result, indent=1))

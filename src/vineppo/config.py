@@ -138,9 +138,9 @@ class VineConfig:
     differ by more than their noise (docs/algorithms.md). For long chains."""
     bisection_level: float = 0.7
     """Confidence with which the two ends of a stretch must differ for bisection to look inside."""
-    bisection_chance: float = 0.1
+    bisection_chance: float = 0.0
     """Probability of looking inside of a stretch whose ends do not differ; what it finds counts 1 / chance times, which
-    keeps the credit unbiased. 0 never looks: fewer continuations, a bias towards no credit."""
+    keeps the credit unbiased and makes it noisy. 0 never looks: a bias towards no credit, the least error measured."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
