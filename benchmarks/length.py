@@ -225,8 +225,10 @@ def markdown(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"| method | exponent of the tokens | exponent of the seconds | (from {FIT_FROM} steps on) |",
-        "|---|---|---|---|",
+        f"Exponents from {FIT_FROM} steps on:",
+        "",
+        "| method | tokens | seconds |",
+        "|---|---|---|",
     ]
     for method, of in result["exponents"].items():
         shown = ["-" if of[what] is None else f"{of[what]:.2f}" for what in ("tokens", "seconds")]
