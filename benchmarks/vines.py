@@ -251,7 +251,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="embedded:judgement", help="embedded:NAME or model directories")
     parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--vllm-python", help="interpreter of the environment with vLLM (make bench-vllm)")
+    parser.add_argument("--vllm-python", help="interpreter of the environment with vLLM (make bench-vines makes it)")
     parser.add_argument("--problems", type=int, default=4, help="P, for models that are not embedded")
     parser.add_argument("--group", type=int, default=2, help="G, for models that are not embedded")
     parser.add_argument("--k", type=int, default=9)
@@ -272,7 +272,7 @@ def main() -> None:
         parser.error("--engines must contain native: the ratios are to it")
     if "vllm" in engines and not arguments.vllm_python:
         parser.error(
-            "--engines has vllm: give --vllm-python (make bench-vllm makes the environment), or leave vllm out"
+            "--engines has vllm: give --vllm-python (make bench-vines makes the environment), or leave vllm out"
         )
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
