@@ -18,9 +18,7 @@ from vineppo.seeds import derive_seed
 from vineppo.statistics import wilson
 from vineppo.steps import Splitter, merge_steps
 from vineppo.types import CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
-from vineppo.values import State, Value, ValueCost, ValueEstimator
-
-Key = tuple[str, tuple[int, ...]]
+from vineppo.values import Key, State, Value, ValueCost, ValueEstimator
 
 
 @dataclass(frozen=True)

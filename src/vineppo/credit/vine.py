@@ -27,7 +27,10 @@ def vine_credit(
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
         cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
         values, cost = estimator.evaluate(_states(owners, cuts), iteration)
-        samples = credited_samples(owners, cuts, values)
+        samples = [
+            training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
+            for (_, rollout), record in zip(owners, _records(owners, cuts, values), strict=True)
+        ]
         return samples, vine_metrics(samples, cost)
 
     return credit
@@ -63,22 +66,6 @@ def _states(owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[i
         State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
         for (problem, rollout), ends in zip(owners, cuts, strict=True)
         for start in (0, *ends[:-1])
-    ]
-
-
-def credited_samples(
-    owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]], values: Sequence[Value]
-) -> list[TrainingSample]:
-    """Rollouts with the advantages of their steps.
-
-    Args:
-        owners: shape (N,).
-        cuts: ends of each rollout's steps in response tokens, (N, S), ragged.
-        values: of the state before each step, all rollouts' in a row.
-    """
-    return [
-        training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
-        for (_, rollout), record in zip(owners, _records(owners, cuts, values), strict=True)
     ]
 
 

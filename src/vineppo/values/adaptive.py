@@ -20,7 +20,7 @@ from itertools import pairwise
 from math import comb
 
 from vineppo.statistics import wilson
-from vineppo.values.monte_carlo import MonteCarlo, State, Value, ValueCost, total_tokens
+from vineppo.values.monte_carlo import Key, MonteCarlo, State, Value, ValueCost, total_tokens
 
 SUCCESS_ABOVE = 0.5
 """A reward above this counts as a success where it is decided whether to go on. Rewards need not be 0 or 1: inside
@@ -99,11 +99,8 @@ class AdaptiveMonteCarlo:
         """Value of each state, in order; equal states are sampled once, a state without budget is worth 0."""
         K = self.plain.num_mc_rollouts
         plan = sampling_plan(min(self.first, K), K, self.width or interval_width(K / 2, K))
-        distinct = {state.key: state for state in states}
-        limit = self.plain.max_new_tokens
-        known = {key: Value(0.0, 0) for key, state in distinct.items() if len(state.response_ids) >= limit}
-        undecided = {key: state for key, state in distinct.items() if key not in known}
-        rewards: dict[tuple[str, tuple[int, ...]], list[float]] = {key: [] for key in undecided}
+        known, undecided = self.plain.split(states)
+        rewards: dict[Key, list[float]] = {key: [] for key in undecided}
         tokens = 0
         for start, end in pairwise((0, *plan.rounds)):
             asked = list(undecided.values())
@@ -118,7 +115,7 @@ class AdaptiveMonteCarlo:
                     del undecided[key]
             if not undecided:
                 break
-        cost = ValueCost(len(states), len(distinct), sum(map(len, rewards.values())), tokens)
+        cost = ValueCost(len(states), len(known), sum(map(len, rewards.values())), tokens)
         return [known[state.key] for state in states], cost
 
 

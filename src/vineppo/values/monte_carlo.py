@@ -14,6 +14,9 @@ from vineppo.seeds import derive_seed
 from vineppo.tasks.finished import grade_finished
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
+Key = tuple[str, tuple[int, ...]]
+"""What makes two states the same: the problem that is graded and the tokens."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -26,7 +29,7 @@ class State:
     """A rollout that begins with these tokens, for estimators that use how it goes on; it is no part of the state."""
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...]]:
+    def key(self) -> Key:
         """What makes two states the same: the problem that is graded and the tokens."""
         return self.problem.id, self.prompt_ids + self.response_ids
 
@@ -104,15 +107,20 @@ class MonteCarlo:
 
         A state that has used up its budget is a response cut off by the length limit: its value is 0, without sampling.
         """
-        distinct = {state.key: state for state in states}
-        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
-        open_states = [state for key, state in distinct.items() if key not in known]
+        known, unknown = self.split(states)
+        distinct_states, open_states = len(known) + len(unknown), list(unknown.values())
         rewards, tokens = self._rewards(open_states, iteration)
         K = self.num_mc_rollouts
         for state, group in zip(open_states, rewards, strict=True):
             known[state.key] = Value(sum(group) / K, K)
-        cost = ValueCost(len(states), len(distinct), K * len(open_states), tokens)
+        cost = ValueCost(len(states), distinct_states, K * len(open_states), tokens)
         return [known[state.key] for state in states], cost
+
+    def split(self, states: Sequence[State]) -> tuple[dict[Key, Value], dict[Key, State]]:
+        """Values of the states whose budget is spent, and the other states; equal ones once."""
+        distinct = {state.key: state for state in states}
+        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
+        return known, {key: state for key, state in distinct.items() if key not in known}
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
         """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""

@@ -23,9 +23,7 @@ import numpy as np
 
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Problem, Rollout, SampleRequest
-from vineppo.values.monte_carlo import MonteCarlo, Node, State, Value, ValueCost, total_tokens
-
-Key = tuple[str, tuple[int, ...]]
+from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, ValueCost, total_tokens
 
 
 @dataclass(frozen=True)
