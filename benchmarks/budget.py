@@ -8,8 +8,9 @@ state, and the noise that it still has is subtracted from the errors. In each sc
 values their states again and again, with other random numbers each time.
 
 Prints a table per scene and writes budget.json and budget.md. The figure to look at is `tokens_share_at_equal_mse`: the
-tokens that a method takes, as a share of those of fixed K = 9, when its mean squared error is the same. Token counts do
-not depend on the machine or on what else it does.
+tokens that a method takes, as a share of those of fixed K = 9, when its mean squared error is the same; and the same at
+an equal cosine, since an estimate may have a small error by being near zero. Token counts do not depend on the machine
+or on what else it does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,28 +34,27 @@ from tests.world import build_world
 
 from vineppo.advantages import spread_over_tokens, step_advantages
 from vineppo.config import ModelConfig, TaskConfig, VineConfig
-from vineppo.credit.bisection import Bisection, bisected_vine_credit
-from vineppo.credit.vine import vine_credit
+from vineppo.credit import build_vine_credit
 from vineppo.policy import Policy
 from vineppo.rollouts import draw_problems, sample_groups
 from vineppo.sampling.native import NativeSampler
-from vineppo.steps import Splitter, build_splitter
+from vineppo.steps import build_splitter
 from vineppo.tasks import build_task
 from vineppo.types import CreditFn, RolloutGroup, Sampler, Task, TrainingSample
-from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, State, ValueEstimator
+from vineppo.values import MonteCarlo, State
 
 Level = Literal["judgement", "habit"]
 REFERENCE_K = 9
 
-METHODS = (
-    "fixed K",
-    "adaptive",
-    "bisection",
-    "bisection, chance 0.5",
-    "reuse",
-    "reuse, bisection",
-)
-"""K is the largest number of continuations of a state; `adaptive` begins with 0.4 of it."""
+METHODS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "fixed K": lambda k: {},
+    "adaptive": lambda k: {"min_mc_rollouts": math.ceil(0.4 * k)},
+    "bisection": lambda k: {"bisection": True},
+    "bisection, chance 0.5": lambda k: {"bisection": True, "bisection_chance": 0.5},
+    "reuse": lambda k: {"reuse": True},
+    "reuse, bisection": lambda k: {"reuse": True, "bisection": True},
+}
+"""Settings of `vineppo`, given K, the largest number of continuations of a state."""
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,19 @@ class Scene:
     policy: Policy
     task: Task
     sampler: Sampler
-    splitter: Splitter
+    splitter: str
     groups: list[RolloutGroup]
     max_new_tokens: int
     value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
     """True values of states, and the variance of the noise in them."""
 
     def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
-        """One of METHODS, bound to this scene, with the default settings of its own."""
-        settings = VineConfig()
+        """One of METHODS, bound to this scene."""
         plain = MonteCarlo(
             self.sampler, self.task, self.policy.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
         )
-        values: ValueEstimator = plain
-        if "reuse" in method:
-            values = ReusingMonteCarlo(plain)
-        elif "adaptive" in method:
-            values = AdaptiveMonteCarlo(plain, math.ceil(0.4 * num_mc_rollouts), settings.decided_width)
-        steps = (values, self.splitter, self.policy.token_texts, 0)
-        if "bisection" not in method:
-            return vine_credit(*steps)
-        chance = 0.5 if "chance" in method else settings.bisection_chance
-        return bisected_vine_credit(*steps, Bisection(settings.bisection_level, chance, seed))
+        settings = VineConfig(num_mc_rollouts=num_mc_rollouts, splitter=self.splitter, reuse=False)
+        return build_vine_credit(replace(settings, **METHODS[method](num_mc_rollouts)), plain, self.policy)
 
 
 def world_scene(rollouts: int) -> Scene:
@@ -115,8 +106,7 @@ def world_scene(rollouts: int) -> Scene:
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
         return [world.value(state.response_ids) for state in states], [0.0] * len(states)
 
-    splitter = build_splitter("tokens:1")
-    return Scene("world", world.policy, world.task, world.sampler(), splitter, groups, world.max_new_tokens, value)
+    return Scene("world", world.policy, world.task, world.sampler(), "tokens:1", groups, world.max_new_tokens, value)
 
 
 def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
@@ -139,16 +129,17 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
         values = [v.mean for v in fresh.evaluate(states, 0)[0]]
         return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
 
-    return Scene(f"embedded:{level}", policy, task, sampler, build_splitter("newline"), groups, 120, value)
+    return Scene(f"embedded:{level}", policy, task, sampler, "newline", groups, 120, value)
 
 
 def true_advantages(scene: Scene) -> Truth:
     """Token advantages from the true values of every state."""
     advantages: list[float] = []
     variance: list[float] = []
+    cut = build_splitter(scene.splitter)
     for group in scene.groups:
         for rollout in group.rollouts:
-            ends = scene.splitter(scene.policy.token_texts(rollout.response_ids))
+            ends = cut(scene.policy.token_texts(rollout.response_ids))
             starts = (0, *ends[:-1])
             states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
             values, noise = scene.value(states)
@@ -185,16 +176,27 @@ def compared(found: np.ndarray, truth: Truth) -> dict[str, float]:
         "mean_error": float(errors.mean()),
         "mean_squared_bias": squared_bias,
         "mean_squared_bias_noise": float(noise.mean() * math.sqrt(2 / errors.shape[1])),
+        "cosine": float(_cosines(found, truth.advantages).mean()),
     }
 
 
-def tokens_at(mse: float, rows: Sequence[dict[str, Any]]) -> float | None:
-    """Tokens at which a method has this error, between its measured K on logarithmic scales; None outside of them."""
-    points = sorted((row["mse"], row["tokens"]) for row in rows)
-    if not points[0][0] <= mse <= points[-1][0]:
+def _cosines(found: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Cosine of the angle between each estimate, shape (repeats, tokens), and the truth; 0 for an estimate of zeros."""
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(true)
+    return np.asarray(found @ true / np.maximum(lengths, np.finfo(float).tiny))
+
+
+def tokens_at(level: float, what: str, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens at which a method has this error or cosine, between its measured K; None outside of them.
+
+    Straight lines between logarithms of tokens and of errors, or cosines as they are.
+    """
+    scale = math.log if what == "mse" else float
+    points = sorted((scale(row[what]), row["tokens"]) for row in rows)
+    if not points[0][0] <= scale(level) <= points[-1][0]:
         return None
-    log_mse, log_tokens = np.log(np.array(points)).T
-    return float(np.exp(np.interp(math.log(mse), log_mse, log_tokens)))
+    found, tokens = np.array(points).T
+    return float(np.exp(np.interp(scale(level), found, np.log(tokens))))
 
 
 def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -211,16 +213,17 @@ def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
         "tokens_of_rollouts": len(truth.advantages),
         "mean_square_of_true_advantages": float((truth.advantages**2).mean() - truth.variance.mean()),
         "rows": rows,
-        "tokens_share_at_equal_mse": token_shares(rows),
+        "tokens_share_at_equal_mse": token_shares(rows, "mse"),
+        "tokens_share_at_equal_cosine": token_shares(rows, "cosine"),
     }
 
 
-def token_shares(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Tokens of each method at the error of fixed K = 9, as a share of that one's tokens."""
+def token_shares(rows: Sequence[dict[str, Any]], what: str) -> dict[str, float | None]:
+    """Tokens of each method at the error or the cosine of fixed K = 9, as a share of that one's tokens."""
     reference = next(row for row in rows if (row["method"], row["k"]) == ("fixed K", REFERENCE_K))
     shares: dict[str, float | None] = {}
     for method in METHODS:
-        tokens = tokens_at(reference["mse"], [row for row in rows if row["method"] == method])
+        tokens = tokens_at(reference[what], what, [row for row in rows if row["method"] == method])
         shares[method] = None if tokens is None else tokens / float(reference["tokens"])
     return shares
 
@@ -229,7 +232,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['method']:20} K={row['k']:<3} tokens {row['tokens']:>11,.0f}  mse {row['mse']:.5f} "
         f"+- {row['mse_standard_error']:.5f}  squared bias {row['mean_squared_bias']:+.6f} "
-        f"(noise {row['mean_squared_bias_noise']:.6f})  mean error {row['mean_error']:+.5f}"
+        f"(noise {row['mean_squared_bias_noise']:.6f})  cosine {row['cosine']:.3f}"
     )
 
 
@@ -238,8 +241,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Error of the advantages over tokens",
         "",
-        "Mean squared error of the token advantages against the true ones, for continuations generated to value all "
-        f"states of the rollouts once. Made by `{result['command']}`.",
+        "Mean squared error of the token advantages against the true ones, and the cosine of the angle between the "
+        "two, for continuations generated to value all states of the rollouts once. An estimate of zeros has an error "
+        f"of the mean square of the true advantages, but no direction. Made by `{result['command']}`.",
     ]
     for name, scene in result["scenes"].items():
         lines += [
@@ -249,20 +253,24 @@ def markdown(result: dict[str, Any]) -> str:
             f"{scene['rollouts']} rollouts of {scene['tokens_of_rollouts']:,} tokens; mean square of the true "
             f"advantages {scene['mean_square_of_true_advantages']:.4f}.",
             "",
-            "| method | K | tokens | mean squared error | squared bias |",
-            "|---|---|---|---|---|",
+            "| method | K | tokens | mean squared error | squared bias | cosine |",
+            "|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {r['method']} | {r['k']} | {r['tokens']:,.0f} | {r['mse']:.5f} ± {r['mse_standard_error']:.5f} | "
-            f"{r['mean_squared_bias']:+.6f} ± {r['mean_squared_bias_noise']:.6f} |"
+            f"{r['mean_squared_bias']:+.6f} ± {r['mean_squared_bias_noise']:.6f} | {r['cosine']:.3f} |"
             for r in scene["rows"]
         ]
-        shares = [
-            f"{method} {'-' if share is None else f'{share:.1%}'}"
-            for method, share in scene["tokens_share_at_equal_mse"].items()
-            if method != "fixed K"
-        ]
-        lines += ["", f"Tokens at the error of fixed K = {REFERENCE_K}, as a share of its tokens: {', '.join(shares)}."]
+        for what, label in (("mse", "error"), ("cosine", "cosine")):
+            shares = [
+                f"{method} {'-' if share is None else f'{share:.1%}'}"
+                for method, share in scene[f"tokens_share_at_equal_{what}"].items()
+                if method != "fixed K"
+            ]
+            lines += [
+                "",
+                f"Tokens at the {label} of fixed K = {REFERENCE_K}, as a share of its tokens: {', '.join(shares)}.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -297,7 +305,10 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/budget.py", *sys.argv[1:]]),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "tokens_share_at_equal_mse": {name: scene["tokens_share_at_equal_mse"] for name, scene in scenes.items()},
+        **{
+            share: {name: scene[share] for name, scene in scenes.items()}
+            for share in ("tokens_share_at_equal_mse", "tokens_share_at_equal_cosine")
+        },
         "scenes": scenes,
     }
     (arguments.out / "budget.json").write_text(json.dumps(result, indent=1))

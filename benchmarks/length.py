@@ -42,14 +42,12 @@ from tests.world import LETTERS, build_tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
 
 from vineppo.config import VineConfig
-from vineppo.credit.bisection import Bisection, bisected_vine_credit
-from vineppo.credit.vine import vine_credit
+from vineppo.credit import build_vine_credit
 from vineppo.policy import Policy, resolve_model_path
 from vineppo.rollouts import sample_groups
 from vineppo.sampling.native import NativeSampler
-from vineppo.steps import build_splitter
 from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
-from vineppo.values import MonteCarlo, ReusingMonteCarlo, ValueEstimator
+from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
 FIT_FROM = 50
@@ -131,16 +129,16 @@ class Scene:
         return self.task.num_steps * self.task.step_tokens
 
     def credit(self, method: str) -> CreditFn:
-        """One of METHODS, with the default settings of its own."""
-        settings = VineConfig()
+        """One of METHODS."""
         plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0)
-        steps = (build_splitter(f"tokens:{self.task.step_tokens}"), self.policy.token_texts, 0)
-        if method == "bisection":
-            return bisected_vine_credit(
-                plain, *steps, Bisection(settings.bisection_level, settings.bisection_chance, 0)
-            )
-        values: ValueEstimator = ReusingMonteCarlo(plain) if method == "reuse" else plain
-        return vine_credit(values, *steps)
+        settings = VineConfig(
+            num_mc_rollouts=self.k,
+            splitter=f"tokens:{self.task.step_tokens}",
+            max_states=0,
+            reuse=method == "reuse",
+            bisection=method == "bisection",
+        )
+        return build_vine_credit(settings, plain, self.policy)
 
     def fixed_tokens(self) -> int:
         """Tokens that K fresh continuations of every state take."""

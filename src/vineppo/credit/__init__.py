@@ -25,7 +25,7 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
             )
-            return _vine(config.vineppo, plain, policy)
+            return build_vine_credit(config.vineppo, plain, policy)
         case "ppo":
             assert critic is not None, "PPO comes with a value network"
             return gae_credit(
@@ -42,8 +42,8 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
             return reinforce_credit()
 
 
-def _vine(config: VineConfig, plain: MonteCarlo, policy: Policy) -> CreditFn:
-    """VinePPO in the form that its settings ask for."""
+def build_vine_credit(config: VineConfig, plain: MonteCarlo, policy: Policy) -> CreditFn:
+    """VinePPO in the form that its settings ask for; the number of continuations is that of `plain`."""
     steps = (build_splitter(config.splitter), policy.token_texts, config.max_states)
     if config.alternatives:
         return vine_node_credit(ReusingMonteCarlo(plain), *steps)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vineppo.batch import pad
 from vineppo.logits import selected_logits
+from vineppo.sampling.packed import packed_weights
 from vineppo.sampling.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Completion, SampleRequest, UserError
@@ -27,7 +28,7 @@ _KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
 _BLOCK = 256
 """Vocabulary entries that are summed at once when a token is drawn."""
-_LOGITS_AT_ONCE = 1 << 20
+_LOGITS_AT_ONCE = 1 << 19
 """Of rows from which tokens are drawn together: few enough to stay in a processor's cache from one pass to the next."""
 
 
@@ -122,9 +123,11 @@ class NativeSampler:
         for i, request in enumerate(requests):
             if request.max_new_tokens < 1:
                 results[i] = [Completion((), (), "length")] * request.num_samples
-        for wave in _waves(_trunks(requests), self.max_rows, self._kv_tokens()):
-            for row, completion in _Wave(self, requests, wave).run():
-                results[row.request][row.sample] = completion
+        waves = list(_waves(_trunks(requests), self.max_rows, self._kv_tokens()))
+        with packed_weights(self.policy.model):
+            for wave in waves:
+                for row, completion in _Wave(self, requests, wave).run():
+                    results[row.request][row.sample] = completion
         return [[c for c in completions if c is not None] for completions in results]
 
     def _kv_tokens(self) -> int:
@@ -174,7 +177,7 @@ class _Wave:
             rows = np.arange(len(self.rows))  # those that the tree holds, finished ones among them
             while True:
                 active = ~self.finished[rows]
-                yield logits[self._on_device(np.flatnonzero(active))], rows[active]
+                yield logits if active.all() else logits[self._on_device(np.flatnonzero(active))], rows[active]
                 active = ~self.finished[rows]
                 if not active.any():
                     return
@@ -273,20 +276,27 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
-    rows = max(1, _LOGITS_AT_ONCE // logits.shape[1])
+    size = max(1, min(len(logits), _LOGITS_AT_ONCE // logits.shape[1]))
+    # One piece of memory for all parts: fresh memory costs more than the arithmetic in it.
+    weights = torch.empty(size, logits.shape[1], device=logits.device)
     parts = [
-        _draw(logits[start : start + rows], temperature, uniform[start : start + rows])
-        for start in range(0, len(logits), rows)
+        _draw(logits[start : start + size], temperature, uniform[start : start + size], weights)
+        for start in range(0, len(logits), size)
     ]
     return np.concatenate([ids for ids, _ in parts]), np.concatenate([logprobs for _, logprobs in parts])
 
 
-def _draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scaled = logits.float() if temperature == 1 else logits.float() / temperature  # (B, V)
-    highest = scaled.amax(-1, keepdim=True)  # (B, 1)
-    weights = torch.sub(scaled, highest).exp_()  # (B, V)
+def _draw(
+    logits: torch.Tensor, temperature: float, uniform: np.ndarray, memory: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    weights = memory[: len(logits)].copy_(logits)  # (B, V), float32
+    if temperature != 1:
+        weights /= temperature
+    highest = weights.amax(-1, keepdim=True)  # (B, 1)
+    weights.sub_(highest).exp_()
     drawn, total = invert(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
-    logprobs = (scaled.gather(1, drawn) - highest).double() - total.log()  # (B, 1)
+    # From the logit: the exponential of a very unlikely token has lost digits.
+    logprobs = (logits.gather(1, drawn).float() / temperature - highest).double() - total.log()  # (B, 1)
     return drawn.squeeze(1).cpu().numpy(), logprobs.squeeze(1).float().cpu().numpy()
 
 

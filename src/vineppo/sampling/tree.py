@@ -208,9 +208,8 @@ def _decode_attention(
     lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
     if window is not None and keys.shape[2] > window:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # In 16 bits the fused kernel is up to 2.7 times slower than batched products where each row has one query.
-    attend_branch = attend if query.dtype == torch.float32 else _attend
-    out_branch, lse_branch = attend_branch(query, keys, values, None, scale, softcap)
+    # Where each row has one query per head the fused kernel is slower than batched products, by a fifth to two thirds.
+    out_branch, lse_branch = _attend(query, keys, values, None, scale, softcap)
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
 
@@ -228,11 +227,12 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias
-    lse = scores.logsumexp(-1)  # (..., q)
-    finite = lse if bias is None else lse.clamp_min(torch.finfo(torch.float32).min)
-    weights = (scores - finite.unsqueeze(-1)).exp_()
-    return weights.to(value.dtype) @ value, lse
+        scores += bias
+    highest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)  # (..., q, 1)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)  # (..., q, 1)
+    out = (weights.to(value.dtype) @ value) / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return out, (highest + total.log()).squeeze(-1)
 
 
 def _attend_fused(
