@@ -167,28 +167,33 @@ def vllm(work: Work) -> Run:
 
 
 def matmul(work: Work) -> Run:
-    """No engine: the matrix products of the model's linear layers alone, for the rows that each position needs."""
+    """No engine: the matrix products of the model's linear layers alone, for the rows that each position needs.
+
+    In the fastest form that we know, with weights rearranged once, as the native engine has them.
+    """
     import torch
-    from torch.nn import functional as F
+
+    from vineppo.sampling.packed import packed_weights
 
     model = transformers_model(work)
-    body = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    head = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()
+    body = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     lengths = sorted(length for group in work["lengths"] for length in group)
     alive = [sum(length > position for length in lengths) for position in range(lengths[-1])]
     trunk_tokens = len({tuple(prefix[: i + 1]) for prefix in work["prefixes"] for i in range(len(prefix))})
 
-    def products(weights: list[torch.Tensor], rows: int) -> None:
-        for weight in weights:
-            F.linear(torch.ones(rows, weight.shape[1], dtype=weight.dtype), weight)
+    def products(layers: list[torch.nn.Linear], rows: int) -> None:
+        for layer in layers:
+            layer(torch.ones(rows, layer.in_features, dtype=layer.weight.dtype))
 
     @torch.no_grad()
     def run() -> int:
-        products(body, trunk_tokens)
-        products([head], len(work["prefixes"]))
-        for position, rows in enumerate(alive):
-            if position:  # the first token comes from the prefixes' own logits
-                products([*body, head], rows)
+        with packed_weights(model):
+            products(body, trunk_tokens)
+            products([head], len(work["prefixes"]))
+            for position, rows in enumerate(alive):
+                if position:  # the first token comes from the prefixes' own logits
+                    products([*body, head], rows)
         return sum(lengths)
 
     return run
