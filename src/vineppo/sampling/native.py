@@ -8,6 +8,7 @@ rounding of the logits.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class NativeSampler:
             if request.max_new_tokens < 1:
                 results[i] = [Completion((), (), "length")] * request.num_samples
         waves = list(_waves(_trunks(requests), self.max_rows, self._kv_tokens()))
-        with packed_weights(self.policy.model):
+        with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
                 for row, completion in _Wave(self, requests, wave).run():
                     results[row.request][row.sample] = completion

@@ -8,6 +8,7 @@ nothing to gain, and accelerators choose their own layout.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def packed_weights(model: Any) -> Iterator[None]:
     The copies take as much memory as the weights and are dropped at the end; the weights must not change meanwhile.
     Without 16-bit weights on a CPU, or without oneDNN, nothing happens.
     """
-    layers = [module for module in model.modules() if _packable(module)] if _worthwhile(model) else []
+    layers = [module for module in model.modules() if _packable(module)]
     try:
         for layer in layers:
             layer.forward = _product(layer.weight, layer.bias)
@@ -35,16 +36,23 @@ def packed_weights(model: Any) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def _worthwhile(model: Any) -> bool:
-    if model.device.type != "cpu" or model.dtype not in _SUPPORTED or not torch.backends.mkldnn.is_available():
-        return False
-    operations = (_SUPPORTED[model.dtype], "_reorder_linear_weight", "_linear_pointwise")
-    return all(hasattr(torch.ops.mkldnn, name) for name in operations) and getattr(torch.ops.mkldnn, operations[0])()
-
-
 def _packable(module: Any) -> bool:
-    """A linear layer that nobody has changed: a subclass may do something else with its weight."""
-    return type(module) is nn.Linear and "forward" not in module.__dict__ and module.weight.dtype in _SUPPORTED
+    """A linear layer in 16 bits on the CPU, and nobody changed it: a subclass may do something else with its weight."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.device.type == "cpu"
+        and _multiplies(module.weight.dtype)
+    )
+
+
+@functools.cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is here and this processor multiplies 16-bit numbers of that kind."""
+    if dtype not in _SUPPORTED or not torch.backends.mkldnn.is_available():
+        return False
+    operations = (_SUPPORTED[dtype], "_reorder_linear_weight", "_linear_pointwise")
+    return all(hasattr(torch.ops.mkldnn, name) for name in operations) and getattr(torch.ops.mkldnn, operations[0])()
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
