@@ -67,7 +67,7 @@ class Whole:
 
     sampler: NativeSampler
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         """As the sampler's."""
         return [[Completion(c.token_ids, c.logprobs, "stop") for c in group] for group in self.sampler.sample(requests)]
 
@@ -95,7 +95,7 @@ class TwoDecisions:
         """None is needed."""
         raise NotImplementedError
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
         """Look at the two steps."""
         n = self.step_tokens
         places = [self.num_steps * third // 3 * n for third in (1, 2)]

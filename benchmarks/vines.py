@@ -70,7 +70,7 @@ class WordProblems:
         """None is needed."""
         raise NotImplementedError
 
-    def grade(self, problems: Any, texts: Any) -> list[float]:
+    def grade(self, problems: Any, texts: Any, completion_ids: Any = ()) -> list[float]:
         """Everything is worth nothing."""
         return [0.0] * len(texts)
 

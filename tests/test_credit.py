@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ class ScriptedSampler:
     script: Mapping[tuple[int, ...], Sequence[Completion]]
     requests: list[SampleRequest] = field(default_factory=list)
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         self.requests.extend(requests)
         return [self._answer(request) for request in requests]
 
@@ -112,7 +113,7 @@ class NotingTask(ChainTask):
         super().__init__("judgement", 3)
         self.graded: list[str] = []
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
         self.graded.extend(texts)
         assert {problem.id for problem in problems} == {PROBLEM.id}
         return super().grade(problems, texts)

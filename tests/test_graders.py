@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import data_directory
-from vineppo.tasks.graders import apply_reward, grade_exact, grade_hash, hash_number, load_grader
+from vineppo.tasks.graders import grade_exact, grade_hash, hash_number, load_grader
+from vineppo.tasks.rewards import apply_rewards
 from vineppo.types import Problem, UserError
 
 
@@ -123,6 +124,11 @@ def test_gsm8k_gold_answers_grade_1_and_perturbed_ones_0() -> None:
 
 # ---- apply_reward
 
+
+def apply_reward(fn: Any, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
+    return [reward for (reward,) in apply_rewards([fn], problems, texts)]
+
+
 PROBLEMS = [Problem("a", "1+1", "2", {"level": 1}), Problem("b", "2+2", "4", {"level": 2, "unit": "cm"})]
 
 
@@ -133,11 +139,12 @@ def test_reward_functions_are_called_once_with_every_column() -> None:
         calls.append({"prompts": prompts, "completions": completions, **columns})
         return [0.25, None]
 
-    assert apply_reward(reward, PROBLEMS, ["2", "5"]) == [0.25, 0.0]  # None counts as 0
+    assert apply_reward(reward, PROBLEMS, ["2", "5"]) == [0.25, None]
     assert calls == [
         {
             "prompts": ["1+1", "2+2"],
             "completions": ["2", "5"],
+            "completion_ids": [[], []],
             "answer": ["2", "4"],
             "level": [1, 2],
             "unit": [None, "cm"],
@@ -183,8 +190,8 @@ def test_an_exception_in_a_reward_function_is_one_line_that_names_it() -> None:
         apply_reward(broken, PROBLEMS, ["", ""])
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="TypeError"):
-        apply_reward(lambda prompts, completions, **_: 1.0, PROBLEMS, ["", ""])  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="unexpected keyword argument 'level'"):
+        apply_reward(lambda prompts, completions, **_: 1.0, PROBLEMS, ["", ""])
+    with pytest.raises(UserError, match="unexpected keyword argument"):
         apply_reward(lambda prompts, completions, answer: [0.0, 0.0], PROBLEMS, ["", ""])
 
 
@@ -218,7 +225,7 @@ def test_a_grader_from_the_current_directory(here: Path) -> None:
 
 @pytest.mark.parametrize("spec", ["", "exct", "module", "module:", ":function"])
 def test_unknown_graders_name_what_is_allowed(spec: str) -> None:
-    with pytest.raises(UserError, match="allowed: exact, hash, or module:function"):
+    with pytest.raises(UserError, match="allowed: exact, hash, boxed, or module:function"):
         load_grader(spec)
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -262,7 +262,7 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
     w = world(4)
     exact = w.exact_gradient()
 
-    def skips_the_cut_before_eos(tokens: Sequence[str]) -> tuple[int, ...]:
+    def skips_the_cut_before_eos(tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
         return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
 
     values = cast(MonteCarlo, ExactValues(w))
@@ -344,7 +344,7 @@ class EverythingFinished:
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
     def load_weights(self, policy: Policy) -> None:

@@ -66,11 +66,11 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
     return Config(
         model=ModelConfig(path=str(model), dtype="bfloat16"),
         task=TaskConfig(
-            name="jsonl",
+            name="dataset",
             train_path=str(problems),
             prompt_column="question",
             answer_column="answer",
-            grader="hash",
+            rewards=("hash",),
             prompt_template=TEMPLATE,
             chat_template=True,
         ),

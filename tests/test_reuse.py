@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ class Recording:
     sampler: Sampler
     seen: list[tuple[SampleRequest, Completion]] = field(default_factory=list)
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         completions = self.sampler.sample(requests)
         self.seen += [(r, c) for r, group in zip(requests, completions, strict=True) for c in group]
         return completions

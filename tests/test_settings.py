@@ -266,7 +266,7 @@ def test_a_config_survives_its_yaml_file() -> None:
     )
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
     assert config_from_dict(Config, yaml.safe_load(text)) == config
-    sft = SFTConfig(out="a", task=TaskConfig(name="jsonl", train_path="é.jsonl"), lr=3e-5)
+    sft = SFTConfig(out="a", task=TaskConfig(name="dataset", train_path="é.jsonl"), lr=3e-5)
     assert config_from_dict(SFTConfig, yaml.safe_load(yaml.safe_dump(config_to_dict(sft)))) == sft
 
 

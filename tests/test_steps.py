@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import random
+from functools import cache
 from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vineppo.steps import build_splitter, merge_steps
 from vineppo.types import UserError
@@ -122,9 +126,27 @@ def test_a_response_without_tokens_has_no_steps(spec: str) -> None:
         build_splitter(spec)([])
 
 
-@pytest.mark.parametrize("spec", ["", "newlines", "tokens", "tokens:", "tokens:0", "tokens:-1", "tokens:x", "tokens:²"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "newlines",
+        "tokens",
+        "tokens:",
+        "tokens:0",
+        "tokens:-1",
+        "tokens:x",
+        "tokens:²",
+        "math:3",
+        "cutpoints:",
+        "cutpoints:5",
+        "cutpoints:0:0.9",
+        "cutpoints:5:1.1",
+        "regex:",
+    ],
+)
 def test_unknown_splitters_name_what_is_allowed(spec: str) -> None:
-    with pytest.raises(UserError, match="newline, or tokens:N"):
+    with pytest.raises(UserError, match="allowed: newline, math, tokens:N"):
         build_splitter(spec)
 
 
@@ -150,3 +172,131 @@ def test_merged_steps_by_hand() -> None:
         merge_steps((), 3)
     with pytest.raises(ValueError, match="at most -1"):
         merge_steps(boundaries, -1)
+
+
+# ---- every splitter, on what real tokenizers make of real and of broken text
+
+SPECS = ["newline", "math", "tokens:3", "cutpoints", "cutpoints:2:0.5", r"regex:\\n|[.]\s"]
+TEXT = (
+    "First, we expand: $(x+1)^2 = x^2 + 2x + 1$. Then e.g. Mr. Euler says $x = 3.5$ is fine. So we get\n"
+    "\\begin{align*}\nx &= \\frac{a = b}{2} \\\\\n&= 7. And so\n\\end{align*}\n\n  The answer is $\\boxed{7}$.\n#### 7"
+)
+FRAGMENTS = [
+    "$",
+    "$$",
+    "\\(",
+    "\\)",
+    "\\[",
+    "\\begin{align}",
+    "\\end{align}",
+    "\\frac{",
+    "}",
+    "{",
+    " = ",
+    ", ",
+    " and ",
+    ". ",
+    "A",
+]
+FRAGMENTS += ["1", "\n", "\n\n", "#### 7", " ", "x" * 60, "é", "漢字", "🙂", "\u00a0", "\\", "? ", '." ', "e.g. "]
+mathematics = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=40).map("".join)
+
+
+@cache
+def tokenizers_of_three_kinds() -> dict[str, Tokenizer]:
+    """Byte-level BPE, Unigram with SentencePiece's spaces, and characters, trained on a few lines."""
+    corpus = [TEXT, *(f"Step {n}: {n} + {n} = {2 * n}, and the {n}th term is 漢字 é." for n in range(60))]
+    byte_level = Tokenizer(models.BPE())
+    byte_level.pre_tokenizer, byte_level.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    byte_level.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces.train_from_iterator(
+        corpus, trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"])
+    )
+    characters = Tokenizer(models.BPE())
+    characters.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=1, show_progress=False))
+    return {"byte-level": byte_level, "unigram": pieces, "characters": characters}
+
+
+def tokens_of(kind: str, text: str) -> list[str]:
+    """Each token decoded alone, and an end-of-sequence token; half a character is a replacement character."""
+    tokenizer = tokenizers_of_three_kinds()[kind]
+    return [*(tokenizer.decode([token]) for token in tokenizer.encode(text).ids), ""]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("kind", ["byte-level", "unigram", "characters"])
+@settings(deadline=None, max_examples=60)
+@given(text=st.one_of(mathematics, st.text(max_size=80), st.just(TEXT)), seed=st.integers(0, 99))
+def test_every_splitter_is_total_on_every_tokenizer(kind: str, spec: str, text: str, seed: int) -> None:
+    tokens = tokens_of(kind, text)
+    logprobs = [math.log(random.Random(f"{seed} {i}").uniform(0.05, 1)) for i in range(len(tokens))]
+    split = build_splitter(spec)
+    boundaries = split(tokens, logprobs)
+    assert boundaries[-1] == len(tokens)
+    assert all(start < end for start, end in pairwise((0, *boundaries)))
+    assert "".join(texts_of(tokens, boundaries)) == "".join(tokens)
+    assert split(tokens, logprobs) == boundaries
+    if not spec.startswith("tokens:"):
+        assert all(step.strip() for step in texts_of(tokens, boundaries)) or len(boundaries) == 1
+
+
+def steps_of(spec: str, text: str) -> list[str]:
+    return texts_of(list(text), build_splitter(spec)(list(text)))
+
+
+def test_math_cuts_at_sentences_and_lines_but_not_inside_formulas() -> None:
+    assert steps_of("math", TEXT) == [
+        "First, we expand: $(x+1)^2 = x^2 + 2x + 1$.",
+        " Then e.g. Mr. Euler says $x = 3.5$ is fine.",
+        " So we get",
+        "\n\\begin{align*}",
+        "\nx &= \\frac{a = b}{2} \\\\",
+        "\n&= 7. And so",
+        "\n\\end{align*}",
+        "\n\n  The answer is $\\boxed{7}$.\n#### 7",
+    ]
+
+
+def test_math_halves_long_pieces_near_their_middle() -> None:
+    long = "the first of the summands is a, the second of the summands is b, the third one is c and the fourth is d"
+    assert steps_of("math", long) == [
+        "the first of the summands is a, the second of the summands is b,",
+        " the third one is c and the fourth is d",
+    ]
+    assert steps_of("math", long[:100]) == [long[:100]]
+    chain = "$" + " = ".join(f"\\frac{{{n} = n}}{{{'9' * 20}}}" for n in range(4)) + "$"
+    pieces = steps_of("math", chain)
+    assert len(pieces) == 2 and pieces[1].startswith(" = \\frac{2")  # never inside of the braces
+    protected = "$(" + "a, " * 60 + "b)$"
+    assert steps_of("math", protected) == [protected]
+
+
+@pytest.mark.parametrize("text", ["a $ b. C", "a \\[ b. C", "a \\begin{align} b. C", "a \\begin{x} b. C \\end{y}"])
+def test_math_half_a_formula_protects_nothing(text: str) -> None:
+    assert steps_of("math", text)[0].endswith("b.")
+
+
+def test_cutpoints_end_behind_every_nth_uncertain_token_and_never_look_ahead() -> None:
+    tokens = ["a", " b", " ", "c", "d", "e", "f", "g", ""]
+    sure, unsure = math.log(0.95), math.log(0.4)
+    logprobs = [unsure, sure, unsure, unsure, sure, unsure, unsure, unsure, unsure]
+    split = build_splitter("cutpoints:2:0.5")
+    assert split(tokens, logprobs) == (3, 6, 9)  # the last two uncertain ones end with the response
+    for end in range(4, 9):
+        assert split(tokens[:end], logprobs[:end])[:-1] == tuple(b for b in split(tokens, logprobs)[:-1] if b < end)
+    assert build_splitter("cutpoints")(tokens, logprobs) == (7, 9)
+    with pytest.raises(ValueError, match="9 tokens but 0 log-probabilities"):
+        split(tokens)
+
+
+def test_regex_cuts_behind_matches() -> None:
+    assert steps_of("regex:;", "a; b;; c;") == ["a;", " b;", ";", " c;"]
+    assert steps_of("regex:(?=Step)", "Step 1 x\nStep 2 y") == ["Step 1 x\n", "Step 2 y"]
+    with pytest.raises(UserError, match=r"'\(' is no regular expression \(missing"):
+        build_splitter("regex:(")

@@ -280,7 +280,11 @@ def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
     lines = [{"q": f"a={i % 10};b=a+2;c=b+5;c?\n", "a": f"#### {(i + 7) % 10}"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = TaskConfig(
-        name="jsonl", train_path=str(tmp_path / "train.jsonl"), prompt_column="q", answer_column="a", grader="hash"
+        name="dataset",
+        train_path=str(tmp_path / "train.jsonl"),
+        prompt_column="q",
+        answer_column="a",
+        rewards=("hash",),
     )
     config = small_config(tmp_path / "run", task=task)
     summary = train(config)

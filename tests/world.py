@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -45,7 +46,7 @@ class RandomRewards:
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
         raise NotImplementedError
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
         return [derive_seed("reward", p.id, text) / 2**63 for p, text in zip(problems, texts, strict=True)]
 
 

@@ -585,7 +585,7 @@ COMMANDS: dict[str, Command] = {
             ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
             (
                 "your own model and problems",
-                "vineppo train mine.yaml --model.path org/name --task.name jsonl --task.train_path train.jsonl",
+                "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
             ),
             ("go on with a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
         ),
@@ -601,7 +601,7 @@ COMMANDS: dict[str, Command] = {
             ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
             (
                 "imitate the answer column of a file",
-                "vineppo sft --model.path org/name --task.name jsonl --task.train_path demos.jsonl --out models/mine",
+                "vineppo sft --model.path org/name --task.name dataset --task.train_path demos.jsonl --out models/mine",
             ),
         ),
     ),

@@ -7,7 +7,7 @@ The defaults are the vetted settings of the embedded default task. A field's mea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vineppo.types import Split, UserError
 
@@ -43,12 +43,39 @@ class ModelConfig:
     """Let a hub model run its own Python code."""
 
 
+TASKS = ("chain", "gsm8k", "math", "dataset")
+
+
+@dataclass(frozen=True)
+class GradingConfig:
+    """Limits of graders that run in processes of their own: `boxed`, `module:function`, reasoning-gym's."""
+
+    workers: int = 2
+    """Processes that grade while sampling goes on."""
+    seconds: float = 10.0
+    """Time that one response may take. Then the process is killed, and the response counts as an error."""
+    memory: float = 4.0
+    """Gibibytes of address space of each process; 0 is no limit."""
+    max_error_share: float = 0.1
+    """The run stops when more than this share of all responses could not be graded (reward 0 meanwhile)."""
+
+    def __post_init__(self) -> None:
+        _at_least("task.grading", 1, workers=self.workers)
+        _at_least("task.grading", 0, memory=self.memory)
+        _require(self.seconds > 0, f"task.grading.seconds is {self.seconds}; it must be above 0")
+        _require(
+            0 <= self.max_error_share <= 1,
+            f"task.grading.max_error_share is {self.max_error_share}; allowed: 0 to 1",
+        )
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """Which problems are asked and how responses are graded."""
 
-    name: Literal["chain", "jsonl"] = "chain"
-    """`chain`: the embedded chained arithmetic. `jsonl`: your own JSON-lines files."""
+    name: str = "chain"
+    """`chain`: the embedded chained arithmetic. `gsm8k`, `math`: the benchmarks, from the hub or from files.
+    `dataset`: your own table. `reasoning_gym:NAME`: a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
     level: Literal["judgement", "habit"] = "judgement"
     """chain: `judgement` (the reliable way to write a step depends on that step) or `habit` (one way is reliable
     everywhere)."""
@@ -57,32 +84,64 @@ class TaskConfig:
     writers: Literal["settled", "wavering"] = "settled"
     """chain, for `vineppo sft`: whose habits the demonstrations show (`vineppo.tasks.chain`)."""
     train_path: str = ""
-    """jsonl: file with training problems, one JSON object a line."""
+    """dataset, gsm8k, math: training problems: a .jsonl, .json, .csv or .parquet file, a directory saved by `datasets`,
+    or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty for gsm8k and math: the hub's."""
     validation_path: str = ""
-    """jsonl: file with validation problems; empty: the last tenth (at most 200) of the training file is held out."""
+    """Validation problems, given the same way; empty: the last of the training problems are held out (a tenth, at most
+    200; 373 of GSM8K and 500 of MATH, as in the paper)."""
     test_path: str = ""
-    """jsonl: file with test problems; empty: there is no test split."""
-    prompt_column: str = "prompt"
-    """jsonl: column that holds the problem's text."""
-    answer_column: str = "answer"
-    """jsonl: column that holds the reference answer (and, for `vineppo sft`, the response to imitate)."""
-    prompt_template: str = "{prompt}"
-    """jsonl: how a prompt is written; `{prompt}` stands for the problem's text."""
+    """Test problems, given the same way; empty: there is no test split."""
+    prompt_column: str = ""
+    """dataset, gsm8k, math: column that holds the problem's text, or a conversation as a list of messages. Empty: the
+    task's own, for `dataset` that is `prompt`."""
+    answer_column: str = ""
+    """Column that holds the reference answer. Empty: the task's own, for `dataset` that is `answer`."""
+    demonstration_column: str = ""
+    """Column with the response to imitate in `vineppo sft`. Empty: the task's own, for `dataset` the answer."""
+    demonstrator: str = ""
+    """`module:function`, a function fn(prompt, answer, **columns) that writes the response to imitate."""
+    prompt_template: str = ""
+    """How a prompt is written; `{prompt}` stands for the problem's text. Empty: the task's own, for `dataset` just the
+    text."""
     chat_template: bool = False
-    """jsonl: wrap the prompt as a user's message in the tokenizer's chat template."""
-    grader: str = "exact"
-    """jsonl: `exact` (the whole response equals the answer, outer white space aside), `hash` (number after the last
-    `####` on both sides), or `module:function`, a function fn(prompts, completions, **columns) -> list[float]."""
+    """Wrap the prompt as a user's message in the tokenizer's chat template."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: settings of the data set, such as `{min_terms: 2, max_terms: 4}`; `size` is the number of training
+    problems (10000)."""
+    rewards: tuple[str, ...] = ()
+    """Reward functions: `exact` (the whole response equals the answer, outer white space aside), `hash` (number after
+    the last `####` on both sides), `boxed` (mathematically equal, what the last `\\boxed{}` holds), or
+    `module:function`, a function fn(prompts, completions, completion_ids, **columns) -> list of numbers or None, which
+    is called with one response at a time in a process of its own. Empty: the task's own, for `dataset` that is
+    `exact`."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each of them; empty: 1 each."""
+    grading: GradingConfig = field(default_factory=GradingConfig)
 
     def __post_init__(self) -> None:
         _at_least("task", 1, num_steps=self.num_steps)
         _require(self.num_steps <= 25, f"task.num_steps is {self.num_steps}; chains have at most 25 named variables")
         _require(
-            "{prompt}" in self.prompt_template,
+            self.name in TASKS or self.name.startswith("reasoning_gym:"),
+            f"task.name is {self.name!r}; allowed: {', '.join(TASKS)}, or reasoning_gym:NAME",
+        )
+        _require(
+            not self.prompt_template or "{prompt}" in self.prompt_template,
             f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}",
         )
-        if self.name == "jsonl":
-            _require(bool(self.train_path), "task.train_path is empty; task.name jsonl needs a file of problems")
+        _require(
+            not self.demonstrator or self.name != "chain",
+            "task.demonstrator is set, but task.name is chain, which has demonstrations of its own (task.writers)",
+        )
+        _require(
+            not self.options or self.name.startswith("reasoning_gym:"),
+            f"task.options is for reasoning_gym, but task.name is {self.name}",
+        )
+        _require(
+            not self.reward_weights or len(self.reward_weights) == len(self.rewards),
+            f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
+            "one for each, or none",
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +179,9 @@ class VineConfig:
     num_mc_rollouts: int = 9
     """K: continuations sampled from each state."""
     splitter: str = "newline"
-    """How a response is cut into steps: `newline`, or `tokens:N` for a cut every N tokens."""
+    """How a response is cut into steps: `newline` (a line), `math` (a sentence or line, formulas whole, long pieces
+    halved), `tokens:N` (every N tokens), `cutpoints` (behind every fifth token that had a probability below 0.9;
+    `cutpoints:N:P` for other numbers), `regex:PATTERN` (behind every match)."""
     reuse: bool = True
     """Let a continuation that follows a response to its next state count as one of that state's K too: unbiased, fewer
     tokens, less noise (docs/algorithms.md). `false`: K fresh ones at every state, as in the paper."""

@@ -71,7 +71,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took."""
     began = time.perf_counter()
     policy = Policy.load(spec.model)
-    task = build_task(spec.task, format_prompt=policy.chat_prompt if spec.task.chat_template else None)
+    task = build_task(spec.task, policy.chat_prompt)
     problems = problem_range(task, spec.split, spec.num_problems)
 
     def measured(temperature: float, num_samples: int) -> Measurement:

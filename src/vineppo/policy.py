@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,18 @@ class Policy:
             raise UserError("a prompt is empty: it has no tokens; check task.prompt_column and task.prompt_template")
         return tuple(ids)
 
-    def chat_prompt(self, text: str) -> str:
-        """The text as a user's message in the tokenizer's chat template, up to where the answer begins.
+    def chat_prompt(self, text: str | Sequence[Mapping[str, str]]) -> str:
+        """A user's message, or a whole conversation, in the tokenizer's chat template, up to where the answer begins.
 
         Raises:
             UserError: when the tokenizer has no chat template.
         """
         if not self.tokenizer.chat_template:
             raise UserError(
-                "task.chat_template is true, but the model's tokenizer has no chat template; set it to false"
+                "the model's tokenizer has no chat template; set task.chat_template to false, and give prompts as text"
             )
-        message = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens removed."""

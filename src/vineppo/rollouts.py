@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vineppo.policy import Policy
 from vineppo.seeds import derive_seed, shuffled_index
-from vineppo.tasks.finished import grade_finished
+from vineppo.tasks.finished import grade_finished, grades_while_sampling
 from vineppo.types import Completion, Problem, Rollout, RolloutGroup, Sampler, SampleRequest, Split, Task, UserError
 
 
@@ -39,24 +39,26 @@ def sample_groups(
         UserError: when a prompt and the response budget do not fit into the model's context.
     """
     prompts = [policy.encode_prompt(problem.prompt) for problem in problems]
-    for problem, ids in zip(problems, prompts, strict=True):
-        check_length(problem.id, len(ids), max_new_tokens, policy.max_length)
+    for problem, prompt_ids in zip(problems, prompts, strict=True):
+        check_length(problem.id, len(prompt_ids), max_new_tokens, policy.max_length)
     # A small data set can give one problem twice in an iteration: its second group must not repeat the first.
     seen: Counter[str] = Counter()
     requests = []
-    for problem, ids in zip(problems, prompts, strict=True):
+    for problem, prompt_ids in zip(problems, prompts, strict=True):
         seed = derive_seed(*address, problem.id, seen[problem.id])
-        requests.append(SampleRequest(ids, group_size, max_new_tokens, seed))
+        requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed))
         seen[problem.id] += 1
-    completions = sampler.sample(requests)
+    telling = grades_while_sampling(task, policy.decode, [(problem, ()) for problem in problems])
+    completions = sampler.sample(requests, telling) if telling else sampler.sample(requests)
     flat = [(p, c) for p, group in zip(problems, completions, strict=True) for c in group]
     texts = [policy.decode(completion.token_ids) for _, completion in flat]
     finished = [completion.finish_reason == "stop" for _, completion in flat]
-    rewards = iter(grade_finished(task, [problem for problem, _ in flat], texts, finished))
+    ids = [completion.token_ids for _, completion in flat]
+    rewards = iter(grade_finished(task, [problem for problem, _ in flat], texts, finished, ids))
     remaining = iter(texts)
     return [
-        RolloutGroup(problem, tuple(_rollout(ids, c, next(remaining), next(rewards)) for c in group))
-        for problem, ids, group in zip(problems, prompts, completions, strict=True)
+        RolloutGroup(problem, tuple(_rollout(prompt_ids, c, next(remaining), next(rewards)) for c in group))
+        for problem, prompt_ids, group in zip(problems, prompts, completions, strict=True)
     ]
 
 

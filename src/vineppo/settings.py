@@ -52,7 +52,7 @@ class Setting:
     key: str
     """For example `learner.kl.coefficient`."""
     type: Any
-    """The field's type: str, int, float, bool, a Literal, or a tuple of those."""
+    """The field's type: str, int, float, bool, a Literal, a tuple of those, or a dict of anything."""
     default: Any
     doc: str
     """The text under the field."""
@@ -87,7 +87,9 @@ def _walk(cls: Any, prefix: str) -> Iterable[Setting | Section]:
         if dataclasses.is_dataclass(kind):
             yield from _walk(kind, key + ".")
         else:
-            yield Setting(key, kind, field.default, docs.get(field.name, ""))
+            makes = field.default_factory
+            default = field.default if makes is dataclasses.MISSING else makes()
+            yield Setting(key, kind, default, docs.get(field.name, ""))
 
 
 @cache
@@ -162,6 +164,8 @@ def convert(key: str, kind: Any, value: Any, where: str) -> Any:
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         return value if value in choices else _refuse(key, value, where, f"allowed: {', '.join(map(str, choices))}")
+    if typing.get_origin(kind) is dict:
+        return _convert_mapping(key, value, where)
     if kind is bool:
         return _convert_bool(key, value, where)
     if kind is int or kind is float:
@@ -191,6 +195,16 @@ def _convert_number(key: str, kind: Any, value: Any, where: str) -> int | float:
     except (ValueError, OverflowError):
         _refuse(key, value, where, allowed)
     return int(number) if kind is int else number
+
+
+def _convert_mapping(key: str, value: Any, where: str) -> dict[str, Any]:
+    try:
+        mapping = yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        mapping = None
+    if not isinstance(mapping, Mapping):
+        _refuse(key, value, where, "it must map names to values, such as {a: 1, b: [2, 3]}")
+    return {str(name): item for name, item in mapping.items()}
 
 
 def _convert_tuple(key: str, kind: Any, value: Any, where: str) -> tuple[Any, ...]:

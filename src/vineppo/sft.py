@@ -34,7 +34,7 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UserError(f"out {config.out!r} exists already; name a new directory")
     policy = _start(config)
-    task = build_task(config.task, format_prompt=policy.chat_prompt if config.task.chat_template else None)
+    task = build_task(config.task, policy.chat_prompt)
     optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
     warmup = round(config.warmup_fraction * config.updates)
     losses, tokens, began = [], 0, time.perf_counter()

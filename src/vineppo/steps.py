@@ -6,34 +6,73 @@ exactly the ids that the policy sampled.
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from typing import Protocol
 
 from vineppo.types import UserError
 
-Splitter = Callable[[Sequence[str]], tuple[int, ...]]
-"""Per-token texts of a response, shape (T,) -> the end of each step in tokens, shape (S,): strictly increasing, the
-last one is T. Each token is decoded alone; special tokens have the text "". Raises ValueError where T is 0."""
-
 _BLANK = re.compile(r"\s+")
 _ANSWER_LINE = re.compile(r"\s*####")
+_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[A-Z\d$\\(])")
+_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)|\be\.g|\bi\.e)\.$")
+_FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$]+?\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
+_BREAK = re.compile(r",(?=\s)|\s+(?=and\s)|\s+(?==)|(?<![\s<>=!:])(?==)")
+_LONGEST = 100
+"""Characters of a piece that is not bisected."""
+_CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
+_SPECS = "newline, math, tokens:N, cutpoints, cutpoints:N:P or regex:PATTERN"
+
+
+class Splitter(Protocol):
+    """Cuts a response into steps."""
+
+    def __call__(self, tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
+        """The end of each step in tokens, shape (S,): strictly increasing, the last one is T.
+
+        Args:
+            tokens: text of each token, decoded alone, shape (T,); special tokens have the text "".
+            logprobs: of each token under the distribution that it was sampled from, shape (T,); only cutpoints look.
+        Raises:
+            ValueError: where T is 0.
+        """
+        ...
 
 
 def build_splitter(spec: str) -> Splitter:
-    """The splitter that a setting names: `newline` (`split_at_newlines`) or `tokens:N` (`split_every`).
+    """The splitter that a setting names.
+
+    `newline` (`split_at_newlines`), `math` (`split_mathematics`), `tokens:N` (`split_every`), `cutpoints`, or with
+    other than the usual numbers `cutpoints:N:P` (`split_at_cutpoints`), `regex:PATTERN` (`split_at_matches`).
 
     Raises:
-        UserError: for any other name, and for an N that is no whole number of at least 1.
+        UserError: for any other name, numbers out of range, and a pattern that is no regular expression.
     """
+    name, colon, rest = spec.partition(":")
     if spec == "newline":
-        return split_at_newlines
-    name, _, count = spec.partition(":")
-    if name == "tokens" and re.fullmatch("[0-9]{1,9}", count) and int(count) >= 1:
-        return lambda tokens: split_every(int(count), tokens)
+        return lambda tokens, logprobs=(): split_at_newlines(tokens)
+    if spec == "math":
+        return lambda tokens, logprobs=(): split_mathematics(tokens)
+    if name == "tokens" and re.fullmatch("[0-9]{1,9}", rest) and int(rest) >= 1:
+        return lambda tokens, logprobs=(): split_every(int(rest), tokens)
+    if name == "cutpoints" and not colon:
+        return lambda tokens, logprobs=(): split_at_cutpoints(_CUTPOINT_EVERY, _CUTPOINT_BELOW, tokens, logprobs)
+    found = re.fullmatch(r"([0-9]{1,9}):(0?\.[0-9]+|1(?:\.0*)?)", rest) if name == "cutpoints" else None
+    if found and int(found[1]) >= 1 and float(found[2]) > 0:
+        every, below = int(found[1]), float(found[2])
+        return lambda tokens, logprobs=(): split_at_cutpoints(every, below, tokens, logprobs)
+    if name == "regex" and rest:
+        try:
+            pattern = re.compile(rest, re.MULTILINE)
+        except re.error as error:
+            raise UserError(f"no step splitter {spec!r}: {rest!r} is no regular expression ({error})") from error
+        return lambda tokens, logprobs=(): split_at_matches(pattern, tokens)
     raise UserError(
-        f"no step splitter {spec!r}; allowed: newline, or tokens:N with a whole N of at least 1 (tokens:100)"
+        f"no step splitter {spec!r}; allowed: {_SPECS}, with a whole N of at least 1 (tokens:100) and a probability P "
+        "above 0, at most 1 (cutpoints:5:0.9)"
     )
 
 
@@ -49,22 +88,134 @@ def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:
     Returns:
         The end of each step, shape (S,). No step is blank unless the whole response is.
     """
-    _refuse_empty(tokens)
     text = "".join(tokens)
+    return _cut(tokens, text, _newlines(text), answer_lines=False)
+
+
+def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
+    r"""A step per sentence and per line of a mathematical text, as the VinePPO paper cuts MATH.
+
+    Formulas (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`) hold no sentence ends, but the lines of an `align`
+    are steps. A piece of more than 100 characters is halved, again and again, near its middle: behind a comma or before
+    an "and" outside of formulas, or before an equals sign outside of braces. A formula that does not close protects
+    nothing. White space, snapping, `####` lines and EOS are as for `split_at_newlines`.
+    """
+    text = "".join(tokens)
+    formulas = [match.span() for match in _FORMULA.finditer(text)]
+    cuts = sorted({*_newlines(text), *_sentence_ends(text, formulas)})
+    breaks = _breaks(text, formulas)
+    edges = [0, *cuts, len(text)]
+    for start, end in pairwise(edges):
+        cuts += _halved(start, end, breaks)
+    return _cut(tokens, text, sorted(cuts), answer_lines=False)
+
+
+def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[int, ...]:
+    """A step ends behind every match of a regular expression; white space behind it leads the next step.
+
+    Snapping, blank steps and EOS are as for `split_at_newlines`. `^` and `$` stand for lines.
+    """
+    text = "".join(tokens)
+    return _cut(tokens, text, [match.end() for match in pattern.finditer(text)], answer_lines=True)
+
+
+def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[int, ...]:
+    """A step ends behind every N-th token that had a probability below P: where the policy was in doubt (SPO's cuts).
+
+    Whether a step ends depends on what stands before its end only, never on what follows, so these cuts leave the
+    credit unbiased. No step is blank.
+
+    Args:
+        every: N, uncertain tokens to a step.
+        below: P.
+    """
+    _refuse_empty(tokens)
+    if len(logprobs) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens but {len(logprobs)} log-probabilities")
+    last = max((i for i, token in enumerate(tokens) if token.strip()), default=0)
+    boundaries: list[int] = []
+    uncertain, blank = 0, True
+    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        uncertain += logprob < math.log(below)
+        blank &= not token.strip()
+        if uncertain >= every and not blank and i < last:
+            boundaries.append(i + 1)
+            uncertain, blank = 0, True
+    return (*boundaries, len(tokens))
+
+
+def _cut(tokens: Sequence[str], text: str, cuts: Iterable[int], *, answer_lines: bool) -> tuple[int, ...]:
+    """Ends of steps in tokens from ascending cuts in characters: snapped forward, none blank, EOS in the last.
+
+    Args:
+        answer_lines: whether a step may begin with `####`.
+    """
+    _refuse_empty(tokens)
     starts = list(accumulate(map(len, tokens), initial=0))  # (T + 1,), in characters
     text_end = len(text.rstrip())
     boundaries: list[int] = []
     step_start = 0  # in characters
-    for blank in _BLANK.finditer(text):
-        boundary = bisect_left(starts, blank.start())
+    for wanted in cuts:
+        boundary = bisect_left(starts, wanted)
         cut = starts[boundary]
-        # The second test is for a cut that was snapped past a short line to the front of an answer line.
-        is_answer = _ANSWER_LINE.match(text, blank.end()) or _ANSWER_LINE.match(text, cut)
-        if "\n" not in blank.group() or is_answer or cut >= text_end or not text[step_start:cut].strip():
+        if cut >= text_end or not text[step_start:cut].strip():
+            continue
+        # Once more behind the snapping: a cut may have passed a short line to the front of an answer line.
+        if not answer_lines and _ANSWER_LINE.match(text, cut):
             continue
         boundaries.append(boundary)
         step_start = cut
     return (*boundaries, len(tokens))
+
+
+def _newlines(text: str) -> list[int]:
+    """Where the white space around each newline begins, but for newlines before an answer line."""
+    return [
+        blank.start()
+        for blank in _BLANK.finditer(text)
+        if "\n" in blank.group() and not _ANSWER_LINE.match(text, blank.end())
+    ]
+
+
+def _sentence_ends(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
+    """Behind the marks that end sentences, outside of formulas."""
+    return [
+        match.end()
+        for match in _SENTENCE_END.finditer(text)
+        if not _inside(match.start(), formulas)
+        and not _ABBREVIATION.search(text, max(0, match.start() - 8), match.end())
+    ]
+
+
+def _breaks(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
+    """Where a long piece may be halved."""
+    depths = list(accumulate((character == "{") - (character == "}") for character in text))
+    places = []
+    for match in _BREAK.finditer(text):
+        place = match.end() if match.group() == "," else match.start()
+        equals = text.startswith("=", match.end())
+        if (equals and depths[match.start() - 1 if match.start() else 0] <= 0) or (
+            not equals and not _inside(match.start(), formulas)
+        ):
+            places.append(place)
+    return places
+
+
+def _halved(start: int, end: int, breaks: Sequence[int]) -> list[int]:
+    """Cuts of the piece [start, end) that leave no longer one than allowed, as far as there are breaks."""
+    if end - start <= _LONGEST:
+        return []
+    inside = breaks[bisect_left(breaks, start + 1) : bisect_left(breaks, end)]
+    if not inside:
+        return []
+    middle = min(inside, key=lambda place: abs(2 * place - start - end))
+    return [*_halved(start, middle, breaks), middle, *_halved(middle, end, breaks)]
+
+
+def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a character lies in one of the spans, which are ascending and apart."""
+    place = bisect_left(spans, (position + 1, 0)) - 1
+    return place >= 0 and position < spans[place][1]
 
 
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:

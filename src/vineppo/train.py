@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from vineppo.run import RunDirectory, Timer
 from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
+from vineppo.tasks.grading import Graded
 from vineppo.trackers import Tracker, build_trackers, require_trackers
 from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task, UserError
 
@@ -81,14 +82,19 @@ class Stages(Parts):
 
 
 def train(
-    config: Config, *, recipe: str = "", reward_fn: RewardFn | None = None, reporter: Reporter | None = None
+    config: Config,
+    *,
+    recipe: str = "",
+    reward_fn: RewardFn | Sequence[RewardFn] | None = None,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Train a model as `config` says, in a new run directory.
 
     Args:
         config: everything; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`.
         recipe: name of the recipe, for the record.
-        reward_fn: grades responses instead of the task's grader, fn(prompts, completions, **columns) -> list[float].
+        reward_fn: grade responses instead of the task's graders, fn(prompts, completions, completion_ids, **columns) ->
+            list of numbers or None; one or several, called in this process.
         reporter: told about every iteration.
     Returns:
         The content of summary.json.
@@ -105,7 +111,11 @@ def train(
 
 
 def resume(
-    config: Config, *, recipe: str = "", reward_fn: RewardFn | None = None, reporter: Reporter | None = None
+    config: Config,
+    *,
+    recipe: str = "",
+    reward_fn: RewardFn | Sequence[RewardFn] | None = None,
+    reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Go on with the run in `config.run.dir` from its newest whole checkpoint: on a CPU, to the same bit.
 
@@ -169,7 +179,8 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
             stages.sampler.load_weights(stages.policy)
         seconds = timer.pop()
         progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
-        line = _metrics_line(progress, groups, {**credit_metrics, **metrics}, seconds)
+        grading = stages.task.take_metrics() if isinstance(stages.task, Graded) else {}
+        line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **grading}, seconds)
         is_last = _reason_to_stop(config, progress, stages.learner.updates, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
             progress, accuracy = _evaluate(stages, progress)
@@ -182,11 +193,10 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
     return progress, reason
 
 
-def _build(config: Config, reward_fn: RewardFn | None) -> Parts:
+def _build(config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None) -> Parts:
     """Load and bind everything that can be wrong, before anything is written."""
     policy = Policy.load(config.model)
-    format_prompt = policy.chat_prompt if config.task.chat_template else None
-    task = build_task(config.task, format_prompt=format_prompt, reward_fn=reward_fn)
+    task = build_task(config.task, policy.chat_prompt, reward_fn)
     own = config.rollouts
     sampler, eval_sampler = (
         NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))

@@ -61,11 +61,21 @@ class Completion:
     finish_reason: FinishReason
 
 
+OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
+"""Takes (index of the request, completion) of some samples that have just ended, each once."""
+
+
 class Sampler(Protocol):
     """Token ids in, token ids out. Results depend on each request's seed only, not on order, batch or worker."""
 
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-        """One list of `num_samples` completions per request, in the order of the requests."""
+    def sample(
+        self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """One list of `num_samples` completions per request, in the order of the requests.
+
+        Args:
+            on_finished: told of completions as they end, if the sampler can; what it returns does not matter.
+        """
         ...
 
     def load_weights(self, policy: Any) -> None:
@@ -145,12 +155,13 @@ CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metri
 """(groups, iteration) -> (one training sample per rollout in order, metrics): the one seam between algorithms and
 trainer."""
 
-RewardFn = Callable[..., Sequence[float | None]]
-"""fn(prompts, completions, **columns) -> one reward per completion; `answer` is always among the columns."""
+RewardFn = Callable[..., Any]
+"""fn(prompts, completions, completion_ids, **columns) -> one reward or None per completion, or an awaitable of that;
+`answer` is always among the columns."""
 
 
-class Task(Protocol):
-    """Problems by address and the function that grades responses to them."""
+class ProblemSource(Protocol):
+    """Problems by address."""
 
     def size(self, split: Split) -> int | None:
         """Number of problems in a split; None when endless."""
@@ -164,6 +175,12 @@ class Task(Protocol):
         """(prompt, response) for supervised fine-tuning. Raises UserError where the task has none."""
         ...
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-        """Reward of each response text to the problem beside it."""
+
+class Task(ProblemSource, Protocol):
+    """Problems and the grading of responses to them."""
+
+    def grade(
+        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
+    ) -> list[float]:
+        """Reward of each response text to the problem beside it; the responses' token ids may be left out."""
         ...

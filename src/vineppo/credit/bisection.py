@@ -61,7 +61,7 @@ def bisected_vine_credit(
             _Search(
                 group.problem,
                 rollout,
-                (0, *merge_steps(splitter(token_texts(rollout.response_ids)), max_states)),
+                (0, *merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)),
                 rule,
                 derive_seed(rule.run_seed, iteration, group.problem.id, "bisection", index),
             )

@@ -25,7 +25,10 @@ def vine_credit(
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
+        cuts = [
+            merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
+            for _, rollout in owners
+        ]
         values, cost = estimator.evaluate(_states(owners, cuts), iteration)
         samples = [
             training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
@@ -48,7 +51,10 @@ def vine_node_credit(
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [merge_steps(splitter(token_texts(rollout.response_ids)), max_states) for _, rollout in owners]
+        cuts = [
+            merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
+            for _, rollout in owners
+        ]
         values, nodes, cost = estimator.evaluate_nodes(_states(owners, cuts), owners, iteration)
         records = _records(owners, cuts, values)
         samples = [

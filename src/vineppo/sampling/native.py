@@ -23,7 +23,7 @@ from vineppo.logits import selected_logits
 from vineppo.sampling.packed import packed_weights
 from vineppo.sampling.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
-from vineppo.types import Completion, SampleRequest, UserError
+from vineppo.types import Completion, OnFinished, SampleRequest, UserError
 
 _KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
@@ -112,10 +112,12 @@ class NativeSampler:
         self.policy = policy
 
     @torch.no_grad()
-    def sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
+    def sample(
+        self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
         """One list of `num_samples` completions per request, in order.
 
-        A request without budget gets empty completions that end by "length".
+        A request without budget gets empty completions that end by "length", which `on_finished` is not told.
 
         Raises:
             UserError: when the keys and values of a single sequence do not fit into `kv_memory`.
@@ -127,7 +129,7 @@ class NativeSampler:
         waves = list(_waves(_trunks(requests), self.max_rows, self._kv_tokens()))
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
-                for row, completion in _Wave(self, requests, wave).run():
+                for row, completion in _Wave(self, requests, wave, on_finished).run():
                     results[row.request][row.sample] = completion
         return [[c for c in completions if c is not None] for completions in results]
 
@@ -141,7 +143,14 @@ class NativeSampler:
 class _Wave:
     """The decode loop over M trunks and the N rows on them, in the order of the trunks."""
 
-    def __init__(self, sampler: NativeSampler, requests: Sequence[SampleRequest], trunks: Sequence[_Trunk]):
+    def __init__(
+        self,
+        sampler: NativeSampler,
+        requests: Sequence[SampleRequest],
+        trunks: Sequence[_Trunk],
+        on_finished: OnFinished | None,
+    ):
+        self.on_finished = on_finished
         self.sampler, self.model = sampler, sampler.policy.model
         self.device = sampler.policy.device
         self.trunks = trunks
@@ -239,6 +248,9 @@ class _Wave:
             stopped |= np.array([self._ends_with_stop(row) for row in alive])
         self.stopped[alive] = stopped
         self.finished[alive] = stopped | (position + 1 >= self.budgets[alive])
+        if self.on_finished:
+            ended = alive[self.finished[alive]]
+            self.on_finished([(self.rows[i].request, self._completion(i)) for i in ended])
 
     def _without_excluded(self, logits: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
         """Logits (B', V) of the first position with -inf at each row's excluded tokens."""

@@ -2,58 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from vineppo.config import TaskConfig
-from vineppo.tasks.graders import apply_reward
-from vineppo.types import Problem, RewardFn, Split, Task
+from vineppo.tasks.dataset import DatasetTask, Layout
+from vineppo.tasks.graders import QUICK, load_grader
+from vineppo.tasks.grading import Graded, InProcess, Judge
+from vineppo.tasks.mathematics import BENCHMARKS
+from vineppo.tasks.workers import WorkerPool
+from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 
 def build_task(
     config: TaskConfig,
-    format_prompt: Callable[[str], str] | None = None,
-    reward_fn: RewardFn | None = None,
+    format_prompt: Callable[[Any], str] | None = None,
+    reward_fn: RewardFn | Sequence[RewardFn] | None = None,
+    tables: Mapping[Split, Any] | None = None,
 ) -> Task:
     """The task that the configuration names.
 
     Args:
         config: the `task` section.
-        format_prompt: the tokenizer's chat template as a function of the prompt; used by `jsonl` when
-            `config.chat_template` is on.
-        reward_fn: the caller's own reward function, in place of the task's grader.
+        format_prompt: the tokenizer's chat template as a function of the prompt.
+        reward_fn: the caller's own reward functions, in place of the task's; they are called in this process, with all
+            responses at once.
+        tables: the caller's own rows for `dataset`, in place of files.
     Raises:
         UserError: for files, columns or graders that cannot be used.
     """
-    if config.name == "jsonl":
-        from vineppo.tasks.jsonl import JsonlTask
+    fns = tuple(reward_fn) if isinstance(reward_fn, Sequence) else (reward_fn,) if reward_fn else ()
+    if config.name == "chain":
+        from vineppo.tasks.chain import ChainTask
 
-        return JsonlTask(config, format_prompt, reward_fn)
-    from vineppo.tasks.chain import ChainTask
+        chain = ChainTask(level=config.level, num_steps=config.num_steps, writers=config.writers)
+        return _graded(config, chain, fns, ()) if fns or config.rewards else chain
+    if config.name.startswith("reasoning_gym:"):
+        from vineppo.tasks.gym import GymTask
 
-    task: Task = ChainTask(level=config.level, num_steps=config.num_steps, writers=config.writers)
-    return Regraded(task, reward_fn) if reward_fn else task
+        gym = GymTask(config, format_prompt)
+        return _graded(config, gym, fns, (), (config.name, gym.load_reward))
+    own: tuple[str, ...] = ("exact",)
+    layout = Layout()
+    if config.name in BENCHMARKS:
+        benchmark = BENCHMARKS[config.name]
+        layout, own = benchmark.layout, benchmark.rewards
+        if not config.train_path:
+            config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
+    elif not config.train_path and not tables:
+        raise UserError("task.train_path is empty; task.name dataset needs problems (a file or a hub id)")
+    hash_answers = not fns and "hash" in (config.rewards or own)
+    source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
+    return _graded(config, source, fns, own)
 
 
-@dataclass(frozen=True)
-class Regraded:
-    """A task's problems under another reward function; implements `types.Task`."""
+def _graded(
+    config: TaskConfig,
+    source: ProblemSource,
+    fns: tuple[RewardFn, ...],
+    own: tuple[str, ...],
+    scorer: tuple[str, Callable[[], RewardFn]] | None = None,
+) -> Graded:
+    """Problems under the caller's functions, or the configured ones, or the task's own."""
+    judge: Judge
+    if fns:
+        names, judge = tuple(_unique([getattr(fn, "__name__", type(fn).__name__) for fn in fns])), InProcess(fns)
+    else:
+        names, judge = _configured(config, config.rewards or own, scorer)
+    weights = config.reward_weights or (1.0,) * len(names)
+    if len(weights) != len(names):
+        raise UserError(f"task.reward_weights has {len(weights)} numbers for {len(names)} reward functions")
+    writer = _demonstrator(config.demonstrator) if config.demonstrator else None
+    return Graded(source, judge, names, weights, config.grading.max_error_share, demonstrate=writer)
 
-    task: Task
-    reward_fn: RewardFn
 
-    def size(self, split: Split) -> int | None:
-        """Number of problems in a split; None when endless."""
-        return self.task.size(split)
+def _configured(
+    config: TaskConfig, rewards: tuple[str, ...], scorer: tuple[str, Callable[[], RewardFn]] | None
+) -> tuple[tuple[str, ...], Judge]:
+    names: tuple[str, ...]
+    if scorer and not config.rewards:
+        names, loaders = (scorer[0],), [scorer[1]]
+    else:
+        names, loaders = rewards, [functools.partial(load_grader, spec) for spec in rewards]
+        # Loaded here too: a misspelt name should be refused before anything starts.
+        loaded = tuple(load_grader(spec) for spec in rewards)
+        if set(rewards) <= set(QUICK):
+            return names, InProcess(loaded)
+    own = config.grading
+    return names, WorkerPool(loaders, own.workers, own.seconds, int(own.memory * 2**30))
 
-    def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address."""
-        return self.task.problem(split, index)
 
-    def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) for supervised fine-tuning."""
-        return self.task.demonstration(split, index)
+def _demonstrator(spec: str) -> Callable[[Problem], str]:
+    write: Callable[..., str] = load_grader(spec)
+    return lambda problem: write(prompt=problem.prompt, answer=problem.answer, **problem.columns)
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-        """Reward of each response text by `reward_fn`."""
-        return apply_reward(self.reward_fn, problems, texts)
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """Names of which none is there twice: two lambdas must not share a metric."""
+    return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

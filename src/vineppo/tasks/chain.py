@@ -149,7 +149,9 @@ class ChainTask:
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
+    def grade(
+        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
+    ) -> list[float]:
         """1.0 where the answer line holds the right number and ends the response, else 0.0."""
         return [float(answer_of(text) == problem.answer) for problem, text in zip(problems, texts, strict=True)]
 

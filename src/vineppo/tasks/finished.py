@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from vineppo.types import Problem, Task
+from vineppo.tasks.grading import Graded
+from vineppo.types import Completion, OnFinished, Problem, Task
 
 
 def grade_finished(
-    task: Task, problems: Sequence[Problem], texts: Sequence[str], finished: Sequence[bool]
+    task: Task,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    finished: Sequence[bool],
+    completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[float]:
     """Rewards; a response that was cut off by the length limit has 0 and is never shown to the grader."""
     asked = [i for i, done in enumerate(finished) if done]
     rewards = [0.0] * len(texts)
     if asked:
-        graded = task.grade([problems[i] for i in asked], [texts[i] for i in asked])
+        ids = [completion_ids[i] for i in asked] if completion_ids else ()
+        graded = task.grade([problems[i] for i in asked], [texts[i] for i in asked], ids)
         for i, reward in zip(asked, graded, strict=True):
             rewards[i] = float(reward)
     return rewards
+
+
+def grades_while_sampling(
+    task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
+) -> OnFinished | None:
+    """What tells a task of responses as they end, so that it may begin to grade them; None where it would not.
+
+    Args:
+        owners: of each request: the problem, and the part of the response that stands before what is sampled.
+    """
+    if not isinstance(task, Graded):
+        return None
+
+    def tell(finished: Sequence[tuple[int, Completion]]) -> None:
+        ended = [(*owners[i], c) for i, c in finished if c.finish_reason == "stop"]
+        ids = [prefix + c.token_ids for _, prefix, c in ended]
+        task.expect([problem for problem, _, _ in ended], [decode(response) for response in ids], ids)
+
+    return tell

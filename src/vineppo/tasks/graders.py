@@ -1,15 +1,16 @@
-"""Graders: reward functions by name or from a user's module, and the one place that calls them.
+"""Graders: reward functions by name or from a user's module.
 
-A reward function is fn(prompts, completions, **columns) -> one number per completion; None means "not gradable" and
-counts as 0.
+A reward function is fn(prompts, completions, completion_ids, **columns) -> one number per completion, as in TRL; None
+means "not applicable".
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
-import math
+import logging
 import os
 import re
 import sys
@@ -17,11 +18,10 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from vineppo.types import Problem, RewardFn, UserError
+from vineppo.types import RewardFn, UserError
 
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9])"  # the last form is that of .5
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGITS})(?P<decimals>(?:\.[0-9]+)?)\.?")
-_RESERVED = ("prompts", "completions", "answer")
 
 
 def grade_exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
@@ -64,11 +64,84 @@ def no_hash_number(answer: str) -> str:
     return f"grader hash: the reference answer {tail!r} has no number after `####`; use exact or module:function"
 
 
-GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash}
+def grade_boxed(
+    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any
+) -> list[float | None]:
+    """1 where what the last `\\boxed{}` of the response holds is mathematically the answer, by math-verify; else 0.
+
+    An answer may be a solution with a `\\boxed{}` of its own or the bare answer. Equal text is equal; else both sides
+    are parsed as LaTeX and compared. What stands outside of the box never counts. It is None where math-verify cannot
+    read the reference answer and the texts differ: that is no verdict.
+
+    Raises:
+        UserError: where math-verify is not installed.
+    """
+    return [_same_mathematics(last_boxed(text), _bare(gold)) for text, gold in zip(completions, answer, strict=True)]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` (or `\fbox{...}`, or `\boxed x`) of a text holds; None where there is none, or its
+    braces do not close.
+    """
+    start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].split("boxed" if text.startswith(r"\boxed", start) else "fbox", 1)[1]
+    if not rest.startswith("{"):
+        word = re.match(r" ([^\s$]+)", rest)
+        return word[1] if word else None
+    depth = 0
+    for position, character in enumerate(rest):
+        escaped = position > 0 and rest[position - 1] == "\\"
+        depth += (character == "{") * (not escaped) - (character == "}") * (not escaped)
+        if depth == 0:
+            return rest[1:position]
+    return None
+
+
+def _bare(answer: str) -> str:
+    boxed = last_boxed(answer)
+    return answer if boxed is None else boxed
+
+
+def _same_mathematics(given: str | None, gold: str) -> float | None:
+    if given is None or not given.strip():
+        return 0.0
+    if _normal_latex(given) == _normal_latex(gold):
+        return 1.0
+    parse, verify, latex = _math_verify()
+    # Without time limits of their own, which need signals: grading has one for everything, and kills.
+    # Text that stands in a formula is part of the answer; "(\text{A})" and "A" are the same choice.
+    wanted = parse(f"${gold}$", [latex], parsing_timeout=None)
+    if not wanted:
+        return None
+    found = parse(f"${given}$", [latex], parsing_timeout=None)
+    return float(bool(found) and verify(wanted, found, timeout_seconds=None))
+
+
+@functools.cache
+def _math_verify() -> tuple[Any, Any, Any]:
+    try:
+        import math_verify
+    except ModuleNotFoundError as error:
+        raise UserError("grader boxed needs math-verify: pip install 'vineppo[math]'") from error
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return math_verify.parse, math_verify.verify, math_verify.LatexExtractionConfig()
+
+
+def _normal_latex(text: str) -> str:
+    r"""The same for notations of one thing: white space, \left, \right, \dfrac and \tfrac, dollars, a last period."""
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[\s$]", "", text)
+    return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
+
+
+GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash, "boxed": grade_boxed}
+QUICK = ("exact", "hash")
+"""Graders of bounded time and no imports: they need no process of their own."""
 
 
 def load_grader(spec: str) -> RewardFn:
-    """The reward function that a setting names: `exact`, `hash`, or `module:function`.
+    """The reward function that a setting names: `exact`, `hash`, `boxed`, or `module:function`.
 
     Modules are imported as `python -m` would, from the current directory first.
 
@@ -92,42 +165,6 @@ def load_grader(spec: str) -> RewardFn:
     return function
 
 
-def apply_reward(fn: RewardFn, problems: Sequence[Problem], texts: Sequence[str]) -> list[float]:
-    """Reward of each response text to the problem beside it, by one call of `fn`.
-
-    Columns are gathered over the problems: `answer`, and every further column by its name (None where a problem lacks
-    it). Further columns named prompts, completions or answer are not handed over: the names are taken.
-
-    Args:
-        fn: the reward function; a None among its rewards counts as 0.
-        problems: B problems; one problem stands once for each of its responses.
-        texts: B responses.
-    Returns:
-        B finite rewards.
-    Raises:
-        UserError: if `fn` raises, or returns anything but one finite number or None per response.
-    """
-    assert len(problems) == len(texts), f"{len(problems)} problems but {len(texts)} texts"
-    if not problems:
-        return []
-    names = dict.fromkeys(name for problem in problems for name in problem.columns if name not in _RESERVED)
-    columns: dict[str, list[Any]] = {name: [problem.columns.get(name) for problem in problems] for name in names}
-    columns["answer"] = [problem.answer for problem in problems]
-    label = _label(fn)
-    try:
-        rewards = list(fn(prompts=[problem.prompt for problem in problems], completions=list(texts), **columns))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"reward function {label} failed: {first_line(error)}; it is called as fn(prompts, completions, **columns) "
-            f"with columns {', '.join(columns)} and returns a list of numbers"
-        ) from error
-    if len(rewards) != len(texts):
-        raise UserError(f"reward function {label} returned {len(rewards)} rewards for {len(texts)} completions")
-    return [_finite(label, index, reward) for index, reward in enumerate(rewards)]
-
-
 def first_line(error: BaseException) -> str:
     """An error as one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
@@ -146,20 +183,3 @@ def _import_module(spec: str, name: str) -> Any:
                 f"grader {spec!r}: no module {error.name!r} in the current directory or among the installed packages"
             ) from error
         raise UserError(f"grader {spec!r}: importing {name!r} failed: {first_line(error)}") from error
-
-
-def _label(fn: RewardFn) -> str:
-    return f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
-
-
-def _finite(label: str, index: int, reward: Any) -> float:
-    if reward is None:
-        return 0.0
-    try:
-        value = math.nan if isinstance(reward, str) else float(reward)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        shown = " ".join(repr(reward).split())[:60]
-        raise UserError(f"reward function {label}: reward {index} is {shown}; allowed: a finite number or None")
-    return value

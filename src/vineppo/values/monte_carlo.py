@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vineppo.seeds import derive_seed
-from vineppo.tasks.finished import grade_finished
+from vineppo.tasks.finished import grade_finished, grades_while_sampling
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
@@ -157,15 +157,14 @@ class MonteCarlo:
         self, states: Sequence[State], requests: Sequence[SampleRequest]
     ) -> tuple[list[list[float]], list[list[Completion]]]:
         """The continuations that each state's request asks for, and their rewards."""
-        completions = self.sampler.sample(requests)
-        problems = [state.problem for state, group in zip(states, completions, strict=True) for _ in group]
-        texts = [
-            self.decode(state.response_ids + c.token_ids)
-            for state, group in zip(states, completions, strict=True)
-            for c in group
-        ]
-        finished = [c.finish_reason == "stop" for group in completions for c in group]
-        graded = iter(grade_finished(self.task, problems, texts, finished))
+        owners = [(state.problem, state.response_ids) for state in states]
+        telling = grades_while_sampling(self.task, self.decode, owners)
+        completions = self.sampler.sample(requests, telling) if telling else self.sampler.sample(requests)
+        flat = [(state, c) for state, group in zip(states, completions, strict=True) for c in group]
+        ids = [state.response_ids + c.token_ids for state, c in flat]
+        finished = [c.finish_reason == "stop" for _, c in flat]
+        texts = [self.decode(response) for response in ids]
+        graded = iter(grade_finished(self.task, [state.problem for state, _ in flat], texts, finished, ids))
         return [[next(graded) for _ in group] for group in completions], completions
 
 

@@ -1,4 +1,4 @@
-"""The jsonl task: splits that are disjoint, text as it stands in the file, one clear line for every mistake."""
+"""Tables as tasks: splits that are disjoint, text as it stands in the file, one clear line for every mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
 
 
 def config_of(path: Path, data: list[Any], **settings: Any) -> TaskConfig:
-    return TaskConfig(name="jsonl", train_path=write(path / "train.jsonl", data), **settings)
+    return TaskConfig(name="dataset", train_path=write(path / "train.jsonl", data), **settings)
 
 
 def prompts(task: Task, split: Any) -> list[str]:
@@ -106,12 +106,12 @@ def test_grading_by_name_and_by_function(tmp_path: Path) -> None:
 
     assert build_task(config, reward_fn=by_level).grade(problems, ["2", "5"]) == [1.0, 2.0]
     with pytest.raises(UserError, match="no grader 'exat'"):
-        build_task(replace(config, grader="exat"))
+        build_task(replace(config, rewards=("exat",)))
 
 
 def test_trap_11_hash_without_hash_in_the_answers_is_refused_when_the_file_is_read(tmp_path: Path) -> None:
     data = [{"prompt": "p", "answer": "#### 1"}, {"prompt": "p", "answer": "2"}]
-    config = config_of(tmp_path, data, grader="hash")
+    config = config_of(tmp_path, data, rewards=("hash",))
     with pytest.raises(UserError, match=r"train.jsonl line 2: grader hash: the reference answer '2' has no number"):
         build_task(config)
     build_task(config, reward_fn=lambda prompts, completions, **_: [0.0] * len(completions))
@@ -133,7 +133,7 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty; it must hold one JSON object a line"),
+        ("", "is empty; it must hold problems"),
         ("\n  \n", "is empty"),
         (GOOD + "\n{oops}\n", r"line 3 is no JSON object \(JSONDecodeError"),
         (GOOD + "[1, 2]\n", "line 2 is no JSON object but a list"),
@@ -158,7 +158,7 @@ def test_mistakes_in_a_file_are_one_clear_line(tmp_path: Path, content: str, mes
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        build_task(TaskConfig(name="jsonl", train_path=str(path)))
+        build_task(TaskConfig(name="dataset", train_path=str(path)))
     assert "\n" not in str(caught.value) and "bad.jsonl" in str(caught.value)
 
 
@@ -166,16 +166,16 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", rows(3))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "a"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"task.train_path: no such file: .*absent.jsonl"):
-        build_task(TaskConfig(name="jsonl", train_path=str(tmp_path / "absent.jsonl")))
+        build_task(TaskConfig(name="dataset", train_path=str(tmp_path / "absent.jsonl")))
     with pytest.raises(UserError, match=r"task.test_path: no such file"):
-        build_task(TaskConfig(name="jsonl", train_path=good, test_path=str(tmp_path / "absent.jsonl")))
+        build_task(TaskConfig(name="dataset", train_path=good, test_path=str(tmp_path / "absent.jsonl")))
     with pytest.raises(UserError, match=r"task.validation_path: cannot read .*: Is a directory"):
-        build_task(TaskConfig(name="jsonl", train_path=good, validation_path=str(tmp_path)))
+        build_task(TaskConfig(name="dataset", train_path=good, validation_path=str(tmp_path)))
     with pytest.raises(UserError, match=r"latin\.jsonl is not UTF-8 text"):
-        build_task(TaskConfig(name="jsonl", train_path=str(tmp_path / "latin.jsonl")))
+        build_task(TaskConfig(name="dataset", train_path=str(tmp_path / "latin.jsonl")))
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + (GOOD * 2).replace("\n", "\r\n").encode())
-    assert build_task(TaskConfig(name="jsonl", train_path=str(path))).problem("train", 0).prompt == "p"
+    assert build_task(TaskConfig(name="dataset", train_path=str(path))).problem("train", 0).prompt == "p"

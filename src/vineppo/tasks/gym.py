@@ -1,0 +1,115 @@
+"""Every data set of reasoning-gym: logic, games, graphs, family relations, code, arithmetic, each with its own scorer.
+
+Problems are made by number from a seed; the three splits have seeds far apart. A few data sets of reasoning-gym choose
+from a finite collection (the ARC tasks, for example): there, splits can share problems.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from vineppo.config import TaskConfig
+from vineppo.tasks.graders import first_line
+from vineppo.types import Problem, RewardFn, Split, UserError
+
+PREFIX = "reasoning_gym:"
+SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}
+SIZES: dict[Split, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
+TEMPLATE = "{prompt}\n\nThink step by step, one short line per step. End with a line `#### ` and the final answer."
+MARK = "####"
+
+
+class GymTask:
+    """Problems of one of reasoning-gym's data sets; implements `types.ProblemSource`.
+
+    Args:
+        config: the `task` section; its `options` are the data set's, and `size` among them that of the training split.
+        format_prompt: the tokenizer's chat template, used if `config.chat_template` is on.
+    Raises:
+        UserError: where reasoning-gym is not installed, has no such data set, or refuses the options.
+    """
+
+    def __init__(self, config: TaskConfig, format_prompt: Callable[[Any], str] | None = None):
+        name = config.name[len(PREFIX) :]
+        options = dict(config.options)
+        self._sizes = {**SIZES, "train": int(options.pop("size", SIZES["train"]))}
+        if "seed" in options:
+            raise UserError("task.options has seed; it is set by the task (the splits must not share problems)")
+        self._data = {
+            split: _create(name, {**options, "seed": seed, "size": self._sizes[split]}) for split, seed in SEEDS.items()
+        }
+        self._template = config.prompt_template or TEMPLATE
+        self._format_prompt = format_prompt if config.chat_template else None
+        self.load_reward: Callable[[], RewardFn] = functools.partial(load_scorer, name, options)
+        # Building a problem may take long, and training asks for it again and again.
+        self.problem = functools.lru_cache(maxsize=4096)(self._problem)  # type: ignore[method-assign]
+
+    def size(self, split: Split) -> int:
+        """Number of problems in a split."""
+        return self._sizes[split]
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """The problem at an address; its entry, without the question, is among the columns."""
+        raise AssertionError("bound in __init__")
+
+    def _problem(self, split: Split, index: int) -> Problem:
+        entry = self._data[split][index]
+        prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
+        if self._format_prompt:
+            prompt = self._format_prompt(prompt)
+        answer = "" if entry.get("answer") is None else str(entry["answer"])
+        return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry})
+
+    def demonstration(self, split: Split, index: int) -> tuple[str, str]:
+        """There is none: reasoning-gym has answers, not solutions."""
+        raise UserError("reasoning-gym has no worked solutions; give task.demonstrator (module:function) to write them")
+
+
+def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
+    """The data set's own scorer as a reward function: of what stands behind the last `####`; 0 without one.
+
+    Scores are reasoning-gym's, which gives part of the reward for some wrong answers.
+    """
+    score = _create(name, {**options, "seed": 0, "size": 2}).score_answer
+
+    def reward(
+        prompts: Sequence[str], completions: Sequence[str], entry: Sequence[Mapping[str, Any]], **_: Any
+    ) -> list[float]:
+        return [
+            float(score(answer, item)) if (answer := final_answer(text)) else 0.0
+            for text, item in zip(completions, entry, strict=True)
+        ]
+
+    return reward
+
+
+def final_answer(text: str) -> str | None:
+    """Everything behind the last `####`, which may have several lines; None without a mark."""
+    _, mark, rest = text.rpartition(MARK)
+    return rest.strip() if mark else None
+
+
+def _create(name: str, options: dict[str, Any]) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"task.name {PREFIX}{name} needs reasoning-gym ({first_line(error)}): pip install 'vineppo[gym]'"
+        ) from error
+    logging.getLogger("reasoning_gym").setLevel(logging.ERROR)
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(sorted(DATASETS))}"
+        raise UserError(f"task.name: reasoning-gym has no data set {name!r}; {hint}")
+    try:
+        return reasoning_gym.create_dataset(name, **options)
+    except (AssertionError, TypeError, ValueError) as error:
+        shown = ", ".join(sorted(field for field in DATASETS[name][1].__dataclass_fields__ if field != "seed"))
+        raise UserError(
+            f"task.options: reasoning-gym's {name} refuses them ({first_line(error)}); its settings: {shown}"
+        ) from error

@@ -1,0 +1,68 @@
+"""GSM8K and MATH: the prompts, splits and graders of the VinePPO paper's released code, and a chat variant.
+
+Both are read from the hub, or from files with the same columns (`task.train_path`, `task.test_path`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vineppo.tasks.dataset import MAX_HELD_OUT, Layout
+
+PAPER_PROMPT = "[MATH_TASK] Problem:\n{prompt}\n\nSolution:"
+PAPER_STOP = "\n\n\nProblem:"
+_STEP_BY_STEP = "Solve the problem step by step, one short line per step. "
+_CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published set of problems."""
+
+    layout: Layout
+    train_path: str
+    """On the hub."""
+    test_path: str
+    rewards: tuple[str, ...]
+
+
+def without_calculator_notes(solution: str) -> str:
+    """A GSM8K solution without its `<<48/2=24>>`."""
+    return _CALCULATOR_NOTE.sub("", solution)
+
+
+def _held_out(of: int, count: int) -> Callable[[int], int]:
+    """The paper's number of validation problems from the whole set; a share from any other."""
+    return lambda size: count if size == of else min(MAX_HELD_OUT, max(1, size // 10))
+
+
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        Layout(
+            prompt_column="question",
+            prompt_template=PAPER_PROMPT,
+            chat_template=_STEP_BY_STEP + "End with a line `#### ` and the number.\n\n{prompt}",
+            held_out=_held_out(7_473, 373),
+            demonstrate=without_calculator_notes,
+            response_prefix=" ",
+        ),
+        train_path="openai/gsm8k/main",
+        test_path="openai/gsm8k/main",
+        rewards=("hash",),
+    ),
+    "math": Benchmark(
+        Layout(
+            prompt_column="problem",
+            demonstration_column="solution",
+            prompt_template=PAPER_PROMPT,
+            chat_template=_STEP_BY_STEP + "Write the final answer as \\boxed{answer}.\n\n{prompt}",
+            held_out=_held_out(12_000, 500),
+            response_prefix=" ",
+        ),
+        train_path="nlile/hendrycks-MATH-benchmark",
+        test_path="nlile/hendrycks-MATH-benchmark",
+        rewards=("boxed",),
+    ),
+}

@@ -1,0 +1,165 @@
+"""Tables of problems, from wherever they are: JSON lines, JSON, CSV, Parquet, or the `datasets` library.
+
+Every row comes with where it stands, so that a message can say it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vineppo.tasks.graders import first_line
+from vineppo.types import UserError
+
+Row = Mapping[str, Any]
+Rows = list[tuple[str, Row]]
+"""(where it stands, columns) of each row."""
+_KINDS = {".jsonl": "a JSON object a line", ".json": "a list of JSON objects", ".csv": "a header line", ".parquet": ""}
+
+
+def read_rows(setting: str, source: str, default_split: str) -> Rows:
+    """All rows of a file, of a directory that `datasets` saved, or of a data set on the hub.
+
+    Args:
+        setting: dotted key, for messages.
+        source: a path ending in .jsonl, .json, .csv or .parquet; a directory written by `save_to_disk`; or a hub id
+            `org/name`, `org/name/subset`, either with `:split` behind it.
+        default_split: of a hub data set or a directory, where `source` names none.
+    Raises:
+        UserError: one line that says which, where in it, and what is needed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        return table_rows(source, _from_disk(setting, source, default_split))
+    if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
+        return _from_file(setting, path)
+    if source.startswith((".", "/", "~")) or not 1 <= source.count("/") <= 2:
+        raise UserError(
+            f"task.{setting}: no such file: {source} (a relative path starts at {Path.cwd()}); allowed: "
+            f"{', '.join(_KINDS)} files, a directory saved by datasets, or a hub id such as org/name"
+        )
+    return table_rows(source, _from_hub(setting, source, default_split))
+
+
+def table_rows(name: str, table: Any) -> Rows:
+    """Rows of a `datasets.Dataset`, or of any sequence of mappings.
+
+    Raises:
+        UserError: where an item is no mapping.
+    """
+    rows = [(f"{name} row {number}", row) for number, row in enumerate(table)]
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise UserError(f"{where} is a {type(row).__name__}; every row must map column names to values")
+    return rows
+
+
+def _from_file(setting: str, path: Path) -> Rows:
+    readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    try:
+        return list(readers.get(path.suffix.lower(), _json_lines)(path))
+    except FileNotFoundError as error:
+        message = f"task.{setting}: no such file: {path} (a relative path starts at {Path.cwd()})"
+        raise UserError(message) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"task.{setting}: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"task.{setting}: cannot read {path}: {error.strerror or first_line(error)}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    """Blank lines are skipped; lines are counted from 1."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path} line {number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{where} is no JSON object ({first_line(error)}); every line must be one"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise UserError(f"{where} is no JSON object but a {type(row).__name__}; every line must be one")
+                yield where, row
+
+
+def _json_rows(path: Path) -> Rows:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is no JSON ({first_line(error)}); one object a line needs the ending .jsonl"
+        ) from error
+    if not isinstance(table, list):
+        raise UserError(f"{path} holds a {type(table).__name__}; it must hold a list of objects")
+    return table_rows(str(path), table)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
+        try:
+            for row in reader:
+                where = f"{path} line {reader.line_num}"
+                if None in row or None in row.values():
+                    count = len(reader.fieldnames or ())
+                    raise UserError(f"{where} has another number of cells than the header, which has {count}")
+                yield where, row
+        except csv.Error as error:
+            raise UserError(f"{path} line {reader.line_num} is no CSV: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow.parquet
+    from pyarrow import ArrowInvalid
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise UserError(f"{path} is no Parquet file: {first_line(error)}") from error
+    return table_rows(str(path), table.to_pylist())
+
+
+def _from_disk(setting: str, source: str, split: str) -> Any:
+    table = _datasets(setting).load_from_disk(source)
+    return _split_of(setting, source, table, split) if isinstance(table, Mapping) else table
+
+
+def _from_hub(setting: str, source: str, default_split: str) -> Any:
+    name, _, split = source.partition(":")
+    organisation, repository, *subset = name.split("/")
+    split = split or default_split
+    try:
+        return _datasets(setting).load_dataset(f"{organisation}/{repository}", *subset, split=split)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"task.{setting}: {source!r} is no file, and as a hub data set: {first_line(error)}") from error
+
+
+def _split_of(setting: str, source: str, tables: Mapping[str, Any], split: str) -> Any:
+    if split not in tables:
+        raise UserError(f"task.{setting}: {source} has no split {split!r}; it has: {', '.join(tables)}")
+    return tables[split]
+
+
+def _datasets(setting: str) -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"task.{setting} names a data set for the library `datasets`, which is not installed: "
+            "pip install 'vineppo[data]', or give a .jsonl, .csv or .parquet file"
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def as_sequence(table: Any) -> Sequence[Any]:
+    """A table that was passed in memory; a generator or a stream is read to its end."""
+    return table if hasattr(table, "__len__") else list(table)
