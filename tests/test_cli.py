@@ -60,7 +60,7 @@ def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> Non
     main(["sft", "-h"])
     words = " ".join(capsys.readouterr().out.split())
     assert "--out TEXT Directory the trained model is saved to" in words
-    assert "--task.prompt_column TEXT jsonl: column that holds the problem's text." in words
+    assert "--task.prompt_column TEXT dataset, gsm8k, math: column that holds the problem's text" in words
 
 
 def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:

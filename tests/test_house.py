@@ -16,12 +16,14 @@ PACKAGE = ROOT / "src" / "vineppo"
 # its own and from its own directory; the door's modules may import each other as well.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config", "seeds", "files"}),
-    frozenset({"advantages", "losses", "logits", "batch", "steps", "statistics", "records", "optim", "tasks"}),
+    frozenset(
+        {"advantages", "losses", "logits", "batch", "steps", "statistics", "records", "optim", "tasks", "trl_names"}
+    ),
     frozenset({"policy", "sampling", "run", "checkpoint", "trackers", "tiny"}),
     frozenset({"rollouts", "values", "learner", "plots"}),
     frozenset({"credit", "evaluate", "analysis"}),
     frozenset({"train", "sft"}),
-    frozenset({"cli", "compare", "settings", "report", "__main__", "__init__"}),
+    frozenset({"cli", "compare", "settings", "report", "trainer", "plan", "__main__", "__init__"}),
 )
 DOOR = FLOORS[-1]
 # The words and the seeds may be imported by their neighbours too; they themselves import nothing of ours.

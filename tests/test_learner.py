@@ -21,7 +21,7 @@ from vineppo.learner import Learner
 from vineppo.logits import token_logprobs
 from vineppo.losses import kl_estimate
 from vineppo.optim import lr_factor
-from vineppo.policy import Policy, ValueNetwork
+from vineppo.policy import Policy, Reference, ValueNetwork
 from vineppo.seeds import derive_seed, stream_keys, uniforms
 from vineppo.tiny import build_tokenizer
 from vineppo.types import Alternative, Metrics, TrainingSample, UserError
@@ -82,7 +82,15 @@ def build_learner(
     ppo = options.pop("ppo", PPOConfig(value_lr=1e-3))
     total_updates = options.pop("total_updates", 100)
     config = LearnerConfig(**{"lr": 1e-3, "epochs": 1, "minibatch_size": 100, **options})
-    return Learner(policy, reference, critic, config, ppo, temperature=TEMPERATURE, total_updates=total_updates)
+    return Learner(
+        policy,
+        Reference(reference) if reference else None,
+        critic,
+        config,
+        ppo,
+        temperature=TEMPERATURE,
+        total_updates=total_updates,
+    )
 
 
 def weights(module: torch.nn.Module) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,58 @@ def test_vineppo_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     before = AutoModelForCausalLM.from_pretrained(smollm2)
     after_model = AutoModelForCausalLM.from_pretrained(run / "final")
     assert type(before) is type(after_model) and after_model.dtype == torch.bfloat16
+
+
+SCRIPT = """
+import json, sys
+from datasets import Dataset
+from LIBRARY import CONFIG, TRAINER
+
+model, out = sys.argv[1:]
+
+def brief(completions, longest, **kwargs):
+    return [max(0.0, 1 - len(text) / most) for text, most in zip(completions, longest)]
+
+async def has_digit(prompts, completions, completion_ids, **kwargs):
+    assert len(prompts) == len(completions) == len(completion_ids)
+    return [float(any(c.isdigit() for c in text)) if ids else None for text, ids in zip(completions, completion_ids)]
+
+trainer = TRAINER(
+    model=model,
+    reward_funcs=[brief, has_digit],
+    args=CONFIG(
+        output_dir=out, learning_rate=1e-4, per_device_train_batch_size=8, num_generations=4, max_completion_length=24,
+        max_steps=2, beta=0.04, temperature=0.9, num_iterations=1, reward_weights=[1.0, 0.5], logging_steps=1,
+        save_strategy="no", report_to="none", use_cpu=True, bf16=False, seed=3,
+    ),
+    train_dataset=Dataset.from_list([{"prompt": f"Count to {n}.", "longest": 80} for n in range(12)]),
+)
+trainer.train()
+logs = [line for line in trainer.state.log_history if "reward" in line]
+names = ["reward", "rewards/brief/mean", "rewards/has_digit/mean", "completions/mean_length"]
+names += ["completions/clipped_ratio", "learning_rate", "grad_norm", "entropy"]
+print("LOGS" + json.dumps([[line[name] for name in names] for line in logs]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "config", "trainer"),
+    [("trl", "GRPOConfig", "GRPOTrainer"), ("vineppo", "VinePPOConfig", "VinePPOTrainer")],
+)
+def test_one_script_runs_through_trl_and_through_us(
+    smollm2: Path, tmp_path: Path, library: str, config: str, trainer: str
+) -> None:
+    pytest.importorskip("trl")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("LIBRARY", library).replace("CONFIG", config).replace("TRAINER", trainer))
+    done = subprocess.run(
+        [sys.executable, str(script), str(smollm2), str(tmp_path / "out")], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("LOGS")]
+    logs = json.loads(line[4:])
+    assert len(logs) == 2
+    for reward, brief, digit, length, clipped, rate, norm, entropy in logs:
+        assert 0 <= brief <= 1 and 0 <= digit <= 1 and 0 <= clipped <= 1
+        assert reward == pytest.approx(brief + 0.5 * digit, abs=1e-5)
+        assert 1 <= length <= 24 and 0 <= rate <= 1e-4 and norm > 0 and entropy > 0

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from vineppo.config import (
         Config,
         EvalConfig,
+        GradingConfig,
         GRPOConfig,
         KLConfig,
         LearnerConfig,
+        LoraConfig,
         ModelConfig,
         PPOConfig,
         RolloutConfig,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     )
     from vineppo.settings import build_config, config_from_dict, diff_configs, load_recipe
     from vineppo.train import train
+    from vineppo.trainer import VinePPOConfig, VinePPOTrainer
     from vineppo.types import UserError
 
     __version__: str
@@ -40,9 +43,12 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "train": "train",
     **dict.fromkeys(("build_config", "config_from_dict", "diff_configs", "load_recipe"), "settings"),
+    **dict.fromkeys(("VinePPOTrainer", "VinePPOConfig"), "trainer"),
     "UserError": "types",
     "Config": "config",
     "ModelConfig": "config",
+    "LoraConfig": "config",
+    "GradingConfig": "config",
     "TaskConfig": "config",
     "RolloutConfig": "config",
     "VineConfig": "config",
@@ -57,6 +63,8 @@ _MODULE_OF = {
 
 __all__ = [
     "train",
+    "VinePPOTrainer",
+    "VinePPOConfig",
     "build_config",
     "config_from_dict",
     "diff_configs",
@@ -64,6 +72,8 @@ __all__ = [
     "UserError",
     "Config",
     "ModelConfig",
+    "LoraConfig",
+    "GradingConfig",
     "TaskConfig",
     "RolloutConfig",
     "VineConfig",

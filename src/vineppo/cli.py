@@ -30,6 +30,7 @@ from vineppo.settings import (
     convert,
     did_you_mean,
     diff_configs,
+    is_sft_recipe,
     load_recipe,
     recipe_names,
     recipe_stem,
@@ -40,7 +41,6 @@ from vineppo.settings import (
 from vineppo.types import UserError
 
 DEFAULT_RECIPE = "judgement"
-_SFT_PREFIX = "sft-"
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
 _BUDGETS = ("run.max_updates", "run.max_tokens", "run.max_seconds")
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
@@ -257,12 +257,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
     )
-    _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", _SFT_PREFIX, wanted=False)
+    _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
     _add_settings(parser, Config)
 
 
-def _add_recipe_note(parser: argparse.ArgumentParser, title: str, prefix: str, wanted: bool) -> None:
-    names = [name for name in recipe_names() if name.startswith(prefix) is wanted]
+def _add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
+    names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
     _add_note(
         parser,
         title,
@@ -295,9 +295,9 @@ def _training_config(recipe: str, overrides: Mapping[str, str], algorithm: str |
 def _check_kind(recipe: str, command: str) -> None:
     """Say it plainly when a recipe of the package belongs to the other command."""
     names = recipe_names()
-    owner = "sft" if recipe.startswith(_SFT_PREFIX) else "train"
+    owner = "sft" if is_sft_recipe(recipe) else "train"
     if recipe in names and owner != command:
-        fitting = [name for name in names if name.startswith(_SFT_PREFIX) is (command == "sft")]
+        fitting = [name for name in names if is_sft_recipe(name) is (command == "sft")]
         known = ", ".join(fitting) or "none"
         raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {known}")
 
@@ -387,7 +387,7 @@ def _free_directory(first: Path) -> Path:
 
 
 def _sft_options(parser: argparse.ArgumentParser) -> None:
-    _add_recipe_note(parser, "RECIPE (may be left out)", _SFT_PREFIX, wanted=True)
+    _add_recipe_note(parser, "RECIPE (may be left out)", sft=True)
     _add_settings(parser, SFTConfig)
 
 
@@ -430,9 +430,7 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
 def _eval(request: Request) -> int:
     if request.positional is None:
         raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement or a run's directory")
-    target = request.options["json"] and Path(request.options["json"])
-    if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
-        raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
+    target = _json_target(request)
     if "model.path" in request.overrides:
         raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
     run_dir, model = _run_of(Path(request.positional)), request.positional
@@ -445,15 +443,28 @@ def _eval(request: Request) -> int:
 
     result = evaluate_model(spec)
     _print_evaluation(request.positional, result)
-    if target:
-        from vineppo.files import write_text
-
-        try:
-            write_text(target, json.dumps({"model": request.positional, **result}, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {target} cannot be written ({error.strerror})") from None
-        print(f"written to {target}")
+    _write_json(target, {"model": request.positional, **result})
     return 0
+
+
+def _json_target(request: Request) -> Path | None:
+    """Where --json wants its file, refused before anything is computed if it cannot be there."""
+    target = request.options["json"] and Path(request.options["json"])
+    if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
+        raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
+    return target or None
+
+
+def _write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
+    if target is None:
+        return
+    from vineppo.files import write_text
+
+    try:
+        write_text(target, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {target} cannot be written ({error.strerror})") from None
+    print(f"written to {target}")
 
 
 def _run_of(path: Path) -> Path | None:
@@ -501,7 +512,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     add("--budget", metavar="KIND=N", help="of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
     add("--out", metavar="DIR", help="directory of the comparison; one that stopped half-way goes on from there")
     add("--jobs", metavar="N", help="runs at the same time; more than 1 makes seconds less meaningful (default: 1)")
-    _add_recipe_note(parser, "RECIPE", _SFT_PREFIX, wanted=False)
+    _add_recipe_note(parser, "RECIPE", sft=False)
     _add_settings(parser, Config, hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
 
@@ -529,10 +540,29 @@ def _compare(request: Request) -> int:
 
 
 def _training_recipes() -> list[str]:
-    return [name for name in recipe_names() if not name.startswith(_SFT_PREFIX)]
+    return [name for name in recipe_names() if not is_sft_recipe(name)]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", metavar="NAME", help="plan for this accelerator, from its data sheet")
+    parser.add_argument("--response_tokens", metavar="N", help="with --gpu: mean response length")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file as well")
+    _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
+    _add_settings(parser, Config)
+
+
+def _plan(request: Request) -> int:
+    config, target = _training_config(request.positional or DEFAULT_RECIPE, request.overrides), _json_target(request)
+    from vineppo.plan import plan, report
+
+    length = _count(request, "response_tokens", 0)
+    made = plan(config, gpu=request.options["gpu"], response_tokens=length or None)
+    print("\n".join(report(made, config)))
+    _write_json(target, made.as_dict())
+    return 0
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:
@@ -616,6 +646,18 @@ COMMANDS: dict[str, Command] = {
             ("the embedded model on its task", "vineppo eval embedded:judgement"),
             ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
             ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
+        ),
+    ),
+    "plan": Command(
+        purpose="Predict tokens, time and memory of a training run before it starts, by a short calibration.",
+        takes="RECIPE",
+        usage="[RECIPE] [--KEY VALUE ...]",
+        options=_plan_options,
+        run=_plan,
+        config=Config,
+        examples=(
+            ("the embedded default on this machine", "vineppo plan"),
+            ("a recipe of the paper on one H100", "vineppo plan paper/rho1b-math-vineppo --gpu h100"),
         ),
     ),
     "compare": Command(

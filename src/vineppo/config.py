@@ -27,6 +27,27 @@ def _at_least(section: str, minimum: float, **values: float) -> None:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (peft) in the place of training all weights."""
+
+    r: int = 0
+    """Rank of the adapters; 0 trains all weights. The reference of the KL penalty is then the model without adapters,
+    and costs no memory."""
+    alpha: float = 32.0
+    """Scale: the adapters' product counts alpha / r times."""
+    dropout: float = 0.0
+    """Dropout in front of the adapters, in the forward passes of updates only."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names of the layers that get adapters, such as `q_proj`; `all-linear`: all but the output layer."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.lora", 0, r=self.r)
+        _require(self.alpha > 0, f"model.lora.alpha is {self.alpha}; it must be above 0")
+        _require(0 <= self.dropout < 1, f"model.lora.dropout is {self.dropout}; allowed: 0 to below 1")
+        _require(all(self.targets) and bool(self.targets), "model.lora.targets is empty; give names of layers")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which language model is trained, and how it is held."""
 
@@ -41,6 +62,10 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     trust_remote_code: bool = False
     """Let a hub model run its own Python code."""
+    attn_implementation: str = ""
+    """transformers' attention for training: `sdpa`, `eager`, `flash_attention_2`; empty: transformers' own choice. The
+    native sampler brings its own."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
@@ -56,6 +81,9 @@ class GradingConfig:
     """Time that one response may take. Then the process is killed, and the response counts as an error."""
     memory: float = 4.0
     """Gibibytes of address space of each process; 0 is no limit."""
+    truncated: bool = False
+    """Grade also responses that the length limit cut off. `false`: their reward is 0, as in the VinePPO
+    paper. Not for the chain task."""
     max_error_share: float = 0.1
     """The run stops when more than this share of all responses could not be graded (reward 0 meanwhile)."""
 
@@ -130,6 +158,10 @@ class TaskConfig:
             f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}",
         )
         _require(
+            not self.grading.truncated or self.name != "chain",
+            "task.grading.truncated is true, but task.name is chain, where half a response is never right",
+        )
+        _require(
             not self.demonstrator or self.name != "chain",
             "task.demonstrator is set, but task.name is chain, which has demonstrations of its own (task.writers)",
         )
@@ -138,7 +170,7 @@ class TaskConfig:
             f"task.options is for reasoning_gym, but task.name is {self.name}",
         )
         _require(
-            not self.reward_weights or len(self.reward_weights) == len(self.rewards),
+            not (self.rewards and self.reward_weights) or len(self.reward_weights) == len(self.rewards),
             f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
             "one for each, or none",
         )
@@ -358,7 +390,7 @@ class EvalConfig:
     num_problems: int = 64
     """Problems of each measurement during training (validation split, the same ones every time)."""
     final_num_problems: int = 256
-    """Problems of the measurements before and after training."""
+    """Problems of the measurements before and after training; 0 leaves them out."""
     num_samples: int = 1
     """Responses per problem; pass@1 is their mean."""
     temperature: float = 1.0
@@ -367,9 +399,8 @@ class EvalConfig:
     """Split of the measurements before and after training."""
 
     def __post_init__(self) -> None:
-        _at_least("eval", 0, every=self.every, temperature=self.temperature)
-        _at_least("eval", 1, num_problems=self.num_problems, final_num_problems=self.final_num_problems)
-        _at_least("eval", 1, num_samples=self.num_samples)
+        _at_least("eval", 0, every=self.every, temperature=self.temperature, final_num_problems=self.final_num_problems)
+        _at_least("eval", 1, num_problems=self.num_problems, num_samples=self.num_samples)
 
 
 @dataclass(frozen=True)

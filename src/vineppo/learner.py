@@ -20,7 +20,7 @@ from vineppo.config import LearnerConfig, PPOConfig
 from vineppo.logits import token_logprobs
 from vineppo.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.optim import Optimizer, lr_factor
-from vineppo.policy import Policy, ValueNetwork
+from vineppo.policy import Policy, Reference, ValueNetwork, load_trained_state, trained_state
 from vineppo.seeds import derive_seed
 from vineppo.types import Alternative, Metrics, TrainingSample
 
@@ -52,7 +52,7 @@ class Learner:
     def __init__(
         self,
         policy: Policy,
-        reference: Policy | None,
+        reference: Reference | None,
         critic: ValueNetwork | None,
         config: LearnerConfig,
         ppo: PPOConfig,
@@ -93,26 +93,29 @@ class Learner:
         """Everything that an interrupted training needs: weights, moments, position."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
         return {
-            "policy": self.policy.model.state_dict(),
+            "policy": trained_state(self.policy.model),
             "optimizer": self.optimizer.state_dict(),
-            "critic": None if critic is None else critic.state_dict(),
+            "critic": None if critic is None else trained_state(critic),
             "critic_optimizer": None if critic_optimizer is None else critic_optimizer.state_dict(),
             "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.policy.model.load_state_dict(state["policy"])
+        load_trained_state(self.policy.model, state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
-            self.critic.load_state_dict(state["critic"])
+            load_trained_state(self.critic, state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.updates = state["updates"]
 
     def _prepare(self, samples: Sequence[TrainingSample]) -> tuple[list[Experience], Metrics]:
         """Old and reference log-probabilities, the penalty in the reward, and the scaling of advantages."""
-        old, old_alternatives, entropy = self._logprobs(self.policy, samples)
-        ref = None if self.reference is None else self._logprobs(self.reference, samples)[0]
+        old, old_alternatives, entropy = self.logprobs(self.policy, samples)
+        ref = None
+        if self.reference is not None:
+            with self.reference.active() as start:
+                ref = self.logprobs(start, samples)[0]
         rows = [_response_part(s.advantages, s) for s in samples]
         metrics: Metrics = {
             "policy/entropy": entropy,
@@ -146,7 +149,7 @@ class Learner:
         return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
     @torch.no_grad()
-    def _logprobs(
+    def logprobs(
         self, policy: Policy, samples: Sequence[TrainingSample]
     ) -> tuple[list[list[float]], list[list[float]], float]:
         """Log-probability of each response token, ragged (B, T), of each alternative, ragged (B, A), and the mean
@@ -212,14 +215,15 @@ class Learner:
             tokens, sequences: counts of the whole minibatch.
         """
         config, device = self.config, self.policy.device
-        logprobs, entropies = token_logprobs(
-            self.policy.model,
-            batch.token_ids,
-            batch.loss_mask,
-            self.temperature,
-            config.entropy_coefficient > 0,
-            (batch.alternative_places, batch.alternative_ids),
-        )  # logprobs (N + A,)
+        with self.policy.dropout():
+            logprobs, entropies = token_logprobs(
+                self.policy.model,
+                batch.token_ids,
+                batch.loss_mask,
+                self.temperature,
+                config.entropy_coefficient > 0,
+                (batch.alternative_places, batch.alternative_ids),
+            )  # logprobs (N + A,)
         N = int(batch.loss_mask.sum())
         old = torch.tensor(
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device

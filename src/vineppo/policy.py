@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vineppo.config import ModelConfig
+from vineppo.config import LoraConfig, ModelConfig
 from vineppo.types import UserError
 
 EMBEDDED = "embedded:"
@@ -48,12 +49,13 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     path = resolve_model_path(config.path)
-    options = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options, **attention)
         model = model.to(config.device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
     if config.gradient_checkpointing:
@@ -75,18 +77,23 @@ def without_dropout(model: Any) -> Any:
 
 
 class Policy:
-    """A causal language model with its tokenizer. Deterministic: dropout is never active."""
+    """A causal language model with its tokenizer. Deterministic: dropout is never active outside of `dropout()`.
 
-    def __init__(self, model: Any, tokenizer: Any):
+    With adapters, `model` is the model that they sit in, and `adapters` the peft model around it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, adapters: Any = None):
         self.model = without_dropout(model)
         self.tokenizer = tokenizer
+        self.adapters = adapters
         self.eos_ids = _eos_ids(model, tokenizer)
         self._token_texts: dict[int, str] = {}
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
-        """The model at `config.path`."""
-        return cls(*load_pretrained(config))
+        """The model at `config.path`, with fresh adapters where they are asked for."""
+        model, tokenizer = load_pretrained(config)
+        return cls(model, tokenizer, with_adapters(model, config.lora) if config.lora.r else None)
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +111,9 @@ class Policy:
         Raises:
             UserError: when the text has no tokens.
         """
-        ids = list(self.tokenizer(text).input_ids)
+        bos = self.tokenizer.bos_token
+        # A chat template may have written the BOS itself; the tokenizer would put a second one in front.
+        ids = list(self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids)
         while ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
             ids.pop()
         if not ids:
@@ -136,28 +145,106 @@ class Policy:
         return [self._token_texts[token] for token in token_ids]
 
     def frozen_copy(self) -> Policy:
-        """The same policy, for ever: the reference of the KL penalty."""
+        """The same policy, for ever."""
         model = copy.deepcopy(self.model)
         model.requires_grad_(False)
         return Policy(model, self.tokenizer)
 
+    @contextlib.contextmanager
+    def dropout(self) -> Iterator[None]:
+        """Adapters' dropout is active inside the block."""
+        layers = [m for n, m in self.model.named_modules() if "lora_dropout" in n] if self.adapters is not None else []
+        for layer in layers:
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.eval()
+
     def save(self, path: Path | str) -> None:
-        """Write weights, configuration and tokenizer so that `AutoModelForCausalLM.from_pretrained` loads them."""
-        self.model.save_pretrained(path)
+        """Write weights, configuration and tokenizer so that `AutoModelForCausalLM.from_pretrained` loads them.
+
+        With adapters, the weights are merged with them; the adapters alone go into the folder `adapter`, for peft.
+        """
+        model = self.model
+        if self.adapters is not None:
+            self.adapters.save_pretrained(Path(path) / "adapter")
+            model = copy.deepcopy(self.adapters).merge_and_unload()
+        model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
+
+
+class Reference:
+    """The starting policy for ever: a copy, or the same weights without their adapters."""
+
+    def __init__(self, policy: Policy):
+        self._policy = policy if policy.adapters is not None else policy.frozen_copy()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Policy]:
+        """The policy as it was at the start, inside the block."""
+        with self._policy.adapters.disable_adapter() if self._policy.adapters is not None else contextlib.nullcontext():
+            yield self._policy
+
+
+def with_adapters(model: Any, config: LoraConfig) -> Any:
+    """Put fresh adapters into a model, which changes it, and freeze its other weights; the peft model around it.
+
+    Raises:
+        UserError: where peft is not installed, or the model has no layers of those names.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise UserError("model.lora needs peft: pip install 'vineppo[lora]'") from error
+    targets: Any = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
+    settings = peft.LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # every run starts from the same adapters, whatever was drawn before
+        try:
+            return peft.get_peft_model(model, settings)
+        except ValueError as error:
+            linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+            raise UserError(
+                f"model.lora.targets {', '.join(config.targets)} are not in this model; its layers: {', '.join(linear)}"
+            ) from error
+
+
+def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint must hold of a module: everything, or where some weights are frozen only the others."""
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    state = module.state_dict()
+    return {name: tensor for name, tensor in state.items() if name in _trained(module)} if frozen else state
+
+
+def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Take over what `trained_state` returned."""
+    partial = set(state) == _trained(module)
+    module.load_state_dict(state, strict=not partial)
+
+
+def _trained(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if p.requires_grad}
 
 
 class ValueNetwork(nn.Module):
     """A full language model body with a linear head: the value of the state before each token.
 
     The body starts as a copy of the policy's, the head with standard deviation 1 / sqrt(hidden + 1) and no bias, as in
-    the reference settings of PPO in the VinePPO paper.
+    the reference settings of PPO in the VinePPO paper. Where the policy has adapters, the body has its own of the same
+    kind, and shares the frozen weights.
     """
 
     def __init__(self, policy: Policy, seed: int):
         super().__init__()
-        self.body = copy.deepcopy(policy.model.base_model)
-        self.body.requires_grad_(True)
+        frozen = [p for p in policy.model.parameters() if not p.requires_grad] if policy.adapters is not None else []
+        # What adapters leave alone is shared with the policy: a second copy of it would only cost memory.
+        self.body = copy.deepcopy(policy.model.base_model, {id(p): p for p in frozen})
+        if policy.adapters is None:
+            self.body.requires_grad_(True)
         hidden = policy.model.config.get_text_config().hidden_size
         weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1) ** 0.5  # (1, H)
         self.head = nn.Linear(hidden, 1, bias=False)

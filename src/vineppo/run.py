@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from vineppo.files import fsync_directory, write_text
@@ -231,3 +232,12 @@ class Timer:
         """Seconds per phase since the last call, and start again from nothing."""
         seconds, self._seconds = self._seconds, {}
         return seconds
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has needed at most, on the accelerator or, without one, of the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -373,9 +373,14 @@ def _at(config: Any, key: str) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes inside the package; those of `vineppo sft` begin with `sft-`."""
-    folder = importlib.resources.files("vineppo") / "recipes"
-    return sorted(item.name[: -len(".yaml")] for item in folder.iterdir() if item.name.endswith(".yaml"))
+    """Names of the recipes inside the package, `folder/name` for those in a folder."""
+    root = Path(str(importlib.resources.files("vineppo") / "recipes"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def is_sft_recipe(name: str) -> bool:
+    """Whether a recipe of the package is one of `vineppo sft`."""
+    return name.startswith("sft-") or name.endswith("-sft")
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
@@ -402,7 +407,7 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 
 def recipe_stem(name_or_path: str | Path) -> str:
     """The name a recipe gives to its runs: `judgement`, or `mine` for conf/mine.yaml."""
-    return Path(name_or_path).stem if str(name_or_path) not in recipe_names() else str(name_or_path)
+    return Path(name_or_path).stem
 
 
 class _Loader(yaml.SafeLoader):

@@ -20,14 +20,15 @@ from vineppo.credit import build_credit
 from vineppo.evaluate import Measurement, measure
 from vineppo.learner import Learner
 from vineppo.plots import plot_run
-from vineppo.policy import Policy, ValueNetwork
+from vineppo.policy import Policy, Reference, ValueNetwork
 from vineppo.rollouts import draw_problems, generated_tokens, problem_range, sample_groups
-from vineppo.run import RunDirectory, Timer
+from vineppo.run import RunDirectory, Timer, peak_memory
 from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.tasks.grading import Graded
 from vineppo.trackers import Tracker, build_trackers, require_trackers
+from vineppo.trl_names import with_trl_names
 from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task, UserError
 
 
@@ -81,12 +82,23 @@ class Stages(Parts):
     reporter: Reporter | None
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the caller brings along instead of naming it in the configuration."""
+
+    policy: Policy | None = None
+    """In the place of `config.model`; it is trained in place."""
+    tables: Mapping[Split, Any] | None = None
+    """Rows for the task `dataset`, by split."""
+
+
 def train(
     config: Config,
     *,
     recipe: str = "",
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     reporter: Reporter | None = None,
+    given: Given = Given(),
 ) -> dict[str, Any]:
     """Train a model as `config` says, in a new run directory.
 
@@ -96,6 +108,7 @@ def train(
         reward_fn: grade responses instead of the task's graders, fn(prompts, completions, completion_ids, **columns) ->
             list of numbers or None; one or several, called in this process.
         reporter: told about every iteration.
+        given: a model or data in memory.
     Returns:
         The content of summary.json.
     Raises:
@@ -105,7 +118,7 @@ def train(
     if not config.run.dir:
         name = f"{recipe or config.task.name}-{config.algorithm}-seed{config.run.seed}"
         config = replace(config, run=replace(config.run, dir=f"runs/{name}"))
-    parts = _build(config, reward_fn)
+    parts = _build(config, reward_fn, given)
     run = RunDirectory.create(config.run.dir, config)
     return _run(_stages(parts, run, reporter, 0), Progress(recipe=recipe))
 
@@ -116,6 +129,7 @@ def resume(
     recipe: str = "",
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     reporter: Reporter | None = None,
+    given: Given = Given(),
 ) -> dict[str, Any]:
     """Go on with the run in `config.run.dir` from its newest whole checkpoint: on a CPU, to the same bit.
 
@@ -123,7 +137,7 @@ def resume(
     """
     run = RunDirectory.open(config.run.dir)
     _refuse_finished(run)
-    parts = _build(config, reward_fn)
+    parts = _build(config, reward_fn, given)
     progress = Progress(recipe=recipe)
     if any(run.checkpoints.glob("*/")):
         state = load_checkpoint(latest_checkpoint(run.checkpoints))
@@ -193,10 +207,10 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
     return progress, reason
 
 
-def _build(config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None) -> Parts:
+def _build(config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None, given: Given) -> Parts:
     """Load and bind everything that can be wrong, before anything is written."""
-    policy = Policy.load(config.model)
-    task = build_task(config.task, policy.chat_prompt, reward_fn)
+    policy = given.policy or Policy.load(config.model)
+    task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
     own = config.rollouts
     sampler, eval_sampler = (
         NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
@@ -205,7 +219,7 @@ def _build(config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None) -> P
     critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head")) if config.algorithm == "ppo" else None
     learner = Learner(
         policy,
-        policy.frozen_copy() if config.learner.kl.coefficient > 0 else None,
+        Reference(policy) if config.learner.kl.coefficient > 0 else None,
         critic,
         config.learner,
         config.ppo,
@@ -277,6 +291,7 @@ def _metrics_line(
 ) -> dict[str, Any]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
     return {
         **metrics,
         "iteration": progress.iteration,
@@ -284,7 +299,9 @@ def _metrics_line(
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "reward/mean": rewards.mean().item(),
         "reward/std": rewards.std(unbiased=False).item(),
-        "response/length_mean": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+        "response/length_mean": sum(lengths) / len(lengths),
+        "response/length_min": min(lengths),
+        "response/length_max": max(lengths),
         "response/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
     }
 
@@ -334,8 +351,8 @@ def _evaluate_before(stages: Stages, progress: Progress) -> Progress:
     """Accuracy of the starting model, and the first point of the curve (iteration 0)."""
     began = time.perf_counter()
     settings = stages.config.eval
-    interval = _measure(stages, settings.split, settings.final_num_problems, ("before",)).pass_at_1(0)
-    progress = replace(progress, accuracy_before=interval.as_dict(), seconds_eval=time.perf_counter() - began)
+    progress = replace(progress, accuracy_before=_final_accuracy(stages, "before"))
+    progress = replace(progress, seconds_eval=time.perf_counter() - began)
     line: dict[str, Any] = {"iteration": 0, "updates": 0, **_cumulative(progress)}
     if settings.every:
         progress, accuracy = _evaluate(stages, progress)
@@ -350,8 +367,8 @@ def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Eve
     _save(stages, progress)
     after: dict[str, float | None] | None = None
     if reason != "interrupted":
-        began, settings = time.perf_counter(), stages.config.eval
-        after = _measure(stages, settings.split, settings.final_num_problems, ("after",)).pass_at_1(0).as_dict()
+        began = time.perf_counter()
+        after = _final_accuracy(stages, "after")
         progress = replace(progress, seconds_eval=progress.seconds_eval + time.perf_counter() - began)
         stages.policy.save(stages.run.final)
     return {
@@ -372,14 +389,23 @@ def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Eve
             "generated": progress.rollout_tokens + progress.mc_tokens,
             "trained": progress.trained_tokens,
         },
+        "peak_memory_bytes": peak_memory(stages.policy.device),
         "final": "final" if reason != "interrupted" else None,
     }
+
+
+def _final_accuracy(stages: Stages, when: str) -> dict[str, float | None]:
+    """Accuracy on the many problems of before and after; nothing where they are none."""
+    settings = stages.config.eval
+    if not settings.final_num_problems:
+        return {"mean": None, "low": None, "high": None}
+    return _measure(stages, settings.split, settings.final_num_problems, (when,)).pass_at_1(0).as_dict()
 
 
 def _log(stages: Stages, line: dict[str, Any]) -> None:
     stages.run.append_metrics(line)
     for tracker in stages.trackers:
-        tracker.log(line, line["iteration"])
+        tracker.log(with_trl_names(line), line["iteration"])
     if stages.reporter:
         stages.reporter.iteration(line)
 

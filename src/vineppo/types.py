@@ -31,6 +31,10 @@ class Problem:
     """The reference answer, as text."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the data set, handed to reward functions by keyword."""
+    messages: tuple[Mapping[str, str], ...] = ()
+    """The conversation that `prompt` was written from; reward functions then get conversations."""
+    reference: Any = None
+    """The answer as the table has it, where that is no text; handed to reward functions in its place."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ def _graded(
     if len(weights) != len(names):
         raise UserError(f"task.reward_weights has {len(weights)} numbers for {len(names)} reward functions")
     writer = _demonstrator(config.demonstrator) if config.demonstrator else None
-    return Graded(source, judge, names, weights, config.grading.max_error_share, demonstrate=writer)
+    return Graded(
+        source, judge, names, weights, config.grading.max_error_share, config.grading.truncated, demonstrate=writer
+    )
 
 
 def _configured(

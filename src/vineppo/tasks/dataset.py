@@ -63,7 +63,8 @@ class DatasetTask:
         layout: where things are.
         format_prompt: the tokenizer's chat template: text, or messages, to the whole prompt. Used for text if and only
             if `config.chat_template` is on, for messages always.
-        tables: rows that were passed in memory, by split, in the place of files.
+        tables: rows that were passed in memory, by split, in the place of files. Nothing is held out from them, and an
+            answer may be missing, or anything.
         hash_answers: whether every answer must have a number after `####`.
     Raises:
         UserError: for a file that cannot be used (one line: which, where in it, what is needed).
@@ -79,10 +80,10 @@ class DatasetTask:
         hash_answers: bool = False,
     ) -> None:
         self._config, self._layout, self._format_prompt = config, layout_of(config, layout), format_prompt
-        self._hash_answers = hash_answers
+        self._hash_answers, self._tables = hash_answers, bool(tables)
         self._splits: dict[Split, list[_Item]] = {}
         found = {split: self._items(split, tables or {}) for split in SPLITS}
-        if not found["validation"]:
+        if not found["validation"] and not self._tables:
             found["train"], found["validation"] = self._hold_out(found["train"])
         for split, items in found.items():
             if items:
@@ -110,7 +111,8 @@ class DatasetTask:
 
     def _split(self, split: Split) -> list[_Item]:
         if split not in self._splits:
-            raise UserError(f"there is no {split} split: task.{split}_path is empty; give a file of problems")
+            missing = f"no {split} data was given" if self._tables else f"task.{split}_path is empty"
+            raise UserError(f"there is no {split} split: {missing}; give a file of problems")
         return self._splits[split]
 
     def _items(self, split: Split, tables: Mapping[Split, Any]) -> list[_Item]:
@@ -138,8 +140,12 @@ class DatasetTask:
 
     def _item(self, where: str, row: Row) -> _Item:
         layout = self._layout
-        prompt = self._prompt(where, row)
-        answer = _cell(where, row, "answer_column", layout.answer_column)
+        prompt, messages = self._prompt(where, row)
+        reference = None
+        if self._tables and (layout.answer_column not in row or not isinstance(row[layout.answer_column], str)):
+            reference, answer = row.get(layout.answer_column), str(row.get(layout.answer_column, ""))
+        else:
+            answer = _cell(where, row, "answer_column", layout.answer_column)
         if self._hash_answers and hash_number(answer) is None:
             raise UserError(f"{where}: {no_hash_number(answer)}")
         column, demonstration = layout.demonstration_column, None
@@ -149,20 +155,22 @@ class DatasetTask:
             demonstration = prefix + layout.demonstrate(text)
         used = (layout.prompt_column, layout.answer_column)
         columns = {name: value for name, value in row.items() if name not in used}
-        return _Item(Problem("", prompt, answer, columns), demonstration)
+        return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
 
-    def _prompt(self, where: str, row: Row) -> str:
+    def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
+        """The prompt as text, and the conversation that it is, if it is one."""
         layout, column = self._layout, self._layout.prompt_column
         if isinstance(row.get(column), list) and self._format_prompt:
-            return self._format_prompt(_messages(where, column, row[column]))
+            messages = _messages(where, column, row[column])
+            return self._format_prompt(messages), tuple(messages)
         text = _cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
         # Not str.format: templates and problems may hold braces of their own (LaTeX, code).
         if not self._config.chat_template:
-            return layout.prompt_template.replace("{prompt}", text)
+            return layout.prompt_template.replace("{prompt}", text), ()
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
-        return self._format_prompt(layout.chat_template.replace("{prompt}", text))
+        return self._format_prompt(layout.chat_template.replace("{prompt}", text)), ()
 
 
 def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:

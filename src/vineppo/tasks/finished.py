@@ -15,8 +15,11 @@ def grade_finished(
     finished: Sequence[bool],
     completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[float]:
-    """Rewards; a response that was cut off by the length limit has 0 and is never shown to the grader."""
-    asked = [i for i, done in enumerate(finished) if done]
+    """Rewards; a response that was cut off by the length limit has 0 and is never shown to the grader, unless the task
+    says otherwise.
+    """
+    everything = isinstance(task, Graded) and task.grade_truncated
+    asked = [i for i, done in enumerate(finished) if done or everything]
     rewards = [0.0] * len(texts)
     if asked:
         ids = [completion_ids[i] for i in asked] if completion_ids else ()
@@ -38,7 +41,7 @@ def grades_while_sampling(
         return None
 
     def tell(finished: Sequence[tuple[int, Completion]]) -> None:
-        ended = [(*owners[i], c) for i, c in finished if c.finish_reason == "stop"]
+        ended = [(*owners[i], c) for i, c in finished if c.finish_reason == "stop" or task.grade_truncated]
         ids = [prefix + c.token_ids for _, prefix, c in ended]
         task.expect([problem for problem, _, _ in ended], [decode(response) for response in ids], ids)
 

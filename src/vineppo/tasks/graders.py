@@ -24,12 +24,12 @@ _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9])"  # the last form is tha
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGITS})(?P<decimals>(?:\.[0-9]+)?)\.?")
 
 
-def grade_exact(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def grade_exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
     """1 where the whole response equals the answer, outer white space aside; else 0."""
-    return [float(text.strip() == gold.strip()) for text, gold in zip(completions, answer, strict=True)]
+    return [float(_text(c).strip() == _gold(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
-def grade_hash(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+def grade_hash(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
     """1 where the number after the last `####` of the response equals that of the answer; else 0.
 
     Both sides are read by `hash_number` and compared exactly. There is no second chance: no last number of the text,
@@ -38,10 +38,19 @@ def grade_hash(prompts: Sequence[str], completions: Sequence[str], answer: Seque
     Raises:
         UserError: if an answer has no such number, since every response to it would then be wrong.
     """
-    golds = [hash_number(gold) for gold in answer]
+    golds = [hash_number(_gold(gold)) for gold in answer]
     if None in golds:
-        raise UserError(no_hash_number(answer[golds.index(None)]))
-    return [float(hash_number(text) == gold) for text, gold in zip(completions, golds, strict=True)]
+        raise UserError(no_hash_number(_gold(answer[golds.index(None)])))
+    return [float(hash_number(_text(c)) == gold) for c, gold in zip(completions, golds, strict=True)]
+
+
+def _text(completion: Any) -> str:
+    """What the assistant said, where a completion is a list of messages."""
+    return completion if isinstance(completion, str) else "".join(str(m["content"]) for m in completion)
+
+
+def _gold(answer: Any) -> str:
+    return answer if isinstance(answer, str) else str(answer)
 
 
 def hash_number(text: str) -> Decimal | None:
@@ -65,7 +74,7 @@ def no_hash_number(answer: str) -> str:
 
 
 def grade_boxed(
-    prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **_: Any
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
     """1 where what the last `\\boxed{}` of the response holds is mathematically the answer, by math-verify; else 0.
 
@@ -76,7 +85,7 @@ def grade_boxed(
     Raises:
         UserError: where math-verify is not installed.
     """
-    return [_same_mathematics(last_boxed(text), _bare(gold)) for text, gold in zip(completions, answer, strict=True)]
+    return [_same_mathematics(last_boxed(_text(c)), _bare(_gold(a))) for c, a in zip(completions, answer, strict=True)]
 
 
 def last_boxed(text: str) -> str | None:

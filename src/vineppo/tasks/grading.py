@@ -118,6 +118,8 @@ class Graded:
     """Of the functions, for metrics."""
     weights: tuple[float, ...]
     max_error_share: float = 0.1
+    grade_truncated: bool = False
+    """Whether responses that were cut off are graded like others."""
     tally: Tally = field(default_factory=Tally)
     """Since it was last taken."""
     total: Tally = field(default_factory=Tally)

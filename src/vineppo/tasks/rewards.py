@@ -23,8 +23,9 @@ def apply_rewards(
     """Rewards of each response text to the problem beside it, by one call of each function.
 
     Columns are gathered over the problems: `answer`, and every further column by its name (None where a problem lacks
-    it). Further columns named like the other arguments are not handed over: the names are taken. Asynchronous functions
-    run at the same time.
+    it). Further columns named like the other arguments are not handed over: the names are taken. Where prompts are
+    conversations, prompts and completions are lists of messages, as in TRL. Asynchronous functions run at the
+    same time.
 
     Args:
         fns: F reward functions.
@@ -48,12 +49,17 @@ def _arguments(
 ) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for problem in problems for name in problem.columns if name not in _RESERVED)
     return {
-        "prompts": [problem.prompt for problem in problems],
-        "completions": list(texts),
+        "prompts": [list(problem.messages) or problem.prompt for problem in problems],
+        "completions": [_response(problem, text) for problem, text in zip(problems, texts, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids] or [[] for _ in texts],
         **{name: [problem.columns.get(name) for problem in problems] for name in names},
-        "answer": [problem.answer for problem in problems],
+        "answer": [problem.answer if problem.reference is None else problem.reference for problem in problems],
     }
+
+
+def _response(problem: Problem, text: str) -> Any:
+    """A response as text, or as an assistant's message where the prompt was a conversation."""
+    return [{"role": "assistant", "content": text}] if problem.messages else text
 
 
 async def _gathered(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], count: int) -> list[list[float | None]]:

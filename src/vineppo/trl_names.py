@@ -1,0 +1,26 @@
+"""TRL's names for what we measure, where both mean the same; docs/metrics.md lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TRL_NAMES = {
+    "reward/mean": "reward",
+    "response/length_mean": "completions/mean_length",
+    "response/length_min": "completions/min_length",
+    "response/length_max": "completions/max_length",
+    "response/truncated_share": "completions/clipped_ratio",
+    "credit/zero_group_share": "frac_reward_zero_std",
+    "policy/entropy": "entropy",
+    "policy/clip_share": "clip_ratio/region_mean",
+    "policy/grad_norm": "grad_norm",
+    "policy/lr": "learning_rate",
+    "policy/loss": "loss",
+    "eval/accuracy": "eval_reward",
+}
+
+
+def with_trl_names(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl with TRL's names beside ours."""
+    return {**line, **{theirs: line[ours] for ours, theirs in TRL_NAMES.items() if ours in line}}

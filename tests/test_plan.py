@@ -1,0 +1,109 @@
+"""What a run will take: counts that can be worked out by hand, a calibration against the run itself, and refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.helpers import small_config
+from vineppo.cli import main
+from vineppo.config import Config, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
+from vineppo.plan import GIB, KNOWN, plan
+from vineppo.settings import build_config, load_recipe, recipe_names
+from vineppo.train import train
+from vineppo.types import UserError
+
+
+@pytest.mark.parametrize("name", ["microsoft/rho-math-1b-v0.1", "deepseek-ai/deepseek-math-7b-base"])
+def test_the_papers_models_have_the_size_that_transformers_gives_their_shape(name: str) -> None:
+    shape = KNOWN[name]
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters
+
+
+def test_a_plan_by_calibration_foretells_the_counts_of_the_run(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", rollouts=RolloutConfig(num_problems=8, group_size=4, max_new_tokens=40))
+    made = plan(config, problems=4)
+    assert made.iterations == 4 and made.amounts.updates == 4 and made.amounts.rollouts == 32
+    assert made.amounts.steps_per_response == pytest.approx(3, abs=0.2)
+    summary = train(config)
+    assert 4 * made.amounts.rollout_tokens == pytest.approx(summary["tokens"]["rollouts"], rel=0.15)
+    assert 4 * made.amounts.mc_tokens == pytest.approx(summary["tokens"]["mc"], rel=0.3)
+    assert 0.5 * summary["peak_memory_bytes"] < made.memory["peak"] < 2 * summary["peak_memory_bytes"]
+    others = {name: tokens for name, tokens, _ in made.variants}
+    assert others["vineppo.num_mc_rollouts 18"] == pytest.approx(9 * made.amounts.mc_tokens)  # K is 2 here
+
+
+def test_memory_by_hand_and_what_adapters_save() -> None:
+    config = Config(model=ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda"))
+    full = plan(config, gpu="h100").memory
+    n = KNOWN["microsoft/rho-math-1b-v0.1"].parameters
+    assert full["weights"] == 2 * n and full["optimizer"] == 12 * n and full["gradients"] == 6 * n
+    assert full["reference"] == 0 and full["critic"] == 0
+    with_kl = replace(config, learner=replace(config.learner, kl=replace(config.learner.kl, coefficient=1e-3)))
+    assert plan(with_kl, gpu="h100").memory["reference"] == 2 * n
+    assert plan(replace(config, algorithm="ppo"), gpu="h100").memory["critic"] == 20 * n
+    lora = replace(with_kl, model=replace(config.model, lora=LoraConfig(r=16)))
+    made = plan(lora, gpu="h100").memory
+    # Rank 16 on seven layers: q, k, v, o, gate, up, down of 22 layers.
+    sides = 2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632)
+    assert made["optimizer"] == 8 * 16 * sides * 22 and made["reference"] == 0
+
+
+def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does() -> None:
+    model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
+    config = Config(
+        model=model,
+        rollouts=RolloutConfig(num_problems=64, group_size=8, max_new_tokens=1024, kv_memory=40, max_rows=8192),
+        learner=LearnerConfig(micro_batch_tokens=1 << 17),
+    )
+    fits = r"needs about .* GiB and there are 80.0; it fits with learner.micro_batch_tokens (\d+)"
+    with pytest.raises(UserError, match=fits) as caught:
+        plan(config, gpu="h100")
+    number = int(str(caught.value).split("micro_batch_tokens ")[1].split()[0])
+    fitting = replace(config, learner=replace(config.learner, micro_batch_tokens=number))
+    assert plan(fitting, gpu="h100").memory["peak"] <= 80 * GIB
+    with pytest.raises(UserError, match=r"try model.lora.r 16, or a smaller model"):
+        plan(replace(fitting, model=replace(model, path="deepseek-ai/deepseek-math-7b-base")), gpu="t4")
+    with pytest.raises(UserError, match="--gpu k80 is not known; allowed: t4"):
+        plan(config, gpu="k80")
+
+
+def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
+    names = [name for name in recipe_names() if name.startswith("paper/")]
+    assert len(names) == 20
+    for name in names:
+        if name.endswith("-sft"):
+            continue
+        config = build_config(load_recipe(name), name=name)
+        updates = 16_000 if "-math-" in name else 10_400
+        assert config.learner.warmup_updates == 0.03 * updates
+        if "rho" in name:
+            made = plan(config, gpu="h200")
+            assert made.iterations * made.amounts.updates == updates and made.amounts.updates == 16
+
+
+def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "plan.json"
+    assert main(["plan", "paper/rho1b-math-vineppo", "--gpu", "h100", "--json", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "realtreetune/rho-1b-sft-MATH: 512 rollouts per iteration, 1,000 iterations, 16,000 updates" in out
+    figures = json.loads(target.read_text())
+    assert figures["seconds_per_iteration"] == pytest.approx(sum(figures["seconds"].values()))
+    assert main(["plan", "sft-judgement"]) == 2

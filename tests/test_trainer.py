@@ -1,0 +1,187 @@
+"""The interface of TRL users: names, meanings, callbacks, and that it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from tests.helpers import weights_hash
+from vineppo import VinePPOConfig, VinePPOTrainer
+from vineppo.config import TaskConfig
+from vineppo.policy import resolve_model_path
+from vineppo.tasks import build_task
+from vineppo.types import UserError
+
+MODEL = resolve_model_path("embedded:judgement")
+
+
+def chains(count: int) -> list[dict[str, Any]]:
+    task = build_task(TaskConfig(num_steps=3))
+    problems = [task.problem("train", n) for n in range(count)]
+    return [{"prompt": p.prompt, "solution": p.answer, "number": n} for n, p in enumerate(problems)]
+
+
+def right(completions: list[str], solution: list[str], **_: Any) -> list[float]:
+    return [float(text.strip().endswith(f"#### {s}")) for text, s in zip(completions, solution, strict=True)]
+
+
+def arguments(path: Path, **more: Any) -> VinePPOConfig:
+    small: dict[str, Any] = {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 40}
+    return VinePPOConfig(
+        output_dir=str(path), **{**small, "max_steps": 2, "learning_rate": 1e-4, "num_mc_rollouts": 2, **more}
+    )
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append("begin")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append(f"step {state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.events.append("log reward" if "reward" in logs else "log")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append("end")
+
+
+def test_a_script_of_a_few_lines_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    trainer = VinePPOTrainer(
+        model=MODEL, reward_funcs=right, args=arguments(tmp_path / "a"), train_dataset=chains(20), callbacks=[recorder]
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    output = trainer.train()
+    assert output.global_step == 2 and output.metrics["finish_reason"] in ("updates", "iterations")
+    assert recorder.events == ["begin", "log", "step 1", "log reward", "step 2", "log reward", "end"]
+    assert any(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    last = trainer.state.log_history[-1]
+    assert last["reward"] == last["reward/mean"] == last["rewards/right/mean"]
+    assert last["completions/mean_length"] == last["response/length_mean"]
+    assert last["completions/min_length"] <= last["completions/mean_length"] <= last["completions/max_length"]
+    assert last["epoch"] == 8 / 20 and last["learning_rate"] < 1e-4  # linear decay, as TRL's default
+    trainer.save_model(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert weights_hash(tmp_path / "saved") == weights_hash(tmp_path / "a/final")
+
+
+def test_a_model_in_memory_an_evaluation_and_a_resume(tmp_path: Path) -> None:
+    def trainer(path: Path, **more: Any) -> VinePPOTrainer:
+        return VinePPOTrainer(
+            AutoModelForCausalLM.from_pretrained(MODEL),
+            [right, "exact"],
+            arguments(path, reward_weights=[1.0, 0.5], eval_strategy="steps", eval_steps=1, save_steps=1, **more),
+            chains(20),
+            eval_dataset=chains(30)[20:],
+            processing_class=AutoTokenizer.from_pretrained(MODEL),
+        )
+
+    whole = trainer(tmp_path / "whole", max_steps=3, lr_scheduler_type="constant")
+    summary = whole.train().metrics
+    assert summary["accuracy_before"]["mean"] is not None
+    assert [line["eval_reward"] is not None for line in whole.state.log_history if "eval_reward" in line] == [True] * 4
+    assert set(whole.evaluate()) == {"eval_reward", "eval_reward_low", "eval_reward_high"}
+    cut = trainer(tmp_path / "cut", max_steps=3, lr_scheduler_type="constant")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    cut._listener.callbacks.append(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = trainer(tmp_path / "cut", max_steps=3, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
+
+
+def test_adapters_by_peft_config(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", max_steps=1), chains(8), peft_config=lora)
+    assert sum(p.requires_grad for p in trainer.model.parameters()) == 2 * len(trainer.policy.model.model.layers)
+    trainer.train()
+    assert json.loads((tmp_path / "a/final/adapter/adapter_config.json").read_text())["r"] == 4
+    args = arguments(tmp_path / "b")
+    with pytest.raises(UserError, match="adapters already"):
+        tokenizer = trainer.processing_class
+        VinePPOTrainer(trainer.model, right, args, chains(8), processing_class=tokenizer, peft_config=lora)
+
+
+def test_names_mean_what_they_mean_in_trl() -> None:
+    args = VinePPOConfig(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_generations=8,
+        num_iterations=3,
+        num_train_epochs=2,
+        epsilon=0.1,
+        epsilon_high=0.3,
+        beta=0.04,
+        temperature=0.7,
+        scale_rewards=False,
+        warmup_ratio=0.1,
+        adam_beta2=0.95,
+        save_steps=12,
+        seed=7,
+        settings={"vineppo.alternatives": True},
+    )
+    config = args.to_config(num_train=40, evaluate=False)
+    assert (config.rollouts.num_problems, config.rollouts.group_size) == (2, 8)  # 16 responses of 2 prompts
+    assert (config.learner.minibatch_size, config.learner.epochs) == (8, 3)  # 6 updates an iteration
+    assert config.run.iterations == 40 and config.learner.warmup_updates == 24  # 240 updates
+    assert (config.learner.clip_low, config.learner.clip_high) == (0.1, 0.3)
+    assert config.learner.kl.coefficient == 0.04 and config.learner.kl.reduction == "token_mean"
+    assert config.rollouts.temperature == 0.7 and config.learner.betas == (0.9, 0.95)
+    assert not config.grpo.scale_by_std and config.run.checkpoint_every == 2 and config.run.seed == 7
+    assert config.vineppo.alternatives and config.eval.every == 0 and config.eval.final_num_problems == 0
+    short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, evaluate=True)
+    assert short.run.iterations == 5 and short.eval.final_num_problems == 256
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generation": 4}, r"VinePPOConfig has no field num_generation; did you mean num_generations"),
+        ({"top_p": 0.9}, r"top_p is 0.9; allowed here: 1.0"),
+        ({"use_vllm": True}, r"use_vllm is True; allowed here: False"),
+        ({"loss_type": "grpo"}, r"loss_type is 'grpo'; allowed here: 'dapo'"),
+        ({"per_device_train_batch_size": 3}, r"has 3 responses .* no multiple of num_generations 8"),
+    ],
+)
+def test_mistakes_in_arguments_are_one_clear_line(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        VinePPOConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_parts_are_one_clear_line(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    for given, message in (
+        ({"reward_funcs": None}, "reward_funcs is empty"),
+        ({"reward_funcs": torch.nn.Linear(1, 1)}, "reward_funcs has a Linear"),
+        ({"train_dataset": []}, "train_dataset is empty"),
+        ({"train_dataset": None}, "train_dataset is missing"),
+        ({"args": arguments(tmp_path, lr_scheduler_type="cosine")}, "lr_scheduler_type is 'cosine'; allowed: linear"),
+        ({"args": arguments(tmp_path, learning_rate=-1.0)}, "learner.lr is -1.0|ppo.value_lr is -1.0"),
+        ({"args": arguments(tmp_path, model_init_kwargs={"device_map": "auto"})}, "model_init_kwargs has device_map"),
+    ):
+        parts: dict[str, Any] = {"reward_funcs": right, "args": args, "train_dataset": chains(4), **given}
+        with pytest.raises(UserError, match=message):
+            VinePPOTrainer(MODEL, **parts)
+
+
+def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    config = VinePPOConfig(output_dir="x", logging_steps=1, log_completions=True, remove_unused_columns=False)
+    assert config.output_dir == "x" and not hasattr(config, "logging_steps")
