@@ -154,15 +154,15 @@ def test_rewards_are_weighted_and_counted_and_none_is_left_out() -> None:
     )
     assert isinstance(task, Graded)
     assert task.grade([problem(0)] * 3, ["a", "x", "y"]) == [2 * 0.5 - 1.0, 0.0, 1.0]
-    assert task.take_metrics() == {
+    assert task.tally.shares() == {
         "grader/graded": 3.0,
         "grader/error_share": 0.0,
         "grader/timeout_share": 0.0,
         "grader/not_applicable_share": 1 / 3,
-        "rewards/half/mean": 0.5,
-        "rewards/one/mean": 1.0,
     }
-    assert task.take_metrics() == {}
+    assert task.tally.means() == {"rewards/half/mean": 0.5, "rewards/one/mean": 1.0}
+    task.count_anew()
+    assert task.tally.shares() == task.tally.means() == {}
 
 
 def test_too_many_failures_stop_the_run_with_the_first_errors_text(module: str) -> None:

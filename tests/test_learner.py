@@ -397,9 +397,9 @@ def test_every_sample_is_trained_once_an_epoch_in_an_order_of_its_own() -> None:
     learner = build_learner(build_policy(), epochs=3, minibatch_size=3)
     original = learner._update
 
-    def recorded(minibatch: Any, train_policy: bool) -> Metrics:
+    def recorded(minibatch: Any, train_policy: bool, seed: int) -> Metrics:
         seen.append(tuple(samples.index(replace(e.sample)) for e in minibatch))
-        return original(minibatch, train_policy)
+        return original(minibatch, train_policy, seed)
 
     learner._update = recorded  # type: ignore[method-assign]
     assert learner.update(samples, 1, seed=0)["updates"] == 9

@@ -118,8 +118,11 @@ def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
 def test_dropout_is_active_in_updates_only() -> None:
     policy = trained_a_little(ModelConfig(lora=replace(LORA, dropout=0.5)))
     assert torch.equal(logprobs(policy), logprobs(policy))
-    with policy.dropout():
-        assert not torch.equal(logprobs(policy), logprobs(policy))
+    with policy.dropout(1):
+        one, other = logprobs(policy), logprobs(policy)
+    with policy.dropout(1):
+        again = logprobs(policy)
+    assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(logprobs(policy), logprobs(policy))
 
 

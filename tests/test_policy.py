@@ -181,7 +181,9 @@ def test_a_model_directory_and_a_hub_id_are_taken_as_they_are(policy: Policy, tm
 
 def test_chat_prompt_ends_where_the_answer_begins() -> None:
     policy = build_policy()
-    with pytest.raises(UserError, match=r"task\.chat_template is true, but .* has no chat template; set it to false"):
+    with pytest.raises(
+        UserError, match=r"the model's tokenizer has no chat template; set task\.chat_template to false"
+    ):
         policy.chat_prompt("2+3?")
     policy.tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

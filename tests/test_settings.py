@@ -15,6 +15,7 @@ from vineppo.settings import (
     build_config,
     config_from_dict,
     diff_configs,
+    is_sft_recipe,
     load_recipe,
     nearest,
     recipe_names,
@@ -281,14 +282,14 @@ def test_differences_are_named_by_key() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("sft-")])
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not is_sft_recipe(name)])
 def test_every_recipe_loads_for_every_algorithm(name: str, algorithm: str) -> None:
     config = build_config(load_recipe(name), algorithm, name=name)
     assert config.algorithm == algorithm
     assert load_recipe(name)["description"]
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("sft-")])
+@pytest.mark.parametrize("name", [name for name in recipe_names() if is_sft_recipe(name)])
 def test_every_sft_recipe_loads(name: str) -> None:
     recipe = {key: value for key, value in load_recipe(name).items() if key != "description"}
     assert config_from_dict(SFTConfig, {**recipe, "out": "somewhere"}, name).updates >= 1

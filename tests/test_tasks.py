@@ -133,8 +133,7 @@ def test_math_gold_answers_grade_1_and_perturbed_ones_0() -> None:
     changed = [(p, answer) for p in problems if (answer := bumped(p.answer))][:200]
     assert task.grade([p for p, _ in changed], [rf"\boxed{{{answer}}}" for _, answer in changed]) == [0.0] * 200
     assert task.grade(problems[:200], [f"Thus {p.answer}." for p in problems[:200]]) == [0.0] * 200
-    metrics = task.take_metrics()
-    assert metrics["grader/error_share"] == 0
+    assert task.tally.errors == 0
 
 
 def test_math_prompts_and_missing_solutions() -> None:

@@ -183,5 +183,6 @@ def test_mistakes_in_the_parts_are_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
-    config = VinePPOConfig(output_dir="x", logging_steps=1, log_completions=True, remove_unused_columns=False)
+    fields: dict[str, Any] = {"logging_steps": 1, "log_completions": True, "remove_unused_columns": False}
+    config = VinePPOConfig(output_dir="x", **fields)
     assert config.output_dir == "x" and not hasattr(config, "logging_steps")

@@ -84,7 +84,9 @@ class Learner:
             random.Random(derive_seed(seed, iteration, "minibatches", epoch)).shuffle(order)
             for start in range(0, len(order), self.config.minibatch_size):
                 minibatch = [experience[i] for i in order[start : start + self.config.minibatch_size]]
-                for key, value in self._update(minibatch, train_policy).items():
+                for key, value in self._update(
+                    minibatch, train_policy, derive_seed(seed, "dropout", self.updates)
+                ).items():
                     totals[key] += value
         done = self.updates - begun
         return {**metrics, **{key: value / done for key, value in totals.items()}, "updates": self.updates}
@@ -179,8 +181,8 @@ class Learner:
                 alternatives[i], flat = flat[:length], flat[length:]
         return rows, alternatives, entropy_sum / max(1, count)
 
-    def _update(self, minibatch: Sequence[Experience], train_policy: bool) -> Metrics:
-        """One optimizer step of the policy and of the critic on one minibatch."""
+    def _update(self, minibatch: Sequence[Experience], train_policy: bool, seed: int) -> Metrics:
+        """One optimizer step of the policy and of the critic on one minibatch; `seed` is for dropout."""
         config = self.config
         tokens = sum(sum(e.sample.loss_mask) for e in minibatch)
         totals: dict[str, float] = defaultdict(float)
@@ -188,7 +190,8 @@ class Learner:
             chosen = [minibatch[i] for i in group]
             batch = collate([e.sample for e in chosen], self.policy.device)
             if train_policy:
-                loss, sums = self._policy_loss(batch, chosen, tokens, len(minibatch))
+                with self.policy.dropout(derive_seed(seed, group[0])):
+                    loss, sums = self._policy_loss(batch, chosen, tokens, len(minibatch))
                 loss.backward()
                 for key, value in sums.items():
                     totals[key] += value
@@ -215,15 +218,14 @@ class Learner:
             tokens, sequences: counts of the whole minibatch.
         """
         config, device = self.config, self.policy.device
-        with self.policy.dropout():
-            logprobs, entropies = token_logprobs(
-                self.policy.model,
-                batch.token_ids,
-                batch.loss_mask,
-                self.temperature,
-                config.entropy_coefficient > 0,
-                (batch.alternative_places, batch.alternative_ids),
-            )  # logprobs (N + A,)
+        logprobs, entropies = token_logprobs(
+            self.policy.model,
+            batch.token_ids,
+            batch.loss_mask,
+            self.temperature,
+            config.entropy_coefficient > 0,
+            (batch.alternative_places, batch.alternative_ids),
+        )  # logprobs (N + A,)
         N = int(batch.loss_mask.sum())
         old = torch.tensor(
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device

@@ -200,7 +200,7 @@ def _seconds_per_row(policy: Policy, sampler: NativeSampler, groups: Sequence[Ro
     for rows in (few, many):
         requests = [SampleRequest(ids, rows // len(prompts), positions, seed=i) for i, ids in enumerate(prompts)]
         sampler.sample(requests)
-        found, seconds = _timed(lambda requests=requests: sampler.sample(requests))  # type: ignore[misc]
+        found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
         times.append((sum(len(c.token_ids) for group in found for c in group), seconds))
     (n, a), (m, b) = times
     return max(0.0, (b - a) / max(1, m - n))

@@ -151,16 +151,18 @@ class Policy:
         return Policy(model, self.tokenizer)
 
     @contextlib.contextmanager
-    def dropout(self) -> Iterator[None]:
-        """Adapters' dropout is active inside the block."""
+    def dropout(self, seed: int) -> Iterator[None]:
+        """Adapters' dropout is active inside the block, with random numbers from this seed."""
         layers = [m for n, m in self.model.named_modules() if "lora_dropout" in n] if self.adapters is not None else []
-        for layer in layers:
-            layer.train()
-        try:
-            yield
-        finally:
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
             for layer in layers:
-                layer.eval()
+                layer.train()
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.eval()
 
     def save(self, path: Path | str) -> None:
         """Write weights, configuration and tokenizer so that `AutoModelForCausalLM.from_pretrained` loads them.

@@ -183,9 +183,12 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         progress = _evaluate_before(stages, progress)
     while not (reason := _reason_to_stop(config, progress, stages.learner.updates, stop)):
         iteration = progress.iteration + 1
+        if isinstance(stages.task, Graded):
+            stages.task.count_anew()
         with timer("sample"):
             problems = draw_problems(stages.task, config.run.seed, iteration, config.rollouts.num_problems)
             groups = _sample(stages, problems, iteration)
+        means = stages.task.tally.means() if isinstance(stages.task, Graded) else {}
         with timer("credit"):
             samples, credit_metrics = stages.credit(groups, iteration)
         with timer("update"):
@@ -193,8 +196,8 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
             stages.sampler.load_weights(stages.policy)
         seconds = timer.pop()
         progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
-        grading = stages.task.take_metrics() if isinstance(stages.task, Graded) else {}
-        line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **grading}, seconds)
+        shares = stages.task.tally.shares() if isinstance(stages.task, Graded) else {}
+        line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **shares}, seconds)
         is_last = _reason_to_stop(config, progress, stages.learner.updates, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
             progress, accuracy = _evaluate(stages, progress)

@@ -57,8 +57,8 @@ class Tally:
                 self.sums[name] = self.sums.get(name, 0.0) + reward
                 self.counts[name] = self.counts.get(name, 0) + 1
 
-    def metrics(self) -> dict[str, float]:
-        """`grader/*`, and `rewards/<function>/mean` over the responses that it applied to."""
+    def shares(self) -> dict[str, float]:
+        """`grader/*`."""
         if not self.graded:
             return {}
         return {
@@ -66,8 +66,11 @@ class Tally:
             "grader/error_share": self.errors / self.graded,
             "grader/timeout_share": self.timeouts / self.graded,
             "grader/not_applicable_share": self.not_applicable / self.graded,
-            **{f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()},
         }
+
+    def means(self) -> dict[str, float]:
+        """`rewards/<function>/mean`, over the responses that it applied to."""
+        return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
 
 
 class Judge(Protocol):
@@ -121,7 +124,7 @@ class Graded:
     grade_truncated: bool = False
     """Whether responses that were cut off are graded like others."""
     tally: Tally = field(default_factory=Tally)
-    """Since it was last taken."""
+    """Since `count_anew`."""
     total: Tally = field(default_factory=Tally)
     """Since the beginning."""
     demonstrate: Callable[[Problem], str] | None = None
@@ -169,10 +172,9 @@ class Graded:
             )
         return [self._reward(verdict) for verdict in verdicts]
 
-    def take_metrics(self) -> dict[str, float]:
-        """What was graded since the last call, as metrics."""
-        metrics, self.tally = self.tally.metrics(), Tally()
-        return metrics
+    def count_anew(self) -> None:
+        """Forget `tally`."""
+        self.tally = Tally()
 
     def _reward(self, verdict: Verdict) -> float:
         if isinstance(verdict, Failure):
