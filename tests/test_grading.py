@@ -129,7 +129,7 @@ def test_sampling_tells_the_grader_of_responses_as_they_end() -> None:
         def expect(self, problems: Any, texts: Any, completion_ids: Any) -> None:
             told.append(list(texts))
 
-    listening = Graded(task, Listening((load_grader("exact"),)), ("exact",), (1.0,))
+    listening = Graded(task, Listening((load_grader("exact"),), early=True), ("exact",), (1.0,))
     sampler = NativeSampler(policy, temperature=1.0, stop=("rule",))
     shape: dict[str, Any] = {"group_size": 3, "max_new_tokens": 60, "address": (0,)}
     problems = problem_range(task, "train", 4)

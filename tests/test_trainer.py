@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from tests.helpers import weights_hash
+from tests.helpers import ROOT, weights_hash
 from vineppo import VinePPOConfig, VinePPOTrainer
-from vineppo.config import TaskConfig
+from vineppo.config import Config, TaskConfig
 from vineppo.policy import resolve_model_path
+from vineppo.settings import settings_of
 from vineppo.tasks import build_task
+from vineppo.trl_names import TRL_NAMES, with_trl_names
 from vineppo.types import UserError
 
 MODEL = resolve_model_path("embedded:judgement")
@@ -186,3 +190,20 @@ def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"logging_steps": 1, "log_completions": True, "remove_unused_columns": False}
     config = VinePPOConfig(output_dir="x", **fields)
     assert config.output_dir == "x" and not hasattr(config, "logging_steps")
+
+
+def test_the_table_of_names_is_complete_and_true() -> None:
+    text = (ROOT / "docs/from-trl.md").read_text()
+    told = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
+    own = {field.name for field in dataclasses.fields(VinePPOConfig)}
+    assert own - told - {"fp16", "use_cpu"} == set()
+    settings = set(re.findall(r"`((?:rollouts|learner|vineppo|grpo|task|run|eval|model)\.[a-z_.]+)`", text))
+    assert settings and all(any(key.startswith(name) for key in settings_of(Config)) for name in settings)
+
+
+def test_trls_names_are_listed_and_are_trls() -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    told = set(re.findall(r"`([A-Za-z_/]+)`", text))
+    for ours, theirs in TRL_NAMES.items():
+        assert ours in told and (theirs in told or theirs.split("/")[-1] in told), (ours, theirs)
+    assert with_trl_names({"reward/mean": 1.0, "x": 2}) == {"reward/mean": 1.0, "x": 2, "reward": 1.0}

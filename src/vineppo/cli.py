@@ -44,7 +44,7 @@ DEFAULT_RECIPE = "judgement"
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
 _BUDGETS = ("run.max_updates", "run.max_tokens", "run.max_seconds")
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
-_EXTRAS = ("peft", "vllm", "ray", "tensorboard", "wandb", "trackio")
+_EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "ray", "tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -587,7 +587,7 @@ def _doctor(request: Request) -> int:
     rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none is installed"
     rows["recipes"] = ", ".join(recipe_names())
     for name, value in rows.items():
-        print(f"{name:<12} {value}")
+        print(f"{name:<14} {value}")
     return 0
 
 

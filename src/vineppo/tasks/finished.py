@@ -37,7 +37,7 @@ def grades_while_sampling(
     Args:
         owners: of each request: the problem, and the part of the response that stands before what is sampled.
     """
-    if not isinstance(task, Graded):
+    if not isinstance(task, Graded) or not task.judge.early:
         return None
 
     def tell(finished: Sequence[tuple[int, Completion]]) -> None:

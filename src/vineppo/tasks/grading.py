@@ -76,6 +76,9 @@ class Tally:
 class Judge(Protocol):
     """Who reaches verdicts: in this process, or in others."""
 
+    early: bool
+    """Whether `expect` does anything."""
+
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
@@ -94,6 +97,7 @@ class InProcess:
     """Calls the functions here, all responses at once; what they raise ends the run."""
 
     fns: tuple[RewardFn, ...]
+    early: bool = False
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]

@@ -52,6 +52,8 @@ class WorkerPool:
         memory: bytes of address space of a worker; 0 is no limit.
     """
 
+    early = True
+
     def __init__(self, loaders: Sequence[Callable[[], RewardFn]], workers: int, seconds: float, memory: int):
         self._setup = pickle.dumps((tuple(loaders), memory, list(sys.path)))
         self._size, self._seconds = workers, seconds
