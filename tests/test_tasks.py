@@ -148,8 +148,8 @@ def test_math_prompts_and_missing_solutions() -> None:
 # ---- reasoning-gym
 
 
+@pytest.mark.real
 def test_reasoning_gym_problems_are_addressed_and_splits_differ() -> None:
-    pytest.importorskip("reasoning_gym")
     config = TaskConfig(name="reasoning_gym:chain_sum", options={"min_terms": 3, "max_terms": 3, "size": 50})
     task, again = build_task(config, chat), build_task(config, chat)
     assert (task.size("train"), task.size("validation")) == (50, 1_000)
@@ -159,9 +159,9 @@ def test_reasoning_gym_problems_are_addressed_and_splits_differ() -> None:
     assert all(p.columns["entry"]["metadata"]["num_terms"] == 3 for p in problems_of(task))
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["chain_sum", "knights_knaves", "family_relationships", "maze", "bf"])
 def test_reasoning_gym_grades_with_its_own_scorer_what_stands_behind_the_mark(name: str) -> None:
-    pytest.importorskip("reasoning_gym")
     task = build_task(TaskConfig(name=f"reasoning_gym:{name}"))
     problems = [task.problem("validation", i) for i in range(5)]
     assert task.grade(problems, [f"So\n#### {p.answer}" for p in problems]) == [1.0] * 5
@@ -169,8 +169,8 @@ def test_reasoning_gym_grades_with_its_own_scorer_what_stands_behind_the_mark(na
     assert max(task.grade(problems, ["#### no idea"] * 5)) < 0.5
 
 
+@pytest.mark.real
 def test_reasoning_gym_mistakes_are_one_clear_line() -> None:
-    pytest.importorskip("reasoning_gym")
     for settings, message in (
         ({"name": "reasoning_gym:chainsum"}, "no data set 'chainsum'; did you mean 'chain_sum'"),
         ({"name": "reasoning_gym:maze", "options": {"terms": 3}}, "refuses them .*its settings: .*max_grid_size"),
@@ -191,8 +191,8 @@ def test_an_answer_of_several_lines_is_whole() -> None:
     assert final_answer("a b") is None
 
 
+@pytest.mark.real
 def test_demonstrations_may_be_written_by_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("reasoning_gym")
     source = (
         "def write(prompt, answer, entry, **_):\n    return entry['metadata']['expression'] + '\\n#### ' + answer\n"
     )

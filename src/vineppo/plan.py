@@ -156,9 +156,9 @@ def _calibrated(config: Config, problems: int) -> Plan:
     count = few * own.group_size
     quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=count, weight_decay=0.0)
     learner = Learner(policy, reference, critic, quiet, config.ppo, temperature=own.temperature, total_updates=1)
+    step = _step_seconds(learner)
     _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if reference else 1)
-    step = _seconds(lambda: learner.optimizer.step(0.0, 1.0)) * (2 if critic else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
     per_row = _seconds_per_row(policy, sampler, groups)
@@ -190,6 +190,17 @@ def _sampled(config: Config, policy: Policy, sampler: NativeSampler, task: Task,
         max_new_tokens=config.rollouts.max_new_tokens,
         address=(config.run.seed, 1, "rollouts"),
     )
+
+
+def _step_seconds(learner: Learner) -> float:
+    """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
+    seconds = 0.0
+    for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):
+        for timed in (False, True):
+            for parameter in optimizer.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            seconds += timed * _seconds(lambda optimizer=optimizer: optimizer.step(0.0, 1.0))
+    return seconds
 
 
 def _seconds_per_row(policy: Policy, sampler: NativeSampler, groups: Sequence[RolloutGroup]) -> float:

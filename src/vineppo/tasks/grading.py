@@ -76,8 +76,10 @@ class Tally:
 class Judge(Protocol):
     """Who reaches verdicts: in this process, or in others."""
 
-    early: bool
-    """Whether `expect` does anything."""
+    @property
+    def early(self) -> bool:
+        """Whether `expect` does anything."""
+        ...
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
