@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 from vineppo.types import RewardFn, UserError
 
+_NO_MATH_VERIFY = "grader boxed needs math-verify: pip install 'vineppo[math]'"
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9])"  # the last form is that of .5
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGITS})(?P<decimals>(?:\.[0-9]+)?)\.?")
 
@@ -133,7 +135,7 @@ def _math_verify() -> tuple[Any, Any, Any]:
     try:
         import math_verify
     except ModuleNotFoundError as error:
-        raise UserError("grader boxed needs math-verify: pip install 'vineppo[math]'") from error
+        raise UserError(_NO_MATH_VERIFY) from error
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return math_verify.parse, math_verify.verify, math_verify.LatexExtractionConfig()
 
@@ -157,6 +159,8 @@ def load_grader(spec: str) -> RewardFn:
     Raises:
         UserError: if there is no such name, module or function, or the module fails to import.
     """
+    if spec == "boxed" and importlib.util.find_spec("math_verify") is None:
+        raise UserError(_NO_MATH_VERIFY)
     if spec in GRADERS:
         return GRADERS[spec]
     module_name, colon, function_name = spec.partition(":")
