@@ -85,8 +85,9 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does() -> No
     assert plan(fitting, gpu="h100").memory["peak"] <= 80 * GIB
     with pytest.raises(UserError, match=r"try model.lora.r 16, or a smaller model"):
         plan(replace(fitting, model=replace(model, path="deepseek-ai/deepseek-math-7b-base")), gpu="t4")
-    with pytest.raises(UserError, match="--gpu k80 is not known; allowed: t4"):
-        plan(config, gpu="k80")
+    for unknown in ("k80", "0xh100", "8xk80", "x"):
+        with pytest.raises(UserError, match=f"--gpu {unknown} is not known; allowed: t4"):
+            plan(config, gpu=unknown)
 
 
 def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
@@ -98,9 +99,8 @@ def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
         config = build_config(load_recipe(name), name=name)
         updates = 16_000 if "-math-" in name else 10_400
         assert config.learner.warmup_updates == 0.03 * updates
-        if "rho" in name:
-            made = plan(config, gpu="h200")
-            assert made.iterations * made.amounts.updates == updates and made.amounts.updates == 16
+        made = plan(config, gpu="h200" if "rho" in name else "8xh100")
+        assert made.iterations * made.amounts.updates == updates and made.amounts.updates == 16
 
 
 def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

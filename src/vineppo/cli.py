@@ -547,7 +547,9 @@ def _training_recipes() -> list[str]:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", metavar="NAME", help="plan for this accelerator, from its data sheet")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan for accelerators such as h100 or 8xh100, from their data sheet"
+    )
     parser.add_argument("--response_tokens", metavar="N", help="with --gpu: mean response length")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file as well")
     _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)

@@ -78,8 +78,9 @@ GPUS = {
 }
 _REUSE_SHARE = 0.3
 """Of the tokens of K fresh continuations that `vineppo.reuse` needs, as measured on the embedded task."""
-_UTILISATION = 0.35
-"""Share of a data sheet's arithmetic and memory rate that training and decoding reach."""
+_TRAINING, _DECODING = 0.12, 0.06
+"""Shares of a data sheet's arithmetic that training and decoding reach: what the VinePPO paper's seconds per iteration
+imply (dev/LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -279,9 +280,7 @@ def _seconds(work: Any) -> float:
 
 
 def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
-    if name not in GPUS:
-        raise UserError(f"--gpu {name} is not known; allowed: {', '.join(GPUS)}")
-    gpu, shape = GPUS[name], _shape_by_name(config)
+    gpu, shape = _gpu(name), _shape_by_name(config)
     own = config.rollouts
     length = response_tokens or max(1, own.max_new_tokens // 3)
     rollouts = own.num_problems * own.group_size
@@ -295,7 +294,7 @@ def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan
     updates = config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
     amounts = Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates)
     trained = rollouts * (length + amounts.prompt_tokens)
-    per_token = 2 * shape.parameters / (_UTILISATION * gpu.flops)
+    per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
     networks = 2 if config.algorithm == "ppo" else 1
     forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
     seconds = {
@@ -304,15 +303,24 @@ def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan
         "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
     }
     memory = _memory(config, shape, amounts, trainable=_trainable(config, shape))
-    what = f"from the data sheet of one {name} at {_UTILISATION:.0%} of its rates, {length} tokens to a response"
+    what = f"from the data sheet of {name}, rough; {length} tokens to a response"
     return Plan(what, amounts, seconds, _iterations(config, amounts), memory, gpu.memory, ())
+
+
+def _gpu(name: str) -> Gpu:
+    """`h100`, or `8xh100`: eight of them, over which everything is shared without loss."""
+    count, _, kind = name.rpartition("x") if name.split("x")[0].isdigit() else ("1", "", name)
+    if kind not in GPUS or int(count) < 1:
+        raise UserError(f"--gpu {name} is not known; allowed: {', '.join(GPUS)}, or several such as 8xh100")
+    one, n = GPUS[kind], int(count)
+    return Gpu(one.flops * n, one.bandwidth * n, one.memory * n)
 
 
 def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
     """Seconds for tokens in waves of so many rows: arithmetic, or reading weights and keys, whichever is more."""
     waves = max(1.0, tokens / (rows * length))
     reading = waves * length * 2 * shape.parameters + tokens * length / 2 * _kv_bytes(shape, 2)
-    return max(2 * shape.parameters * tokens / gpu.flops, reading / gpu.bandwidth) / _UTILISATION
+    return max(2 * shape.parameters * tokens / (_DECODING * gpu.flops), reading / gpu.bandwidth)
 
 
 def _shape_by_name(config: Config) -> Shape:
