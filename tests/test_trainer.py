@@ -186,6 +186,16 @@ def test_mistakes_in_the_parts_are_one_clear_line(tmp_path: Path) -> None:
             VinePPOTrainer(MODEL, **parts)
 
 
+def test_names_of_graders_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "answer": row["solution"]} for row in chains(8)]
+    trainer = VinePPOTrainer(MODEL, ["exact", "hash"], arguments(tmp_path / "a", reward_weights=[1.0, 0.0]), rows)
+    assert trainer.reward_funcs == [] and trainer.config.task.rewards == ("exact", "hash")
+    with pytest.raises(UserError, match="grader hash: the reference answer"):
+        trainer.train()
+    with pytest.raises(UserError, match="no grader 'exat'"):
+        VinePPOTrainer(MODEL, "exat", arguments(tmp_path / "b"), rows).train()
+
+
 def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"logging_steps": 1, "log_completions": True, "remove_unused_columns": False}
     config = VinePPOConfig(output_dir="x", **fields)

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from vineppo.tasks import build_task
 from vineppo.tasks.graders import load_grader
 from vineppo.train import Given, resume, train
 from vineppo.trl_names import with_trl_names
-from vineppo.types import RewardFn, Split, UserError
+from vineppo.types import Split, UserError
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "top_p": (1.0,),
@@ -292,7 +292,8 @@ class VinePPOTrainer:
     Args:
         model: path, hub id, a transformers causal language model, or a peft model around one; trained in place.
         reward_funcs: fn(prompts, completions, completion_ids, **columns) -> one number or None per completion, also
-            asynchronous; the name of one of ours (`hash`, `boxed`, `exact`); or a list of those.
+            asynchronous; the name of one of ours (`hash`, `boxed`, `exact`) or `module:function`; or a list of those.
+            Functions are called in this process; names alone run in processes of their own, with limits.
         args: settings.
         train_dataset: rows with a `prompt` (text, or messages) and any further columns.
         eval_dataset: rows to measure the mean reward on, before, after, and as `eval_strategy` says.
@@ -320,6 +321,11 @@ class VinePPOTrainer:
         self.policy = _policy(model, processing_class, peft_config, self.args)
         self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.tokenizer
         self.config = self.args.to_config(len(self.train_dataset), eval_dataset is not None)
+        if all(isinstance(function, str) for function in self.reward_funcs):
+            # Named ones run in processes of their own, where they can be stopped.
+            names, self.reward_funcs = tuple(self.reward_funcs), []
+            self.config = replace(self.config, task=replace(self.config.task, rewards=names))
+        self.reward_funcs = [load_grader(own) if isinstance(own, str) else own for own in self.reward_funcs]
         self._listener = _Listener(self, [one() if isinstance(one, type) else one for one in callbacks or ()])
         self.state = self._listener.state
 
@@ -400,7 +406,7 @@ class _Listener:
                 method(self.trainer.args, self.state, self.control, model=self.trainer.model, **more)
 
 
-def _reward_functions(given: Any) -> list[RewardFn]:
+def _reward_functions(given: Any) -> list[Any]:
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions:
         raise UserError("reward_funcs is empty; give a function fn(prompts, completions, **columns) -> list of numbers")
@@ -410,7 +416,7 @@ def _reward_functions(given: Any) -> list[RewardFn]:
                 f"reward_funcs has a {type(function).__name__}; allowed: functions, and names of ours (hash, boxed, "
                 "exact); a reward model can be called in a function of yours"
             )
-    return [load_grader(function) if isinstance(function, str) else function for function in functions]
+    return functions
 
 
 def _rows(name: str, dataset: Any) -> Any:
