@@ -76,7 +76,7 @@ def headline(config: Config, total_iterations: int) -> str:
     """What is trained on what, in one line."""
     task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
     if config.task.name != "chain":
-        task = config.task.train_path
+        task = " ".join(filter(None, (config.task.name, config.task.train_path)))
     length = f"{total_iterations:,} iterations"
     limits = {"updates": config.run.max_updates, "tokens": config.run.max_tokens, "seconds": config.run.max_seconds}
     chosen = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
