@@ -543,7 +543,7 @@ def _training_recipes() -> list[str]:
     return [name for name in recipe_names() if not is_sft_recipe(name)]
 
 
-# --- doctor -----------------------------------------------------------------------------------------------------------
+# --- plan -------------------------------------------------------------------------------------------------------------
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -565,6 +565,9 @@ def _plan(request: Request) -> int:
     print("\n".join(report(made, config)))
     _write_json(target, made.as_dict())
     return 0
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:

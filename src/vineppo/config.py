@@ -69,6 +69,8 @@ class ModelConfig:
 
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
+GYM = "reasoning_gym:"
+"""How the names of reasoning-gym's data sets begin."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class TaskConfig:
         _at_least("task", 1, num_steps=self.num_steps)
         _require(self.num_steps <= 25, f"task.num_steps is {self.num_steps}; chains have at most 25 named variables")
         _require(
-            self.name in TASKS or self.name.startswith("reasoning_gym:"),
+            self.name in TASKS or self.name.startswith(GYM),
             f"task.name is {self.name!r}; allowed: {', '.join(TASKS)}, or reasoning_gym:NAME",
         )
         _require(
@@ -166,7 +168,7 @@ class TaskConfig:
             "task.demonstrator is set, but task.name is chain, which has demonstrations of its own (task.writers)",
         )
         _require(
-            not self.options or self.name.startswith("reasoning_gym:"),
+            not self.options or self.name.startswith(GYM),
             f"task.options is for reasoning_gym, but task.name is {self.name}",
         )
         _require(

@@ -17,15 +17,12 @@ from typing import Any
 import torch
 
 from vineppo.config import Config
-from vineppo.credit import build_credit
 from vineppo.learner import Learner
-from vineppo.policy import Policy, Reference, ValueNetwork, resolve_model_path
-from vineppo.rollouts import draw_problems, generated_tokens, sample_groups
-from vineppo.sampling.native import NativeSampler
-from vineppo.steps import build_splitter, merge_steps
-from vineppo.tasks import build_task
-from vineppo.train import total_updates
-from vineppo.types import Metrics, RolloutGroup, SampleRequest, Task, UserError
+from vineppo.policy import Policy, resolve_model_path
+from vineppo.rollouts import draw_problems, generated_tokens
+from vineppo.steps import build_splitter, step_ends
+from vineppo.train import build_parts, sample_rollouts, total_updates, updates_per_iteration
+from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
 GIB = float(1 << 30)
 
@@ -95,6 +92,11 @@ class Amounts:
     steps_per_response: float
     updates: int
 
+    @property
+    def sequence_tokens(self) -> float:
+        """Mean length of a prompt with its response."""
+        return self.prompt_tokens + self.rollout_tokens / self.rollouts
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -144,25 +146,20 @@ def plan(config: Config, *, gpu: str | None = None, response_tokens: int | None 
 
 
 def _calibrated(config: Config, problems: int) -> Plan:
-    policy = Policy.load(config.model)
-    task = build_task(config.task, policy.chat_prompt)
     own = config.rollouts
-    sampler = NativeSampler(policy, temperature=own.temperature, stop=own.stop, max_rows=own.max_rows)
-    critic = ValueNetwork(policy, 0) if config.algorithm == "ppo" else None
-    credit = build_credit(config, policy, sampler, task, critic)
     few = min(problems, own.num_problems)
-    groups, sample_seconds = _timed(lambda: _sampled(config, policy, sampler, task, few))
-    (samples, metrics), credit_seconds = _timed(lambda: credit(groups, 1))
-    reference = Reference(policy) if config.learner.kl.coefficient > 0 else None
-    count = few * own.group_size
-    quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=count, weight_decay=0.0)
-    learner = Learner(policy, reference, critic, quiet, config.ppo, temperature=own.temperature, total_updates=1)
+    quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=few * own.group_size, weight_decay=0.0)
+    parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
+    policy, learner = parts.policy, parts.learner
+    drawn = draw_problems(parts.task, config.run.seed, 1, few)
+    groups, sample_seconds = _timed(lambda: sample_rollouts(parts, drawn, 1))
+    (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
     _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
-    prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if reference else 1)
+    prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
-    per_row = _seconds_per_row(policy, sampler, groups)
+    per_row = _seconds_per_row(parts.sampler, groups)
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     passes = max(0.0, update_seconds - prepare - step)
@@ -181,18 +178,6 @@ def _calibrated(config: Config, problems: int) -> Plan:
     )  # fmt: skip
 
 
-def _sampled(config: Config, policy: Policy, sampler: NativeSampler, task: Task, count: int) -> list[RolloutGroup]:
-    return sample_groups(
-        draw_problems(task, config.run.seed, 1, config.rollouts.num_problems)[:count],
-        policy,
-        sampler,
-        task,
-        group_size=config.rollouts.group_size,
-        max_new_tokens=config.rollouts.max_new_tokens,
-        address=(config.run.seed, 1, "rollouts"),
-    )
-
-
 def _step_seconds(learner: Learner) -> float:
     """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
     seconds = 0.0
@@ -204,7 +189,7 @@ def _step_seconds(learner: Learner) -> float:
     return seconds
 
 
-def _seconds_per_row(policy: Policy, sampler: NativeSampler, groups: Sequence[RolloutGroup]) -> float:
+def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup]) -> float:
     """What one more token costs in a position that is decoded anyway: the slope between few rows and many."""
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
@@ -227,7 +212,7 @@ def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, s
         prompt_tokens=sum(len(r.prompt_ids) for r in rollouts) / len(rollouts),
         mc_tokens=metrics.get("tokens/mc", 0.0) * scale,
         steps_per_response=metrics.get("credit/steps_per_response", 1.0),
-        updates=config.learner.epochs * -(-count // config.learner.minibatch_size),
+        updates=updates_per_iteration(config),
     )
 
 
@@ -260,8 +245,7 @@ def _remaining_tokens(spec: str, config: Config, policy: Policy, groups: Sequenc
     """Tokens behind all states of the rollouts: what one continuation of each would take if it were as long."""
     cut, total = build_splitter(spec), 0
     for rollout in (rollout for group in groups for rollout in group.rollouts):
-        ends = cut(policy.token_texts(rollout.response_ids), rollout.sampler_logprobs)
-        starts = (0, *merge_steps(ends, config.vineppo.max_states)[:-1])
+        starts = (0, *step_ends(rollout, cut, policy.token_texts, config.vineppo.max_states)[:-1])
         total += sum(len(rollout.response_ids) - start for start in starts)
     return total
 
@@ -288,11 +272,9 @@ def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan
     mc_tokens = 0.0
     if config.algorithm == "vineppo":
         # K continuations of S states, half a response long each; with reuse those of a state serve the next ones too.
-        mc_tokens = (
-            rollouts * config.vineppo.num_mc_rollouts * steps * length / 2 * (0.3 if config.vineppo.reuse else 1)
-        )
-    updates = config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
-    amounts = Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates)
+        share = _REUSE_SHARE if config.vineppo.reuse else 1.0
+        mc_tokens = rollouts * config.vineppo.num_mc_rollouts * steps * length / 2 * share
+    amounts = Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates_per_iteration(config))
     trained = rollouts * (length + amounts.prompt_tokens)
     per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
     networks = 2 if config.algorithm == "ppo" else 1
@@ -381,12 +363,12 @@ def _memory(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> d
     gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
     critic = (trainable * trained_size if lora else weights) + optimizer + gradients if ppo else 0.0
-    length = amounts.prompt_tokens + amounts.rollout_tokens / amounts.rollouts
+    length = amounts.sequence_tokens
     rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
     kv = min(config.rollouts.kv_memory * GIB, rows * length * _kv_bytes(shape, size))
     logits = min(rows, 1 << 12) * shape.vocabulary * size
     packed = weights if config.model.device == "cpu" and (size == 2 or lora) else 0
-    tokens = min(config.learner.micro_batch_tokens, amounts.rollouts * length)
+    tokens = _micro_batch(config, amounts)
     activations = _activations(config, shape, size, tokens, amounts.rollout_tokens / amounts.rollouts / length)
     runtime = 0.6 * GIB  # the interpreter, PyTorch and transformers
     held = runtime + weights + optimizer + reference + critic
@@ -402,6 +384,11 @@ def _memory(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> d
         "activations": activations,
         "peak": held + max(kv + logits + packed, gradients + activations),
     }
+
+
+def _micro_batch(config: Config, amounts: Amounts) -> float:
+    """Tokens of the largest forward and backward pass."""
+    return min(config.learner.micro_batch_tokens, amounts.rollouts * amounts.sequence_tokens)
 
 
 def _activations(config: Config, shape: Shape, size: int, tokens: float, trained_share: float) -> float:
@@ -436,10 +423,9 @@ def _does_not_fit(config: Config, made: Plan) -> str:
     held = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
     room = made.available - held
     if memory["gradients"] + memory["activations"] > room > memory["gradients"]:
-        length = made.amounts.prompt_tokens + made.amounts.rollout_tokens / made.amounts.rollouts
-        tokens = min(config.learner.micro_batch_tokens, made.amounts.rollouts * length)
+        tokens = _micro_batch(config, made.amounts)
         fitting = tokens * (room - memory["gradients"]) / memory["activations"]
-        if fitting >= length:
+        if fitting >= made.amounts.sequence_tokens:
             return f"{needs}; it fits with learner.micro_batch_tokens {int(fitting)} (the result is the same)"
         return f"{needs}; try model.gradient_checkpointing true, or model.lora.r 16"
     if memory["keys and values"] + memory["sampling"] > room > memory["sampling"]:

@@ -153,7 +153,10 @@ class Policy:
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:
         """Adapters' dropout is active inside the block, with random numbers from this seed."""
-        layers = [m for n, m in self.model.named_modules() if "lora_dropout" in n] if self.adapters is not None else []
+        if self.adapters is None:
+            yield
+            return
+        layers = [module for name, module in self.model.named_modules() if "lora_dropout" in name]
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for layer in layers:
@@ -217,19 +220,18 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint must hold of a module: everything, or where some weights are frozen only the others."""
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    state = module.state_dict()
-    return {name: tensor for name, tensor in state.items() if name in _trained(module)} if frozen else state
+    state, frozen = module.state_dict(), _has_frozen(module)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained} if frozen else state
 
 
 def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Take over what `trained_state` returned."""
-    partial = set(state) == _trained(module)
-    module.load_state_dict(state, strict=not partial)
+    module.load_state_dict(state, strict=not _has_frozen(module))
 
 
-def _trained(module: nn.Module) -> set[str]:
-    return {name for name, p in module.named_parameters() if p.requires_grad}
+def _has_frozen(module: nn.Module) -> bool:
+    return not all(p.requires_grad for p in module.parameters())
 
 
 class ValueNetwork(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from vineppo.policy import Policy
 from vineppo.seeds import derive_seed, shuffled_index
-from vineppo.tasks.finished import grade_finished, grades_while_sampling
+from vineppo.tasks.finished import sampled_and_graded
 from vineppo.types import Completion, Problem, Rollout, RolloutGroup, Sampler, SampleRequest, Split, Task, UserError
 
 
@@ -48,17 +48,11 @@ def sample_groups(
         seed = derive_seed(*address, problem.id, seen[problem.id])
         requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed))
         seen[problem.id] += 1
-    telling = grades_while_sampling(task, policy.decode, [(problem, ()) for problem in problems])
-    completions = sampler.sample(requests, telling) if telling else sampler.sample(requests)
-    flat = [(p, c) for p, group in zip(problems, completions, strict=True) for c in group]
-    texts = [policy.decode(completion.token_ids) for _, completion in flat]
-    finished = [completion.finish_reason == "stop" for _, completion in flat]
-    ids = [completion.token_ids for _, completion in flat]
-    rewards = iter(grade_finished(task, [problem for problem, _ in flat], texts, finished, ids))
-    remaining = iter(texts)
+    owners: list[tuple[Problem, tuple[int, ...]]] = [(problem, ()) for problem in problems]
+    graded = sampled_and_graded(sampler, task, policy.decode, requests, owners)
     return [
-        RolloutGroup(problem, tuple(_rollout(prompt_ids, c, next(remaining), next(rewards)) for c in group))
-        for problem, prompt_ids, group in zip(problems, prompts, completions, strict=True)
+        RolloutGroup(problem, tuple(_rollout(prompt_ids, *one) for one in group))
+        for problem, prompt_ids, group in zip(problems, prompts, graded, strict=True)
     ]
 
 

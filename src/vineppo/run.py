@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from vineppo.files import fsync_directory, write_text
@@ -234,9 +233,11 @@ class Timer:
         return seconds
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has needed at most, on the accelerator or, without one, of the machine's memory."""
+def peak_memory(device: Any) -> int:
+    """Bytes that this process has needed at most, on the accelerator (a torch.device) or of the machine's memory."""
     if device.type == "cuda":
+        import torch  # heavy, and not needed to open a run's directory
+
         return int(torch.cuda.max_memory_allocated(device))
     import resource
 

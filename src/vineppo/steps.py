@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
 
-from vineppo.types import UserError
+from vineppo.types import Rollout, UserError
 
 _BLANK = re.compile(r"\s+")
 _ANSWER_LINE = re.compile(r"\s*####")
@@ -242,6 +242,13 @@ def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
     if max_states == 0 or num_steps <= max_states:
         return tuple(boundaries)
     return tuple(boundaries[(i + 1) * num_steps // max_states - 1] for i in range(max_states))
+
+
+def step_ends(
+    rollout: Rollout, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
+) -> tuple[int, ...]:
+    """The end of each step of a rollout in response tokens, at most `max_states` of them (0: all), shape (S,)."""
+    return merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
 
 
 def _refuse_empty(tokens: Sequence[str]) -> None:

@@ -26,10 +26,10 @@ from vineppo.run import RunDirectory, Timer, peak_memory
 from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
-from vineppo.tasks.grading import Graded
+from vineppo.tasks.grading import Graded, Tally
 from vineppo.trackers import Tracker, build_trackers, require_trackers
 from vineppo.trl_names import with_trl_names
-from vineppo.types import CreditFn, Metrics, RewardFn, RolloutGroup, Sampler, Split, Task, UserError
+from vineppo.types import CreditFn, Metrics, Problem, RewardFn, RolloutGroup, Sampler, Split, Task, UserError
 
 
 class Reporter(Protocol):
@@ -118,7 +118,7 @@ def train(
     if not config.run.dir:
         name = f"{recipe or config.task.name}-{config.algorithm}-seed{config.run.seed}"
         config = replace(config, run=replace(config.run, dir=f"runs/{name}"))
-    parts = _build(config, reward_fn, given)
+    parts = build_parts(config, reward_fn, given)
     run = RunDirectory.create(config.run.dir, config)
     return _run(_stages(parts, run, reporter, 0), Progress(recipe=recipe))
 
@@ -137,7 +137,7 @@ def resume(
     """
     run = RunDirectory.open(config.run.dir)
     _refuse_finished(run)
-    parts = _build(config, reward_fn, given)
+    parts = build_parts(config, reward_fn, given)
     progress = Progress(recipe=recipe)
     if any(run.checkpoints.glob("*/")):
         state = load_checkpoint(latest_checkpoint(run.checkpoints))
@@ -183,12 +183,11 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         progress = _evaluate_before(stages, progress)
     while not (reason := _reason_to_stop(config, progress, stages.learner.updates, stop)):
         iteration = progress.iteration + 1
-        if isinstance(stages.task, Graded):
-            stages.task.count_anew()
+        tally = stages.task.count_anew() if isinstance(stages.task, Graded) else Tally()
         with timer("sample"):
             problems = draw_problems(stages.task, config.run.seed, iteration, config.rollouts.num_problems)
-            groups = _sample(stages, problems, iteration)
-        means = stages.task.tally.means() if isinstance(stages.task, Graded) else {}
+            groups = sample_rollouts(stages, problems, iteration)
+        means = tally.means()
         with timer("credit"):
             samples, credit_metrics = stages.credit(groups, iteration)
         with timer("update"):
@@ -196,8 +195,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
             stages.sampler.load_weights(stages.policy)
         seconds = timer.pop()
         progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
-        shares = stages.task.tally.shares() if isinstance(stages.task, Graded) else {}
-        line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **shares}, seconds)
+        line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **tally.shares()}, seconds)
         is_last = _reason_to_stop(config, progress, stages.learner.updates, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
             progress, accuracy = _evaluate(stages, progress)
@@ -210,7 +208,9 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
     return progress, reason
 
 
-def _build(config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None, given: Given) -> Parts:
+def build_parts(
+    config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, given: Given = Given()
+) -> Parts:
     """Load and bind everything that can be wrong, before anything is written."""
     policy = given.policy or Policy.load(config.model)
     task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
@@ -239,23 +239,28 @@ def _stages(parts: Parts, run: RunDirectory, reporter: Reporter | None, start: i
     return Stages(**held, run=run, trackers=trackers, reporter=reporter)
 
 
+def updates_per_iteration(config: Config) -> int:
+    """Optimizer steps between two batches of rollouts."""
+    rollouts = config.rollouts.num_problems * config.rollouts.group_size
+    return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
+
+
 def total_updates(config: Config) -> int:
     """Updates of a whole run: where a linear decay ends."""
-    rollouts = config.rollouts.num_problems * config.rollouts.group_size
-    per_iteration = config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
-    updates = config.run.iterations * per_iteration
+    updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates
 
 
-def _sample(stages: Stages, problems: Any, iteration: int) -> list[RolloutGroup]:
+def sample_rollouts(parts: Parts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
+    """The G graded rollouts of each problem, for an iteration."""
     return sample_groups(
         problems,
-        stages.policy,
-        stages.sampler,
-        stages.task,
-        group_size=stages.config.rollouts.group_size,
-        max_new_tokens=stages.config.rollouts.max_new_tokens,
-        address=(stages.config.run.seed, iteration, "rollouts"),
+        parts.policy,
+        parts.sampler,
+        parts.task,
+        group_size=parts.config.rollouts.group_size,
+        max_new_tokens=parts.config.rollouts.max_new_tokens,
+        address=(parts.config.run.seed, iteration, "rollouts"),
     )
 
 

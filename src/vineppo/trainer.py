@@ -34,6 +34,7 @@ from vineppo.sampling.native import NativeSampler
 from vineppo.settings import config_from_dict, did_you_mean
 from vineppo.tasks import build_task
 from vineppo.tasks.graders import load_grader
+from vineppo.tasks.rows import as_sequence
 from vineppo.train import Given, resume, train
 from vineppo.trl_names import with_trl_names
 from vineppo.types import Split, UserError
@@ -422,7 +423,7 @@ def _reward_functions(given: Any) -> list[Any]:
 def _rows(name: str, dataset: Any) -> Any:
     if dataset is None:
         raise UserError(f"{name} is missing; give rows with a column prompt")
-    rows = dataset if hasattr(dataset, "__len__") else list(dataset)
+    rows = as_sequence(dataset)
     if not len(rows):
         raise UserError(f"{name} is empty; give rows with a column prompt")
     return rows
@@ -431,20 +432,18 @@ def _rows(name: str, dataset: Any) -> Any:
 def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOConfig) -> Policy:
     """The model as a policy, with fresh adapters where they are asked for."""
     if isinstance(model, str | Path):
-        model, tokenizer = _loaded(str(model), args)
+        model, own = _loaded(str(model), args)
+        tokenizer = processing_class or own
     else:
         tokenizer = processing_class or _tokenizer_of(model)
-    tokenizer = processing_class or tokenizer
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         if peft_config is not None:
             raise UserError("model has adapters already, and peft_config asks for more; give one of them")
         return Policy(model.get_base_model(), tokenizer, model)
     if peft_config is None:
         return Policy(model, tokenizer)
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise UserError("peft_config needs peft: pip install 'vineppo[lora]'") from error
+    import peft  # which made peft_config
+
     return Policy(model, tokenizer, peft.get_peft_model(model, peft_config))
 
 

@@ -16,7 +16,7 @@ from vineppo.credit.sample import training_sample
 from vineppo.credit.vine import vine_metrics
 from vineppo.seeds import derive_seed
 from vineppo.statistics import wilson
-from vineppo.steps import Splitter, merge_steps
+from vineppo.steps import Splitter, step_ends
 from vineppo.types import CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import Key, State, Value, ValueCost, ValueEstimator
 
@@ -61,7 +61,7 @@ def bisected_vine_credit(
             _Search(
                 group.problem,
                 rollout,
-                (0, *merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)),
+                (0, *step_ends(rollout, splitter, token_texts, max_states)),
                 rule,
                 derive_seed(rule.run_seed, iteration, group.problem.id, "bisection", index),
             )

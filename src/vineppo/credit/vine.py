@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from vineppo.advantages import node_advantages, spread_over_tokens, step_advantages
 from vineppo.credit.sample import training_sample
-from vineppo.steps import Splitter, merge_steps
+from vineppo.steps import Splitter, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
 
@@ -25,10 +25,7 @@ def vine_credit(
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [
-            merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
-            for _, rollout in owners
-        ]
+        cuts = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in owners]
         values, cost = estimator.evaluate(_states(owners, cuts), iteration)
         samples = [
             training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
@@ -51,10 +48,7 @@ def vine_node_credit(
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [
-            merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
-            for _, rollout in owners
-        ]
+        cuts = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in owners]
         values, nodes, cost = estimator.evaluate_nodes(_states(owners, cuts), owners, iteration)
         records = _records(owners, cuts, values)
         samples = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vineppo.config import TaskConfig
+from vineppo.config import GYM, TaskConfig
 from vineppo.tasks.dataset import DatasetTask, Layout
 from vineppo.tasks.graders import QUICK, load_grader
 from vineppo.tasks.grading import Graded, InProcess, Judge
@@ -39,7 +39,7 @@ def build_task(
 
         chain = ChainTask(level=config.level, num_steps=config.num_steps, writers=config.writers)
         return _graded(config, chain, fns, ()) if fns or config.rewards else chain
-    if config.name.startswith("reasoning_gym:"):
+    if config.name.startswith(GYM):
         from vineppo.tasks.gym import GymTask
 
         gym = GymTask(config, format_prompt)

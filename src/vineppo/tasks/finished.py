@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vineppo.tasks.grading import Graded
-from vineppo.types import Completion, OnFinished, Problem, Task
+from vineppo.types import Completion, OnFinished, Problem, Sampler, SampleRequest, Task
 
 
 def grade_finished(
@@ -29,14 +29,32 @@ def grade_finished(
     return rewards
 
 
-def grades_while_sampling(
-    task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
-) -> OnFinished | None:
-    """What tells a task of responses as they end, so that it may begin to grade them; None where it would not.
+def sampled_and_graded(
+    sampler: Sampler,
+    task: Task,
+    decode: Callable[[Sequence[int]], str],
+    requests: Sequence[SampleRequest],
+    owners: Sequence[tuple[Problem, tuple[int, ...]]],
+) -> list[list[tuple[Completion, str, float]]]:
+    """Completions of each request with the text and the reward of the responses that they end.
 
     Args:
         owners: of each request: the problem, and the part of the response that stands before what is sampled.
     """
+    completions = sampler.sample(requests, _grades_early(task, decode, owners))
+    flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]
+    ids = [prefix + c.token_ids for _, prefix, c in flat]
+    texts = [decode(response) for response in ids]
+    finished = [c.finish_reason == "stop" for _, _, c in flat]
+    rewards = grade_finished(task, [problem for problem, _, _ in flat], texts, finished, ids)
+    pairs = iter(zip(texts, rewards, strict=True))
+    return [[(c, *next(pairs)) for c in group] for group in completions]
+
+
+def _grades_early(
+    task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
+) -> OnFinished | None:
+    """What tells a task of responses as they end, so that it may begin to grade them; None where it would not."""
     if not isinstance(task, Graded) or not task.judge.early:
         return None
 

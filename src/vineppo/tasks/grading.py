@@ -178,9 +178,10 @@ class Graded:
             )
         return [self._reward(verdict) for verdict in verdicts]
 
-    def count_anew(self) -> None:
-        """Forget `tally`."""
+    def count_anew(self) -> Tally:
+        """A new `tally`, which counts from here on."""
         self.tally = Tally()
+        return self.tally
 
     def _reward(self, verdict: Verdict) -> float:
         if isinstance(verdict, Failure):

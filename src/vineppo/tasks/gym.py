@@ -12,11 +12,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vineppo.config import TaskConfig
+from vineppo.config import GYM, TaskConfig
 from vineppo.tasks.graders import first_line
 from vineppo.types import Problem, RewardFn, Split, UserError
 
-PREFIX = "reasoning_gym:"
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}
 SIZES: dict[Split, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
 TEMPLATE = "{prompt}\n\nThink step by step, one short line per step. End with a line `#### ` and the final answer."
@@ -34,7 +33,7 @@ class GymTask:
     """
 
     def __init__(self, config: TaskConfig, format_prompt: Callable[[Any], str] | None = None):
-        name = config.name[len(PREFIX) :]
+        name = config.name[len(GYM) :]
         options = dict(config.options)
         self._sizes = {**SIZES, "train": int(options.pop("size", SIZES["train"]))}
         if "seed" in options:
@@ -99,7 +98,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
         raise UserError(
-            f"task.name {PREFIX}{name} needs reasoning-gym ({first_line(error)}): pip install 'vineppo[gym]'"
+            f"task.name {GYM}{name} needs reasoning-gym ({first_line(error)}): pip install 'vineppo[gym]'"
         ) from error
     logging.getLogger("reasoning_gym").setLevel(logging.ERROR)
     if name not in DATASETS:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vineppo.seeds import derive_seed
-from vineppo.tasks.finished import grade_finished, grades_while_sampling
+from vineppo.tasks.finished import sampled_and_graded
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
@@ -158,14 +158,9 @@ class MonteCarlo:
     ) -> tuple[list[list[float]], list[list[Completion]]]:
         """The continuations that each state's request asks for, and their rewards."""
         owners = [(state.problem, state.response_ids) for state in states]
-        telling = grades_while_sampling(self.task, self.decode, owners)
-        completions = self.sampler.sample(requests, telling) if telling else self.sampler.sample(requests)
-        flat = [(state, c) for state, group in zip(states, completions, strict=True) for c in group]
-        ids = [state.response_ids + c.token_ids for state, c in flat]
-        finished = [c.finish_reason == "stop" for _, c in flat]
-        texts = [self.decode(response) for response in ids]
-        graded = iter(grade_finished(self.task, [state.problem for state, _ in flat], texts, finished, ids))
-        return [[next(graded) for _ in group] for group in completions], completions
+        graded = sampled_and_graded(self.sampler, self.task, self.decode, requests, owners)
+        rewards = [[reward for _, _, reward in group] for group in graded]
+        return rewards, [[completion for completion, _, _ in group] for group in graded]
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:
