@@ -632,3 +632,59 @@ def test_alternatives_are_scaled_with_the_advantages() -> None:
     assert torch.allclose(
         trained(larger, advantage_scaling="std"), trained(samples, advantage_scaling="std"), atol=1e-5
     )
+
+
+# --- tokens without an advantage ---
+
+
+def sparse(samples: list[TrainingSample], share: float = 0.7, seed: int = 6) -> list[TrainingSample]:
+    """Most advantages 0, of tokens and of alternatives, and two samples without any."""
+    rng = np.random.default_rng(seed)
+    changed = []
+    for i, sample in enumerate(samples):
+        gone = rng.random(len(sample.token_ids)) < (1.0 if i in (1, 4) else share)
+        advantages = tuple(0.0 if zero else a for a, zero in zip(sample.advantages, gone, strict=True))
+        alternatives = tuple(
+            replace(a, advantage=0.0) if i in (1, 4) or rng.random() < share else a for a in sample.alternatives
+        )
+        changed.append(replace(sample, advantages=advantages, alternatives=alternatives))
+    return changed
+
+
+@pytest.mark.parametrize("minibatch_size", [8, 3])
+def test_leaving_out_tokens_without_an_advantage_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, minibatch_size: int
+) -> None:
+    samples = sparse(with_alternatives(build_samples(RAGGED)))
+    seen: list[int] = []
+
+    def outcome() -> tuple[torch.Tensor, Metrics]:
+        policy = build_policy(dtype=torch.float64)  # as in `train`
+        handle = policy.model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        learner = build_learner(policy, minibatch_size=minibatch_size, epochs=2, micro_batch_tokens=1)
+        metrics = learner.update(samples, 1, 0)
+        handle.remove()
+        return weights(policy.model), metrics
+
+    short, short_metrics = outcome()
+    tokens = sum(seen)
+    monkeypatch.setattr(Learner, "_every_token_counts", True)
+    seen.clear()
+    whole, whole_metrics = outcome()
+    assert tokens < 0.85 * sum(seen)
+    for metric in ("policy/loss", "policy/clip_share", "policy/grad_norm", "policy/entropy"):
+        assert short_metrics[metric] == pytest.approx(whole_metrics[metric], rel=1e-6, abs=1e-9), metric
+    assert whole_metrics["policy/clip_share"] > 0 and torch.allclose(short, whole, rtol=0, atol=1e-6)
+
+
+def test_a_minibatch_without_any_advantage_is_a_step_of_gradient_zero() -> None:
+    """Adam's moments decay as for any gradient: the next update is not that of an optimizer that saw nothing."""
+    policy = build_policy()
+    learner = build_learner(policy, minibatch_size=8, lr=1e-2)
+    learner.update(build_samples(RAGGED), 1, 0)
+    before = weights(policy.model)
+    metrics = learner.update(build_samples(RAGGED, advantage=0.0), 2, 0)
+    assert metrics["policy/grad_norm"] == 0.0 and metrics["policy/kl_old"] == pytest.approx(0.0, abs=1e-6)
+    assert not torch.equal(weights(policy.model), before)

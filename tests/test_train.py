@@ -55,6 +55,9 @@ class CrashAt:
         if metrics["iteration"] == self.at:
             raise Crash
 
+    def wants_to_stop(self) -> bool:
+        return False
+
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         pass
 

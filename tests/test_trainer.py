@@ -78,6 +78,18 @@ def test_a_script_of_a_few_lines_trains_and_tells(tmp_path: Path, capsys: pytest
     assert weights_hash(tmp_path / "saved") == weights_hash(tmp_path / "a/final")
 
 
+def test_a_callback_ends_a_run_that_is_then_finished(tmp_path: Path) -> None:
+    class Enough(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert state.max_steps == 8
+            control.should_training_stop = state.global_step >= 4
+
+    small = arguments(tmp_path / "a", max_steps=8, num_iterations=2)  # two updates in an iteration
+    output = VinePPOTrainer(MODEL, right, small, chains(20), callbacks=[Enough]).train()
+    assert output.global_step == 4 and output.metrics["iterations"] == 2
+    assert output.metrics["finish_reason"] == "callback" and (tmp_path / "a/final").is_dir()
+
+
 def test_a_model_in_memory_an_evaluation_and_a_resume(tmp_path: Path) -> None:
     def trainer(path: Path, **more: Any) -> VinePPOTrainer:
         return VinePPOTrainer(

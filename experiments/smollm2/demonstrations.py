@@ -7,12 +7,12 @@ from typing import Any
 
 
 def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
-    """One line per operation: `4 + 3 = 7`, `7 - 2 = 5`, then the answer."""
+    """One line per operation: `4+3=7`, `7-2=5`, then the answer."""
     left, *rest = entry["metadata"]["expression"].split()
     lines = []
     for operator, right in zip(rest[::2], rest[1::2], strict=True):
         result = int(left) + int(right) * (1 if operator == "+" else -1)
-        lines.append(f"{left} {operator} {right} = {result}")
+        lines.append(f"{left}{operator}{right}={result}")
         left = str(result)
     return "\n".join([*lines, f"#### {answer}"])
 

@@ -538,8 +538,8 @@ class EvalSpec:
     """Response budget in tokens; a response that reaches it counts as wrong."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, beside the end-of-sequence token."""
-    k: tuple[int, ...] = (1, 4)
-    """The k of pass@k; each at most num_samples."""
+    k: tuple[int, ...] = ()
+    """The k of pass@k, each at most num_samples; empty: num_samples."""
     seed: int = 0
     """Address of the randomness of sampling and of the intervals."""
 

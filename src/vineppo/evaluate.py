@@ -90,7 +90,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     return {
         "greedy": greedy.pass_at_1(seed).as_dict(),
         "pass@1": sampled.pass_at_1(seed).as_dict(),
-        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in spec.k if k > 1},
+        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in spec.k or (spec.num_samples,) if k > 1},
         "num_problems": len(problems),
         "num_samples": spec.num_samples,
         "split": spec.split,

@@ -10,7 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,13 @@ class Experience:
     old_alternatives: tuple[float, ...]
     """Log-probabilities of the sample's alternatives, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
+
+
+class Counts(NamedTuple):
+    """What sums over a minibatch are divided by."""
+
+    tokens: int
+    sequences: int
 
 
 class Learner:
@@ -184,40 +191,48 @@ class Learner:
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, seed: int) -> Metrics:
         """One optimizer step of the policy and of the critic on one minibatch; `seed` is for dropout."""
         config = self.config
-        tokens = sum(sum(e.sample.loss_mask) for e in minibatch)
-        totals: dict[str, float] = defaultdict(float)
-        for group in micro_batches([len(e.sample.token_ids) for e in minibatch], config.micro_batch_tokens):
-            chosen = [minibatch[i] for i in group]
-            batch = collate([e.sample for e in chosen], self.policy.device)
-            if train_policy:
-                with self.policy.dropout(derive_seed(seed, group[0])):
-                    loss, sums = self._policy_loss(batch, chosen, tokens, len(minibatch))
-                loss.backward()
-                for key, value in sums.items():
-                    totals[key] += value
-            if self.critic is not None:
-                value_loss = self._value_loss(self.critic, batch) / tokens
-                value_loss.backward()
-                totals["value/loss"] += value_loss.item()
+        metrics: Metrics = {}
         factor = lr_factor(self.updates, config.warmup_updates, self.total_updates, config.decay)
         if train_policy:
-            totals["policy/lr"] = config.lr * factor
-            totals["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
-        if self.critic_optimizer is not None:
+            metrics |= self._policy_gradient(minibatch, seed)
+            metrics["policy/lr"] = config.lr * factor
+            metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
+        if self.critic is not None and self.critic_optimizer is not None:
+            metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
             warm = lr_factor(self.updates, self.ppo.value_warmup_updates, self.total_updates, config.decay)
-            totals["value/grad_norm"] = self.critic_optimizer.step(self.ppo.value_lr * warm, config.max_grad_norm)
+            metrics["value/grad_norm"] = self.critic_optimizer.step(self.ppo.value_lr * warm, config.max_grad_norm)
         self.updates += 1
+        return metrics
+
+    def _policy_gradient(self, minibatch: Sequence[Experience], seed: int) -> Metrics:
+        """Add up the gradient of the minibatch's policy loss."""
+        whole = Counts(sum(sum(e.sample.loss_mask) for e in minibatch), len(minibatch))
+        parts = minibatch if self._every_token_counts else _credited(minibatch)
+        seen = sum(sum(e.sample.loss_mask) for e in parts)
+        totals: dict[str, float] = defaultdict(float)
+        for group in micro_batches([len(e.sample.token_ids) for e in parts], self.config.micro_batch_tokens):
+            chosen = [parts[i] for i in group]
+            with self.policy.dropout(derive_seed(seed, group[0])):
+                loss, sums = self._policy_loss(chosen, whole, seen)
+            loss.backward()
+            for key, value in sums.items():
+                totals[key] += value
         return dict(totals)
 
-    def _policy_loss(
-        self, batch: Batch, chosen: Sequence[Experience], tokens: int, sequences: int
-    ) -> tuple[torch.Tensor, Metrics]:
+    @property
+    def _every_token_counts(self) -> bool:
+        """Whether tokens without an advantage have a gradient as well."""
+        return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
+
+    def _policy_loss(self, chosen: Sequence[Experience], whole: Counts, seen: int) -> tuple[torch.Tensor, Metrics]:
         """This micro-batch's share of the minibatch's loss, and of its metrics.
 
         Args:
-            tokens, sequences: counts of the whole minibatch.
+            whole: of the whole minibatch, which the loss is divided by.
+            seen: tokens of the minibatch that are looked at, which `policy/kl_old` is a mean over.
         """
-        config, device = self.config, self.policy.device
+        config, device, tokens = self.config, self.policy.device, whole.tokens
+        batch = collate([e.sample for e in chosen], device)
         logprobs, entropies = token_logprobs(
             self.policy.model,
             batch.token_ids,
@@ -236,7 +251,7 @@ class Learner:
         metrics = {
             "policy/loss": loss.item(),
             "policy/clip_share": float(clipped) / tokens,
-            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / tokens,
+            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / max(1, seen),
         }
         if entropies is not None:
             loss = loss - config.entropy_coefficient * entropies.sum() / tokens
@@ -244,15 +259,58 @@ class Learner:
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
             penalty = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp).sum()
             loss = loss + config.kl.coefficient * penalty / (
-                sequences if config.kl.reduction == "sequence_sum" else tokens
+                whole.sequences if config.kl.reduction == "sequence_sum" else tokens
             )
         return loss, metrics
+
+    def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
+        """Add up the gradient of the minibatch's value loss, which is returned."""
+        tokens, total = sum(sum(e.sample.loss_mask) for e in minibatch), 0.0
+        for group in micro_batches([len(e.sample.token_ids) for e in minibatch], self.config.micro_batch_tokens):
+            batch = collate([minibatch[i].sample for i in group], self.policy.device)
+            loss = self._value_loss(critic, batch) / tokens
+            loss.backward()
+            total += loss.item()
+        return total
 
     def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
         assert batch.returns is not None and batch.values is not None, "a critic learns from returns and old values"
         predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
         mask = batch.loss_mask
         return clipped_value_loss(predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip)
+
+
+def _credited(minibatch: Sequence[Experience]) -> list[Experience]:
+    """What of a minibatch can move the policy: the tokens with an advantage, and what leads to them.
+
+    A token whose advantage is 0 has no gradient in the clipped objective, and no token sees those behind it. So
+    sequences without an advantage are dropped, others end with their last one, and the rest of their tokens is left
+    out of the loss: the same gradient for less work. Credit per step makes most tokens such.
+    """
+    parts = [part for part in map(_credited_part, minibatch) if sum(part.sample.loss_mask)]
+    # With nothing to learn the step is still made, of gradient 0: moments decay as they would have.
+    return parts or [minibatch[0]]
+
+
+def _credited_part(whole: Experience) -> Experience:
+    sample = whole.sample
+    places = [i for i, trained in enumerate(sample.loss_mask) if trained]  # of the response's tokens in the sequence
+    choices = [(a, old) for a, old in zip(sample.alternatives, whole.old_alternatives, strict=True) if a.advantage]
+    kept = sorted({n for n, i in enumerate(places) if sample.advantages[i]} | {a.position for a, _ in choices})
+    number, inside = {n: new for new, n in enumerate(kept)}, {places[n] for n in kept}
+    end = max(inside, default=0) + 1
+    return Experience(
+        TrainingSample(
+            token_ids=sample.token_ids[:end],
+            loss_mask=tuple(int(i in inside) for i in range(end)),
+            sampler_logprobs=sample.sampler_logprobs[:end],
+            advantages=sample.advantages[:end],
+            alternatives=tuple(replace(a, position=number[a.position]) for a, _ in choices),
+        ),
+        tuple(whole.old_logprobs[n] for n in kept),
+        tuple(old for _, old in choices),
+        None,
+    )
 
 
 def _response_part(row: Sequence[float], sample: TrainingSample) -> list[float]:

@@ -57,7 +57,9 @@ def token_logprobs(
         asked for. With alternatives logprobs is (N + A,), theirs at the end: they cost no forward pass of their own.
     """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each masked token
-    logits = selected_logits(model, token_ids, select).float() / temperature  # (N, V)
+    logits = selected_logits(model, token_ids, select).float()  # (N, V)
+    if temperature != 1:
+        logits = logits / temperature
     distribution = logits.log_softmax(-1)  # (N, V)
     targets = token_ids[loss_mask]  # (N,)
     entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None  # (N,)

@@ -58,6 +58,10 @@ class ConsoleReporter:
         short = progress_line(moving, iterations) if metrics.get("iteration") else "first iteration"
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
 
+    def wants_to_stop(self) -> bool:
+        """Never: whoever watches has Ctrl-C."""
+        return False
+
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Close the live line and print the report."""
         self.close()

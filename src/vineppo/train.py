@@ -41,6 +41,9 @@ class Reporter(Protocol):
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """After each iteration, with its line of metrics.jsonl."""
 
+    def wants_to_stop(self) -> bool:
+        """Whether the run shall end here, as if it were over: asked between two iterations."""
+
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """At the end, with summary.json."""
 
@@ -181,7 +184,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
     config, timer = stages.config, Timer()
     if not progress.accuracy_before:
         progress = _evaluate_before(stages, progress)
-    while not (reason := _reason_to_stop(config, progress, stages.learner.updates, stop)):
+    while not (reason := _reason_to_stop(stages, progress, stop)):
         iteration = progress.iteration + 1
         tally = stages.task.count_anew() if isinstance(stages.task, Graded) else Tally()
         with timer("sample"):
@@ -196,7 +199,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         seconds = timer.pop()
         progress = _advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
         line = _metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **tally.shares()}, seconds)
-        is_last = _reason_to_stop(config, progress, stages.learner.updates, stop) not in ("", "interrupted")
+        is_last = _reason_to_stop(stages, progress, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
             progress, accuracy = _evaluate(stages, progress)
             line.update(accuracy)
@@ -264,20 +267,20 @@ def sample_rollouts(parts: Parts, problems: Sequence[Problem], iteration: int) -
     )
 
 
-def _reason_to_stop(config: Config, progress: Progress, updates: int, stop: threading.Event) -> str:
+def _reason_to_stop(stages: Stages, progress: Progress, stop: threading.Event) -> str:
     """Why the loop ends here; empty to go on."""
-    run = config.run
+    run = stages.config.run
     if stop.is_set():
         return "interrupted"
     if progress.iteration >= run.iterations:
         return "iterations"
-    if run.max_updates and updates >= run.max_updates:
+    if run.max_updates and stages.learner.updates >= run.max_updates:
         return "updates"
     if run.max_tokens and progress.rollout_tokens + progress.mc_tokens >= run.max_tokens:
         return "tokens"
     if run.max_seconds and progress.seconds_train >= run.max_seconds:
         return "seconds"
-    return ""
+    return "callback" if stages.reporter and stages.reporter.wants_to_stop() else ""
 
 
 def _advance(

@@ -35,7 +35,7 @@ from vineppo.settings import config_from_dict, did_you_mean
 from vineppo.tasks import build_task
 from vineppo.tasks.graders import load_grader
 from vineppo.tasks.rows import as_sequence
-from vineppo.train import Given, resume, train
+from vineppo.train import Given, resume, total_updates, train
 from vineppo.trl_names import with_trl_names
 from vineppo.types import Split, UserError
 
@@ -378,7 +378,7 @@ class _Listener:
 
     def start(self, config: Config, total_iterations: int) -> None:
         """on_train_begin."""
-        self.state.max_steps = total_iterations
+        self.state.max_steps = total_updates(config)
         self._tell("on_train_begin")
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
@@ -396,6 +396,10 @@ class _Listener:
         self._tell("on_log", logs=logs)
         print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
 
+    def wants_to_stop(self) -> bool:
+        """Whether a callback has set `control.should_training_stop`."""
+        return bool(self.control.should_training_stop)
+
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """on_train_end."""
         self._tell("on_train_end")
@@ -404,7 +408,8 @@ class _Listener:
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
-                method(self.trainer.args, self.state, self.control, model=self.trainer.model, **more)
+                changed = method(self.trainer.args, self.state, self.control, model=self.trainer.model, **more)
+                self.control = self.control if changed is None else changed  # transformers allows either way
 
 
 def _reward_functions(given: Any) -> list[Any]:
