@@ -41,6 +41,8 @@ class Counts(NamedTuple):
 
     tokens: int
     sequences: int
+    seen: int
+    """Tokens that the forward pass looks at, which `policy/kl_old` is a mean over."""
 
 
 class Learner:
@@ -167,7 +169,7 @@ class Learner:
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
         entropy_sum, count = 0.0, 0
-        for group in micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens):
+        for group in self._micro_batches(samples):
             batch = collate([samples[i] for i in group], policy.device)
             logprobs, entropies = token_logprobs(
                 policy.model,
@@ -188,6 +190,10 @@ class Learner:
                 alternatives[i], flat = flat[:length], flat[length:]
         return rows, alternatives, entropy_sum / max(1, count)
 
+    def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
+        """Indices of the samples that go through the model together."""
+        return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
+
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, seed: int) -> Metrics:
         """One optimizer step of the policy and of the critic on one minibatch; `seed` is for dropout."""
         config = self.config
@@ -206,14 +212,12 @@ class Learner:
 
     def _policy_gradient(self, minibatch: Sequence[Experience], seed: int) -> Metrics:
         """Add up the gradient of the minibatch's policy loss."""
-        whole = Counts(sum(sum(e.sample.loss_mask) for e in minibatch), len(minibatch))
         parts = minibatch if self._every_token_counts else _credited(minibatch)
-        seen = sum(sum(e.sample.loss_mask) for e in parts)
+        counts = Counts(_num_tokens(minibatch), len(minibatch), _num_tokens(parts))
         totals: dict[str, float] = defaultdict(float)
-        for group in micro_batches([len(e.sample.token_ids) for e in parts], self.config.micro_batch_tokens):
-            chosen = [parts[i] for i in group]
+        for group in self._micro_batches([e.sample for e in parts]):
             with self.policy.dropout(derive_seed(seed, group[0])):
-                loss, sums = self._policy_loss(chosen, whole, seen)
+                loss, sums = self._policy_loss([parts[i] for i in group], counts)
             loss.backward()
             for key, value in sums.items():
                 totals[key] += value
@@ -224,14 +228,13 @@ class Learner:
         """Whether tokens without an advantage have a gradient as well."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
-    def _policy_loss(self, chosen: Sequence[Experience], whole: Counts, seen: int) -> tuple[torch.Tensor, Metrics]:
+    def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
         """This micro-batch's share of the minibatch's loss, and of its metrics.
 
         Args:
-            whole: of the whole minibatch, which the loss is divided by.
-            seen: tokens of the minibatch that are looked at, which `policy/kl_old` is a mean over.
+            counts: of the whole minibatch.
         """
-        config, device, tokens = self.config, self.policy.device, whole.tokens
+        config, device, tokens = self.config, self.policy.device, counts.tokens
         batch = collate([e.sample for e in chosen], device)
         logprobs, entropies = token_logprobs(
             self.policy.model,
@@ -251,7 +254,7 @@ class Learner:
         metrics = {
             "policy/loss": loss.item(),
             "policy/clip_share": float(clipped) / tokens,
-            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / max(1, seen),
+            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / max(1, counts.seen),
         }
         if entropies is not None:
             loss = loss - config.entropy_coefficient * entropies.sum() / tokens
@@ -259,14 +262,14 @@ class Learner:
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
             penalty = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp).sum()
             loss = loss + config.kl.coefficient * penalty / (
-                whole.sequences if config.kl.reduction == "sequence_sum" else tokens
+                counts.sequences if config.kl.reduction == "sequence_sum" else tokens
             )
         return loss, metrics
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
         """Add up the gradient of the minibatch's value loss, which is returned."""
-        tokens, total = sum(sum(e.sample.loss_mask) for e in minibatch), 0.0
-        for group in micro_batches([len(e.sample.token_ids) for e in minibatch], self.config.micro_batch_tokens):
+        tokens, total = _num_tokens(minibatch), 0.0
+        for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
             loss.backward()
@@ -280,6 +283,11 @@ class Learner:
         return clipped_value_loss(predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip)
 
 
+def _num_tokens(experience: Sequence[Experience]) -> int:
+    """Trained tokens."""
+    return sum(sum(e.sample.loss_mask) for e in experience)
+
+
 def _credited(minibatch: Sequence[Experience]) -> list[Experience]:
     """What of a minibatch can move the policy: the tokens with an advantage, and what leads to them.
 
@@ -287,7 +295,7 @@ def _credited(minibatch: Sequence[Experience]) -> list[Experience]:
     sequences without an advantage are dropped, others end with their last one, and the rest of their tokens is left
     out of the loss: the same gradient for less work. Credit per step makes most tokens such.
     """
-    parts = [part for part in map(_credited_part, minibatch) if sum(part.sample.loss_mask)]
+    parts = [part for part in map(_credited_part, minibatch) if any(part.sample.loss_mask)]
     # With nothing to learn the step is still made, of gradient 0: moments decay as they would have.
     return parts or [minibatch[0]]
 
