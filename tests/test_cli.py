@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,12 +66,12 @@ def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     """Each example parses, and each key in it exists: their mistakes could only be missing files and models."""
-    from vineppo.cli import _parse, _parser
+    from vineppo.options import parse_request, parser_of
 
     for name, command in COMMANDS.items():
         for _, line in command.examples:
             argv = line.split(" | ")[0].split()[2:]
-            _parse(_parser(name, command), command, argv)
+            parse_request(parser_of(name, command), command, argv)
 
 
 def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +88,7 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["vineppo"] == vineppo.__version__
     assert rows["python"] == ".".join(map(str, sys.version_info[:3]))
     assert "judgement" in rows["recipes"]
+    assert re.match(r"cpu \(\d+ threads?; bfloat16: (fast|slow, use float32)\)", rows["device"])
 
 
 # --- mistakes

@@ -17,13 +17,25 @@ PACKAGE = ROOT / "src" / "vineppo"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "config", "seeds", "files"}),
     frozenset(
-        {"advantages", "losses", "logits", "batch", "steps", "statistics", "records", "optim", "tasks", "trl_names"}
+        {
+            "advantages",
+            "batch",
+            "hardware",
+            "logits",
+            "losses",
+            "optim",
+            "records",
+            "statistics",
+            "steps",
+            "tasks",
+            "trl_names",
+        }
     ),
     frozenset({"policy", "sampling", "run", "checkpoint", "trackers", "tiny"}),
     frozenset({"rollouts", "values", "learner", "plots"}),
     frozenset({"credit", "evaluate", "analysis"}),
     frozenset({"train", "sft"}),
-    frozenset({"cli", "compare", "settings", "report", "trainer", "plan", "__main__", "__init__"}),
+    frozenset({"cli", "compare", "settings", "options", "report", "trainer", "plan", "__main__", "__init__"}),
 )
 DOOR = FLOORS[-1]
 # The words and the seeds may be imported by their neighbours too; they themselves import nothing of ours.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def test_the_dtype_asked_for_is_the_dtype_loaded(policy: Policy, tmp_path: Path)
     with torch.no_grad():
         again = Policy.load(ModelConfig(path=str(tmp_path / "half"), dtype="bfloat16"))
         assert torch.equal(again.model(some_ids(policy)).logits, loaded.model(some_ids(policy)).logits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies", "warned"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_a_dtype_that_the_processor_has_no_instructions_for_is_told(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, multiplies: bool, warned: int
+) -> None:
+    monkeypatch.setattr("vineppo.policy.cpu_multiplies", lambda dtype: multiplies)
+    policy.save(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Policy.load(ModelConfig(path=str(tmp_path), dtype=dtype))
+    told = [str(w.message) for w in caught if "model.dtype" in str(w.message)]
+    assert len(told) == warned
+    assert all("bfloat16: this CPU" in text and "use model.dtype float32" in text for text in told)
 
 
 def test_a_fresh_tiny_model_is_a_function_of_its_seed() -> None:
@@ -259,6 +276,8 @@ def test_the_value_head_starts_small_and_by_its_seed(policy: Policy) -> None:
     assert abs(float(weights.mean())) < 0.02
     assert torch.equal(ValueNetwork(policy, seed=5).head.weight, heads[5].weight)
     assert not torch.equal(heads[4].weight, heads[5].weight)
+    assert torch.allclose(ValueNetwork(policy, seed=5, head_scale=0.25).head.weight, heads[5].weight / 4)
+    assert not ValueNetwork(policy, seed=5, head_scale=0.0).head.weight.any()
 
 
 def test_the_value_network_shares_no_weight_with_the_policy() -> None:

@@ -11,32 +11,29 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import sys
-import textwrap
-import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 from vineppo.config import Config, EvalSpec, SFTConfig
+from vineppo.hardware import cpu_multiplies, keep_freed_memory
+from vineppo.options import Command, Request, add_note, add_settings, count, parse_request, parser_of
 from vineppo.report import ConsoleReporter, duration, interval_text
 from vineppo.settings import (
     COMMAND_LINE,
     build_config,
     config_from_dict,
     config_from_layers,
-    convert,
     did_you_mean,
     diff_configs,
     is_sft_recipe,
     load_recipe,
     recipe_names,
     recipe_stem,
-    sections_of,
     settings_of,
-    suggestion,
 )
 from vineppo.types import UserError
 
@@ -47,40 +44,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pya
 _EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "ray", "tensorboard", "wandb", "trackio")
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command of the program."""
-
-    purpose: str
-    """One line, for the overview and the top of its help."""
-    takes: str
-    """Name of what may stand without dashes; empty: nothing."""
-    usage: str
-    """What follows the command's name."""
-    options: Callable[[argparse.ArgumentParser], None]
-    """Adds the options to the parser."""
-    run: Callable[[Request], int]
-    """Does it; returns the exit code."""
-    examples: tuple[tuple[str, str], ...]
-    """(what it does, command line)."""
-    config: type | None = None
-    """The config dataclass whose dotted keys are options."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A parsed command line."""
-
-    positional: str | None
-    """RECIPE or MODEL, as written."""
-    options: Mapping[str, Any]
-    """The command's own options, without their dashes; None where not given."""
-    overrides: Mapping[str, str]
-    """Dotted keys that were given, with their text."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    warnings.showwarning = _show_warning
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -102,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one line, without the place in the source that it came from."""
+    print(f"warning: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
+
+
 def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -115,11 +86,12 @@ def _dispatch(argv: list[str]) -> int:
         hint = did_you_mean(name, ["--help", "--version"] if name.startswith("-") else COMMANDS)
         raise UserError(f"unknown {what} {name}; {hint + ' ' if hint else ''}commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    parser = _parser(name, command)
+    parser = parser_of(name, command)
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return 0
-    return command.run(_parse(parser, command, rest))
+    keep_freed_memory()
+    return command.run(parse_request(parser, command, rest))
 
 
 def _overview() -> str:
@@ -139,115 +111,6 @@ def _version() -> str:
     return str(vineppo.__version__)
 
 
-# --- parsing ----------------------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """A mistake is one line, without the usage of a hundred options."""
-        text = message.removeprefix("argument ")
-        raise UserError(f"{text}; see `{self.prog} --help`")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-
-def _parser(name: str, command: Command) -> _Parser:
-    examples = "\n".join(f"  # {what}\n  {line}" for what, line in command.examples)
-    parser = _Parser(
-        prog=f"vineppo {name}",
-        usage=f"vineppo {name} {command.usage}".rstrip(),
-        description=command.purpose,
-        epilog=f"examples:\n{examples}",
-        formatter_class=_Formatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
-    command.options(parser)
-    return parser
-
-
-def _parse(parser: _Parser, command: Command, argv: list[str]) -> Request:
-    # What is left over is unknown options and the positional; argparse's own positionals must not stand after options.
-    given, left = parser.parse_known_args(_join_negative_numbers(argv))
-    cls = command.config
-    names = [option.lstrip("-") for option in parser._option_string_actions]
-    for word in left:
-        if word.startswith("-") and word != "-":
-            key = word.split("=", 1)[0].lstrip("-")
-            hint = suggestion(cls, key, others=names, prefix="--") if cls else did_you_mean(key, names, "--")
-            raise UserError(f"unknown option {word.split('=', 1)[0]}; {hint or f'see `{parser.prog} --help`'}")
-    if len(left) > bool(command.takes):
-        raise UserError(f"{left[-1]} is one argument too many; usage: {parser.usage}")
-    values = vars(given)
-    keys = settings_of(cls) if cls else {}
-    return Request(
-        positional=left[0] if left else None,
-        options={name: value for name, value in values.items() if name not in keys and name != "help"},
-        overrides={name: value for name, value in values.items() if name in keys and value is not None},
-    )
-
-
-def _join_negative_numbers(argv: list[str]) -> list[str]:
-    """`--key -1e-4` as `--key=-1e-4`: argparse takes some negative numbers for options."""
-    joined: list[str] = []
-    for word in argv:
-        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _is_negative_number(word):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined
-
-
-def _is_negative_number(word: str) -> bool:
-    try:
-        return word.startswith("-") and float(word) <= 0
-    except ValueError:
-        return False
-
-
-def _add_settings(parser: argparse.ArgumentParser, cls: type, hidden: Collection[str] = ()) -> None:
-    """Every setting of a config dataclass as an option, in a group per section, with the text under its field."""
-    groups: dict[str, Any] = {
-        key: parser.add_argument_group(f"{key}: {section.doc}" if key else "settings")
-        for key, section in sections_of(cls).items()
-    }
-    for key, setting in settings_of(cls).items():
-        default = _default_text(setting.default)
-        help_text = f"{setting.doc}{f' (default: {default})' if default else ''}".replace("%", "%%")
-        is_bool = setting.type is bool
-        groups[key.rpartition(".")[0]].add_argument(
-            f"--{key}",
-            metavar=_metavar(setting.type),
-            nargs="?" if is_bool else None,
-            const="true" if is_bool else None,
-            help=argparse.SUPPRESS if key in hidden else help_text,
-        )
-
-
-def _metavar(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(typing.get_args(kind)) + "}"
-    if typing.get_origin(kind) is tuple:
-        return "A,B"
-    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
-
-
-def _default_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _count(request: Request, name: str, default: int) -> int:
-    """A whole number among the command's own options."""
-    value = request.options[name]
-    return default if value is None else int(convert(f"--{name}", int, value, COMMAND_LINE))
-
-
 # --- train, demo ------------------------------------------------------------------------------------------------------
 
 
@@ -258,22 +121,17 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
     )
     _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    _add_settings(parser, Config)
+    add_settings(parser, Config)
 
 
 def _add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
     names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
-    _add_note(
+    add_note(
         parser,
         title,
         f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither "
         "the recipe nor the command line gives. Lists are written a,b or [a, b].",
     )
-
-
-def _add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:
-    width = max(40, min(shutil.get_terminal_size().columns, 120) - 4)
-    parser.add_argument_group(title, textwrap.fill(text, width))
 
 
 def _train(request: Request) -> int:
@@ -355,7 +213,7 @@ _DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
 
 
 def _demo_options(parser: argparse.ArgumentParser) -> None:
-    _add_settings(parser, Config, hidden=set(settings_of(Config)) - set(_DEMO_KEYS))
+    add_settings(parser, Config, hidden=set(settings_of(Config)) - set(_DEMO_KEYS))
 
 
 def _demo(request: Request) -> int:
@@ -388,7 +246,7 @@ def _free_directory(first: Path) -> Path:
 
 def _sft_options(parser: argparse.ArgumentParser) -> None:
     _add_recipe_note(parser, "RECIPE (may be left out)", sft=True)
-    _add_settings(parser, SFTConfig)
+    add_settings(parser, SFTConfig)
 
 
 def _sft(request: Request) -> int:
@@ -417,14 +275,14 @@ def _plain(name: str, value: Any) -> str:
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
-    _add_note(
+    add_note(
         parser,
         "MODEL",
         "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory, whose final model is "
         "measured with the run's own task, response budget and stop strings. Greedy decoding is always measured too.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    _add_settings(parser, EvalSpec, hidden=("model.path",))
+    add_settings(parser, EvalSpec, hidden=("model.path",))
 
 
 def _eval(request: Request) -> int:
@@ -513,7 +371,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="directory of the comparison; one that stopped half-way goes on from there")
     add("--jobs", metavar="N", help="runs at the same time; more than 1 makes seconds less meaningful (default: 1)")
     _add_recipe_note(parser, "RECIPE", sft=False)
-    _add_settings(parser, Config, hidden={*_SET_BY_COMPARE, *_BUDGETS})
+    add_settings(parser, Config, hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
 
 def _compare(request: Request) -> int:
@@ -528,10 +386,10 @@ def _compare(request: Request) -> int:
     spec = CompareSpec(
         recipe=recipe,
         algorithms=algorithms,
-        seeds=_count(request, "seeds", 5),
+        seeds=count(request, "seeds", 5),
         budget=parse_budget(options["budget"] or "updates=96"),
         out=options["out"],
-        jobs=_count(request, "jobs", 1),
+        jobs=count(request, "jobs", 1),
         overrides=tuple(f"--{key}={value}" for key, value in request.overrides.items()),
     )
     for algorithm in algorithms:  # a mistake is told now, not by the first run that meets it
@@ -553,14 +411,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response_tokens", metavar="N", help="with --gpu: mean response length")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file as well")
     _add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    _add_settings(parser, Config)
+    add_settings(parser, Config)
 
 
 def _plan(request: Request) -> int:
     config, target = _training_config(request.positional or DEFAULT_RECIPE, request.overrides), _json_target(request)
     from vineppo.plan import plan, report
 
-    length = _count(request, "response_tokens", 0)
+    length = count(request, "response_tokens", 0)
     made = plan(config, gpu=request.options["gpu"], response_tokens=length or None)
     print("\n".join(report(made, config)))
     _write_json(target, made.as_dict())
@@ -601,8 +459,10 @@ def _devices() -> str:
         import torch
     except ImportError:
         return "PyTorch is not installed"
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([f"cpu ({torch.get_num_threads()} threads)", *(f"cuda:{i} ({n})" for i, n in enumerate(cuda))])
+    bfloat16 = "fast" if cpu_multiplies(torch.bfloat16) else "slow, use float32"
+    cpu = f"cpu ({torch.get_num_threads()} threads; bfloat16: {bfloat16})"
+    cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return ", ".join([cpu, *cuda])
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

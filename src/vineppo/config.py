@@ -294,6 +294,9 @@ class PPOConfig:
     """Learning rate of the value network, which starts as a copy of the policy with a fresh linear head."""
     value_warmup_updates: int = 0
     """Updates over which the value network's learning rate rises from 0."""
+    value_head_scale: float = 1.0
+    """Standard deviation of that head's weights, in units of 1 / sqrt(hidden size + 1), the reference setting. 0: all
+    values start at 0, for models with large last hidden states, where `value/explained_variance` starts far below 0."""
     value_only_iterations: int = 0
     """Iterations at the start in which only the value network learns."""
     value_clip: float = 0.2
@@ -304,7 +307,7 @@ class PPOConfig:
         _require(0 < self.gamma <= 1, f"ppo.gamma is {self.gamma}; allowed: above 0, at most 1")
         _require(self.value_lr > 0, f"ppo.value_lr is {self.value_lr}; it must be above 0")
         _at_least("ppo", 0, value_warmup_updates=self.value_warmup_updates, value_clip=self.value_clip)
-        _at_least("ppo", 0, value_only_iterations=self.value_only_iterations)
+        _at_least("ppo", 0, value_only_iterations=self.value_only_iterations, value_head_scale=self.value_head_scale)
 
 
 @dataclass(frozen=True)

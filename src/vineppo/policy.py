@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.resources
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vineppo.config import LoraConfig, ModelConfig
+from vineppo.hardware import cpu_multiplies
 from vineppo.types import UserError
 
 EMBEDDED = "embedded:"
@@ -48,6 +50,7 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    _warn_of_slow_numbers(config)
     path = resolve_model_path(config.path)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -61,6 +64,16 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
+
+
+def _warn_of_slow_numbers(config: ModelConfig) -> None:
+    dtype = getattr(torch, config.dtype)
+    if dtype.itemsize == 2 and config.device.startswith("cpu") and not cpu_multiplies(dtype):
+        warnings.warn(
+            f"model.dtype {config.dtype}: this CPU has no instructions for it and multiplies several times slower than "
+            "with float32; use model.dtype float32 unless memory is short",
+            stacklevel=3,
+        )
 
 
 def without_dropout(model: Any) -> Any:
@@ -237,12 +250,12 @@ def _has_frozen(module: nn.Module) -> bool:
 class ValueNetwork(nn.Module):
     """A full language model body with a linear head: the value of the state before each token.
 
-    The body starts as a copy of the policy's, the head with standard deviation 1 / sqrt(hidden + 1) and no bias, as in
-    the reference settings of PPO in the VinePPO paper. Where the policy has adapters, the body has its own of the same
-    kind, and shares the frozen weights.
+    The body starts as a copy of the policy's, the head with standard deviation head_scale / sqrt(hidden + 1) and no
+    bias, as in the reference settings of PPO in the VinePPO paper (scale 1). Where the policy has adapters, the body
+    has its own of the same kind, and shares the frozen weights.
     """
 
-    def __init__(self, policy: Policy, seed: int):
+    def __init__(self, policy: Policy, seed: int, head_scale: float = 1.0):
         super().__init__()
         frozen = [p for p in policy.model.parameters() if not p.requires_grad] if policy.adapters is not None else []
         # What adapters leave alone is shared with the policy: a second copy of it would only cost memory.
@@ -250,9 +263,9 @@ class ValueNetwork(nn.Module):
         if policy.adapters is None:
             self.body.requires_grad_(True)
         hidden = policy.model.config.get_text_config().hidden_size
-        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed)) / (hidden + 1) ** 0.5  # (1, H)
+        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))  # (1, H)
         self.head = nn.Linear(hidden, 1, bias=False)
-        self.head.weight.data.copy_(weight)
+        self.head.weight.data.copy_(weight * (head_scale / (hidden + 1) ** 0.5))
         self.to(policy.device)
         without_dropout(self)
 

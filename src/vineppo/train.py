@@ -222,7 +222,9 @@ def build_parts(
         NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
         for t in (own.temperature, config.eval.temperature)
     )
-    critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head")) if config.algorithm == "ppo" else None
+    critic = None
+    if config.algorithm == "ppo":
+        critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), config.ppo.value_head_scale)
     learner = Learner(
         policy,
         Reference(policy) if config.learner.kl.coefficient > 0 else None,

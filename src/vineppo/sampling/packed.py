@@ -8,7 +8,6 @@ nothing to gain, and accelerators choose their own layout.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-_SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-"""Which operation says whether this processor multiplies in a dtype."""
+from vineppo.hardware import cpu_multiplies
+
+_PACKING = ("_reorder_linear_weight", "_linear_pointwise")
+"""oneDNN's operations on a rearranged weight."""
 
 
 @contextlib.contextmanager
@@ -67,22 +68,18 @@ def _packable(module: Any) -> bool:
         type(module) is nn.Linear
         and "forward" not in module.__dict__
         and module.weight.device.type == "cpu"
-        and _multiplies(module.weight.dtype)
+        and _packs(module.weight.dtype)
     )
 
 
-@functools.cache
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is here and this processor multiplies 16-bit numbers of that kind."""
-    if dtype not in _SUPPORTED or not torch.backends.mkldnn.is_available():
-        return False
-    operations = (_SUPPORTED[dtype], "_reorder_linear_weight", "_linear_pointwise")
-    return all(hasattr(torch.ops.mkldnn, name) for name in operations) and getattr(torch.ops.mkldnn, operations[0])()
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies in that dtype, by weights that were rearranged before."""
+    return cpu_multiplies(dtype) and all(hasattr(torch.ops.mkldnn, name) for name in _PACKING)
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """F.linear with the weight, shape (out, in), rearranged where that pays."""
-    if weight.device.type != "cpu" or not _multiplies(weight.dtype):
+    if weight.device.type != "cpu" or not _packs(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     operations = torch.ops.mkldnn
     packed = operations._reorder_linear_weight(weight, None)
