@@ -108,6 +108,18 @@ def test_ratios_by_hand(tmp_path: Path) -> None:
     assert pair["reason"] is None
 
 
+def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
+    write_ppo_and_vine(tmp_path)
+    equal = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))["equal"]
+    means = {axis: {name: own["mean"] for name, own in at["accuracy"].items()} for axis, at in equal.items()}
+    assert {axis: at["amount"] for axis, at in equal.items()} == {"updates": 40, "tokens": 4000, "seconds": 40}
+    assert means["updates"] == pytest.approx({"vineppo": 0.85, "ppo": 0.6})
+    assert means["tokens"] == pytest.approx({"vineppo": 0.5, "ppo": 0.6})  # VinePPO has used them after 10 updates
+    # VinePPO has done 8 updates: .36 and .52; PPO's seeds all 40 and, half as fast, 20: .6 and .4.
+    assert means["seconds"] == pytest.approx({"vineppo": 0.44, "ppo": 0.5})
+    assert analyse(load_all(tmp_path), ("vineppo",))["equal"] == {}
+
+
 def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
     figures = analyse(load_all(tmp_path), ("vineppo", "ppo"))
@@ -356,6 +368,7 @@ def test_a_finished_comparison_is_reported_without_running_anything(tmp_path: Pa
     table = (tmp_path / "table.md").read_text()
     assert "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 148.5] | 40 | 4,000 | 12,000 | 200 | 15 | 75 |" in table
     assert "updates 2.00" in table and "seconds 0.60" in table
+    assert "At equal tokens (4,000 a run), accuracy during training: vineppo 50.0% [-77.1, 177.1], ppo 60.0%" in table
     for name in ("over_updates", "over_tokens", "over_seconds", "over_kl"):
         assert (tmp_path / f"accuracy_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "final_accuracy.png").exists()

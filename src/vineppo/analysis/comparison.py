@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,37 @@ def versus(
     return {**result, "share_of_resamples_reached": reached / num_resamples}
 
 
+def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
+    """Accuracy of the algorithms where every run has used the same amount: all that the thriftiest run used.
+
+    Read off each run's own curve, linear between its evaluations. Where the learning rate decays to the end of a run,
+    the thriftiest one is measured behind its decay and the others before theirs, which favours it.
+
+    Returns:
+        axis -> `amount` and `accuracy` (name -> interval over seeds); nothing for fewer than two curves.
+    """
+    known = {name: own for name, own in curves.items() if own is not None}
+    result = {}
+    for axis in AXES if len(known) > 1 else ():
+        used = {name: np.broadcast_to(getattr(own, axis), own.accuracy.shape) for name, own in known.items()}  # (N, E)
+        amount = min(float(rows[:, -1].min()) for rows in used.values())
+        accuracy = {
+            name: interval_over_seeds(
+                [float(np.interp(amount, x, y)) for x, y in zip(used[name], own.accuracy, strict=True)]
+            )
+            for name, own in known.items()
+        }
+        result[axis] = {"amount": amount, "accuracy": {name: own.as_dict() for name, own in accuracy.items()}}
+    return result
+
+
 def analyse(runs: Sequence[RunRecord], algorithms: Sequence[str]) -> dict[str, Any]:
     """Everything that `compare.json` says about finished runs: a pure function of them.
 
     Returns:
         `algorithms` (name -> figures; a name without finished runs has nulls), `vineppo_vs_ppo` and
-        `vs_best_baseline` (VinePPO against the baseline with the highest final accuracy).
+        `vs_best_baseline` (VinePPO against the baseline with the highest final accuracy), `equal` (all at equal
+        updates, tokens and seconds).
     """
     grouped = {name: sorted((r for r in runs if r.algorithm == name), key=lambda r: r.seed) for name in algorithms}
     curves = {name: align(group) for name, group in grouped.items()}
@@ -235,6 +260,7 @@ def analyse(runs: Sequence[RunRecord], algorithms: Sequence[str]) -> dict[str, A
         "algorithms": figures,
         "vineppo_vs_ppo": _pair("ppo", grouped, curves),
         "vs_best_baseline": _pair(best, grouped, curves),
+        "equal": at_equal_amounts(curves),
     }
 
 

@@ -48,12 +48,23 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     best = result["vs_best_baseline"]
     if best["baseline"] not in (None, "ppo"):
         lines.append(_pair_sentence(best))
+    lines += _equal_sentences(result["equal"])
     lines.append(
         f"Budget of each run: {spec['budget']}. Accuracy after: mean over runs with its 95% Student t interval. "
         f"Seconds of training, evaluation not counted, {result['cpu_count']} cores, {spec['jobs']} run(s) at a time."
     )
     lines += [f"MISSING: {gap['algorithm']} seed {gap['seed']}: {gap['reason']}" for gap in result["missing"]]
     return [line for line in lines if line]
+
+
+def _equal_sentences(equal: dict[str, Any]) -> list[str]:
+    """One sentence an axis: every algorithm's accuracy during training, at what the thriftiest run used in all."""
+    return [
+        f"At equal {axis} ({count(at['amount'])} a run), accuracy during training: "
+        + ", ".join(f"{name} {_percent_interval(interval)}" for name, interval in at["accuracy"].items())
+        + "."
+        for axis, at in equal.items()
+    ]
 
 
 def _pair_sentence(pair: dict[str, Any]) -> str:
