@@ -351,8 +351,9 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
     table = Table(title=f"{result['num_problems']} {result.get('split', '')} problems")
     table.add_column("measure")
     table.add_column("accuracy [95%]", justify="right")
-    for name in ("greedy", *(key for key in result if key.startswith("pass@"))):
-        table.add_row(name, interval_text(result[name]).replace("[", r"\["))
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            table.add_row(name, interval_text(value).replace("[", r"\["))
     print(f"{model}")
     Console().print(table)
     spent = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"

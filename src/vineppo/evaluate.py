@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: pass@1 as a mean over samples, pass@k, greedy, with intervals over problems."""
+"""Accuracy on held-out problems: mean reward, pass@k, greedy, with intervals over problems."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ class Measurement:
     tokens: int
     truncated_share: float
 
-    def pass_at_1(self, seed: int) -> Interval:
-        """Mean reward over all responses; the interval is over problems."""
+    @property
+    def graded(self) -> bool:
+        """Whether some reward is partial: neither 0 nor 1."""
+        return any(reward not in (0, 1) for row in self.rewards for reward in row)
+
+    def mean_reward(self, seed: int) -> Interval:
+        """Mean reward over all responses, pass@1 where rewards are 0 or 1; the interval is over problems."""
         return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
@@ -68,7 +73,11 @@ def measure(
 
 
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
-    """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took."""
+    """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took.
+
+    These count responses with a reward of at least 1. Where some rewards are partial, `greedy reward` and `mean reward`
+    stand beside them.
+    """
     began = time.perf_counter()
     policy = Policy.load(spec.model)
     task = build_task(spec.task, policy.chat_prompt)
@@ -87,10 +96,11 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
 
     sampled, greedy = measured(spec.temperature, spec.num_samples), measured(0.0, 1)
     seed = derive_seed(spec.seed, "bootstrap")
+    rewards = {"greedy reward": greedy, "mean reward": sampled} if sampled.graded or greedy.graded else {}
     return {
-        "greedy": greedy.pass_at_1(seed).as_dict(),
-        "pass@1": sampled.pass_at_1(seed).as_dict(),
-        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in spec.k or (spec.num_samples,) if k > 1},
+        "greedy": greedy.pass_at_k(1, seed).as_dict(),
+        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in sorted({1, *(spec.k or (spec.num_samples,))})},
+        **{name: own.mean_reward(seed).as_dict() for name, own in rewards.items()},
         "num_problems": len(problems),
         "num_samples": spec.num_samples,
         "split": spec.split,

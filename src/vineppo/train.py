@@ -345,7 +345,7 @@ def _evaluate(stages: Stages, progress: Progress) -> tuple[Progress, dict[str, f
     """Accuracy on the validation problems of the curve."""
     began = time.perf_counter()
     measured = _measure(stages, "validation", stages.config.eval.num_problems, ("eval", progress.iteration))
-    interval = measured.pass_at_1(stages.config.run.seed)
+    interval = measured.mean_reward(stages.config.run.seed)
     seconds = time.perf_counter() - began
     progress = replace(
         progress,
@@ -412,7 +412,7 @@ def _final_accuracy(stages: Stages, when: str) -> dict[str, float | None]:
     settings = stages.config.eval
     if not settings.final_num_problems:
         return {"mean": None, "low": None, "high": None}
-    return _measure(stages, settings.split, settings.final_num_problems, (when,)).pass_at_1(0).as_dict()
+    return _measure(stages, settings.split, settings.final_num_problems, (when,)).mean_reward(0).as_dict()
 
 
 def _log(stages: Stages, line: dict[str, Any]) -> None:

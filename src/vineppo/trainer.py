@@ -359,7 +359,7 @@ class VinePPOTrainer:
             max_new_tokens=self.config.rollouts.max_new_tokens,
             address=(self.config.run.seed, "evaluate"),
         )
-        interval = measured.pass_at_1(self.config.run.seed)
+        interval = measured.mean_reward(self.config.run.seed)
         return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
