@@ -397,7 +397,7 @@ class EvalConfig:
     final_num_problems: int = 256
     """Problems of the measurements before and after training; 0 leaves them out."""
     num_samples: int = 1
-    """Responses per problem; pass@1 is their mean."""
+    """Responses per problem; accuracy is the mean of their rewards."""
     temperature: float = 1.0
     """Sampling temperature of evaluation; 0 is greedy."""
     split: Literal["validation", "test"] = "validation"

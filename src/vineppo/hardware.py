@@ -35,7 +35,7 @@ def keep_freed_memory() -> bool:
     """Let glibc's allocator keep what was freed for the rest of the process; False where there is no glibc.
 
     By default it returns every large block to the system, and the next one, of which a backward pass takes hundreds, is
-    new memory that costs a page fault per 4 KiB: a fifth of the time of a model of 135M parameters. The peak of the
+    new memory that costs a page fault per 4 KiB: a fifth of the time of training 135M parameters. The peak of the
     process grows by a few per cent. Call it before the threads start.
     """
     if not sys.platform.startswith("linux"):
