@@ -17,11 +17,9 @@ def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
     return "\n".join([*lines, f"#### {answer}"])
 
 
-def word_sorting(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
-    """One line per word, with those that are left: `ant (left: cow, bee)`, then the answer."""
-    left = list(entry["metadata"]["transformed_words"])
-    lines = []
-    for word in entry["metadata"]["sorted_words"]:
-        left.remove(word)
-        lines.append(f"{word} (left: {', '.join(left)})" if left else word)
+def spell_backward(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
+    """The word's letters, then one line more for every letter from the end: `a n t`, `t`, `t n`, `t n a`, the answer."""
+    letters = list(entry["metadata"]["word"])
+    lines = [" ".join(letters)]
+    lines += [" ".join(letters[: -count - 1 : -1]) for count in range(1, len(letters) + 1)]
     return "\n".join([*lines, f"#### {answer}"])
