@@ -20,6 +20,6 @@ def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
 def spell_backward(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
     """The word's letters, then one line more for every letter from the end: `a n t`, `t`, `t n`, `t n a`, the answer."""
     letters = list(entry["metadata"]["word"])
-    lines = [" ".join(letters)]
-    lines += [" ".join(letters[: -count - 1 : -1]) for count in range(1, len(letters) + 1)]
-    return "\n".join([*lines, f"#### {answer}"])
+    backward = letters[::-1]
+    lines = [letters, *(backward[:count] for count in range(1, len(letters) + 1))]
+    return "\n".join([*map(" ".join, lines), f"#### {answer}"])
