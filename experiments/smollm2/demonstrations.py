@@ -18,7 +18,7 @@ def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
 
 
 def spell_backward(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
-    """The word's letters, then one line more for every letter from the end: `a n t`, `t`, `t n`, `t n a`, the answer."""
+    """The word's letters, then a line for every letter from the end: `a n t`, `t`, `t n`, `t n a`; then the answer."""
     letters = list(entry["metadata"]["word"])
     backward = letters[::-1]
     lines = [letters, *(backward[:count] for count in range(1, len(letters) + 1))]
