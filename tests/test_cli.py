@@ -172,7 +172,7 @@ def test_a_damaged_run_is_told_by_its_file(capsys: pytest.CaptureFixture[str], t
     assert f"{run.path} has no final model yet" in refused(capsys, "eval", str(run.path))
 
 
-def test_eval_takes_task_and_budget_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measured spec, up to the call that would load the model."""
     from vineppo import evaluate
 
@@ -195,6 +195,15 @@ def test_eval_takes_task_and_budget_from_a_run(tmp_path: Path, monkeypatch: pyte
         spec = seen.pop()
         assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (7, "habit", 33)
         assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
+
+    recipe = tmp_path / "mine.yaml"
+    content = "model: {path: a/start}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
+    recipe.write_text(content, encoding="utf-8")
+    with pytest.raises(Enough):
+        main(["eval", str(recipe), "--task.level", "habit"])
+    spec = seen.pop()
+    assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (5, "habit", 21)
+    assert spec.model.path == "a/start"
 
 
 # --- processes

@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,8 +278,9 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     add_note(
         parser,
         "MODEL",
-        "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory, whose final model is "
-        "measured with the run's own task, response budget and stop strings. Greedy decoding is always measured too.",
+        "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory or a recipe's YAML "
+        "file, whose final or starting model is measured with its own task, response budget and stop strings. Greedy "
+        "decoding is always measured too.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     add_settings(parser, EvalSpec, hidden=("model.path",))
@@ -287,16 +288,12 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
 
 def _eval(request: Request) -> int:
     if request.positional is None:
-        raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement or a run's directory")
+        raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement, a run or a recipe")
     target = _json_target(request)
     if "model.path" in request.overrides:
         raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
-    run_dir, model = _run_of(Path(request.positional)), request.positional
-    layers: list[tuple[Mapping[str, Any], str]] = [(request.overrides, COMMAND_LINE)]
-    if run_dir:
-        layers.insert(0, _evaluation_of(run_dir))
-        model = str(run_dir / "final")
-    spec: Any = config_from_layers(EvalSpec, [*layers, ({"model.path": model}, COMMAND_LINE)])
+    own = _own_evaluation(request.positional)
+    spec: Any = config_from_layers(EvalSpec, [own, (request.overrides, COMMAND_LINE)])
     from vineppo.evaluate import evaluate_model
 
     result = evaluate_model(spec)
@@ -331,17 +328,30 @@ def _run_of(path: Path) -> Path | None:
     return inside if os.path.isfile(inside / "config.yaml") else None
 
 
-def _evaluation_of(run_dir: Path) -> tuple[dict[str, Any], str]:
-    """What `eval` takes over from a run: its model's form, its task, its response budget."""
+def _own_evaluation(model: str) -> tuple[dict[str, Any], str]:
+    """What `eval` takes over from MODEL: the form and place of the model, and of a run or recipe all that it sets."""
+    run_dir = _run_of(Path(model))
+    if run_dir:
+        return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
+    if Path(model).suffix in (".yaml", ".yml"):
+        recipe = build_config(load_recipe(model), name=model)
+        return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
+    return {"model.path": model}, COMMAND_LINE
+
+
+def _config_of_finished(run_dir: Path) -> Config:
     from vineppo.run import RunDirectory
 
     run = RunDirectory.open(run_dir, writable=False)
     if not run.final.is_dir():
         raise UserError(f"{run_dir} has no final model yet; finish it with `vineppo train --resume {run_dir}`")
-    where = f"in {run_dir}/config.yaml"
-    config = config_from_dict(Config, run.config, where)
-    rollouts = {"max_new_tokens": config.rollouts.max_new_tokens, "stop": config.rollouts.stop}
-    return {"model": run.config.get("model"), "task": run.config.get("task"), **rollouts}, where
+    return config_from_dict(Config, run.config, f"in {run_dir}/config.yaml")
+
+
+def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
+    """EvalSpec's keys as a training has them, with another place of the model."""
+    held = {"model": asdict(config.model) | {"path": model}, "task": asdict(config.task)}
+    return {**held, "max_new_tokens": config.rollouts.max_new_tokens, "stop": config.rollouts.stop}
 
 
 def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
@@ -511,6 +521,7 @@ COMMANDS: dict[str, Command] = {
         examples=(
             ("the embedded model on its task", "vineppo eval embedded:judgement"),
             ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+            ("where a recipe starts, on validation problems", "vineppo eval my.yaml --split validation"),
             ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
         ),
     ),

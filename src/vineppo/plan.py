@@ -73,6 +73,8 @@ GPUS = {
     "h100": Gpu(989e12, 3.35e12, 80 * GIB),
     "h200": Gpu(989e12, 4.80e12, 141 * GIB),
 }
+_CALIBRATED_ROLLOUTS = 8
+"""At least so many responses are sampled in a calibration: fewer foretell little of lengths and continuations."""
 _REUSE_SHARE = 0.3
 """Of the tokens of K fresh continuations that `vineppo.reuse` needs, as measured on the embedded task."""
 _TRAINING, _DECODING = 0.12, 0.06
@@ -125,13 +127,15 @@ class Plan:
         return {**asdict(self), "seconds_per_iteration": self.seconds_per_iteration}
 
 
-def plan(config: Config, *, gpu: str | None = None, response_tokens: int | None = None, problems: int = 2) -> Plan:
+def plan(
+    config: Config, *, gpu: str | None = None, response_tokens: int | None = None, problems: int | None = None
+) -> Plan:
     """Predict what a run of this configuration will take.
 
     Args:
         gpu: an accelerator of GPUS; None plans for this machine, by a calibration.
         response_tokens: mean response length, for a GPU; None: a third of the budget.
-        problems: how many the calibration answers.
+        problems: how many the calibration answers; None: two, or more where their groups are small.
     Raises:
         UserError: for an unknown GPU, a model whose size cannot be found out, or a run that does not fit into the
             memory, with the nearest setting that does.
@@ -145,9 +149,9 @@ def plan(config: Config, *, gpu: str | None = None, response_tokens: int | None 
 # --- by calibration ---------------------------------------------------------------------------------------------------
 
 
-def _calibrated(config: Config, problems: int) -> Plan:
+def _calibrated(config: Config, problems: int | None) -> Plan:
     own = config.rollouts
-    few = min(problems, own.num_problems)
+    few = min(problems or max(2, -(-_CALIBRATED_ROLLOUTS // own.group_size)), own.num_problems)
     quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=few * own.group_size, weight_decay=0.0)
     parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
     policy, learner = parts.policy, parts.learner
