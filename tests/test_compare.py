@@ -179,6 +179,28 @@ def test_resamples_that_never_reach_the_level_leave_no_lower_bound() -> None:
     assert result["updates_ratio_interval"]["high"] == pytest.approx(2.0)
 
 
+def test_resamples_that_start_at_the_level_count_as_above_every_ratio() -> None:
+    """Ours starts at .6, .2 or between; the baseline's best is .6 at 20 updates or .2 from the start (both at 0: 1)."""
+    ours, baseline = straight([0.6, 0.6, 0.6], [0.2, 0.6, 0.6]), straight([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
+    result = versus(ours, baseline, num_resamples=2000)  # AA is at .6 from the start, the others at 10 updates
+    assert result["updates_ratio"] == pytest.approx(2.0)
+    assert result["updates_ratio_interval"] == {"low": pytest.approx(2.0), "high": None}
+    flat = straight([0.2, 0.2, 0.2], [0.2, 0.2, 0.2])
+    assert versus(flat, flat, num_resamples=10)["updates_ratio_interval"] == {"low": 1.0, "high": 1.0}
+
+
+def test_runs_that_were_not_measured_afterwards_are_compared_by_their_curves(tmp_path: Path) -> None:
+    for name in ("vineppo", "ppo", "grpo"):
+        run = write_run(tmp_path, name, 0, points([0.2, 0.4, 0.6], 100, 1))
+        summary = json.loads((run / "summary.json").read_text())
+        nothing = {"mean": None, "low": None, "high": None}
+        summary.update(accuracy_before=nothing, accuracy_after=nothing)
+        (run / "summary.json").write_text(json.dumps(summary))
+    result = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))
+    assert result["algorithms"]["ppo"]["final_accuracy"]["mean"] is None
+    assert result["vs_best_baseline"]["baseline"] is None and result["vineppo_vs_ppo"]["updates_ratio"] == 1
+
+
 def test_one_seed_gives_a_ratio_without_interval() -> None:
     result = versus(straight([0.2, 0.6, 0.8]), straight([0.2, 0.4, 0.6]))
     assert result["updates_ratio"] == pytest.approx(2.0)

@@ -40,7 +40,7 @@ from vineppo.plots import plot_comparison
 from vineppo.run import RunDirectory
 from vineppo.types import UserError
 
-_BUDGET_FLAGS = {"updates": "--run.max_updates", "tokens": "--run.max_tokens", "seconds": "--run.max_seconds"}
+_BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
 _ENDLESS_ITERATIONS = "1000000"
 """So that the budget ends a run, never the recipe's number of iterations."""
 _STATUS_SECONDS = 2.0
@@ -70,7 +70,7 @@ def parse_budget(text: str) -> Budget:
     """
     kind, _, amount_text = text.partition("=")
     advice = "write --budget updates=N, tokens=N or seconds=N"
-    if kind not in _BUDGET_FLAGS:
+    if kind not in _BUDGET_KEYS:
         raise UserError(f"budget is {text!r}; {advice}")
     try:
         amount = float(amount_text)
@@ -81,13 +81,19 @@ def parse_budget(text: str) -> Budget:
 
 def _checked_budget(budget: Budget) -> Budget:
     kind, amount = budget
-    if kind not in _BUDGET_FLAGS:
-        raise UserError(f"budget kind is {kind!r}; allowed: {', '.join(_BUDGET_FLAGS)}")
+    if kind not in _BUDGET_KEYS:
+        raise UserError(f"budget kind is {kind!r}; allowed: {', '.join(_BUDGET_KEYS)}")
     if not (math.isfinite(amount) and amount > 0):
         raise UserError(f"budget {kind}={amount:g} is not a finite number above 0; give every run some training")
     if kind != "seconds" and amount != int(amount):
         raise UserError(f"budget {kind}={amount:g} is not a whole number; {kind} are counted in ones")
     return Budget(kind, float(amount))
+
+
+def settings_of_budget(budget: Budget) -> dict[str, str]:
+    """The settings of a run, key -> text, that make the budget what ends it."""
+    limits = {key: f"{budget.amount:.15g}" if kind == budget.kind else "0" for kind, key in _BUDGET_KEYS.items()}
+    return {"run.iterations": _ENDLESS_ITERATIONS, **limits}
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,8 @@ class CompareSpec:
         _require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         _require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
         _checked_budget(self.budget)
-        ours = ("--algorithm", "--run.dir", "--run.seed", "--run.iterations", "--resume", *_BUDGET_FLAGS.values())
+        limits = (f"--{key}" for key in settings_of_budget(self.budget))
+        ours = ("--algorithm", "--run.dir", "--run.seed", "--resume", *limits)
         for argument in self.overrides:
             key = argument.split("=", 1)[0]
             _require(key not in ours, f"override {key} is set by compare itself; use --algorithms, --seeds, --budget")
@@ -195,14 +202,13 @@ def _plan_run(spec: CompareSpec, algorithm: str, seed: int) -> PlannedRun:
     directory = Path(spec.out) / "runs" / name
     action = _ACTIONS[run_state(directory)]
     train = (sys.executable, "-m", "vineppo", "train")
-    budget = (_BUDGET_FLAGS[spec.budget.kind], f"{spec.budget.amount:.15g}")
-    unused = tuple(word for kind, flag in _BUDGET_FLAGS.items() if kind != spec.budget.kind for word in (flag, "0"))
+    budget = tuple(word for key, amount in settings_of_budget(spec.budget).items() for word in (f"--{key}", amount))
     address = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
     commands: dict[Action, tuple[str, ...]] = {
         "keep": (),
         "resume": (*train, "--resume", str(directory)),
     }
-    fresh = (*train, spec.recipe, *address, "--run.iterations", _ENDLESS_ITERATIONS, *budget, *unused, *spec.overrides)
+    fresh = (*train, spec.recipe, *address, *budget, *spec.overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
     return PlannedRun(algorithm, seed, directory, log, action, commands.get(action, fresh))
 

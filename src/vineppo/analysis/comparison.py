@@ -174,7 +174,8 @@ def versus(
     to reach it first, over ours: 3 means three times fewer. None where we never reach it, or where it is no more than
     the start. The intervals resample the runs of both algorithms, find the best anew each time, and take percentiles;
     a resample in which the level is never reached counts as below every ratio, so a `low` of None says that the ratio
-    has no lower bound at this confidence. With a single run there is no interval.
+    has no lower bound at this confidence; one in which only our start is at the level counts as above every ratio. With
+    a single run there is no interval.
 
     Returns:
         `baseline_best_accuracy`, `reach`, `baseline_reach`, `<axis>_ratio`, `<axis>_ratio_interval` for updates,
@@ -200,8 +201,7 @@ def versus(
         for _ in range(num_resamples)
     ]
     for axis in AXES:
-        found = [ratio[axis] for _, _, ratio in resamples]
-        values = np.array([-math.inf if value is None else value for value in found])
+        values = np.array([_bounded(*resample, axis) for resample in resamples])
         low = float(np.quantile(values, (1 - level) / 2, method="lower"))
         high = float(np.quantile(values, (1 + level) / 2, method="higher"))
         result[f"{axis}_ratio_interval"] = {
@@ -210,6 +210,16 @@ def versus(
         }
     reached = sum(reach is not None for reach, _, _ in resamples)
     return {**result, "share_of_resamples_reached": reached / num_resamples}
+
+
+def _bounded(mine: Reach | None, theirs: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
+    """A resample's ratio, which is infinite where only one side needs anything, and 1 where both start at the level."""
+    if mine is None:
+        return -math.inf
+    ratio = ratios[axis]
+    if ratio is None:
+        return math.inf if getattr(theirs, axis) > 0 else 1.0
+    return ratio
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
@@ -254,8 +264,8 @@ def analyse(runs: Sequence[RunRecord], algorithms: Sequence[str]) -> dict[str, A
         if best_of_ppo is not None and own is not None:
             reach = first_reach(own, float(best_of_ppo.accuracy.mean(axis=0).max()))
         figures[name]["reach_ppo_best"] = None if reach is None else vars(reach).copy()
-    baselines = [name for name in algorithms if name != "vineppo" and grouped[name]]
-    best = max(baselines, key=lambda name: figures[name]["final_accuracy"]["mean"], default=None)
+    finals = {name: figures[name]["final_accuracy"]["mean"] for name in algorithms if name != "vineppo"}
+    best = max((name for name, mean in finals.items() if mean is not None), key=lambda name: finals[name], default=None)
     return {
         "algorithms": figures,
         "vineppo_vs_ppo": _pair("ppo", grouped, curves),
