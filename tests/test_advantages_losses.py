@@ -317,11 +317,13 @@ def categorical() -> tuple[torch.Tensor, torch.Tensor]:
     return logits.requires_grad_(), ref.log_softmax(-1)
 
 
-def expected_penalty_gradient(estimator: str) -> torch.Tensor:
+def expected_penalty_gradient(estimator: str, weighted: bool = False) -> torch.Tensor:
     """Gradient of the estimate on sampled tokens, in expectation: every token with its probability."""
     logits, ref = categorical()
     logprobs = logits.log_softmax(-1)
     estimate = kl_estimate(logprobs, ref, estimator, clamp=100.0)
+    if weighted:
+        estimate = estimate * (logprobs - logprobs.detach()).exp()
     return torch.autograd.grad((logprobs.exp().detach() * estimate).sum(), logits)[0]
 
 
@@ -343,6 +345,15 @@ def test_gradient_of_k2_is_that_of_the_kl_and_of_k3_that_of_the_reverse_kl() -> 
     torch.testing.assert_close(expected_penalty_gradient("k2"), of_kl, atol=1e-12, rtol=0)
     torch.testing.assert_close(expected_penalty_gradient("k3"), of_reverse, atol=1e-12, rtol=0)
     assert (of_kl - of_reverse).abs().max() > 0.01
+
+
+def test_importance_weights_make_the_gradient_of_k1_and_k3_that_of_the_kl() -> None:
+    logits, ref = categorical()
+    logprobs = logits.log_softmax(-1)
+    (of_kl,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits)
+    for estimator in ("k1", "k3"):
+        torch.testing.assert_close(expected_penalty_gradient(estimator, weighted=True), of_kl, atol=1e-12, rtol=0)
+    assert KLConfig(coefficient=0.1, estimator="k1", importance_weighted=True).importance_weighted
 
 
 def test_k1_in_the_loss_pushes_nowhere_and_is_refused() -> None:

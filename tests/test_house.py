@@ -35,7 +35,9 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"rollouts", "values", "learner", "plots"}),
     frozenset({"credit", "evaluate", "analysis"}),
     frozenset({"train", "sft"}),
-    frozenset({"cli", "compare", "settings", "options", "report", "trainer", "plan", "__main__", "__init__"}),
+    frozenset(
+        {"cli", "compare", "settings", "options", "report", "trainer", "trl_config", "plan", "__main__", "__init__"}
+    ),
 )
 DOOR = FLOORS[-1]
 # The words and the seeds may be imported by their neighbours too; they themselves import nothing of ours.

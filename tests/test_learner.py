@@ -240,6 +240,19 @@ def test_kl_in_the_loss(estimator: str, reduction: str, count: int) -> None:
     assert metrics["policy/loss"] == 0
 
 
+def test_importance_weighted_kl_in_the_loss() -> None:
+    """On-policy the weights are 1 and change only the gradient: k3's becomes d, times that of the log-probability."""
+    samples = build_samples(TWO, advantage=0.0)
+    policy, reference = build_policy(), build_policy(seed=1)
+    new, ref = torch.cat(logprobs_of(policy, samples)), torch.cat(logprobs_of(reference, samples)).detach()
+    norm = gradient_norm(0.3 * ((new - ref).detach() * new).sum() / 7, policy.model)
+    value = 0.3 * (torch.exp(ref - new) - 1 + new - ref).sum().item() / 7
+    kl = KLConfig(coefficient=0.3, reduction="token_mean", clamp=100.0, importance_weighted=True)
+    metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, seed=0)
+    assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert metrics["policy/objective"] == pytest.approx(value, rel=1e-4) and metrics["policy/loss"] == 0
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_kl_in_the_reward_is_a_penalty_to_go(estimator: str) -> None:
     samples = build_samples(TWO)

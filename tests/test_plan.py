@@ -85,9 +85,31 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does() -> No
     assert plan(fitting, gpu="h100").memory["peak"] <= 80 * GIB
     with pytest.raises(UserError, match=r"try model.lora.r 16, or a smaller model"):
         plan(replace(fitting, model=replace(model, path="deepseek-ai/deepseek-math-7b-base")), gpu="t4")
+    assert plan(fitting, gpu="8xrtx4090").available == 8 * 24 * GIB
     for unknown in ("k80", "0xh100", "8xk80", "x"):
         with pytest.raises(UserError, match=f"--gpu {unknown} is not known; allowed: t4"):
             plan(config, gpu=unknown)
+
+
+def test_what_cannot_fit_here_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vineppo import plan as planning
+
+    monkeypatch.setattr(planning, "_available", lambda device: 16 * GIB)
+    monkeypatch.setattr(planning, "KNOWN", {"org/large": KNOWN["deepseek-ai/deepseek-math-7b-base"]})
+    config = Config(model=ModelConfig(path="org/large"))  # nowhere to be had: loading it would say so
+    with pytest.raises(
+        UserError, match=r"needs about 1\d\d\.\d GiB and there are 16.0; try model.lora.r 16, or model.dtype"
+    ):
+        plan(config)
+
+
+def test_seconds_are_those_of_the_algorithm_and_end_a_run() -> None:
+    model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
+    made = {name: plan(Config(name, model), gpu="h100") for name in ("grpo", "ppo")}
+    assert made["grpo"].seconds["credit"] == 0 < made["ppo"].seconds["credit"]
+    limited = replace(Config(model=model), run=replace(Config().run, max_seconds=20.0))
+    every = plan(limited, gpu="h100")
+    assert (every.iterations - 1) * every.seconds_per_iteration < 20 <= every.iterations * every.seconds_per_iteration
 
 
 def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
@@ -111,3 +133,5 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     figures = json.loads(target.read_text())
     assert figures["seconds_per_iteration"] == pytest.approx(sum(figures["seconds"].values()))
     assert main(["plan", "sft-judgement"]) == 2
+    assert main(["plan", "judgement", "--response_tokens", "40"]) == 2
+    assert "--response_tokens 40 is refused; it is a number above 0, and goes with --gpu" in capsys.readouterr().err

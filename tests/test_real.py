@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import data_directory
+from vineppo import VinePPOConfig
 from vineppo.batch import pad
 from vineppo.config import (
     Config,
@@ -172,6 +174,18 @@ names = ["reward", "rewards/brief/mean", "rewards/has_digit/mean", "completions/
 names += ["completions/clipped_ratio", "learning_rate", "grad_norm", "entropy"]
 print("LOGS" + json.dumps([[line[name] for name in names] for line in logs]))
 """
+
+
+def test_defaults_are_trls_but_for_those_that_the_table_names() -> None:
+    trl = pytest.importorskip("trl")
+    theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
+    different = {
+        f.name for f in dataclasses.fields(VinePPOConfig) if f.name in theirs and f.default != theirs[f.name].default
+    }
+    assert different == {"output_dir", "bf16"}
+    for name, own in theirs.items():  # every field of TRL's is accepted with TRL's default
+        if own.default is not dataclasses.MISSING:
+            VinePPOConfig(**{name: own.default})
 
 
 @pytest.mark.parametrize(

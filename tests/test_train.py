@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -238,6 +239,21 @@ def test_ctrl_c_finishes_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
     assert summary["finish_reason"] == "interrupted" and "Traceback" not in output and "--resume" in output
     last = read_lines(run)[-1]["iteration"]
     assert summary["iterations"] == last and (run / f"checkpoints/{last:06d}").is_dir()
+
+
+def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> list[object]:
+        raise UserError("wandb did not start")
+
+    config = small_config(tmp_path / "run", run=RunConfig(dir=str(tmp_path / "run"), iterations=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("vineppo.train"), "build_trackers", refuse)
+        with pytest.raises(UserError, match="wandb did not start"):
+            train(config)
+    assert not (tmp_path / "run").exists()
+    summary = train(config)
+    assert summary["seconds"] + summary["seconds_eval"] < summary["seconds_total"]
+    assert summary["best_validation_accuracy"] is None or summary["best_validation_accuracy"] >= 0
 
 
 def test_resume_of_a_finished_run_says_so(tmp_path: Path) -> None:

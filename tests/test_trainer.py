@@ -153,7 +153,7 @@ def test_names_mean_what_they_mean_in_trl() -> None:
         seed=7,
         settings={"vineppo.alternatives": True},
     )
-    config = args.to_config(num_train=40, evaluate=False)
+    config = args.to_config(num_train=40)
     assert (config.rollouts.num_problems, config.rollouts.group_size) == (2, 8)  # 16 responses of 2 prompts
     assert (config.learner.minibatch_size, config.learner.epochs) == (8, 3)  # 6 updates an iteration
     assert config.run.iterations == 40 and config.learner.warmup_updates == 24  # 240 updates
@@ -162,8 +162,13 @@ def test_names_mean_what_they_mean_in_trl() -> None:
     assert config.rollouts.temperature == 0.7 and config.learner.betas == (0.9, 0.95)
     assert not config.grpo.scale_by_std and config.run.checkpoint_every == 2 and config.run.seed == 7
     assert config.vineppo.alternatives and config.eval.every == 0 and config.eval.final_num_problems == 0
-    short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, evaluate=True)
-    assert short.run.iterations == 5 and short.eval.final_num_problems == 256
+    assert config.learner.kl.importance_weighted and config.rollouts.max_new_tokens == 512  # TRL's defaults
+    short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, num_eval=300)
+    assert short.run.iterations == 5 and short.eval.final_num_problems == 0  # eval_strategy is "no"
+    often: Any = {"eval_strategy": "steps", "temperature": 0.6, "gradient_accumulation_steps": 2, "num_iterations": 3}
+    measured = VinePPOConfig(**often).to_config(num_train=1000, num_eval=300).eval
+    assert (measured.num_problems, measured.final_num_problems, measured.num_samples) == (300, 300, 8)
+    assert measured.temperature == 0.6 and measured.every == 4  # after 10 updates, as logging_steps: 3 an iteration
 
 
 @pytest.mark.parametrize(
@@ -174,6 +179,16 @@ def test_names_mean_what_they_mean_in_trl() -> None:
         ({"use_vllm": True}, r"use_vllm is True; allowed here: False"),
         ({"loss_type": "grpo"}, r"loss_type is 'grpo'; allowed here: 'dapo'"),
         ({"per_device_train_batch_size": 3}, r"has 3 responses .* no multiple of num_generations 8"),
+        ({"num_generations": 0}, r"num_generations is 0; it must be at least 1"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 1},
+            r"takes 32 .* has 8; raise steps_per_generation",
+        ),
+        ({"generation_kwargs": {"top_p": 0.5}}, r"generation_kwargs is .*; allowed here: None, which asks for nothing"),
+        ({"push_to_hub": True}, r"push_to_hub is True; allowed here: False"),
+        ({"adam_epsilon": 1e-6}, r"adam_epsilon is 1e-06; allowed here: 1e-08"),
+        ({"optim": "adafactor"}, r"optim is 'adafactor'; allowed here: 'adamw_torch'"),
+        ({"settings": {"model.dtype": "bfloat16"}}, r"settings has a key of model; give the trainer the model"),
     ],
 )
 def test_mistakes_in_arguments_are_one_clear_line(settings: Any, message: str) -> None:
@@ -209,16 +224,119 @@ def test_names_of_graders_run_in_processes_of_their_own(tmp_path: Path) -> None:
 
 
 def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"logging_steps": 1, "log_completions": True, "remove_unused_columns": False}
-    config = VinePPOConfig(output_dir="x", **fields)
-    assert config.output_dir == "x" and not hasattr(config, "logging_steps")
+    fields: dict[str, Any] = {
+        "log_completions": True,
+        "remove_unused_columns": False,
+        "vllm_mode": "server",
+        "push_to_hub": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "generation_kwargs": None,
+        "dataloader_num_workers": 4,
+        "adam_epsilon": 1e-8,
+    }
+    config: Any = VinePPOConfig(output_dir="x", **fields)
+    assert config.output_dir == "x" and {name: getattr(config, name) for name in fields} == fields
+    assert config.load_best_model_at_end is False and config.shuffle_dataset is True  # defaults, for callbacks
+    assert not hasattr(config, "no_such_field")
+    assert config.to_config(num_train=8) == VinePPOConfig(output_dir="x").to_config(num_train=8)
+
+
+def test_reward_functions_are_told_what_trl_tells(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def counting(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        seen.append(trainer_state.global_step)
+        log_metric("letters", len(completions[0]))
+        log_extra("texts", completions)
+        return [float(len(text) > 20) for text in completions]
+
+    def plain(
+        prompts: list[str], completions: list[str], completion_ids: Any, solution: Any, number: Any, answer: Any
+    ) -> list[float]:
+        return [0.0] * len(completions)
+
+    trainer = VinePPOTrainer(MODEL, [counting, plain], arguments(tmp_path / "a"), chains(8))
+    trainer.train()
+    assert set(seen) == {0, 1}  # in the second iteration after one update
+    last = trainer.state.log_history[-1]
+    assert last["letters"] > 1 and last["rewards/counting/mean"] == last["reward"] and last["rewards/plain/mean"] == 0
+
+
+def test_a_model_in_memory_is_prepared_as_trl_would(tmp_path: Path) -> None:
+    def trainer(**more: Any) -> VinePPOTrainer:
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        own = AutoTokenizer.from_pretrained(MODEL)
+        return VinePPOTrainer(model, right, arguments(tmp_path / "a", **more), chains(8), processing_class=own)
+
+    assert (
+        trainer().model.is_gradient_checkpointing
+        and not trainer(gradient_checkpointing=False).model.is_gradient_checkpointing
+    )
+    made = trainer(temperature=0.5, settings={"rollouts.stop": "####"})
+    assert made.config.model.path == MODEL and made.config.model.dtype == "float32"
+    assert made.config.model.lora.r == 0 and made.config.rollouts.stop == ("####",)
+
+
+def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(MODEL).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "half")
+    for path, dtype in ((str(tmp_path / "half"), torch.bfloat16), (MODEL, torch.float32)):
+        args = arguments(tmp_path / "a", model_init_kwargs={"dtype": "auto"})
+        assert VinePPOTrainer(path, right, args, chains(8)).model.dtype == dtype
+
+
+def test_equal_seeds_start_from_equal_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapters(seed: int) -> torch.Tensor:
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", seed=seed), chains(8), peft_config=lora)
+        assert (trainer.config.model.lora.r, trainer.config.model.lora.targets) == (4, ("q_proj",))
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    first = adapters(1)
+    torch.rand(7)
+    assert torch.equal(first, adapters(1)) and not torch.equal(first, adapters(2))
+    wrong = peft.LoraConfig(r=4, target_modules=["no_such_layer"], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="peft_config does not fit the model: Target modules"):
+        VinePPOTrainer(MODEL, right, arguments(tmp_path / "a"), chains(8), peft_config=wrong)
+
+
+def test_trained_adapters_are_no_reference(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), lora)
+    own = AutoTokenizer.from_pretrained(MODEL)
+    VinePPOTrainer(model, right, arguments(tmp_path / "a"), chains(8), processing_class=own)
+    with pytest.raises(UserError, match="adapters that are trained already, and beta"):
+        VinePPOTrainer(model, right, arguments(tmp_path / "a", beta=0.1), chains(8), processing_class=own)
+
+
+def test_a_resume_that_would_be_another_run_is_refused(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    def trainer(**more: Any) -> VinePPOTrainer:
+        return VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", beta=0.01, **more), chains(8))
+
+    first = trainer()
+    first._listener.callbacks.append(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first._listener.callbacks.clear()
+    with pytest.raises(UserError, match="is trained already, and beta needs the one that the run started from"):
+        first.train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match=r"cannot change the run's settings \(.*learner.lr: 0.0001 -> 0.0002"):
+        trainer(learning_rate=2e-4).train(resume_from_checkpoint=True)
+    assert trainer().train(resume_from_checkpoint=True).global_step == 2
 
 
 def test_the_table_of_names_is_complete_and_true() -> None:
     text = (ROOT / "docs/from-trl.md").read_text()
     told = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
     own = {field.name for field in dataclasses.fields(VinePPOConfig)}
-    assert own - told - {"fp16", "use_cpu"} == set()
+    assert own - told - {"fp16"} == set()
     settings = set(re.findall(r"`((?:rollouts|learner|vineppo|grpo|task|run|eval|model)\.[a-z_.]+)`", text))
     assert settings and all(any(key.startswith(name) for key in settings_of(Config)) for name in settings)
 

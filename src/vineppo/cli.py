@@ -386,7 +386,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(request: Request) -> int:
-    from vineppo.compare import CompareSpec, compare, parse_budget
+    from vineppo.compare import CompareSpec, compare, parse_budget, settings_of_budget
 
     recipe, options = request.positional, request.options
     if recipe is None:
@@ -404,7 +404,7 @@ def _compare(request: Request) -> int:
         overrides=tuple(f"--{key}={value}" for key, value in request.overrides.items()),
     )
     for algorithm in algorithms:  # a mistake is told now, not by the first run that meets it
-        _training_config(recipe, request.overrides, algorithm)
+        _training_config(recipe, {**request.overrides, **settings_of_budget(spec.budget)}, algorithm)
     return 1 if compare(spec)["missing"] else 0
 
 
@@ -430,6 +430,8 @@ def _plan(request: Request) -> int:
     from vineppo.plan import plan, report
 
     length = count(request, "response_tokens", 0)
+    if length < 0 or (length and not request.options["gpu"]):
+        raise UserError(f"--response_tokens {length} is refused; it is a number above 0, and goes with --gpu")
     made = plan(config, gpu=request.options["gpu"], response_tokens=length or None)
     print("\n".join(report(made, config)))
     _write_json(target, made.as_dict())

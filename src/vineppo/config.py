@@ -334,13 +334,18 @@ class KLConfig:
     tokens, which is weaker by the mean response length."""
     clamp: float = 10.0
     """Per-token estimates are clamped to [-clamp, clamp]."""
+    importance_weighted: bool = False
+    """In the loss: every estimate is multiplied by its token's ratio to the old policy, whose gradient counts as well.
+    The expected gradient of k1 and k3 is then that of KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; TRL's
+    `use_bias_correction_kl`); without it k3's is that of KL(reference || policy)."""
 
     def __post_init__(self) -> None:
         _at_least("learner.kl", 0, coefficient=self.coefficient)
         _require(self.clamp > 0, f"learner.kl.clamp is {self.clamp}; it must be above 0")
         _require(
-            not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0),
-            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; take k2, k3 or place reward",
+            not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0) or self.importance_weighted,
+            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; take k2, k3, place reward or "
+            "importance_weighted",
         )
 
 

@@ -260,11 +260,13 @@ class Learner:
             loss = loss - config.entropy_coefficient * entropies.sum() / tokens
         if self.reference is not None and config.kl.place == "loss":
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
-            penalty = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp).sum()
-            loss = loss + config.kl.coefficient * penalty / (
+            penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
+            if config.kl.importance_weighted:
+                penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
+            loss = loss + config.kl.coefficient * penalties.sum() / (
                 counts.sequences if config.kl.reduction == "sequence_sum" else tokens
             )
-        return loss, metrics
+        return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
         """Add up the gradient of the minibatch's value loss, which is returned."""

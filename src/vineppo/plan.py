@@ -140,13 +140,27 @@ def plan(
         UserError: for an unknown GPU, a model whose size cannot be found out, or a run that does not fit into the
             memory, with the nearest setting that does.
     """
-    made = _planned_for(config, gpu, response_tokens) if gpu else _calibrated(config, problems)
+    made = _planned_for(config, gpu, response_tokens) if gpu else _calibrated_safely(config, problems)
     if made.available and made.memory["peak"] > made.available:
-        raise UserError(_does_not_fit(config, made))
+        raise UserError(_does_not_fit(config, made.amounts, made.memory, made.available))
     return made
 
 
 # --- by calibration ---------------------------------------------------------------------------------------------------
+
+
+def _calibrated_safely(config: Config, problems: int | None) -> Plan:
+    """A calibration, which takes the memory of a run, only where at least what every run needs is there."""
+    shape, available = _shape_by_name(config), _available(config.model.device)
+    amounts = _guessed_amounts(config, None)
+    memory = _memory(config, shape, amounts, trainable=_trainable(config, shape))
+    kinds = ("runtime", "weights", "optimizer", "gradients", "reference", "critic")
+    if 0 < available < sum(memory[kind] for kind in kinds):
+        raise UserError(_does_not_fit(config, amounts, memory, available))
+    try:
+        return _calibrated(config, problems)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(_does_not_fit(config, amounts, memory, available)) from error
 
 
 def _calibrated(config: Config, problems: int | None) -> Plan:
@@ -177,7 +191,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     memory = _memory(config, _shape_of(policy.model), amounts, trainable=_count(policy.model, trainable=True))
     what = f"calibrated on {few} of {own.num_problems} problems: {tokens:,} tokens and their credit"
     return Plan(
-        what, amounts, seconds, _iterations(config, amounts), memory, _available(config.model.device),
+        what, amounts, seconds, _iterations(config, amounts, seconds), memory, _available(config.model.device),
         _variants(config, policy, groups, amounts, seconds),
     )  # fmt: skip
 
@@ -269,6 +283,28 @@ def _seconds(work: Any) -> float:
 
 def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     gpu, shape = _gpu(name), _shape_by_name(config)
+    amounts = _guessed_amounts(config, response_tokens)
+    length, mc_tokens, rows = (
+        int(amounts.rollout_tokens / amounts.rollouts),
+        amounts.mc_tokens,
+        config.rollouts.max_rows,
+    )
+    trained = amounts.rollouts * amounts.sequence_tokens
+    per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
+    networks = 2 if config.algorithm == "ppo" else 1
+    forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
+    seconds = {
+        "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, rows),
+        "credit": _decoding(shape, gpu, mc_tokens, length, rows) if mc_tokens else (networks - 1) * trained * per_token,
+        "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
+    }
+    memory = _memory(config, shape, amounts, trainable=_trainable(config, shape))
+    what = f"from the data sheet of {name}, rough; {length} tokens to a response"
+    return Plan(what, amounts, seconds, _iterations(config, amounts, seconds), memory, gpu.memory, ())
+
+
+def _guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
+    """Without a calibration: responses of a third of the budget, unless told otherwise, in steps of 30 tokens."""
     own = config.rollouts
     length = response_tokens or max(1, own.max_new_tokens // 3)
     rollouts = own.num_problems * own.group_size
@@ -278,24 +314,12 @@ def _planned_for(config: Config, name: str, response_tokens: int | None) -> Plan
         # K continuations of S states, half a response long each; with reuse those of a state serve the next ones too.
         share = _REUSE_SHARE if config.vineppo.reuse else 1.0
         mc_tokens = rollouts * config.vineppo.num_mc_rollouts * steps * length / 2 * share
-    amounts = Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates_per_iteration(config))
-    trained = rollouts * (length + amounts.prompt_tokens)
-    per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
-    networks = 2 if config.algorithm == "ppo" else 1
-    forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
-    seconds = {
-        "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, own.max_rows),
-        "credit": _decoding(shape, gpu, mc_tokens, length, own.max_rows) if mc_tokens else trained * per_token,
-        "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
-    }
-    memory = _memory(config, shape, amounts, trainable=_trainable(config, shape))
-    what = f"from the data sheet of {name}, rough; {length} tokens to a response"
-    return Plan(what, amounts, seconds, _iterations(config, amounts), memory, gpu.memory, ())
+    return Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates_per_iteration(config))
 
 
 def _gpu(name: str) -> Gpu:
     """`h100`, or `8xh100`: eight of them, over which everything is shared without loss."""
-    count, _, kind = name.rpartition("x") if name.split("x")[0].isdigit() else ("1", "", name)
+    count, _, kind = name.partition("x") if name.split("x")[0].isdigit() else ("1", "", name)
     if kind not in GPUS or int(count) < 1:
         raise UserError(f"--gpu {name} is not known; allowed: {', '.join(GPUS)}, or several such as 8xh100")
     one, n = GPUS[kind], int(count)
@@ -415,21 +439,25 @@ def _available(device: str) -> float:
         return float(torch.cuda.mem_get_info(device)[1])
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
+        total = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return 0.0
+    try:  # a container may have less than its machine
+        return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such limit: the file holds `max`
+        return total
 
 
-def _does_not_fit(config: Config, made: Plan) -> str:
+def _does_not_fit(config: Config, amounts: Amounts, memory: Mapping[str, float], available: float) -> str:
     """One line with the nearest setting that fits, tried in the order of what it costs."""
-    needs = f"the run needs about {made.memory['peak'] / GIB:.1f} GiB and there are {made.available / GIB:.1f}"
-    memory, peak = dict(made.memory), made.memory["peak"]
+    peak = memory["peak"]
+    needs = f"the run needs about {peak / GIB:.1f} GiB and there are {available / GIB:.1f}"
     held = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
-    room = made.available - held
+    room = available - held
     if memory["gradients"] + memory["activations"] > room > memory["gradients"]:
-        tokens = _micro_batch(config, made.amounts)
+        tokens = _micro_batch(config, amounts)
         fitting = tokens * (room - memory["gradients"]) / memory["activations"]
-        if fitting >= made.amounts.sequence_tokens:
+        if fitting >= amounts.sequence_tokens:
             return f"{needs}; it fits with learner.micro_batch_tokens {int(fitting)} (the result is the same)"
         return f"{needs}; try model.gradient_checkpointing true, or model.lora.r 16"
     if memory["keys and values"] + memory["sampling"] > room > memory["sampling"]:
@@ -439,11 +467,13 @@ def _does_not_fit(config: Config, made: Plan) -> str:
     return f"{needs}; try {'' if config.model.lora.r else 'model.lora.r 16, or '}{smaller}"
 
 
-def _iterations(config: Config, amounts: Amounts) -> int:
+def _iterations(config: Config, amounts: Amounts, seconds: Mapping[str, float]) -> int:
     """Until the first limit."""
     limits = [config.run.iterations, -(-total_updates(config) // amounts.updates)]
     if config.run.max_tokens:
         limits.append(math.ceil(config.run.max_tokens / (amounts.rollout_tokens + amounts.mc_tokens)))
+    if config.run.max_seconds:
+        limits.append(math.ceil(config.run.max_seconds / sum(seconds.values())))
     return min(limits)
 
 

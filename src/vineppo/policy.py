@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,13 +59,30 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options, **attention)
-        model = model.to(config.device)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, tokenizer
+    with told_of_device(config.device):
+        model = model.to(config.device)
+    return with_checkpointing(model) if config.gradient_checkpointing else model, tokenizer
+
+
+def with_checkpointing(model: Any) -> Any:
+    """The same model, which recomputes its activations in the backward pass."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing to false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@contextlib.contextmanager
+def told_of_device(device: str) -> Iterator[None]:
+    """A device that PyTorch does not have is told in one line."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or "not available").splitlines()[0]
+        raise UserError(f"model.device is {device!r}: {reason}; `vineppo doctor` lists what there is") from error
 
 
 def _warn_of_slow_numbers(config: ModelConfig) -> None:
@@ -144,7 +163,11 @@ class Policy:
                 "the model's tokenizer has no chat template; set task.chat_template to false, and give prompts as text"
             )
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens removed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from vineppo.batch import micro_batches, pad
 from vineppo.config import SFTConfig
 from vineppo.logits import token_logprobs
 from vineppo.optim import Optimizer, lr_factor
-from vineppo.policy import Policy
+from vineppo.policy import Policy, told_of_device
 from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
 from vineppo.types import Task, UserError
@@ -26,20 +27,20 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
     """Train `config.model` on the task's demonstrations and save it to `config.out`.
 
     Returns:
-        out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds.
+        out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds; and
+        `left out`, the demonstrations longer than `max_length`, where there were any.
     Raises:
         UserError: when `out` exists, the task has no demonstrations, or all of them are too long.
     """
-    out = Path(config.out)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise UserError(f"out {config.out!r} exists already; name a new directory")
+    out = _new_directory(config.out)
     policy = _start(config)
     task = build_task(config.task, policy.chat_prompt)
     optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
     warmup = round(config.warmup_fraction * config.updates)
-    losses, tokens, began = [], 0, time.perf_counter()
+    losses, tokens, left_out, began = [], 0, 0, time.perf_counter()
     for update in range(config.updates):
         batch = _batch(config, policy, task, update)
+        left_out += config.batch_size - len(batch)
         loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
         optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
         losses.append(loss)
@@ -54,8 +55,22 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         "loss": sum(tail) / len(tail),
         "updates": config.updates,
         "tokens": tokens,
+        **({"left out": left_out} if left_out else {}),
         "seconds": seconds,
     }
+
+
+def _new_directory(out: str) -> Path:
+    """Made before the training that is to be saved there, so that what is wrong with it is told now."""
+    path = Path(out)
+    try:
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise UserError(f"out {out!r} exists already; name a new directory")
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"out {out!r} cannot be written ({error.strerror}); name a directory of yours") from None
+    return path
 
 
 def _start(config: SFTConfig) -> Policy:
@@ -64,7 +79,8 @@ def _start(config: SFTConfig) -> Policy:
     from vineppo.tiny import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
-    return Policy(build_model(tokenizer, config.seed).to(config.model.device), tokenizer)
+    with told_of_device(config.model.device):
+        return Policy(build_model(tokenizer, config.seed).to(config.model.device), tokenizer)
 
 
 def encode_demonstration(policy: Policy, prompt: str, response: str) -> Demonstration:

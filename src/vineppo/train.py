@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 import time
@@ -59,8 +60,10 @@ class Progress:
     trained_tokens: int = 0
     seconds_train: float = 0.0
     seconds_eval: float = 0.0
+    seconds_total: float = 0.0
+    """Of the starts before this one, up to the checkpoint."""
     accuracy_before: dict[str, float | None] = field(default_factory=dict)
-    best_validation_accuracy: float = 0.0
+    best_validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Stages(Parts):
     run: RunDirectory
     trackers: list[Tracker]
     reporter: Reporter | None
+    began: float
+    """When this start of the run was, on the performance counter."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,12 @@ def train(
         config = replace(config, run=replace(config.run, dir=f"runs/{name}"))
     parts = build_parts(config, reward_fn, given)
     run = RunDirectory.create(config.run.dir, config)
-    return _run(_stages(parts, run, reporter, 0), Progress(recipe=recipe))
+    try:
+        stages = _stages(parts, run, reporter, 0)
+    except UserError:  # a tracker did not start: the same command shall work when that is mended
+        shutil.rmtree(run.path)
+        raise
+    return _run(stages, Progress(recipe=recipe))
 
 
 def resume(
@@ -163,13 +173,11 @@ def _refuse_finished(run: RunDirectory) -> None:
 
 
 def _run(stages: Stages, progress: Progress) -> dict[str, Any]:
-    began = time.perf_counter()
     if stages.reporter:
         stages.reporter.start(stages.config, stages.config.run.iterations)
     with _graceful_stop() as stop:
         progress, reason = _loop(stages, progress, stop)
         summary = _finish(stages, progress, reason, stop)
-    summary["seconds_total"] = time.perf_counter() - began
     stages.run.write_summary(summary)
     if reason != "interrupted":
         plot_run(stages.run.path)
@@ -217,11 +225,7 @@ def build_parts(
     """Load and bind everything that can be wrong, before anything is written."""
     policy = given.policy or Policy.load(config.model)
     task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
-    own = config.rollouts
-    sampler, eval_sampler = (
-        NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
-        for t in (own.temperature, config.eval.temperature)
-    )
+    sampler, eval_sampler = build_samplers(config, policy)
     critic = None
     if config.algorithm == "ppo":
         critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), config.ppo.value_head_scale)
@@ -238,10 +242,20 @@ def build_parts(
     return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
 
 
+def build_samplers(config: Config, policy: Policy) -> tuple[NativeSampler, NativeSampler]:
+    """(of training, of evaluation): they differ in temperature alone."""
+    own = config.rollouts
+    training, evaluation = (
+        NativeSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
+        for t in (own.temperature, config.eval.temperature)
+    )
+    return training, evaluation
+
+
 def _stages(parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Stages:
     trackers = build_trackers(parts.config.run.report_to, run.path, run.config, start)
     held = {f.name: getattr(parts, f.name) for f in fields(parts)}
-    return Stages(**held, run=run, trackers=trackers, reporter=reporter)
+    return Stages(**held, run=run, trackers=trackers, reporter=reporter, began=time.perf_counter())
 
 
 def updates_per_iteration(config: Config) -> int:
@@ -346,11 +360,11 @@ def _evaluate(stages: Stages, progress: Progress) -> tuple[Progress, dict[str, f
     began = time.perf_counter()
     measured = _measure(stages, "validation", stages.config.eval.num_problems, ("eval", progress.iteration))
     interval = measured.mean_reward(stages.config.run.seed)
-    seconds = time.perf_counter() - began
+    seconds, best = time.perf_counter() - began, progress.best_validation_accuracy
     progress = replace(
         progress,
         seconds_eval=progress.seconds_eval + seconds,
-        best_validation_accuracy=max(progress.best_validation_accuracy, interval.mean),
+        best_validation_accuracy=interval.mean if best is None else max(best, interval.mean),
     )
     return progress, {
         "eval/accuracy": interval.mean,
@@ -396,6 +410,7 @@ def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Eve
         "iterations": progress.iteration,
         "seconds": progress.seconds_train,
         "seconds_eval": progress.seconds_eval,
+        "seconds_total": _seconds_total(stages, progress),
         "tokens": {
             "rollouts": progress.rollout_tokens,
             "mc": progress.mc_tokens,
@@ -405,6 +420,11 @@ def _finish(stages: Stages, progress: Progress, reason: str, stop: threading.Eve
         "peak_memory_bytes": peak_memory(stages.policy.device),
         "final": "final" if reason != "interrupted" else None,
     }
+
+
+def _seconds_total(stages: Stages, progress: Progress) -> float:
+    """Of this start and those before it, as far as they were saved."""
+    return progress.seconds_total + time.perf_counter() - stages.began
 
 
 def _final_accuracy(stages: Stages, when: str) -> dict[str, float | None]:
@@ -426,7 +446,7 @@ def _log(stages: Stages, line: dict[str, Any]) -> None:
 def _save(stages: Stages, progress: Progress) -> None:
     state = {
         "learner": stages.learner.state_dict(),
-        "progress": asdict(progress),
+        "progress": asdict(replace(progress, seconds_total=_seconds_total(stages, progress))),
         "torch_rng": torch.get_rng_state(),
     }
     save_checkpoint(stages.run.checkpoints, progress.iteration, state, stages.config.run.keep_checkpoints)

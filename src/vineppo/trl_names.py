@@ -16,7 +16,7 @@ TRL_NAMES = {
     "policy/clip_share": "clip_ratio/region_mean",
     "policy/grad_norm": "grad_norm",
     "policy/lr": "learning_rate",
-    "policy/loss": "loss",
+    "policy/objective": "loss",
     "eval/accuracy": "eval_reward",
 }
 
