@@ -257,15 +257,16 @@ class VinePPOConfig:
     def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
         """As in TRL all rows, sampled like the rollouts, when eval_strategy says; before and after training as well."""
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        samples = self.num_generations_eval or self.num_generations
+        like_training = {"eval.num_samples": samples, "eval.temperature": self.temperature}
         if strategy == "no" or not num_eval:
-            return {"eval.every": 0, "eval.final_num_problems": 0, "eval.temperature": self.temperature}
+            return {"eval.every": 0, "eval.final_num_problems": 0, **like_training}
         steps = epoch if strategy == "epoch" else _share(self.eval_steps or self.logging_steps, updates)
         return {
             "eval.every": max(1, -(-steps // per_iteration)),
             "eval.num_problems": num_eval,
             "eval.final_num_problems": num_eval,
-            "eval.num_samples": self.num_generations_eval or self.num_generations,
-            "eval.temperature": self.temperature,
+            **like_training,
         }
 
     def _renamed(self) -> dict[str, Any]:
