@@ -68,7 +68,7 @@ def test_a_problem_has_its_address_its_text_and_its_columns(tmp_path: Path) -> N
     assert problem.id == "train/17"
     assert problem.prompt == "{x} Problem:\nIs \\frac{17}{2} {prompt}?\u2028é\n\nSolution:"
     assert problem.answer == "3.0"  # a number becomes text
-    assert problem.columns == {"level": [17]}
+    assert problem.columns == {**data[17], "level": [17]}  # mapped ones as well, under their own names
 
 
 def test_a_negative_or_late_index_is_refused(tmp_path: Path) -> None:

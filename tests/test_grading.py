@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from vineppo.config import GradingConfig, ModelConfig, TaskConfig
+from vineppo.evaluate import Measurement
 from vineppo.policy import Policy
 from vineppo.rollouts import problem_range, sample_groups
 from vineppo.sampling.native import NativeSampler
@@ -197,3 +198,72 @@ def test_asynchronous_functions_wait_at_the_same_time() -> None:
 
     here: list[str] = []
     assert apply_rewards([a, b], [problem(0)], ["x"]) == [(1.0, 1.0)]
+
+
+def test_a_running_loop_as_in_a_notebook_is_no_hindrance() -> None:
+    def even(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) % 2 == 0) for text in completions]
+
+    async def cell() -> list[Any]:
+        return apply_rewards([even], [problem(0)] * 2, ["ab", "abc"])
+
+    assert asyncio.run(cell()) == [(1.0,), (0.0,)]
+
+
+def test_what_a_late_grader_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = tmp_path / "pid"
+    (tmp_path / "my_starting_rewards.py").write_text(
+        "import subprocess\n"
+        "def start(completions, **_):\n"
+        f"    child = subprocess.Popen(['sleep', '60'])\n    open({str(note)!r}, 'w').write(str(child.pid))\n"
+        "    child.wait()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = WorkerPool([functools.partial(load_grader, "my_starting_rewards:start")], 1, 1.0, 0)
+    [verdict] = pool.verdicts([problem(0)], ["x"], [[1]])
+    assert isinstance(verdict, Failure) and verdict.timed_out
+    status = Path(f"/proc/{note.read_text()}/status")
+    deadline = time.monotonic() + 10  # the kernel's time, not ours
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or "State:\tZ" in status.read_text()
+    pool.close()
+
+
+def test_a_closed_pool_grades_what_was_in_flight_again(pool_of: Any) -> None:
+    pool = pool_of("troubled", workers=1, seconds=1.0)
+    pool.expect([problem(0), problem(1)], ["hang", "quick"], [[1], [2]])
+    while not any(worker.jobs for worker in pool._workers):  # until the worker holds both
+        pool.expect([], [], [])
+        time.sleep(0.02)
+    pool.close()
+    assert pool.verdicts([problem(1)], ["quick"], [[2]]) == [(2.0,)]
+
+
+def test_a_grader_that_breaks_late_does_not_hide_behind_its_past() -> None:
+    class Breaking:
+        early = False
+        failing = False
+
+        def expect(self, problems: Any, texts: Any, completion_ids: Any) -> None: ...
+
+        def verdicts(self, problems: Any, texts: Any, completion_ids: Any) -> list[Verdict]:
+            return [Failure("broken") if self.failing else (1.0,) for _ in texts]
+
+    judge = Breaking()
+    task = Graded(build_task(TaskConfig()), judge, ("one",), (1.0,))
+    task.grade([problem(0)] * 1000, ["x"] * 1000)
+    judge.failing = True
+    task.count_anew()
+    with pytest.raises(UserError, match=r"grading failed for 30 of 30 responses.*the first error: broken"):
+        task.grade([problem(0)] * 30, ["x"] * 30)
+
+
+def test_weights_that_add_up_to_1_make_a_right_answer() -> None:
+    def one(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    task = Graded(build_task(TaskConfig()), InProcess((one, one, one)), ("a", "b", "c"), (0.7, 0.2, 0.1))
+    [reward] = task.grade([problem(0)], ["x"])
+    assert reward == 1.0
+    assert Measurement(((0.7 + 0.2 + 0.1,),), 1, 0.0).pass_at_k(1, 0).mean == 1.0

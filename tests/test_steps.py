@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
+from tests.world import build_policy
+from vineppo.policy import Policy
 from vineppo.steps import build_splitter, merge_steps
 from vineppo.types import UserError
 
@@ -111,8 +114,13 @@ def test_newline_is_linear_in_a_long_blank_response() -> None:
 def test_every_n_tokens(tokens: list[str], num_tokens: int) -> None:
     boundaries = build_splitter(f"tokens:{num_tokens}")(tokens)
     assert boundaries[-1] == len(tokens)
-    lengths = [end - start for start, end in pairwise((0, *boundaries))]
-    assert all(length == num_tokens for length in lengths[:-1]) and 1 <= lengths[-1] <= num_tokens
+    assert all(end % num_tokens == 0 for end in boundaries[:-1])
+    pieces = texts_of(tokens, boundaries)
+    assert len(pieces) == 1 or all(piece.strip() for piece in pieces)
+    # As many as there are groups of N tokens that are not blank, up to the last token that is not.
+    last = max((i + 1 for i, token in enumerate(tokens) if token.strip()), default=0)
+    groups = [tokens[start : start + num_tokens] for start in range(0, last, num_tokens)]
+    assert len(pieces) == max(1, sum(any(token.strip() for token in group) for group in groups))
 
 
 def test_every_n_tokens_by_hand() -> None:
@@ -300,3 +308,28 @@ def test_regex_cuts_behind_matches() -> None:
     assert steps_of("regex:(?=Step)", "Step 1 x\nStep 2 y") == ["Step 1 x\n", "Step 2 y"]
     with pytest.raises(UserError, match=r"'\(' is no regular expression \(missing"):
         build_splitter("regex:(")
+
+
+def test_every_n_tokens_leaves_no_blank_step() -> None:
+    assert build_splitter("tokens:1")(["a", " ", "b", ""]) == (1, 4)  # the blank in front of b, nothing behind it
+    assert build_splitter("tokens:2")([" ", "\n", "a", "b", " "]) == (5,)
+
+
+def test_blanks_without_end_take_no_time_to_cut() -> None:
+    """A search that began anew at each blank would take minutes here."""
+    tokens = ["x", *[" "] * 100_000, "y"]
+    for spec in ("math", "newline"):
+        assert build_splitter(spec)(tokens)[-1] == len(tokens)
+
+
+def test_llamas_decoder_hides_no_spaces_from_the_splitters() -> None:
+    """Its tokens begin with a space that decoding one alone would drop; the steps are those of byte-level tokens."""
+    words = ["▁It", "▁is", "▁5", ".", "▁Then", "▁x", "▁is", "▁6", "."]
+    vocabulary = {"</s>": 0, **{word: n for n, word in enumerate(dict.fromkeys(words), 1)}}
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", clean_up_tokenization_spaces=False)
+    policy = Policy(build_policy().model, tokenizer)
+    texts = policy.token_texts([*(vocabulary[word] for word in words), 0])
+    assert texts == [word.replace("▁", " ") for word in words] + [""]
+    assert build_splitter("math")(texts) == (4, 10)

@@ -239,8 +239,7 @@ def test_every_format_gives_the_same_problems(tmp_path: Path, ending: str) -> No
     WRITERS[ending](path)
     task = build_task(TaskConfig(name="dataset", train_path=str(path), prompt_column="q", answer_column="a"))
     assert problems_of(task) + problems_of(task, "validation") == [
-        Problem(f"train/{n}" if n < 18 else f"validation/{n - 18}", ROWS[n]["q"], str(n), {"unit": "cm"})
-        for n in range(20)
+        Problem(f"train/{n}" if n < 18 else f"validation/{n - 18}", ROWS[n]["q"], str(n), ROWS[n]) for n in range(20)
     ]
 
 
@@ -330,3 +329,51 @@ def test_task_needs_nothing_of_what_it_does_not_use(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "answer": "no mark"}] * 4
     task = build_task(TaskConfig(name="dataset", rewards=("hash",)), reward_fn=rewards, tables={"train": rows})
     assert task.grade([task.problem("train", 0)], ["x"]) == [1.0]
+
+
+def test_mistakes_of_a_demonstrator_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_writers.py").write_text(
+        "def narrow(prompt, answer): return 'x'\ndef nothing(**_): return None\n"
+        "def own(prompt, answer, **more): return prompt + answer + ','.join(more)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [{"question": f"q{i}", "solution": "5", "prompt": "other", "level": 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def written(name: str) -> tuple[str, str]:
+        config = TaskConfig(
+            name="dataset",
+            train_path=str(tmp_path / "rows.jsonl"),
+            prompt_column="question",
+            answer_column="solution",
+            demonstrator=f"my_writers:{name}",
+        )
+        return build_task(config).demonstration("train", 0)
+
+    assert written("own") == ("q0", "q05question,solution,level")
+    with pytest.raises(UserError, match=r"my_writers:narrow failed for problem train/0: TypeError: .* with columns"):
+        written("narrow")
+    with pytest.raises(UserError, match="my_writers:nothing returned a NoneType for train/0; allowed: text"):
+        written("nothing")
+
+
+def test_mapped_columns_reach_reward_functions_under_their_own_names() -> None:
+    def right(completions: list[str], solution: list[str], question: list[str], **_: Any) -> list[float]:
+        assert question == ["q"]
+        return [float(text == s) for text, s in zip(completions, solution, strict=True)]
+
+    config = TaskConfig(name="dataset", prompt_column="question", answer_column="solution")
+    task = build_task(config, None, right, {"train": [{"question": "q", "solution": "5"}]})
+    assert task.grade([task.problem("train", 0)], ["5"]) == [1.0]
+
+
+def test_reasoning_gyms_entries_are_made_by_address() -> None:
+    pytest.importorskip("reasoning_gym")
+    from vineppo.tasks.gym import GymTask
+
+    first, again = (GymTask(TaskConfig(name="reasoning_gym:list_functions")) for _ in range(2))
+    there = [first.problem("train", i).prompt for i in range(40)]
+    assert there == [again.problem("train", i).prompt for i in reversed(range(40))][::-1]
+    for size in ("many", None, 0, 2.5):
+        with pytest.raises(UserError, match=r"task.options has size .*; it must be a whole number of at least 1"):
+            GymTask(TaskConfig(name="reasoning_gym:chain_sum", options={"size": size}))

@@ -369,6 +369,9 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
     spent = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
     cut = f"{100 * result['truncated_share']:.1f}% of responses reached the token budget"
     print(f"{result['num_samples']} samples per problem; {cut}; {spent}")
+    if result.get("grader/error_share"):
+        late = f"{100 * result['grader/timeout_share']:.1f}% too late"
+        print(f"{100 * result['grader/error_share']:.1f}% of responses could not be graded ({late}) and count as wrong")
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vineppo.sampling.native import NativeSampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
+from vineppo.tasks.grading import Graded
 from vineppo.types import Problem, Sampler, Task
 
 
@@ -39,7 +40,7 @@ class Measurement:
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
         """Chance that one of k responses is right (reward of at least 1), the unbiased estimate per problem."""
-        solved = [sum(reward >= 1 for reward in row) for row in self.rewards]
+        solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]  # weights add up with rounding
         values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
         return bootstrap_mean(values, seed=seed)
 
@@ -105,6 +106,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
         "num_samples": spec.num_samples,
         "split": spec.split,
         "truncated_share": sampled.truncated_share,
+        **(task.total.shares() if isinstance(task, Graded) else {}),
         "tokens": sampled.tokens + greedy.tokens,
         "seconds": time.perf_counter() - began,
     }

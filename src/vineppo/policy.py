@@ -174,11 +174,17 @@ class Policy:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each token alone; special tokens are empty. Used to find step boundaries, not to join text."""
+        """Text of each token as it stands inside of a text; special tokens are empty. For boundaries, not to join."""
         for token in token_ids:
             if token not in self._token_texts:
-                self._token_texts[token] = self.decode([token])
+                self._token_texts[token] = self._text_inside(token)
         return [self._token_texts[token] for token in token_ids]
+
+    def _text_inside(self, token: int) -> str:
+        """A token's text behind another one: at the beginning of a text, decoders of SentencePiece drop the space."""
+        alone, twice = self.decode([token]), self.decode([token, token])
+        # What the second of two adds to the first; half a character may melt into one with itself.
+        return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
 
     def frozen_copy(self) -> Policy:
         """The same policy, for ever."""

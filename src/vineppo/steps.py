@@ -20,7 +20,7 @@ _ANSWER_LINE = re.compile(r"\s*####")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[A-Z\d$\\(])")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)|\be\.g|\bi\.e)\.$")
 _FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$]+?\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
-_BREAK = re.compile(r",(?=\s)|\s+(?=and\s)|\s+(?==)|(?<![\s<>=!:])(?==)")
+_BREAK = re.compile(r",(?=\s)|(?<!\s)\s+(?=and\s|=)|(?<![\s<>=!:])(?==)")
 _LONGEST = 100
 """Characters of a piece that is not bisected."""
 _CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
@@ -67,7 +67,7 @@ def build_splitter(spec: str) -> Splitter:
     if name == "regex" and rest:
         try:
             pattern = re.compile(rest, re.MULTILINE)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"no step splitter {spec!r}: {rest!r} is no regular expression ({error})") from error
         return lambda tokens, logprobs=(): split_at_matches(pattern, tokens)
     raise UserError(
@@ -219,9 +219,17 @@ def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
-    """A step every `num_tokens` tokens, whatever their text; the last one may be shorter. Returns ends, shape (S,)."""
+    """A step every `num_tokens` tokens; the last one may be shorter, and one of white space alone is part of the next,
+    or, at the end, of the last. Returns ends, shape (S,).
+    """
     _refuse_empty(tokens)
-    return (*range(num_tokens, len(tokens), num_tokens), len(tokens))
+    last = max((i for i, token in enumerate(tokens) if token.strip()), default=0)
+    ends, start = [], 0
+    for end in range(num_tokens, last + 1, num_tokens):
+        if any(token.strip() for token in tokens[start:end]):
+            ends.append(end)
+            start = end
+    return (*ends, len(tokens))
 
 
 def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from vineppo.config import GYM, TaskConfig
 from vineppo.tasks.dataset import DatasetTask, Layout
-from vineppo.tasks.graders import QUICK, load_grader
+from vineppo.tasks.graders import QUICK, first_line, load_grader
 from vineppo.tasks.grading import Graded, InProcess, Judge
 from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.tasks.workers import WorkerPool
@@ -97,8 +97,24 @@ def _configured(
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:
-    write: Callable[..., str] = load_grader(spec)
-    return lambda problem: write(prompt=problem.prompt, answer=problem.answer, **problem.columns)
+    write: Callable[..., Any] = load_grader(spec)
+
+    def demonstrate(problem: Problem) -> str:
+        columns = {name: value for name, value in problem.columns.items() if name not in ("prompt", "answer")}
+        try:
+            text = write(prompt=problem.prompt, answer=problem.answer, **columns)
+        except Exception as error:
+            raise UserError(
+                f"task.demonstrator {spec} failed for problem {problem.id}: {first_line(error)}; it is called as "
+                f"fn(prompt, answer, **columns) with columns {', '.join(columns) or 'none'} and returns text"
+            ) from error
+        if not isinstance(text, str):
+            raise UserError(
+                f"task.demonstrator {spec} returned a {type(text).__name__} for {problem.id}; allowed: text"
+            )
+        return text
+
+    return demonstrate
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -143,7 +143,7 @@ class DatasetTask:
         prompt, messages = self._prompt(where, row)
         reference = None
         if self._tables and (layout.answer_column not in row or not isinstance(row[layout.answer_column], str)):
-            reference, answer = row.get(layout.answer_column), str(row.get(layout.answer_column, ""))
+            reference, answer = row.get(layout.answer_column), _shown(row.get(layout.answer_column))
         else:
             answer = _cell(where, row, "answer_column", layout.answer_column)
         if self._hash_answers and hash_number(answer) is None:
@@ -153,8 +153,9 @@ class DatasetTask:
             text = _cell(where, row, "demonstration_column", column) if column else answer
             prefix = "" if self._config.chat_template else layout.response_prefix
             demonstration = prefix + layout.demonstrate(text)
-        used = (layout.prompt_column, layout.answer_column)
-        columns = {name: value for name, value in row.items() if name not in used}
+        # Under its own name as well: a reward function may ask for `solution`, whatever it is to us.
+        own = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
+        columns = {name: value for name, value in row.items() if name not in own}
         return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
 
     def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
@@ -171,6 +172,11 @@ class DatasetTask:
             return layout.prompt_template.replace("{prompt}", text), ()
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
         return self._format_prompt(layout.chat_template.replace("{prompt}", text)), ()
+
+
+def _shown(answer: Any) -> str:
+    """An answer of any kind as text; nothing for a missing one."""
+    return "" if answer is None else str(answer)
 
 
 def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:

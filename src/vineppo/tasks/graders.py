@@ -98,12 +98,14 @@ def last_boxed(text: str) -> str | None:
     if start < 0:
         return None
     rest = text[start:].split("boxed" if text.startswith(r"\boxed", start) else "fbox", 1)[1]
-    if not rest.startswith("{"):
+    if not rest.lstrip().startswith("{"):
         word = re.match(r" ([^\s$]+)", rest)
         return word[1] if word else None
+    rest = rest.lstrip()
     depth = 0
     for position, character in enumerate(rest):
-        escaped = position > 0 and rest[position - 1] == "\\"
+        before = rest[:position]
+        escaped = (len(before) - len(before.rstrip("\\"))) % 2 == 1  # `\\\\}` is a new line and a brace
         depth += (character == "{") * (not escaped) - (character == "}") * (not escaped)
         if depth == 0:
             return rest[1:position]
@@ -118,6 +120,8 @@ def _bare(answer: str) -> str:
 def _same_mathematics(given: str | None, gold: str) -> float | None:
     if given is None or not given.strip():
         return 0.0
+    # The printed number counts: 50 and 50% are the same, 0.5 and 50% are not, which math-verify takes for equal.
+    given, gold = _without_percent(given), _without_percent(gold)
     if _normal_latex(given) == _normal_latex(gold):
         return 1.0
     parse, verify, latex = _math_verify()
@@ -128,6 +132,10 @@ def _same_mathematics(given: str | None, gold: str) -> float | None:
         return None
     found = parse(f"${given}$", [latex], parsing_timeout=None)
     return float(bool(found) and verify(wanted, found, timeout_seconds=None))
+
+
+def _without_percent(text: str) -> str:
+    return re.sub(r"\\?%", "", text)
 
 
 @functools.cache
@@ -145,6 +153,9 @@ def _normal_latex(text: str) -> str:
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[\s$]", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
+
+# What a worker does before its first response: importing sympy may take longer than a response may.
+grade_boxed.prepare = _math_verify  # type: ignore[attr-defined]
 
 GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash, "boxed": grade_boxed}
 QUICK = ("exact", "hash")
@@ -189,7 +200,7 @@ def _import_module(spec: str, name: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # A missing import *inside* the user's module is a failure of that module, not a missing module.
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise UserError(

@@ -6,6 +6,7 @@ kept them from one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -163,19 +164,21 @@ class Graded:
         """Reward of each response text to the problem beside it.
 
         Raises:
-            UserError: with the first error's text, when more than `max_error_share` of all responses so far (counted
-                as 20 at least) could not be graded.
+            UserError: with the first error's text, when more than `max_error_share` of all responses so far, or of this
+                iteration's (counted as 20 at least), could not be graded.
         """
         verdicts = self.judge.verdicts(problems, texts, completion_ids)
         for verdict in verdicts:
             self.tally.add(self.names, verdict)
             self.total.add(self.names, verdict)
-        total = self.total
-        if total.errors > self.max_error_share * max(total.graded, _FEWEST):
-            raise UserError(
-                f"grading failed for {total.errors} of {total.graded} responses, {total.timeouts} of them by the time "
-                f"limit (task.grading.max_error_share is {self.max_error_share}); the first error: {total.first_error}"
-            )
+        # Of the whole run, and since the last count: a grader that breaks late must not hide behind its past.
+        for tally in (self.total, self.tally):
+            if tally.errors > self.max_error_share * max(tally.graded, _FEWEST):
+                raise UserError(
+                    f"grading failed for {tally.errors} of {tally.graded} responses, {tally.timeouts} of them by the "
+                    f"time limit (task.grading.max_error_share is {self.max_error_share}); the first error: "
+                    f"{tally.first_error}"
+                )
         return [self._reward(verdict) for verdict in verdicts]
 
     def count_anew(self) -> Tally:
@@ -186,4 +189,5 @@ class Graded:
     def _reward(self, verdict: Verdict) -> float:
         if isinstance(verdict, Failure):
             return 0.0
-        return sum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
+        # fsum: weights of 0.7, 0.2 and 0.1 make exactly 1.
+        return math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,10 @@ class GymTask:
     def __init__(self, config: TaskConfig, format_prompt: Callable[[Any], str] | None = None):
         name = config.name[len(GYM) :]
         options = dict(config.options)
-        self._sizes = {**SIZES, "train": int(options.pop("size", SIZES["train"]))}
+        size = options.pop("size", SIZES["train"])
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"task.options has size {size!r}; it must be a whole number of at least 1")
+        self._sizes = {**SIZES, "train": size}
         if "seed" in options:
             raise UserError("task.options has seed; it is set by the task (the splits must not share problems)")
         self._data = {
@@ -56,7 +60,7 @@ class GymTask:
         raise AssertionError("bound in __init__")
 
     def _problem(self, split: Split, index: int) -> Problem:
-        entry = self._data[split][index]
+        entry = _made_by_address(self._data[split], SEEDS[split] + index, index)
         prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
         if self._format_prompt:
             prompt = self._format_prompt(prompt)
@@ -66,6 +70,16 @@ class GymTask:
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
         """There is none: reasoning-gym has answers, not solutions."""
         raise UserError("reasoning-gym has no worked solutions; give task.demonstrator (module:function) to write them")
+
+
+def _made_by_address(data: Any, seed: int, index: int) -> Any:
+    """An entry; some data sets draw from the global generator, which is set for the call and restored."""
+    before = random.getstate()
+    random.seed(seed)
+    try:
+        return data[index]
+    finally:
+        random.setstate(before)
 
 
 def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
@@ -107,7 +121,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
         raise UserError(f"task.name: reasoning-gym has no data set {name!r}; {hint}")
     try:
         return reasoning_gym.create_dataset(name, **options)
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
         shown = ", ".join(sorted(field for field in DATASETS[name][1].__dataclass_fields__ if field != "seed"))
         raise UserError(
             f"task.options: reasoning-gym's {name} refuses them ({first_line(error)}); its settings: {shown}"

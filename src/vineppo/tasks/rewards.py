@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vineppo.tasks.graders import first_line
@@ -41,7 +42,17 @@ def apply_rewards(
     if not problems:
         return []
     arguments = _arguments(problems, texts, completion_ids)
-    return list(zip(*asyncio.run(_gathered(fns, arguments, len(texts))), strict=True))
+    return list(zip(*_run(_gathered(fns, arguments, len(texts))), strict=True))
+
+
+def _run(called: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[float | None]]:
+    """Await in a loop of our own; a notebook has one running in this thread, so there it is in another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(called)
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(asyncio.run, called).result()
 
 
 def _arguments(

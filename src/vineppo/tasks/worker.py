@@ -31,6 +31,8 @@ def main() -> None:
         loaders, memory, path = pickle.loads(connection.recv_bytes())
         sys.path[:] = path
         fns = tuple(load() for load in loaders)
+        for fn in fns:
+            getattr(fn, "prepare", lambda: None)()
         _limit_memory(memory)
         connection.send("ready")
         while True:

@@ -7,8 +7,10 @@ of, is an error; the worker is replaced and the others are graded again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,8 @@ _CHUNK = 8
 """Responses that a worker holds at most: it need not wait for us between them, and little is lost when it dies."""
 _START_SECONDS = 180.0
 """For importing the functions' modules."""
+_GRACE_SECONDS = 2.0
+"""For a process to end whose connection has."""
 _Key = tuple[str, str]
 """(problem's id, response): what makes two gradings the same."""
 _Job = tuple[Problem, str, list[int]]
@@ -90,6 +94,7 @@ class WorkerPool:
         """End the processes; a later call starts new ones."""
         for worker in self._workers:
             _kill(worker)
+            self._queue.extendleft(reversed(worker.jobs))
         self._workers = []
 
     def __del__(self) -> None:
@@ -116,8 +121,9 @@ class WorkerPool:
         for worker in list(self._workers):
             limit = self._seconds if worker.ready else _START_SECONDS
             if (worker.jobs or not worker.ready) and now - worker.since > limit:
-                what = f"a response was not graded within {limit:g} s" if worker.ready else "a grader did not start"
-                self._replace(worker, Failure(f"{what} (task.grading.seconds)", timed_out=True))
+                late = f"a response was not graded within {limit:g} s (task.grading.seconds)"
+                what = late if worker.ready else f"its modules were not imported within {limit:g} s"
+                self._replace(worker, Failure(what, timed_out=True))
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -140,7 +146,10 @@ class WorkerPool:
             while worker.connection.poll():
                 self._take(worker, worker.connection.recv())
         except (EOFError, OSError):
-            code = worker.process.wait()
+            try:
+                code = worker.process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:  # its other threads hold it
+                code = -signal.SIGKILL
             self._replace(worker, Failure(f"the grader's process died ({_cause(code)})"))
 
     def _take(self, worker: _Worker, answer: Any) -> None:
@@ -182,7 +191,8 @@ class WorkerPool:
 
 def _kill(worker: _Worker) -> None:
     worker.connection.close()
-    worker.process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.process.pid, signal.SIGKILL)  # with what a reward function has started
     worker.process.wait()
 
 
