@@ -116,11 +116,10 @@ def test_every_n_tokens(tokens: list[str], num_tokens: int) -> None:
     assert boundaries[-1] == len(tokens)
     assert all(end % num_tokens == 0 for end in boundaries[:-1])
     pieces = texts_of(tokens, boundaries)
-    assert len(pieces) == 1 or all(piece.strip() for piece in pieces)
-    # As many as there are groups of N tokens that are not blank, up to the last token that is not.
-    last = max((i + 1 for i, token in enumerate(tokens) if token.strip()), default=0)
-    groups = [tokens[start : start + num_tokens] for start in range(0, last, num_tokens)]
-    assert len(pieces) == max(1, sum(any(token.strip() for token in group) for group in groups))
+    assert all(piece.strip() for piece in pieces[:-1])
+    # One for each group of N tokens that is not blank, but for the last group, and one for what is left.
+    groups = [tokens[start : start + num_tokens] for start in range(0, len(tokens), num_tokens)]
+    assert len(pieces) == 1 + sum(any(token.strip() for token in group) for group in groups[:-1])
 
 
 def test_every_n_tokens_by_hand() -> None:
@@ -310,9 +309,9 @@ def test_regex_cuts_behind_matches() -> None:
         build_splitter("regex:(")
 
 
-def test_every_n_tokens_leaves_no_blank_step() -> None:
-    assert build_splitter("tokens:1")(["a", " ", "b", ""]) == (1, 4)  # the blank in front of b, nothing behind it
-    assert build_splitter("tokens:2")([" ", "\n", "a", "b", " "]) == (5,)
+def test_every_n_tokens_gives_white_space_to_the_next_step() -> None:
+    assert build_splitter("tokens:1")(["a", " ", "b", ""]) == (1, 3, 4)  # the blank in front of b; the end is a choice
+    assert build_splitter("tokens:2")([" ", "\n", "a", "b", "c"]) == (4, 5)
 
 
 def test_blanks_without_end_take_no_time_to_cut() -> None:

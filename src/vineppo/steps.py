@@ -219,13 +219,15 @@ def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
-    """A step every `num_tokens` tokens; the last one may be shorter, and one of white space alone is part of the next,
-    or, at the end, of the last. Returns ends, shape (S,).
+    """A step every `num_tokens` tokens; the last one may be shorter, and white space alone is part of the next step.
+    Returns ends, shape (S,).
+
+    A cut depends only on what stands before it, which keeps the credit exact: so the end may be a step of its own, with
+    no more than white space or the end-of-sequence token.
     """
     _refuse_empty(tokens)
-    last = max((i for i, token in enumerate(tokens) if token.strip()), default=0)
     ends, start = [], 0
-    for end in range(num_tokens, last + 1, num_tokens):
+    for end in range(num_tokens, len(tokens), num_tokens):
         if any(token.strip() for token in tokens[start:end]):
             ends.append(end)
             start = end
