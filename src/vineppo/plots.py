@@ -187,7 +187,7 @@ def _subtitle(result: dict[str, Any], band: bool) -> str:
     recipe = Path(spec["recipe"]).stem
     runs = [figures["num_runs"] for figures in result["algorithms"].values() if figures["num_runs"]]
     seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
-    task = recipe if level in ("", recipe) else f"{recipe} ({level})"
+    task = recipe if level.rpartition(":")[2] in ("", recipe) else f"{recipe} ({level})"
     amount = f"{float(spec['budget'].partition('=')[2]):,.0f}"
     kind = {"tokens": "generated tokens", "seconds": "seconds of training"}.get(
         spec["budget"].partition("=")[0], "updates"
@@ -278,6 +278,10 @@ def _final_figure(result: dict[str, Any]) -> Figure | None:
 # --- shared looks -----------------------------------------------------------------------------------------------------
 
 
+_SUBTITLE_LETTERS = 92
+"""As many stand in one line beside the vertical axis; longer subtitles are written smaller."""
+
+
 def _canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
     """A figure whose title says what is compared. No pyplot: nothing global, no display needed."""
     figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
@@ -289,7 +293,7 @@ def _canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axe
         xytext=(0, 9),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=10.5,
+        fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / len(subtitle)),
         color=_GREY,
     )
     note.set_in_layout(False)  # a long line must not narrow the picture
