@@ -293,7 +293,7 @@ def _canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axe
         xytext=(0, 9),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / len(subtitle)),
+        fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / max(1, len(subtitle))),
         color=_GREY,
     )
     note.set_in_layout(False)  # a long line must not narrow the picture
