@@ -187,7 +187,7 @@ def test_names_mean_what_they_mean_in_trl() -> None:
         ({"generation_kwargs": {"top_p": 0.5}}, r"generation_kwargs is .*; allowed here: None, which asks for nothing"),
         ({"push_to_hub": True}, r"push_to_hub is True; allowed here: False"),
         ({"adam_epsilon": 1e-6}, r"adam_epsilon is 1e-06; allowed here: 1e-08"),
-        ({"optim": "adafactor"}, r"optim is 'adafactor'; allowed here: 'adamw_torch'"),
+        ({"optim": "adafactor"}, r"optim is 'adafactor'; allowed here: 'adamw_torch_fused'"),
         ({"settings": {"model.dtype": "bfloat16"}}, r"settings has a key of model; give the trainer the model"),
     ],
 )

@@ -163,7 +163,7 @@ class VinePPOConfig:
     logging_steps: float = 10
     """Every iteration is logged; this is only what `eval_steps` falls back to."""
     report_to: str | Sequence[str] = "none"
-    optim: str = "adamw_torch"
+    optim: str = "adamw_torch_fused"
     """AdamW under any of its names."""
     top_p: float = 1.0
     top_k: int | None = 0
@@ -184,7 +184,7 @@ class VinePPOConfig:
             if getattr(value, "value", value) not in allowed:  # transformers' enumerations hold their names
                 raise UserError(f"{name} is {value!r}; allowed here: {allowed[0]!r} (docs/from-trl.md says why)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
-            raise UserError(f"optim is {self.optim!r}; allowed here: 'adamw_torch', the only optimizer there is")
+            raise UserError(f"optim is {self.optim!r}; allowed here: 'adamw_torch_fused', the only optimizer there is")
         if any(key.startswith("model.") for key in self.settings):
             raise UserError("settings has a key of model; give the trainer the model as it shall be, and peft_config")
         self._check_batches()
