@@ -367,8 +367,8 @@ def test_mapped_columns_reach_reward_functions_under_their_own_names() -> None:
     assert task.grade([task.problem("train", 0)], ["5"]) == [1.0]
 
 
+@pytest.mark.real
 def test_reasoning_gyms_entries_are_made_by_address() -> None:
-    pytest.importorskip("reasoning_gym")
     from vineppo.tasks.gym import GymTask
 
     first, again = (GymTask(TaskConfig(name="reasoning_gym:list_functions")) for _ in range(2))
