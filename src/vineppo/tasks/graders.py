@@ -98,17 +98,16 @@ def last_boxed(text: str) -> str | None:
     if start < 0:
         return None
     rest = text[start:].split("boxed" if text.startswith(r"\boxed", start) else "fbox", 1)[1]
-    if not rest.lstrip().startswith("{"):
+    inside = rest.lstrip()
+    if not inside.startswith("{"):
         word = re.match(r" ([^\s$]+)", rest)
         return word[1] if word else None
-    rest = rest.lstrip()
-    depth = 0
-    for position, character in enumerate(rest):
-        before = rest[:position]
-        escaped = (len(before) - len(before.rstrip("\\"))) % 2 == 1  # `\\\\}` is a new line and a brace
+    depth, escaped = 0, False
+    for position, character in enumerate(inside):
         depth += (character == "{") * (not escaped) - (character == "}") * (not escaped)
         if depth == 0:
-            return rest[1:position]
+            return inside[1:position]
+        escaped = character == "\\" and not escaped  # two backslashes are a new line, and escape nothing
     return None
 
 
