@@ -32,14 +32,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 
 from tests.world import build_world
 
-from vineppo.advantages import spread_over_tokens, step_advantages
-from vineppo.config import ModelConfig, TaskConfig, VineConfig
+from vineppo.config.schema import ModelConfig, TaskConfig, VineConfig
 from vineppo.credit import build_vine_credit
-from vineppo.policy import Policy
-from vineppo.rollouts import draw_problems, sample_groups
-from vineppo.sampling.native import NativeSampler
+from vineppo.credit.advantages import spread_over_tokens, step_advantages
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
 from vineppo.tasks import build_task
+from vineppo.training.rollouts import draw_problems, sample_groups
 from vineppo.types import CreditFn, RolloutGroup, Sampler, Task, TrainingSample
 from vineppo.values import MonteCarlo, State
 
@@ -113,7 +113,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     """Ten-step chains of the embedded model, one response to a problem, a step per line."""
     policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
     task = build_task(TaskConfig(level=level, num_steps=10))
-    sampler = NativeSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy, temperature=1.0)
     groups = sample_groups(
         draw_problems(task, 0, 1, rollouts),
         policy,

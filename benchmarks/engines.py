@@ -32,14 +32,14 @@ GENERATE_ROWS = 64
 
 def native(work: Work) -> Run:
     """vineppo's own sampler."""
-    from vineppo.config import ModelConfig
-    from vineppo.policy import Policy
-    from vineppo.sampling.native import NativeSampler
+    from vineppo.config.schema import ModelConfig
+    from vineppo.model.policy import Policy
+    from vineppo.sampling.torch.sampler import TorchSampler
     from vineppo.types import SampleRequest
 
     policy = Policy.load(ModelConfig(path=work["model"], dtype=work["dtype"]))
     policy.eos_ids = ()
-    sampler = NativeSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy, temperature=1.0)
     requests = [
         SampleRequest(tuple(prefix), 1, length, seed=1000 * i + j)
         for i, (prefix, lengths) in enumerate(zip(work["prefixes"], work["lengths"], strict=True))
@@ -173,7 +173,7 @@ def matmul(work: Work) -> Run:
     """
     import torch
 
-    from vineppo.sampling.packed import packed_weights
+    from vineppo.sampling.torch.packed import packed_weights
 
     model = transformers_model(work)
     head = model.get_output_embeddings()

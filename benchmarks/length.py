@@ -41,11 +41,12 @@ from benchmarks.engines import generate, peak_memory
 from tests.world import LETTERS, build_tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
 
-from vineppo.config import VineConfig
+from vineppo.config.schema import VineConfig
 from vineppo.credit import build_vine_credit
-from vineppo.policy import Policy, resolve_model_path
-from vineppo.rollouts import sample_groups
-from vineppo.sampling.native import NativeSampler
+from vineppo.model.loading import resolve_model_path
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.training.rollouts import sample_groups
 from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
 from vineppo.values import MonteCarlo
 
@@ -65,7 +66,7 @@ class EndlessPolicy(Policy):
 class Whole:
     """The sampler, but a response of full length counts as finished: there is no other end here."""
 
-    sampler: NativeSampler
+    sampler: TorchSampler
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         """As the sampler's."""
@@ -149,7 +150,7 @@ class Scene:
 def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
     task = TwoDecisions(num_steps, arguments.step_tokens)
-    sampler = Whole(NativeSampler(policy, temperature=1.0))
+    sampler = Whole(TorchSampler(policy, temperature=1.0))
     groups = sample_groups(
         [task.problem("train", index) for index in range(arguments.responses)],
         policy,

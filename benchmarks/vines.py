@@ -29,12 +29,13 @@ from typing import Any, Literal
 
 import torch
 
-from vineppo.config import ModelConfig
-from vineppo.policy import Policy, resolve_model_path
-from vineppo.rollouts import problem_range, sample_groups
-from vineppo.sampling.native import NativeSampler
+from vineppo.config.schema import ModelConfig
+from vineppo.model.loading import resolve_model_path
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
 from vineppo.tasks.chain import ChainTask
+from vineppo.training.rollouts import problem_range, sample_groups
 from vineppo.types import Problem, SampleRequest, Task
 
 ENGINES = ("native", "generate", "generate_batch", "vllm", "matmul")
@@ -82,7 +83,7 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
     task: Task = ChainTask(path.split(":")[1], 10) if embedded else WordProblems(policy)
     num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
-    sampler = NativeSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy, temperature=1.0)
     problems = problem_range(task, "train", num_problems)
     shape = {"group_size": group_size, "max_new_tokens": budget, "address": (0, "vines")}
     groups = sample_groups(problems, policy, sampler, task, **shape)  # type: ignore[arg-type]

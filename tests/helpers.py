@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from vineppo.config import (
+from vineppo.config.schema import (
     Config,
     EvalConfig,
     LearnerConfig,

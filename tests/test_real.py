@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.helpers import data_directory
 from vineppo import VinePPOConfig
-from vineppo.batch import pad
-from vineppo.config import (
+from vineppo.config.schema import (
     Config,
     EvalConfig,
     LearnerConfig,
@@ -28,11 +27,12 @@ from vineppo.config import (
     TaskConfig,
     VineConfig,
 )
-from vineppo.logits import token_logprobs
-from vineppo.policy import Policy
-from vineppo.sampling.native import NativeSampler
+from vineppo.model.batch import pad
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
-from vineppo.train import train
+from vineppo.training.loop import train
 from vineppo.types import SampleRequest
 
 pytestmark = pytest.mark.real
@@ -91,7 +91,7 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.encode_prompt(policy.chat_prompt("What is 12 + 30? Think in steps."))
     for temperature in (1.0, 0.6):
-        sampler = NativeSampler(policy, temperature=temperature)
+        sampler = TorchSampler(policy, temperature=temperature)
         first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1)])[0]
         stem = prompt + first[0].token_ids
         states = [SampleRequest(stem[: len(prompt) + cut], 2, 12, seed=2 + cut) for cut in (0, 5, 11, 20)]
@@ -108,7 +108,7 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
 def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.encode_prompt(policy.chat_prompt("Name three primes."))
-    ours = NativeSampler(policy, temperature=0.0).sample([SampleRequest(prompt, 1, 24, seed=0)])[0][0].token_ids
+    ours = TorchSampler(policy, temperature=0.0).sample([SampleRequest(prompt, 1, 24, seed=0)])[0][0].token_ids
     theirs = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
     assert list(ours) == theirs.tolist()
 

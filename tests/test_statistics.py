@@ -9,14 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from vineppo.statistics import (
-    Interval,
-    bootstrap_mean,
-    interval_over_seeds,
-    pass_at_k,
-    student_t_quantile,
-    wilson,
-)
+from vineppo.statistics import Interval, bootstrap_mean, interval_over_seeds, pass_at_k, student_t_quantile, wilson
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.world import build_policy
-from vineppo.policy import Policy
+from vineppo.model.policy import Policy
 from vineppo.steps import build_splitter, merge_steps
 from vineppo.types import UserError
 

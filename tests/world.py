@@ -18,11 +18,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vineppo.batch import collate, pad
-from vineppo.logits import token_logprobs
-from vineppo.losses import clipped_policy_loss
-from vineppo.policy import Policy
-from vineppo.sampling.native import NativeSampler
+from vineppo.learning.losses import clipped_policy_loss
+from vineppo.model.batch import collate, pad
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
 from vineppo.types import FinishReason, Problem, Rollout, RolloutGroup, Split, TrainingSample
 from vineppo.values import MonteCarlo
@@ -153,8 +153,8 @@ class World:
             run_seed=0,
         )
 
-    def sampler(self) -> NativeSampler:
-        return NativeSampler(self.policy, temperature=self.temperature, max_rows=1 << 14)
+    def sampler(self) -> TorchSampler:
+        return TorchSampler(self.policy, temperature=self.temperature, max_rows=1 << 14)
 
     def _text(self, response_ids: Sequence[int]) -> str:
         return self.policy.decode(response_ids)

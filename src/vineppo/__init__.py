@@ -12,12 +12,11 @@ Everything is loaded when it is first asked for, so that `import vineppo` is qui
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vineppo.config import (
+    from vineppo.config.load import build_config, config_from_dict, diff_configs, load_recipe
+    from vineppo.config.schema import (
         Config,
         EvalConfig,
         GradingConfig,
@@ -33,32 +32,32 @@ if TYPE_CHECKING:
         TaskConfig,
         VineConfig,
     )
-    from vineppo.settings import build_config, config_from_dict, diff_configs, load_recipe
-    from vineppo.train import train
-    from vineppo.trainer import VinePPOConfig, VinePPOTrainer
+    from vineppo.training.loop import train
+    from vineppo.trl.trainer import VinePPOConfig, VinePPOTrainer
     from vineppo.types import UserError
 
     __version__: str
 
 _MODULE_OF = {
-    "train": "train",
-    **dict.fromkeys(("build_config", "config_from_dict", "diff_configs", "load_recipe"), "settings"),
-    **dict.fromkeys(("VinePPOTrainer", "VinePPOConfig"), "trainer"),
+    "train": "training.loop",
+    **dict.fromkeys(("build_config", "config_from_dict", "diff_configs", "load_recipe"), "config.load"),
+    "VinePPOTrainer": "trl.trainer",
+    "VinePPOConfig": "trl.config",
     "UserError": "types",
-    "Config": "config",
-    "ModelConfig": "config",
-    "LoraConfig": "config",
-    "GradingConfig": "config",
-    "TaskConfig": "config",
-    "RolloutConfig": "config",
-    "VineConfig": "config",
-    "PPOConfig": "config",
-    "GRPOConfig": "config",
-    "LearnerConfig": "config",
-    "KLConfig": "config",
-    "EvalConfig": "config",
-    "RunConfig": "config",
-    "SFTConfig": "config",
+    "Config": "config.schema",
+    "ModelConfig": "config.schema",
+    "LoraConfig": "config.schema",
+    "GradingConfig": "config.schema",
+    "TaskConfig": "config.schema",
+    "RolloutConfig": "config.schema",
+    "VineConfig": "config.schema",
+    "PPOConfig": "config.schema",
+    "GRPOConfig": "config.schema",
+    "LearnerConfig": "config.schema",
+    "KLConfig": "config.schema",
+    "EvalConfig": "config.schema",
+    "RunConfig": "config.schema",
+    "SFTConfig": "config.schema",
 }
 
 __all__ = [
@@ -90,7 +89,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
+        return importlib.import_module("vineppo.run.environment").package_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'vineppo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"vineppo.{_MODULE_OF[name]}"), name)
@@ -98,32 +97,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    """Of the installed package; a source tree that was never installed is the version being worked on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("vineppo")
-    except PackageNotFoundError:
-        return "0.1.0"
-
-
-class _Package(ModuleType):
-    """`vineppo.train` is the function, also after the module of that name was imported.
-
-    Importing a submodule sets it as an attribute of its package; this property lets that pass without effect.
-    """
-
-    @property
-    def train(self) -> Any:
-        """The function `train` of the module `vineppo.train`."""
-        return importlib.import_module("vineppo.train").train
-
-    @train.setter
-    def train(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

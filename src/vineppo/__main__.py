@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vineppo.cli import main
+from vineppo.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from vineppo.config import Config, VineConfig
+from vineppo.config.schema import Config, VineConfig
 from vineppo.credit.bisection import Bisection, bisected_vine_credit
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit, vine_node_credit
-from vineppo.policy import Policy, ValueNetwork
+from vineppo.model.critic import ValueNetwork
+from vineppo.model.policy import Policy
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
 from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vineppo.advantages import spread_over_tokens
+from vineppo.credit.advantages import spread_over_tokens
 from vineppo.credit.sample import training_sample
 from vineppo.credit.vine import vine_metrics
 from vineppo.seeds import derive_seed

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from vineppo.advantages import gae
-from vineppo.batch import micro_batches, pad
+from vineppo.credit.advantages import gae
 from vineppo.credit.sample import training_sample
-from vineppo.policy import ValueNetwork
+from vineppo.model.batch import micro_batches, pad
+from vineppo.model.critic import ValueNetwork
 from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, TrainingSample
 
 

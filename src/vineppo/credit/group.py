@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vineppo.advantages import grpo_advantages, leave_one_out_advantages
+from vineppo.credit.advantages import grpo_advantages, leave_one_out_advantages
 from vineppo.credit.sample import training_sample
 from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 

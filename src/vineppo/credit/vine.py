@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vineppo.advantages import node_advantages, spread_over_tokens, step_advantages
+from vineppo.credit.advantages import node_advantages, spread_over_tokens, step_advantages
 from vineppo.credit.sample import training_sample
 from vineppo.steps import Splitter, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample

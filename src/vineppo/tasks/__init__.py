@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vineppo.config import GYM, TaskConfig
+from vineppo.config.schema import GYM, TaskConfig
 from vineppo.tasks.dataset import DatasetTask, Layout
-from vineppo.tasks.graders import QUICK, first_line, load_grader
-from vineppo.tasks.grading import Graded, InProcess, Judge
+from vineppo.tasks.grading.graded import Graded, InProcess, Judge
+from vineppo.tasks.grading.graders import QUICK, first_line, load_grader
+from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
-from vineppo.tasks.workers import WorkerPool
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 

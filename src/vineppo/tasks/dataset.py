@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vineppo.config import TaskConfig
-from vineppo.tasks.graders import hash_number, no_hash_number
+from vineppo.config.schema import TaskConfig
+from vineppo.tasks.grading.graders import hash_number, no_hash_number
 from vineppo.tasks.rows import Row, read_rows, table_rows
 from vineppo.types import Problem, Split, UserError
 

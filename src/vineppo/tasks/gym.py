@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from vineppo.config import GYM, TaskConfig
-from vineppo.tasks.graders import first_line
+from vineppo.config.schema import GYM, TaskConfig
+from vineppo.tasks.grading.graders import first_line
 from vineppo.types import Problem, RewardFn, Split, UserError
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}

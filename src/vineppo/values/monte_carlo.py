@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed
-from vineppo.tasks.finished import sampled_and_graded
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]

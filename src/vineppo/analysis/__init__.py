@@ -1,1 +1,0 @@
-"""What measurements say: pure functions over finished runs."""

@@ -1,0 +1,75 @@
+"""What several commands share: recipes, and figures written as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vineppo.cli.options import Request, add_note
+from vineppo.config.load import (
+    build_config,
+    is_sft_recipe,
+    load_recipe,
+    recipe_names,
+)
+from vineppo.config.schema import Config
+from vineppo.types import UserError
+
+DEFAULT_RECIPE = "judgement"
+
+
+def add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
+    """Add a paragraph to the help that names the recipes of the package."""
+    names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
+    add_note(
+        parser,
+        title,
+        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither "
+        "the recipe nor the command line gives. Lists are written a,b or [a, b].",
+    )
+
+
+def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | None = None) -> Config:
+    """The configuration of a training run from a recipe and the options of the command line."""
+    check_kind(recipe, "train")
+    return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
+
+
+def check_kind(recipe: str, command: str) -> None:
+    """Say it plainly when a recipe of the package belongs to the other command."""
+    names = recipe_names()
+    owner = "sft" if is_sft_recipe(recipe) else "train"
+    if recipe in names and owner != command:
+        fitting = [name for name in names if is_sft_recipe(name) is (command == "sft")]
+        known = ", ".join(fitting) or "none"
+        raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {known}")
+
+
+def json_target(request: Request) -> Path | None:
+    """Where --json wants its file, refused before anything is computed if it cannot be there."""
+    target = request.options["json"] and Path(request.options["json"])
+    if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
+        raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
+    return target or None
+
+
+def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON to the file of `--json`; None writes nothing."""
+    if target is None:
+        return
+    from vineppo.run.files import write_text
+
+    try:
+        write_text(target, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {target} cannot be written ({error.strerror})") from None
+    print(f"written to {target}")
+
+
+def training_recipes() -> list[str]:
+    """Names of the package's recipes for `vineppo train`."""
+    return [name for name in recipe_names() if not is_sft_recipe(name)]

@@ -1,0 +1,186 @@
+"""What a training run tells the terminal: live progress, and a short report at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vineppo.config.schema import Config
+
+_NAMES = {"vineppo": "VinePPO"}
+
+
+class ConsoleReporter:
+    """Told about every iteration by `train`; writes to standard output.
+
+    A terminal gets one moving line under the measurements; a file or a pipe gets a line per iteration.
+    """
+
+    def __init__(self, live: bool | None = None) -> None:
+        """`live` chooses the form; None looks whether standard output is a terminal."""
+        self._live = sys.stdout.isatty() if live is None else live
+        self._config = Config()
+        self._bar: Any = None
+        self._row: Any = None
+
+    def start(self, config: Config, total_iterations: int) -> None:
+        """Say what is trained, and open the live line."""
+        self._config = config
+        _say(headline(config, total_iterations))
+        if not self._live:
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            BarColumn(bar_width=12),
+            TextColumn("{task.description}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns)
+        self._row = self._bar.add_task("measuring the starting model", total=1.0)
+        self._bar.start()
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Show one line of metrics.jsonl."""
+        iterations = self._config.run.iterations
+        line = progress_line(metrics, iterations)
+        if self._bar is None:
+            if metrics.get("iteration") or "accuracy" in line:  # nothing is known yet of a start that was not measured
+                _say(line)
+            return
+        if metrics.get("eval/accuracy") is not None:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        moving = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
+        short = progress_line(moving, iterations) if metrics.get("iteration") else "first iteration"
+        self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
+
+    def wants_to_stop(self) -> bool:
+        """Never: whoever watches has Ctrl-C."""
+        return False
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
+        """Close the live line and print the report."""
+        self.close()
+        _say("")
+        for line in final_report(summary, run_dir):
+            _say(line)
+
+    def close(self) -> None:
+        """Give the terminal back; harmless when nothing is open."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def headline(config: Config, total_iterations: int) -> str:
+    """What is trained on what, in one line."""
+    task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
+    if config.task.name != "chain":
+        task = " ".join(filter(None, (config.task.name, config.task.train_path)))
+    length = f"{total_iterations:,} iterations"
+    limits = {"updates": config.run.max_updates, "tokens": config.run.max_tokens, "seconds": config.run.max_seconds}
+    chosen = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
+    if chosen:
+        length = f"until {' or '.join(chosen)}"
+    rollouts = " x ".join(
+        f"{count} {word}{'s' * (count != 1)}"
+        for count, word in ((config.rollouts.num_problems, "problem"), (config.rollouts.group_size, "response"))
+    )
+    name = _name(config.algorithm)
+    return f"{name} on {config.model.path}, task {task}: {rollouts} per iteration, {length}, seed {config.run.seed}"
+
+
+def share_done(metrics: Mapping[str, Any], config: Config) -> float:
+    """How much of the run is over, 0 to 1, by whichever limit is nearest."""
+    run = config.run
+    pairs = [
+        (metrics.get("iteration"), run.iterations),
+        (metrics.get("updates"), run.max_updates),
+        (metrics.get("tokens/generated"), run.max_tokens),
+        (metrics.get("seconds/train"), run.max_seconds),
+    ]
+    return min(1.0, max((done or 0) / limit for done, limit in pairs if limit))
+
+
+def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
+    """One iteration in one line; what was not measured is left out."""
+    number = metrics.get("iteration", 0)
+    width = len(str(iterations))
+    parts = [f"iteration {number:>{width}}/{iterations}" if number else "start".ljust(11 + 2 * width)]
+    if metrics.get("reward/mean") is not None:
+        parts.append(f"reward {metrics['reward/mean']:.3f}")
+    if number:
+        parts.append(f"tokens {short_number(metrics.get('tokens/generated', 0))}")
+    if number and "seconds/train" in metrics:
+        parts.append(f"{metrics['seconds/train']:.0f} s")
+    if metrics.get("eval/accuracy") is not None:
+        bounds = {name: metrics.get(f"eval/accuracy_{name}") for name in ("low", "high")}
+        parts.append(f"accuracy {interval_text({'mean': metrics['eval/accuracy'], **bounds})}")
+    return "  ".join(parts)
+
+
+def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """The lines printed at the end of a run, from summary.json."""
+    before, after, tokens = (summary.get(key) or {} for key in ("accuracy_before", "accuracy_after", "tokens"))
+    evaluation = duration(summary.get("seconds_eval"))
+    amounts = f"{summary.get('iterations', 0):,} iterations, {summary.get('updates', 0):,} updates"
+    title = f"{_name(summary.get('algorithm', ''))}, seed {summary.get('seed')}: {amounts}"
+    gain = ""
+    if before.get("mean") is not None and after.get("mean") is not None:
+        gain = f"   {100 * (after['mean'] - before['mean']):+.1f} points"
+    spent = [f"{tokens.get('rollouts', 0):,} rollouts"]
+    spent += [f"{tokens['mc']:,} MC rollouts"] if tokens.get("mc") else []
+    rows = {
+        "wall-clock": f"{duration(summary.get('seconds'))} training, {evaluation} evaluation",
+        "accuracy before": interval_text(before),
+        "accuracy after": interval_text(after) + gain,
+        "tokens": f"{', '.join(spent)} (generated); {tokens.get('trained', 0):,} trained",
+        "run": str(run_dir),
+        "plots": str(run_dir / "plots"),
+        "model": str(run_dir / (summary.get("final") or "final")),
+    }
+    if summary.get("finish_reason") == "interrupted":
+        title += ", interrupted"
+        rows = {key: rows[key] for key in ("wall-clock", "accuracy before", "tokens", "run")}
+        rows["go on with"] = f"vineppo train --resume {run_dir}"
+    return [title, *(f"  {key:<16} {value}" for key, value in rows.items())]
+
+
+def interval_text(interval: Mapping[str, Any]) -> str:
+    """{"mean": 0.5, "low": 0.4, "high": 0.6} -> 50.0% [40.0, 60.0], a 95% interval; a dash where nothing is known."""
+    mean, low, high = (interval.get(key) for key in ("mean", "low", "high"))
+    if mean is None:
+        return "-"
+    bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * mean:.1f}%{bounds}"
+
+
+def duration(seconds: float | None) -> str:
+    """75.2 -> 1 min 15 s; a dash for None."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def short_number(value: float) -> str:
+    """1234567 -> 1.23M, 45600 -> 45.6k, 96 -> 96."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.0f}"
+
+
+def _name(algorithm: str) -> str:
+    return _NAMES.get(algorithm, algorithm.upper())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

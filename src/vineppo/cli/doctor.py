@@ -1,0 +1,64 @@
+"""`vineppo doctor`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from vineppo.cli.options import Command, Request
+from vineppo.config.load import (
+    recipe_names,
+)
+from vineppo.model.hardware import cpu_multiplies
+from vineppo.run.environment import package_version, version_of
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
+
+
+_EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "ray", "tensorboard", "wandb", "trackio")
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    """The command has none but --help."""
+
+
+def _run(request: Request) -> int:
+    import importlib.resources
+    import platform
+
+    rows = {"vineppo": package_version(), "python": platform.python_version(), "platform": platform.platform()}
+    for name in (*_PACKAGES, *_EXTRAS):
+        rows[name] = version_of(name) or "not installed" + (" (optional)" if name in _EXTRAS else "")
+    rows["cores"] = str(os.cpu_count())
+    rows["device"] = _devices()
+    models = importlib.resources.files("vineppo") / "models"
+    names = sorted(item.name for item in models.iterdir() if item.is_dir()) if models.is_dir() else []
+    rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none is installed"
+    rows["recipes"] = ", ".join(recipe_names())
+    for name, value in rows.items():
+        print(f"{name:<14} {value}")
+    return 0
+
+
+def _devices() -> str:
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    bfloat16 = "fast" if cpu_multiplies(torch.bfloat16) else "slow, use float32"
+    cpu = f"cpu ({torch.get_num_threads()} threads; bfloat16: {bfloat16})"
+    cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    return ", ".join([cpu, *cuda])
+
+
+COMMAND = Command(
+    purpose="Print the versions and the machine that figures depend on; put it into a bug report.",
+    takes="",
+    usage="",
+    options=_options,
+    run=_run,
+    examples=(
+        ("everything", "vineppo doctor"),
+        ("one line of it", "vineppo doctor | grep torch"),
+    ),
+)

@@ -1,0 +1,119 @@
+"""`vineppo eval`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vineppo.cli.common import json_target, write_json
+from vineppo.cli.console import duration, interval_text
+from vineppo.cli.options import Command, Request, add_note, add_settings
+from vineppo.config.load import (
+    COMMAND_LINE,
+    build_config,
+    config_from_dict,
+    config_from_layers,
+    load_recipe,
+)
+from vineppo.config.schema import Config, EvalSpec
+from vineppo.types import UserError
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_note(
+        parser,
+        "MODEL",
+        "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory or a recipe's YAML "
+        "file, whose final or starting model is measured with its own task, response budget and stop strings. Greedy "
+        "decoding is always measured too.",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    add_settings(parser, EvalSpec, hidden=("model.path",))
+
+
+def _run(request: Request) -> int:
+    if request.positional is None:
+        raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement, a run or a recipe")
+    target = json_target(request)
+    if "model.path" in request.overrides:
+        raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
+    own = _own_evaluation(request.positional)
+    spec: Any = config_from_layers(EvalSpec, [own, (request.overrides, COMMAND_LINE)])
+    from vineppo.training.evaluate import evaluate_model
+
+    result = evaluate_model(spec)
+    _print_evaluation(request.positional, result)
+    write_json(target, {"model": request.positional, **result})
+    return 0
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run that a MODEL belongs to: it is the run's directory, or the model inside."""
+    inside = path.parent if path.name == "final" else path
+    return inside if os.path.isfile(inside / "config.yaml") else None
+
+
+def _own_evaluation(model: str) -> tuple[dict[str, Any], str]:
+    """What `eval` takes over from MODEL: the form and place of the model, and of a run or recipe all that it sets."""
+    run_dir = _run_of(Path(model))
+    if run_dir:
+        return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
+    if Path(model).suffix in (".yaml", ".yml"):
+        recipe = build_config(load_recipe(model), name=model)
+        return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
+    return {"model.path": model}, COMMAND_LINE
+
+
+def _config_of_finished(run_dir: Path) -> Config:
+    from vineppo.run.directory import RunDirectory
+
+    run = RunDirectory.open(run_dir, writable=False)
+    if not run.final.is_dir():
+        raise UserError(f"{run_dir} has no final model yet; finish it with `vineppo train --resume {run_dir}`")
+    return config_from_dict(Config, run.config, f"in {run_dir}/config.yaml")
+
+
+def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
+    """EvalSpec's keys as a training has them, with another place of the model."""
+    held = {"model": asdict(config.model) | {"path": model}, "task": asdict(config.task)}
+    return {**held, "max_new_tokens": config.rollouts.max_new_tokens, "stop": config.rollouts.stop}
+
+
+def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['num_problems']} {result.get('split', '')} problems")
+    table.add_column("measure")
+    table.add_column("accuracy [95%]", justify="right")
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            table.add_row(name, interval_text(value).replace("[", r"\["))
+    print(f"{model}")
+    Console().print(table)
+    spent = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
+    cut = f"{100 * result['truncated_share']:.1f}% of responses reached the token budget"
+    print(f"{result['num_samples']} samples per problem; {cut}; {spent}")
+    if result.get("grader/error_share"):
+        late = f"{100 * result['grader/timeout_share']:.1f}% too late"
+        print(f"{100 * result['grader/error_share']:.1f}% of responses could not be graded ({late}) and count as wrong")
+
+
+COMMAND = Command(
+    purpose="Measure a model: greedy, pass@1 as a mean over samples, and pass@k, with 95% bootstrap intervals.",
+    takes="MODEL",
+    usage="MODEL [--KEY VALUE ...]",
+    options=_options,
+    run=_run,
+    config=EvalSpec,
+    examples=(
+        ("the embedded model on its task", "vineppo eval embedded:judgement"),
+        ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+        ("where a recipe starts, on validation problems", "vineppo eval my.yaml --split validation"),
+        ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
+    ),
+)

@@ -1,0 +1,61 @@
+"""`vineppo sft`"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from vineppo.cli.common import add_recipe_note, check_kind
+from vineppo.cli.console import duration, interval_text
+from vineppo.cli.options import Command, Request, add_settings
+from vineppo.config.load import (
+    COMMAND_LINE,
+    config_from_layers,
+    load_recipe,
+)
+from vineppo.config.schema import SFTConfig
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_recipe_note(parser, "RECIPE (may be left out)", sft=True)
+    add_settings(parser, SFTConfig)
+
+
+def _run(request: Request) -> int:
+    layers: list[tuple[Mapping[str, Any], str]] = [(request.overrides, COMMAND_LINE)]
+    if request.positional is not None:
+        check_kind(request.positional, "sft")
+        recipe = {key: value for key, value in load_recipe(request.positional).items() if key != "description"}
+        layers.insert(0, (recipe, f"in recipe {request.positional}"))
+    config = config_from_layers(SFTConfig, layers)
+    from vineppo.training.sft import run_sft
+
+    for name, value in run_sft(config).items():
+        print(f"{name:<10} {_plain(name, value)}")
+    return 0
+
+
+def _plain(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return interval_text(value)
+    if name == "seconds":
+        return duration(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+COMMAND = Command(
+    purpose="Fine-tune a model on demonstrations: a task's own, or the columns of a JSON-lines file.",
+    takes="RECIPE",
+    usage="[RECIPE] [--KEY VALUE ...]",
+    options=_options,
+    run=_run,
+    config=SFTConfig,
+    examples=(
+        ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
+        (
+            "imitate the answer column of a file",
+            "vineppo sft --model.path org/name --task.name dataset --task.train_path demos.jsonl --out models/mine",
+        ),
+    ),
+)

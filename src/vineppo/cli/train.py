@@ -1,0 +1,115 @@
+"""`vineppo train`"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, training_config
+from vineppo.cli.console import ConsoleReporter
+from vineppo.cli.options import Command, Request, add_settings
+from vineppo.config.load import (
+    COMMAND_LINE,
+    config_from_dict,
+    config_from_layers,
+    diff_configs,
+    recipe_stem,
+)
+from vineppo.config.schema import Config
+from vineppo.types import UserError
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
+    )
+    add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
+    add_settings(parser, Config)
+
+
+def _run(request: Request) -> int:
+    if request.options["resume"] is not None:
+        return _resume(request)
+    recipe = request.positional or DEFAULT_RECIPE
+    config = training_config(recipe, request.overrides)
+    if not config.run.dir:
+        folder = f"runs/{recipe_stem(recipe)}-{config.algorithm}-seed{config.run.seed}"
+        config = replace(config, run=replace(config.run, dir=folder))
+    return exit_code(train_with(config, recipe_stem(recipe)))
+
+
+def train_with(config: Config, recipe: str) -> dict[str, Any]:
+    """Train with a console reporter; returns the content of summary.json."""
+    from vineppo.training.loop import train
+
+    with _reporter() as reporter:
+        return train(config, recipe=recipe, reporter=reporter)
+
+
+def _resume(request: Request) -> int:
+    from vineppo.run.directory import RunDirectory
+
+    if request.positional is not None:
+        raise UserError(
+            f"--resume goes on with a run's own settings and takes no recipe; leave out {request.positional}"
+        )
+    folder = request.options["resume"]
+    run = RunDirectory.open(folder, writable=False)
+    layers = [(run.config, f"in {folder}/config.yaml")]
+    config = config_from_dict(Config, *layers[0])
+    changes = diff_configs(config, config_from_layers(Config, [*layers, (request.overrides, COMMAND_LINE)]))
+    if changes:
+        mend = "leave those options out, or start a new run with them"
+        raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {mend}")
+    config = replace(config, run=replace(config.run, dir=str(folder)))  # it may have been moved since
+    from vineppo.training.loop import resume
+
+    with _reporter() as reporter:
+        return exit_code(resume(config, recipe=_recipe_of(run.summary), reporter=reporter))
+
+
+def _recipe_of(summary: Path) -> str:
+    try:
+        return str(json.loads(summary.read_text(encoding="utf-8")).get("recipe") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+@contextlib.contextmanager
+def _reporter() -> Iterator[ConsoleReporter]:
+    reporter = ConsoleReporter()
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def exit_code(summary: Mapping[str, Any]) -> int:
+    """130 for an interrupted run, else 0."""
+    return 130 if summary.get("finish_reason") == "interrupted" else 0
+
+
+COMMAND = Command(
+    purpose="Train a language model by reinforcement learning; settings come from a recipe and from options.",
+    takes="RECIPE",
+    usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
+    options=_options,
+    run=_run,
+    config=Config,
+    examples=(
+        ("VinePPO on the embedded default", "vineppo train"),
+        ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
+        (
+            "your own model and problems",
+            "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
+        ),
+        ("go on with a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
+    ),
+)

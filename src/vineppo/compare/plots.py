@@ -1,0 +1,131 @@
+"""Figures of a comparison as PNG files, drawn from the content of `compare.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from vineppo.run.figures import GREY, band, canvas, finish, legend_below, percent_axis, save, short_number
+from vineppo.run.styles import STYLES
+
+_AXIS_LABELS = {
+    "updates": "updates",
+    "tokens": "generated tokens (rollouts and MC rollouts)",
+    "seconds": "seconds of training (evaluation not counted)",
+    "kl": "KL from the starting model",
+}
+
+
+def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
+    """Draw the content of `compare.json` into a directory.
+
+    Returns:
+        The files written: `accuracy_over_updates.png`, `..._tokens.png`, `..._seconds.png`, `..._kl.png` (where a run
+        measured KL) and `final_accuracy.png`.
+    """
+    files = []
+    for axis in _AXIS_LABELS:
+        figure = _curves_figure(result, axis)
+        if figure is not None:
+            files.append(save(figure, out / f"accuracy_over_{axis}.png"))
+    figure = _final_figure(result)
+    return files if figure is None else [*files, save(figure, out / "final_accuracy.png")]
+
+
+def _subtitle(result: dict[str, Any], band: bool) -> str:
+    """`Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
+    spec = result["spec"]
+    level = spec.get("level") or ""
+    recipe = Path(spec["recipe"]).stem
+    runs = [figures["num_runs"] for figures in result["algorithms"].values() if figures["num_runs"]]
+    seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    task = recipe if level.rpartition(":")[2] in ("", recipe) else f"{recipe} ({level})"
+    amount = f"{float(spec['budget'].partition('=')[2]):,.0f}"
+    kind = {"tokens": "generated tokens", "seconds": "seconds of training"}.get(
+        spec["budget"].partition("=")[0], "updates"
+    )
+    mean = "1 seed" if seeds == "1" else f"mean of {seeds} seeds"
+    interval = ", 95% t interval" if band else ""
+    return f"Recipe {task}, {amount} {kind} per run, {mean}{interval}"
+
+
+def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
+    curves = {
+        name: figures["curve"]
+        for name, figures in result["algorithms"].items()
+        if figures["curve"] is not None and figures["curve"].get(axis) is not None
+    }
+    if not curves:
+        return None
+    # A mean KL may fall, and a band around a line that turns back shows nothing.
+    has_band = axis != "kl" and any(bound is not None for curve in curves.values() for bound in curve["accuracy_low"])
+    figure, axes = canvas(f"Accuracy over {_AXIS_LABELS[axis].split(' (')[0]}", _subtitle(result, has_band))
+    for name, curve in curves.items():
+        style = STYLES[name]
+        x, mean = curve[axis], curve["accuracy"]
+        if has_band:
+            band(axes, x, curve["accuracy_low"], curve["accuracy_high"], style.colour, None)
+        axes.plot(
+            x,
+            mean,
+            color=style.colour,
+            linestyle=style.line,
+            marker=style.marker,
+            markersize=5,
+            markevery=max(1, len(x) // 12),
+            linewidth=2.4 if name == "vineppo" else 1.8,
+            zorder=4 if name == "vineppo" else 3,
+            label=style.label,
+        )
+    if axis != "kl":
+        _mark_best_of_ppo(axes, result)
+    finish(axes, _AXIS_LABELS[axis], "accuracy on validation problems")
+    if axis in ("tokens", "updates"):
+        axes.xaxis.set_major_formatter(FuncFormatter(short_number))
+    percent_axis(axes)
+    legend_below(axes)
+    return figure
+
+
+def _mark_best_of_ppo(axes: Axes, result: dict[str, Any]) -> None:
+    """The level whose reach the ratios compare."""
+    best = result["vineppo_vs_ppo"].get("baseline_best_accuracy")
+    if best is not None:
+        label = f"PPO's best, {100 * best:.1f}%"
+        axes.axhline(best, color=STYLES["ppo"].colour, linewidth=1, linestyle=(0, (1, 2)), zorder=2, label=label)
+
+
+def _final_figure(result: dict[str, Any]) -> Figure | None:
+    """One row per algorithm: mean with interval, and a small dot for each run."""
+    shown = {name: f for name, f in result["algorithms"].items() if f["final_accuracy"]["mean"] is not None}
+    if not shown:
+        return None
+    has_band = any(f["final_accuracy"]["low"] is not None for f in shown.values())
+    figure, axes = canvas("Final accuracy", _subtitle(result, has_band), height=1.9 + 0.62 * len(shown))
+    starts = [f["accuracy_before"]["mean"] for f in shown.values() if f["accuracy_before"]["mean"] is not None]
+    if starts:
+        start = sum(starts) / len(starts)
+        axes.axvline(start, color=GREY, linewidth=1.2, linestyle="--", label=f"before training, {100 * start:.1f}%")
+    for row, (name, figures) in enumerate(shown.items()):
+        style, final = STYLES[name], figures["final_accuracy"]
+        single = [run["accuracy_after"] for run in figures["per_seed"] if run["accuracy_after"] is not None]
+        axes.scatter(single, [row + 0.2] * len(single), s=18, color=style.colour, alpha=0.55, linewidths=0)
+        if final["low"] is not None:
+            axes.plot([final["low"], final["high"]], [row, row], color=style.colour, linewidth=3, solid_capstyle="butt")
+        axes.plot(final["mean"], row, color=style.colour, marker=style.marker, markersize=9)
+        text = f"{100 * final['mean']:.1f}%"
+        axes.annotate(text, (final["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
+    axes.scatter([], [], s=18, color=GREY, alpha=0.7, linewidths=0, label="single runs")
+    finish(axes, "accuracy after training, held-out problems", "")
+    axes.set_yticks(range(len(shown)), [STYLES[name].label for name in shown], fontsize=12)
+    axes.set_ylim(len(shown) - 0.4, -0.65)
+    axes.grid(axis="y", visible=False)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left, right = axes.get_xlim()
+    axes.set_xlim(max(0, left), min(1, right + 0.01))
+    legend_below(axes)
+    return figure

@@ -1,0 +1,232 @@
+"""The runs of a comparison: which are left to do, and each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from rich.console import Console
+
+from vineppo.compare.figures import load_run, number_in
+from vineppo.compare.spec import CompareSpec, settings_of_budget
+from vineppo.compare.tables import count, percent
+from vineppo.run.directory import RunDirectory
+
+_STATUS_SECONDS = 2.0
+"""Between looks at the running processes' metrics; the processor is theirs."""
+
+
+RunState = Literal["absent", "finished", "resumable", "broken"]
+
+
+Action = Literal["start", "keep", "resume", "restart"]
+
+
+_ACTIONS: dict[RunState, Action] = {
+    "absent": "start",
+    "finished": "keep",
+    "resumable": "resume",
+    "broken": "restart",
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison and what has to be done for it."""
+
+    algorithm: str
+    seed: int
+    directory: Path
+    log: Path
+    action: Action
+    """`keep` a finished run, `resume` one with a checkpoint, `restart` one without, `start` one that is not there."""
+    command: tuple[str, ...]
+    """The process to run; empty for `keep`."""
+
+    @property
+    def name(self) -> str:
+        """As in messages: `vineppo seed 0`."""
+        return f"{self.algorithm} seed {self.seed}"
+
+
+def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
+    """All runs of a comparison with what is left to do for each. Reads the directory and changes nothing.
+
+    Seeds are the outer loop, algorithms the inner one: a machine that slows down over hours then slows all alike.
+    """
+    return [_plan_run(spec, algorithm, seed) for seed in range(spec.seeds) for algorithm in spec.algorithms]
+
+
+def _plan_run(spec: CompareSpec, algorithm: str, seed: int) -> PlannedRun:
+    name = f"{algorithm}-seed{seed}"
+    directory = Path(spec.out) / "runs" / name
+    action = _ACTIONS[run_state(directory)]
+    train = (sys.executable, "-m", "vineppo", "train")
+    budget = tuple(word for key, amount in settings_of_budget(spec.budget).items() for word in (f"--{key}", amount))
+    address = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
+    commands: dict[Action, tuple[str, ...]] = {
+        "keep": (),
+        "resume": (*train, "--resume", str(directory)),
+    }
+    fresh = (*train, spec.recipe, *address, *budget, *spec.overrides)
+    log = Path(spec.out) / "logs" / f"{name}.log"
+    return PlannedRun(algorithm, seed, directory, log, action, commands.get(action, fresh))
+
+
+def run_state(directory: Path) -> RunState:
+    """How far a run directory got; `broken` is one that began and left neither a result nor a whole checkpoint."""
+    if not directory.exists():
+        return "absent"
+    summary = read_json(directory / "summary.json")
+    if summary and summary.get("finish_reason") not in (None, "interrupted"):
+        return "finished"
+    # A checkpoint that is being written has a name with dots; one without a manifest is not whole.
+    manifests = directory.glob("checkpoints/*/manifest.json")
+    return "resumable" if any(re.fullmatch(r"\d+(\.old)?", path.parent.name) for path in manifests) else "broken"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no such file or it was cut off."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+@dataclass(frozen=True)
+class _Child:
+    plan: PlannedRun
+    process: subprocess.Popen[bytes]
+    log: TextIO
+
+
+def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) -> dict[str, str]:
+    """Run every plan that has a command, `jobs` at a time; returns name -> last words of the runs that failed."""
+    waiting = [plan for plan in plans if plan.command]
+    running: list[_Child] = []
+    failures: dict[str, str] = {}
+    done = len(plans) - len(waiting)
+    next_look = 0.0
+    with _stop_signals(), console.status("starting", refresh_per_second=2) as status:
+        try:
+            while waiting or running:
+                while waiting and len(running) < spec.jobs:
+                    running.append(_start(waiting.pop(0), spec.jobs))
+                time.sleep(0.2)
+                for child in [child for child in running if child.process.poll() is not None]:
+                    running.remove(child)
+                    child.log.close()
+                    done += 1
+                    _report(child, f"[{done}/{len(plans)}]", failures, console)
+                if console.is_terminal and time.monotonic() >= next_look:
+                    status.update("running " + ", ".join(_progress(child.plan) for child in running))
+                    next_look = time.monotonic() + _STATUS_SECONDS
+        except KeyboardInterrupt:
+            status.update("stopping: the running processes save their checkpoints")
+            _stop(running)
+            say(console, "interrupted; the same command goes on from here")
+            raise
+        finally:
+            for child in running:
+                if child.process.poll() is None:
+                    child.process.kill()
+                child.log.close()
+    return failures
+
+
+def _start(plan: PlannedRun, jobs: int) -> _Child:
+    """Start a run in a process and session of its own, so that Ctrl-C reaches it once, through us."""
+    if plan.action == "restart":
+        shutil.rmtree(plan.directory)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # a log that can be followed
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    log = open(plan.log, "a" if plan.action == "resume" else "w", encoding="utf-8")  # noqa: SIM115 (the child's)
+    log.write(f"$ {' '.join(plan.command)}\n")
+    log.flush()
+    process = subprocess.Popen(
+        plan.command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        close_fds=False,
+    )
+    return _Child(plan, process, log)
+
+
+def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
+    """Say how a run ended; note it when it failed."""
+    plan, code = child.plan, child.process.returncode
+    if code == 0 and run_state(plan.directory) == "finished":
+        run = load_run(plan.directory)
+        before, after = (percent(number_in(run.summary, key, "mean")) for key in ("accuracy_before", "accuracy_after"))
+        amounts = f"{count(run.summary.get('updates'))} updates, {count(run.summary.get('seconds'))} s"
+        say(console, f"{counter} {plan.name}: accuracy {before} -> {after}, {amounts}")
+        return
+    lines = _last_lines(plan.log)
+    failures[plan.name] = lines[-1] if lines else f"exit code {code}"
+    say(console, f"{counter} {plan.name} FAILED with exit code {code}; the end of {plan.log}:")
+    for line in lines:
+        say(console, f"    {line}")
+
+
+def _last_lines(log: Path, count: int = 8) -> list[str]:
+    """Last lines of a log that say something, without the command we wrote into it ourselves."""
+    text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")][-count:]
+
+
+def _progress(plan: PlannedRun) -> str:
+    """`vineppo seed 0 (16 updates)`, read from the run's metrics."""
+    lines = RunDirectory(plan.directory, {}).read_metrics()
+    return f"{plan.name} ({lines[-1].get('updates', 0) if lines else 0} updates)"
+
+
+def _stop(running: Sequence[_Child]) -> None:
+    """Ask the processes to save and end, and wait for them; a second Ctrl-C kills them."""
+    for child in running:
+        if child.process.poll() is None:
+            child.process.send_signal(signal.SIGINT)
+    for child in running:
+        child.process.wait()
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end us as Ctrl-C does: our processes live in sessions of their own and would go on."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    try:
+        before = {number: signal.getsignal(number) for number in signals}
+        for number in signals:
+            if before[number] != signal.SIG_IGN:  # started under nohup: stay deaf
+                signal.signal(number, stop)
+    except ValueError:  # not the main thread, where signals cannot be set
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(console: Console, text: str) -> None:
+    """Print a line without rich's markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

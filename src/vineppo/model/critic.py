@@ -1,0 +1,41 @@
+"""The value network of PPO: a language model body with a linear head."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vineppo.model.loading import without_dropout
+from vineppo.model.policy import Policy
+
+
+class ValueNetwork(nn.Module):
+    """A full language model body with a linear head: the value of the state before each token.
+
+    The body starts as a copy of the policy's, the head with standard deviation head_scale / sqrt(hidden + 1) and no
+    bias, as in the reference settings of PPO in the VinePPO paper (scale 1). Where the policy has adapters, the body
+    has its own of the same kind, and shares the frozen weights.
+    """
+
+    def __init__(self, policy: Policy, seed: int, head_scale: float = 1.0):
+        super().__init__()
+        frozen = [p for p in policy.model.parameters() if not p.requires_grad] if policy.adapters is not None else []
+        # What adapters leave alone is shared with the policy: a second copy of it would only cost memory.
+        self.body = copy.deepcopy(policy.model.base_model, {id(p): p for p in frozen})
+        if policy.adapters is None:
+            self.body.requires_grad_(True)
+        hidden = policy.model.config.get_text_config().hidden_size
+        weight = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))  # (1, H)
+        self.head = nn.Linear(hidden, 1, bias=False)
+        self.head.weight.data.copy_(weight * (head_scale / (hidden + 1) ** 0.5))
+        self.to(policy.device)
+        without_dropout(self)
+
+    def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Values of the states before the masked tokens, shape (N,) in row-major order, float32, in reward units."""
+        hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
+        select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T)
+        return self.head(hidden[select].float()).squeeze(-1)  # (N,)

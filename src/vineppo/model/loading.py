@@ -1,0 +1,104 @@
+"""Load a causal language model and its tokenizer from a directory, the hub or the package."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vineppo.config.schema import ModelConfig
+from vineppo.model.hardware import cpu_multiplies
+from vineppo.types import UserError
+
+EMBEDDED = "embedded:"
+
+
+def resolve_model_path(path: str) -> str:
+    """Directory or hub id of a model; `embedded:NAME` is a directory inside the package.
+
+    Raises:
+        UserError: for an unknown embedded name, or a path that looks local and is no model directory.
+    """
+    if path.startswith(EMBEDDED):
+        root = Path(str(importlib.resources.files("vineppo") / "models"))
+        names = sorted(p.name for p in root.glob("*/") if (p / "config.json").exists())
+        name = path[len(EMBEDDED) :]
+        if name not in names:
+            known = ", ".join(EMBEDDED + n for n in names) or "none is installed"
+            raise UserError(f"model.path is {path!r}; no such embedded model (known: {known})")
+        return str(root / name)
+    local = Path(path).expanduser()
+    if path and local.is_dir():
+        if not (local / "config.json").exists():
+            raise UserError(f"model.path {path!r} has no config.json; give a directory saved by save_pretrained")
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
+        raise UserError(f"model.path {path!r} does not exist; give a model directory or a hub id such as org/name")
+    return str(local) if local.is_dir() else path
+
+
+def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) of a directory or hub id, in the dtype and on the device asked for."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _warn_of_slow_numbers(config)
+    path = resolve_model_path(config.path)
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options, **attention)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
+    with told_of_device(config.device):
+        model = model.to(config.device)
+    return with_checkpointing(model) if config.gradient_checkpointing else model, tokenizer
+
+
+def with_checkpointing(model: Any) -> Any:
+    """The same model, which recomputes its activations in the backward pass."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing to false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+@contextlib.contextmanager
+def told_of_device(device: str) -> Iterator[None]:
+    """A device that PyTorch does not have is told in one line."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).strip() or "not available").splitlines()[0]
+        raise UserError(f"model.device is {device!r}: {reason}; `vineppo doctor` lists what there is") from error
+
+
+def _warn_of_slow_numbers(config: ModelConfig) -> None:
+    dtype = getattr(torch, config.dtype)
+    if dtype.itemsize == 2 and config.device.startswith("cpu") and not cpu_multiplies(dtype):
+        warnings.warn(
+            f"model.dtype {config.dtype}: this CPU has no instructions for it and multiplies several times slower than "
+            "with float32; use model.dtype float32 unless memory is short",
+            stacklevel=3,
+        )
+
+
+def without_dropout(model: Any) -> Any:
+    """Evaluation mode, but for layers that recompute their activations: transformers does so in training mode only."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0  # some families read their own flag
+    return model

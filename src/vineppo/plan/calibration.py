@@ -1,0 +1,154 @@
+"""Plans for this machine: a small part of the first iteration is run and scaled up."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vineppo.config.schema import Config
+from vineppo.learning.learner import Learner
+from vineppo.model.policy import Policy
+from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
+from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
+from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
+from vineppo.steps import build_splitter, step_ends
+from vineppo.training.parts import build_parts, sample_rollouts, updates_per_iteration
+from vineppo.training.rollouts import draw_problems, generated_tokens
+from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
+
+_CALIBRATED_ROLLOUTS = 8
+"""At least so many responses are sampled in a calibration: fewer foretell little of lengths and continuations."""
+
+
+def calibrated_safely(config: Config, problems: int | None) -> Plan:
+    """A calibration, which takes the memory of a run, only where at least what every run needs is there."""
+    shape, available = shape_by_name(config), available_memory(config.model.device)
+    amounts = guessed_amounts(config, None)
+    memory = memory_by_kind(config, shape, amounts, trainable=trainable(config, shape))
+    kinds = ("runtime", "weights", "optimizer", "gradients", "reference", "critic")
+    if 0 < available < sum(memory[kind] for kind in kinds):
+        raise UserError(does_not_fit(config, amounts, memory, available))
+    try:
+        return _calibrated(config, problems)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(does_not_fit(config, amounts, memory, available)) from error
+
+
+def _calibrated(config: Config, problems: int | None) -> Plan:
+    own = config.rollouts
+    few = min(problems or max(2, -(-_CALIBRATED_ROLLOUTS // own.group_size)), own.num_problems)
+    quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=few * own.group_size, weight_decay=0.0)
+    parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
+    policy, learner = parts.policy, parts.learner
+    drawn = draw_problems(parts.task, config.run.seed, 1, few)
+    groups, sample_seconds = _timed(lambda: sample_rollouts(parts, drawn, 1))
+    (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
+    step = _step_seconds(learner)
+    _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
+    prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
+    scale = own.num_problems / few
+    amounts = _amounts(config, groups, metrics, scale)
+    per_row = _seconds_per_row(parts.sampler, groups)
+    tokens = generated_tokens(groups)
+    extra = (scale - 1) * per_row
+    passes = max(0.0, update_seconds - prepare - step)
+    seconds = {
+        "sample": sample_seconds + extra * tokens,
+        "credit": credit_seconds + extra * metrics.get("tokens/mc", 0.0)
+        if config.algorithm == "vineppo"
+        else credit_seconds * scale,
+        "update": scale * (prepare + config.learner.epochs * passes) + amounts.updates * step,
+    }
+    memory = memory_by_kind(config, shape_of(policy.model), amounts, trainable=count(policy.model, trainable=True))
+    what = f"calibrated on {few} of {own.num_problems} problems: {tokens:,} tokens and their credit"
+    return Plan(
+        what, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),
+        _variants(config, policy, groups, amounts, seconds),
+    )  # fmt: skip
+
+
+def _step_seconds(learner: Learner) -> float:
+    """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
+    seconds = 0.0
+    for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):
+        for timed in (False, True):
+            for parameter in optimizer.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            seconds += timed * _seconds(lambda optimizer=optimizer: optimizer.step(0.0, 1.0))
+    return seconds
+
+
+def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup]) -> float:
+    """What one more token costs in a position that is decoded anyway: the slope between few rows and many."""
+    prompts = [group.rollouts[0].prompt_ids for group in groups]
+    few, many, positions = 16, 96, 12
+    times = []
+    for rows in (few, many):
+        requests = [SampleRequest(ids, rows // len(prompts), positions, seed=i) for i, ids in enumerate(prompts)]
+        sampler.sample(requests)
+        found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
+        times.append((sum(len(c.token_ids) for group in found for c in group), seconds))
+    (n, a), (m, b) = times
+    return max(0.0, (b - a) / max(1, m - n))
+
+
+def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, scale: float) -> Amounts:
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    count = config.rollouts.num_problems * config.rollouts.group_size
+    return Amounts(
+        rollouts=count,
+        rollout_tokens=generated_tokens(groups) * scale,
+        prompt_tokens=sum(len(r.prompt_ids) for r in rollouts) / len(rollouts),
+        mc_tokens=metrics.get("tokens/mc", 0.0) * scale,
+        steps_per_response=metrics.get("credit/steps_per_response", 1.0),
+        updates=updates_per_iteration(config),
+    )
+
+
+def _variants(
+    config: Config, policy: Policy, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
+) -> list[tuple[str, float, float]]:
+    """What other K, splitters and groups would do, in proportion to the tokens that they need."""
+    if config.algorithm != "vineppo":
+        return []
+    own, total = config.vineppo, sum(seconds.values())
+
+    def with_share(name: str, share: float) -> tuple[str, float, float]:
+        return name, amounts.mc_tokens * share, total + (share - 1) * seconds["credit"]
+
+    ks = [k for k in (1, 3, 9, 18) if k != own.num_mc_rollouts]
+    rows = [with_share(f"vineppo.num_mc_rollouts {k}", k / own.num_mc_rollouts) for k in ks]
+    base = _remaining_tokens(config.vineppo.splitter, config, policy, groups)
+    for spec in ("newline", "math", "cutpoints", "tokens:16", "tokens:64"):
+        if spec != own.splitter and base and not own.reuse and not own.bisection:
+            rows.append(with_share(f"vineppo.splitter {spec}", _remaining_tokens(spec, config, policy, groups) / base))
+    if not own.min_mc_rollouts and own.num_mc_rollouts > 1 and not own.reuse:
+        least = math.ceil(0.4 * own.num_mc_rollouts)
+        rows.append(with_share(f"vineppo.min_mc_rollouts {least} (at best)", least / own.num_mc_rollouts))
+    twice = amounts.mc_tokens * 2, total * 2
+    rows.append((f"rollouts.group_size {2 * config.rollouts.group_size} (at most)", *twice))
+    return rows
+
+
+def _remaining_tokens(spec: str, config: Config, policy: Policy, groups: Sequence[RolloutGroup]) -> int:
+    """Tokens behind all states of the rollouts: what one continuation of each would take if it were as long."""
+    cut, total = build_splitter(spec), 0
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        starts = (0, *step_ends(rollout, cut, policy.token_texts, config.vineppo.max_states)[:-1])
+        total += sum(len(rollout.response_ids) - start for start in starts)
+    return total
+
+
+def _timed(work: Any) -> tuple[Any, float]:
+    began = time.perf_counter()
+    done = work()
+    return done, time.perf_counter() - began
+
+
+def _seconds(work: Any) -> float:
+    return _timed(work)[1]

@@ -1,0 +1,96 @@
+"""Memory that a run needs, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from vineppo.config.schema import Config
+from vineppo.plan.amounts import Amounts
+from vineppo.plan.shape import GIB, Shape, kv_bytes
+
+
+def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
+    """Bytes by kind. Sampling and updating do not happen at the same time: the peak is the larger of the two."""
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    lora, ppo = config.model.lora.r > 0, config.algorithm == "ppo"
+    weights = shape.parameters * size
+    trained_size = 4 if lora else size
+    # AdamW's two moments, a float32 master of 16-bit weights, and gradients (twice where there is a master).
+    optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
+    gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
+    reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
+    critic = (trainable * trained_size if lora else weights) + optimizer + gradients if ppo else 0.0
+    length = amounts.sequence_tokens
+    rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
+    kv = min(config.rollouts.kv_memory * GIB, rows * length * kv_bytes(shape, size))
+    logits = min(rows, 1 << 12) * shape.vocabulary * size
+    packed = weights if config.model.device == "cpu" and (size == 2 or lora) else 0
+    tokens = _micro_batch(config, amounts)
+    activations = _activations(config, shape, size, tokens, amounts.rollout_tokens / amounts.rollouts / length)
+    runtime = 0.6 * GIB  # the interpreter, PyTorch and transformers
+    held = runtime + weights + optimizer + reference + critic
+    return {
+        "runtime": runtime,
+        "weights": weights,
+        "optimizer": optimizer,
+        "gradients": gradients,
+        "reference": reference,
+        "critic": critic,
+        "keys and values": kv,
+        "sampling": logits + packed,
+        "activations": activations,
+        "peak": held + max(kv + logits + packed, gradients + activations),
+    }
+
+
+def _micro_batch(config: Config, amounts: Amounts) -> float:
+    """Tokens of the largest forward and backward pass."""
+    return min(config.learner.micro_batch_tokens, amounts.rollouts * amounts.sequence_tokens)
+
+
+def _activations(config: Config, shape: Shape, size: int, tokens: float, trained_share: float) -> float:
+    """Kept between the forward and the backward pass of a micro-batch: per layer, and the logits of trained tokens."""
+    layer = (10 * shape.hidden + 4 * shape.intermediate + 4 * shape.heads * shape.head_dim) * size
+    if config.model.gradient_checkpointing:
+        layers = shape.hidden * size * shape.layers + layer
+    else:
+        layers = layer * shape.layers
+    # The logits, in float32, their logarithm, and the gradients of both.
+    return tokens * layers + tokens * trained_share * shape.vocabulary * (size + 16)
+
+
+def available_memory(device: str) -> float:
+    """Bytes of memory of a device; 0 where unknown."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(device)[1])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        total = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
+    except (OSError, StopIteration):
+        return 0.0
+    try:  # a container may have less than its machine
+        return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such limit: the file holds `max`
+        return total
+
+
+def does_not_fit(config: Config, amounts: Amounts, memory: Mapping[str, float], available: float) -> str:
+    """One line with the nearest setting that fits, tried in the order of what it costs."""
+    peak = memory["peak"]
+    needs = f"the run needs about {peak / GIB:.1f} GiB and there are {available / GIB:.1f}"
+    held = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
+    room = available - held
+    if memory["gradients"] + memory["activations"] > room > memory["gradients"]:
+        tokens = _micro_batch(config, amounts)
+        fitting = tokens * (room - memory["gradients"]) / memory["activations"]
+        if fitting >= amounts.sequence_tokens:
+            return f"{needs}; it fits with learner.micro_batch_tokens {int(fitting)} (the result is the same)"
+        return f"{needs}; try model.gradient_checkpointing true, or model.lora.r 16"
+    if memory["keys and values"] + memory["sampling"] > room > memory["sampling"]:
+        fitting = (room - memory["sampling"]) / GIB
+        return f"{needs}; it fits with rollouts.kv_memory {fitting:.1f} (the result is the same)"
+    smaller = "model.dtype bfloat16" if config.model.dtype == "float32" else "a smaller model or a larger machine"
+    return f"{needs}; try {'' if config.model.lora.r else 'model.lora.r 16, or '}{smaller}"

@@ -1,0 +1,166 @@
+"""Whole checkpoints: written aside, forced to disk, renamed into place, and verified before they are loaded.
+
+```
+checkpoints/000020/state.pt       everything a run needs to go on
+checkpoints/000020/manifest.json  size and SHA-256 of every other file
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vineppo.run.files import fsync_directory, fsync_file, sha256
+from vineppo.types import UserError
+
+_NAME = re.compile(r"(\d+)(\.old)?")
+_SCALARS = (bool, int, float, str, bytes, type(None))
+
+
+def save_checkpoint(directory: str | Path, iteration: int, state: Mapping[str, Any], keep: int = 1) -> Path:
+    """Write a checkpoint and then remove older ones, so that at any moment one whole checkpoint is there.
+
+    Args:
+        directory: the run's directory of checkpoints.
+        iteration: completed iterations; the checkpoint's name.
+        state: nested dicts, lists and tuples of tensors and scalars.
+        keep: newest checkpoints that stay, this one among them. Checkpoints of later iterations go too: the run was
+            resumed from before them, so they are damaged.
+    Returns:
+        The checkpoint's path.
+    Raises:
+        TypeError: if the state holds something that could not be loaded again.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".*.tmp"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    aside = directory / f".{iteration:06d}.tmp"
+    aside.mkdir()
+    _write_files(aside, iteration, _plain(state, "state"))
+
+    path = directory / f"{iteration:06d}"
+    old = directory / f"{iteration:06d}.old"
+    if path.exists():  # a directory cannot be renamed onto another; `latest_checkpoint` finds the old one in between
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(path, old)
+    os.rename(aside, path)
+    fsync_directory(directory)
+
+    earlier = [other for number, other in _newest_first(directory) if number < iteration]
+    kept = {path, *earlier[: keep - 1]}
+    for _, other in _newest_first(directory):
+        if other not in kept:
+            shutil.rmtree(other)
+    return path
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        UserError: naming the first file that is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        files = dict(json.loads((path / "manifest.json").read_bytes())["files"])
+        expected = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
+    except OSError:
+        raise UserError(f"checkpoint {path} is damaged: manifest.json is missing or unreadable") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"checkpoint {path} is damaged: manifest.json is no manifest") from None
+    if "state.pt" not in expected:
+        raise UserError(f"checkpoint {path} is damaged: manifest.json does not list state.pt")
+    for name, (size, digest) in expected.items():
+        try:
+            real_size = (path / name).stat().st_size
+            is_same = real_size == size and sha256(path / name) == digest
+        except OSError:
+            raise UserError(f"checkpoint {path} is damaged: {name} is missing or unreadable") from None
+        if not is_same:
+            what = "content differs from its checksum" if real_size == size else f"{real_size} of {size} bytes"
+            raise UserError(f"checkpoint {path} is damaged: {name} ({what})")
+
+
+def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None = None) -> Path:
+    """The newest checkpoint that verifies.
+
+    Args:
+        warn: told about every damaged checkpoint that is passed over; by default one line on standard error.
+    Raises:
+        UserError: if none is left.
+    """
+    directory = Path(directory)
+    candidates = _newest_first(directory)
+    for _, path in candidates:
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            (warn or _warn)(f"{error}; an older one is tried")
+        else:
+            return path
+    what = f"none of the {len(candidates)} checkpoints in {directory} is whole" if candidates else None
+    raise UserError(f"{what or f'no checkpoint in {directory}'}; start the run anew with another run.dir")
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Verify a checkpoint and load its state, tensors on the CPU.
+
+    Raises:
+        UserError: naming the file that is damaged.
+    """
+    verify_checkpoint(path)
+    try:
+        state: dict[str, Any] = torch.load(Path(path) / "state.pt", weights_only=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        raise UserError(f"checkpoint {path}: state.pt cannot be read by PyTorch {torch.__version__}") from None
+    return state
+
+
+def _write_files(directory: Path, iteration: int, state: dict[str, Any]) -> None:
+    torch.save(state, directory / "state.pt")
+    fsync_file(directory / "state.pt")
+    facts = {"size": (directory / "state.pt").stat().st_size, "sha256": sha256(directory / "state.pt")}
+    manifest = {"format": 1, "iteration": iteration, "files": {"state.pt": facts}}
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    fsync_file(directory / "manifest.json")
+    fsync_directory(directory)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The same state in the few types that `torch.load(weights_only=True)` accepts; tensors detached, on the CPU.
+
+    Found out here and not when a run must be resumed: NumPy scalars, for one, pass for floats but cannot be loaded.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {_plain(key, where): _plain(inner, f"{where}[{key!r}]") for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value))
+    if type(value) not in _SCALARS:
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values")
+    return value
+
+
+def _newest_first(directory: Path) -> list[tuple[int, Path]]:
+    """(iteration, path) of everything that has a checkpoint's name; of two with one iteration, the newer first."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    matches = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    matches.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)
+    return [(int(match[1]), path) for match, path in matches]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,95 @@
+"""The looks that all figures share: canvas, bands, axes, legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+GREY = "#444444"
+
+
+_SUBTITLE_LETTERS = 92
+"""As many stand in one line beside the vertical axis; longer subtitles are written smaller."""
+
+
+def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
+    """A figure whose title says what is compared. No pyplot: nothing global, no display needed."""
+    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=26)
+    note = axes.annotate(
+        subtitle,
+        (0, 1),
+        xytext=(0, 9),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / max(1, len(subtitle))),
+        color=GREY,
+    )
+    note.set_in_layout(False)  # a long line must not narrow the picture
+    return figure, axes
+
+
+def band(
+    axes: Axes,
+    x: Sequence[float],
+    low: Sequence[float | None],
+    high: Sequence[float | None],
+    colour: str,
+    label: str | None,
+) -> None:
+    """Shade the interval where it is known."""
+    known = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if b is not None and c is not None]
+    if known:
+        xs, lows, highs = zip(*known, strict=True)
+        axes.fill_between(xs, lows, highs, color=colour, alpha=0.14, linewidth=0, label=label)
+
+
+def finish(axes: Axes, x_label: str, y_label: str) -> None:
+    """Set labels, grid and ticks."""
+    axes.set_xlabel(x_label, fontsize=12)
+    axes.set_ylabel(y_label, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+
+
+def percent_axis(axes: Axes) -> None:
+    """Percent on the vertical axis, within 0 to 100: an interval's band may leave it, an accuracy cannot."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low), min(1.0, high) + 0.002)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def legend_below(axes: Axes) -> None:
+    """All names under the picture, where they hide nothing, in as many rows as they need."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles and axes.figure is not None:
+        width = sum(len(label) + 8 for label in labels)  # in letters; the handle and the gaps are worth 8
+        rows = math.ceil(width / 92)
+        columns = math.ceil(len(labels) / rows)
+        axes.figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11, columnspacing=1.6
+        )
+
+
+def short_number(value: float, position: int | None = None) -> str:
+    """1500000 -> 1.5M, 20000 -> 20k, 96 -> 96."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:g}"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the PNG without a software stamp, so that equal data give equal files."""
+    figure.savefig(path, metadata={"Software": None})
+    return path

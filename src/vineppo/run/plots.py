@@ -1,0 +1,135 @@
+"""Figures of one run as PNG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from vineppo.run.directory import RunDirectory
+from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, save, short_number
+from vineppo.run.styles import STYLES
+
+_PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
+
+
+_SECONDS = {
+    "seconds/sample": ("sampling", "#0072B2"),
+    "seconds/credit": ("credit", "#E69F00"),
+    "seconds/update": ("updates", "#009E73"),
+    "seconds/eval": ("evaluation", "#999999"),
+}
+
+
+def plot_run(run_dir: Path) -> list[Path]:
+    """Draw a run directory's accuracy and reward, tokens by phase and seconds by phase into its `plots/`.
+
+    Returns:
+        The files written: `accuracy.png`, `tokens.png`, `seconds.png`; none for a run without finished iterations.
+    """
+    run_dir = Path(run_dir)
+    records = RunDirectory.open(run_dir, writable=False).read_metrics()
+    iterations = [record for record in records if record.get("iteration", 0) > 0]
+    if not iterations:
+        return []
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    name = _run_title(run_dir)
+    return [
+        save(_accuracy_figure(records, iterations, name), folder / "accuracy.png"),
+        save(_tokens_figure(iterations, name), folder / "tokens.png"),
+        save(_seconds_figure(iterations, name), folder / "seconds.png"),
+    ]
+
+
+def _run_title(run_dir: Path) -> str:
+    """`VinePPO, seed 0, judgement`, or the directory's name for a run that is still going on."""
+    summary_path = run_dir / "summary.json"
+    if not summary_path.exists():
+        return run_dir.resolve().name
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    style = STYLES.get(summary.get("algorithm", ""))
+    parts = [style.label if style else "", f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
+    return ", ".join(part for part in parts if part)
+
+
+def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    figure, axes = canvas("Accuracy and reward over updates", name)
+    updates = [record["updates"] for record in iterations]
+    rewards = [record["reward/mean"] for record in iterations]
+    axes.plot(updates, rewards, color="#56B4E9", linewidth=1, alpha=0.6, label="mean reward of the rollouts")
+    if len(rewards) >= 10:
+        width = max(5, len(rewards) // 10)
+        axes.plot(updates, _trailing_mean(rewards, width), color="#0072B2", label=f"its mean over {width} iterations")
+    measured = [record for record in records if record.get("eval/accuracy") is not None]
+    if measured:
+        x = [record["updates"] for record in measured]
+        mean = [record["eval/accuracy"] for record in measured]
+        low = [record.get("eval/accuracy_low") for record in measured]
+        high = [record.get("eval/accuracy_high") for record in measured]
+        label = "accuracy, validation problems"
+        axes.plot(x, mean, color="#D55E00", marker="o", markersize=5, linewidth=2, label=label)
+        band(axes, x, low, high, "#D55E00", "95% interval over problems")
+    finish(axes, "updates", "accuracy, reward")
+    if all(0 <= reward <= 1 for reward in rewards):
+        percent_axis(axes)
+    legend_below(axes)
+    return figure
+
+
+def _trailing_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and up to `width - 1` values before it."""
+    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    figure, axes = canvas("Tokens generated for training, by phase", name)
+    updates = [record["updates"] for record in iterations]
+    layers = {
+        label: ([record.get(f"tokens/{phase}", 0) for record in iterations], colour)
+        for phase, (label, colour) in _PHASES.items()
+    }
+    _stack(axes, updates, layers)
+    finish(axes, "updates", "tokens, cumulative")
+    axes.yaxis.set_major_formatter(FuncFormatter(short_number))
+    legend_below(axes)
+    return figure
+
+
+def _seconds_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    figure, axes = canvas("Where the time went", name)
+    updates = [record["updates"] for record in iterations]
+    layers = {
+        label: (_cumulative([record.get(key) or 0 for record in iterations]), colour)
+        for key, (label, colour) in _SECONDS.items()
+    }
+    _stack(axes, updates, layers)
+    finish(axes, "updates", "seconds, cumulative")
+    legend_below(axes)
+    return figure
+
+
+def _cumulative(values: Sequence[float]) -> list[float]:
+    totals, total = [], 0.0
+    for value in values:
+        total += value
+        totals.append(total)
+    return totals
+
+
+def _stack(axes: Axes, x: Sequence[float], layers: dict[str, tuple[list[float], str]]) -> None:
+    """Stacked areas from 0; a layer that is 0 throughout is left out, its name too."""
+    used = {label: layer for label, layer in layers.items() if any(layer[0])}
+    if not used:
+        return
+    total = sum(values[-1] for values, _ in used.values())
+    labels = [f"{label} ({values[-1] / total:.0%})" for label, (values, _) in used.items()]
+    columns = [[0, *values] for values, _ in used.values()]
+    axes.stackplot([0, *x], *columns, labels=labels, colors=[colour for _, colour in used.values()], alpha=0.85)
+    axes.set_ylim(bottom=0)

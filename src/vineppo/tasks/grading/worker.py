@@ -1,0 +1,65 @@
+"""A process that grades: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
+
+It reads its reward functions, says that it is ready, and answers lists of responses one response at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from vineppo.tasks.grading.graded import Failure, Verdict
+from vineppo.tasks.grading.rewards import apply_rewards
+from vineppo.types import Problem, RewardFn, UserError
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Serve until the other end is closed."""
+    if sys.platform == "linux":
+        # A grader that hangs would outlive a run that was killed.
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    connection = Connection(int(sys.argv[1]))
+    # What a reward function prints must not end up in the output of `vineppo`, which may be JSON.
+    os.dup2(2, 1)
+    try:
+        loaders, memory, path = pickle.loads(connection.recv_bytes())
+        sys.path[:] = path
+        fns = tuple(load() for load in loaders)
+        for fn in fns:
+            getattr(fn, "prepare", lambda: None)()
+        _limit_memory(memory)
+        connection.send("ready")
+        while True:
+            for problem, text, token_ids in connection.recv():
+                connection.send(_verdict(fns, problem, text, token_ids))
+    except UserError as error:
+        connection.send(error)
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def _verdict(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int]) -> Verdict | UserError:
+    try:
+        return apply_rewards(fns, [problem], [text], [token_ids])[0]
+    except UserError as error:
+        # A grader that refuses its data says so in its own words; anything else it raised is one response's error.
+        return error if error.__cause__ is None else Failure(str(error))
+    except MemoryError:
+        return Failure("a reward function ran out of memory (task.grading.memory)")
+
+
+def _limit_memory(limit: int) -> None:
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    main()

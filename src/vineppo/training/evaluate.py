@@ -1,0 +1,112 @@
+"""Accuracy on held-out problems: mean reward, pass@k, greedy, with intervals over problems."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vineppo.config.schema import EvalSpec
+from vineppo.model.policy import Policy
+from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.seeds import derive_seed
+from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
+from vineppo.tasks import build_task
+from vineppo.tasks.grading.graded import Graded
+from vineppo.training.rollouts import generated_tokens, problem_range, sample_groups
+from vineppo.types import Problem, Sampler, Task
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Rewards of `num_samples` responses to each of P problems."""
+
+    rewards: tuple[tuple[float, ...], ...]
+    """Shape (P, num_samples)."""
+    tokens: int
+    truncated_share: float
+
+    @property
+    def graded(self) -> bool:
+        """Whether some reward is partial: neither 0 nor 1."""
+        return any(reward not in (0, 1) for row in self.rewards for reward in row)
+
+    def mean_reward(self, seed: int) -> Interval:
+        """Mean reward over all responses, pass@1 where rewards are 0 or 1; the interval is over problems."""
+        return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
+
+    def pass_at_k(self, k: int, seed: int) -> Interval:
+        """Chance that one of k responses is right (reward of at least 1), the unbiased estimate per problem."""
+        solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]  # weights add up with rounding
+        values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
+        return bootstrap_mean(values, seed=seed)
+
+
+def measure(
+    policy: Policy,
+    sampler: Sampler,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    address: Sequence[int | str],
+) -> Measurement:
+    """Sample and grade `num_samples` responses to each problem; the randomness is addressed by `address`."""
+    groups = sample_groups(
+        problems,
+        policy,
+        sampler,
+        task,
+        group_size=num_samples,
+        max_new_tokens=max_new_tokens,
+        address=address,
+    )
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    return Measurement(
+        rewards=tuple(tuple(rollout.reward for rollout in group.rollouts) for group in groups),
+        tokens=generated_tokens(groups),
+        truncated_share=float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+    )
+
+
+def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
+    """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took.
+
+    These count responses with a reward of at least 1. Where some rewards are partial, `greedy reward` and `mean reward`
+    stand beside them.
+    """
+    began = time.perf_counter()
+    policy = Policy.load(spec.model)
+    task = build_task(spec.task, policy.chat_prompt)
+    problems = problem_range(task, spec.split, spec.num_problems)
+
+    def measured(temperature: float, num_samples: int) -> Measurement:
+        return measure(
+            policy,
+            TorchSampler(policy, temperature=temperature, stop=spec.stop),
+            task,
+            problems,
+            num_samples=num_samples,
+            max_new_tokens=spec.max_new_tokens,
+            address=(spec.seed, "eval"),
+        )
+
+    sampled, greedy = measured(spec.temperature, spec.num_samples), measured(0.0, 1)
+    seed = derive_seed(spec.seed, "bootstrap")
+    rewards = {"greedy reward": greedy, "mean reward": sampled} if sampled.graded or greedy.graded else {}
+    return {
+        "greedy": greedy.pass_at_k(1, seed).as_dict(),
+        **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in sorted({1, *(spec.k or (spec.num_samples,))})},
+        **{name: own.mean_reward(seed).as_dict() for name, own in rewards.items()},
+        "num_problems": len(problems),
+        "num_samples": spec.num_samples,
+        "split": spec.split,
+        "truncated_share": sampled.truncated_share,
+        **(task.total.shares() if isinstance(task, Graded) else {}),
+        "tokens": sampled.tokens + greedy.tokens,
+        "seconds": time.perf_counter() - began,
+    }

@@ -1,0 +1,76 @@
+"""Where a run stands, and its line of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from vineppo.training.rollouts import generated_tokens
+from vineppo.types import Metrics, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the learner's state, all that a resumed run needs, since randomness is by address."""
+
+    recipe: str = ""
+    iteration: int = 0
+    rollout_tokens: int = 0
+    mc_tokens: int = 0
+    trained_tokens: int = 0
+    seconds_train: float = 0.0
+    seconds_eval: float = 0.0
+    seconds_total: float = 0.0
+    """Of the starts before this one, up to the checkpoint."""
+    accuracy_before: dict[str, float | None] = field(default_factory=dict)
+    best_validation_accuracy: float | None = None
+
+
+def advance(
+    progress: Progress, groups: list[RolloutGroup], credit: Metrics, seconds: Mapping[str, float], epochs: int
+) -> Progress:
+    """The progress after an iteration."""
+    tokens = generated_tokens(groups)
+    return replace(
+        progress,
+        iteration=progress.iteration + 1,
+        rollout_tokens=progress.rollout_tokens + tokens,
+        mc_tokens=progress.mc_tokens + int(credit.get("tokens/mc", 0)),
+        trained_tokens=progress.trained_tokens + tokens * epochs,
+        seconds_train=progress.seconds_train + sum(seconds.values()),
+    )
+
+
+def metrics_line(
+    progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The line of metrics.jsonl of an iteration."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return {
+        **metrics,
+        "iteration": progress.iteration,
+        **cumulative(progress),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(unbiased=False).item(),
+        "response/length_mean": sum(lengths) / len(lengths),
+        "response/length_min": min(lengths),
+        "response/length_max": max(lengths),
+        "response/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+
+
+def cumulative(progress: Progress) -> dict[str, float]:
+    """The totals that every line of metrics.jsonl holds."""
+    return {
+        "tokens/rollouts": progress.rollout_tokens,
+        "tokens/mc": progress.mc_tokens,
+        "tokens/generated": progress.rollout_tokens + progress.mc_tokens,
+        "tokens/trained": progress.trained_tokens,
+        "seconds/train": progress.seconds_train,
+    }

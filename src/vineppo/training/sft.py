@@ -1,0 +1,121 @@
+"""Supervised fine-tuning on demonstrations: next-token likelihood of the response and its end-of-sequence token."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vineppo.config.schema import SFTConfig
+from vineppo.learning.optim import Optimizer, lr_factor
+from vineppo.model.batch import micro_batches, pad
+from vineppo.model.loading import told_of_device
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy
+from vineppo.seeds import shuffled_index
+from vineppo.tasks import build_task
+from vineppo.types import Task, UserError
+
+Demonstration = tuple[tuple[int, ...], int]
+"""(token ids of prompt + response + EOS, number of prompt tokens)."""
+NEW_TINY = "new:tiny"
+
+
+def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
+    """Train `config.model` on the task's demonstrations and save it to `config.out`.
+
+    Returns:
+        out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds; and
+        `left out`, the demonstrations longer than `max_length`, where there were any.
+    Raises:
+        UserError: when `out` exists, the task has no demonstrations, or all of them are too long.
+    """
+    out = _new_directory(config.out)
+    policy = _start(config)
+    task = build_task(config.task, policy.chat_prompt)
+    optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
+    warmup = round(config.warmup_fraction * config.updates)
+    losses, tokens, left_out, began = [], 0, 0, time.perf_counter()
+    for update in range(config.updates):
+        batch = _batch(config, policy, task, update)
+        left_out += config.batch_size - len(batch)
+        loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
+        optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
+        losses.append(loss)
+        tokens += counted
+        if (update + 1) % max(1, config.updates // 20) == 0:
+            report(f"update {update + 1}/{config.updates}  loss {loss:.4f}  {time.perf_counter() - began:.0f} s")
+    policy.save(out)
+    tail = losses[-max(1, len(losses) // 10) :]
+    seconds = time.perf_counter() - began
+    return {
+        "out": str(out),
+        "loss": sum(tail) / len(tail),
+        "updates": config.updates,
+        "tokens": tokens,
+        **({"left out": left_out} if left_out else {}),
+        "seconds": seconds,
+    }
+
+
+def _new_directory(out: str) -> Path:
+    """Made before the training that is to be saved there, so that what is wrong with it is told now."""
+    path = Path(out)
+    try:
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            raise UserError(f"out {out!r} exists already; name a new directory")
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"out {out!r} cannot be written ({error.strerror}); name a directory of yours") from None
+    return path
+
+
+def _start(config: SFTConfig) -> Policy:
+    if config.model.path != NEW_TINY:
+        return Policy.load(config.model)
+    from vineppo.model.tiny import build_model, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    with told_of_device(config.model.device):
+        return Policy(build_model(tokenizer, config.seed).to(config.model.device), tokenizer)
+
+
+def encode_demonstration(policy: Policy, prompt: str, response: str) -> Demonstration:
+    """Token ids of prompt, response and EOS. The parts are tokenized apart, as in sampling the prompt stands alone."""
+    prompt_ids = policy.encode_prompt(prompt)
+    response_ids = policy.tokenizer(response, add_special_tokens=False).input_ids
+    return (*prompt_ids, *response_ids, policy.tokenizer.eos_token_id), len(prompt_ids)
+
+
+def _batch(config: SFTConfig, policy: Policy, task: Task, update: int) -> list[Demonstration]:
+    """The demonstrations of one update: new ones for ever in an endless task, shuffled passes over a finite one."""
+    size = task.size("train")
+    first = update * config.batch_size
+    batch: list[Demonstration] = []
+    for position in range(first, first + config.batch_size):
+        index = position if size is None else shuffled_index(position, size, "sft order", config.seed)
+        item = encode_demonstration(policy, *task.demonstration("train", index))
+        if len(item[0]) <= config.max_length:
+            batch.append(item)
+    if not batch:
+        raise UserError(f"all demonstrations of an update are longer than max_length {config.max_length}; raise it")
+    return batch
+
+
+def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
+    """Gradient of the mean token loss of a batch, in micro-batches; (loss in nats per token, trained tokens)."""
+    total = sum(len(ids) - start for ids, start in batch)
+    loss_sum = 0.0
+    for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):
+        items = [batch[i] for i in group]
+        token_ids = pad([ids for ids, _ in items], torch.int64, policy.device)
+        mask = pad([[0] * start + [1] * (len(ids) - start) for ids, start in items], torch.bool, policy.device)
+        logprobs, _ = token_logprobs(policy.model, token_ids, mask, 1.0)
+        loss = -logprobs.sum() / total
+        loss.backward()
+        loss_sum += loss.item()
+    return loss_sum, total

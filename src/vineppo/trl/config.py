@@ -1,0 +1,368 @@
+"""`VinePPOConfig`: our settings under the names of TRL's GRPOConfig, with its meanings and its defaults.
+
+`to_config` gives the same settings under our names. docs/from-trl.md has the table of both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vineppo.config.load import config_from_dict, did_you_mean
+from vineppo.config.schema import Config
+from vineppo.types import UserError
+
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1, None),
+    "min_p": (None,),
+    "repetition_penalty": (1.0,),
+    "use_vllm": (False,),
+    "loss_type": ("dapo", "bnpo", None),
+    "mask_truncated_completions": (False,),
+    "importance_sampling_level": ("token",),
+    "sync_ref_model": (False,),
+    "delta": (None,),
+    "top_entropy_quantile": (1.0,),
+    "fp16": (False,),
+    "scale_rewards": ("group", True, "none", False),
+    "eval_strategy": ("no", "steps", "epoch"),
+}
+"""Fields that have one meaning here."""
+_NEUTRAL: dict[str, Any] = {
+    "router_aux_loss_coef": None,
+    "cast_lm_head_to_fp32": False,
+    "generation_kwargs": None,
+    "chat_template_kwargs": None,
+    "multi_objective_aggregation": "sum_then_normalize",
+    "use_adaptive_entropy": False,
+    "max_tool_calling_iterations": None,
+    "off_policy_mask_threshold": None,
+    "log_completions_hub_repo": None,
+    "use_transformers_continuous_batching": False,
+    "transformers_continuous_batching_config": None,
+    "use_transformers_paged": False,
+}
+"""TRL's fields that we do not have: accepted with the value, its default, that asks for nothing."""
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "log_completions": False,
+    "num_completions_to_print": None,
+    "log_unique_prompts": False,
+    "log_multimodal": True,
+    "disable_dropout": False,
+    "shuffle_dataset": True,
+    "ds3_gather_for_generation": True,
+    "max_prompt_length": None,
+    "cache_implementation": None,
+    "pad_to_multiple_of": "auto",
+    "ref_model_mixup_alpha": 0.6,
+    "ref_model_sync_steps": 512,
+    "logging_dir": None,
+}
+"""TRL's fields, with their defaults, that are accepted and change nothing: what they are about is always done, or
+never, or belongs to what is refused."""
+_WITHOUT_EFFECT_BEGINNINGS = (
+    "vllm_",
+    "sapo_",
+    "vespo_",
+    "entropy_coef_",
+    "entropy_target",
+    "dataloader_",
+    "log_",
+    "hub_",
+)
+_WITHOUT_EFFECT_OF_TRANSFORMERS = (
+    "remove_unused_columns",
+    "logging_strategy",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "run_name",
+    "disable_tqdm",
+    "save_strategy",
+    "save_only_model",
+    "per_device_eval_batch_size",
+    "do_train",
+    "do_eval",
+    "tf32",
+    "label_names",
+    "gradient_checkpointing_kwargs",
+    "torch_empty_cache_steps",
+    "skip_memory_metrics",
+    "average_tokens_across_devices",
+    "include_num_input_tokens_seen",
+)
+
+
+@dataclass
+class VinePPOConfig:
+    """Settings under TRL's names, with TRL's defaults where GRPOConfig has the field; the first ones are ours.
+
+    A field that TRL has and we cannot honour is refused unless it holds its neutral value. What is accepted can be read
+    back as an attribute, with transformers' default where it was not given, as callbacks expect of their `args`.
+    """
+
+    output_dir: str = "vineppo-output"
+    """Run directory."""
+    algorithm: str = "vineppo"
+    """`vineppo`, `ppo`, `grpo`, `rloo` or `reinforce`."""
+    num_mc_rollouts: int = 9
+    """K: continuations sampled from each intermediate state."""
+    splitter: str = "newline"
+    """How a response is cut into steps (`vineppo.splitter`)."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Any further setting of `vineppo train` by its dotted key, such as `{"vineppo.alternatives": True}`; wins. Not the
+    model's: the trainer is given the model."""
+    learning_rate: float = 1e-6
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    steps_per_generation: int | None = None
+    generation_batch_size: int | None = None
+    num_generations: int = 8
+    """G: responses to a prompt. 1 is possible for vineppo and ppo."""
+    num_generations_eval: int | None = None
+    """Responses to a prompt of `eval_dataset`; None: as many as in training."""
+    max_completion_length: int = 512
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    """Optimizer updates; -1: as many as `num_train_epochs` need."""
+    num_iterations: int = 1
+    """Passes over each batch of rollouts."""
+    temperature: float = 1.0
+    beta: float = 0.0
+    use_bias_correction_kl: bool = True
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    scale_rewards: str | bool = "group"
+    """`group` or True: GRPO divides by the group's standard deviation; `none` or False: it does not."""
+    reward_weights: Sequence[float] | None = None
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    warmup_steps: float = 0
+    warmup_ratio: float | None = None
+    lr_scheduler_type: str = "linear"
+    """`linear`, `constant` or `constant_with_warmup`."""
+    entropy_coef: float = 0.0
+    seed: int = 42
+    bf16: bool = False
+    """Weights and computation in bfloat16, with float32 masters in the optimizer."""
+    gradient_checkpointing: bool = True
+    use_cpu: bool = False
+    model_init_kwargs: dict[str, Any] | None = None
+    """`dtype`, `attn_implementation`, `trust_remote_code`."""
+    trust_remote_code: bool = False
+    save_steps: float = 500
+    save_total_limit: int | None = None
+    eval_strategy: str = "no"
+    eval_steps: float | None = None
+    """None: `logging_steps`, as in transformers."""
+    logging_steps: float = 10
+    """Every iteration is logged; this is only what `eval_steps` falls back to."""
+    report_to: str | Sequence[str] = "none"
+    optim: str = "adamw_torch_fused"
+    """AdamW under any of its names."""
+    top_p: float = 1.0
+    top_k: int | None = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    use_vllm: bool = False
+    loss_type: str | None = "dapo"
+    mask_truncated_completions: bool = False
+    importance_sampling_level: str = "token"
+    sync_ref_model: bool = False
+    delta: float | None = None
+    top_entropy_quantile: float = 1.0
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _FIXED.items():
+            value = getattr(self, name)
+            if getattr(value, "value", value) not in allowed:  # transformers' enumerations hold their names
+                raise UserError(f"{name} is {value!r}; allowed here: {allowed[0]!r} (docs/from-trl.md says why)")
+        if "adamw" not in str(getattr(self.optim, "value", self.optim)):
+            raise UserError(f"optim is {self.optim!r}; allowed here: 'adamw_torch_fused', the only optimizer there is")
+        if any(key.startswith("model.") for key in self.settings):
+            raise UserError("settings has a key of model; give the trainer the model as it shall be, and peft_config")
+        self._check_batches()
+
+    def _check_batches(self) -> None:
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
+        for name in (*counts, "steps_per_generation", "generation_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+        if self.rollouts_per_iteration % self.num_generations:
+            raise UserError(
+                f"a generation batch has {self.rollouts_per_iteration} responses (per_device_train_batch_size x "
+                f"steps_per_generation), which is no multiple of num_generations {self.num_generations}"
+            )
+        if self.rollouts_per_iteration < self.minibatch_size:
+            raise UserError(
+                f"an update takes {self.minibatch_size} responses (per_device_train_batch_size x "
+                f"gradient_accumulation_steps) and a generation batch has {self.rollouts_per_iteration}; raise "
+                "steps_per_generation, or generation_batch_size where that is given"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """The default of a field of TRL's or transformers' that was not given."""
+        if not name.startswith("_"):
+            for table in (_WITHOUT_EFFECT, _NEUTRAL, _of_transformers()):
+                if name in table:
+                    return table[name]
+        raise AttributeError(f"VinePPOConfig has no field {name}")
+
+    @property
+    def minibatch_size(self) -> int:
+        """Rollouts per update."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rollouts_per_iteration(self) -> int:
+        """Responses that are sampled before updates begin."""
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size
+        return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    def to_config(self, num_train: int, num_eval: int = 0) -> Config:
+        """What `vineppo train` would be told, but for the model.
+
+        Args:
+            num_train: number of training problems.
+            num_eval: number of problems to evaluate on.
+        """
+        num_problems = self.rollouts_per_iteration // self.num_generations
+        per_iteration = self.num_iterations * -(-self.rollouts_per_iteration // self.minibatch_size)
+        iterations = max(1, round(self.num_train_epochs * num_train / num_problems))
+        if self.max_steps > 0:
+            iterations = -(-self.max_steps // per_iteration)
+        updates = min(iterations * per_iteration, self.max_steps if self.max_steps > 0 else 1 << 62)
+        warmup = self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio
+        values = {
+            "rollouts.num_problems": num_problems,
+            "learner.minibatch_size": self.minibatch_size,
+            "learner.warmup_updates": _share(warmup, updates),
+            "run.iterations": iterations,
+            "run.max_updates": max(0, self.max_steps),
+            "run.checkpoint_every": max(1, -(-_share(self.save_steps, updates) // per_iteration)),
+        }
+        epoch = per_iteration * max(1, num_train // num_problems)
+        evaluation = self._evaluation(num_eval, updates, per_iteration, epoch)
+        return config_from_dict(
+            Config, {**self._renamed(), **values, **evaluation, **self.settings}, "in VinePPOConfig"
+        )
+
+    def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
+        """As in TRL all rows, sampled like the rollouts, when eval_strategy says; before and after training as well."""
+        strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        samples = self.num_generations_eval or self.num_generations
+        like_training = {"eval.num_samples": samples, "eval.temperature": self.temperature}
+        if strategy == "no" or not num_eval:
+            return {"eval.every": 0, "eval.final_num_problems": 0, **like_training}
+        steps = epoch if strategy == "epoch" else _share(self.eval_steps or self.logging_steps, updates)
+        return {
+            "eval.every": max(1, -(-steps // per_iteration)),
+            "eval.num_problems": num_eval,
+            "eval.final_num_problems": num_eval,
+            **like_training,
+        }
+
+    def _renamed(self) -> dict[str, Any]:
+        """What needs no more than another name."""
+        return {
+            "algorithm": self.algorithm,
+            "task.name": "dataset",
+            "task.grading.truncated": True,
+            "task.reward_weights": list(self.reward_weights or ()),
+            "rollouts.group_size": self.num_generations,
+            "rollouts.temperature": self.temperature,
+            "rollouts.max_new_tokens": self.max_completion_length,
+            "vineppo.num_mc_rollouts": self.num_mc_rollouts,
+            "vineppo.splitter": self.splitter,
+            "ppo.value_lr": self.learning_rate,
+            "grpo.scale_by_std": self.scale_rewards in (True, "group"),
+            "learner.lr": self.learning_rate,
+            "learner.epochs": self.num_iterations,
+            "learner.clip_low": self.epsilon,
+            "learner.clip_high": self.epsilon if self.epsilon_high is None else self.epsilon_high,
+            "learner.kl.coefficient": self.beta,
+            "learner.kl.reduction": "token_mean",
+            "learner.kl.importance_weighted": self.use_bias_correction_kl,
+            "learner.decay": self._decay(),
+            "learner.weight_decay": self.weight_decay,
+            "learner.betas": [self.adam_beta1, self.adam_beta2],
+            "learner.max_grad_norm": self.max_grad_norm,
+            "learner.entropy_coefficient": self.entropy_coef,
+            "run.dir": self.output_dir,
+            "run.seed": self.seed,
+            "run.keep_checkpoints": self.save_total_limit or 1,
+            "run.report_to": self._trackers(),
+        }
+
+    def _decay(self) -> str:
+        decays = {"linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+        name = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if name not in decays:
+            raise UserError(f"lr_scheduler_type is {name!r}; allowed: {', '.join(decays)}")
+        return decays[name]
+
+    def _trackers(self) -> list[str]:
+        chosen = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return [name for name in chosen if name not in ("none", "all")]
+
+
+def _share(steps: float, updates: int) -> int:
+    """A number of updates, which below 1 is a share of all of them, as in transformers."""
+    return round(steps * updates) if steps < 1 else int(steps)
+
+
+@functools.cache
+def _of_transformers() -> Mapping[str, Any]:
+    """Every field of transformers' TrainingArguments, which GRPOConfig inherits, with its default."""
+    from transformers import TrainingArguments
+
+    made = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
+    return {
+        f.name: f.default if made[f.name] is dataclasses.MISSING else made[f.name]()  # type: ignore[operator]
+        for f in dataclasses.fields(TrainingArguments)
+        if f.default is not dataclasses.MISSING or made[f.name] is not dataclasses.MISSING
+    }
+
+
+def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
+    """Fields of TRL's that we do not have become attributes where they ask for nothing; others are refused."""
+
+    @functools.wraps(init)
+    def checked(self: VinePPOConfig, *args: Any, **kwargs: Any) -> None:
+        known = {own.name for own in dataclasses.fields(VinePPOConfig)}
+        foreign = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
+        for name, value in foreign.items():
+            _check_foreign(name, value, known)
+        init(self, *args, **kwargs)
+        for name, value in foreign.items():
+            setattr(self, name, value)
+
+    return checked
+
+
+def _check_foreign(name: str, value: Any, known: set[str]) -> None:
+    """Refuse a field that is not ours unless it changes nothing.
+
+    Raises:
+        UserError: for a value that asks for something, or an unknown name.
+    """
+    if name in _WITHOUT_EFFECT or name in _WITHOUT_EFFECT_OF_TRANSFORMERS:
+        return
+    neutral = {**_of_transformers(), **_NEUTRAL}
+    if name in neutral:
+        if value == neutral[name] or name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
+            return
+        raise UserError(f"{name} is {value!r}; allowed here: {neutral[name]!r}, which asks for nothing")
+    if not name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
+        hint = did_you_mean(name, known) or "docs/from-trl.md lists what there is"
+        raise UserError(f"VinePPOConfig has no field {name}; {hint}")
+
+
+VinePPOConfig.__init__ = _checked_init(VinePPOConfig.__init__)  # type: ignore[method-assign]

@@ -1,0 +1,364 @@
+"""An interface that TRL users know: `VinePPOTrainer` and `VinePPOConfig` in the place of GRPO's.
+
+    from vineppo import VinePPOConfig, VinePPOTrainer
+
+    trainer = VinePPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        reward_funcs=reward,
+        args=VinePPOConfig(output_dir="out", num_generations=8),
+        train_dataset=dataset,
+    )
+    trainer.train()
+
+Below it is the same training as `vineppo train`: `to_config` shows which settings it runs. docs/from-trl.md has the
+table of names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vineppo.config.load import config_from_dict, diff_configs
+from vineppo.config.schema import Config, LoraConfig, ModelConfig
+from vineppo.model.loading import load_pretrained, with_checkpointing
+from vineppo.model.policy import Policy
+from vineppo.run.directory import RunDirectory
+from vineppo.run.trl_names import with_trl_names
+from vineppo.tasks import build_task
+from vineppo.tasks.grading.graders import load_grader
+from vineppo.tasks.rows import as_sequence
+from vineppo.training.evaluate import measure
+from vineppo.training.loop import resume, train
+from vineppo.training.parts import Given, build_samplers, total_updates
+from vineppo.training.rollouts import problem_range
+from vineppo.trl.config import VinePPOConfig
+from vineppo.types import Split, UserError
+
+__all__ = ["TrainOutput", "VinePPOConfig", "VinePPOTrainer"]
+
+
+class TrainOutput(NamedTuple):
+    """What `VinePPOTrainer.train` returns; the names are those of transformers."""
+
+    global_step: int
+    """Updates."""
+    training_loss: float
+    """Mean policy loss over the run; of a clipped objective, so it says little."""
+    metrics: dict[str, Any]
+    """summary.json."""
+
+
+class VinePPOTrainer:
+    """Trains a model by reinforcement learning on verifiable rewards, with credit for every step.
+
+    Args:
+        model: path, hub id, a transformers causal language model, or a peft model around one; trained in place.
+        reward_funcs: fn(prompts, completions, completion_ids, **columns) -> one number or None per completion, also
+            asynchronous; the name of one of ours (`hash`, `boxed`, `exact`) or `module:function`; or a list of those.
+            Functions are called in this process, and are also told `trainer_state` and given `log_metric(name, value)`
+            where they take them, as in TRL; names alone run in processes of their own, with limits.
+        args: settings.
+        train_dataset: rows with a `prompt` (text, or messages) and any further columns.
+        eval_dataset: rows to measure the mean reward on: as `eval_strategy` says, before and after training too; with
+            "no" only where `evaluate()` is called.
+        processing_class: the tokenizer; needed with a model that is no path, unless its configuration names one.
+        callbacks: transformers' `TrainerCallback` objects or classes.
+        peft_config: a `peft.LoraConfig`; the adapters are trained in the place of the weights.
+    Raises:
+        UserError: for what cannot work.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: VinePPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        peft_config: Any = None,
+    ):
+        self.args = args or VinePPOConfig()
+        self.reward_funcs = _reward_functions(reward_funcs)
+        self.train_dataset, self.eval_dataset = _rows("train_dataset", train_dataset), eval_dataset
+        self.policy = _policy(model, processing_class, peft_config, self.args)
+        self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.tokenizer
+        num_eval = 0 if eval_dataset is None else len(_rows("eval_dataset", eval_dataset))
+        config = self.args.to_config(len(self.train_dataset), num_eval)
+        self.config = replace(config, model=_model_config(self.policy, self.args))
+        if all(isinstance(function, str) for function in self.reward_funcs):
+            # Named ones run in processes of their own, where they can be stopped.
+            names, self.reward_funcs = tuple(self.reward_funcs), []
+            self.config = replace(self.config, task=replace(self.config.task, rewards=names))
+        self.reward_funcs = [load_grader(own) if isinstance(own, str) else own for own in self.reward_funcs]
+        self._listener = _Listener(self, [one() if isinstance(one, type) else one for one in callbacks or ()])
+        self.state = self._listener.state
+        more = {"trainer_state": self.state, "log_metric": self._listener.note, "log_extra": _ignore}
+        self.reward_funcs = [_told(own, more) for own in self.reward_funcs]
+        self._began = False
+
+    def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
+        """Train; with `resume_from_checkpoint`, go on with the run in `output_dir`, to the same bit on a CPU.
+
+        Raises:
+            UserError: if there is such a run already, or going on with it under these settings would be another run.
+        """
+        if resume_from_checkpoint:
+            self._check_resume()
+        self._began = True
+        tables: dict[Split, Any] = {"train": self.train_dataset}
+        if self.eval_dataset is not None:
+            tables["validation"] = _rows("eval_dataset", self.eval_dataset)
+        start = resume if resume_from_checkpoint else train
+        summary = start(
+            self.config,
+            recipe="trainer",
+            reward_fn=self.reward_funcs,
+            reporter=self._listener,
+            given=Given(self.policy, tables),
+        )
+        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
+
+    def _check_resume(self) -> None:
+        recorded = RunDirectory.open(self.args.output_dir, writable=False).config
+        before = config_from_dict(Config, recorded, f"in {self.args.output_dir}/config.yaml")
+        changes = diff_configs(before, self.config)
+        if changes:
+            raise UserError(
+                f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); give them "
+                "as they were, or start a new run in another output_dir"
+            )
+        if self._began and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
+            raise UserError(
+                "the model of this trainer is trained already, and beta needs the one that the run started from; make "
+                "a new VinePPOTrainer and resume with it"
+            )
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
+        """Mean reward on rows, `eval_dataset` if none are given, as `eval_reward`, with its 95% interval."""
+        rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
+        task = build_task(self.config.task, self.policy.chat_prompt, self.reward_funcs, {"validation": rows})
+        measured = measure(
+            self.policy,
+            build_samplers(self.config, self.policy)[1],
+            task,
+            problem_range(task, "validation", len(rows)),
+            num_samples=self.config.eval.num_samples,
+            max_new_tokens=self.config.rollouts.max_new_tokens,
+            address=(self.config.run.seed, "evaluate"),
+        )
+        interval = measured.mean_reward(self.config.run.seed)
+        return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """Write the model (merged with its adapters, which lie in `adapter` as well) and the tokenizer."""
+        self.policy.save(output_dir or Path(self.args.output_dir) / "final")
+
+
+class _Listener:
+    """Tells transformers' callbacks how a run goes; implements `train.Reporter`."""
+
+    def __init__(self, trainer: VinePPOTrainer, callbacks: Sequence[Any]):
+        from transformers import TrainerControl, TrainerState
+
+        self.trainer, self.callbacks = trainer, list(callbacks)
+        self.state, self.control = TrainerState(), TrainerControl()
+        self._noted: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, name: str, value: float) -> None:
+        """A number of a reward function's own: its mean over the calls of an iteration stands in the logs."""
+        self._noted[name].append(float(value))
+
+    def start(self, config: Config, total_iterations: int) -> None:
+        """on_train_begin."""
+        self.state.max_steps = total_updates(config)
+        self._tell("on_train_begin")
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """on_step_end, on_evaluate and on_log, in this order; a step is an iteration here."""
+        logs = with_trl_names(metrics)
+        logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
+        self._noted.clear()
+        self.state.global_step = int(metrics.get("updates") or 0)
+        logs["step"] = self.state.global_step
+        problems = self.trainer.config.rollouts.num_problems * metrics["iteration"]
+        self.state.epoch = logs["epoch"] = problems / len(self.trainer.train_dataset)
+        self.state.log_history.append(logs)
+        if metrics["iteration"]:
+            self._tell("on_step_end")
+        if "eval/accuracy" in metrics:
+            self._tell("on_evaluate", metrics=logs)
+        self._tell("on_log", logs=logs)
+        print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
+
+    def wants_to_stop(self) -> bool:
+        """Whether a callback has set `control.should_training_stop`."""
+        return bool(self.control.should_training_stop)
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
+        """on_train_end."""
+        self._tell("on_train_end")
+
+    def _tell(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                given = {"model": self.trainer.model, "processing_class": self.trainer.processing_class, **more}
+                changed = method(self.trainer.args, self.state, self.control, **given)
+                self.control = self.control if changed is None else changed  # transformers allows either way
+
+
+def _reward_functions(given: Any) -> list[Any]:
+    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    if not functions:
+        raise UserError("reward_funcs is empty; give a function fn(prompts, completions, **columns) -> list of numbers")
+    for function in functions:
+        if not isinstance(function, str) and (isinstance(function, torch.nn.Module) or not callable(function)):
+            raise UserError(
+                f"reward_funcs has a {type(function).__name__}; allowed: functions, and names of ours (hash, boxed, "
+                "exact); a reward model can be called in a function of yours"
+            )
+    return functions
+
+
+def _rows(name: str, dataset: Any) -> Any:
+    if dataset is None:
+        raise UserError(f"{name} is missing; give rows with a column prompt")
+    rows = as_sequence(dataset)
+    if not len(rows):
+        raise UserError(f"{name} is empty; give rows with a column prompt")
+    return rows
+
+
+def _ignore(*_: Any) -> None:
+    """TRL's `log_extra`: a column for its table of completions; ours, the Parquet files, have fixed ones."""
+
+
+def _told(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[..., Any]:
+    """A reward function that also gets what TRL hands over, as far as its signature takes it."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some callables have none that can be read
+        return function
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    chosen = {name: value for name, value in more.items() if takes_all or name in parameters}
+    if not chosen:
+        return function
+    wrapped = functools.partial(function, **chosen)
+    functools.update_wrapper(wrapped, function)
+    if not hasattr(wrapped, "__name__"):
+        wrapped.__name__ = type(function).__name__  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOConfig) -> Policy:
+    """The model as a policy, with fresh adapters where they are asked for."""
+    if isinstance(model, str | Path):
+        model, own = _loaded(str(model), args)
+        tokenizer = processing_class or own
+    else:
+        tokenizer = processing_class or _tokenizer_of(model)
+        model = _placed(model, args)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        if peft_config is not None:
+            raise UserError("model has adapters already, and peft_config asks for more; give one of them")
+        if args.beta > 0 and any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
+            raise UserError(
+                "model has adapters that are trained already, and beta would measure from the model without them; "
+                "merge them first (model.merge_and_unload()) and give peft_config, or set beta to 0"
+            )
+        return Policy(model.get_base_model(), tokenizer, model)
+    if peft_config is None:
+        return Policy(model, tokenizer)
+    import peft  # which made peft_config
+
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)  # equal seeds start from equal adapters, whatever was drawn before
+        try:
+            return Policy(model, tokenizer, peft.get_peft_model(model, peft_config))
+        except ValueError as error:
+            raise UserError(f"peft_config does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def _device(args: VinePPOConfig) -> str:
+    return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+
+
+def _placed(model: Any, args: VinePPOConfig) -> Any:
+    """A model in memory where TRL would train it; its dtype is the caller's choice."""
+    if not getattr(model, "hf_device_map", None):
+        model = model.to(_device(args))
+    return with_checkpointing(model) if args.gradient_checkpointing else model
+
+
+def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
+    """What the run's record says of a model that was given: a description, not a way to load it again."""
+    lora = LoraConfig()
+    if policy.adapters is not None:
+        own = next(iter(policy.adapters.peft_config.values()))
+        rank, alpha, dropout = (getattr(own, name, 0) for name in ("r", "lora_alpha", "lora_dropout"))
+        lora = LoraConfig(rank or 0, alpha or 1.0, dropout or 0.0, _targets(own))
+    return ModelConfig(
+        path=getattr(policy.model.config, "_name_or_path", "") or "in memory",
+        dtype="bfloat16" if next(policy.model.parameters()).dtype == torch.bfloat16 else "float32",
+        device=str(policy.device),
+        gradient_checkpointing=args.gradient_checkpointing,
+        trust_remote_code=args.trust_remote_code,
+        lora=lora,
+    )
+
+
+def _targets(peft_config: Any) -> tuple[str, ...]:
+    names = getattr(peft_config, "target_modules", None) or ()
+    return (names,) if isinstance(names, str) else tuple(sorted(names)) or ("all-linear",)
+
+
+def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
+    init = dict(args.model_init_kwargs or {})
+    dtype = init.pop("dtype", init.pop("torch_dtype", None)) or ("bfloat16" if args.bf16 else "float32")
+    trusted = init.pop("trust_remote_code", args.trust_remote_code)
+    values = {
+        "path": path,
+        "dtype": str(_own_dtype(path, trusted) if dtype == "auto" else dtype).removeprefix("torch."),
+        "device": _device(args),
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "trust_remote_code": trusted,
+        "attn_implementation": init.pop("attn_implementation", ""),
+    }
+    if init:
+        raise UserError(
+            f"model_init_kwargs has {', '.join(init)}; allowed: dtype, attn_implementation, trust_remote_code; for the "
+            "others give the model itself"
+        )
+    return load_pretrained(config_from_dict(Config, {f"model.{k}": v for k, v in values.items()}, "in args").model)
+
+
+def _own_dtype(path: str, trusted: bool) -> str:
+    """The dtype that a checkpoint is stored in, as far as it can be trained: bfloat16, or else float32."""
+    from transformers import AutoConfig
+
+    try:
+        stored = AutoConfig.from_pretrained(path, trust_remote_code=trusted).dtype
+    except (OSError, ValueError):  # which loading the model will say better
+        return "float32"
+    return "bfloat16" if str(stored).endswith("bfloat16") else "float32"
+
+
+def _tokenizer_of(model: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError("processing_class is missing: give the model's tokenizer") from error

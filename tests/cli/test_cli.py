@@ -1,0 +1,405 @@
+"""The door: help, exit codes, and one clear line for every mistake. No command trains here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import vineppo
+from vineppo.cli.console import (
+    ConsoleReporter,
+    duration,
+    final_report,
+    headline,
+    progress_line,
+    share_done,
+    short_number,
+)
+from vineppo.cli.demo import _free_directory
+from vineppo.cli.main import COMMANDS, main
+from vineppo.config.load import build_config, load_recipe
+from vineppo.config.schema import Config
+from vineppo.run.directory import RunDirectory
+
+TRAINING = ("train", "compare")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What `vineppo ...` says on stderr when it refuses: one line, exit code 2."""
+    assert main(argv) == 2
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), output.err
+    assert not output.out
+    return lines[0].removeprefix("error: ")
+
+
+# --- help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_purpose_options_and_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: vineppo {name}")
+    assert COMMANDS[name].purpose in text
+    assert 2 <= len(COMMANDS[name].examples) <= 4
+    for _, line in COMMANDS[name].examples:
+        assert line in text and line.startswith(f"vineppo {name}")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_help_holds_the_text_of_nested_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--learner.kl.coefficient X Weight of the penalty; 0 turns it off and the reference model" in words
+    assert "--vineppo.num_mc_rollouts N K: continuations sampled from each state. (default: 9)" in words
+    assert "--learner.decay {constant,linear}" in words
+    assert "learner.kl: Penalty on the divergence from the frozen starting model:" in words
+
+
+def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sft", "-h"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "--out TEXT Directory the trained model is saved to" in words
+    assert "--task.prompt_column TEXT dataset, gsm8k, math: column that holds the problem's text" in words
+
+
+def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each example parses, and each key in it exists: their mistakes could only be missing files and models."""
+    from vineppo.cli.options import parse_request, parser_of
+
+    for name, command in COMMANDS.items():
+        for _, line in command.examples:
+            argv = line.split(" | ")[0].split()[2:]
+            parse_request(parser_of(name, command), command, argv)
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"  {name} " in overview for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vineppo {vineppo.__version__}\n"
+
+
+def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["vineppo"] == vineppo.__version__
+    assert rows["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert "judgement" in rows["recipes"]
+    assert re.match(r"cpu \(\d+ threads?; bfloat16: (fast|slow, use float32)\)", rows["device"])
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command trian; did you mean train?"),
+        (["zzz"], "unknown command zzz; commands: train, sft, eval, plan, compare, demo, doctor"),
+        (["--verison"], "unknown option --verison; did you mean --version?"),
+        (["train", "--lr", "3"], "unknown option --lr; did you mean --learner.lr?"),
+        (["train", "--lr=3"], "unknown option --lr; did you mean --learner.lr?"),
+        (["train", "judgement", "--K", "3"], "unknown option --K; did you mean --vineppo.num_mc_rollouts?"),
+        (["train", "--resum", "x"], "unknown option --resum; did you mean --resume?"),
+        (["doctor", "--what"], "unknown option --what; see `vineppo doctor --help`"),
+        (["train", "--learner.lr"], "--learner.lr: expected one argument"),
+        (["train", "--learner.lr", "fast"], "learner.lr is 'fast' on the command line; it must be a number"),
+        (["train", "--learner.lr", "-1e-4"], "learner.lr is -0.0001; it must be at least 0"),
+        (
+            ["train", "--learner.epochs", "1.5"],
+            "learner.epochs is '1.5' on the command line; it must be a whole number",
+        ),
+        (["train", "--learner.decay=cosine"], "allowed: constant, linear"),
+        (["train", "--algorithm", "dpo"], "allowed: vineppo, ppo, grpo, rloo, reinforce"),
+        (["train", "--vineppo.num_mc_rollouts", "0"], "vineppo.num_mc_rollouts is 0; it must be at least 1"),
+        (["train", "--rollouts.group_size", "0"], "rollouts.group_size is 0; it must be at least 1"),
+        (["train", "--algorithm", "grpo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; grpo"),
+        (["demo", "--algorithm", "rloo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; rloo"),
+        (["train", "judgment"], "recipe 'judgment' is neither"),
+        (["train", "absent.yaml"], "recipe 'absent.yaml' is neither a recipe of the package nor a file; recipes: "),
+        (["eval", "x" * 300], "is too long for the name of a file"),
+        (["train", "judgement", "habit"], "habit is one argument too many; usage: vineppo train [RECIPE]"),
+        (["train", "--resume", "absent"], "no run directory at absent"),
+        (["train", "judgement", "--resume", "absent"], "takes no recipe; leave out judgement"),
+        (["demo", "judgement"], "judgement is one argument too many"),
+        (["sft"], "out is empty"),
+        (["sft", "--model.path", "new:tiny", "--out", "/dev/null/x"], "out '/dev/null/x' cannot be written (Not a dir"),
+        (["train", "--model.device", "tpu:0"], "model.device is 'tpu:0': "),
+        (["compare", "judgement", "--out", "x", "--learner.decay", "linear", "--budget", "seconds=9"], "learner.decay"),
+        (["sft", "--learner.lr", "1", "--out", "x"], "unknown option --learner.lr; did you mean --lr?"),
+        (["sft", "judgement", "--out", "x"], "judgement is a recipe of `vineppo train`"),
+        (["eval"], "no MODEL is given"),
+        (["eval", "m", "--json", "absent/f.json"], "--json absent/f.json cannot be written"),
+        (["eval", "m", "--model.path", "n"], "--model.path is MODEL"),
+        (["eval", "m", "--num_problem", "3"], "unknown option --num_problem; did you mean --num_problems?"),
+        (["eval", "m", "--task.num_steps", "99"], "task.num_steps is 99"),
+        (["compare"], "no RECIPE is given"),
+        (["compare", "judgement"], "--out is not given"),
+        (["compare", "judgement", "--out", "o", "--budget", "hours=3"], "budget is 'hours=3'"),
+        (["compare", "judgement", "--out", "o", "--algorithms", "ppo,grop"], "did you mean grpo?"),
+        (["compare", "judgement", "--out", "o", "--seeds", "x"], "--seeds is 'x'"),
+        (["compare", "judgement", "--out", "o", "--run.seed", "1"], "--run.seed is set by compare itself"),
+        (["compare", "judgement", "--out", "o", "--rollouts.group_size", "0"], "rollouts.group_size is 0"),
+        (["compare", "absent", "--out", "o"], "recipe 'absent' is neither"),
+    ],
+)
+def test_mistakes_get_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *argv)
+    assert not list(tmp_path.iterdir()), "a refused command left something behind"
+
+
+def test_wrong_keys_in_a_recipe_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learner:\n  learning_rate: 1e-4\n", encoding="utf-8")
+    message = refused(capsys, "train", str(recipe))
+    assert message == f"unknown key learner.learning_rate in recipe {recipe}; did you mean learner.lr?"
+
+
+def test_resume_refuses_changed_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", Config())
+    message = refused(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "0")
+    assert "cannot change the run's settings (learner.lr: 0.0001 -> 0.0002)" in message
+    assert "run.seed" not in message  # given, but the same
+
+
+def test_a_damaged_run_is_told_by_its_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", Config())
+    (run.path / "config.yaml").write_text(yaml.safe_dump({"learner": {"speed": 1}}), encoding="utf-8")
+    assert f"unknown key learner.speed in {run.path}/config.yaml" in refused(capsys, "train", "--resume", str(run.path))
+    assert f"{run.path} has no final model yet" in refused(capsys, "eval", str(run.path))
+
+
+def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measured spec, up to the call that would load the model."""
+    from vineppo.training import evaluate
+
+    config = build_config({}, None, {"task.num_steps": "7", "rollouts.max_new_tokens": "33", "rollouts.stop": "X"})
+    run = RunDirectory.create(tmp_path / "run", config)
+    run.final.mkdir()
+    seen: list[Any] = []
+
+    class Enough(Exception):
+        pass
+
+    def note(spec: Any) -> None:
+        seen.append(spec)
+        raise Enough
+
+    monkeypatch.setattr(evaluate, "evaluate_model", note)
+    for model in (run.path, run.final):
+        with pytest.raises(Enough):
+            main(["eval", str(model), "--k", "1,2", "--task.level", "habit"])
+        spec = seen.pop()
+        assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (7, "habit", 33)
+        assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
+
+    recipe = tmp_path / "mine.yaml"
+    content = "model: {path: a/start}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
+    recipe.write_text(content, encoding="utf-8")
+    with pytest.raises(Enough):
+        main(["eval", str(recipe), "--task.level", "habit"])
+    spec = seen.pop()
+    assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (5, "habit", 21)
+    assert spec.model.path == "a/start"
+
+
+# --- processes
+
+
+def run_vineppo(*argv: str, code: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(["-c", code] if code else ["-m", "vineppo"]), *argv]
+    source = str(Path(vineppo.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
+
+
+def test_help_and_mistakes_do_not_load_pytorch() -> None:
+    code = """
+import sys, vineppo
+from vineppo.cli.demo import _free_directory
+from vineppo.cli.main import main
+assert main(["train", "--help"]) == 0
+assert main(["train", "--lr", "1"]) == 2
+assert main(["train", "--vineppo.num_mc_rollouts", "0"]) == 2
+print(sorted({"torch", "transformers", "pyarrow", "matplotlib", "rich"} & set(sys.modules)), file=sys.stderr)
+"""
+    assert run_vineppo(code=code).stderr.splitlines()[-1] == "[]"
+
+
+def test_as_a_module_a_long_mistake_stays_on_one_line() -> None:
+    done = run_vineppo("train", "x" * 300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "x" * 300 in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vineppo", "train", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(vineppo.__file__).parents[1])}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=120)
+    os.close(writer)
+    assert done.stderr == b""
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(name: str) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vineppo.cli.common.load_recipe", interrupt)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> dict[str, Any]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("vineppo.cli.common.load_recipe", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train"])
+
+
+def test_the_demo_takes_the_next_free_directory(tmp_path: Path) -> None:
+    assert _free_directory(tmp_path / "demo").name == "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert _free_directory(tmp_path / "demo").name == "demo-3"
+
+
+# --- the package
+
+
+def test_the_package_gives_functions_and_configs() -> None:
+    code = """
+import vineppo
+import vineppo.training.loop
+from vineppo.training.loop import resume
+assert callable(vineppo.train) and vineppo.train.__name__ == "train" and callable(resume)
+assert vineppo.Config().learner == vineppo.LearnerConfig()
+for name in vineppo.__all__:
+    getattr(vineppo, name)
+try:
+    vineppo.nothing
+except AttributeError as error:
+    print(error)
+"""
+    done = run_vineppo(code=code)
+    assert done.stdout == "module 'vineppo' has no attribute 'nothing'\n", done.stderr
+    assert done.stderr == ""
+
+
+# --- what a run tells the terminal
+
+LINE = {
+    "iteration": 10,
+    "updates": 20,
+    "tokens/generated": 123_456,
+    "seconds/train": 41.4,
+    "reward/mean": 0.4125,
+    "eval/accuracy": 0.45312,
+    "eval/accuracy_low": 0.4,
+    "eval/accuracy_high": None,
+}
+SUMMARY = {
+    "algorithm": "vineppo",
+    "seed": 3,
+    "accuracy_before": {"mean": 0.125, "low": 0.09, "high": 0.16},
+    "accuracy_after": {"mean": 0.5, "low": 0.45, "high": 0.55},
+    "updates": 120,
+    "iterations": 60,
+    "seconds": 181.0,
+    "seconds_eval": 12.34,
+    "tokens": {"rollouts": 210_000, "mc": 1_900_000, "generated": 2_110_000, "trained": 420_000},
+    "finish_reason": "iterations",
+    "final": "final",
+}
+
+
+def test_a_line_of_progress() -> None:
+    assert progress_line(LINE, 60) == "iteration 10/60  reward 0.412  tokens 123k  41 s  accuracy 45.3%"
+    assert progress_line({"iteration": 3, "reward/mean": None}, 1000) == "iteration    3/1000  tokens 0"
+    before = {"iteration": 0, "eval/accuracy": 0.1, "eval/accuracy_low": 0.05, "eval/accuracy_high": 0.15}
+    assert progress_line(before, 60).split() == ["start", "accuracy", "10.0%", "[5.0,", "15.0]"]
+
+
+def test_the_nearest_limit_counts_as_progress() -> None:
+    config = build_config({}, None, {"run.iterations": 1_000_000, "run.max_updates": 80, "run.max_seconds": 100})
+    assert share_done(LINE, config) == pytest.approx(0.414)
+    assert share_done({"iteration": 0}, config) == 0.0
+    assert share_done({"iteration": 60}, Config()) == 1.0
+    assert "until 80 updates or 100 seconds" in headline(config, 1_000_000)
+
+
+def test_the_report_of_a_finished_run() -> None:
+    lines = final_report(SUMMARY, Path("runs/demo"))
+    assert [" ".join(line.split()) for line in lines] == [
+        "VinePPO, seed 3: 60 iterations, 120 updates",
+        "wall-clock 3 min 1 s training, 12.3 s evaluation",
+        "accuracy before 12.5% [9.0, 16.0]",
+        "accuracy after 50.0% [45.0, 55.0] +37.5 points",
+        "tokens 210,000 rollouts, 1,900,000 MC rollouts (generated); 420,000 trained",
+        "run runs/demo",
+        "plots runs/demo/plots",
+        "model runs/demo/final",
+    ]
+
+
+def test_the_report_of_an_interrupted_run_says_how_to_go_on() -> None:
+    summary = {**SUMMARY, "finish_reason": "interrupted", "accuracy_after": None, "final": None}
+    lines = final_report(summary, Path("runs/demo"))
+    assert lines[0].endswith("interrupted")
+    assert lines[-1].endswith("vineppo train --resume runs/demo")
+    assert not any("model" in line or "plots" in line for line in lines)
+
+
+def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter(live=False)
+    reporter.start(Config(), 60)
+    reporter.iteration({"iteration": 0, "eval/accuracy": 0.1})
+    reporter.iteration(LINE)
+    reporter.finish(SUMMARY, Path("runs/a"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(
+        "VinePPO on embedded:judgement, task chain (judgement, 10 steps): 8 problems x 4 responses"
+    )
+    assert [line.split()[0] for line in lines[1:3]] == ["start", "iteration"]
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_start_that_was_not_measured_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    ConsoleReporter(live=False).iteration({"iteration": 0, "updates": 0})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_keeps_the_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter(live=True)
+    reporter.start(Config(), 60)
+    reporter.iteration(LINE)
+    reporter.close()
+    reporter.close()
+    assert "accuracy 45.3%" in capsys.readouterr().out
+
+
+def test_numbers_for_people() -> None:
+    assert [short_number(n) for n in (96, 45_600, 1_234_567, 2e9)] == ["96", "45.6k", "1.23M", "2B"]
+    assert [duration(s) for s in (None, 5.25, 75.2, 3600)] == ["-", "5.2 s", "1 min 15 s", "1 h 0 min"]
+
+
+def test_recipes_are_those_of_the_overview() -> None:
+    assert json.dumps(load_recipe("judgement"))  # plain data, nothing of YAML's own

@@ -1,0 +1,460 @@
+"""`vineppo compare` without training: what would run, and what synthetic runs with known answers are said to show."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from vineppo.compare.comparison import compare
+from vineppo.compare.figures import Curves, align, analyse, first_reach, load_run, versus
+from vineppo.compare.runs import PlannedRun, plan_runs, run_state
+from vineppo.compare.spec import Budget, CompareSpec, parse_budget
+from vineppo.compare.tables import conclusions, table_rows
+from vineppo.run.plots import plot_run
+from vineppo.types import UserError
+
+compare_module = importlib.import_module("vineppo.compare.comparison")
+
+Point = tuple[float, float, float, float]
+"""(updates, generated tokens, seconds of training, accuracy)."""
+
+PPO = [[0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.3, 0.4, 0.7, 0.6]]  # mean .2 .3 .4 .6 .6: the best, .6, first at 30 updates
+VINE = [[0.2, 0.4, 0.7, 0.8, 0.8], [0.2, 0.6, 0.7, 0.8, 0.9]]  # mean .2 .5 .7 .8 .85: .6 half-way from 10 to 20
+
+
+def points(accuracies: Sequence[float], tokens: float, seconds: float, every: int = 10) -> list[Point]:
+    """Evaluations every 10 updates; `tokens` and `seconds` are used by each update."""
+    return [(i * every, i * every * tokens, i * every * seconds, value) for i, value in enumerate(accuracies)]
+
+
+def write_run(
+    out: Path, algorithm: str, seed: int, evaluations: Sequence[Point], *, finish: str = "updates", kl: bool = False
+) -> Path:
+    """A run directory as training leaves it, with as many lines as evaluations."""
+    run = out / "runs" / f"{algorithm}-seed{seed}"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("task:\n  name: chain\n  level: judgement\n")
+    lines = []
+    for iteration, (updates, tokens, seconds, accuracy) in enumerate(evaluations):
+        line = {
+            "iteration": iteration,
+            "updates": updates,
+            "tokens/generated": tokens,
+            "seconds/train": seconds,
+            "eval/accuracy": accuracy,
+        }
+        if kl and updates > 0:
+            line["kl/ref"] = updates / 1000
+        lines.append(json.dumps(line) + "\n")
+    (run / "metrics.jsonl").write_text("".join(lines))
+    updates, tokens, seconds, accuracy = evaluations[-1]
+    summary = {
+        "algorithm": algorithm,
+        "seed": seed,
+        "recipe": "default",
+        "accuracy_before": {"mean": evaluations[0][3], "low": 0.1, "high": 0.3},
+        "accuracy_after": {"mean": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05},
+        "updates": updates,
+        "iterations": len(evaluations) - 1,
+        "seconds": seconds,
+        "seconds_eval": 1.0,
+        "seconds_total": seconds + 1,
+        "tokens": {"rollouts": tokens / 4, "mc": 3 * tokens / 4, "generated": tokens, "trained": tokens / 4},
+        "finish_reason": finish,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def write_ppo_and_vine(out: Path, kl: bool = False) -> None:
+    for seed in (0, 1):
+        write_run(out, "ppo", seed, points(PPO[seed], 100, 1.0 + seed), kl=kl)  # 1.5 seconds an update on average
+        write_run(out, "vineppo", seed, points(VINE[seed], 400, 5.0), kl=kl)
+
+
+def load_all(out: Path) -> list:
+    return [load_run(run) for run in sorted((out / "runs").iterdir())]
+
+
+def make_spec(directory: Path, **changes: object) -> CompareSpec:
+    spec = CompareSpec("default", ("vineppo", "ppo"), 2, Budget("updates", 40), str(directory))
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+# --- analysis ---------------------------------------------------------------------------------------------------------
+
+
+def test_ratios_by_hand(tmp_path: Path) -> None:
+    write_ppo_and_vine(tmp_path)
+    pair = analyse(load_all(tmp_path), ("vineppo", "ppo"))["vineppo_vs_ppo"]
+    assert pair["baseline_best_accuracy"] == pytest.approx(0.6)
+    assert pair["baseline_reach"] == pytest.approx({"updates": 30, "tokens": 3000, "seconds": 45})
+    assert pair["reach"] == pytest.approx({"updates": 15, "tokens": 6000, "seconds": 75})
+    assert pair["updates_ratio"] == pytest.approx(2.0)
+    assert pair["tokens_ratio"] == pytest.approx(0.5)
+    assert pair["seconds_ratio"] == pytest.approx(0.6)
+    assert pair["reason"] is None
+
+
+def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
+    write_ppo_and_vine(tmp_path)
+    equal = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))["equal"]
+    means = {axis: {name: own["mean"] for name, own in at["accuracy"].items()} for axis, at in equal.items()}
+    assert {axis: at["amount"] for axis, at in equal.items()} == {"updates": 40, "tokens": 4000, "seconds": 40}
+    assert means["updates"] == pytest.approx({"vineppo": 0.85, "ppo": 0.6})
+    assert means["tokens"] == pytest.approx({"vineppo": 0.5, "ppo": 0.6})  # VinePPO has used them after 10 updates
+    # VinePPO has done 8 updates: .36 and .52; PPO's seeds all 40 and, half as fast, 20: .6 and .4.
+    assert means["seconds"] == pytest.approx({"vineppo": 0.44, "ppo": 0.5})
+    assert analyse(load_all(tmp_path), ("vineppo",))["equal"] == {}
+
+
+def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
+    write_ppo_and_vine(tmp_path)
+    figures = analyse(load_all(tmp_path), ("vineppo", "ppo"))
+    final = figures["algorithms"]["vineppo"]["final_accuracy"]  # .8 and .9: t_{.975,1} * sd / sqrt 2 = 12.706 * .05
+    assert final == pytest.approx({"mean": 0.85, "low": 0.85 - 0.635310, "high": 0.85 + 0.635310}, abs=1e-5)
+    ppo = figures["algorithms"]["ppo"]
+    assert ppo["final_accuracy"] == {"mean": pytest.approx(0.6), "low": None, "high": None}
+    assert ppo["accuracy_before"]["mean"] == pytest.approx(0.2)
+    assert ppo["seconds"]["mean"] == pytest.approx(60)
+    assert ppo["tokens"] == pytest.approx({"rollouts": 1000, "mc": 3000, "generated": 4000, "trained": 1000})
+    assert ppo["reach_ppo_best"]["updates"] == pytest.approx(30)
+    difference = figures["vineppo_vs_ppo"]["final_accuracy_difference"]  # .2 and .3
+    assert difference["mean"] == pytest.approx(0.25)
+    assert difference["low"] == pytest.approx(0.25 - 0.635310, abs=1e-5)
+
+
+def test_curves_meet_at_the_union_of_points_and_are_not_extrapolated(tmp_path: Path) -> None:
+    first = load_run(write_run(tmp_path, "ppo", 0, [(0, 0, 0, 0.0), (10, 10, 1, 0.2), (40, 40, 4, 0.5)]))
+    second = load_run(write_run(tmp_path, "ppo", 1, [(0, 0, 0, 0.2), (20, 40, 6, 0.6), (30, 60, 9, 0.6)]))
+    curves = align([first, second])
+    assert curves is not None
+    assert curves.updates.tolist() == [0, 10, 20, 30]
+    assert curves.accuracy == pytest.approx(np.array([[0.0, 0.2, 0.3, 0.4], [0.2, 0.4, 0.6, 0.6]]))
+    assert curves.tokens.mean(axis=0) == pytest.approx(np.array([0, 15, 30, 45]))
+    assert curves.kl is None
+
+
+def straight(*accuracies: Sequence[float]) -> Curves:
+    accuracy = np.array(accuracies, dtype=float)
+    updates = np.arange(accuracy.shape[1]) * 10.0
+    costs = np.tile(updates, (len(accuracy), 1))
+    return Curves(updates, accuracy, costs * 100, costs * 2, None)
+
+
+def test_first_reach_at_the_start_between_points_and_never() -> None:
+    curves = straight([0.2, 0.4, 0.3, 0.8])
+    at_start = first_reach(curves, 0.1)
+    assert at_start is not None and at_start.updates == 0
+    between = first_reach(curves, 0.35)  # the first time, not the last
+    assert between is not None and (between.updates, between.tokens, between.seconds) == pytest.approx((7.5, 750, 15))
+    assert first_reach(curves, 0.81) is None
+
+
+def test_intervals_of_runs_that_agree_have_the_ratio_itself_as_bounds() -> None:
+    result = versus(straight(*[[0.2, 0.6, 0.8]] * 3), straight(*[[0.2, 0.4, 0.6]] * 3), num_resamples=50)
+    assert result["updates_ratio"] == pytest.approx(2.0)
+    assert result["updates_ratio_interval"] == pytest.approx({"low": 2.0, "high": 2.0})
+    assert result["share_of_resamples_reached"] == 1
+
+
+def test_resamples_that_never_reach_the_level_leave_no_lower_bound() -> None:
+    ours, baseline = straight([0.2, 0.6, 0.9], [0.2, 0.2, 0.2]), straight([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
+    result = versus(ours, baseline, num_resamples=2000)  # of AA, AB, BA, BB only AA reaches .6, at 10 updates
+    assert result["updates_ratio"] is None and result["reach"] is None
+    assert result["share_of_resamples_reached"] == pytest.approx(0.25, abs=0.03)
+    assert result["updates_ratio_interval"]["low"] is None
+    assert result["updates_ratio_interval"]["high"] == pytest.approx(2.0)
+
+
+def test_resamples_that_start_at_the_level_count_as_above_every_ratio() -> None:
+    """Ours starts at .6, .2 or between; the baseline's best is .6 at 20 updates or .2 from the start (both at 0: 1)."""
+    ours, baseline = straight([0.6, 0.6, 0.6], [0.2, 0.6, 0.6]), straight([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
+    result = versus(ours, baseline, num_resamples=2000)  # AA is at .6 from the start, the others at 10 updates
+    assert result["updates_ratio"] == pytest.approx(2.0)
+    assert result["updates_ratio_interval"] == {"low": pytest.approx(2.0), "high": None}
+    flat = straight([0.2, 0.2, 0.2], [0.2, 0.2, 0.2])
+    assert versus(flat, flat, num_resamples=10)["updates_ratio_interval"] == {"low": 1.0, "high": 1.0}
+
+
+def test_runs_that_were_not_measured_afterwards_are_compared_by_their_curves(tmp_path: Path) -> None:
+    for name in ("vineppo", "ppo", "grpo"):
+        run = write_run(tmp_path, name, 0, points([0.2, 0.4, 0.6], 100, 1))
+        summary = json.loads((run / "summary.json").read_text())
+        nothing = {"mean": None, "low": None, "high": None}
+        summary.update(accuracy_before=nothing, accuracy_after=nothing)
+        (run / "summary.json").write_text(json.dumps(summary))
+    result = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))
+    assert result["algorithms"]["ppo"]["final_accuracy"]["mean"] is None
+    assert result["vs_best_baseline"]["baseline"] is None and result["vineppo_vs_ppo"]["updates_ratio"] == 1
+
+
+def test_one_seed_gives_a_ratio_without_interval() -> None:
+    result = versus(straight([0.2, 0.6, 0.8]), straight([0.2, 0.4, 0.6]))
+    assert result["updates_ratio"] == pytest.approx(2.0)
+    assert result["updates_ratio_interval"] == {"low": None, "high": None}
+    assert result["share_of_resamples_reached"] is None
+
+
+def test_a_baseline_that_never_improved_gives_no_ratio(tmp_path: Path) -> None:
+    write_run(tmp_path, "ppo", 0, points([0.3, 0.2, 0.1], 100, 1))
+    write_run(tmp_path, "vineppo", 0, points([0.3, 0.4, 0.5], 100, 1))
+    pair = analyse(load_all(tmp_path), ("vineppo", "ppo"))["vineppo_vs_ppo"]
+    assert pair["updates_ratio"] is None
+    assert "no more than vineppo's start" in pair["reason"]
+
+
+def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
+    write_run(tmp_path, "vineppo", 0, points([0.2, 0.6, 0.8], 100, 1))
+    write_run(tmp_path, "grpo", 0, points([0.2, 0.3, 0.3], 100, 1))
+    write_run(tmp_path, "rloo", 0, points([0.2, 0.3, 0.4], 100, 1))
+    figures = analyse(load_all(tmp_path), ("vineppo", "grpo", "rloo"))
+    assert figures["vineppo_vs_ppo"]["updates_ratio"] is None
+    assert figures["vineppo_vs_ppo"]["reason"] == "no finished and evaluated run of ppo"
+    assert figures["algorithms"]["grpo"]["reach_ppo_best"] is None
+    best = figures["vs_best_baseline"]
+    assert best["baseline"] == "rloo"
+    assert best["updates_ratio"] == pytest.approx(20 / 5)
+
+
+# --- what would run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_comparison_interleaves_algorithms_within_seeds(tmp_path: Path) -> None:
+    plans = plan_runs(make_spec(tmp_path / "cmp", overrides=("--learner.lr=1e-4",)))
+    assert [plan.name for plan in plans] == ["vineppo seed 0", "ppo seed 0", "vineppo seed 1", "ppo seed 1"]
+    assert {plan.action for plan in plans} == {"start"}
+    command = list(plans[3].command)
+    assert command[:5] == [sys.executable, "-m", "vineppo", "train", "default"]
+    value = {flag: command[command.index(flag) + 1] for flag in command if flag.startswith("--") and "=" not in flag}
+    assert value["--algorithm"] == "ppo"
+    assert value["--run.seed"] == "1"
+    assert value["--run.dir"] == str(tmp_path / "cmp" / "runs" / "ppo-seed1")
+    assert (value["--run.max_updates"], value["--run.max_tokens"], value["--run.max_seconds"]) == ("40", "0", "0")
+    assert int(value["--run.iterations"]) > 100_000
+    assert command[-1] == "--learner.lr=1e-4"
+
+
+def test_only_what_is_missing_runs_again(tmp_path: Path) -> None:
+    write_run(tmp_path, "vineppo", 0, points(VINE[0], 400, 5))
+    interrupted = write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1), finish="interrupted")
+    (interrupted / "checkpoints" / "000020").mkdir(parents=True)
+    (interrupted / "checkpoints" / "000020" / "manifest.json").write_text("{}")
+    killed = tmp_path / "runs" / "vineppo-seed1"
+    (killed / "checkpoints" / ".000020.tmp").mkdir(parents=True)  # died while it wrote its first checkpoint
+    (killed / "checkpoints" / ".000020.tmp" / "manifest.json").write_text("{}")
+    plans = {plan.name: plan for plan in plan_runs(make_spec(tmp_path))}
+    assert {name: plan.action for name, plan in plans.items()} == {
+        "vineppo seed 0": "keep",
+        "ppo seed 0": "resume",
+        "vineppo seed 1": "restart",
+        "ppo seed 1": "start",
+    }
+    assert plans["vineppo seed 0"].command == ()
+    assert plans["ppo seed 0"].command[3:] == ("train", "--resume", str(interrupted))
+    assert "--algorithm" in plans["vineppo seed 1"].command
+
+
+def test_an_interrupted_run_without_checkpoint_or_with_half_a_summary_is_broken(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1), finish="interrupted")
+    assert run_state(run) == "broken"
+    (run / "summary.json").write_text('{"finish_reason": "upd')
+    assert run_state(run) == "broken"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"recipe": "habit"}, "recipe default, not habit"),
+        ({"budget": Budget("updates", 96)}, "budget updates=40, not updates=96"),
+        ({"overrides": ("--learner.lr=1e-3",)}, "overrides (none), not --learner.lr=1e-3"),
+    ],
+)
+def test_another_comparison_is_not_mixed_in(tmp_path: Path, changes: dict, named: str) -> None:
+    write_ppo_and_vine(tmp_path / "a")
+    out = tmp_path / "b"
+    compare_module._open_directory(make_spec(out), out)
+    with pytest.raises(UserError) as caught:
+        compare(make_spec(out, **changes), quiet())
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_edited_recipe_is_noticed(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text("learner:\n  lr: 1.0e-4\n")
+    spec = make_spec(out, recipe=str(recipe))
+    compare_module._open_directory(spec, out)
+    compare_module._open_directory(spec, out)  # the same text is the same comparison
+    recipe.write_text("learner:\n  lr: 2.0e-4\n")
+    with pytest.raises(UserError, match="an earlier text of recipe"):
+        compare_module._open_directory(spec, out)
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds no comparison"):
+        compare(make_spec(tmp_path), quiet())
+    with pytest.raises(UserError, match="is a file"):
+        compare(make_spec(tmp_path / "thesis.tex"), quiet())
+
+
+def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    compare_module._open_directory(make_spec(out), out)
+    with compare_module._only_one(out), pytest.raises(UserError, match="in use by another comparison"):
+        compare(make_spec(out), quiet())
+
+
+# --- the request ------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_read() -> None:
+    assert parse_budget("updates=96") == ("updates", 96)
+    assert parse_budget("tokens=2e6") == ("tokens", 2_000_000)
+    assert parse_budget("seconds=90.5") == ("seconds", 90.5)
+    assert str(parse_budget("tokens=2e6")) == "tokens=2000000"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("96", "updates=N"),
+        ("steps=5", "updates=N"),
+        ("updates=", "where a number belongs"),
+        ("updates=many", "'many'"),
+        ("updates=0", "above 0"),
+        ("seconds=nan", "finite"),
+        ("updates=1.5", "whole number"),
+    ],
+)
+def test_a_wrong_budget_gets_one_clear_line(text: str, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_budget(text)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"algorithms": ("vinepo",)}, "did you mean vineppo?"),
+        ({"algorithms": ()}, "algorithms is empty"),
+        ({"algorithms": ("ppo", "ppo")}, "more than once"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"jobs": 0}, "jobs is 0"),
+        ({"recipe": ""}, "recipe is empty"),
+        ({"out": ""}, "out is empty"),
+        ({"overrides": ("--run.seed=3",)}, "--run.seed is set by compare itself"),
+        ({"overrides": ("--run.max_updates", "9")}, "--run.max_updates is set by compare itself"),
+    ],
+)
+def test_a_wrong_request_gets_one_clear_line(tmp_path: Path, changes: dict, named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_spec(tmp_path, **changes)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- the reports ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_comparison_is_reported_without_running_anything(tmp_path: Path) -> None:
+    compare_module._open_directory(make_spec(tmp_path), tmp_path)
+    write_ppo_and_vine(tmp_path, kl=True)
+    result = compare(make_spec(tmp_path), quiet())
+    assert result["missing"] == []
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    assert stored == json.loads(json.dumps(result))
+    assert stored["vineppo_vs_ppo"]["updates_ratio"] == pytest.approx(2.0)
+    assert stored["algorithms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    assert (stored["spec"]["budget"], stored["spec"]["level"]) == ("updates=40", "judgement")
+    with open(tmp_path / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["algorithm"], row["seed"], float(row["accuracy_after"])) for row in rows] == [
+        ("vineppo", "0", 0.8),
+        ("vineppo", "1", 0.9),
+        ("ppo", "0", 0.6),
+        ("ppo", "1", 0.6),
+    ]
+    table = (tmp_path / "table.md").read_text()
+    assert "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 148.5] | 40 | 4,000 | 12,000 | 200 | 15 | 75 |" in table
+    assert "updates 2.00" in table and "seconds 0.60" in table
+    assert "At equal tokens (4,000 a run), accuracy during training: vineppo 50.0% [-77.1, 177.1], ppo 60.0%" in table
+    for name in ("over_updates", "over_tokens", "over_seconds", "over_kl"):
+        assert (tmp_path / f"accuracy_{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "final_accuracy.png").exists()
+
+
+def test_the_figures_do_not_depend_on_more_runs_in_the_directory(tmp_path: Path) -> None:
+    compare_module._open_directory(make_spec(tmp_path), tmp_path)
+    write_ppo_and_vine(tmp_path)
+    write_run(tmp_path, "grpo", 0, points([0.2] * 5, 100, 1))
+    result = compare(make_spec(tmp_path, seeds=1), quiet())
+    assert list(result["algorithms"]) == ["vineppo", "ppo"]
+    assert [run["seed"] for run in result["algorithms"]["vineppo"]["per_seed"]] == [0]
+
+
+def scripted_plan(out: Path, seed: int, script: str) -> PlannedRun:
+    directory = out / "runs" / f"ppo-seed{seed}"
+    log = out / "logs" / f"ppo-seed{seed}.log"
+    return PlannedRun("ppo", seed, directory, log, "start", (sys.executable, "-c", script))
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "template", "ppo", 1, points(PPO[1], 100, 2))
+    copy = f"import shutil; shutil.copytree({str(tmp_path / 'template/runs/ppo-seed1')!r}, {{!r}})"
+    out = tmp_path / "out"
+    plans = [
+        scripted_plan(out, 0, "print('loading'); raise SystemExit('error: no such model [x]')"),
+        scripted_plan(out, 1, copy.format(str(out / "runs" / "ppo-seed1"))),
+    ]
+    monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
+    console = quiet()
+    result = compare(make_spec(out, algorithms=("ppo",), jobs=2), console)
+    assert result["missing"] == [
+        {"algorithm": "ppo", "seed": 0, "reason": "error: no such model [x]", "log": str(plans[0].log)}
+    ]
+    assert result["algorithms"]["ppo"]["num_runs"] == 1
+    assert table_rows(result)[0][1] == "1 of 2"
+    assert conclusions(result)[-1] == "MISSING: ppo seed 0: error: no such model [x]"
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ppo seed 0 FAILED with exit code 1" in said and "    error: no such model [x]" in said
+    assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in said
+    assert "MISSING: ppo seed 0" in (out / "table.md").read_text()
+
+
+def test_a_comparison_in_which_everything_failed_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [scripted_plan(tmp_path / "out", 0, "raise SystemExit(2)")]
+    monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
+    result = compare(make_spec(tmp_path / "out", algorithms=("ppo",), seeds=1), quiet())
+    assert result["missing"][0]["reason"] == "exit code 2"
+    assert result["algorithms"]["ppo"]["final_accuracy"] == {"mean": None, "low": None, "high": None}
+    assert not (tmp_path / "out" / "compare.csv").exists()
+
+
+def test_pictures_of_one_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: {name: chain}\n")
+    start = {"iteration": 0, "updates": 0, "eval/accuracy": 0.2, "eval/accuracy_low": 0.1, "eval/accuracy_high": 0.3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(start) + "\n")
+    assert plot_run(tmp_path) == []
+    line = {"iteration": 1, "updates": 2, "tokens/rollouts": 100, "tokens/mc": 0, "reward/mean": 0.25}
+    seconds = {"seconds/sample": 1.5, "seconds/credit": 0.0, "seconds/update": 0.5, "seconds/eval": 0.0}
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({**line, **seconds}) + "\n")
+        file.write('{"iteration": 2, "upd')  # cut off by a crash
+    files = plot_run(tmp_path)
+    assert [file.name for file in files] == ["accuracy.png", "tokens.png", "seconds.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)

@@ -1,0 +1,332 @@
+"""Recipes, overrides and what the door says about mistakes in them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vineppo.config.load import (
+    build_config,
+    config_from_dict,
+    config_to_dict,
+    diff_configs,
+    is_sft_recipe,
+    load_recipe,
+    nearest,
+    recipe_names,
+    recipe_stem,
+    sections_of,
+    settings_of,
+    suggestion,
+)
+from vineppo.config.schema import ALGORITHMS, Config, EvalSpec, LearnerConfig, SFTConfig, TaskConfig
+from vineppo.types import UserError
+
+TUNED = {
+    "description": "Three layers.",
+    "algorithm": "vineppo",
+    "learner": {"lr": 1e-4, "epochs": 3, "kl": {"coefficient": 0.5}},
+    "overrides": {"ppo": {"learner.lr": 2e-4, "ppo.value_lr": 3e-3}, "grpo": {"learner": {"lr": "4e-4"}}},
+}
+
+
+def refusal(call: Any, *args: Any, **options: Any) -> str:
+    """The message of the UserError, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what settings there are
+
+
+def test_every_setting_and_section_has_a_text() -> None:
+    for cls in (Config, SFTConfig, EvalSpec):
+        for setting in settings_of(cls).values():
+            assert len(setting.doc) > 10, f"{setting.key} has no text under it"
+        for section in sections_of(cls).values():
+            assert section.doc, section.key
+
+
+def test_settings_are_the_leaves_of_the_dataclasses() -> None:
+    settings = settings_of(Config)
+    assert settings["learner.kl.coefficient"].default == 0.0
+    assert settings["learner.betas"].default == (0.9, 0.999)
+    assert "learner.kl" not in settings and "learner" not in settings
+    assert list(sections_of(Config))[:2] == ["", "model"]
+
+
+# --- precedence
+
+
+def test_recipe_then_its_overrides_then_the_command_line() -> None:
+    plain = build_config(TUNED)
+    assert (plain.algorithm, plain.learner.lr, plain.learner.epochs) == ("vineppo", 1e-4, 3)
+    assert plain.ppo.value_lr == Config().ppo.value_lr
+
+    ppo = build_config(TUNED, "ppo")
+    assert (ppo.algorithm, ppo.learner.lr, ppo.learner.epochs, ppo.ppo.value_lr) == ("ppo", 2e-4, 3, 3e-3)
+    assert build_config(TUNED, "grpo").learner.lr == 4e-4
+
+    told = build_config(TUNED, "ppo", {"learner.lr": "5e-4"})
+    assert (told.learner.lr, told.ppo.value_lr, told.learner.kl.coefficient) == (5e-4, 3e-3, 0.5)
+
+
+def test_the_chosen_algorithm_may_come_from_argument_overrides_or_recipe() -> None:
+    assert build_config(TUNED, None, {"algorithm": "ppo"}).learner.lr == 2e-4
+    assert build_config({**TUNED, "algorithm": "grpo"}).learner.lr == 4e-4
+    assert build_config(TUNED, "grpo", {"algorithm": "ppo"}).algorithm == "grpo"
+
+
+def test_defaults_stay_where_nothing_is_said() -> None:
+    assert build_config({}) == Config()
+    assert build_config({"learner": None, "overrides": None}) == Config()
+
+
+def test_keys_may_be_nested_or_dotted_but_not_both_at_once() -> None:
+    assert build_config({"learner.kl": {"coefficient": 0.1}}) == build_config({"learner": {"kl.coefficient": 0.1}})
+    message = refusal(build_config, {"learner": {"lr": 1e-4}, "learner.lr": 1e-4})
+    assert message == "learner.lr is given twice in the recipe; leave one out"
+
+
+# --- unknown keys
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("lr", ["learner.lr"]),
+        ("learning_rate", ["learner.lr"]),
+        ("learner.learning_rate", ["learner.lr"]),
+        ("lerner.lr", ["learner.lr"]),
+        ("rollout.num_problems", ["rollouts.num_problems"]),
+        ("num_problems", ["rollouts.num_problems", "eval.num_problems"]),
+        ("train.minibatch_size", ["learner.minibatch_size"]),
+        ("group-size", ["rollouts.group_size"]),
+        ("learner.kl.coef", ["learner.kl.coefficient"]),
+        ("seed", ["run.seed"]),
+        ("zzzzzz", []),
+    ],
+)
+def test_the_nearest_key(wrong: str, right: list[str]) -> None:
+    assert nearest(wrong, settings_of(Config)) == right
+
+
+def test_a_letter_of_the_papers_is_known() -> None:
+    assert suggestion(Config, "K") == "did you mean vineppo.num_mc_rollouts?"
+    assert suggestion(Config, "rollouts.g", prefix="--") == "did you mean --rollouts.group_size?"
+
+
+def test_unknown_keys_say_where_they_stand() -> None:
+    assert refusal(build_config, {"lr": 1}, name="mine.yaml") == (
+        "unknown key lr in recipe mine.yaml; did you mean learner.lr?"
+    )
+    assert refusal(build_config, {"overrides": {"ppo": {"value_lr": 1}}}, name="mine.yaml") == (
+        "unknown key value_lr under overrides.ppo in recipe mine.yaml; did you mean ppo.value_lr?"
+    )
+    assert refusal(build_config, {}, None, {"learner.kl.coef": 1}) == (
+        "unknown key learner.kl.coef on the command line; did you mean learner.kl.coefficient?"
+    )
+    assert "known at the top: algorithm, model, task" in refusal(build_config, {"zzzzzz": 1})
+    assert "unknown key learner.kl.clmp in a/config.yaml; did you mean learner.kl.clamp?" in refusal(
+        config_from_dict, Config, {"learner": {"kl": {"clmp": 1}}}, "in a/config.yaml"
+    )
+
+
+def test_an_override_for_an_algorithm_that_is_not_chosen_is_checked_too() -> None:
+    assert "unknown key lr" in refusal(build_config, {"overrides": {"grpo": {"lr": 1}}}, "vineppo")
+    assert refusal(build_config, {"overrides": {"pppo": {}}}) == (
+        "unknown algorithm 'pppo' under overrides in the recipe; did you mean ppo?"
+    )
+    assert "overrides cannot change the algorithm" in refusal(
+        build_config, {"overrides": {"grpo": {"algorithm": "ppo"}}}
+    )
+    assert "it must map" in refusal(build_config, {"overrides": ["ppo"]})
+    assert "it must map" in refusal(build_config, {"overrides": {"ppo": 3}})
+
+
+def test_a_section_is_not_a_value() -> None:
+    assert refusal(build_config, {"learner": 3}) == (
+        "learner is 3 in the recipe; it is a section, give keys of it such as learner.lr"
+    )
+
+
+# --- types
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("learner.lr", "1e-4", 1e-4),
+        ("learner.lr", 1, 1.0),
+        ("learner.epochs", "3", 3),
+        ("learner.epochs", 3.0, 3),
+        ("learner.epochs", "3.0", 3),
+        ("run.max_tokens", "2e6", 2_000_000),
+        ("run.seed", "9007199254740993", 9007199254740993),
+        ("grpo.scale_by_std", "false", False),
+        ("grpo.scale_by_std", "Yes", True),
+        ("grpo.scale_by_std", True, True),
+        ("learner.betas", "0.8,0.99", (0.8, 0.99)),
+        ("learner.betas", ["0.8", 1], (0.8, 1.0)),
+        ("run.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
+        ("run.report_to", "", ()),
+        ("run.report_to", "[trackio]", ("trackio",)),
+        ("rollouts.stop", "\n\nProblem:", ("\n\nProblem:",)),
+        ("rollouts.stop", r'["\n\n", ", "]', ("\n\n", ", ")),
+        ("rollouts.stop", ["a,b"], ("a,b",)),
+        ("run.dir", "7", "7"),
+        ("algorithm", "rloo", "rloo"),
+    ],
+)
+def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: Any) -> None:
+    value: Any = build_config({}, None, {key: given})
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "message"),
+    [
+        ("learner.lr", "abc", "learner.lr is 'abc' in the recipe; it must be a number"),
+        ("learner.lr", True, "learner.lr is True in the recipe; it must be a number"),
+        ("learner.lr", "nan", "learner.lr is 'nan' in the recipe; it must be a number"),
+        (
+            "learner.lr",
+            None,
+            "learner.lr has no value in the recipe; give one, or leave the key out to keep the default",
+        ),
+        ("learner.epochs", 2.5, "learner.epochs is 2.5 in the recipe; it must be a whole number"),
+        ("learner.epochs", "two", "learner.epochs is 'two' in the recipe; it must be a whole number"),
+        ("learner.epochs", [2], "learner.epochs is [2] in the recipe; it must be a whole number"),
+        ("grpo.scale_by_std", 1, "grpo.scale_by_std is 1 in the recipe; it must be true or false"),
+        ("grpo.scale_by_std", "2", "grpo.scale_by_std is '2' in the recipe; it must be true or false"),
+        ("learner.decay", "cosine", "learner.decay is 'cosine' in the recipe; allowed: constant, linear"),
+        ("learner.decay", ["linear"], "learner.decay is ['linear'] in the recipe; allowed: constant, linear"),
+        ("run.dir", 7, "run.dir is 7 in the recipe; it must be text; put it in quotes"),
+        ("learner.betas", "0.9", "learner.betas is '0.9' in the recipe; it must have 2 values"),
+        ("learner.betas", "0.9,x", "learner.betas is 'x' in the recipe; it must be a number"),
+        ("learner.betas", 0.9, "learner.betas is 0.9 in the recipe; it must be a list such as [a, b]"),
+        ("algorithm", "pppo", "algorithm is 'pppo' in the recipe; allowed: vineppo, ppo, grpo, rloo, reinforce"),
+    ],
+)
+def test_wrong_types(key: str, given: Any, message: str) -> None:
+    assert refusal(build_config, {key: given}) == message
+
+
+def test_lists_that_are_cut_off_or_have_holes() -> None:
+    assert "is 'a,,b'" in refusal(build_config, {"rollouts.stop": "a,,b"})
+    assert "is '[a'" in refusal(build_config, {"rollouts.stop": "[a"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"vineppo.num_mc_rollouts": "0"}, "vineppo.num_mc_rollouts is 0; it must be at least 1"),
+        ({"rollouts.group_size": "0"}, "rollouts.group_size is 0; it must be at least 1"),
+        ({"algorithm": "grpo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; grpo"),
+        ({"algorithm": "rloo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; rloo"),
+        ({"learner.decay": "linear", "run.max_tokens": "1000"}, "learner.decay is linear and run.max_tokens may end"),
+        ({"vineppo.alternatives": "true", "vineppo.reuse": "false"}, "vineppo.alternatives is true, but vineppo.reuse"),
+        ({"vineppo.min_mc_rollouts": "3"}, "vineppo.min_mc_rollouts and vineppo.reuse exclude each other"),
+        (
+            {"vineppo.min_mc_rollouts": "10", "vineppo.reuse": "false"},
+            "min_mc_rollouts is 10, above vineppo.num_mc_rollo",
+        ),
+        (
+            {"vineppo.bisection": "true", "vineppo.alternatives": "true"},
+            "vineppo.bisection and vineppo.alternatives excl",
+        ),
+        ({"vineppo.bisection_level": "1"}, "vineppo.bisection_level is 1.0; allowed: above 0, below 1"),
+        ({"vineppo.bisection_chance": "-0.1"}, "vineppo.bisection_chance is -0.1; allowed: 0 to 1"),
+        ({"vineppo.decided_width": "1"}, "vineppo.decided_width is 1.0; allowed: 0 (that of K continuati"),
+        ({"rollouts.kv_memory": "0"}, "rollouts.kv_memory is 0.0; it must be above 0"),
+        ({"vineppo.alternatives": "true", "learner.advantage_scaling": "whiten"}, "advantage_scaling is whiten, which"),
+        ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
+    ],
+)
+def test_values_that_cannot_work(overrides: dict[str, str], message: str) -> None:
+    assert message in refusal(build_config, {}, None, overrides)
+
+
+# --- round trips
+
+
+def test_a_config_survives_its_yaml_file() -> None:
+    config = build_config(
+        TUNED,
+        "ppo",
+        {"rollouts.stop": ["\n\n", "#, "], "run.report_to": "wandb", "learner.lr": "3e-7", "run.seed": 2**62 + 1},
+    )
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    assert config_from_dict(Config, yaml.safe_load(text)) == config
+    sft = SFTConfig(out="a", task=TaskConfig(name="dataset", train_path="é.jsonl"), lr=3e-5)
+    assert config_from_dict(SFTConfig, yaml.safe_load(yaml.safe_dump(config_to_dict(sft)))) == sft
+
+
+def test_differences_are_named_by_key() -> None:
+    old = Config()
+    new = dataclasses.replace(old, algorithm="ppo", learner=LearnerConfig(lr=2e-4))
+    assert diff_configs(old, new) == ["algorithm: vineppo -> ppo", "learner.lr: 0.0001 -> 0.0002"]
+    assert diff_configs(old, Config()) == []
+
+
+# --- recipe files
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not is_sft_recipe(name)])
+def test_every_recipe_loads_for_every_algorithm(name: str, algorithm: str) -> None:
+    config = build_config(load_recipe(name), algorithm, name=name)
+    assert config.algorithm == algorithm
+    assert load_recipe(name)["description"]
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if is_sft_recipe(name)])
+def test_every_sft_recipe_loads(name: str) -> None:
+    recipe = {key: value for key, value in load_recipe(name).items() if key != "description"}
+    assert config_from_dict(SFTConfig, {**recipe, "out": "somewhere"}, name).updates >= 1
+
+
+def test_the_default_recipe_is_there() -> None:
+    assert "judgement" in recipe_names()
+
+
+def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("learner: {lr: 1e-4, decay: linear}\n", encoding="utf-8")
+    assert build_config(load_recipe(path)).learner == LearnerConfig(lr=1e-4, decay="linear")
+    assert (recipe_stem(path), recipe_stem("judgement")) == ("mine", "judgement")
+    path.write_text("# nothing but the defaults\n", encoding="utf-8")
+    assert load_recipe(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"learner: {lr: 1", "is not valid YAML in line 1"),
+        (b"run:\n  seed: 1\n  seed: 2\n", "is not valid YAML in line 3: key seed stands twice"),
+        (b"- a\n- b\n", "holds a list; it must hold keys"),
+        (b"\xff\xfe\xfa", "is not UTF-8 text"),
+        (b"description: 3\n", "description is 3 in recipe"),
+        (b"a: \x00", "is not valid YAML"),
+    ],
+)
+def test_recipe_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert message in refusal(load_recipe, path)
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    message = refusal(load_recipe, "judgment")
+    assert "recipe 'judgment' is neither a recipe of the package nor a file; did you mean judgement?" in message
+    assert "is neither" in refusal(load_recipe, tmp_path / "absent.yaml")
+    assert "is a directory" in refusal(load_recipe, tmp_path)

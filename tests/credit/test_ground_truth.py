@@ -1,0 +1,402 @@
+"""Truth 1, the ground-truth world: values and gradients against exact ones, with the real model, sampler, grading,
+credit and loss (tests/world.py).
+
+A credit function is right when the expectation of sum_t A_t grad log pi(a_t) is the gradient of the expected reward.
+The expectation is taken by enumerating every response, or every tuple of responses, with its probability; where
+Monte-Carlo values are random too, by a z-test with fixed seeds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.world import World, build_policy, build_world, policy_gradient
+from vineppo.credit.gae import gae_credit
+from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
+from vineppo.credit.vine import vine_credit
+from vineppo.model.critic import ValueNetwork
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy
+from vineppo.sampling.graded import grade_finished
+from vineppo.seeds import derive_seed
+from vineppo.steps import build_splitter
+from vineppo.training.rollouts import sample_groups
+from vineppo.types import Completion, CreditFn, RolloutGroup, Sampler, SampleRequest, TrainingSample
+from vineppo.values import MonteCarlo, State, Value, ValueCost
+
+ABSOLUTE = 1e-6
+"""Largest error of an expected gradient's component; the components themselves reach 0.1 to 1."""
+SIGMAS = 4.5
+
+
+@cache
+def world(max_new_tokens: int, problem: int = 0) -> World:
+    return build_world(max_new_tokens, problem=problem, policy=policy())
+
+
+@cache
+def policy() -> Policy:
+    return build_policy()
+
+
+@dataclass(frozen=True)
+class ExactValues:
+    """Stands where `values.MonteCarlo` stands, with the exact value of each state, or with a wrong one."""
+
+    world: World
+    error: float = 0.0
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        values = [Value(value_with_error(self.world, state.response_ids, self.error), 0) for state in states]
+        return values, ValueCost(len(states), len(states), 0, 0)
+
+
+class TableCritic(nn.Module):
+    """Stands where `ValueNetwork` stands, with the exact value of the state before each token, or with a wrong one."""
+
+    def __init__(self, world: World, error: float = 0.0):
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+        self.world, self.error = world, error
+
+    def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        start = len(self.world.prompt_ids)
+        return torch.tensor(
+            [
+                value_with_error(self.world, tuple(row[start:end].tolist()), self.error)
+                for row, mask in zip(token_ids, loss_mask, strict=True)
+                for end in mask.nonzero().flatten().tolist()
+            ],
+            dtype=torch.float64,
+        )
+
+
+def value_with_error(world: World, response_ids: tuple[int, ...], error: float) -> float:
+    """V of the state, and a fixed pseudo-random error of up to `error`."""
+    return world.value(response_ids) + error * (derive_seed("error", *response_ids) / 2**63)
+
+
+def vine(monte_carlo: object, splitter: str, max_states: int = 0) -> CreditFn:
+    return vine_credit(cast(MonteCarlo, monte_carlo), build_splitter(splitter), policy().token_texts, max_states)
+
+
+def ppo(critic: TableCritic, gae_lambda: float) -> CreditFn:
+    return gae_credit(cast(ValueNetwork, critic), gamma=1.0, gae_lambda=gae_lambda, micro_batch_tokens=256)
+
+
+def expected_gradient(world: World, credit: CreditFn, iteration: int = 0) -> torch.Tensor:
+    """Of a credit function that looks at one rollout at a time: over every response with its probability."""
+    samples, _ = credit([world.group()], iteration)
+    return policy_gradient(world.policy, world.temperature, zip(world.probabilities, samples, strict=True))
+
+
+def largest_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return (found - exact).abs().max().item()
+
+
+# --- the world itself ---
+
+
+def test_the_world_is_whole_and_its_truth_is_not_trivial() -> None:
+    w = world(4)
+    assert len(w.responses) == 1 + 4 + 16 + 64 + 256 and len(w.states) == 1 + 4 + 16 + 64
+    assert sum(w.probabilities) == pytest.approx(1, abs=1e-9)
+    cut_off = sum(o.probability for o in w.outcomes if o.rollout.finish_reason == "length")
+    assert 0.1 < cut_off < 0.7
+    values = [w.value(state) for state in w.states]
+    assert max(values) - min(values) > 0.3
+    assert w.exact_gradient().abs().max() > 0.1
+
+
+def test_values_obey_the_bellman_equation() -> None:
+    """V(s) is the mean of what the next token leads to: the reward at EOS, 0 at the limit, else the next state's V."""
+    w = world(3)
+    ends = {o.rollout.response_ids: o.rollout.reward for o in w.outcomes}
+    for state in w.states:
+        logits = policy().model(input_ids=torch.tensor([w.prompt_ids + state]), use_cache=False).logits[0, -1]
+        probabilities = (logits.double() / w.temperature).softmax(-1).tolist()
+        nexts = [(*state, token) for token in range(5)]
+        following = [ends[s] if s in ends else w.value(s) for s in nexts]
+        expected = sum(p * v for p, v in zip(probabilities, following, strict=True))
+        assert w.value(state) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_truncated_response_has_reward_0_though_its_text_would_have_one() -> None:
+    w = world(4)
+    cut_off = [o for o in w.outcomes if o.rollout.finish_reason == "length"]
+    texts = [o.rollout.text for o in cut_off]
+    assert len(cut_off) == 4**4 and min(w.task.grade([w.problem] * len(texts), texts)) > 0
+    assert grade_finished(w.task, [w.problem] * len(texts), texts, [False] * len(texts)) == [0.0] * len(texts)
+    assert {o.rollout.reward for o in cut_off} == {0.0}
+
+
+def test_the_trainer_gives_the_worlds_logprobs() -> None:
+    w = world(4)
+    samples, _ = vine(ExactValues(w), "tokens:1")([w.group()], 0)
+    for sample in samples:
+        ids, mask = torch.tensor([sample.token_ids]), torch.tensor([sample.loss_mask]).bool()
+        found, _ = token_logprobs(policy().model, ids, mask, w.temperature)
+        expected = torch.tensor(sample.sampler_logprobs)[len(w.prompt_ids) :]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# --- sampling and Monte-Carlo values ---
+
+
+def test_the_sampler_draws_every_response_as_often_as_its_probability_says() -> None:
+    """Pearson's chi-square over all 85 responses; its standard deviation is sqrt(2 * 84)."""
+    w, n = world(3), 20_000
+    request = SampleRequest(w.prompt_ids, n, w.max_new_tokens, seed=11)
+    counts = Counter(completion.token_ids for completion in w.sampler().sample([request])[0])
+    assert set(counts) <= set(w.responses)
+    common = [o for o in w.outcomes if n * o.probability >= 5]
+    rare = n * (1 - sum(o.probability for o in common))
+    expected = [n * o.probability for o in common] + [rare]
+    seen = [counts[o.rollout.response_ids] for o in common]
+    seen.append(n - sum(seen))
+    chi_square = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
+    degrees = len(common)
+    assert len(common) > 40 and abs(chi_square - degrees) < SIGMAS * math.sqrt(2 * degrees)
+
+
+def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
+    w = world(4)
+    truth = {o.rollout.response_ids: o.rollout for o in w.outcomes}
+    (group,) = sample_groups(
+        [w.problem], policy(), w.sampler(), w.task, group_size=256, max_new_tokens=4, address=(0, 1, "rollouts")
+    )
+    assert {r.finish_reason for r in group.rollouts} == {"stop", "length"}
+    for rollout in group.rollouts:
+        expected = truth[rollout.response_ids]
+        assert rollout.sampler_logprobs == pytest.approx(expected.sampler_logprobs, abs=1e-4)
+        assert replace(rollout, sampler_logprobs=()) == replace(expected, sampler_logprobs=())
+
+
+def monte_carlo_errors(w: World, num_mc_rollouts: int, iterations: int) -> np.ndarray:
+    """Estimate minus truth of every state in every iteration, shape (iterations, states)."""
+    monte_carlo = w.monte_carlo(num_mc_rollouts)
+    states = [State(w.problem, w.prompt_ids, state) for state in w.states]
+    truth = np.array([w.value(state) for state in w.states])
+    found = []
+    for iteration in range(iterations):
+        values, cost = monte_carlo.evaluate(states, iteration)
+        assert {value.num_mc_rollouts for value in values} == {num_mc_rollouts}
+        assert cost.mc_rollouts == num_mc_rollouts * len(states)
+        found.append([value.mean for value in values])
+    return np.array(found) - truth
+
+
+@pytest.mark.parametrize("num_mc_rollouts", [1, 4])
+def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
+    """The sum over states of z^2 is chi-square: too large is a bias, too small a dependence between iterations."""
+    w, iterations = world(4), 100
+    errors = monte_carlo_errors(w, num_mc_rollouts, iterations).mean(0)
+    variances = np.array([w.moments[state][1] for state in w.states])
+    z = errors / np.sqrt(variances / (num_mc_rollouts * iterations))
+    assert np.abs(z).max() < SIGMAS
+    assert abs((z**2).sum() - len(z)) < SIGMAS * math.sqrt(2 * len(z))
+    assert abs(z.sum() / math.sqrt(len(z))) < SIGMAS
+
+
+def test_the_error_falls_as_one_over_sqrt_k() -> None:
+    """16 times the continuations, a quarter of the error.
+
+    With 85 states x 20 iterations a root mean square is known to about 2%, and the ratio to 3%; both sizes must also be
+    those that the exact variances say.
+    """
+    w = world(4)
+    variance = np.mean([w.moments[state][1] for state in w.states])
+    rms = {K: math.sqrt((monte_carlo_errors(w, K, 20) ** 2).mean()) for K in (4, 64)}
+    assert rms[4] / rms[64] == pytest.approx(4, rel=0.10)
+    for K, error in rms.items():
+        assert error == pytest.approx(math.sqrt(variance / K), rel=0.08)
+
+
+def test_a_full_budget_for_late_states_would_be_seen() -> None:
+    """Trap 2: the values of a longer problem differ from ours by far more than the tests above allow."""
+    short, long = world(3), world(4)
+    prefix = max(short.states, key=lambda state: long.value(state) - short.value(state))
+    state = State(short.problem, short.prompt_ids, prefix)
+    (right,), _ = short.monte_carlo(4096).evaluate([state], 0)
+    (wrong,), _ = replace(short.monte_carlo(4096), max_new_tokens=4).evaluate([state], 0)
+    assert right.mean == pytest.approx(short.value(prefix), abs=0.02)
+    assert wrong.mean == pytest.approx(long.value(prefix), abs=0.02)
+    assert long.value(prefix) - short.value(prefix) > 0.1
+
+
+# --- the expected gradient: credit from values ---
+
+
+@pytest.mark.parametrize("max_new_tokens", [3, 4])
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9"])
+def test_vineppo_with_exact_values_has_the_exact_gradient(splitter: str, max_new_tokens: int) -> None:
+    w = world(max_new_tokens)
+    found = expected_gradient(w, vine(ExactValues(w), splitter))
+    assert largest_error(found, w.exact_gradient()) < ABSOLUTE
+
+
+def test_two_problems_have_two_gradients() -> None:
+    """The worlds of two problems differ, and each is met; a mix-up of problems would be seen."""
+    first, second = world(4, 0), world(4, 1)
+    assert largest_error(first.exact_gradient(), second.exact_gradient()) > 0.1
+    found = expected_gradient(second, vine(ExactValues(second), "tokens:1"))
+    assert largest_error(found, second.exact_gradient()) < ABSOLUTE
+
+
+def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
+    """The limit of the claim: a cut must be decided by the tokens before it.
+
+    `max_states` spreads its cuts by the response's length, and a cut that is left out before an ending (the newline
+    splitter's rule for answer lines and for EOS) looks one token ahead. Both bend the gradient, neither turns it.
+    """
+    w = world(4)
+    exact = w.exact_gradient()
+
+    def skips_the_cut_before_eos(tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
+        return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
+
+    values = cast(MonteCarlo, ExactValues(w))
+    ahead = vine_credit(values, skips_the_cut_before_eos, policy().token_texts, max_states=0)
+    for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
+        found = expected_gradient(w, credit)
+        assert largest_error(found, exact) > 0.01
+        assert (found @ exact) / (found.norm() * exact.norm()) > 0.95
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+def test_ppo_with_exact_values_has_the_exact_gradient_at_any_lambda(gae_lambda: float) -> None:
+    w = world(4)
+    found = expected_gradient(w, ppo(TableCritic(w), gae_lambda))
+    assert largest_error(found, w.exact_gradient()) < ABSOLUTE
+
+
+def test_wrong_values_are_a_harmless_baseline_at_lambda_1_and_a_bias_at_lambda_0() -> None:
+    w = world(4)
+    exact = w.exact_gradient()
+    assert largest_error(expected_gradient(w, ppo(TableCritic(w, error=0.5), 1.0)), exact) < ABSOLUTE
+    assert largest_error(expected_gradient(w, ppo(TableCritic(w, error=0.5), 0.0)), exact) > 0.01
+    assert largest_error(expected_gradient(w, vine(ExactValues(w, error=0.5), "tokens:1")), exact) > 0.01
+
+
+def test_one_step_credit_is_that_of_gae_at_lambda_0() -> None:
+    """VinePPO with a step per token and PPO with lambda 0 write the same numbers from the same values."""
+    w = world(4)
+    by_vine, _ = vine(ExactValues(w), "tokens:1")([w.group()], 0)
+    by_ppo, _ = ppo(TableCritic(w), 0.0)([w.group()], 0)
+    for one, other in zip(by_vine, by_ppo, strict=True):
+        assert one.advantages == pytest.approx(other.advantages, abs=1e-12)
+
+
+# --- the expected gradient: credit from other responses ---
+
+
+def group_gradient(worlds: Sequence[World], credit: CreditFn, *, one_group: bool) -> torch.Tensor:
+    """Expected gradient over every tuple of responses, one from each world, with its probability.
+
+    Args:
+        one_group: the worlds are the same one and the tuple is a group; otherwise each response is a group of its own.
+    """
+
+    def weighted() -> Iterable[tuple[float, TrainingSample]]:
+        for outcomes in itertools.product(*(w.outcomes for w in worlds)):
+            rollouts = tuple(outcome.rollout for outcome in outcomes)
+            groups = [RolloutGroup(w.problem, (r,)) for w, r in zip(worlds, rollouts, strict=True)]
+            samples, _ = credit([RolloutGroup(worlds[0].problem, rollouts)] if one_group else groups, 0)
+            probability = math.prod(outcome.probability for outcome in outcomes)
+            yield from ((probability, sample) for sample in samples)
+
+    return policy_gradient(policy(), worlds[0].temperature, weighted())
+
+
+@pytest.mark.parametrize(("group_size", "max_new_tokens"), [(2, 3), (3, 2)])
+def test_rloo_is_exact_and_grpo_without_std_is_shrunk_by_its_own_reward(group_size: int, max_new_tokens: int) -> None:
+    w = world(max_new_tokens)
+    exact = group_size * w.exact_gradient()
+    by_rloo = group_gradient([w] * group_size, rloo_credit(), one_group=True)
+    by_grpo = group_gradient([w] * group_size, grpo_credit(scale_by_std=False), one_group=True)
+    assert largest_error(by_rloo, exact) < ABSOLUTE * group_size
+    assert largest_error(by_grpo, exact * (group_size - 1) / group_size) < ABSOLUTE * group_size
+    assert largest_error(by_grpo, exact) > 0.05
+
+
+def test_reinforce_is_exact_for_an_iteration_of_two_problems() -> None:
+    worlds = [world(3, 0), world(3, 1)]
+    found = group_gradient(worlds, reinforce_credit(), one_group=False)
+    assert largest_error(found, worlds[0].exact_gradient() + worlds[1].exact_gradient()) < 2 * ABSOLUTE
+
+
+# --- the expected gradient with Monte-Carlo values ---
+
+
+class EverythingFinished:
+    """A sampler that calls cut-off completions finished, so that they are graded."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
+        return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
+
+    def load_weights(self, policy: Policy) -> None:
+        self.sampler.load_weights(policy)
+
+
+def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[float]:
+    """Distance of the mean from the truth in standard errors, along the true gradient and eight fixed directions."""
+    random = torch.randn(8, len(exact), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    directions = torch.cat([exact[None], random])
+    errors = (torch.stack(list(gradients)) - exact) @ directions.T  # (iterations, 9)
+    return (errors.mean(0) / (errors.std(0) / math.sqrt(len(errors)))).tolist()
+
+
+@pytest.mark.parametrize(("num_mc_rollouts", "splitter"), [(1, "tokens:1"), (2, "tokens:2")])
+def test_vineppo_with_few_continuations_is_unbiased(num_mc_rollouts: int, splitter: str) -> None:
+    """Responses are enumerated, values are sampled: K buys variance only."""
+    w = world(3)
+    credit = vine(w.monte_carlo(num_mc_rollouts), splitter)
+    gradients = [expected_gradient(w, credit, iteration) for iteration in range(100)]
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS
+
+
+def test_one_wrong_rule_shows_as_a_bias() -> None:
+    """The test above can fail: continuations that were cut off, graded all the same."""
+    w = world(3)
+    credit = vine(replace(w.monte_carlo(1), sampler=EverythingFinished(w.sampler())), "tokens:1")
+    gradients = [expected_gradient(w, credit, iteration) for iteration in range(50)]
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) > 3 * SIGMAS
+
+
+def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
+    """Sampled groups, shared Monte-Carlo values with K = 2, the loss: their mean is the exact gradient."""
+    w, group_size = world(3), 8
+    credit = vine(w.monte_carlo(2), "tokens:1")
+    gradients = []
+    for iteration in range(120):
+        groups = sample_groups(
+            [w.problem], policy(), w.sampler(), w.task, group_size=group_size, max_new_tokens=3, address=(0, iteration)
+        )
+        samples, _ = credit(groups, iteration)
+        gradients.append(policy_gradient(policy(), w.temperature, [(1 / group_size, s) for s in samples]))
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS
+
+
+def test_more_continuations_have_less_variance() -> None:
+    """Every source of variance left is Monte-Carlo's, so K = 8 has an eighth of the variance of K = 1."""
+    w = world(3)
+    variance = {}
+    for K in (1, 8):
+        credit = vine(w.monte_carlo(K), "tokens:1")
+        gradients = torch.stack([expected_gradient(w, credit, iteration) for iteration in range(60)])
+        variance[K] = gradients.var(0).sum().item()
+    assert variance[1] / variance[8] == pytest.approx(8, rel=0.25)

@@ -1,0 +1,169 @@
+"""Training adapters: what moves and what does not, the reference, the critic, resume, and what is saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import small_config, weights_hash
+from tests.learning.test_learner import build_samples
+from tests.training.test_train import Crash, CrashAt
+from vineppo.config.schema import KLConfig, LearnerConfig, LoraConfig, ModelConfig, PPOConfig, RunConfig
+from vineppo.learning.learner import Learner
+from vineppo.model.critic import ValueNetwork
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy, Reference
+from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.tasks import build_task
+from vineppo.training.loop import resume, train
+from vineppo.training.rollouts import problem_range, sample_groups
+from vineppo.types import TrainingSample, UserError
+
+pytest.importorskip("peft")
+LORA = LoraConfig(r=4, alpha=8.0)
+MODEL = ModelConfig(lora=LORA)
+
+
+def samples() -> list[TrainingSample]:
+    return build_samples([(3, 5), (7, 12), (2, 4), (5, 9)])
+
+
+def trained_a_little(config: ModelConfig = MODEL, updates: int = 2) -> Policy:
+    """A policy whose adapters do something."""
+    policy = Policy.load(config)
+    settings = LearnerConfig(lr=3e-2, epochs=updates, minibatch_size=4)
+    Learner(policy, None, None, settings, PPOConfig(), temperature=1.0, total_updates=9).update(samples(), 1, 0)
+    return policy
+
+
+def frozen(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters() if "lora_" not in name}
+
+
+def logprobs(policy: Policy) -> torch.Tensor:
+    with torch.no_grad():
+        sample = samples()[1]
+        mask = torch.tensor([sample.loss_mask], dtype=torch.bool)
+        return token_logprobs(policy.model, torch.tensor([sample.token_ids]), mask, 1.0)[0]
+
+
+def test_fresh_adapters_change_nothing_and_only_they_learn() -> None:
+    plain, policy = Policy.load(ModelConfig()), Policy.load(MODEL)
+    assert torch.equal(logprobs(policy), logprobs(plain))
+    trainable = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    assert not any("lm_head" in name for name in trainable)
+    before = frozen(policy)
+    moved = trained_a_little()
+    assert all(torch.equal(before[name], p) for name, p in frozen(moved).items())
+    assert (logprobs(moved) - logprobs(plain)).abs().max() > 0.1
+
+
+def test_the_sampler_runs_on_merged_weights_and_equals_the_trainer() -> None:
+    policy, task = trained_a_little(), build_task(small_config(Path()).task)
+    sampler = TorchSampler(policy, temperature=1.0)
+    groups = sample_groups(
+        problem_range(task, "train", 3), policy, sampler, task, group_size=4, max_new_tokens=40, address=(0,)
+    )
+    for rollout in (r for group in groups for r in group.rollouts):
+        ids = rollout.prompt_ids + rollout.response_ids
+        mask = torch.tensor([[0] * len(rollout.prompt_ids) + [1] * len(rollout.response_ids)], dtype=torch.bool)
+        with torch.no_grad():
+            own = token_logprobs(policy.model, torch.tensor([ids]), mask, 1.0)[0]
+        assert torch.allclose(own, torch.tensor(rollout.sampler_logprobs), atol=1e-4)
+    assert not any("forward" in module.__dict__ for module in policy.model.modules())
+
+
+def test_the_reference_is_the_model_without_adapters() -> None:
+    start = logprobs(Policy.load(ModelConfig()))
+    policy = trained_a_little()
+    reference = Reference(policy)
+    with reference.active() as there:
+        assert there is policy and torch.equal(logprobs(there), start)
+    assert (logprobs(policy) - start).abs().max() > 0.1
+    learner = Learner(
+        policy,
+        reference,
+        None,
+        LearnerConfig(kl=KLConfig(coefficient=0.1)),
+        PPOConfig(),
+        temperature=1.0,
+        total_updates=9,
+    )
+    assert learner.update(samples(), 1, 0)["kl/ref"] > 0.01
+
+
+def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
+    policy = Policy.load(MODEL)
+    critic = ValueNetwork(policy, seed=0)
+    ours = dict(policy.model.base_model.named_parameters())
+    for name, p in critic.body.named_parameters():
+        assert (p is ours[name]) == ("lora_" not in name)
+    before = {name: p.detach().clone() for name, p in critic.named_parameters()}
+    ppo = PPOConfig(value_lr=1e-2)
+    Learner(policy, None, critic, LearnerConfig(lr=0.0), ppo, temperature=1.0, total_updates=9).update(samples(), 1, 0)
+    changed = {name for name, p in critic.named_parameters() if not torch.equal(before[name], p)}
+    assert (
+        "head.weight" in changed
+        and changed - {"head.weight"}
+        and all("lora_" in n or n == "head.weight" for n in changed)
+    )
+    assert torch.equal(logprobs(policy), logprobs(Policy.load(ModelConfig())))
+
+
+def test_dropout_is_active_in_updates_only() -> None:
+    policy = trained_a_little(ModelConfig(lora=replace(LORA, dropout=0.5)))
+    assert torch.equal(logprobs(policy), logprobs(policy))
+    with policy.dropout(1):
+        one, other = logprobs(policy), logprobs(policy)
+    with policy.dropout(1):
+        again = logprobs(policy)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(logprobs(policy), logprobs(policy))
+
+
+@pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
+def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path, algorithm: str) -> None:
+    import peft
+
+    run = RunConfig(dir=str(tmp_path / "whole"), iterations=3, checkpoint_every=1)
+    model = ModelConfig(lora=replace(LORA, dropout=0.1))
+    learner = LearnerConfig(lr=3e-3, minibatch_size=8, epochs=1, kl=KLConfig(coefficient=1e-3))
+    whole = small_config(tmp_path / "whole", algorithm, model=model, run=run, learner=learner)
+    train(whole)
+    cut = replace(whole, run=replace(run, dir=str(tmp_path / "cut")))
+    with pytest.raises(Crash):
+        train(cut, reporter=CrashAt(2))
+    size = max(path.stat().st_size for path in (tmp_path / "cut/checkpoints").rglob("state.pt"))
+    assert size < 1_000_000  # adapters and their moments, not the model's 900 kB four times over
+    resume(cut)
+    assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/final")
+    base = Policy.load(ModelConfig()).model
+    apart = peft.PeftModel.from_pretrained(base, tmp_path / "whole/final/adapter")
+    ids = torch.tensor([samples()[1].token_ids])
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, apart(ids).logits, atol=1e-4)
+        with apart.disable_adapter():
+            assert not torch.allclose(merged(ids).logits, apart(ids).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("nothing_proj",)}, r"targets nothing_proj are not in this model; its layers: .*q_proj"),
+        ({"alpha": 0.0}, "model.lora.alpha is 0.0"),
+        ({"dropout": 1.0}, "model.lora.dropout is 1.0; allowed: 0 to below 1"),
+        ({"targets": ()}, "model.lora.targets is empty"),
+    ],
+)
+def test_mistakes_are_one_clear_line(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Policy.load(ModelConfig(lora=LoraConfig(**{"r": 4, **settings})))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,487 @@
+"""The sampler: what it says of its tokens is what the trainer says, and each sample is a function of its address."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vineppo.model.logits import token_logprobs
+from vineppo.model.policy import Policy
+from vineppo.model.tiny import build_tokenizer
+from vineppo.sampling.torch.sampler import TorchSampler, draw, kv_bytes_per_token
+from vineppo.sampling.torch.tree import KVTree
+from vineppo.types import Completion, SampleRequest, UserError
+
+TOKENIZER = build_tokenizer()
+EOS = TOKENIZER.eos_token_id
+SPECIAL = 3
+"""The first ids are special tokens; prompts are made of the others."""
+WINDOW = 7
+LENGTH = 30
+"""Prefix and budget together; four windows."""
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": len(TOKENIZER),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+GPT: dict[str, Any] = {
+    "vocab_size": len(TOKENIZER),
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.2,
+}
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {**LLAMA, **ALTERNATING, "query_pre_attn_scalar": 8}
+
+# Name -> (model type, configuration); all go through the attention interface.
+TREE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama-tied-multi-query": ("llama", {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral-window": ("mistral", {**LLAMA, "sliding_window": WINDOW}),
+    "qwen2": ("qwen2", LLAMA),
+    "qwen3": ("qwen3", LLAMA),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", GEMMA),
+    "gpt2": ("gpt2", GPT),
+    "gpt-neox": ("gpt_neox", LLAMA),
+}
+# What the tree cannot do: no attention interface, sinks, convolutions, chunks, a window that only the mask knows.
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "vocab_size": len(TOKENIZER),
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": WINDOW,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        },
+    ),
+    "gpt-oss-sinks": ("gpt_oss", {**LLAMA, **ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "lfm2-convolution": ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
+    "llama4-chunks": (
+        "llama4_text",
+        {
+            **LLAMA,
+            "attention_chunk_size": 12,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "phimoe-window-in-mask": ("phimoe", {**LLAMA, "sliding_window": WINDOW, "num_local_experts": 2}),
+}
+
+
+def build_policy(family: str = "llama", **changes: Any) -> Policy:
+    """A random small model of a family, with the chain task's tokenizer."""
+    model_type, options = {**TREE, **PLAIN}[family]
+    ends = {"pad_token_id": TOKENIZER.pad_token_id, "bos_token_id": None, "eos_token_id": EOS}
+    config = AutoConfig.for_model(model_type, **{**options, **ends, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Policy(AutoModelForCausalLM.from_config(config).float(), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Policy:
+    return build_policy()
+
+
+def random_ids(length: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(SPECIAL, len(TOKENIZER), length).tolist())
+
+
+def prompts_and_states() -> list[SampleRequest]:
+    """Plain prompts, and states of two responses to one problem: prefixes of one another, and of a common prompt."""
+    first, second, other = random_ids(20, 0), random_ids(20, 1), random_ids(5, 2)
+    prefixes = [first[:n] for n in (4, 9, 14, 20)] + [first[:4] + second[:n] for n in (3, 12)] + [other]
+    return [SampleRequest(ids, 3, LENGTH - len(ids), 100 + i) for i, ids in enumerate(prefixes)]
+
+
+def trainer_logprobs(policy: Policy, prompt_ids: Sequence[int], completion: Completion, T: float) -> torch.Tensor:
+    """What the trainer says of a completion's tokens, the sequence by itself; shape (T,)."""
+    token_ids = torch.tensor([[*prompt_ids, *completion.token_ids]])
+    mask = torch.arange(token_ids.shape[1])[None] >= len(prompt_ids)
+    with torch.no_grad():
+        return token_logprobs(policy.model, token_ids, mask, T)[0]
+
+
+def largest_gap(policy: Policy, requests: Sequence[SampleRequest], results: list[list[Completion]], T: float) -> float:
+    gaps = [
+        (trainer_logprobs(policy, request.prompt_ids, completion, T) - torch.tensor(completion.logprobs)).abs().max()
+        for request, completions in zip(requests, results, strict=True)
+        for completion in completions
+    ]
+    return float(max(gaps))
+
+
+def tokens(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in completions] for completions in results]
+
+
+def flatten(results: list[list[Completion]]) -> list[Completion]:
+    return [completion for completions in results for completion in completions]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", list(TREE))
+def test_truth_5_sampler_logprobs_are_the_trainers(family: str, temperature: float) -> None:
+    policy = build_policy(family)
+    requests = prompts_and_states()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = TorchSampler(policy, temperature=temperature)
+    assert sampler.tree_attention
+    results = sampler.sample(requests)
+    assert max(len(c.token_ids) for c in flatten(results)) > 2 * WINDOW
+    assert largest_gap(policy, requests, results, temperature) < 1e-4
+    # The other temperature is not good enough: the comparison above can see it.
+    assert largest_gap(policy, requests, results, 1.6 - temperature) > 0.1
+
+
+@pytest.mark.parametrize("family", list(PLAIN))
+def test_truth_5_models_the_tree_cannot_do_fall_back_with_one_warning(family: str) -> None:
+    policy = build_policy(family)
+    requests = prompts_and_states()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampler = TorchSampler(policy, temperature=0.6)
+        results = sampler.sample(requests)
+    mine = [str(w.message) for w in caught if "sampling recomputes" in str(w.message)]
+    assert len(mine) == 1
+    assert type(policy.model).__name__ in mine[0]
+    assert not sampler.tree_attention
+    assert largest_gap(policy, requests, results, 0.6) < 1e-4
+
+
+def test_logprobs_in_bfloat16_differ_by_rounding_only() -> None:
+    policy = build_policy()
+    policy.model.to(torch.bfloat16)
+    sampler = TorchSampler(policy, temperature=1.0)
+    assert sampler.tree_attention
+    requests = prompts_and_states()
+    assert largest_gap(policy, requests, sampler.sample(requests), 1.0) < 0.15
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2", "gpt-neo"])
+@pytest.mark.filterwarnings("ignore:.*sampling recomputes")
+def test_greedy_is_generate(family: str) -> None:
+    policy = build_policy(family)
+    requests = [SampleRequest(random_ids(n, n), 1, 20, seed=n) for n in (3, 8, 15)]
+    sampler = TorchSampler(policy, temperature=0)
+    # Let the first answer end in the middle: its fifth token is made an end of sequence.
+    policy.eos_ids = (EOS, sampler.sample(requests)[0][0].token_ids[4])
+    for request, (completion,) in zip(requests, sampler.sample(requests), strict=True):
+        prompt = torch.tensor([request.prompt_ids])
+        generated = policy.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=list(policy.eos_ids),
+            pad_token_id=TOKENIZER.pad_token_id,
+        )
+        assert completion.token_ids == tuple(generated[0, prompt.shape[1] :].tolist())
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in policy.eos_ids else "length")
+    assert len(sampler.sample(requests)[0][0].token_ids) <= 5
+
+
+def test_trap_6_and_truth_6_a_sample_is_a_function_of_its_request_alone(llama: Policy) -> None:
+    requests = prompts_and_states()
+    sampler = TorchSampler(llama, temperature=1.0)
+    together = tokens(sampler.sample(requests))
+    assert [tokens(sampler.sample([request]))[0] for request in requests] == together
+    assert tokens(sampler.sample(requests[::-1]))[::-1] == together
+    strangers = [SampleRequest(random_ids(n, 50 + n), 2, 25, seed=n) for n in range(1, 12)]
+    assert tokens(sampler.sample(strangers + requests))[len(strangers) :] == together
+    for max_rows in (1, 2, 5):
+        assert tokens(TorchSampler(llama, temperature=1.0, max_rows=max_rows).sample(requests)) == together
+    per_token = kv_bytes_per_token(llama.model)
+    assert per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
+    for kv_tokens in (70, 100, 200):
+        small = TorchSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token)
+        assert tokens(small.sample(requests)) == together
+    more = sampler.sample([replace(request, num_samples=6) for request in requests])
+    assert [completions[:3] for completions in tokens(more)] == together
+
+
+def test_a_waves_keys_and_values_stay_within_their_memory(llama: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in the tensors themselves, at every token of every wave."""
+    held: list[int] = []
+    append = KVTree.append
+
+    def counting(tree: KVTree, *arguments: Any) -> Any:
+        result = append(tree, *arguments)
+        kept = (tree.trunk_keys, tree.trunk_values, tree.branch_keys, tree.branch_values)
+        held.append(sum(tensor.nbytes for store in kept for tensor in store.values()))
+        return result
+
+    monkeypatch.setattr(KVTree, "append", counting)
+    requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
+    per_token = kv_bytes_per_token(llama.model)
+    for kv_tokens in (40, 100, 300, 10_000):
+        held.clear()
+        TorchSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token).sample(requests)
+        assert 0.5 < max(held) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
+
+
+def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(9, 0), 1, 20, seed=0), SampleRequest(random_ids(11, 1), 1, 20, seed=1)]
+    small = TorchSampler(llama, temperature=1.0, kv_memory=30 * kv_bytes_per_token(llama.model))
+    assert len(small.sample(requests[:1])) == 1
+    with pytest.raises(UserError, match=r"needs keys and values of 31 tokens, but rollouts.kv_memory holds 30"):
+        small.sample(requests)
+
+
+def test_trap_6_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None:
+    request = SampleRequest(random_ids(6, 0), 50, 24, seed=3)
+    sampler = TorchSampler(llama, temperature=1.0)
+    mine, other = tokens(sampler.sample([request, replace(request, seed=4)]))
+    assert len(set(mine)) > 45
+    assert len({ids[0] for ids in mine}) > 10
+    # At most a few short samples are equal by chance.
+    assert len(set(mine) & set(other)) < 5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_first_tokens_have_the_distribution_of_the_softmax(llama: Policy, temperature: float) -> None:
+    request = SampleRequest(random_ids(6, 0), 20_000, 1, seed=0)
+    (completions,) = TorchSampler(llama, temperature=temperature).sample([request])
+    counts = np.bincount([c.token_ids[0] for c in completions], minlength=len(TOKENIZER))
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([request.prompt_ids])).logits[0, -1].double()
+    assert chi_square(counts, (logits / temperature).softmax(-1).numpy()) < chi_square_limit(len(counts) - 1)
+    assert chi_square(counts, (logits / (1.6 - temperature)).softmax(-1).numpy()) > 10 * len(counts)
+    expected = (logits / temperature).log_softmax(-1)
+    assert all(abs(c.logprobs[0] - expected[c.token_ids[0]]) < 1e-5 for c in completions[:500])
+
+
+def test_later_tokens_are_drawn_independently_of_the_first(llama: Policy) -> None:
+    request = SampleRequest(random_ids(6, 0), 20_000, 3, seed=1)
+    ids = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
+    likely = np.bincount([row[0] for row in ids]).argmax()
+    seconds = [row[1] for row in ids if row[0] == likely]
+    thirds = [row[2] for row in ids if len(row) == 3]
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([[*request.prompt_ids, likely]])).logits[0, -1].double()
+    assert len(seconds) > 1000
+    counts = np.bincount(seconds, minlength=len(TOKENIZER))
+    assert chi_square(counts, logits.softmax(-1).numpy()) < chi_square_limit(len(counts) - 1)
+    assert len(set(thirds)) > 40
+
+
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
+    """Pearson's statistic; cells in which less than five are expected count as one."""
+    expected = counts.sum() * probabilities
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+def chi_square_limit(degrees: int) -> float:
+    """The 99.9% quantile of chi-square, by the approximation of Wilson and Hilferty."""
+    spread = 2 / (9 * degrees)
+    return degrees * (1 - spread + 3.09 * spread**0.5) ** 3
+
+
+def test_draw_never_returns_a_token_of_probability_zero() -> None:
+    rng = np.random.default_rng(0)
+    uniforms = np.array([0.0, 2.0**-53, 0.5, 1 - 2.0**-24, 1 - 2.0**-30, 1 - 2.0**-53])
+    for size in (2, 5, 50, 2000):
+        for _ in range(20):
+            row = rng.normal(size=size) * 3
+            row[rng.random(size) < 0.6] = -np.inf
+            row[[0, -1]] = -np.inf
+            row[rng.integers(size)] = 1.0
+            logits = torch.from_numpy(np.tile(row, (len(uniforms), 1))).float()
+            drawn, logprobs = draw(logits, 0.7, uniforms)
+            possible = np.flatnonzero(np.isfinite(row))
+            assert set(drawn) <= set(possible)
+            assert np.isfinite(logprobs).all()
+            assert drawn[0] == possible[0]
+            assert (np.diff(drawn) >= 0).all()
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(8, 4)
+    uniforms = np.array([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 0.9999])
+    drawn, logprobs = draw(logits, 1.0, uniforms)
+    assert drawn.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert np.exp(logprobs) == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
+    # At temperature 1/2 probabilities are squared: 1, 4, 9 and 16 thirtieths.
+    drawn, logprobs = draw(logits, 0.5, uniforms)
+    assert drawn.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert np.exp(logprobs) == pytest.approx(np.array([1, 4, 4, 9, 9, 16, 16, 16]) / 30)
+
+
+def test_draw_at_temperature_zero_takes_the_most_likely_token() -> None:
+    drawn, logprobs = draw(torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]]), 0, np.array([0.99, 0.0]))
+    assert drawn.tolist() == [1, 0]
+    assert logprobs.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("tree_attention", [True, False])
+def test_trap_4_end_of_sequence_is_there_if_and_only_if_it_was_sampled(llama: Policy, tree_attention: bool) -> None:
+    sampler = TorchSampler(llama, temperature=1.0)
+    sampler.tree_attention = tree_attention
+    completions = sampler.sample([SampleRequest(random_ids(5, 3), 60, 24, seed=1)])[0]
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for completion in completions:
+        ended = completion.token_ids[-1] == EOS
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert EOS not in completion.token_ids[:-1]
+        assert ended or len(completion.token_ids) == 24
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_each_request_has_its_own_budget(llama: Policy) -> None:
+    prompt = random_ids(5, 4)
+    budgets = [0, 1, 2, 13, 0, 24]
+    results = TorchSampler(llama, temperature=1.0).sample([SampleRequest(prompt, 4, n, seed=8) for n in budgets])
+    longest = tokens(results)[-1]
+    for budget, completions in zip(budgets, results, strict=True):
+        assert [c.token_ids for c in completions] == [ids[:budget] for ids in longest]
+        assert all(c.finish_reason == "stop" for c in completions if len(c.token_ids) < budget)
+    assert results[0] == [Completion((), (), "length")] * 4
+
+
+def test_nothing_asked_is_nothing_done(llama: Policy) -> None:
+    sampler = TorchSampler(llama, temperature=1.0)
+    assert sampler.sample([]) == []
+    assert sampler.sample([SampleRequest((5,), 0, 4, 0)]) == [[]]
+    assert sampler.sample([SampleRequest((5,), 1, 0, 0)]) == [[Completion((), (), "length")]]
+
+
+def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> tuple[int, ...]:
+    """The ids up to the first token with which the text contains a stop string, by looking at all of it every time."""
+    for end in range(1, len(ids) + 1):
+        if any(text in decode(ids[:end]) for text in stop):
+            return ids[:end]
+    return ids
+
+
+def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
+    request = SampleRequest(random_ids(5, 5), 60, 24, seed=2)
+    free = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
+    long = [llama.token_texts(ids) for ids in free if len(ids) == 24]
+    across_three = "".join(long[0][4:7])
+    inside_two = "".join(long[1][9:11])[1:-1] or long[1][9]
+    for stop in [("a",), (across_three,), (inside_two,), (across_three, inside_two, "7"), ("\n",)]:
+        completions = TorchSampler(llama, temperature=1.0, stop=stop).sample([request])[0]
+        expected = [stopped(ids, stop, llama.decode) for ids in free]
+        assert [c.token_ids for c in completions] == expected
+        assert expected != free
+        for completion in completions:
+            ended = any(text in llama.decode(completion.token_ids) for text in stop)
+            assert completion.finish_reason == ("stop" if ended or completion.token_ids[-1] == EOS else "length")
+
+
+def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
+    prompt = llama.encode_prompt("ab####\nab")
+    request = SampleRequest(prompt, 40, 24, seed=2)
+    free = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
+    completions = TorchSampler(llama, temperature=1.0, stop=("ab", "#")).sample([request])[0]
+    assert [c.token_ids for c in completions] == [stopped(ids, ("ab", "#"), llama.decode) for ids in free]
+    assert max(len(c.token_ids) for c in completions) > 10
+
+
+def test_trap_13_new_weights_are_used_at_once() -> None:
+    policy = build_policy()
+    requests = prompts_and_states()
+    sampler = TorchSampler(policy, temperature=1.0)
+    before = tokens(sampler.sample(requests))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in policy.model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    after = sampler.sample(requests)
+    assert tokens(after) != before
+    assert tokens(after) == tokens(TorchSampler(policy, temperature=1.0).sample(requests))
+    assert largest_gap(policy, requests, after, 1.0) < 1e-4
+    other = build_policy("llama-tied-multi-query")
+    sampler.load_weights(other)
+    assert largest_gap(other, requests, sampler.sample(requests), 1.0) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2"])
+def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = build_policy(family)
+    requests = [replace(r, max_new_tokens=1 + 5 * i, num_samples=2 + i) for i, r in enumerate(prompts_and_states())]
+    left: list[int] = []
+    keep = KVTree.keep
+
+    def counted(tree: KVTree, rows: torch.Tensor) -> None:
+        left.append(len(rows))
+        keep(tree, rows)
+
+    monkeypatch.setattr(KVTree, "keep", counted)
+    sampler = TorchSampler(policy, temperature=1.0)
+    tree = sampler.sample(requests)
+    assert len(left) > 2
+    assert left == sorted(left, reverse=True)
+    sampler.tree_attention = False
+    plain = sampler.sample(requests)
+    assert tokens(tree) == tokens(plain)
+    assert [c.finish_reason for c in flatten(tree)] == [c.finish_reason for c in flatten(plain)]
+    for a, b in zip(flatten(tree), flatten(plain), strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def test_a_request_for_no_samples_disturbs_nobody(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(4, seed), 2, 6, seed) for seed in range(3)]
+    sampler = TorchSampler(llama, temperature=1.0)
+    alone = sampler.sample(requests)
+    for place in range(4):
+        nothing = SampleRequest(random_ids(5, 9), 0, 6, 9)
+        beside = sampler.sample([*requests[:place], nothing, *requests[place:]])
+        assert beside[place] == []
+        assert tokens([*beside[:place], *beside[place + 1 :]]) == tokens(alone)
+
+
+def test_a_branch_may_grow_past_its_first_block_of_memory(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(3, seed), 8, 60, seed) for seed in range(3)]
+    results = TorchSampler(llama, temperature=0.6).sample(requests)
+    assert max(len(c.token_ids) for c in flatten(results)) > 40
+    assert largest_gap(llama, requests, results, 0.6) < 1e-4
+
+
+def test_a_finished_row_asks_for_no_position_beyond_the_context() -> None:
+    # One row ends at the last position the model has; the rows of a shorter prefix go on for long behind it.
+    policy = build_policy("gpt2", n_positions=LENGTH)
+    state = random_ids(LENGTH - 2, 0)
+    requests = [SampleRequest(state[:3], 12, LENGTH - 3, seed=0), SampleRequest(state, 1, 2, seed=1)]
+    results = TorchSampler(policy, temperature=1.0).sample(requests)
+    assert max(len(c.token_ids) for c in results[0]) == LENGTH - 3
+    assert largest_gap(policy, requests, results, 1.0) < 1e-4
+
+
+def test_sampling_leaves_the_model_as_it_was(llama: Policy) -> None:
+    token_ids = torch.tensor([random_ids(12, 9)])
+    with torch.no_grad():
+        before = llama.model(token_ids).logits
+        implementation = llama.model.config._attn_implementation
+        TorchSampler(llama, temperature=1.0).sample(prompts_and_states())
+        assert llama.model.config._attn_implementation == implementation
+        assert torch.equal(llama.model(token_ids).logits, before)

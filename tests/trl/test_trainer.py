@@ -1,0 +1,349 @@
+"""The interface of TRL users: names, meanings, callbacks, and that it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from tests.helpers import ROOT, weights_hash
+from vineppo import VinePPOConfig, VinePPOTrainer
+from vineppo.config.load import settings_of
+from vineppo.config.schema import Config, TaskConfig
+from vineppo.model.loading import resolve_model_path
+from vineppo.run.trl_names import TRL_NAMES, with_trl_names
+from vineppo.tasks import build_task
+from vineppo.types import UserError
+
+MODEL = resolve_model_path("embedded:judgement")
+
+
+def chains(count: int) -> list[dict[str, Any]]:
+    task = build_task(TaskConfig(num_steps=3))
+    problems = [task.problem("train", n) for n in range(count)]
+    return [{"prompt": p.prompt, "solution": p.answer, "number": n} for n, p in enumerate(problems)]
+
+
+def right(completions: list[str], solution: list[str], **_: Any) -> list[float]:
+    return [float(text.strip().endswith(f"#### {s}")) for text, s in zip(completions, solution, strict=True)]
+
+
+def arguments(path: Path, **more: Any) -> VinePPOConfig:
+    small: dict[str, Any] = {"per_device_train_batch_size": 16, "num_generations": 4, "max_completion_length": 40}
+    return VinePPOConfig(
+        output_dir=str(path), **{**small, "max_steps": 2, "learning_rate": 1e-4, "num_mc_rollouts": 2, **more}
+    )
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append("begin")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append(f"step {state.global_step}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.events.append("log reward" if "reward" in logs else "log")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.events.append("end")
+
+
+def test_a_script_of_a_few_lines_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = Recorder()
+    trainer = VinePPOTrainer(
+        model=MODEL, reward_funcs=right, args=arguments(tmp_path / "a"), train_dataset=chains(20), callbacks=[recorder]
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    output = trainer.train()
+    assert output.global_step == 2 and output.metrics["finish_reason"] in ("updates", "iterations")
+    assert recorder.events == ["begin", "log", "step 1", "log reward", "step 2", "log reward", "end"]
+    assert any(not torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    last = trainer.state.log_history[-1]
+    assert last["reward"] == last["reward/mean"] == last["rewards/right/mean"]
+    assert last["completions/mean_length"] == last["response/length_mean"]
+    assert last["completions/min_length"] <= last["completions/mean_length"] <= last["completions/max_length"]
+    assert last["epoch"] == 8 / 20 and last["learning_rate"] < 1e-4  # linear decay, as TRL's default
+    trainer.save_model(tmp_path / "saved")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert weights_hash(tmp_path / "saved") == weights_hash(tmp_path / "a/final")
+
+
+def test_a_callback_ends_a_run_that_is_then_finished(tmp_path: Path) -> None:
+    class Enough(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert state.max_steps == 8
+            control.should_training_stop = state.global_step >= 4
+
+    small = arguments(tmp_path / "a", max_steps=8, num_iterations=2)  # two updates in an iteration
+    output = VinePPOTrainer(MODEL, right, small, chains(20), callbacks=[Enough]).train()
+    assert output.global_step == 4 and output.metrics["iterations"] == 2
+    assert output.metrics["finish_reason"] == "callback" and (tmp_path / "a/final").is_dir()
+
+
+def test_a_model_in_memory_an_evaluation_and_a_resume(tmp_path: Path) -> None:
+    def trainer(path: Path, **more: Any) -> VinePPOTrainer:
+        return VinePPOTrainer(
+            AutoModelForCausalLM.from_pretrained(MODEL),
+            [right, "exact"],
+            arguments(path, reward_weights=[1.0, 0.5], eval_strategy="steps", eval_steps=1, save_steps=1, **more),
+            chains(20),
+            eval_dataset=chains(30)[20:],
+            processing_class=AutoTokenizer.from_pretrained(MODEL),
+        )
+
+    whole = trainer(tmp_path / "whole", max_steps=3, lr_scheduler_type="constant")
+    summary = whole.train().metrics
+    assert summary["accuracy_before"]["mean"] is not None
+    assert [line["eval_reward"] is not None for line in whole.state.log_history if "eval_reward" in line] == [True] * 4
+    assert set(whole.evaluate()) == {"eval_reward", "eval_reward_low", "eval_reward_high"}
+    cut = trainer(tmp_path / "cut", max_steps=3, lr_scheduler_type="constant")
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    cut._listener.callbacks.append(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    again = trainer(tmp_path / "cut", max_steps=3, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
+
+
+def test_adapters_by_peft_config(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", max_steps=1), chains(8), peft_config=lora)
+    assert sum(p.requires_grad for p in trainer.model.parameters()) == 2 * len(trainer.policy.model.model.layers)
+    trainer.train()
+    assert json.loads((tmp_path / "a/final/adapter/adapter_config.json").read_text())["r"] == 4
+    args = arguments(tmp_path / "b")
+    with pytest.raises(UserError, match="adapters already"):
+        tokenizer = trainer.processing_class
+        VinePPOTrainer(trainer.model, right, args, chains(8), processing_class=tokenizer, peft_config=lora)
+
+
+def test_names_mean_what_they_mean_in_trl() -> None:
+    args = VinePPOConfig(
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        steps_per_generation=4,
+        num_generations=8,
+        num_iterations=3,
+        num_train_epochs=2,
+        epsilon=0.1,
+        epsilon_high=0.3,
+        beta=0.04,
+        temperature=0.7,
+        scale_rewards=False,
+        warmup_ratio=0.1,
+        adam_beta2=0.95,
+        save_steps=12,
+        seed=7,
+        settings={"vineppo.alternatives": True},
+    )
+    config = args.to_config(num_train=40)
+    assert (config.rollouts.num_problems, config.rollouts.group_size) == (2, 8)  # 16 responses of 2 prompts
+    assert (config.learner.minibatch_size, config.learner.epochs) == (8, 3)  # 6 updates an iteration
+    assert config.run.iterations == 40 and config.learner.warmup_updates == 24  # 240 updates
+    assert (config.learner.clip_low, config.learner.clip_high) == (0.1, 0.3)
+    assert config.learner.kl.coefficient == 0.04 and config.learner.kl.reduction == "token_mean"
+    assert config.rollouts.temperature == 0.7 and config.learner.betas == (0.9, 0.95)
+    assert not config.grpo.scale_by_std and config.run.checkpoint_every == 2 and config.run.seed == 7
+    assert config.vineppo.alternatives and config.eval.every == 0 and config.eval.final_num_problems == 0
+    assert config.learner.kl.importance_weighted and config.rollouts.max_new_tokens == 512  # TRL's defaults
+    short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, num_eval=300)
+    assert short.run.iterations == 5 and short.eval.final_num_problems == 0  # eval_strategy is "no"
+    often: Any = {"eval_strategy": "steps", "temperature": 0.6, "gradient_accumulation_steps": 2, "num_iterations": 3}
+    measured = VinePPOConfig(**often).to_config(num_train=1000, num_eval=300).eval
+    assert (measured.num_problems, measured.final_num_problems, measured.num_samples) == (300, 300, 8)
+    assert measured.temperature == 0.6 and measured.every == 4  # after 10 updates, as logging_steps: 3 an iteration
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generation": 4}, r"VinePPOConfig has no field num_generation; did you mean num_generations"),
+        ({"top_p": 0.9}, r"top_p is 0.9; allowed here: 1.0"),
+        ({"use_vllm": True}, r"use_vllm is True; allowed here: False"),
+        ({"loss_type": "grpo"}, r"loss_type is 'grpo'; allowed here: 'dapo'"),
+        ({"per_device_train_batch_size": 3}, r"has 3 responses .* no multiple of num_generations 8"),
+        ({"num_generations": 0}, r"num_generations is 0; it must be at least 1"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 1},
+            r"takes 32 .* has 8; raise steps_per_generation",
+        ),
+        ({"generation_kwargs": {"top_p": 0.5}}, r"generation_kwargs is .*; allowed here: None, which asks for nothing"),
+        ({"push_to_hub": True}, r"push_to_hub is True; allowed here: False"),
+        ({"adam_epsilon": 1e-6}, r"adam_epsilon is 1e-06; allowed here: 1e-08"),
+        ({"optim": "adafactor"}, r"optim is 'adafactor'; allowed here: 'adamw_torch_fused'"),
+        ({"settings": {"model.dtype": "bfloat16"}}, r"settings has a key of model; give the trainer the model"),
+    ],
+)
+def test_mistakes_in_arguments_are_one_clear_line(settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        VinePPOConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_parts_are_one_clear_line(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    for given, message in (
+        ({"reward_funcs": None}, "reward_funcs is empty"),
+        ({"reward_funcs": torch.nn.Linear(1, 1)}, "reward_funcs has a Linear"),
+        ({"train_dataset": []}, "train_dataset is empty"),
+        ({"train_dataset": None}, "train_dataset is missing"),
+        ({"args": arguments(tmp_path, lr_scheduler_type="cosine")}, "lr_scheduler_type is 'cosine'; allowed: linear"),
+        ({"args": arguments(tmp_path, learning_rate=-1.0)}, "learner.lr is -1.0|ppo.value_lr is -1.0"),
+        ({"args": arguments(tmp_path, model_init_kwargs={"device_map": "auto"})}, "model_init_kwargs has device_map"),
+    ):
+        parts: dict[str, Any] = {"reward_funcs": right, "args": args, "train_dataset": chains(4), **given}
+        with pytest.raises(UserError, match=message):
+            VinePPOTrainer(MODEL, **parts)
+
+
+def test_names_of_graders_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "answer": row["solution"]} for row in chains(8)]
+    trainer = VinePPOTrainer(MODEL, ["exact", "hash"], arguments(tmp_path / "a", reward_weights=[1.0, 0.0]), rows)
+    assert trainer.reward_funcs == [] and trainer.config.task.rewards == ("exact", "hash")
+    with pytest.raises(UserError, match="grader hash: the reference answer"):
+        trainer.train()
+    with pytest.raises(UserError, match="no grader 'exat'"):
+        VinePPOTrainer(MODEL, "exat", arguments(tmp_path / "b"), rows).train()
+
+
+def test_fields_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "log_completions": True,
+        "remove_unused_columns": False,
+        "vllm_mode": "server",
+        "push_to_hub": False,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "generation_kwargs": None,
+        "dataloader_num_workers": 4,
+        "adam_epsilon": 1e-8,
+    }
+    config: Any = VinePPOConfig(output_dir="x", **fields)
+    assert config.output_dir == "x" and {name: getattr(config, name) for name in fields} == fields
+    assert config.load_best_model_at_end is False and config.shuffle_dataset is True  # defaults, for callbacks
+    assert not hasattr(config, "no_such_field")
+    assert config.to_config(num_train=8) == VinePPOConfig(output_dir="x").to_config(num_train=8)
+
+
+def test_reward_functions_are_told_what_trl_tells(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def counting(completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **_: Any) -> list[float]:
+        seen.append(trainer_state.global_step)
+        log_metric("letters", len(completions[0]))
+        log_extra("texts", completions)
+        return [float(len(text) > 20) for text in completions]
+
+    def plain(
+        prompts: list[str], completions: list[str], completion_ids: Any, solution: Any, number: Any, answer: Any
+    ) -> list[float]:
+        return [0.0] * len(completions)
+
+    trainer = VinePPOTrainer(MODEL, [counting, plain], arguments(tmp_path / "a"), chains(8))
+    trainer.train()
+    assert set(seen) == {0, 1}  # in the second iteration after one update
+    last = trainer.state.log_history[-1]
+    assert last["letters"] > 1 and last["rewards/counting/mean"] == last["reward"] and last["rewards/plain/mean"] == 0
+
+
+def test_a_model_in_memory_is_prepared_as_trl_would(tmp_path: Path) -> None:
+    def trainer(**more: Any) -> VinePPOTrainer:
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        own = AutoTokenizer.from_pretrained(MODEL)
+        return VinePPOTrainer(model, right, arguments(tmp_path / "a", **more), chains(8), processing_class=own)
+
+    assert (
+        trainer().model.is_gradient_checkpointing
+        and not trainer(gradient_checkpointing=False).model.is_gradient_checkpointing
+    )
+    made = trainer(temperature=0.5, settings={"rollouts.stop": "####"})
+    assert made.config.model.path == MODEL and made.config.model.dtype == "float32"
+    assert made.config.model.lora.r == 0 and made.config.rollouts.stop == ("####",)
+
+
+def test_auto_is_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(MODEL).bfloat16().save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "half")
+    for path, dtype in ((str(tmp_path / "half"), torch.bfloat16), (MODEL, torch.float32)):
+        args = arguments(tmp_path / "a", model_init_kwargs={"dtype": "auto"})
+        assert VinePPOTrainer(path, right, args, chains(8)).model.dtype == dtype
+
+
+def test_equal_seeds_start_from_equal_adapters(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapters(seed: int) -> torch.Tensor:
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        trainer = VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", seed=seed), chains(8), peft_config=lora)
+        assert (trainer.config.model.lora.r, trainer.config.model.lora.targets) == (4, ("q_proj",))
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+    first = adapters(1)
+    torch.rand(7)
+    assert torch.equal(first, adapters(1)) and not torch.equal(first, adapters(2))
+    wrong = peft.LoraConfig(r=4, target_modules=["no_such_layer"], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="peft_config does not fit the model: Target modules"):
+        VinePPOTrainer(MODEL, right, arguments(tmp_path / "a"), chains(8), peft_config=wrong)
+
+
+def test_trained_adapters_are_no_reference(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), lora)
+    own = AutoTokenizer.from_pretrained(MODEL)
+    VinePPOTrainer(model, right, arguments(tmp_path / "a"), chains(8), processing_class=own)
+    with pytest.raises(UserError, match="adapters that are trained already, and beta"):
+        VinePPOTrainer(model, right, arguments(tmp_path / "a", beta=0.1), chains(8), processing_class=own)
+
+
+def test_a_resume_that_would_be_another_run_is_refused(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    def trainer(**more: Any) -> VinePPOTrainer:
+        return VinePPOTrainer(MODEL, right, arguments(tmp_path / "a", beta=0.01, **more), chains(8))
+
+    first = trainer()
+    first._listener.callbacks.append(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    first._listener.callbacks.clear()
+    with pytest.raises(UserError, match="is trained already, and beta needs the one that the run started from"):
+        first.train(resume_from_checkpoint=True)
+    with pytest.raises(UserError, match=r"cannot change the run's settings \(.*learner.lr: 0.0001 -> 0.0002"):
+        trainer(learning_rate=2e-4).train(resume_from_checkpoint=True)
+    assert trainer().train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_the_table_of_names_is_complete_and_true() -> None:
+    text = (ROOT / "docs/from-trl.md").read_text()
+    told = set(re.findall(r"`([A-Za-z_0-9]+)`", text))
+    own = {field.name for field in dataclasses.fields(VinePPOConfig)}
+    assert own - told - {"fp16"} == set()
+    settings = set(re.findall(r"`((?:rollouts|learner|vineppo|grpo|task|run|eval|model)\.[a-z_.]+)`", text))
+    assert settings and all(any(key.startswith(name) for key in settings_of(Config)) for name in settings)
+
+
+def test_trls_names_are_listed_and_are_trls() -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    told = set(re.findall(r"`([A-Za-z_/]+)`", text))
+    for ours, theirs in TRL_NAMES.items():
+        assert ours in told and (theirs in told or theirs.split("/")[-1] in told), (ours, theirs)
+    assert with_trl_names({"reward/mean": 1.0, "x": 2}) == {"reward/mean": 1.0, "x": 2, "reward": 1.0}

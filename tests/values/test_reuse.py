@@ -1,0 +1,258 @@
+"""Continuations that serve several states (reuse.py), in the enumerable world: unbiased, as precise as K fresh ones,
+and with exactly the smaller variance of differences that the theory says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.credit.test_ground_truth import SIGMAS, world, z_scores
+from tests.world import World, policy_gradient
+from vineppo.credit.vine import vine_node_credit
+from vineppo.steps import build_splitter
+from vineppo.training.rollouts import sample_groups
+from vineppo.types import Completion, Rollout, Sampler, SampleRequest, TrainingSample
+from vineppo.values import ReusingMonteCarlo, State, ValueCost
+
+K = 4
+ITERATIONS = 800
+
+
+def reusing(w: World, num_mc_rollouts: int = K, sampler: Sampler | None = None) -> ReusingMonteCarlo:
+    return ReusingMonteCarlo(replace(w.monte_carlo(num_mc_rollouts), sampler=sampler or w.sampler()))
+
+
+def rollouts(w: World) -> list[Rollout]:
+    """Three responses: two that share a beginning, one cut off by the limit; and one of them twice."""
+    by_ids = {o.rollout.response_ids: o.rollout for o in w.outcomes}
+    likely = sorted((o for o in w.outcomes if len(o.rollout.response_ids) == 4), key=lambda o: -o.probability)
+    first = likely[0].rollout
+    second = next(
+        o.rollout
+        for o in likely
+        if o.rollout.response_ids[:2] == first.response_ids[:2]
+        and o.rollout.response_ids[2] != first.response_ids[2]
+        and o.rollout.finish_reason != first.finish_reason
+    )
+    third = next(o.rollout for o in likely if o.rollout.response_ids[0] != first.response_ids[0])
+    return [first, second, third, by_ids[first.response_ids]]
+
+
+def states_of(w: World, chosen: Sequence[Rollout]) -> list[State]:
+    """Every state of every rollout, one per token."""
+    return [
+        State(w.problem, w.prompt_ids, rollout.response_ids[:end], rollout)
+        for rollout in chosen
+        for end in range(len(rollout.response_ids))
+    ]
+
+
+def estimates(w: World, chosen: Sequence[Rollout], iterations: int) -> tuple[np.ndarray, list[ValueCost]]:
+    """Values of the states in many iterations, shape (iterations, states), and what each took."""
+    monte_carlo, states = reusing(w), states_of(w, chosen)
+    found, costs = [], []
+    for iteration in range(iterations):
+        values, cost = monte_carlo.evaluate(states, iteration)
+        assert {value.num_mc_rollouts for value in values} == {K}
+        found.append([value.mean for value in values])
+        costs.append(cost)
+    return np.array(found), costs
+
+
+def test_values_are_unbiased_and_as_precise_as_k_fresh_continuations() -> None:
+    w = world(4)
+    chosen = rollouts(w)[:3]
+    found, costs = estimates(w, chosen, ITERATIONS)
+    states = states_of(w, chosen)
+    truth = np.array([w.value(state.response_ids) for state in states])
+    variance = np.array([w.moments[state.response_ids][1] for state in states]) / K
+    z = (found.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
+    assert np.abs(z).max() < SIGMAS
+    # Single states have rare rewards, whose variance 800 iterations do not know well; together they do.
+    assert (found.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
+    assert found.var(0) == pytest.approx(variance, rel=0.5)
+    fresh = K * len({state.key for state in states})
+    assert 0.2 * fresh < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * fresh
+    assert {cost.distinct_states for cost in costs} == {fresh // K}
+
+
+def test_the_variance_of_an_advantage_is_what_those_who_leave_bring() -> None:
+    """Of K walkers at a state each leaves with probability q before the next one, and is replaced there.
+
+    D = V(b) - V(a) is a mean of K independent terms: 0 for who follows, F - L for who leaves, with L its own reward and
+    F that of the one that takes its place: Var D = (q E (F - L)^2 - (q (E F - E L))^2) / K.
+    """
+    w = world(4)
+    chosen = rollouts(w)[:1]
+    found, _ = estimates(w, chosen, ITERATIONS)
+    response = chosen[0].response_ids
+    probability = np.exp(chosen[0].sampler_logprobs)
+    for step in range(len(response) - 1):
+        (mean_a, var_a), (mean_b, var_b) = w.moments[response[:step]], w.moments[response[: step + 1]]
+        p, q = probability[step], 1 - probability[step]
+        mean_left = (mean_a - p * mean_b) / q
+        square_left = (var_a + mean_a**2 - p * (var_b + mean_b**2)) / q
+        square = var_b + mean_b**2 - 2 * mean_b * mean_left + square_left
+        expected = (q * square - (q * (mean_b - mean_left)) ** 2) / K
+        differences = found[:, step + 1] - found[:, step]
+        assert differences.mean() == pytest.approx(mean_b - mean_a, abs=SIGMAS * math.sqrt(expected / ITERATIONS))
+        assert differences.var() == pytest.approx(expected, rel=0.2)
+        assert expected < (var_a + var_b) / K  # of two values sampled apart
+
+
+def test_a_tree_that_holds_every_response_needs_no_sampling() -> None:
+    w = world(3)
+    everything = [outcome.rollout for outcome in w.outcomes]
+    monte_carlo, states = reusing(w, 4096), states_of(w, everything)
+    values, cost = monte_carlo.evaluate(states, 0)
+    assert (cost.mc_rollouts, cost.tokens) == (0, 0)
+    for state, value in zip(states, values, strict=True):
+        mean, variance = w.moments[state.response_ids]
+        assert value.mean == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / 4096) + 1e-4)
+
+
+@dataclass
+class Recording:
+    """The world's sampler, with everything it was asked and answered."""
+
+    sampler: Sampler
+    seen: list[tuple[SampleRequest, Completion]] = field(default_factory=list)
+
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
+        completions = self.sampler.sample(requests)
+        self.seen += [(r, c) for r, group in zip(requests, completions, strict=True) for c in group]
+        return completions
+
+    def load_weights(self, policy: object) -> None:
+        self.sampler.load_weights(policy)
+
+
+def test_what_is_sampled_leaves_the_tree_at_its_first_token() -> None:
+    w = world(4)
+    recording = Recording(w.sampler())
+    chosen = rollouts(w)
+    _, cost = reusing(w, 64, recording).evaluate(states_of(w, chosen), 0)
+    assert len(recording.seen) == cost.mc_rollouts > 100
+    known = {rollout.response_ids[:end] for rollout in chosen for end in range(1 + len(rollout.response_ids))}
+    for request, completion in recording.seen:
+        response = request.prompt_ids[len(w.prompt_ids) :]
+        assert response in known and (*response, completion.token_ids[0]) not in known
+        assert request.max_new_tokens == w.max_new_tokens - len(response)
+        assert completion.logprobs[0] < 0 or len(request.excluded_first) == 4
+
+
+def test_an_excluded_token_leaves_the_others_in_proportion() -> None:
+    w, n = world(3), 20_000
+    probabilities = {
+        token: sum(o.probability for o in w.outcomes if o.rollout.response_ids[0] == token) for token in range(5)
+    }
+    request = SampleRequest(w.prompt_ids, n, 3, seed=5, excluded_first=(1, 4))
+    first = [c.token_ids[0] for c in w.sampler().sample([request])[0]]
+    rest = 1 - probabilities[1] - probabilities[4]
+    assert not {1, 4} & set(first)
+    for token in (0, 2, 3):
+        share = probabilities[token] / rest
+        assert first.count(token) / n == pytest.approx(share, abs=SIGMAS * math.sqrt(share * (1 - share) / n))
+    for completion in w.sampler().sample([request])[0][:100]:
+        assert math.exp(completion.logprobs[0]) == pytest.approx(
+            probabilities[completion.token_ids[0]] / rest, abs=1e-4
+        )
+
+
+def test_neither_order_nor_repetition_nor_other_problems_change_a_value() -> None:
+    w, other = world(4), world(4, 1)
+    states = states_of(w, rollouts(w))
+    values, cost = reusing(w).evaluate(states, 3)
+    assert cost.states == len(states) > cost.distinct_states
+    turned, _ = reusing(w).evaluate(states[::-1], 3)
+    assert turned[::-1] == values
+    beside = states_of(other, [other.outcomes[-1].rollout])
+    together, _ = reusing(w).evaluate([*beside, *states], 3)
+    assert together[len(beside) :] == values
+    assert reusing(w).evaluate(states, 4)[0] != values
+
+
+# --- alternatives: what continuations did at each token of a rollout ---
+
+
+def test_nodes_hold_everyone_who_came_by() -> None:
+    """K at each state; behind a token those that chose it, until the next state fills up."""
+    w = world(4)
+    chosen = rollouts(w)
+    by_step = [s for s in states_of(w, chosen) if len(s.response_ids) % 2 == 0]
+    for iteration in range(20):
+        values, nodes, cost = reusing(w).evaluate_nodes(by_step, [(w.problem, r) for r in chosen], iteration)
+        again, same_cost = reusing(w).evaluate(by_step, iteration)
+        assert (values, cost) == (again, same_cost)
+        value_of = {state.key: value.mean for state, value in zip(by_step, values, strict=True)}
+        for rollout, nodes_T in zip(chosen, nodes, strict=True):
+            assert len(nodes_T) == len(rollout.response_ids)
+            assert nodes_T == nodes[chosen.index(rollout)]
+            for t, node in enumerate(nodes_T):
+                here = [*node.followed, *(reward for _, reward in node.left)]
+                assert rollout.response_ids[t] not in {token for token, _ in node.left}
+                if t % 2 == 0:
+                    assert len(here) == K
+                    mean = value_of[State(w.problem, w.prompt_ids, rollout.response_ids[:t]).key]
+                    assert sum(here) / K == pytest.approx(mean)
+                else:
+                    assert sorted(here) == sorted(nodes_T[t - 1].followed)
+
+
+def test_a_node_chooses_as_the_policy_does() -> None:
+    """Of those that pass the first node, each token is chosen with its probability, and earns what it leads to."""
+    w = world(3)
+    rollout = rollouts(world(4))[0].response_ids[:1]
+    outcome = next(o.rollout for o in w.outcomes if o.rollout.response_ids[:1] == rollout)
+    chosen: dict[int, list[float]] = {}
+    for iteration in range(ITERATIONS):
+        _, nodes, _ = reusing(w).evaluate_nodes(states_of(w, [outcome]), [(w.problem, outcome)], iteration)
+        first = nodes[0][0]
+        for token, reward in [*((outcome.response_ids[0], r) for r in first.followed), *first.left]:
+            chosen.setdefault(token, []).append(reward)
+    total = sum(map(len, chosen.values()))
+    assert total == K * ITERATIONS
+    for token, rewards in chosen.items():
+        paths = [o for o in w.outcomes if o.rollout.response_ids[0] == token]
+        p = sum(o.probability for o in paths)
+        mean = sum(o.probability * o.rollout.reward for o in paths) / p
+        variance = max(0.0, sum(o.probability * o.rollout.reward**2 for o in paths) / p - mean**2)
+        assert len(rewards) / total == pytest.approx(p, abs=SIGMAS * math.sqrt(p * (1 - p) / total))
+        assert np.mean(rewards) == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / len(rewards)) + 1e-12)
+
+
+def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
+    """Gradients of sampled groups of eight, each response alone in its problem's tree or with others by chance."""
+    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.token_texts, 0)
+    gradients = []
+    for iteration in range(iterations):
+        address = (0, iteration, "rollouts")
+        groups = sample_groups(
+            [w.problem], w.policy, w.sampler(), w.task, group_size=8, max_new_tokens=3, address=address
+        )
+        samples: list[TrainingSample] = credit(groups, iteration)[0]
+        if drop:
+            samples = [replace(sample, alternatives=()) for sample in samples]
+        gradients.append(policy_gradient(w.policy, w.temperature, [(1 / 8, sample) for sample in samples]))
+    return gradients
+
+
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3"])
+def test_vineppo_with_alternatives_is_unbiased(splitter: str) -> None:
+    w = world(3)
+    z = z_scores(node_gradients(w, splitter, 250), w.exact_gradient())
+    assert max(map(abs, z)) < SIGMAS
+
+
+def test_alternatives_are_part_of_the_gradient() -> None:
+    """The test above can fail: without them most of a place's choices are missing."""
+    w = world(3)
+    z = z_scores(node_gradients(w, "tokens:2", 250, drop=True), w.exact_gradient())
+    assert max(map(abs, z)) > 2 * SIGMAS
