@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import replace
 from pathlib import Path
+
+from typing import Any
 
 from vineppo.config.schema import (
     Config,
@@ -15,25 +16,25 @@ from vineppo.config.schema import (
     RolloutConfig,
     RunConfig,
     TaskConfig,
-    VineConfig,
 )
+from vineppo.training.configure import config_class
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: object) -> Config:
+def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> Config:
     """A run of seconds on short chains with the embedded model."""
-    config = Config(
-        algorithm=algorithm,  # type: ignore[arg-type]
-        model=ModelConfig(path="embedded:judgement"),
-        task=TaskConfig(num_steps=3),
-        rollouts=RolloutConfig(num_problems=4, group_size=4, max_new_tokens=40),
-        vineppo=VineConfig(num_mc_rollouts=2),
-        learner=LearnerConfig(lr=1e-4, minibatch_size=8, epochs=1, advantage_scaling="std"),
-        eval=EvalConfig(every=2, num_problems=8, final_num_problems=16),
-        run=RunConfig(dir=str(run_dir), iterations=4, checkpoint_every=1),
-    )
-    return replace(config, **sections)  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "model": ModelConfig(path="embedded:judgement"),
+        "task": TaskConfig(num_steps=3),
+        "rollouts": RolloutConfig(num_problems=4, group_size=4, max_new_tokens=40),
+        "learner": LearnerConfig(lr=1e-4, minibatch_size=8, epochs=1, advantage_scaling="std"),
+        "eval": EvalConfig(every=2, num_problems=8, final_num_problems=16),
+        "run": RunConfig(dir=str(run_dir), iterations=4, checkpoint_every=1),
+    }
+    if algorithm == "vineppo":
+        values["vineppo"] = {"num_mc_rollouts": 2}
+    return config_class(algorithm)(algorithm=algorithm, **values | sections)
 
 
 def weights_hash(directory: Path) -> str:

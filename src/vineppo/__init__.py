@@ -1,4 +1,4 @@
-"""Reinforcement learning for language models that gives every reasoning step the credit it earned.
+"""Reinforcement learning for language models with credit for every reasoning step.
 
 ```
 import vineppo
@@ -6,7 +6,7 @@ config = vineppo.build_config(vineppo.load_recipe("judgement"), "vineppo", {"run
 summary = vineppo.train(config)
 ```
 
-Everything is loaded when it is first asked for, so that `import vineppo` is quick.
+Names are imported when they are first used, so that `import vineppo` is quick.
 """
 
 from __future__ import annotations
@@ -15,34 +15,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vineppo.config.load import build_config, config_from_dict, diff_configs, load_recipe
+    from vineppo.config.load import diff_configs
+    from vineppo.config.recipes import load_recipe
     from vineppo.config.schema import (
         Config,
+        CriticConfig,
         EvalConfig,
         GradingConfig,
-        GRPOConfig,
         KLConfig,
         LearnerConfig,
         LoraConfig,
         ModelConfig,
-        PPOConfig,
         RolloutConfig,
         RunConfig,
         SFTConfig,
         TaskConfig,
-        VineConfig,
     )
+    from vineppo.config.settings import Settings
+    from vineppo.credit.algorithm import Algorithm, CreditParts
+    from vineppo.credit.sample import training_sample
+    from vineppo.training.configure import build_config, config_from_dict
     from vineppo.training.loop import train
-    from vineppo.trl.trainer import VinePPOConfig, VinePPOTrainer
+    from vineppo.trl.config import VinePPOConfig
+    from vineppo.trl.trainer import VinePPOTrainer
     from vineppo.types import UserError
 
     __version__: str
 
 _MODULE_OF = {
     "train": "training.loop",
-    **dict.fromkeys(("build_config", "config_from_dict", "diff_configs", "load_recipe"), "config.load"),
     "VinePPOTrainer": "trl.trainer",
     "VinePPOConfig": "trl.config",
+    "build_config": "training.configure",
+    "config_from_dict": "training.configure",
+    "diff_configs": "config.load",
+    "load_recipe": "config.recipes",
+    "Algorithm": "credit.algorithm",
+    "CreditParts": "credit.algorithm",
+    "training_sample": "credit.sample",
+    "Settings": "config.settings",
     "UserError": "types",
     "Config": "config.schema",
     "ModelConfig": "config.schema",
@@ -50,9 +61,7 @@ _MODULE_OF = {
     "GradingConfig": "config.schema",
     "TaskConfig": "config.schema",
     "RolloutConfig": "config.schema",
-    "VineConfig": "config.schema",
-    "PPOConfig": "config.schema",
-    "GRPOConfig": "config.schema",
+    "CriticConfig": "config.schema",
     "LearnerConfig": "config.schema",
     "KLConfig": "config.schema",
     "EvalConfig": "config.schema",
@@ -68,6 +77,10 @@ __all__ = [
     "config_from_dict",
     "diff_configs",
     "load_recipe",
+    "Algorithm",
+    "CreditParts",
+    "training_sample",
+    "Settings",
     "UserError",
     "Config",
     "ModelConfig",
@@ -75,9 +88,7 @@ __all__ = [
     "GradingConfig",
     "TaskConfig",
     "RolloutConfig",
-    "VineConfig",
-    "PPOConfig",
-    "GRPOConfig",
+    "CriticConfig",
     "LearnerConfig",
     "KLConfig",
     "EvalConfig",

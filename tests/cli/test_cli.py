@@ -25,8 +25,9 @@ from vineppo.cli.console import (
 )
 from vineppo.cli.demo import _free_directory
 from vineppo.cli.main import COMMANDS, main
-from vineppo.config.load import build_config, load_recipe
+from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config
+from vineppo.training.configure import build_config
 from vineppo.run.directory import RunDirectory
 
 TRAINING = ("train", "compare")
@@ -343,7 +344,7 @@ def test_the_nearest_limit_counts_as_progress() -> None:
     assert share_done(LINE, config) == pytest.approx(0.414)
     assert share_done({"iteration": 0}, config) == 0.0
     assert share_done({"iteration": 60}, Config()) == 1.0
-    assert "until 80 updates or 100 seconds" in headline(config, 1_000_000)
+    assert "until 80 updates or 100 seconds" in headline(config)
 
 
 def test_the_report_of_a_finished_run() -> None:
@@ -369,8 +370,8 @@ def test_the_report_of_an_interrupted_run_says_how_to_go_on() -> None:
 
 
 def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = ConsoleReporter(live=False)
-    reporter.start(Config(), 60)
+    reporter = ConsoleReporter(Config(), live=False)
+    reporter.start()
     reporter.iteration({"iteration": 0, "eval/accuracy": 0.1})
     reporter.iteration(LINE)
     reporter.finish(SUMMARY, Path("runs/a"))
@@ -383,13 +384,13 @@ def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_start_that_was_not_measured_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    ConsoleReporter(live=False).iteration({"iteration": 0, "updates": 0})
+    ConsoleReporter(Config(), live=False).iteration({"iteration": 0, "updates": 0})
     assert capsys.readouterr().out == ""
 
 
 def test_a_terminal_keeps_the_measurements(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = ConsoleReporter(live=True)
-    reporter.start(Config(), 60)
+    reporter = ConsoleReporter(Config(), live=True)
+    reporter.start()
     reporter.iteration(LINE)
     reporter.close()
     reporter.close()

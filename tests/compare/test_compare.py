@@ -20,6 +20,8 @@ from vineppo.compare.figures import Curves, align, analyse, first_reach, load_ru
 from vineppo.compare.runs import PlannedRun, plan_runs, run_state
 from vineppo.compare.spec import Budget, CompareSpec, parse_budget
 from vineppo.compare.tables import conclusions, table_rows
+from vineppo.credit import find_algorithm
+from vineppo.credit.algorithm import Algorithm
 from vineppo.run.plots import plot_run
 from vineppo.types import UserError
 
@@ -91,6 +93,10 @@ def make_spec(directory: Path, **changes: object) -> CompareSpec:
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
 
+def arms(*names: str) -> list[Algorithm]:
+    return [find_algorithm(name) for name in names]
+
+
 def quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
@@ -100,7 +106,7 @@ def quiet() -> Console:
 
 def test_ratios_by_hand(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
-    pair = analyse(load_all(tmp_path), ("vineppo", "ppo"))["vineppo_vs_ppo"]
+    pair = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
     assert pair["baseline_best_accuracy"] == pytest.approx(0.6)
     assert pair["baseline_reach"] == pytest.approx({"updates": 30, "tokens": 3000, "seconds": 45})
     assert pair["reach"] == pytest.approx({"updates": 15, "tokens": 6000, "seconds": 75})
@@ -112,19 +118,19 @@ def test_ratios_by_hand(tmp_path: Path) -> None:
 
 def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
-    equal = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))["equal"]
+    equal = analyse(load_all(tmp_path), arms("vineppo", "ppo", "grpo"))["equal"]
     means = {axis: {name: own["mean"] for name, own in at["accuracy"].items()} for axis, at in equal.items()}
     assert {axis: at["amount"] for axis, at in equal.items()} == {"updates": 40, "tokens": 4000, "seconds": 40}
     assert means["updates"] == pytest.approx({"vineppo": 0.85, "ppo": 0.6})
     assert means["tokens"] == pytest.approx({"vineppo": 0.5, "ppo": 0.6})  # VinePPO has used them after 10 updates
     # VinePPO has done 8 updates: .36 and .52; PPO's seeds all 40 and, half as fast, 20: .6 and .4.
     assert means["seconds"] == pytest.approx({"vineppo": 0.44, "ppo": 0.5})
-    assert analyse(load_all(tmp_path), ("vineppo",))["equal"] == {}
+    assert analyse(load_all(tmp_path), arms("vineppo"))["equal"] == {}
 
 
 def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
-    figures = analyse(load_all(tmp_path), ("vineppo", "ppo"))
+    figures = analyse(load_all(tmp_path), arms("vineppo", "ppo"))
     final = figures["algorithms"]["vineppo"]["final_accuracy"]  # .8 and .9: t_{.975,1} * sd / sqrt 2 = 12.706 * .05
     assert final == pytest.approx({"mean": 0.85, "low": 0.85 - 0.635310, "high": 0.85 + 0.635310}, abs=1e-5)
     ppo = figures["algorithms"]["ppo"]
@@ -132,8 +138,8 @@ def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
     assert ppo["accuracy_before"]["mean"] == pytest.approx(0.2)
     assert ppo["seconds"]["mean"] == pytest.approx(60)
     assert ppo["tokens"] == pytest.approx({"rollouts": 1000, "mc": 3000, "generated": 4000, "trained": 1000})
-    assert ppo["reach_ppo_best"]["updates"] == pytest.approx(30)
-    difference = figures["vineppo_vs_ppo"]["final_accuracy_difference"]  # .2 and .3
+    assert ppo["reach_reference_best"]["updates"] == pytest.approx(30)
+    difference = figures["vs_reference"]["final_accuracy_difference"]  # .2 and .3
     assert difference["mean"] == pytest.approx(0.25)
     assert difference["low"] == pytest.approx(0.25 - 0.635310, abs=1e-5)
 
@@ -198,9 +204,9 @@ def test_runs_that_were_not_measured_afterwards_are_compared_by_their_curves(tmp
         nothing = {"mean": None, "low": None, "high": None}
         summary.update(accuracy_before=nothing, accuracy_after=nothing)
         (run / "summary.json").write_text(json.dumps(summary))
-    result = analyse(load_all(tmp_path), ("vineppo", "ppo", "grpo"))
+    result = analyse(load_all(tmp_path), arms("vineppo", "ppo", "grpo"))
     assert result["algorithms"]["ppo"]["final_accuracy"]["mean"] is None
-    assert result["vs_best_baseline"]["baseline"] is None and result["vineppo_vs_ppo"]["updates_ratio"] == 1
+    assert result["vs_best"]["baseline"] is None and result["vs_reference"]["updates_ratio"] == 1
 
 
 def test_one_seed_gives_a_ratio_without_interval() -> None:
@@ -213,20 +219,25 @@ def test_one_seed_gives_a_ratio_without_interval() -> None:
 def test_a_baseline_that_never_improved_gives_no_ratio(tmp_path: Path) -> None:
     write_run(tmp_path, "ppo", 0, points([0.3, 0.2, 0.1], 100, 1))
     write_run(tmp_path, "vineppo", 0, points([0.3, 0.4, 0.5], 100, 1))
-    pair = analyse(load_all(tmp_path), ("vineppo", "ppo"))["vineppo_vs_ppo"]
+    pair = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
     assert pair["updates_ratio"] is None
-    assert "no more than vineppo's start" in pair["reason"]
+    assert pair["reason"] == "the best accuracy of PPO is no more than the start of VinePPO"
 
 
 def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
     write_run(tmp_path, "vineppo", 0, points([0.2, 0.6, 0.8], 100, 1))
     write_run(tmp_path, "grpo", 0, points([0.2, 0.3, 0.3], 100, 1))
     write_run(tmp_path, "rloo", 0, points([0.2, 0.3, 0.4], 100, 1))
-    figures = analyse(load_all(tmp_path), ("vineppo", "grpo", "rloo"))
-    assert figures["vineppo_vs_ppo"]["updates_ratio"] is None
-    assert figures["vineppo_vs_ppo"]["reason"] == "no finished and evaluated run of ppo"
-    assert figures["algorithms"]["grpo"]["reach_ppo_best"] is None
-    best = figures["vs_best_baseline"]
+    figures = analyse(load_all(tmp_path), arms("vineppo", "grpo", "rloo"))
+    assert (figures["first"], figures["reference"]) == ("vineppo", "grpo")
+    assert figures["vs_reference"]["updates_ratio"] == pytest.approx(10 / 1.25)
+    assert figures["algorithms"]["rloo"]["reach_reference_best"]["updates"] == pytest.approx(10)
+    alone = analyse(load_all(tmp_path), arms("rloo"))
+    assert alone["reference"] is None and alone["algorithms"]["rloo"]["reach_reference_best"] is None
+    assert alone["vs_reference"]["reason"] == "no finished and evaluated run of a second algorithm"
+    absent = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
+    assert absent["updates_ratio"] is None and absent["reason"] == "no finished and evaluated run of PPO"
+    best = figures["vs_best"]
     assert best["baseline"] == "rloo"
     assert best["updates_ratio"] == pytest.approx(20 / 5)
 
@@ -235,7 +246,7 @@ def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
 
 
 def test_a_fresh_comparison_interleaves_algorithms_within_seeds(tmp_path: Path) -> None:
-    plans = plan_runs(make_spec(tmp_path / "cmp", overrides=("--learner.lr=1e-4",)))
+    plans = plan_runs(make_spec(tmp_path / "cmp", overrides={"learner.lr": "1e-4"}))
     assert [plan.name for plan in plans] == ["vineppo seed 0", "ppo seed 0", "vineppo seed 1", "ppo seed 1"]
     assert {plan.action for plan in plans} == {"start"}
     command = list(plans[3].command)
@@ -281,7 +292,7 @@ def test_an_interrupted_run_without_checkpoint_or_with_half_a_summary_is_broken(
     [
         ({"recipe": "habit"}, "recipe default, not habit"),
         ({"budget": Budget("updates", 96)}, "budget updates=40, not updates=96"),
-        ({"overrides": ("--learner.lr=1e-3",)}, "overrides (none), not --learner.lr=1e-3"),
+        ({"overrides": {"learner.lr": "1e-3"}}, "overrides (none), not --learner.lr=1e-3"),
     ],
 )
 def test_another_comparison_is_not_mixed_in(tmp_path: Path, changes: dict, named: str) -> None:
@@ -358,8 +369,12 @@ def test_a_wrong_budget_gets_one_clear_line(text: str, named: str) -> None:
         ({"jobs": 0}, "jobs is 0"),
         ({"recipe": ""}, "recipe is empty"),
         ({"out": ""}, "out is empty"),
-        ({"overrides": ("--run.seed=3",)}, "--run.seed is set by compare itself"),
-        ({"overrides": ("--run.max_updates", "9")}, "--run.max_updates is set by compare itself"),
+        ({"overrides": {"run.seed": "3"}}, "run.seed is set by compare itself"),
+        ({"overrides": {"run.max_updates": "9"}}, "run.max_updates is set by compare itself"),
+        (
+            {"overrides": {"grpo.scale_by_std": "false"}},
+            "grpo.scale_by_std is a setting of grpo, which is not compared",
+        ),
     ],
 )
 def test_a_wrong_request_gets_one_clear_line(tmp_path: Path, changes: dict, named: str) -> None:
@@ -378,7 +393,7 @@ def test_a_finished_comparison_is_reported_without_running_anything(tmp_path: Pa
     assert result["missing"] == []
     stored = json.loads((tmp_path / "compare.json").read_text())
     assert stored == json.loads(json.dumps(result))
-    assert stored["vineppo_vs_ppo"]["updates_ratio"] == pytest.approx(2.0)
+    assert stored["vs_reference"]["updates_ratio"] == pytest.approx(2.0)
     assert stored["algorithms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     assert (stored["spec"]["budget"], stored["spec"]["level"]) == ("updates=40", "judgement")
     with open(tmp_path / "compare.csv", newline="") as file:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from vineppo.config.load import (
-    build_config,
-    config_from_dict,
-    config_to_dict,
-    diff_configs,
-    is_sft_recipe,
-    load_recipe,
-    nearest,
-    recipe_names,
-    recipe_stem,
-    sections_of,
-    settings_of,
-    suggestion,
-)
-from vineppo.config.schema import ALGORITHMS, Config, EvalSpec, LearnerConfig, SFTConfig, TaskConfig
+from vineppo.config.load import config_to_dict, diff_configs, sections_of, settings_of, suggestion
+from vineppo.config.messages import nearest
+from vineppo.config.recipes import is_sft_recipe, load_recipe, recipe_names, recipe_stem
+from vineppo.config.schema import Config, EvalSpec, LearnerConfig, SFTConfig, TaskConfig
+from vineppo.config.settings import replace
+from vineppo.credit import BUILT_IN
+from vineppo.training.configure import build_config, config_from_dict, every_section
 from vineppo.types import UserError
 
 TUNED = {
@@ -47,19 +38,25 @@ def refusal(call: Any, *args: Any, **options: Any) -> str:
 
 
 def test_every_setting_and_section_has_a_text() -> None:
-    for cls in (Config, SFTConfig, EvalSpec):
+    for cls in (every_section(), SFTConfig, EvalSpec):
         for setting in settings_of(cls).values():
             assert len(setting.doc) > 10, f"{setting.key} has no text under it"
-        for section in sections_of(cls).values():
-            assert section.doc, section.key
+        assert all(sections_of(cls).values())
 
 
-def test_settings_are_the_leaves_of_the_dataclasses() -> None:
+def test_settings_are_the_leaves_of_the_models() -> None:
     settings = settings_of(Config)
     assert settings["learner.kl.coefficient"].default == 0.0
     assert settings["learner.betas"].default == (0.9, 0.999)
     assert "learner.kl" not in settings and "learner" not in settings
     assert list(sections_of(Config))[:2] == ["", "model"]
+
+
+def settings_in(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config
 
 
 # --- precedence
@@ -68,14 +65,15 @@ def test_settings_are_the_leaves_of_the_dataclasses() -> None:
 def test_recipe_then_its_overrides_then_the_command_line() -> None:
     plain = build_config(TUNED)
     assert (plain.algorithm, plain.learner.lr, plain.learner.epochs) == ("vineppo", 1e-4, 3)
-    assert plain.ppo.value_lr == Config().ppo.value_lr
+    assert not hasattr(plain, "ppo")
 
     ppo = build_config(TUNED, "ppo")
-    assert (ppo.algorithm, ppo.learner.lr, ppo.learner.epochs, ppo.ppo.value_lr) == ("ppo", 2e-4, 3, 3e-3)
+    assert (ppo.algorithm, ppo.learner.lr, ppo.learner.epochs) == ("ppo", 2e-4, 3)
+    assert settings_in(ppo, "ppo.value_lr") == 3e-3 and not hasattr(ppo, "vineppo")
     assert build_config(TUNED, "grpo").learner.lr == 4e-4
 
-    told = build_config(TUNED, "ppo", {"learner.lr": "5e-4"})
-    assert (told.learner.lr, told.ppo.value_lr, told.learner.kl.coefficient) == (5e-4, 3e-3, 0.5)
+    given = build_config(TUNED, "ppo", {"learner.lr": "5e-4"})
+    assert (given.learner.lr, settings_in(given, "ppo.value_lr"), given.learner.kl.coefficient) == (5e-4, 3e-3, 0.5)
 
 
 def test_the_chosen_algorithm_may_come_from_argument_overrides_or_recipe() -> None:
@@ -85,8 +83,10 @@ def test_the_chosen_algorithm_may_come_from_argument_overrides_or_recipe() -> No
 
 
 def test_defaults_stay_where_nothing_is_said() -> None:
-    assert build_config({}) == Config()
-    assert build_config({"learner": None, "overrides": None}) == Config()
+    defaults = config_to_dict(Config())
+    for recipe in ({}, {"learner": None, "overrides": None}):
+        resolved = config_to_dict(build_config(recipe))
+        assert resolved.pop("vineppo")["num_mc_rollouts"] == 9 and resolved == defaults
 
 
 def test_keys_may_be_nested_or_dotted_but_not_both_at_once() -> None:
@@ -115,11 +115,11 @@ def test_keys_may_be_nested_or_dotted_but_not_both_at_once() -> None:
     ],
 )
 def test_the_nearest_key(wrong: str, right: list[str]) -> None:
-    assert nearest(wrong, settings_of(Config)) == right
+    assert nearest(wrong, settings_of(every_section())) == right
 
 
 def test_a_letter_of_the_papers_is_known() -> None:
-    assert suggestion(Config, "K") == "did you mean vineppo.num_mc_rollouts?"
+    assert suggestion(every_section(), "K") == "did you mean vineppo.num_mc_rollouts?"
     assert suggestion(Config, "rollouts.g", prefix="--") == "did you mean --rollouts.group_size?"
 
 
@@ -186,9 +186,8 @@ def test_a_section_is_not_a_value() -> None:
     ],
 )
 def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: Any) -> None:
-    value: Any = build_config({}, None, {key: given})
-    for name in key.split("."):
-        value = getattr(value, name)
+    section = key.split(".")[0]
+    value = settings_in(build_config({}, section if section in BUILT_IN else None, {key: given}), key)
     assert value == expected and type(value) is type(expected)
 
 
@@ -198,6 +197,8 @@ def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: 
         ("learner.lr", "abc", "learner.lr is 'abc' in the recipe; it must be a number"),
         ("learner.lr", True, "learner.lr is True in the recipe; it must be a number"),
         ("learner.lr", "nan", "learner.lr is 'nan' in the recipe; it must be a number"),
+        ("learner.lr", "inf", "learner.lr is 'inf' in the recipe; it must be a number"),
+        ("run.seed", True, "run.seed is True in the recipe; it must be a whole number"),
         (
             "learner.lr",
             None,
@@ -211,45 +212,69 @@ def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: 
         ("learner.decay", "cosine", "learner.decay is 'cosine' in the recipe; allowed: constant, linear"),
         ("learner.decay", ["linear"], "learner.decay is ['linear'] in the recipe; allowed: constant, linear"),
         ("run.dir", 7, "run.dir is 7 in the recipe; it must be text; put it in quotes"),
-        ("learner.betas", "0.9", "learner.betas is '0.9' in the recipe; it must have 2 values"),
+        ("learner.betas", "0.9", "learner.betas is ['0.9'] in the recipe; it must have 2 values"),
         ("learner.betas", "0.9,x", "learner.betas is 'x' in the recipe; it must be a number"),
-        ("learner.betas", 0.9, "learner.betas is 0.9 in the recipe; it must be a list such as [a, b]"),
-        ("algorithm", "pppo", "algorithm is 'pppo' in the recipe; allowed: vineppo, ppo, grpo, rloo, reinforce"),
+        (
+            "learner.betas",
+            0.9,
+            'learner.betas is 0.9 in the recipe; it must be a list such as [a, b], or ["[a", ","] for texts with '
+            "brackets and commas",
+        ),
+        (
+            "algorithm",
+            "pppo",
+            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object",
+        ),
+        ("algorithm", 3, "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object"),
     ],
 )
 def test_wrong_types(key: str, given: Any, message: str) -> None:
-    assert refusal(build_config, {key: given}) == message
+    recipe = {"algorithm": "grpo", key: given} if key.startswith("grpo") else {key: given}
+    assert refusal(build_config, recipe) == message
 
 
 def test_lists_that_are_cut_off_or_have_holes() -> None:
-    assert "is 'a,,b'" in refusal(build_config, {"rollouts.stop": "a,,b"})
-    assert "is '[a'" in refusal(build_config, {"rollouts.stop": "[a"})
+    for text in ("a,,b", "[a"):
+        assert "it must be a list such as [a, b]" in refusal(build_config, {"rollouts.stop": text})
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vineppo.num_mc_rollouts": "0"}, "vineppo.num_mc_rollouts is 0; it must be at least 1"),
-        ({"rollouts.group_size": "0"}, "rollouts.group_size is 0; it must be at least 1"),
+        (
+            {"vineppo.num_mc_rollouts": "0"},
+            "vineppo.num_mc_rollouts is '0' on the command line; it must be at least 1",
+        ),
+        ({"rollouts.group_size": "0"}, "rollouts.group_size is '0' on the command line; it must be at least 1"),
         ({"algorithm": "grpo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; grpo"),
         ({"algorithm": "rloo", "rollouts.group_size": "1"}, "rollouts.group_size is 1; rloo"),
+        (
+            {
+                "algorithm": "reinforce",
+                "rollouts.group_size": 1,
+                "rollouts.num_problems": 1,
+                "learner.minibatch_size": 1,
+            },
+            "an iteration has 1 rollouts; reinforce needs at least 2",
+        ),
         ({"learner.decay": "linear", "run.max_tokens": "1000"}, "learner.decay is linear and run.max_tokens may end"),
         ({"vineppo.alternatives": "true", "vineppo.reuse": "false"}, "vineppo.alternatives is true, but vineppo.reuse"),
-        ({"vineppo.min_mc_rollouts": "3"}, "vineppo.min_mc_rollouts and vineppo.reuse exclude each other"),
-        (
-            {"vineppo.min_mc_rollouts": "10", "vineppo.reuse": "false"},
-            "min_mc_rollouts is 10, above vineppo.num_mc_rollo",
-        ),
         (
             {"vineppo.bisection": "true", "vineppo.alternatives": "true"},
             "vineppo.bisection and vineppo.alternatives excl",
         ),
-        ({"vineppo.bisection_level": "1"}, "vineppo.bisection_level is 1.0; allowed: above 0, below 1"),
-        ({"vineppo.bisection_chance": "-0.1"}, "vineppo.bisection_chance is -0.1; allowed: 0 to 1"),
-        ({"vineppo.decided_width": "1"}, "vineppo.decided_width is 1.0; allowed: 0 (that of K continuati"),
-        ({"rollouts.kv_memory": "0"}, "rollouts.kv_memory is 0.0; it must be above 0"),
+        (
+            {"vineppo.bisection_level": "1"},
+            "vineppo.bisection_level is '1' on the command line; allowed: above 0, below 1",
+        ),
+        ({"rollouts.kv_memory": "0"}, "rollouts.kv_memory is '0' on the command line; it must be above 0"),
+        ({"learner.clip_low": "2"}, "learner.clip_low is '2' on the command line; allowed: above 0, at most 1"),
         ({"vineppo.alternatives": "true", "learner.advantage_scaling": "whiten"}, "advantage_scaling is whiten, which"),
         ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
+        (
+            {"algorithm": "grpo", "vineppo.reuse": "false"},
+            "vineppo.reuse on the command line is a setting of vineppo, and the algorithm is grpo; leave it out",
+        ),
     ],
 )
 def test_values_that_cannot_work(overrides: dict[str, str], message: str) -> None:
@@ -271,9 +296,31 @@ def test_a_config_survives_its_yaml_file() -> None:
     assert config_from_dict(SFTConfig, yaml.safe_load(yaml.safe_dump(config_to_dict(sft)))) == sft
 
 
+def test_a_resolved_configuration_has_the_section_of_its_own_algorithm_only() -> None:
+    sections = {name: set(config_to_dict(build_config(TUNED, name))) for name in BUILT_IN}
+    shared = set(config_to_dict(Config()))
+    assert {name: found - shared for name, found in sections.items()} == {
+        "vineppo": {"vineppo"},
+        "ppo": {"ppo"},
+        "grpo": {"grpo"},
+        "rloo": set(),
+        "reinforce": set(),
+    }
+
+
+def test_wrong_values_in_python_are_refused_in_one_line_too() -> None:
+    assert refusal(LearnerConfig, lr=-1) == "LearnerConfig.lr is -1; it must be at least 0"
+    assert refusal(LearnerConfig, kl={"clamp": 0}) == "KLConfig.clamp is 0; it must be above 0"
+    assert refusal(LearnerConfig, rate=1).startswith(
+        "LearnerConfig has no field 'rate'; its fields: lr, warmup_updates"
+    )
+    with pytest.raises(Exception, match="frozen"):
+        LearnerConfig().lr = 1.0  # type: ignore[misc]
+
+
 def test_differences_are_named_by_key() -> None:
     old = Config()
-    new = dataclasses.replace(old, algorithm="ppo", learner=LearnerConfig(lr=2e-4))
+    new = replace(old, algorithm="ppo", learner=LearnerConfig(lr=2e-4))
     assert diff_configs(old, new) == ["algorithm: vineppo -> ppo", "learner.lr: 0.0001 -> 0.0002"]
     assert diff_configs(old, Config()) == []
 
@@ -281,7 +328,7 @@ def test_differences_are_named_by_key() -> None:
 # --- recipe files
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BUILT_IN)
 @pytest.mark.parametrize("name", [name for name in recipe_names() if not is_sft_recipe(name)])
 def test_every_recipe_loads_for_every_algorithm(name: str, algorithm: str) -> None:
     config = build_config(load_recipe(name), algorithm, name=name)

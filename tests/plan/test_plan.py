@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import small_config
 from vineppo.cli.main import main
-from vineppo.config.load import build_config, load_recipe, recipe_names
+from vineppo.config.recipes import load_recipe, recipe_names
 from vineppo.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
+from vineppo.config.settings import replace
+from vineppo.training.configure import build_config
 from vineppo.plan.predict import plan
 from vineppo.plan.shape import GIB, KNOWN
 from vineppo.training.loop import train
@@ -104,7 +105,7 @@ def test_what_cannot_fit_here_is_refused_before_anything_is_loaded(monkeypatch: 
 
 def test_seconds_are_those_of_the_algorithm_and_end_a_run() -> None:
     model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
-    made = {name: plan(Config(name, model), gpu="h100") for name in ("grpo", "ppo")}
+    made = {name: plan(Config(algorithm=name, model=model), gpu="h100") for name in ("grpo", "ppo")}
     assert made["grpo"].seconds["credit"] == 0 < made["ppo"].seconds["credit"]
     limited = replace(Config(model=model), run=replace(Config().run, max_seconds=20.0))
     every = plan(limited, gpu="h100")

@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vineppo.cli.options import Request, add_note
-from vineppo.config.load import (
-    build_config,
-    is_sft_recipe,
-    load_recipe,
-    recipe_names,
-)
+from vineppo.config.recipes import is_sft_recipe, load_recipe, recipe_names
 from vineppo.config.schema import Config
+from vineppo.training.configure import build_config
 from vineppo.types import UserError
 
 DEFAULT_RECIPE = "judgement"
@@ -40,7 +36,7 @@ def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | 
 
 
 def check_kind(recipe: str, command: str) -> None:
-    """Say it plainly when a recipe of the package belongs to the other command."""
+    """Refuse a recipe of the package that belongs to the other command."""
     names = recipe_names()
     owner = "sft" if is_sft_recipe(recipe) else "train"
     if recipe in names and owner != command:
@@ -50,7 +46,7 @@ def check_kind(recipe: str, command: str) -> None:
 
 
 def json_target(request: Request) -> Path | None:
-    """Where --json wants its file, refused before anything is computed if it cannot be there."""
+    """The file of `--json`, or None; refused before anything is computed if it cannot be written."""
     target = request.options["json"] and Path(request.options["json"])
     if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
         raise UserError(f"--json {target} cannot be written: give a file in an existing directory")

@@ -6,24 +6,28 @@ import argparse
 
 from vineppo.cli.common import add_recipe_note, training_config, training_recipes
 from vineppo.cli.options import Command, Request, add_settings, count
-from vineppo.config.schema import Config
+from vineppo.credit import COMPARED
+from vineppo.training.configure import every_section
 from vineppo.types import UserError
 
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
-
-
 _BUDGETS = ("run.max_updates", "run.max_tokens", "run.max_seconds")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--algorithms", metavar="A,B", help="compared algorithms (default: vineppo,ppo,grpo,rloo)")
+    add(
+        "--algorithms",
+        metavar="A,B",
+        help="compared algorithms, module:object for one of your own; the first is compared with the others, and the "
+        f"second is the reference of the table (default: {','.join(COMPARED)})",
+    )
     add("--seeds", metavar="N", help="runs per algorithm, with seeds 0 to N-1 (default: 5)")
     add("--budget", metavar="KIND=N", help="of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
     add("--out", metavar="DIR", help="directory of the comparison; one that stopped half-way goes on from there")
     add("--jobs", metavar="N", help="runs at the same time; more than 1 makes seconds less meaningful (default: 1)")
     add_recipe_note(parser, "RECIPE", sft=False)
-    add_settings(parser, Config, hidden={*_SET_BY_COMPARE, *_BUDGETS})
+    add_settings(parser, every_section(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
 
 def _run(request: Request) -> int:
@@ -35,7 +39,7 @@ def _run(request: Request) -> int:
         raise UserError(f"no RECIPE is given; recipes: {', '.join(training_recipes())}, or the path of a YAML file")
     if options["out"] is None:
         raise UserError("--out is not given; name the directory of the comparison")
-    algorithms = tuple(name.strip() for name in (options["algorithms"] or "vineppo,ppo,grpo,rloo").split(","))
+    algorithms = tuple(name.strip() for name in (options["algorithms"] or ",".join(COMPARED)).split(","))
     spec = CompareSpec(
         recipe=recipe,
         algorithms=algorithms,
@@ -43,10 +47,10 @@ def _run(request: Request) -> int:
         budget=parse_budget(options["budget"] or "updates=96"),
         out=options["out"],
         jobs=count(request, "jobs", 1),
-        overrides=tuple(f"--{key}={value}" for key, value in request.overrides.items()),
+        overrides=request.overrides,
     )
-    for algorithm in algorithms:  # a mistake is told now, not by the first run that meets it
-        training_config(recipe, {**request.overrides, **settings_of_budget(spec.budget)}, algorithm)
+    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # refuse a mistake before the first run starts
+        training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
     return 1 if compare(spec)["missing"] else 0
 
 
@@ -56,7 +60,7 @@ COMMAND = Command(
     usage="RECIPE --out DIR [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    config=Config,
+    settings=every_section,
     examples=(
         (
             "five seeds of four algorithms, 96 updates each",

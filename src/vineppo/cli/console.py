@@ -1,4 +1,4 @@
-"""What a training run tells the terminal: live progress, and a short report at the end."""
+"""Output of a training run in the terminal: live progress, and a short report at the end."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from vineppo.config.schema import Config
-
-_NAMES = {"vineppo": "VinePPO"}
+from vineppo.credit import find_algorithm
 
 
 class ConsoleReporter:
-    """Told about every iteration by `train`; writes to standard output.
+    """Prints the progress of a run on standard output (implements `training.session.Reporter`).
 
-    A terminal gets one moving line under the measurements; a file or a pipe gets a line per iteration.
+    On a terminal, one line is updated below the measurements; in a file or a pipe, every iteration gets a line.
     """
 
-    def __init__(self, live: bool | None = None) -> None:
-        """`live` chooses the form; None looks whether standard output is a terminal."""
+    def __init__(self, config: Config, live: bool | None = None) -> None:
+        """`live` chooses the form; None: whether standard output is a terminal."""
         self._live = sys.stdout.isatty() if live is None else live
-        self._config = Config()
+        self._config = config
         self._bar: Any = None
         self._row: Any = None
 
-    def start(self, config: Config, total_iterations: int) -> None:
-        """Say what is trained, and open the live line."""
-        self._config = config
-        _say(headline(config, total_iterations))
+    def start(self) -> None:
+        """Print what is trained, and open the live line."""
+        _say(headline(self._config))
         if not self._live:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -59,7 +57,7 @@ class ConsoleReporter:
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
 
     def wants_to_stop(self) -> bool:
-        """Never: whoever watches has Ctrl-C."""
+        """False: a run in a terminal is stopped by Ctrl-C."""
         return False
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
@@ -70,18 +68,18 @@ class ConsoleReporter:
             _say(line)
 
     def close(self) -> None:
-        """Give the terminal back; harmless when nothing is open."""
+        """Close the live line; does nothing if none is open."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
-def headline(config: Config, total_iterations: int) -> str:
+def headline(config: Config) -> str:
     """What is trained on what, in one line."""
     task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
     if config.task.name != "chain":
         task = " ".join(filter(None, (config.task.name, config.task.train_path)))
-    length = f"{total_iterations:,} iterations"
+    length = f"{config.run.iterations:,} iterations"
     limits = {"updates": config.run.max_updates, "tokens": config.run.max_tokens, "seconds": config.run.max_seconds}
     chosen = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
     if chosen:
@@ -90,7 +88,7 @@ def headline(config: Config, total_iterations: int) -> str:
         f"{count} {word}{'s' * (count != 1)}"
         for count, word in ((config.rollouts.num_problems, "problem"), (config.rollouts.group_size, "response"))
     )
-    name = _name(config.algorithm)
+    name = find_algorithm(config.algorithm).label
     return f"{name} on {config.model.path}, task {task}: {rollouts} per iteration, {length}, seed {config.run.seed}"
 
 
@@ -128,7 +126,7 @@ def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     before, after, tokens = (summary.get(key) or {} for key in ("accuracy_before", "accuracy_after", "tokens"))
     evaluation = duration(summary.get("seconds_eval"))
     amounts = f"{summary.get('iterations', 0):,} iterations, {summary.get('updates', 0):,} updates"
-    title = f"{_name(summary.get('algorithm', ''))}, seed {summary.get('seed')}: {amounts}"
+    title = f"{summary.get('label', '')}, seed {summary.get('seed')}: {amounts}"
     gain = ""
     if before.get("mean") is not None and after.get("mean") is not None:
         gain = f"   {100 * (after['mean'] - before['mean']):+.1f} points"
@@ -176,10 +174,6 @@ def short_number(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.0f}"
-
-
-def _name(algorithm: str) -> str:
-    return _NAMES.get(algorithm, algorithm.upper())
 
 
 def _say(line: str) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from vineppo.cli.common import DEFAULT_RECIPE, training_config
 from vineppo.cli.options import Command, Request, add_settings
 from vineppo.cli.train import exit_code, train_with
-from vineppo.config.load import (
-    settings_of,
-)
+from vineppo.config.load import settings_of
 from vineppo.config.schema import Config
+from vineppo.credit import BUILT_IN
 
 _DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
 
@@ -29,7 +28,7 @@ def _run(request: Request) -> int:
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
-        other = "grpo" if config.algorithm != "grpo" else "vineppo"
+        other = next(one.name for one in BUILT_IN.values() if one.name != config.algorithm and not one.needs_critic)
         print("\nNext:")
         print(f"  vineppo eval {folder}")
         print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {other}")
@@ -51,7 +50,7 @@ COMMAND = Command(
     usage="[--KEY VALUE ...]",
     options=_options,
     run=_run,
-    config=Config,
+    settings=lambda: Config,
     examples=(
         ("into runs/demo, or the next free name", "vineppo demo"),
         ("another algorithm on the same problems", "vineppo demo --algorithm grpo"),

@@ -5,21 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vineppo.cli.common import json_target, write_json
 from vineppo.cli.console import duration, interval_text
 from vineppo.cli.options import Command, Request, add_note, add_settings
-from vineppo.config.load import (
-    COMMAND_LINE,
-    build_config,
-    config_from_dict,
-    config_from_layers,
-    load_recipe,
-)
+from vineppo.config.load import COMMAND_LINE, Layer, config_to_dict, settings_from_layers
+from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config, EvalSpec
+from vineppo.training.configure import build_config, config_from_dict
 from vineppo.types import UserError
 
 
@@ -41,8 +36,8 @@ def _run(request: Request) -> int:
     target = json_target(request)
     if "model.path" in request.overrides:
         raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
-    own = _own_evaluation(request.positional)
-    spec: Any = config_from_layers(EvalSpec, [own, (request.overrides, COMMAND_LINE)])
+    layers = [_settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
+    spec = settings_from_layers(EvalSpec, layers)
     from vineppo.training.evaluate import evaluate_model
 
     result = evaluate_model(spec)
@@ -57,8 +52,8 @@ def _run_of(path: Path) -> Path | None:
     return inside if os.path.isfile(inside / "config.yaml") else None
 
 
-def _own_evaluation(model: str) -> tuple[dict[str, Any], str]:
-    """What `eval` takes over from MODEL: the form and place of the model, and of a run or recipe all that it sets."""
+def _settings_of_model(model: str) -> Layer:
+    """The settings that MODEL gives: the path of the model; for a run or a recipe also its task and response budget."""
     run_dir = _run_of(Path(model))
     if run_dir:
         return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
@@ -78,9 +73,14 @@ def _config_of_finished(run_dir: Path) -> Config:
 
 
 def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
-    """EvalSpec's keys as a training has them, with another place of the model."""
-    held = {"model": asdict(config.model) | {"path": model}, "task": asdict(config.task)}
-    return {**held, "max_new_tokens": config.rollouts.max_new_tokens, "stop": config.rollouts.stop}
+    """The settings of EvalSpec that a training has, with another path of the model."""
+    settings = config_to_dict(config)
+    return {
+        "model": settings["model"] | {"path": model},
+        "task": settings["task"],
+        "max_new_tokens": config.rollouts.max_new_tokens,
+        "stop": config.rollouts.stop,
+    }
 
 
 def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ COMMAND = Command(
     usage="MODEL [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    config=EvalSpec,
+    settings=lambda: EvalSpec,
     examples=(
         ("the embedded model on its task", "vineppo eval embedded:judgement"),
         ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),

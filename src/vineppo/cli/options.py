@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import textwrap
 import typing
@@ -10,7 +11,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from vineppo.config.load import COMMAND_LINE, convert, did_you_mean, sections_of, settings_of, suggestion
+from vineppo.config.load import sections_of, settings_of, suggestion
+from vineppo.config.messages import did_you_mean
+from vineppo.config.settings import Settings
 from vineppo.types import UserError
 
 
@@ -19,19 +22,19 @@ class Command:
     """One command of the program."""
 
     purpose: str
-    """One line, for the overview and the top of its help."""
+    """One line, for the overview and the top of the help."""
     takes: str
-    """Name of what may stand without dashes; empty: nothing."""
+    """Name of the positional argument; empty: there is none."""
     usage: str
     """What follows the command's name."""
     options: Callable[[argparse.ArgumentParser], None]
     """Adds the options to the parser."""
     run: Callable[[Request], int]
-    """Does it; returns the exit code."""
+    """Runs the command; returns the exit code."""
     examples: tuple[tuple[str, str], ...]
     """(what it does, command line)."""
-    config: type | None = None
-    """The config dataclass whose dotted keys are options."""
+    settings: Callable[[], type[Settings]] | None = None
+    """Returns the settings whose dotted keys are options."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,17 @@ class Request:
     positional: str | None
     """RECIPE or MODEL, as written."""
     options: Mapping[str, Any]
-    """The command's own options, without their dashes; None where not given."""
+    """The command's own options, without dashes; None where not given."""
     overrides: Mapping[str, str]
     """Dotted keys that were given, with their text."""
 
 
 class _Parser(argparse.ArgumentParser):
+    _negative_number_matcher = re.compile(r"-\.?\d")  # `-1e-4` is a value too
+
     def error(self, message: str) -> NoReturn:
         """A mistake is one line, without the usage of a hundred options."""
-        text = message.removeprefix("argument ")
-        raise UserError(f"{text}; see `{self.prog} --help`")
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
+        raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
 
 def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
@@ -66,70 +65,76 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
         usage=f"vineppo {name} {command.usage}".rstrip(),
         description=command.purpose,
         epilog=f"examples:\n{examples}",
-        formatter_class=_Formatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28),
         allow_abbrev=False,
         add_help=False,
     )
+    parser._negative_number_matcher = _Parser._negative_number_matcher
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     command.options(parser)
     return parser
 
 
 def parse_request(parser: argparse.ArgumentParser, command: Command, argv: list[str]) -> Request:
-    """What the command line asks for; raises UserError for an unknown option or an argument too many."""
-    # What is left over is unknown options and the positional; argparse's own positionals must not stand after options.
-    given, left = parser.parse_known_args(_join_negative_numbers(argv))
-    cls = command.config
-    names = [option.lstrip("-") for option in parser._option_string_actions]
-    for word in left:
-        if word.startswith("-") and word != "-":
-            key = word.split("=", 1)[0].lstrip("-")
-            hint = suggestion(cls, key, others=names, prefix="--") if cls else did_you_mean(key, names, "--")
-            raise UserError(f"unknown option {word.split('=', 1)[0]}; {hint or f'see `{parser.prog} --help`'}")
-    if len(left) > bool(command.takes):
-        raise UserError(f"{left[-1]} is one argument too many; usage: {parser.usage}")
-    values = vars(given)
-    keys = settings_of(cls) if cls else {}
+    """Parse a command line.
+
+    Options of a section that the command does not know (`--my_algorithm.trace 0.9`) are kept: they may be settings of a
+    user's algorithm, and are checked with it.
+
+    Raises:
+        UserError: for an unknown option or an argument too many.
+    """
+    cls = command.settings() if command.settings else Settings
+    given, left = parser.parse_known_args(argv)
+    foreign, positionals = _foreign_options(parser, cls, left)
+    if len(positionals) > bool(command.takes):
+        raise UserError(f"{positionals[-1]} is one argument too many; usage: {parser.usage}")
+    keys = settings_of(cls)
     return Request(
-        positional=left[0] if left else None,
-        options={name: value for name, value in values.items() if name not in keys and name != "help"},
-        overrides={name: value for name, value in values.items() if name in keys and value is not None},
+        positional=positionals[0] if positionals else None,
+        options={name: value for name, value in vars(given).items() if name not in keys and name != "help"},
+        overrides={k: value for k, value in vars(given).items() if k in keys and value is not None} | foreign,
     )
 
 
-def _join_negative_numbers(argv: list[str]) -> list[str]:
-    """`--key -1e-4` as `--key=-1e-4`: argparse takes some negative numbers for options."""
-    joined: list[str] = []
-    for word in argv:
-        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _is_negative_number(word):
-            joined[-1] += f"={word}"
+def _foreign_options(
+    parser: argparse.ArgumentParser, cls: type[Settings], words: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """(settings of sections that `cls` does not have, positional arguments) among what argparse did not take."""
+    foreign, positionals, rest = dict[str, str](), list[str](), iter(words)
+    for word in rest:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("-") or word == "-":
+            positionals.append(word)
+        elif word.startswith("--") and "." in key and "algorithm" in cls.model_fields and _is_foreign(cls, key):
+            foreign[key] = value if equals else next(rest, "true")
         else:
-            joined.append(word)
-    return joined
+            names = [option.lstrip("-") for option in parser._option_string_actions]
+            hint = (
+                suggestion(cls, key, others=names, prefix="--") if cls.model_fields else did_you_mean(key, names, "--")
+            )
+            raise UserError(f"unknown option {word.partition('=')[0]}; {hint or f'see `{parser.prog} --help`'}")
+    return foreign, positionals
 
 
-def _is_negative_number(word: str) -> bool:
-    try:
-        return word.startswith("-") and float(word) <= 0
-    except ValueError:
-        return False
+def _is_foreign(cls: type[Settings], key: str) -> bool:
+    return key.split(".")[0] not in cls.model_fields and not suggestion(cls, key)
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type, hidden: Collection[str] = ()) -> None:
-    """Every setting of a config dataclass as an option, in a group per section, with the text under its field."""
+def add_settings(parser: argparse.ArgumentParser, cls: type[Settings], hidden: Collection[str] = ()) -> None:
+    """Add every setting as an option, in a group per section, with the text under its field."""
     groups: dict[str, Any] = {
-        key: parser.add_argument_group(f"{key}: {section.doc}" if key else "settings")
-        for key, section in sections_of(cls).items()
+        key: parser.add_argument_group(f"{key}: {doc}" if key else "settings") for key, doc in sections_of(cls).items()
     }
     for key, setting in settings_of(cls).items():
-        default = _default_text(setting.default)
+        default = ",".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
+        default = default.lower() if setting.type is bool else default
         help_text = f"{setting.doc}{f' (default: {default})' if default else ''}".replace("%", "%%")
-        is_bool = setting.type is bool
         groups[key.rpartition(".")[0]].add_argument(
             f"--{key}",
             metavar=_metavar(setting.type),
-            nargs="?" if is_bool else None,
-            const="true" if is_bool else None,
+            nargs="?" if setting.type is bool else None,
+            const="true" if setting.type is bool else None,
             help=argparse.SUPPRESS if key in hidden else help_text,
         )
 
@@ -137,24 +142,19 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, hidden: Collection[
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(typing.get_args(kind)) + "}"
-    if typing.get_origin(kind) is tuple:
-        return "A,B"
-    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
-
-
-def _default_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return {int: "N", float: "X", bool: "true|false", tuple: "A,B"}.get(typing.get_origin(kind) or kind, "TEXT")
 
 
 def count(request: Request, name: str, default: int) -> int:
     """A whole number among the command's own options."""
-    value = request.options[name]
-    return default if value is None else int(convert(f"--{name}", int, value, COMMAND_LINE))
+    text = request.options[name]
+    try:
+        return default if text is None else int(text)
+    except ValueError:
+        raise UserError(f"--{name} is {text!r}; it must be a whole number") from None
 
 
 def add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:
-    """A paragraph of its own in the help."""
+    """Add a paragraph to the help."""
     width = max(40, min(shutil.get_terminal_size().columns, 120) - 4)
     parser.add_argument_group(title, textwrap.fill(text, width))

@@ -9,11 +9,8 @@ from typing import Any
 from vineppo.cli.common import add_recipe_note, check_kind
 from vineppo.cli.console import duration, interval_text
 from vineppo.cli.options import Command, Request, add_settings
-from vineppo.config.load import (
-    COMMAND_LINE,
-    config_from_layers,
-    load_recipe,
-)
+from vineppo.config.load import COMMAND_LINE, Layer, settings_from_layers
+from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import SFTConfig
 
 
@@ -23,12 +20,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
-    layers: list[tuple[Mapping[str, Any], str]] = [(request.overrides, COMMAND_LINE)]
+    layers: list[Layer] = [(request.overrides, COMMAND_LINE)]
     if request.positional is not None:
         check_kind(request.positional, "sft")
         recipe = {key: value for key, value in load_recipe(request.positional).items() if key != "description"}
         layers.insert(0, (recipe, f"in recipe {request.positional}"))
-    config = config_from_layers(SFTConfig, layers)
+    config = settings_from_layers(SFTConfig, layers)
     from vineppo.training.sft import run_sft
 
     for name, value in run_sft(config).items():
@@ -50,7 +47,7 @@ COMMAND = Command(
     usage="[RECIPE] [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    config=SFTConfig,
+    settings=lambda: SFTConfig,
     examples=(
         ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
         (

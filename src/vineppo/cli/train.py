@@ -6,21 +6,17 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, training_config
 from vineppo.cli.console import ConsoleReporter
 from vineppo.cli.options import Command, Request, add_settings
-from vineppo.config.load import (
-    COMMAND_LINE,
-    config_from_dict,
-    config_from_layers,
-    diff_configs,
-    recipe_stem,
-)
+from vineppo.config.load import COMMAND_LINE, Layer, diff_configs
+from vineppo.config.recipes import recipe_stem
 from vineppo.config.schema import Config
+from vineppo.config.settings import replace
+from vineppo.training.configure import config_from_layers, every_section, with_run_dir
 from vineppo.types import UserError
 
 
@@ -31,17 +27,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    add_settings(parser, Config)
+    add_settings(parser, every_section())
 
 
 def _run(request: Request) -> int:
     if request.options["resume"] is not None:
         return _resume(request)
     recipe = request.positional or DEFAULT_RECIPE
-    config = training_config(recipe, request.overrides)
-    if not config.run.dir:
-        folder = f"runs/{recipe_stem(recipe)}-{config.algorithm}-seed{config.run.seed}"
-        config = replace(config, run=replace(config.run, dir=folder))
+    config = with_run_dir(training_config(recipe, request.overrides), recipe_stem(recipe))
     return exit_code(train_with(config, recipe_stem(recipe)))
 
 
@@ -49,7 +42,7 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
     """Train with a console reporter; returns the content of summary.json."""
     from vineppo.training.loop import train
 
-    with _reporter() as reporter:
+    with _reporter(config) as reporter:
         return train(config, recipe=recipe, reporter=reporter)
 
 
@@ -62,16 +55,16 @@ def _resume(request: Request) -> int:
         )
     folder = request.options["resume"]
     run = RunDirectory.open(folder, writable=False)
-    layers = [(run.config, f"in {folder}/config.yaml")]
-    config = config_from_dict(Config, *layers[0])
-    changes = diff_configs(config, config_from_layers(Config, [*layers, (request.overrides, COMMAND_LINE)]))
+    layers: list[Layer] = [(run.config, f"in {folder}/config.yaml")]
+    config = config_from_layers(layers)
+    changes = diff_configs(config, config_from_layers([*layers, (request.overrides, COMMAND_LINE)]))
     if changes:
         mend = "leave those options out, or start a new run with them"
         raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {mend}")
     config = replace(config, run=replace(config.run, dir=str(folder)))  # it may have been moved since
     from vineppo.training.loop import resume
 
-    with _reporter() as reporter:
+    with _reporter(config) as reporter:
         return exit_code(resume(config, recipe=_recipe_of(run.summary), reporter=reporter))
 
 
@@ -83,8 +76,8 @@ def _recipe_of(summary: Path) -> str:
 
 
 @contextlib.contextmanager
-def _reporter() -> Iterator[ConsoleReporter]:
-    reporter = ConsoleReporter()
+def _reporter(config: Config) -> Iterator[ConsoleReporter]:
+    reporter = ConsoleReporter(config)
     try:
         yield reporter
     finally:
@@ -102,7 +95,7 @@ COMMAND = Command(
     usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
     options=_options,
     run=_run,
-    config=Config,
+    settings=every_section,
     examples=(
         ("VinePPO on the embedded default", "vineppo train"),
         ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),

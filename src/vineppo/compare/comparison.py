@@ -40,7 +40,7 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
         say(console, _plan_line(plans))
         failures = run_all(plans, spec, console)
         runs = [load_run(plan.directory) for plan in plans if run_state(plan.directory) == "finished"]
-        result = {"spec": spec_record(spec, runs), **surroundings(), **analyse(runs, spec.algorithms)}
+        result = {"spec": spec_record(spec, runs), **surroundings(), **analyse(runs, spec.arms)}
         result["missing"] = [missing(plan, failures) for plan in plans if run_state(plan.directory) != "finished"]
         write_reports(result, out)
     print_table(result, console)

@@ -7,6 +7,7 @@ reached" means the same thing on every axis, and a baseline reaches its own best
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, interval_over_seeds
 
@@ -246,30 +248,40 @@ def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
     return result
 
 
-def analyse(runs: Sequence[RunRecord], algorithms: Sequence[str]) -> dict[str, Any]:
+def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, Any]:
     """Everything that `compare.json` says about finished runs: a pure function of them.
 
+    The first algorithm is compared with two others: the second one, which is the reference of the tables, and the one
+    of the others with the highest final accuracy.
+
     Returns:
-        `algorithms` (name -> figures; a name without finished runs has nulls), `vineppo_vs_ppo` and
-        `vs_best_baseline` (VinePPO against the baseline with the highest final accuracy), `equal` (all at equal
-        updates, tokens and seconds).
+        `algorithms` (name -> figures; a name without finished runs has nulls), `first` and `reference` (names),
+        `vs_reference` and `vs_best` (figures of the two comparisons), `equal` (all algorithms at equal updates, tokens
+        and seconds).
     """
-    grouped = {name: sorted((r for r in runs if r.algorithm == name), key=lambda r: r.seed) for name in algorithms}
+    labels = {arm.name: arm.label for arm in arms}
+    grouped = {name: sorted((r for r in runs if r.algorithm == name), key=lambda r: r.seed) for name in labels}
     curves = {name: align(group) for name, group in grouped.items()}
-    figures = {name: _algorithm_figures(grouped[name], curves[name]) for name in algorithms}
-    best_of_ppo = curves.get("ppo")
-    for name in algorithms:
-        own = curves[name]
+    first, reference = arms[0].name, arms[1].name if len(arms) > 1 else None
+    figures = {
+        arm.name: {"label": arm.label, "colour": arm.colour, **_algorithm_figures(grouped[arm.name], curves[arm.name])}
+        for arm in arms
+    }
+    reference_curve = curves[reference] if reference else None
+    for name, own in curves.items():
         reach = None
-        if best_of_ppo is not None and own is not None:
-            reach = first_reach(own, float(best_of_ppo.accuracy.mean(axis=0).max()))
-        figures[name]["reach_ppo_best"] = None if reach is None else vars(reach).copy()
-    finals = {name: figures[name]["final_accuracy"]["mean"] for name in algorithms if name != "vineppo"}
+        if reference_curve is not None and own is not None:
+            reach = first_reach(own, float(reference_curve.accuracy.mean(axis=0).max()))
+        figures[name]["reach_reference_best"] = None if reach is None else vars(reach).copy()
+    finals = {name: figures[name]["final_accuracy"]["mean"] for name in labels if name != first}
     best = max((name for name, mean in finals.items() if mean is not None), key=lambda name: finals[name], default=None)
+    pair = functools.partial(_pair, first, grouped=grouped, curves=curves, labels=labels)
     return {
         "algorithms": figures,
-        "vineppo_vs_ppo": _pair("ppo", grouped, curves),
-        "vs_best_baseline": _pair(best, grouped, curves),
+        "first": first,
+        "reference": reference,
+        "vs_reference": pair(reference),
+        "vs_best": pair(best),
         "equal": at_equal_amounts(curves),
     }
 
@@ -326,23 +338,28 @@ def _run_figures(run: RunRecord) -> dict[str, Any]:
 
 
 def _pair(
-    baseline: str | None, grouped: dict[str, list[RunRecord]], curves: dict[str, Curves | None]
+    first: str,
+    baseline: str | None,
+    *,
+    grouped: Mapping[str, list[RunRecord]],
+    curves: Mapping[str, Curves | None],
+    labels: Mapping[str, str],
 ) -> dict[str, Any]:
-    """VinePPO against one baseline; all nulls, with the reason, where a side is missing."""
-    ours = curves.get("vineppo")
-    theirs = curves.get(baseline) if baseline else None
+    """The first algorithm against one other; all nulls, with the reason, where a side is missing."""
+    ours = curves[first]
+    theirs = curves[baseline] if baseline else None
     if baseline is None or ours is None or theirs is None:
-        absent = "vineppo" if ours is None else baseline or "a baseline"
+        absent = labels[first] if ours is None else labels[baseline] if baseline else "a second algorithm"
         empty: dict[str, Any] = {f"{axis}_ratio": None for axis in AXES}
         empty |= {f"{axis}_ratio_interval": {"low": None, "high": None} for axis in AXES}
         return {"baseline": baseline, **empty, "reason": f"no finished and evaluated run of {absent}"}
     result = versus(ours, theirs)
     reason = None
     if result["reach"] is None:
-        reason = f"vineppo never reached the best accuracy of {baseline}"
+        reason = f"{labels[first]} never reached the best accuracy of {labels[baseline]}"
     elif result["updates_ratio"] is None:
-        reason = f"the best accuracy of {baseline} is no more than vineppo's start"
-    difference = _paired_difference(grouped["vineppo"], grouped[baseline])
+        reason = f"the best accuracy of {labels[baseline]} is no more than the start of {labels[first]}"
+    difference = _paired_difference(grouped[first], grouped[baseline])
     return {"baseline": baseline, **result, "final_accuracy_difference": difference, "reason": reason}
 
 

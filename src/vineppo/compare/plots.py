@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from vineppo.run.figures import GREY, band, canvas, finish, legend_below, percent_axis, save, short_number
-from vineppo.run.styles import STYLES
 
 _AXIS_LABELS = {
     "updates": "updates",
@@ -18,6 +17,33 @@ _AXIS_LABELS = {
     "seconds": "seconds of training (evaluation not counted)",
     "kl": "KL from the starting model",
 }
+
+
+class Style(NamedTuple):
+    """How the curve of an algorithm looks."""
+
+    label: str
+    colour: str
+    marker: str
+    line: str
+
+
+_PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+"""Colours that colour-blind readers can tell apart (Okabe and Ito 2008), and a grey."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "-", "--", "--", ":", "-.", "-.", ":")
+"""Line styles and markers repeat the distinction for print in grey."""
+
+
+def styles_of(result: dict[str, Any]) -> dict[str, Style]:
+    """Name -> style of every algorithm of a comparison: its own colour, or the next one that no other has."""
+    algorithms = result["algorithms"]
+    free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in algorithms.values()}]
+    styles = {}
+    for i, (name, figures) in enumerate(algorithms.items()):
+        colour = figures["colour"] or (free.pop(0) if free else _PALETTE[i % len(_PALETTE)])
+        styles[name] = Style(figures["label"], colour, _MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)])
+    return styles
 
 
 def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
@@ -63,9 +89,10 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
         return None
     # A mean KL may fall, and a band around a line that turns back shows nothing.
     has_band = axis != "kl" and any(bound is not None for curve in curves.values() for bound in curve["accuracy_low"])
+    styles = styles_of(result)
     figure, axes = canvas(f"Accuracy over {_AXIS_LABELS[axis].split(' (')[0]}", _subtitle(result, has_band))
     for name, curve in curves.items():
-        style = STYLES[name]
+        style = styles[name]
         x, mean = curve[axis], curve["accuracy"]
         if has_band:
             band(axes, x, curve["accuracy_low"], curve["accuracy_high"], style.colour, None)
@@ -77,12 +104,12 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
             marker=style.marker,
             markersize=5,
             markevery=max(1, len(x) // 12),
-            linewidth=2.4 if name == "vineppo" else 1.8,
-            zorder=4 if name == "vineppo" else 3,
+            linewidth=2.4 if name == result["first"] else 1.8,
+            zorder=4 if name == result["first"] else 3,
             label=style.label,
         )
     if axis != "kl":
-        _mark_best_of_ppo(axes, result)
+        _mark_reference_best(axes, result)
     finish(axes, _AXIS_LABELS[axis], "accuracy on validation problems")
     if axis in ("tokens", "updates"):
         axes.xaxis.set_major_formatter(FuncFormatter(short_number))
@@ -91,12 +118,13 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     return figure
 
 
-def _mark_best_of_ppo(axes: Axes, result: dict[str, Any]) -> None:
+def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
     """The level whose reach the ratios compare."""
-    best = result["vineppo_vs_ppo"].get("baseline_best_accuracy")
+    best = result["vs_reference"].get("baseline_best_accuracy")
     if best is not None:
-        label = f"PPO's best, {100 * best:.1f}%"
-        axes.axhline(best, color=STYLES["ppo"].colour, linewidth=1, linestyle=(0, (1, 2)), zorder=2, label=label)
+        style = styles_of(result)[result["reference"]]
+        label = f"{style.label}'s best, {100 * best:.1f}%"
+        axes.axhline(best, color=style.colour, linewidth=1, linestyle=(0, (1, 2)), zorder=2, label=label)
 
 
 def _final_figure(result: dict[str, Any]) -> Figure | None:
@@ -105,13 +133,14 @@ def _final_figure(result: dict[str, Any]) -> Figure | None:
     if not shown:
         return None
     has_band = any(f["final_accuracy"]["low"] is not None for f in shown.values())
+    styles = styles_of(result)
     figure, axes = canvas("Final accuracy", _subtitle(result, has_band), height=1.9 + 0.62 * len(shown))
     starts = [f["accuracy_before"]["mean"] for f in shown.values() if f["accuracy_before"]["mean"] is not None]
     if starts:
         start = sum(starts) / len(starts)
         axes.axvline(start, color=GREY, linewidth=1.2, linestyle="--", label=f"before training, {100 * start:.1f}%")
     for row, (name, figures) in enumerate(shown.items()):
-        style, final = STYLES[name], figures["final_accuracy"]
+        style, final = styles[name], figures["final_accuracy"]
         single = [run["accuracy_after"] for run in figures["per_seed"] if run["accuracy_after"] is not None]
         axes.scatter(single, [row + 0.2] * len(single), s=18, color=style.colour, alpha=0.55, linewidths=0)
         if final["low"] is not None:
@@ -121,7 +150,7 @@ def _final_figure(result: dict[str, Any]) -> Figure | None:
         axes.annotate(text, (final["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.scatter([], [], s=18, color=GREY, alpha=0.7, linewidths=0, label="single runs")
     finish(axes, "accuracy after training, held-out problems", "")
-    axes.set_yticks(range(len(shown)), [STYLES[name].label for name in shown], fontsize=12)
+    axes.set_yticks(range(len(shown)), [styles[name].label for name in shown], fontsize=12)
     axes.set_ylim(len(shown) - 0.4, -0.65)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

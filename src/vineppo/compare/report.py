@@ -19,7 +19,7 @@ from vineppo.compare.figures import RunRecord
 from vineppo.compare.plots import plot_comparison
 from vineppo.compare.runs import PlannedRun, say
 from vineppo.compare.spec import CompareSpec
-from vineppo.compare.tables import HEADER, conclusions, markdown, table_rows
+from vineppo.compare.tables import conclusions, header, markdown, table_rows
 from vineppo.run.environment import version_of
 from vineppo.run.files import write_text, written_aside
 
@@ -29,7 +29,7 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
-        "algorithms": list(spec.algorithms),
+        "algorithms": [arm.name for arm in spec.arms],
         "seeds": spec.seeds,
         "jobs": spec.jobs,
     }
@@ -68,10 +68,11 @@ def as_json(content: dict[str, Any]) -> str:
 
 def print_table(result: dict[str, Any], console: Console) -> None:
     """The table in the terminal; a narrow one goes without the columns of tokens."""
+    names = header(result)
     rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(result)]
     widths = [
         max(len(part) for part in [*name.split(), *(line for row in rows for line in row[i].splitlines())])
-        for i, name in enumerate(HEADER)
+        for i, name in enumerate(names)
     ]
     everything = sum(width + 2 for width in widths) < console.width - 4
     table = Table(
@@ -80,9 +81,9 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         padding=(0, 0, 0, 1),
         show_edge=False,
     )
-    shown = [i for i, name in enumerate(HEADER) if everything or not name.endswith("tokens")]
+    shown = [i for i, name in enumerate(names) if everything or not name.endswith("tokens")]
     for i in shown:
-        table.add_column(HEADER[i], justify="left" if i == 0 else "right", width=widths[i])
+        table.add_column(names[i], justify="left" if i == 0 else "right", width=widths[i])
     for row in rows:
         table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)

@@ -21,6 +21,7 @@ from rich.console import Console
 from vineppo.compare.figures import load_run, number_in
 from vineppo.compare.spec import CompareSpec, settings_of_budget
 from vineppo.compare.tables import count, percent
+from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
 
 _STATUS_SECONDS = 2.0
@@ -65,11 +66,15 @@ def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
 
     Seeds are the outer loop, algorithms the inner one: a machine that slows down over hours then slows all alike.
     """
-    return [_plan_run(spec, algorithm, seed) for seed in range(spec.seeds) for algorithm in spec.algorithms]
+    return [
+        _plan_run(spec, algorithm, arm, seed)
+        for seed in range(spec.seeds)
+        for algorithm, arm in zip(spec.algorithms, spec.arms, strict=True)
+    ]
 
 
-def _plan_run(spec: CompareSpec, algorithm: str, seed: int) -> PlannedRun:
-    name = f"{algorithm}-seed{seed}"
+def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> PlannedRun:
+    name = f"{arm.name}-seed{seed}"
     directory = Path(spec.out) / "runs" / name
     action = _ACTIONS[run_state(directory)]
     train = (sys.executable, "-m", "vineppo", "train")
@@ -79,9 +84,10 @@ def _plan_run(spec: CompareSpec, algorithm: str, seed: int) -> PlannedRun:
         "keep": (),
         "resume": (*train, "--resume", str(directory)),
     }
-    fresh = (*train, spec.recipe, *address, *budget, *spec.overrides)
+    overrides = (f"--{key}={value}" for key, value in spec.overrides_of(arm).items())
+    fresh = (*train, spec.recipe, *address, *budget, *overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
-    return PlannedRun(algorithm, seed, directory, log, action, commands.get(action, fresh))
+    return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh))
 
 
 def run_state(directory: Path) -> RunState:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vineppo.config.schema import ALGORITHMS
+from vineppo.config.settings import require
+from vineppo.credit import BUILT_IN, COMPARED, find_algorithm
+from vineppo.credit.algorithm import Algorithm
 from vineppo.types import UserError
 
 _BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
@@ -68,12 +70,13 @@ def settings_of_budget(budget: Budget) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CompareSpec:
-    """One comparison, whole."""
+    """What a comparison runs."""
 
     recipe: str
     """Name of a recipe, or path of a YAML file; every run trains with it."""
-    algorithms: tuple[str, ...] = ("vineppo", "ppo", "grpo", "rloo")
-    """Compared algorithms, each once; the tables keep this order."""
+    algorithms: tuple[str, ...] = COMPARED
+    """Compared algorithms as in the setting `algorithm`, each once; the tables keep this order. The first is compared
+    with the others; the tables say when each algorithm reaches the best accuracy of the second."""
     seeds: int = 5
     """Number of runs per algorithm, with run.seed 0, 1, ..., seeds - 1."""
     budget: Budget = Budget("updates", 96)  # noqa: RUF009 (a named tuple is immutable)
@@ -82,41 +85,46 @@ class CompareSpec:
     """Directory of the comparison: runs, logs, tables, plots. An existing comparison is continued."""
     jobs: int = 1
     """Runs at the same time. More than 1 shares the processor, and with it the meaning of seconds."""
-    overrides: tuple[str, ...] = ()
-    """Further arguments of `vineppo train`, the same for all runs, such as `--learner.lr=1e-4`."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Further settings by dotted key, the same for all runs; those of an algorithm apply to its own runs."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.recipe), "recipe is empty; name a recipe or a YAML file")
-        _require(bool(self.out), "out is empty; name the directory of the comparison with --out DIR")
-        _require(bool(self.algorithms), f"algorithms is empty; allowed: {', '.join(ALGORITHMS)}")
-        for name in self.algorithms:
-            near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            _require(name in ALGORITHMS, f"algorithms has {name!r}; {hint}allowed: {', '.join(ALGORITHMS)}")
-        doubled = sorted({name for name in self.algorithms if self.algorithms.count(name) > 1})
-        _require(not doubled, f"algorithms names {', '.join(doubled)} more than once; name each once")
-        _require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
-        _require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
+        require(bool(self.recipe), "recipe is empty; name a recipe or a YAML file")
+        require(bool(self.out), "out is empty; name the directory of the comparison with --out DIR")
+        require(bool(self.algorithms), f"algorithms is empty; allowed: {', '.join(BUILT_IN)}, or module:object")
+        names = [arm.name for arm in self.arms]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        require(not doubled, f"algorithms has {', '.join(doubled)} more than once; name each once")
+        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
         _checked_budget(self.budget)
-        limits = (f"--{key}" for key in settings_of_budget(self.budget))
-        ours = ("--algorithm", "--run.dir", "--run.seed", "--resume", *limits)
-        for argument in self.overrides:
-            key = argument.split("=", 1)[0]
-            _require(key not in ours, f"override {key} is set by compare itself; use --algorithms, --seeds, --budget")
+        ours = ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
+        for key in self.overrides:
+            require(key not in ours, f"override {key} is set by compare itself; use --algorithms, --seeds, --budget")
+            section = key.split(".")[0]
+            require(
+                section in names or section not in BUILT_IN,
+                f"{key} is a setting of {section}, which is not compared; leave it out, or add it to --algorithms",
+            )
+
+    @property
+    def arms(self) -> tuple[Algorithm, ...]:
+        """The compared algorithms."""
+        return tuple(find_algorithm(spec) for spec in self.algorithms)
+
+    def overrides_of(self, algorithm: Algorithm) -> dict[str, str]:
+        """The overrides without the settings of the other algorithms."""
+        foreign = {arm.name for arm in self.arms} - {algorithm.name}
+        return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in foreign}
 
     def identity(self) -> dict[str, Any]:
-        """What may not change while a comparison goes on; algorithms and seeds may grow, jobs may change."""
+        """What must stay the same when a comparison is continued; algorithms, seeds and jobs may change."""
         return {
             "recipe": self.recipe,
             "recipe_sha256": _recipe_digest(self.recipe),
             "budget": str(self.budget),
-            "overrides": list(self.overrides),
+            "overrides": [f"--{key}={value}" for key, value in self.overrides.items()],
         }
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
 
 
 def _recipe_digest(recipe: str) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from vineppo.compare.figures import AXES
 
-HEADER = (
+_COLUMNS = (
     "algorithm",
     "runs",
     "accuracy before",
@@ -15,17 +15,23 @@ HEADER = (
     "rollout tokens",
     "MC tokens",
     "seconds",
-    "updates to PPO's best",
-    "seconds to PPO's best",
 )
 
 
+def header(result: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the table's columns; the last two name the reference algorithm, if there is one."""
+    if result["reference"] is None:
+        return _COLUMNS
+    label = result["algorithms"][result["reference"]]["label"]
+    return (*_COLUMNS, f"updates to {label}'s best", f"seconds to {label}'s best")
+
+
 def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table's rows as text, one per algorithm, in the order of `HEADER`."""
+    """The table's rows as text, one per algorithm, with the columns of `header`."""
     rows: list[tuple[str, ...]] = []
     for name, figures in result["algorithms"].items():
-        reach = figures["reach_ppo_best"] or {}
-        row = (
+        reach = figures["reach_reference_best"] or {}
+        row: tuple[str, ...] = (
             name,
             f"{figures['num_runs']} of {result['spec']['seeds']}",
             percent(figures["accuracy_before"]["mean"]),
@@ -34,9 +40,9 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             count(figures["tokens"]["rollouts"]),
             count(figures["tokens"]["mc"]),
             count(figures["seconds"]["mean"]),
-            count(reach.get("updates")),
-            count(reach.get("seconds")),
         )
+        if result["reference"] is not None:
+            row = (*row, count(reach.get("updates")), count(reach.get("seconds")))
         rows.append(row)
     return rows
 
@@ -44,10 +50,10 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 def conclusions(result: dict[str, Any]) -> list[str]:
     """What the comparison says beside its table, one sentence a line."""
     spec = result["spec"]
-    lines = [_pair_sentence(result["vineppo_vs_ppo"])]
-    best = result["vs_best_baseline"]
-    if best["baseline"] not in (None, "ppo"):
-        lines.append(_pair_sentence(best))
+    lines = [_pair_sentence(result, result["vs_reference"])]
+    best = result["vs_best"]
+    if best["baseline"] not in (None, result["reference"]):
+        lines.append(_pair_sentence(result, best))
     lines += _equal_sentences(result["equal"])
     lines.append(
         f"Budget of each run: {spec['budget']}. Accuracy after: mean over runs with its 95% Student t interval. "
@@ -67,11 +73,11 @@ def _equal_sentences(equal: dict[str, Any]) -> list[str]:
     ]
 
 
-def _pair_sentence(pair: dict[str, Any]) -> str:
-    name = (pair["baseline"] or "").upper()
-    if not name or "baseline_reach" not in pair:
+def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
+    if pair["baseline"] is None or "baseline_reach" not in pair:
         return ""
-    ends = f"VinePPO against {name}: final accuracy {_points(pair['final_accuracy_difference'])}, paired by seed."
+    first, name = (result["algorithms"][key]["label"] for key in (result["first"], pair["baseline"]))
+    ends = f"{first} against {name}: final accuracy {_points(pair['final_accuracy_difference'])}, paired by seed."
     best = f"{name}'s best mean accuracy during training is {percent(pair['baseline_best_accuracy'])}"
     if pair["reason"]:
         return f"{ends} {best}: {pair['reason']}."
@@ -80,7 +86,7 @@ def _pair_sentence(pair: dict[str, Any]) -> str:
     )
     share = pair["share_of_resamples_reached"]
     reached = "" if share is None else f" (95% bootstrap over seeds; reached in {share:.0%} of resamples)"
-    return f"{ends} {best}; to reach it, {name}'s amount over VinePPO's: {ratios}{reached}."
+    return f"{ends} {best}; to reach it, {name}'s amount over {first}'s: {ratios}{reached}."
 
 
 def _ratio_interval(interval: dict[str, float | None]) -> str:
@@ -100,7 +106,8 @@ def _points(difference: dict[str, float | None]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """`table.md`: the table and the sentences under it."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *table_rows(result)]
+    names = header(result)
+    rows = [names, tuple("---" for _ in names), *table_rows(result)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return "\n\n".join([table, *conclusions(result)]) + "\n"
 

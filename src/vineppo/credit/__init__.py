@@ -1,60 +1,39 @@
-"""One small file per algorithm. An algorithm writes per-token credit; the trainer never learns its name."""
+"""One file per algorithm, and the two functions that find them by name."""
 
 from __future__ import annotations
 
-from vineppo.config.schema import Config, VineConfig
-from vineppo.credit.bisection import Bisection, bisected_vine_credit
-from vineppo.credit.gae import gae_credit
-from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
-from vineppo.credit.vine import vine_credit, vine_node_credit
-from vineppo.model.critic import ValueNetwork
-from vineppo.model.policy import Policy
-from vineppo.steps import build_splitter
-from vineppo.types import CreditFn, Sampler, Task
-from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator
+from vineppo.config.messages import did_you_mean
+from vineppo.credit.algorithm import Algorithm
+from vineppo.credit.grpo import GRPO
+from vineppo.credit.ppo import PPO
+from vineppo.credit.reinforce import REINFORCE
+from vineppo.credit.rloo import RLOO
+from vineppo.credit.vineppo import VINEPPO
+from vineppo.objects import load_object
+from vineppo.types import UserError
+
+BUILT_IN: dict[str, Algorithm] = {one.name: one for one in (VINEPPO, PPO, GRPO, RLOO, REINFORCE)}
+"""The package's algorithms by name."""
+COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)
+"""What `vineppo compare` compares by default."""
 
 
-def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
-    """Bind the chosen algorithm to what it needs: the one place that knows their names."""
-    match config.algorithm:
-        case "vineppo":
-            plain = MonteCarlo(
-                sampler=sampler,
-                task=task,
-                decode=policy.decode,
-                num_mc_rollouts=config.vineppo.num_mc_rollouts,
-                max_new_tokens=config.rollouts.max_new_tokens,
-                run_seed=config.run.seed,
-            )
-            return build_vine_credit(config.vineppo, plain, policy)
-        case "ppo":
-            assert critic is not None, "PPO comes with a value network"
-            return gae_credit(
-                critic,
-                gamma=config.ppo.gamma,
-                gae_lambda=config.ppo.gae_lambda,
-                micro_batch_tokens=config.learner.micro_batch_tokens,
-            )
-        case "grpo":
-            return grpo_credit(config.grpo.scale_by_std)
-        case "rloo":
-            return rloo_credit()
-        case "reinforce":
-            return reinforce_credit()
+def find_algorithm(spec: str) -> Algorithm:
+    """The algorithm that `algorithm` names: one of the package, or `module:object` for any other.
 
-
-def build_vine_credit(config: VineConfig, plain: MonteCarlo, policy: Policy) -> CreditFn:
-    """VinePPO in the form that its settings ask for; the number of continuations is that of `plain`."""
-    steps = (build_splitter(config.splitter), policy.token_texts, config.max_states)
-    if config.alternatives:
-        return vine_node_credit(ReusingMonteCarlo(plain), *steps)
-    estimator: ValueEstimator = plain
-    if config.reuse:
-        estimator = ReusingMonteCarlo(plain)
-    elif config.min_mc_rollouts:
-        estimator = AdaptiveMonteCarlo(plain, config.min_mc_rollouts, config.decided_width)
-    if config.bisection:
-        return bisected_vine_credit(
-            estimator, *steps, Bisection(config.bisection_level, config.bisection_chance, plain.run_seed)
+    Raises:
+        UserError: for an unknown name, a module that cannot be imported, or an object that is no `Algorithm`.
+    """
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]
+    if ":" not in spec:
+        hint = did_you_mean(spec, BUILT_IN)
+        raise UserError(
+            f"algorithm is {spec!r}; {hint + ' ' if hint else ''}allowed: {', '.join(BUILT_IN)}, or module:object"
         )
-    return vine_credit(estimator, *steps)
+    found = load_object(spec, "algorithm")
+    if not isinstance(found, Algorithm):
+        raise UserError(f"algorithm {spec!r} is a {type(found).__name__}; it must be a vineppo.Algorithm")
+    if found.name in BUILT_IN and found is not BUILT_IN[found.name]:
+        raise UserError(f"algorithm {spec!r} has the name {found.name} of a built-in one; give it another name")
+    return found

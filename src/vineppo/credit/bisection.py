@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vineppo.credit.advantages import spread_over_tokens
 from vineppo.credit.sample import training_sample
-from vineppo.credit.vine import vine_metrics
+from vineppo.credit.value_metrics import value_metrics
 from vineppo.seeds import derive_seed
 from vineppo.statistics import wilson
 from vineppo.steps import Splitter, step_ends
@@ -72,7 +72,7 @@ def bisected_vine_credit(
         samples = [search.sample() for search in searches]
         steps = sum(search.last for search in searches)
         metrics = {"credit/rounds": float(rounds), "credit/measured_share": cost.states / max(1, steps)}
-        return samples, {**vine_metrics(samples, cost), **metrics}
+        return samples, {**value_metrics(samples, cost), **metrics}
 
     return credit
 

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
+from vineppo.training.configure import own_settings
 from vineppo.training.parts import total_updates, updates_per_iteration
-
-_REUSE_SHARE = 0.3
-"""Of the tokens of K fresh continuations that `vineppo.reuse` needs, as measured on the embedded task."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,15 @@ class Plan:
 
 
 def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
-    """Without a calibration: responses of a third of the budget, unless told otherwise, in steps of 30 tokens."""
+    """Amounts without a calibration: responses of a third of the budget unless given, steps of 30 tokens."""
     own = config.rollouts
     length = response_tokens or max(1, own.max_new_tokens // 3)
     rollouts = own.num_problems * own.group_size
-    steps = min(max(1, length // 30), config.vineppo.max_states or length)
+    steps = max(1, length // 30)
+    algorithm = find_algorithm(config.algorithm)
     mc_tokens = 0.0
-    if config.algorithm == "vineppo":
-        # K continuations of S states, half a response long each; with reuse those of a state serve the next ones too.
-        share = _REUSE_SHARE if config.vineppo.reuse else 1.0
-        mc_tokens = rollouts * config.vineppo.num_mc_rollouts * steps * length / 2 * share
+    if algorithm.plan:
+        mc_tokens = algorithm.plan.mc_tokens(own_settings(config, algorithm), rollouts, steps, length)
     return Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates_per_iteration(config))
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vineppo.config.schema import Config
+from vineppo.config.settings import replace
+from vineppo.credit import find_algorithm
 from vineppo.learning.learner import Learner
-from vineppo.model.policy import Policy
+from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
-from vineppo.steps import build_splitter, step_ends
+from vineppo.training.configure import own_settings
 from vineppo.training.parts import build_parts, sample_rollouts, updates_per_iteration
 from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
@@ -59,16 +59,14 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     passes = max(0.0, update_seconds - prepare - step)
     seconds = {
         "sample": sample_seconds + extra * tokens,
-        "credit": credit_seconds + extra * metrics.get("tokens/mc", 0.0)
-        if config.algorithm == "vineppo"
-        else credit_seconds * scale,
+        "credit": credit_seconds + extra * metrics["tokens/mc"] if metrics.get("tokens/mc") else credit_seconds * scale,
         "update": scale * (prepare + config.learner.epochs * passes) + amounts.updates * step,
     }
     memory = memory_by_kind(config, shape_of(policy.model), amounts, trainable=count(policy.model, trainable=True))
     what = f"calibrated on {few} of {own.num_problems} problems: {tokens:,} tokens and their credit"
     return Plan(
         what, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),
-        _variants(config, policy, groups, amounts, seconds),
+        _variants(config, parts.codec, groups, amounts, seconds),
     )  # fmt: skip
 
 
@@ -111,37 +109,19 @@ def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, s
 
 
 def _variants(
-    config: Config, policy: Policy, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
+    config: Config, codec: Codec, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
 ) -> list[tuple[str, float, float]]:
     """What other K, splitters and groups would do, in proportion to the tokens that they need."""
-    if config.algorithm != "vineppo":
+    algorithm, total = find_algorithm(config.algorithm), sum(seconds.values())
+    if algorithm.plan is None:
         return []
-    own, total = config.vineppo, sum(seconds.values())
-
-    def with_share(name: str, share: float) -> tuple[str, float, float]:
-        return name, amounts.mc_tokens * share, total + (share - 1) * seconds["credit"]
-
-    ks = [k for k in (1, 3, 9, 18) if k != own.num_mc_rollouts]
-    rows = [with_share(f"vineppo.num_mc_rollouts {k}", k / own.num_mc_rollouts) for k in ks]
-    base = _remaining_tokens(config.vineppo.splitter, config, policy, groups)
-    for spec in ("newline", "math", "cutpoints", "tokens:16", "tokens:64"):
-        if spec != own.splitter and base and not own.reuse and not own.bisection:
-            rows.append(with_share(f"vineppo.splitter {spec}", _remaining_tokens(spec, config, policy, groups) / base))
-    if not own.min_mc_rollouts and own.num_mc_rollouts > 1 and not own.reuse:
-        least = math.ceil(0.4 * own.num_mc_rollouts)
-        rows.append(with_share(f"vineppo.min_mc_rollouts {least} (at best)", least / own.num_mc_rollouts))
-    twice = amounts.mc_tokens * 2, total * 2
-    rows.append((f"rollouts.group_size {2 * config.rollouts.group_size} (at most)", *twice))
-    return rows
-
-
-def _remaining_tokens(spec: str, config: Config, policy: Policy, groups: Sequence[RolloutGroup]) -> int:
-    """Tokens behind all states of the rollouts: what one continuation of each would take if it were as long."""
-    cut, total = build_splitter(spec), 0
-    for rollout in (rollout for group in groups for rollout in group.rollouts):
-        starts = (0, *step_ends(rollout, cut, policy.token_texts, config.vineppo.max_states)[:-1])
-        total += sum(len(rollout.response_ids) - start for start in starts)
-    return total
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    variants = algorithm.plan.variants(own_settings(config, algorithm), codec, rollouts)
+    rows = [(name, amounts.mc_tokens * share, total + (share - 1) * seconds["credit"]) for name, share in variants]
+    return [
+        *rows,
+        (f"rollouts.group_size {2 * config.rollouts.group_size} (at most)", amounts.mc_tokens * 2, total * 2),
+    ]
 
 
 def _timed(work: Any) -> tuple[Any, float]:

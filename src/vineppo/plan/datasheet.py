@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
 from vineppo.plan.amounts import Plan, guessed_amounts, iterations
 from vineppo.plan.memory import memory_by_kind
 from vineppo.plan.shape import GIB, Shape, kv_bytes, shape_by_name, trainable
@@ -50,7 +51,7 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     )
     trained = amounts.rollouts * amounts.sequence_tokens
     per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
-    networks = 2 if config.algorithm == "ppo" else 1
+    networks = 1 + find_algorithm(config.algorithm).needs_critic
     forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
     seconds = {
         "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, rows),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
 from vineppo.plan.amounts import Amounts
 from vineppo.plan.shape import GIB, Shape, kv_bytes
 
@@ -15,14 +16,14 @@ from vineppo.plan.shape import GIB, Shape, kv_bytes
 def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
     """Bytes by kind. Sampling and updating do not happen at the same time: the peak is the larger of the two."""
     size = 2 if config.model.dtype == "bfloat16" else 4
-    lora, ppo = config.model.lora.r > 0, config.algorithm == "ppo"
+    lora, has_critic = config.model.lora.r > 0, find_algorithm(config.algorithm).needs_critic
     weights = shape.parameters * size
     trained_size = 4 if lora else size
     # AdamW's two moments, a float32 master of 16-bit weights, and gradients (twice where there is a master).
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
     gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
-    critic = (trainable * trained_size if lora else weights) + optimizer + gradients if ppo else 0.0
+    critic = (trainable * trained_size if lora else weights) + optimizer + gradients if has_critic else 0.0
     length = amounts.sequence_tokens
     rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
     kv = min(config.rollouts.kv_memory * GIB, rows * length * kv_bytes(shape, size))

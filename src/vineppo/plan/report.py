@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
 from vineppo.plan.amounts import Plan
 from vineppo.plan.shape import GIB
 
@@ -12,8 +13,8 @@ def report(made: Plan, config: Config) -> list[str]:
     amounts, n = made.amounts, made.iterations
     run = made.seconds_per_iteration * n
     lines = [
-        f"{config.algorithm} on {config.model.path}: {amounts.rollouts} rollouts per iteration, {n:,} iterations, "
-        f"{n * amounts.updates:,} updates",
+        f"{find_algorithm(config.algorithm).label} on {config.model.path}: {amounts.rollouts} rollouts per iteration, "
+        f"{n:,} iterations, {n * amounts.updates:,} updates",
         f"  ({made.source})",
         f"  tokens per iteration  {amounts.rollout_tokens:,.0f} rollouts, {amounts.mc_tokens:,.0f} MC rollouts "
         f"({amounts.steps_per_response:.1f} steps to a response)",

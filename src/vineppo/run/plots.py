@@ -13,7 +13,6 @@ from matplotlib.ticker import FuncFormatter
 
 from vineppo.run.directory import RunDirectory
 from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, save, short_number
-from vineppo.run.styles import STYLES
 
 _PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
 
@@ -53,8 +52,7 @@ def _run_title(run_dir: Path) -> str:
     if not summary_path.exists():
         return run_dir.resolve().name
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
-    style = STYLES.get(summary.get("algorithm", ""))
-    parts = [style.label if style else "", f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
+    parts = [summary.get("label", ""), f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
     return ", ".join(part for part in parts if part)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from vineppo.config.schema import GYM, TaskConfig
+from vineppo.config.settings import replace
 from vineppo.tasks.dataset import DatasetTask, Layout
 from vineppo.tasks.grading.graded import Graded, InProcess, Judge
 from vineppo.tasks.grading.graders import QUICK, first_line, load_grader

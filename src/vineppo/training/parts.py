@@ -2,101 +2,135 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vineppo.config.schema import Config
-from vineppo.credit import build_credit
-from vineppo.learning.learner import Learner
+from vineppo.credit import find_algorithm
+from vineppo.credit.algorithm import Algorithm, CreditParts, SampleFn
+from vineppo.learning.learner import TorchLearner
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
+from vineppo.training.configure import own_settings
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Sampler, Split, Task
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The built parts of a training, by the names of the loop's stages."""
+    """The parts of a training, by the names of the loop's stages."""
 
-    config: Config
+    algorithm: Algorithm
     policy: Policy
+    codec: Codec
     task: Task
     sampler: Sampler
-    eval_sampler: Sampler
+    sample: SampleFn
+    """Problems to groups of graded rollouts."""
     credit: CreditFn
-    learner: Learner
+    learner: TorchLearner
+
+    def update_sampler(self) -> None:
+        """Pass the learner's weights and their version to the sampler."""
+        self.sampler.update_weights(self.learner.updates, self.learner.weights)
 
 
 @dataclass(frozen=True)
-class Given:
-    """What the caller brings along instead of naming it in the configuration."""
+class InMemory:
+    """A model or data in memory, which the configuration does not name."""
 
     policy: Policy | None = None
-    """In the place of `config.model`; it is trained in place."""
+    """Used instead of `config.model`; it is trained in place."""
     tables: Mapping[Split, Any] | None = None
     """Rows for the task `dataset`, by split."""
 
 
-NOTHING_GIVEN = Given()
+NOTHING_IN_MEMORY = InMemory()
 
 
 def build_parts(
-    config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, given: Given = NOTHING_GIVEN
+    config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
 ) -> Parts:
-    """Load and bind everything that can be wrong, before anything is written."""
-    policy = given.policy or Policy.load(config.model)
-    task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
-    sampler, eval_sampler = build_samplers(config, policy)
+    """Load and build everything that can fail, before anything is written.
+
+    Raises:
+        UserError: for a model, data or graders that cannot be used.
+    """
+    algorithm = find_algorithm(config.algorithm)
+    settings = own_settings(config, algorithm)
+    policy = in_memory.policy or Policy.load(config.model)
+    task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
+    learner = build_learner(config, policy)
+    sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
+    parts = CreditParts(
+        sampler=sampler,
+        task=task,
+        codec=policy.codec,
+        predict_values=learner.predict_values,
+        run_seed=config.run.seed,
+        group_size=config.rollouts.group_size,
+        max_new_tokens=config.rollouts.max_new_tokens,
+        temperature=config.rollouts.temperature,
+        stop=config.rollouts.stop,
+    )
+    sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
+    credit = algorithm.build(settings, parts)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner)
+
+
+def build_learner(config: Config, policy: Policy) -> TorchLearner:
+    """The learner of a policy, with a reference and a value network where the configuration needs them."""
+    algorithm = find_algorithm(config.algorithm)
+    settings = own_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
-    if config.algorithm == "ppo":
-        critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), config.ppo.value_head_scale)
-    learner = Learner(
+    if settings is not None:
+        critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), settings.value_head_scale)
+    return TorchLearner(
         policy,
         Reference(policy) if config.learner.kl.coefficient > 0 else None,
         critic,
         config.learner,
-        config.ppo,
+        settings,
         temperature=config.rollouts.temperature,
         total_updates=total_updates(config),
+        seed=config.run.seed,
     )
-    credit = build_credit(config, policy, sampler, task, critic)
-    return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
 
 
-def build_samplers(config: Config, policy: Policy) -> tuple[TorchSampler, TorchSampler]:
-    """(of training, of evaluation): they differ in temperature alone."""
-    own = config.rollouts
-    training, evaluation = (
-        TorchSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
-        for t in (own.temperature, config.eval.temperature)
+def build_engine(config: Config, policy: Policy) -> TorchSampler:
+    """The engine that samples from a policy in this process."""
+    return TorchSampler(policy, max_rows=config.rollouts.max_rows, kv_memory=int(config.rollouts.kv_memory * 2**30))
+
+
+def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
+    """G independent rollouts of each problem: how rollouts are sampled unless the algorithm has its own way."""
+    return sample_groups(
+        problems,
+        parts.codec,
+        parts.sampler,
+        parts.task,
+        group_size=parts.group_size,
+        max_new_tokens=parts.max_new_tokens,
+        temperature=parts.temperature,
+        stop=parts.stop,
+        address=(parts.run_seed, iteration, "rollouts"),
     )
-    return training, evaluation
 
 
 def updates_per_iteration(config: Config) -> int:
-    """Optimizer steps between two batches of rollouts."""
+    """Optimizer updates per iteration, whatever the number of training samples."""
     rollouts = config.rollouts.num_problems * config.rollouts.group_size
     return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
 
 
 def total_updates(config: Config) -> int:
-    """Updates of a whole run: where a linear decay ends."""
+    """Updates of a whole run, after which a linear decay ends."""
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates
-
-
-def sample_rollouts(parts: Parts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
-    """The G graded rollouts of each problem, for an iteration."""
-    return sample_groups(
-        problems,
-        parts.policy,
-        parts.sampler,
-        parts.task,
-        group_size=parts.config.rollouts.group_size,
-        max_new_tokens=parts.config.rollouts.max_new_tokens,
-        address=(parts.config.run.seed, iteration, "rollouts"),
-    )

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vineppo.config.load import config_from_dict, did_you_mean
+from vineppo.config.messages import did_you_mean
 from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
+from vineppo.training.configure import config_from_dict
 from vineppo.types import UserError
 
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -107,7 +109,7 @@ class VinePPOConfig:
     output_dir: str = "vineppo-output"
     """Run directory."""
     algorithm: str = "vineppo"
-    """`vineppo`, `ppo`, `grpo`, `rloo` or `reinforce`."""
+    """`vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for one of your own."""
     num_mc_rollouts: int = 9
     """K: continuations sampled from each intermediate state."""
     splitter: str = "newline"
@@ -279,10 +281,7 @@ class VinePPOConfig:
             "rollouts.group_size": self.num_generations,
             "rollouts.temperature": self.temperature,
             "rollouts.max_new_tokens": self.max_completion_length,
-            "vineppo.num_mc_rollouts": self.num_mc_rollouts,
-            "vineppo.splitter": self.splitter,
-            "ppo.value_lr": self.learning_rate,
-            "grpo.scale_by_std": self.scale_rewards in (True, "group"),
+            **self._of_algorithm(),
             "learner.lr": self.learning_rate,
             "learner.epochs": self.num_iterations,
             "learner.clip_low": self.epsilon,
@@ -300,6 +299,18 @@ class VinePPOConfig:
             "run.keep_checkpoints": self.save_total_limit or 1,
             "run.report_to": self._trackers(),
         }
+
+    def _of_algorithm(self) -> dict[str, Any]:
+        """Settings of the chosen algorithm that have a field here."""
+        algorithm = find_algorithm(self.algorithm)
+        fields = {
+            "num_mc_rollouts": self.num_mc_rollouts,
+            "splitter": self.splitter,
+            "value_lr": self.learning_rate,
+            "scale_by_std": self.scale_rewards in (True, "group"),
+        }
+        known = algorithm.settings.model_fields
+        return {f"{algorithm.name}.{name}": value for name, value in fields.items() if name in known}
 
     def _decay(self) -> str:
         decays = {"linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}

@@ -21,14 +21,14 @@ import inspect
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vineppo.config.load import config_from_dict, diff_configs
+from vineppo.config.load import diff_configs
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
+from vineppo.config.settings import replace
 from vineppo.model.loading import load_pretrained, with_checkpointing
 from vineppo.model.policy import Policy
 from vineppo.run.directory import RunDirectory
@@ -36,9 +36,10 @@ from vineppo.run.trl_names import with_trl_names
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.rows import as_sequence
+from vineppo.training.configure import config_from_dict
 from vineppo.training.evaluate import measure
 from vineppo.training.loop import resume, train
-from vineppo.training.parts import Given, build_samplers, total_updates
+from vineppo.training.parts import InMemory, total_updates
 from vineppo.training.rollouts import problem_range
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
@@ -125,7 +126,7 @@ class VinePPOTrainer:
             recipe="trainer",
             reward_fn=self.reward_funcs,
             reporter=self._listener,
-            given=Given(self.policy, tables),
+            in_memory=InMemory(self.policy, tables),
         )
         losses = [line["loss"] for line in self.state.log_history if "loss" in line]
         return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
@@ -180,9 +181,9 @@ class _Listener:
         """A number of a reward function's own: its mean over the calls of an iteration stands in the logs."""
         self._noted[name].append(float(value))
 
-    def start(self, config: Config, total_iterations: int) -> None:
+    def start(self) -> None:
         """on_train_begin."""
-        self.state.max_steps = total_updates(config)
+        self.state.max_steps = total_updates(self.trainer.config)
         self._tell("on_train_begin")
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
@@ -308,7 +309,7 @@ def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
     if policy.adapters is not None:
         own = next(iter(policy.adapters.peft_config.values()))
         rank, alpha, dropout = (getattr(own, name, 0) for name in ("r", "lora_alpha", "lora_dropout"))
-        lora = LoraConfig(rank or 0, alpha or 1.0, dropout or 0.0, _targets(own))
+        lora = LoraConfig(r=rank or 0, alpha=alpha or 1.0, dropout=dropout or 0.0, targets=_targets(own))
     return ModelConfig(
         path=getattr(policy.model.config, "_name_or_path", "") or "in memory",
         dtype="bfloat16" if next(policy.model.parameters()).dtype == torch.bfloat16 else "float32",

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from pydantic import Field
 
+from vineppo.config.schema import CriticConfig
 from vineppo.credit.advantages import gae
+from vineppo.credit.algorithm import Algorithm, CreditParts, PredictValues
 from vineppo.credit.sample import training_sample
-from vineppo.model.batch import micro_batches, pad
-from vineppo.model.critic import ValueNetwork
-from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, TrainingSample
+from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
-def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_batch_tokens: int) -> CreditFn:
-    """Bind PPO's credit function: the critic's value before each token, GAE, and the returns it learns from."""
+class PPOSettings(CriticConfig):
+    """PPO: credit from a value network by generalised advantage estimation."""
+
+    gae_lambda: float = Field(1.0, ge=0, le=1)
+    """Lambda of GAE; 1 is the Monte-Carlo return minus the value (the paper's setting)."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+
+
+def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float) -> CreditFn:
+    """PPO's credit function: values before each token from the value network, GAE, and the targets of the values."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        values = predict_values(critic, rollouts, micro_batch_tokens)
+        values = predict_values(rollouts)
         samples = []
         for rollout, values_T in zip(rollouts, values, strict=True):
             advantages_T, returns_T = gae(values_T, rollout.reward, gamma, gae_lambda)
@@ -32,26 +41,18 @@ def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_b
     return credit
 
 
-@torch.no_grad()
-def predict_values(critic: ValueNetwork, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> list[list[float]]:
-    """The critic's value before each response token: one list of shape (T,) per rollout."""
-    device = critic.head.weight.device
-    values: list[list[float]] = [[] for _ in rollouts]
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    for group in micro_batches(lengths, micro_batch_tokens):
-        chosen = [rollouts[i] for i in group]
-        token_ids = pad([r.prompt_ids + r.response_ids for r in chosen], torch.int64, device)
-        mask = pad([[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in chosen], torch.bool, device)
-        flat = critic(token_ids, mask).tolist()
-        for i in group:
-            count = len(rollouts[i].response_ids)
-            values[i], flat = flat[:count], flat[count:]
-    return values
-
-
 def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:
     """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 no better than a constant, nan without variance."""
+    import torch  # heavy, and not needed for the settings above
+
     target = torch.tensor(targets, dtype=torch.float64)
     error = target - torch.tensor(predictions, dtype=torch.float64)
     variance = target.var(unbiased=False)
     return float("nan") if variance == 0 else float(1 - error.var(unbiased=False) / variance)
+
+
+def _build(settings: PPOSettings, parts: CreditParts) -> CreditFn:
+    return gae_credit(parts.predict_values, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
+
+
+PPO = Algorithm(name="ppo", label="PPO", build=_build, settings=PPOSettings, needs_critic=True, colour="#0072B2")

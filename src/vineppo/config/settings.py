@@ -1,0 +1,142 @@
+"""The base class of all settings: pydantic models that convert texts and refuse a wrong value in one line."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from vineppo.types import UserError
+
+_ALLOWED: dict[Any, str] = {
+    int: "it must be a whole number",
+    float: "it must be a number",
+    bool: "it must be true or false",
+    str: "it must be text; put it in quotes",
+    dict: "it must map names to values, such as {a: 1, b: [2, 3]}",
+    tuple: 'it must be a list such as [a, b], or ["[a", ","] for texts with brackets and commas',
+}
+
+
+class SettingError(UserError):
+    """A value that a setting does not allow."""
+
+    def __init__(self, owner: str, name: str, value: Any, allowed: str) -> None:
+        super().__init__(f"{owner}.{name} is {value!r}; {allowed}")
+        self.name, self.value, self.allowed = name, value, allowed
+
+
+class Settings(BaseModel):
+    """Immutable settings; the text under a field is its documentation.
+
+    Values may be written as on the command line or in YAML: numbers in any form in which the value fits (`3`, `3.0`,
+    `"1e-4"`; 3.5 is no integer, true is no number), `true`, `yes`, `on` and their opposites, lists as `a,b` or
+    `[a, b]`.
+
+    Raises:
+        UserError: for a wrong type, a number out of range, an unknown field, or a combination that `check` refuses.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _first_error(type(self), error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _convert(cls, value: Any, info: ValidationInfo) -> Any:
+        return from_text(cls.model_fields[str(info.field_name)].annotation, value)
+
+    @model_validator(mode="after")
+    def _checked(self) -> Settings:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Refuse combinations of values that cannot work: raise UserError with one line."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a field holds further settings."""
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def replace(settings: Any, **changes: Any) -> Any:
+    """A copy with other values, which are checked.
+
+    Raises:
+        UserError: for values that cannot work.
+    """
+    return type(settings)(**{name: getattr(settings, name) for name in type(settings).model_fields} | changes)
+
+
+def from_text(kind: Any, value: Any) -> Any:
+    """A value in the form in which pydantic reads it for a field of this type.
+
+    Texts stand for numbers too (YAML takes `1e-4` for text, and on the command line everything is text).
+
+    Raises:
+        ValueError: for a value that pydantic would read as something else (true as a number, 1 as true).
+    """
+    origin = typing.get_origin(kind) or kind
+    if origin is tuple and isinstance(value, str) and not value.strip(" ").startswith("["):
+        return [item.strip(" ") or None for item in value.split(",")] if value else []
+    if origin in (bool, dict, tuple) and isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(_ALLOWED[origin]) from None
+    if origin is int and isinstance(value, str) and "e" in value.lower() and float(value).is_integer():
+        return int(float(value))  # "2e6", which pydantic refuses
+    if origin in (int, float, bool) and isinstance(value, bool) is not (origin is bool):
+        raise ValueError(_ALLOWED[origin])
+    return list(value) if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
+    """The first of pydantic's errors as one line."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
+    name = str(first["loc"][0])
+    if name not in cls.model_fields:
+        return UserError(f"{cls.__name__} has no field {name!r}; its fields: {', '.join(cls.model_fields)}")
+    return SettingError(cls.__name__, name, first["input"], _allowed(cls.model_fields[name], first))
+
+
+def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
+    """What the field of an error allows."""
+    kind, inner = typing.get_origin(field.annotation) or field.annotation, typing.get_args(field.annotation)
+    if kind is Literal:
+        return f"allowed: {', '.join(map(str, inner))}"
+    if error["type"].startswith(("greater", "less")):
+        return _range(field)
+    if kind is tuple and error["type"] in ("missing", "too_long"):
+        return f"it must have {len(inner)} values"
+    if kind is tuple and len(error["loc"]) > 1 and error["input"] is not None:
+        kind = inner[0]
+    return _ALLOWED.get(kind, str(error["msg"]))
+
+
+def _range(field: FieldInfo) -> str:
+    """The bounds of a number in words: `it must be at least 1`, `allowed: 0 to below 1`."""
+    bounds = {key: getattr(one, key) for one in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(one, key)}
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    texts = [f"{words[key]} {bound:g}" for key, bound in bounds.items()]
+    return f"allowed: {', '.join(texts)}" if len(texts) > 1 else f"it must be {texts[0]}"

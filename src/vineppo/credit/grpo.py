@@ -1,0 +1,31 @@
+"""GRPO: a response's reward relative to its group's mean (arXiv 2402.03300)."""
+
+from __future__ import annotations
+
+from vineppo.config.settings import Settings
+from vineppo.credit.advantages import grpo_advantages
+from vineppo.credit.algorithm import Algorithm
+from vineppo.credit.group import group_credit
+from vineppo.types import CreditFn
+
+
+class GRPOSettings(Settings):
+    """GRPO: a response's reward relative to its group's mean."""
+
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation (plus 1e-4); `false` is the `Dr. GRPO` form."""
+
+
+def grpo_credit(scale_by_std: bool) -> CreditFn:
+    """GRPO's credit function; without the standard deviation it is that of Dr. GRPO (arXiv 2503.20783)."""
+    return group_credit(lambda rewards: grpo_advantages(rewards, scale_by_std))
+
+
+GRPO = Algorithm(
+    name="grpo",
+    label="GRPO",
+    build=lambda settings, parts: grpo_credit(settings.scale_by_std),
+    settings=GRPOSettings,
+    min_group_size=2,
+    colour="#009E73",
+)

@@ -1,0 +1,18 @@
+"""RLOO: a response's reward relative to the mean of the group's other responses (arXiv 2402.14740)."""
+
+from __future__ import annotations
+
+from vineppo.credit.advantages import leave_one_out_advantages
+from vineppo.credit.algorithm import Algorithm
+from vineppo.credit.group import group_credit
+from vineppo.types import CreditFn
+
+
+def rloo_credit() -> CreditFn:
+    """RLOO's credit function."""
+    return group_credit(leave_one_out_advantages)
+
+
+RLOO = Algorithm(
+    name="rloo", label="RLOO", build=lambda settings, parts: rloo_credit(), min_group_size=2, colour="#CC79A7"
+)
