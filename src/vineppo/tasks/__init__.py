@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from vineppo.config.schema import GYM, TaskConfig
+from vineppo.objects import first_line
 from vineppo.tasks.dataset import DatasetTask, Layout
 from vineppo.tasks.grading.graded import Graded, InProcess, Judge
-from vineppo.tasks.grading.graders import QUICK, first_line, load_grader
+from vineppo.tasks.grading.graders import QUICK, load_grader
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
