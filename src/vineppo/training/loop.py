@@ -22,7 +22,6 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import Tracker, build_trackers, require_trackers
 from vineppo.run.trl_names import with_trl_names
-from vineppo.tasks.grading.graded import Graded, Tally
 from vineppo.training.evaluate import Measurement, measure
 from vineppo.training.parts import NOTHING_GIVEN, Given, Parts, build_parts, sample_rollouts
 from vineppo.training.progress import Progress, advance, cumulative, metrics_line
@@ -151,7 +150,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         progress = _evaluate_before(stages, progress)
     while not (reason := _reason_to_stop(stages, progress, stop)):
         iteration = progress.iteration + 1
-        tally = stages.task.count_anew() if isinstance(stages.task, Graded) else Tally()
+        tally = stages.task.count_anew()
         with timer("sample"):
             problems = draw_problems(stages.task, config.run.seed, iteration, config.rollouts.num_problems)
             groups = sample_rollouts(stages, problems, iteration)
