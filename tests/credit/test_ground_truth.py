@@ -239,7 +239,7 @@ def test_a_full_budget_for_late_states_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("max_new_tokens", [3, 4])
-@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9"])
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9", "tests.world:cut_behind_a"])
 def test_vineppo_with_exact_values_has_the_exact_gradient(splitter: str, max_new_tokens: int) -> None:
     w = world(max_new_tokens)
     found = expected_gradient(w, vine(ExactValues(w), splitter))

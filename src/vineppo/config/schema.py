@@ -215,7 +215,9 @@ class VineConfig:
     splitter: str = "newline"
     """How a response is cut into steps: `newline` (a line), `math` (a sentence or line, formulas whole, long pieces
     halved), `tokens:N` (every N tokens), `cutpoints` (behind every fifth token that had a probability below 0.9;
-    `cutpoints:N:P` for other numbers), `regex:PATTERN` (behind every match)."""
+    `cutpoints:N:P` for other numbers), `regex:PATTERN` (behind every match), or a function of your own
+    `module:function`, called as cut(tokens, logprobs=()) and returning the end of each step. Each cut must be decided
+    by the tokens before it, or the credit is biased."""
     reuse: bool = True
     """Let a continuation that follows a response to its next state count as one of that state's K too: unbiased, fewer
     tokens, less noise (docs/algorithms.md). `false`: K fresh ones at every state, as in the paper."""
