@@ -46,8 +46,10 @@ from vineppo.credit import build_vine_credit
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.tasks.grading.graded import Graded
+from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
+from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split, Task
 from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
@@ -79,7 +81,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class TwoDecisions:
-    """A task: the reward is 1 if neither of two steps contains the last letter (about one in ten does, by chance)."""
+    """Problems whose reward is 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
 
     num_steps: int
     step_tokens: int
@@ -96,11 +98,15 @@ class TwoDecisions:
         """None is needed."""
         raise NotImplementedError
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
+    def reward(self, completions: Sequence[str], **_: Any) -> list[float]:
         """Look at the two steps."""
         n = self.step_tokens
         places = [self.num_steps * third // 3 * n for third in (1, 2)]
-        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in texts]
+        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in completions]
+
+    def task(self) -> Task:
+        """The problems under their reward."""
+        return Graded(self, InProcess((self.reward,)), ("reward",), (1.0,))
 
 
 def build_policy(max_tokens: int) -> EndlessPolicy:
@@ -119,7 +125,7 @@ class Scene:
     """Responses of one length with everything that values their states."""
 
     policy: EndlessPolicy
-    task: TwoDecisions
+    problems: TwoDecisions
     sampler: Whole
     groups: list[RolloutGroup]
     k: int
@@ -127,14 +133,14 @@ class Scene:
     @property
     def budget(self) -> int:
         """Tokens of a response."""
-        return self.task.num_steps * self.task.step_tokens
+        return self.problems.num_steps * self.problems.step_tokens
 
     def credit(self, method: str) -> CreditFn:
         """One of METHODS."""
-        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0)
+        plain = MonteCarlo(self.sampler, self.problems.task(), self.policy.decode, self.k, self.budget, run_seed=0)
         settings = VineConfig(
             num_mc_rollouts=self.k,
-            splitter=f"tokens:{self.task.step_tokens}",
+            splitter=f"tokens:{self.problems.step_tokens}",
             max_states=0,
             reuse=method == "reuse",
             bisection=method == "bisection",
@@ -144,23 +150,25 @@ class Scene:
     def fixed_tokens(self) -> int:
         """Tokens that K fresh continuations of every state take."""
         rollouts = sum(len(group.rollouts) for group in self.groups)
-        return self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.task.step_tokens))
+        return (
+            self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.problems.step_tokens))
+        )
 
 
 def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
-    task = TwoDecisions(num_steps, arguments.step_tokens)
+    problems = TwoDecisions(num_steps, arguments.step_tokens)
     sampler = Whole(TorchSampler(policy, temperature=1.0))
     groups = sample_groups(
-        [task.problem("train", index) for index in range(arguments.responses)],
+        [problems.problem("train", index) for index in range(arguments.responses)],
         policy,
         sampler,
-        task,
+        problems.task(),
         group_size=1,
         max_new_tokens=num_steps * arguments.step_tokens,
         address=(0, "length"),
     )
-    return Scene(policy, task, sampler, groups, arguments.k)
+    return Scene(policy, problems, sampler, groups, arguments.k)
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
@@ -186,7 +194,7 @@ def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
     """The same states and lengths for `generate`."""
     scene.policy.model.save_pretrained(folder / "model")
     rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
-    cuts = range(0, scene.budget, scene.task.step_tokens)
+    cuts = range(0, scene.budget, scene.problems.step_tokens)
     return {
         "model": str(folder / "model"),
         "dtype": "float32",

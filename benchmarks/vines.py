@@ -29,12 +29,14 @@ from typing import Any, Literal
 
 import torch
 
-from vineppo.config.schema import ModelConfig
+from vineppo.config.schema import ModelConfig, TaskConfig
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
-from vineppo.tasks.chain import ChainTask
+from vineppo.tasks import build_task
+from vineppo.tasks.grading.graded import Graded
+from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import problem_range, sample_groups
 from vineppo.types import Problem, SampleRequest, Task
 
@@ -54,7 +56,7 @@ WORD_PROBLEMS = (
 
 
 class WordProblems:
-    """The problems above as a task; a benchmark grades nothing."""
+    """The problems above, by address."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -71,9 +73,17 @@ class WordProblems:
         """None is needed."""
         raise NotImplementedError
 
-    def grade(self, problems: Any, texts: Any, completion_ids: Any = ()) -> list[float]:
-        """Everything is worth nothing."""
-        return [0.0] * len(texts)
+
+def grade_nothing(completions: list[str], **_: Any) -> list[float]:
+    """0 for every response: this benchmark needs no grades."""
+    return [0.0] * len(completions)
+
+
+def task_of(path: str, policy: Policy) -> Task:
+    """The chain task of the model's level for an embedded model, else the problems above."""
+    if path.startswith("embedded:"):
+        return build_task(TaskConfig(level=path.split(":")[1], num_steps=10))  # type: ignore[arg-type]
+    return Graded(WordProblems(policy), InProcess((grade_nothing,)), ("nothing",), (1.0,))
 
 
 def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     embedded = path.startswith("embedded:")
     dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
-    task: Task = ChainTask(path.split(":")[1], 10) if embedded else WordProblems(policy)
+    task = task_of(path, policy)
     num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
     sampler = TorchSampler(policy, temperature=1.0)
     problems = problem_range(task, "train", num_problems)

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "vineppo"
 # import each other. The modules beside the folders are the vocabulary and pure mathematics.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "seeds"}),
+    frozenset({"objects"}),
     frozenset({"steps", "statistics"}),
     frozenset({"config"}),
     frozenset({"run"}),

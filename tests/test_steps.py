@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from functools import cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -150,11 +152,128 @@ def test_a_response_without_tokens_has_no_steps(spec: str) -> None:
         "cutpoints:0:0.9",
         "cutpoints:5:1.1",
         "regex:",
+        ":cut",
+        "my_module:",
     ],
 )
 def test_unknown_splitters_name_what_is_allowed(spec: str) -> None:
-    with pytest.raises(UserError, match="allowed: newline, math, tokens:N"):
+    with pytest.raises(UserError, match=r"allowed: newline, math, tokens:N, .* or module:function, "):
         build_splitter(spec)
+
+
+CUTS = """
+import functools, itertools
+
+def at_a(tokens):
+    return [i for i, token in enumerate(tokens, 1) if token == "a" and i < len(tokens)] + [len(tokens)]
+
+def with_default(tokens, every=2):
+    return range(every, len(tokens) + 1, every) if len(tokens) % every == 0 else (len(tokens),)
+
+def by_name(tokens, *, logprobs=()):
+    return tuple(i for i, p in enumerate(logprobs, 1) if p < -1 or i == len(tokens))
+
+def by_place(tokens, others):
+    return by_name(tokens, logprobs=others)
+
+def one_by_one(tokens, logprobs=()):
+    yield from range(1, len(tokens) + 1)
+
+halves = functools.partial(with_default, every=2)
+
+def raises(tokens, logprobs=()):
+    raise KeyError("first\\nsecond")
+
+def breaks_late(tokens):
+    yield 1
+    raise OSError("late")
+
+def takes_three(tokens, logprobs, third):
+    return [len(tokens)]
+
+def returns(what):
+    return lambda tokens, logprobs=(): what
+
+nothing, none, number, text = returns(()), returns(None), returns(3), returns("123")
+zero, twice, down = returns([0, 3]), returns([1, 1, 3]), returns([2, 1, 3])
+short, long = returns([1, 2]), returns([1, 4])
+part, truth, endless = returns([1.0, 3.0]), returns([True, 3]), lambda tokens: itertools.count(1)
+constant = 5
+"""
+
+
+@pytest.fixture
+def cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_cuts.py").write_text(CUTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_cuts", raising=False)
+    return "my_cuts"
+
+
+def test_a_splitter_of_the_users_takes_tokens_and_if_it_wants_logprobs(cuts: str) -> None:
+    tokens, logprobs = list("bacada"), [-2.0, -0.5, -2.0, -0.5, -0.5, -0.5]
+    expected = {
+        "at_a": (2, 4, 6),
+        "with_default": (2, 4, 6),
+        "halves": (2, 4, 6),
+        "by_name": (1, 3, 6),
+        "by_place": (1, 3, 6),
+        "one_by_one": (1, 2, 3, 4, 5, 6),
+    }
+    for name, ends in expected.items():
+        split = build_splitter(f"{cuts}:{name}")
+        assert split(tokens, logprobs) == split(tuple(tokens), tuple(logprobs)) == ends, name
+    assert build_splitter(f"{cuts}:at_a")(["a"]) == (1,)
+    with pytest.raises(ValueError, match="0 tokens"):
+        build_splitter(f"{cuts}:at_a")([])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("nothing", "[]"),
+        ("none", "None"),
+        ("number", "3"),
+        ("text", "['1', '2', '3']"),
+        ("zero", "[0, 3]"),
+        ("twice", "[1, 1, 3]"),
+        ("down", "[2, 1, 3]"),
+        ("short", "[1, 2]"),
+        ("long", "[1, 4]"),
+        ("part", "[1.0, 3.0]"),
+        ("truth", "[True, 3]"),
+        ("endless", "[1, 2, 3, 4]"),
+    ],
+)
+def test_what_a_splitter_of_the_users_returns_is_checked(cuts: str, name: str, shown: str) -> None:
+    with pytest.raises(UserError) as refused:
+        build_splitter(f"{cuts}:{name}")(["x", "y", "z"])
+    assert str(refused.value) == (
+        f"splitter 'my_cuts:{name}' returned {shown} for a response of 3 tokens; allowed: the end of each step as "
+        "whole numbers from 1 to 3, strictly increasing, the last one 3"
+    )
+
+
+def test_a_long_wrong_return_is_shortened(cuts: str) -> None:
+    with pytest.raises(UserError) as refused:
+        build_splitter(f"{cuts}:endless")(["x"] * 1000)
+    assert "returned [1, 2, 3, 4, 5, ..., 1001] for a" in str(refused.value)
+
+
+def test_a_splitter_of_the_users_that_fails_is_one_line(cuts: str) -> None:
+    refusals = {
+        "raises": "failed: KeyError: 'first",
+        "breaks_late": "failed: OSError: late; it is called as cut(tokens, logprobs=())",
+        "takes_three": "takes (tokens, logprobs, third); it must take (tokens, logprobs=()) or (tokens)",
+        "constant": "is a int; it must be a function",
+        "at_b": "has no 'at_b'; did you mean 'at_a'?",
+    }
+    for name, message in refusals.items():
+        with pytest.raises(UserError) as refused:
+            build_splitter(f"{cuts}:{name}")(["x", "y"])
+        assert message in str(refused.value) and "\n" not in str(refused.value)
+        assert str(refused.value).startswith(f"splitter 'my_cuts:{name}'")
 
 
 @settings(deadline=None)

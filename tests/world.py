@@ -24,7 +24,7 @@ from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
-from vineppo.types import FinishReason, Problem, Rollout, RolloutGroup, Split, TrainingSample
+from vineppo.types import FinishReason, Problem, Rollout, RolloutGroup, Split, Tally, TrainingSample
 from vineppo.values import MonteCarlo
 
 EOS = 0
@@ -37,6 +37,12 @@ class RandomRewards:
     A text that was cut off has a reward as well, so code that grades one by mistake is seen.
     """
 
+    grades_early = False
+    grade_truncated = False
+
+    def __init__(self) -> None:
+        self.total, self.tally = Tally(), Tally()
+
     def size(self, split: Split) -> int | None:
         return None
 
@@ -47,7 +53,18 @@ class RandomRewards:
         raise NotImplementedError
 
     def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
-        return [derive_seed("reward", p.id, text) / 2**63 for p, text in zip(problems, texts, strict=True)]
+        rewards = [derive_seed("reward", p.id, text) / 2**63 for p, text in zip(problems, texts, strict=True)]
+        for tally in (self.total, self.tally):
+            for reward in rewards:
+                tally.add(("random",), (reward,))
+        return rewards
+
+    def expect(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> None:
+        raise AssertionError("a task that does not grade early was made to")
+
+    def count_anew(self) -> Tally:
+        self.tally = Tally()
+        return self.tally
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,11 @@ class World:
 
     def _text(self, response_ids: Sequence[int]) -> str:
         return self.policy.decode(response_ids)
+
+
+def cut_behind_a(tokens: Sequence[str]) -> list[int]:
+    """A splitter of a user's (`tests.world:cut_behind_a`): a step ends behind every letter a."""
+    return [*(i for i in range(1, len(tokens)) if tokens[i - 1] == "a"), len(tokens)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,13 +6,17 @@ exactly the ids that the policy sampled.
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
 import re
+import reprlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, pairwise
-from typing import Protocol
+from itertools import accumulate, islice, pairwise
+from typing import Any, Protocol
 
+from vineppo.objects import first_line, load_object
 from vineppo.types import Rollout, UserError
 
 _BLANK = re.compile(r"\s+")
@@ -24,7 +28,8 @@ _BREAK = re.compile(r",(?=\s)|(?<!\s)\s+(?=and\s|=)|(?<![\s<>=!:])(?==)")
 _LONGEST = 100
 """Characters of a piece that is not bisected."""
 _CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
-_SPECS = "newline, math, tokens:N, cutpoints, cutpoints:N:P or regex:PATTERN"
+_NAMES = ("newline", "math", "tokens", "cutpoints", "regex")
+_SPECS = "newline, math, tokens:N, cutpoints, cutpoints:N:P, regex:PATTERN or module:function"
 
 
 class Splitter(Protocol):
@@ -35,7 +40,7 @@ class Splitter(Protocol):
 
         Args:
             tokens: text of each token, decoded alone, shape (T,); special tokens have the text "".
-            logprobs: of each token under the distribution that it was sampled from, shape (T,); only cutpoints look.
+            logprobs: of each token under the distribution that it was sampled from, shape (T,).
         Raises:
             ValueError: where T is 0.
         """
@@ -46,10 +51,16 @@ def build_splitter(spec: str) -> Splitter:
     """The splitter that a setting names.
 
     `newline` (`split_at_newlines`), `math` (`split_mathematics`), `tokens:N` (`split_every`), `cutpoints`, or with
-    other than the usual numbers `cutpoints:N:P` (`split_at_cutpoints`), `regex:PATTERN` (`split_at_matches`).
+    other than the usual numbers `cutpoints:N:P` (`split_at_cutpoints`), `regex:PATTERN` (`split_at_matches`), or
+    `module:function` for a function of the user's, `cut(tokens, logprobs=()) -> ends` as `Splitter` says, or
+    `cut(tokens) -> ends`. What it returns is checked at every call.
+
+    A function must decide each cut by the tokens before the step's end: whether a step ends at b may depend on
+    tokens[:b] and logprobs[:b] only. Where a cut depends on later tokens, the credit is biased.
 
     Raises:
-        UserError: for any other name, numbers out of range, and a pattern that is no regular expression.
+        UserError: for any other name, numbers out of range, a pattern that is no regular expression, and a function
+            that cannot be loaded. The splitter raises it where the function fails or returns other than such ends.
     """
     name, colon, rest = spec.partition(":")
     if spec == "newline":
@@ -70,10 +81,85 @@ def build_splitter(spec: str) -> Splitter:
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"no step splitter {spec!r}: {rest!r} is no regular expression ({error})") from error
         return lambda tokens, logprobs=(): split_at_matches(pattern, tokens)
+    if name not in _NAMES and name and rest:
+        return _users_splitter(spec)
     raise UserError(
         f"no step splitter {spec!r}; allowed: {_SPECS}, with a whole N of at least 1 (tokens:100) and a probability P "
         "above 0, at most 1 (cutpoints:5:0.9)"
     )
+
+
+def _users_splitter(spec: str) -> Splitter:
+    """A function of the user's with its ends checked."""
+    function = load_object(spec, "splitter")
+    if not callable(function):
+        raise UserError(f"splitter {spec!r} is a {type(function).__name__}; it must be a function")
+    call = _as_splitter(spec, function)
+
+    def split(tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
+        _refuse_empty(tokens)
+        try:
+            returned = call(list(tokens), list(logprobs))
+            # No more than T + 1 of them: a generator may be endless.
+            ends = list(islice(returned, len(tokens) + 1)) if isinstance(returned, Iterable) else returned
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"splitter {spec!r} failed: {first_line(error)}; it is called as cut(tokens, logprobs=()) with the "
+                "text and the log-probability of each token and returns the end of each step"
+            ) from error
+        return _checked_ends(spec, ends, len(tokens))
+
+    return split
+
+
+def _as_splitter(spec: str, function: Callable[..., Any]) -> Callable[[list[str], list[float]], Any]:
+    """The function as one of tokens and log-probabilities, which it need not take."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return lambda tokens, logprobs: function(tokens)
+
+    def takes(*arguments: Any, **named: Any) -> bool:
+        try:
+            signature.bind(*arguments, **named)
+        except TypeError:
+            return False
+        return True
+
+    if takes([], logprobs=[]):
+        return lambda tokens, logprobs: function(tokens, logprobs=logprobs)
+    if takes([]):
+        return lambda tokens, logprobs: function(tokens)
+    if takes([], []):
+        return function
+    raise UserError(f"splitter {spec!r} takes {signature}; it must take (tokens, logprobs=()) or (tokens)")
+
+
+def _checked_ends(spec: str, ends: Any, num_tokens: int) -> tuple[int, ...]:
+    """Ends of steps from what a function of the user's returned."""
+    try:
+        if any(isinstance(end, bool) for end in ends):
+            raise TypeError
+        whole = tuple(operator.index(end) for end in ends)
+    except TypeError:
+        whole = ()
+    if not whole or whole[0] < 1 or whole[-1] != num_tokens or any(a >= b for a, b in pairwise(whole)):
+        raise UserError(
+            f"splitter {spec!r} returned {_shortened(ends)} for a response of {num_tokens} tokens; allowed: the end of "
+            f"each step as whole numbers from 1 to {num_tokens}, strictly increasing, the last one {num_tokens}"
+        )
+    return whole
+
+
+def _shortened(ends: Any) -> str:
+    """What a function returned, on one line; of a long list the first ends and the last."""
+    shown = reprlib.repr(ends)
+    if isinstance(ends, list):
+        items = [reprlib.repr(end) for end in ends]
+        shown = f"[{', '.join(items if len(items) <= 8 else [*items[:5], '...', items[-1]])}]"
+    return " ".join(shown.split())
 
 
 def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The vocabulary: frozen facts that pass between the floors. Imports nothing of ours.
+"""The vocabulary: frozen facts that pass between the floors, and the protocols they meet at. Imports nothing of ours.
 
 Dimension letters used everywhere: P problems, G rollouts per group, S steps, K MC rollouts per state, T tokens of one
 sequence, B sequences in a batch, V vocabulary.
@@ -164,6 +164,64 @@ RewardFn = Callable[..., Any]
 `answer` is always among the columns."""
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a response could not be graded."""
+
+    text: str
+    timed_out: bool = False
+
+
+Verdict = tuple[float | None, ...] | Failure
+"""What grading says about a response: a reward, or None for "not applicable", from every reward function; or why there
+is none."""
+
+
+@dataclass
+class Tally:
+    """Counts of the responses that a task graded; the task adds to it."""
+
+    graded: int = 0
+    errors: int = 0
+    """Time-outs included."""
+    timeouts: int = 0
+    not_applicable: int = 0
+    """Responses on which no function gave a reward."""
+    first_error: str = ""
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    """Sum and number of the rewards of each function."""
+
+    def add(self, names: Sequence[str], verdict: Verdict) -> None:
+        """Count one response; `names` are those of the reward functions."""
+        self.graded += 1
+        if isinstance(verdict, Failure):
+            self.errors += 1
+            self.timeouts += verdict.timed_out
+            self.first_error = self.first_error or verdict.text
+            return
+        self.not_applicable += all(reward is None for reward in verdict)
+        for name, reward in zip(names, verdict, strict=True):
+            if reward is not None:
+                self.sums[name] = self.sums.get(name, 0.0) + reward
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def shares(self) -> Metrics:
+        """`grader/*`; empty where nothing was graded."""
+        if not self.graded:
+            return {}
+        return {
+            "grader/graded": float(self.graded),
+            "grader/error_share": self.errors / self.graded,
+            "grader/timeout_share": self.timeouts / self.graded,
+            "grader/not_applicable_share": self.not_applicable / self.graded,
+        }
+
+    def means(self) -> Metrics:
+        """`rewards/<function>/mean`, over the responses that it applied to."""
+        return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
+
+
 class ProblemSource(Protocol):
     """Problems by address."""
 
@@ -183,8 +241,37 @@ class ProblemSource(Protocol):
 class Task(ProblemSource, Protocol):
     """Problems and the grading of responses to them."""
 
+    @property
+    def grades_early(self) -> bool:
+        """Whether `expect` does anything; where it does not, it need not be called."""
+        ...
+
+    @property
+    def grade_truncated(self) -> bool:
+        """Whether responses that were cut off by the length limit are graded like others; their reward is 0 if not."""
+        ...
+
+    @property
+    def total(self) -> Tally:
+        """Counts of everything that was graded since the task was made."""
+        ...
+
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[float]:
-        """Reward of each response text to the problem beside it; the responses' token ids may be left out."""
+        """Reward of each response text to the problem beside it; the responses' token ids may be left out.
+
+        Raises:
+            UserError: where too many responses cannot be graded, or the grader refuses the problems.
+        """
+        ...
+
+    def expect(
+        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Begin to grade what `grade` will be asked for soon; a task may do nothing here."""
+        ...
+
+    def count_anew(self) -> Tally:
+        """A new tally, to which the task adds from here on until the next call."""
         ...

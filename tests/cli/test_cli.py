@@ -27,8 +27,8 @@ from vineppo.cli.demo import _free_directory
 from vineppo.cli.main import COMMANDS, main
 from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config
-from vineppo.training.configure import build_config
 from vineppo.run.directory import RunDirectory
+from vineppo.training.configure import build_config
 
 TRAINING = ("train", "compare")
 

@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from vineppo.credit.gae import gae_credit
+from vineppo.credit.vine import vine_credit
 
 from tests.world import World, build_policy, build_world, policy_gradient
-from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
-from vineppo.credit.vine import vine_credit
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
@@ -239,7 +239,7 @@ def test_a_full_budget_for_late_states_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("max_new_tokens", [3, 4])
-@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9"])
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9", "tests.world:cut_behind_a"])
 def test_vineppo_with_exact_values_has_the_exact_gradient(splitter: str, max_new_tokens: int) -> None:
     w = world(max_new_tokens)
     found = expected_gradient(w, vine(ExactValues(w), splitter))

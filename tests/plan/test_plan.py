@@ -14,9 +14,9 @@ from vineppo.cli.main import main
 from vineppo.config.recipes import load_recipe, recipe_names
 from vineppo.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
 from vineppo.config.settings import replace
-from vineppo.training.configure import build_config
 from vineppo.plan.predict import plan
 from vineppo.plan.shape import GIB, KNOWN
+from vineppo.training.configure import build_config
 from vineppo.training.loop import train
 from vineppo.types import UserError
 

@@ -7,7 +7,19 @@ from collections import Counter
 
 import pytest
 
-from vineppo.tasks.chain import LEVELS, OPERANDS, TRAPS, USUAL, WAYS, ChainTask, answer_of, apply, slipping_way, written
+from vineppo.tasks.chain import (
+    LEVELS,
+    OPERANDS,
+    TRAPS,
+    USUAL,
+    WAYS,
+    ChainTask,
+    answer_of,
+    apply,
+    grade_chain,
+    slipping_way,
+    written,
+)
 
 LINE = re.compile(r"([a-z])=(\d)([-+*])(\d)( by rote| by rule| in haste| with care)( = | is | -> )(\d)")
 FACTS = [(left, operator, operand) for left in range(10) for operator in "+-*" for operand in OPERANDS[operator]]
@@ -33,7 +45,7 @@ def test_the_answer_is_that_of_the_expression(level: str) -> None:
             scope[name] = eval(expression, {}, scope) % 10
         assert str(scope[asked.rstrip("?")]) == problem.answer
         texts = [f"x\n#### {problem.answer}", f"#### {problem.answer} 1", ""]
-        assert ChainTask(level, 10).grade([problem] * 3, texts) == [1.0, 0.0, 0.0]
+        assert grade_chain(completions=texts, answer=[problem.answer] * 3) == [1.0, 0.0, 0.0]
 
 
 def test_every_operation_is_a_bijection() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vineppo.config.schema import TaskConfig
+from vineppo.config.settings import replace
 from vineppo.tasks import build_task
 from vineppo.types import Task, UserError
 

@@ -217,7 +217,7 @@ def test_a_grader_from_the_current_directory(here: Path) -> None:
     assert apply_reward(load_grader("my_length_grader:shorter"), PROBLEMS, ["ab", ""]) == [-2.0, 0.0]
     with pytest.raises(UserError, match=re.escape("has no 'shorte'; did you mean 'shorter'?")):
         load_grader("my_length_grader:shorte")
-    with pytest.raises(UserError, match="its functions: shorter"):
+    with pytest.raises(UserError, match="it has: shorter"):
         load_grader("my_length_grader:xyz")
     with pytest.raises(UserError, match="is a str; it must be a function"):
         load_grader("my_length_grader:__name__")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,14 @@ from vineppo.config.schema import GradingConfig, ModelConfig, TaskConfig
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.tasks import build_task
-from vineppo.tasks.grading.graded import Failure, Graded, InProcess, Verdict
+from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import load_grader
+from vineppo.tasks.grading.judge import InProcess
 from vineppo.tasks.grading.rewards import apply_rewards
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.training.evaluate import Measurement
 from vineppo.training.rollouts import problem_range, sample_groups
-from vineppo.types import Problem, UserError
+from vineppo.types import Failure, Problem, UserError, Verdict
 
 REWARDS = """
 import os, time
@@ -164,6 +166,26 @@ def test_rewards_are_weighted_and_counted_and_none_is_left_out() -> None:
     assert task.tally.means() == {"rewards/half/mean": 0.5, "rewards/one/mean": 1.0}
     task.count_anew()
     assert task.tally.shares() == task.tally.means() == {}
+
+
+def test_the_chain_task_is_graded_like_every_other() -> None:
+    task = build_task(TaskConfig(num_steps=3))
+    assert (task.grades_early, task.grade_truncated) == (False, False)
+    problems = [task.problem("train", i) for i in range(3)]
+    before = task.count_anew()
+    assert task.grade(problems, [f"x\n#### {problems[0].answer}", "####", f"#### {problems[2].answer} "]) == [1, 0, 1]
+    after = task.count_anew()
+    assert task.grade(problems[:1], [f"#### {problems[0].answer} 1"]) == [0]
+    assert before.means() == {"rewards/chain/mean": 2 / 3} and after.means() == {"rewards/chain/mean": 0}
+    assert (before.graded, after.graded, task.total.graded, task.total.errors) == (3, 1, 4, 0)
+    with pytest.raises(UserError, match=r"task.reward_weights has 2 numbers for 1 reward functions"):
+        build_task(TaskConfig(reward_weights=(1.0, 1.0)))
+
+
+def test_a_grader_of_the_running_script_cannot_be_called_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "grade_here", lambda **_: [1.0], raising=False)
+    with pytest.raises(UserError, match=r"grader '__main__:grade_here' is in the running script.*reward_fn"):
+        build_task(TaskConfig(rewards=("exact", "__main__:grade_here")))
 
 
 def test_too_many_failures_stop_the_run_with_the_first_errors_text(module: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vineppo.credit.vine import vine_node_credit
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
 from tests.world import World, policy_gradient
-from vineppo.credit.vine import vine_node_credit
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import Completion, Rollout, Sampler, SampleRequest, TrainingSample

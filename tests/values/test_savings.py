@@ -10,12 +10,12 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from vineppo.credit.vine import vine_credit
 
 from tests.credit.test_ground_truth import SIGMAS, ExactValues, expected_gradient, world, z_scores
 from tests.world import World
 from vineppo.credit.advantages import spread_over_tokens, step_advantages
 from vineppo.credit.bisection import Bisection, bisected_vine_credit, differ
-from vineppo.credit.vine import vine_credit
 from vineppo.statistics import wilson
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup

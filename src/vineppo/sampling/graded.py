@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vineppo.tasks.grading.graded import Graded
 from vineppo.types import Completion, OnFinished, Problem, Sampler, SampleRequest, Task
 
 
@@ -18,8 +17,7 @@ def grade_finished(
     """Rewards; a response that was cut off by the length limit has 0 and is never shown to the grader, unless the task
     says otherwise.
     """
-    everything = isinstance(task, Graded) and task.grade_truncated
-    asked = [i for i, done in enumerate(finished) if done or everything]
+    asked = [i for i, done in enumerate(finished) if done or task.grade_truncated]
     rewards = [0.0] * len(texts)
     if asked:
         ids = [completion_ids[i] for i in asked] if completion_ids else ()
@@ -54,13 +52,13 @@ def sampled_and_graded(
 def _grades_early(
     task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
 ) -> OnFinished | None:
-    """What tells a task of responses as they end, so that it may begin to grade them; None where it would not."""
-    if not isinstance(task, Graded) or not task.judge.early:
+    """Passes responses to the task as they end, so that it can begin to grade them; None if it does not grade early."""
+    if not task.grades_early:
         return None
 
-    def tell(finished: Sequence[tuple[int, Completion]]) -> None:
+    def pass_on(finished: Sequence[tuple[int, Completion]]) -> None:
         ended = [(*owners[i], c) for i, c in finished if c.finish_reason == "stop" or task.grade_truncated]
         ids = [prefix + c.token_ids for _, prefix, c in ended]
         task.expect([problem for problem, _, _ in ended], [decode(response) for response in ids], ids)
 
-    return tell
+    return pass_on

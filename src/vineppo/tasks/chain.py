@@ -27,6 +27,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Split
@@ -95,8 +96,16 @@ def answer_of(text: str) -> str:
     return match.group(1) if match else ""
 
 
+def grade_chain(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the answer line holds the right number and ends the response, else 0; a reward function."""
+    return [float(answer_of(text) == right) for text, right in zip(completions, answer, strict=True)]
+
+
 class ChainTask:
-    """Endless problems addressed by (split, index); the splits are disjoint: a problem's text decides its split."""
+    """Endless problems addressed by (split, index); implements `types.ProblemSource`.
+
+    The splits are disjoint: a problem's text decides its split.
+    """
 
     def __init__(self, level: str, num_steps: int, writers: str = "settled"):
         self.level = level
@@ -148,12 +157,6 @@ class ChainTask:
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
-
-    def grade(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """1.0 where the answer line holds the right number and ends the response, else 0.0."""
-        return [float(answer_of(text) == problem.answer) for problem, text in zip(problems, texts, strict=True)]
 
 
 def _draw_step(rng: random.Random) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vineppo.config.schema import GYM, TaskConfig
-from vineppo.tasks.grading.graders import first_line
+from vineppo.objects import first_line
 from vineppo.types import Problem, RewardFn, Split, UserError
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}

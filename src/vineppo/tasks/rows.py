@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vineppo.tasks.grading.graders import first_line
+from vineppo.objects import first_line
 from vineppo.types import UserError
 
 Row = Mapping[str, Any]

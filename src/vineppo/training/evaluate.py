@@ -15,7 +15,6 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
-from vineppo.tasks.grading.graded import Graded
 from vineppo.training.rollouts import generated_tokens, problem_range, sample_groups
 from vineppo.types import Problem, Sampler, Task
 
@@ -106,7 +105,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
         "num_samples": spec.num_samples,
         "split": spec.split,
         "truncated_share": sampled.truncated_share,
-        **(task.total.shares() if isinstance(task, Graded) else {}),
+        **task.total.shares(),
         "tokens": sampled.tokens + greedy.tokens,
         "seconds": time.perf_counter() - began,
     }

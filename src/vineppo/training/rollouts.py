@@ -8,10 +8,21 @@ from collections.abc import Sequence
 from vineppo.model.policy import Policy
 from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed, shuffled_index
-from vineppo.types import Completion, Problem, Rollout, RolloutGroup, Sampler, SampleRequest, Split, Task, UserError
+from vineppo.types import (
+    Completion,
+    Problem,
+    ProblemSource,
+    Rollout,
+    RolloutGroup,
+    Sampler,
+    SampleRequest,
+    Split,
+    Task,
+    UserError,
+)
 
 
-def draw_problems(task: Task, seed: int, iteration: int, count: int) -> list[Problem]:
+def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
     """The training problems of an iteration: fresh ones of an endless task, shuffled passes over a finite one."""
     size = task.size("train")
     if size is None:
@@ -74,7 +85,7 @@ def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
 
 
-def problem_range(task: Task, split: Split, count: int) -> list[Problem]:
+def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem]:
     """The first `count` problems of a split, fewer where it has fewer."""
     size = task.size(split)
     return [task.problem(split, index) for index in range(count if size is None else min(count, size))]

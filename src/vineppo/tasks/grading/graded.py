@@ -1,7 +1,6 @@
-"""Grading: several weighted reward functions become one number; what failed is counted apart from what is wrong.
+"""The one implementation of a task: problems from any source under weighted reward functions.
 
-A *verdict* on a response is a reward, or None for "not applicable", from every function; or the text of the error that
-kept them from one.
+What failed is counted apart from what is wrong.
 """
 
 from __future__ import annotations
@@ -9,109 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from vineppo.tasks.grading.rewards import apply_rewards
-from vineppo.types import Problem, ProblemSource, RewardFn, Split, UserError
+from vineppo.tasks.grading.judge import Judge
+from vineppo.types import Failure, Problem, ProblemSource, Split, Tally, UserError, Verdict
 
 _FEWEST = 20
 """Responses below which the share of errors says little: it is taken of this many at least."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why there is no verdict on a response."""
-
-    text: str
-    timed_out: bool = False
-
-
-Verdict = tuple[float | None, ...] | Failure
-
-
-@dataclass
-class Tally:
-    """What happened to the responses that were graded."""
-
-    graded: int = 0
-    errors: int = 0
-    """Time-outs included."""
-    timeouts: int = 0
-    not_applicable: int = 0
-    """Responses on which no function gave a reward."""
-    first_error: str = ""
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    """Sum and number of the rewards of each function."""
-
-    def add(self, names: Sequence[str], verdict: Verdict) -> None:
-        """Count one response."""
-        self.graded += 1
-        if isinstance(verdict, Failure):
-            self.errors += 1
-            self.timeouts += verdict.timed_out
-            self.first_error = self.first_error or verdict.text
-            return
-        self.not_applicable += all(reward is None for reward in verdict)
-        for name, reward in zip(names, verdict, strict=True):
-            if reward is not None:
-                self.sums[name] = self.sums.get(name, 0.0) + reward
-                self.counts[name] = self.counts.get(name, 0) + 1
-
-    def shares(self) -> dict[str, float]:
-        """`grader/*`."""
-        if not self.graded:
-            return {}
-        return {
-            "grader/graded": float(self.graded),
-            "grader/error_share": self.errors / self.graded,
-            "grader/timeout_share": self.timeouts / self.graded,
-            "grader/not_applicable_share": self.not_applicable / self.graded,
-        }
-
-    def means(self) -> dict[str, float]:
-        """`rewards/<function>/mean`, over the responses that it applied to."""
-        return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
-
-
-class Judge(Protocol):
-    """Who reaches verdicts: in this process, or in others."""
-
-    @property
-    def early(self) -> bool:
-        """Whether `expect` does anything."""
-        ...
-
-    def expect(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> None:
-        """These will be asked for soon; a judge may begin."""
-        ...
-
-    def verdicts(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> list[Verdict]:
-        """One for each response."""
-        ...
-
-
-@dataclass(frozen=True)
-class InProcess:
-    """Calls the functions here, all responses at once; what they raise ends the run."""
-
-    fns: tuple[RewardFn, ...]
-    early: bool = False
-
-    def expect(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> None:
-        """Nothing begins early."""
-
-    def verdicts(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> list[Verdict]:
-        """One for each response."""
-        return list(apply_rewards(self.fns, problems, texts, completion_ids))
 
 
 @dataclass
@@ -136,6 +38,11 @@ class Graded:
     """Since the beginning."""
     demonstrate: Callable[[Problem], str] | None = None
     """Writes demonstrations in the place of the source's own."""
+
+    @property
+    def grades_early(self) -> bool:
+        """Whether the judge begins with what it is made to expect."""
+        return self.judge.early
 
     def size(self, split: Split) -> int | None:
         """Number of problems in a split; None when endless."""

@@ -6,19 +6,15 @@ means "not applicable".
 
 from __future__ import annotations
 
-import difflib
 import functools
-import importlib
 import importlib.util
-import inspect
 import logging
-import os
 import re
-import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+from vineppo.objects import load_object
 from vineppo.types import RewardFn, UserError
 
 _NO_MATH_VERIFY = "grader boxed needs math-verify: pip install 'vineppo[math]'"
@@ -173,36 +169,10 @@ def load_grader(spec: str) -> RewardFn:
         raise UserError(_NO_MATH_VERIFY)
     if spec in GRADERS:
         return GRADERS[spec]
-    module_name, colon, function_name = spec.partition(":")
-    if not (colon and module_name and function_name):
+    module, colon, name = spec.partition(":")
+    if not (colon and module and name):
         raise UserError(f"no grader {spec!r}; allowed: {', '.join(GRADERS)}, or module:function")
-    module = _import_module(spec, module_name)
-    function = getattr(module, function_name, None)
-    if function is None:
-        names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        near = difflib.get_close_matches(function_name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"its functions: {', '.join(names) or 'none'}"
-        raise UserError(f"grader {spec!r}: module {module_name!r} has no {function_name!r}; {hint}")
+    function: RewardFn = load_object(spec, "grader")
     if not callable(function):
         raise UserError(f"grader {spec!r} is a {type(function).__name__}; it must be a function")
     return function
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one line: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _import_module(spec: str, name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        # A missing import *inside* the user's module is a failure of that module, not a missing module.
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
-            raise UserError(
-                f"grader {spec!r}: no module {error.name!r} in the current directory or among the installed packages"
-            ) from error
-        raise UserError(f"grader {spec!r}: importing {name!r} failed: {first_line(error)}") from error

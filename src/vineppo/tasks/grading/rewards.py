@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vineppo.tasks.grading.graders import first_line
+from vineppo.objects import first_line
 from vineppo.types import Problem, RewardFn, UserError
 
 _RESERVED = ("prompts", "completions", "completion_ids", "answer")

@@ -12,9 +12,8 @@ import signal
 import sys
 from multiprocessing.connection import Connection
 
-from vineppo.tasks.grading.graded import Failure, Verdict
 from vineppo.tasks.grading.rewards import apply_rewards
-from vineppo.types import Problem, RewardFn, UserError
+from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 

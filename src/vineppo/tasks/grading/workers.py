@@ -22,8 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from vineppo.tasks.grading.graded import Failure, Verdict
-from vineppo.types import Problem, RewardFn, UserError
+from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _CHUNK = 8
 """Responses that a worker holds at most: it need not wait for us between them, and little is lost when it dies."""
@@ -48,7 +47,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """Reaches verdicts in other processes; implements `grading.Judge`. Equal responses to a problem are graded once.
+    """Reaches verdicts in other processes; implements `judge.Judge`. Equal responses to a problem are graded once.
 
     Args:
         loaders: each gives a reward function when it is called in the worker; must be picklable.
