@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 
 from benchmarks.engines import generate, peak_memory
+from tests.helpers import WrappedSampler
 from tests.world import LETTERS, build_tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -62,19 +63,12 @@ class EndlessPolicy(Policy):
         return "".join(("x" + LETTERS)[token] for token in token_ids)
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(WrappedSampler):
     """The sampler, but a response of full length counts as finished: there is no other end here."""
-
-    sampler: TorchSampler
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         """As the sampler's."""
-        return [[Completion(c.token_ids, c.logprobs, "stop") for c in group] for group in self.sampler.sample(requests)]
-
-    def load_weights(self, policy: Any) -> None:
-        """As the sampler's."""
-        self.sampler.load_weights(policy)
+        return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ class Scene:
 
     def credit(self, method: str) -> CreditFn:
         """One of METHODS."""
-        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0)
+        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0, temperature=1)
         settings = VineConfig(
             num_mc_rollouts=self.k,
             splitter=f"tokens:{self.task.step_tokens}",
@@ -150,7 +144,7 @@ class Scene:
 def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
     task = TwoDecisions(num_steps, arguments.step_tokens)
-    sampler = Whole(TorchSampler(policy, temperature=1.0))
+    sampler = Whole(TorchSampler(policy))
     groups = sample_groups(
         [task.problem("train", index) for index in range(arguments.responses)],
         policy,
@@ -158,6 +152,7 @@ def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Names
         task,
         group_size=1,
         max_new_tokens=num_steps * arguments.step_tokens,
+        temperature=1.0,
         address=(0, "length"),
     )
     return Scene(policy, task, sampler, groups, arguments.k)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from vineppo.model.tiny import build_model, build_tokenizer
 from vineppo.tasks.chain import ChainTask
 from vineppo.training.rollouts import draw_problems, generated_tokens, sample_groups
 from vineppo.types import (
+    Capabilities,
     Completion,
     FinishReason,
     Problem,
@@ -41,6 +42,7 @@ from vineppo.types import (
     Split,
     TrainingSample,
     UserError,
+    Weights,
 )
 from vineppo.values import MonteCarlo, State
 
@@ -90,6 +92,8 @@ class ScriptedSampler:
 
     script: Mapping[tuple[int, ...], Sequence[Completion]]
     requests: list[SampleRequest] = field(default_factory=list)
+    version: int = 0
+    capabilities: ClassVar[Capabilities] = Capabilities(excluded_first=False, reproducible=True)
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         self.requests.extend(requests)
@@ -103,7 +107,7 @@ class ScriptedSampler:
             assert c.finish_reason == "stop" or len(c.token_ids) == request.max_new_tokens
         return list(written)
 
-    def load_weights(self, policy: Policy) -> None:
+    def update_weights(self, version: int, weights: Weights) -> None:
         pass
 
 
@@ -135,6 +139,7 @@ def group_of(completions: Sequence[Completion], task: ChainTask | None = None) -
         task or ChainTask("judgement", 3),
         group_size=len(completions),
         max_new_tokens=BUDGET,
+        temperature=1.0,
         address=(0, 1, "rollouts"),
     )
     return group
@@ -245,7 +250,7 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
     last_chance = [completion("</s>"), completion("1"), completion("</s>"), completion("\n")]
     sampler = ScriptedSampler({prompt + cut_off[:39]: last_chance})
     task = NotingTask()
-    monte_carlo = MonteCarlo(sampler, task, policy().decode, K, BUDGET, run_seed=0)
+    monte_carlo = MonteCarlo(sampler, task, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
@@ -255,7 +260,8 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
 
 
 def test_only_known_outcomes_need_no_sampler_at_all() -> None:
-    monte_carlo = MonteCarlo(ScriptedSampler({}), ChainTask("judgement", 3), policy().decode, K, BUDGET, run_seed=0)
+    chain = ChainTask("judgement", 3)
+    monte_carlo = MonteCarlo(ScriptedSampler({}), chain, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
     state = State(PROBLEM, policy().encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
     assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
@@ -335,15 +341,14 @@ def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
     seeds: list[int] = []
     for run_seed, iteration, problem_id in ((0, 1, "train/0"), (0, 2, "train/0"), (1, 1, "train/0"), (0, 1, "train/1")):
         sampler = scripted(CONTINUATIONS)
-        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().decode, K, BUDGET, run_seed)
+        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().decode, K, BUDGET, run_seed, 1.0)
         monte_carlo.evaluate([replace(s, problem=replace(PROBLEM, id=problem_id)) for s in states], iteration)
         seeds += [request.seed for request in sampler.requests]
     rollouts = ScriptedSampler({prompt: [completion(RIGHT)] * 2})
     task = ChainTask("judgement", 3)
+    shape: dict[str, Any] = {"group_size": 2, "max_new_tokens": 40, "temperature": 1.0}
     for iteration in (1, 2):
-        sample_groups(
-            [PROBLEM, PROBLEM], policy(), rollouts, task, group_size=2, max_new_tokens=40, address=(0, iteration)
-        )
+        sample_groups([PROBLEM, PROBLEM], policy(), rollouts, task, **shape, address=(0, iteration))
     seeds += [request.seed for request in rollouts.requests]
     assert len(seeds) == 4 * 4 + 2 * 2 == len(set(seeds))
 
@@ -600,5 +605,12 @@ def test_an_endless_task_is_drawn_fresh() -> None:
 def test_a_prompt_without_room_for_its_response_is_refused_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"train/0 has 25 tokens; with rollouts.max_new_tokens 490 .* context of 512"):
         sample_groups(
-            [PROBLEM], policy(), scripted({}), ChainTask("judgement", 3), group_size=1, max_new_tokens=490, address=(0,)
+            [PROBLEM],
+            policy(),
+            scripted({}),
+            ChainTask("judgement", 3),
+            group_size=1,
+            max_new_tokens=490,
+            temperature=1.0,
+            address=(0,),
         )

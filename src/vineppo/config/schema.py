@@ -222,20 +222,11 @@ class VineConfig:
     alternatives: bool = False
     """Train also on the tokens that continuations chose in the place of the response's own: no further sampling, no
     further forward pass, and credit for every token instead of every step (docs/algorithms.md). Needs `reuse`."""
-    min_mc_rollouts: int = 0
-    """Adaptive K: begin with this many continuations of a state and go on, doubling them, up to `num_mc_rollouts` while
-    the state is undecided; the values stay unbiased (docs/algorithms.md). 0: always K. Needs `reuse: false`."""
-    decided_width: float = 0.0
-    """Of the 95% Wilson interval of a value at which adaptive K calls the state decided. 0: as wide as K continuations
-    leave it where half of them succeed, so that no state is known less well than at fixed K."""
     bisection: bool = False
     """Measure states only where the response was decided: begin with its two ends and halve the stretches whose ends
     differ by more than their noise (docs/algorithms.md). For long chains."""
     bisection_level: float = 0.7
     """Confidence with which the two ends of a stretch must differ for bisection to look inside."""
-    bisection_chance: float = 0.0
-    """Probability of looking inside of a stretch whose ends do not differ; what it finds counts 1 / chance times, which
-    keeps the credit unbiased and makes it noisy. 0 never looks: a bias towards no credit, the least error measured."""
     max_states: int = 0
     """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
     along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
@@ -252,33 +243,14 @@ class VineConfig:
         self._check_savings()
 
     def _check_savings(self) -> None:
-        _at_least("vineppo", 0, min_mc_rollouts=self.min_mc_rollouts)
-        _require(
-            self.min_mc_rollouts <= self.num_mc_rollouts,
-            f"vineppo.min_mc_rollouts is {self.min_mc_rollouts}, above vineppo.num_mc_rollouts "
-            f"({self.num_mc_rollouts}); adaptive K goes from the first up to the second, 0 turns it off",
-        )
-        _require(
-            not (self.min_mc_rollouts and self.reuse),
-            "vineppo.min_mc_rollouts and vineppo.reuse exclude each other: continuations that serve several states "
-            "have no K of their own; set vineppo.reuse false, or vineppo.min_mc_rollouts 0",
-        )
         _require(
             not (self.bisection and self.alternatives),
             "vineppo.bisection and vineppo.alternatives exclude each other: bisection leaves states without "
             "continuations; set one of them false",
         )
         _require(
-            0 <= self.decided_width < 1,
-            f"vineppo.decided_width is {self.decided_width}; allowed: 0 (that of K continuations) to below 1",
-        )
-        _require(
             0 < self.bisection_level < 1,
             f"vineppo.bisection_level is {self.bisection_level}; allowed: above 0, below 1",
-        )
-        _require(
-            0 <= self.bisection_chance <= 1,
-            f"vineppo.bisection_chance is {self.bisection_chance}; allowed: 0 to 1",
         )
 
 

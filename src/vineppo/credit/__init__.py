@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from vineppo.config.schema import Config, VineConfig
-from vineppo.credit.bisection import Bisection, bisected_vine_credit
+from vineppo.credit.bisection import bisected_vine_credit
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit, vine_node_credit
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy
 from vineppo.steps import build_splitter
-from vineppo.types import CreditFn, Sampler, Task
-from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator
+from vineppo.types import CreditFn, Sampler, Task, UserError
+from vineppo.values import MonteCarlo, ReusingMonteCarlo, reusing_or_fresh
 
 
 def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
@@ -25,6 +25,8 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
                 num_mc_rollouts=config.vineppo.num_mc_rollouts,
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
+                temperature=config.rollouts.temperature,
+                stop=config.rollouts.stop,
             )
             return build_vine_credit(config.vineppo, plain, policy)
         case "ppo":
@@ -47,14 +49,13 @@ def build_vine_credit(config: VineConfig, plain: MonteCarlo, policy: Policy) -> 
     """VinePPO in the form that its settings ask for; the number of continuations is that of `plain`."""
     steps = (build_splitter(config.splitter), policy.token_texts, config.max_states)
     if config.alternatives:
+        if not plain.sampler.capabilities.excluded_first:
+            raise UserError(
+                "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which the reuse of "
+                "continuations needs; set vineppo.alternatives false, or sample with the native engine"
+            )
         return vine_node_credit(ReusingMonteCarlo(plain), *steps)
-    estimator: ValueEstimator = plain
-    if config.reuse:
-        estimator = ReusingMonteCarlo(plain)
-    elif config.min_mc_rollouts:
-        estimator = AdaptiveMonteCarlo(plain, config.min_mc_rollouts, config.decided_width)
+    estimator = reusing_or_fresh(plain) if config.reuse else plain
     if config.bisection:
-        return bisected_vine_credit(
-            estimator, *steps, Bisection(config.bisection_level, config.bisection_chance, plain.run_seed)
-        )
+        return bisected_vine_credit(estimator, *steps, config.bisection_level)
     return vine_credit(estimator, *steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +9,14 @@ from typing import Any
 
 import torch
 
-from vineppo.config.schema import Config
+from vineppo.config.schema import Config, RolloutConfig
 from vineppo.learning.learner import Learner
 from vineppo.model.policy import Policy
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
 from vineppo.steps import build_splitter, step_ends
-from vineppo.training.parts import build_parts, sample_rollouts, updates_per_iteration
+from vineppo.training.parts import build_parts, sample_rollouts, update_sampler, updates_per_iteration
 from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
@@ -53,7 +52,8 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
-    per_row = _seconds_per_row(parts.sampler, groups)
+    update_sampler(parts)
+    per_row = _seconds_per_row(parts.sampler, groups, own)
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     passes = max(0.0, update_seconds - prepare - step)
@@ -83,13 +83,16 @@ def _step_seconds(learner: Learner) -> float:
     return seconds
 
 
-def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup]) -> float:
+def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], own: RolloutConfig) -> float:
     """What one more token costs in a position that is decoded anyway: the slope between few rows and many."""
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
     times = []
     for rows in (few, many):
-        requests = [SampleRequest(ids, rows // len(prompts), positions, seed=i) for i, ids in enumerate(prompts)]
+        requests = [
+            SampleRequest(ids, rows // len(prompts), positions, seed=i, temperature=own.temperature, stop=own.stop)
+            for i, ids in enumerate(prompts)
+        ]
         sampler.sample(requests)
         found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
         times.append((sum(len(c.token_ids) for group in found for c in group), seconds))
@@ -127,9 +130,6 @@ def _variants(
     for spec in ("newline", "math", "cutpoints", "tokens:16", "tokens:64"):
         if spec != own.splitter and base and not own.reuse and not own.bisection:
             rows.append(with_share(f"vineppo.splitter {spec}", _remaining_tokens(spec, config, policy, groups) / base))
-    if not own.min_mc_rollouts and own.num_mc_rollouts > 1 and not own.reuse:
-        least = math.ceil(0.4 * own.num_mc_rollouts)
-        rows.append(with_share(f"vineppo.min_mc_rollouts {least} (at best)", least / own.num_mc_rollouts))
     twice = amounts.mc_tokens * 2, total * 2
     rows.append((f"rollouts.group_size {2 * config.rollouts.group_size} (at most)", *twice))
     return rows

@@ -24,7 +24,7 @@ from vineppo.run.trackers import Tracker, build_trackers, require_trackers
 from vineppo.run.trl_names import with_trl_names
 from vineppo.tasks.grading.graded import Graded, Tally
 from vineppo.training.evaluate import Measurement, measure
-from vineppo.training.parts import NOTHING_GIVEN, Given, Parts, build_parts, sample_rollouts
+from vineppo.training.parts import NOTHING_GIVEN, Given, Parts, build_parts, sample_rollouts, update_sampler
 from vineppo.training.progress import Progress, advance, cumulative, metrics_line
 from vineppo.training.rollouts import draw_problems, problem_range
 from vineppo.types import RewardFn, Split, UserError
@@ -112,6 +112,7 @@ def resume(
     if any(run.checkpoints.glob("*/")):
         state = load_checkpoint(latest_checkpoint(run.checkpoints))
         parts.learner.load_state_dict(state["learner"])
+        update_sampler(parts)
         torch.set_rng_state(state["torch_rng"])
         progress = Progress(**state["progress"])
     run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
@@ -160,7 +161,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
             samples, credit_metrics = stages.credit(groups, iteration)
         with timer("update"):
             metrics = stages.learner.update(samples, iteration, config.run.seed)
-            stages.sampler.load_weights(stages.policy)
+            update_sampler(stages)
         seconds = timer.pop()
         progress = advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
         line = metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **tally.shares()}, seconds)
@@ -201,11 +202,13 @@ def _reason_to_stop(stages: Stages, progress: Progress, stop: threading.Event) -
 def _measure(stages: Stages, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
     return measure(
         stages.policy,
-        stages.eval_sampler,
+        stages.sampler,
         stages.task,
         problem_range(stages.task, split, count),
         num_samples=stages.config.eval.num_samples,
         max_new_tokens=stages.config.rollouts.max_new_tokens,
+        temperature=stages.config.eval.temperature,
+        stop=stages.config.rollouts.stop,
         address=(stages.config.run.seed, *address),
     )
 

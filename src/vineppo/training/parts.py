@@ -12,6 +12,7 @@ from vineppo.learning.learner import Learner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.rollouts import sample_groups
@@ -26,7 +27,6 @@ class Parts:
     policy: Policy
     task: Task
     sampler: Sampler
-    eval_sampler: Sampler
     credit: CreditFn
     learner: Learner
 
@@ -50,7 +50,7 @@ def build_parts(
     """Load and bind everything that can be wrong, before anything is written."""
     policy = given.policy or Policy.load(config.model)
     task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
-    sampler, eval_sampler = build_samplers(config, policy)
+    engine = build_sampler(config, policy)
     critic = None
     if config.algorithm == "ppo":
         critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), config.ppo.value_head_scale)
@@ -63,18 +63,20 @@ def build_parts(
         temperature=config.rollouts.temperature,
         total_updates=total_updates(config),
     )
+    sampler = CurrentSampler(engine, lambda: learner.updates)
     credit = build_credit(config, policy, sampler, task, critic)
-    return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
+    return Parts(config, policy, task, sampler, credit, learner)
 
 
-def build_samplers(config: Config, policy: Policy) -> tuple[TorchSampler, TorchSampler]:
-    """(of training, of evaluation): they differ in temperature alone."""
+def build_sampler(config: Config, policy: Policy) -> Sampler:
+    """The engine of training and evaluation."""
     own = config.rollouts
-    training, evaluation = (
-        TorchSampler(policy, temperature=t, stop=own.stop, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
-        for t in (own.temperature, config.eval.temperature)
-    )
-    return training, evaluation
+    return TorchSampler(policy, max_rows=own.max_rows, kv_memory=int(own.kv_memory * 2**30))
+
+
+def update_sampler(parts: Parts) -> None:
+    """Give the sampler the learner's weights, after each update and after a resume."""
+    parts.sampler.update_weights(parts.learner.updates, lambda: parts.policy.model.named_parameters())
 
 
 def updates_per_iteration(config: Config) -> int:
@@ -98,5 +100,7 @@ def sample_rollouts(parts: Parts, problems: Sequence[Problem], iteration: int) -
         parts.task,
         group_size=parts.config.rollouts.group_size,
         max_new_tokens=parts.config.rollouts.max_new_tokens,
+        temperature=parts.config.rollouts.temperature,
+        stop=parts.config.rollouts.stop,
         address=(parts.config.run.seed, iteration, "rollouts"),
     )
