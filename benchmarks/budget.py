@@ -46,15 +46,13 @@ from vineppo.values import MonteCarlo, State
 Level = Literal["judgement", "habit"]
 REFERENCE_K = 9
 
-METHODS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "fixed K": lambda k: {},
-    "adaptive": lambda k: {"min_mc_rollouts": math.ceil(0.4 * k)},
-    "bisection": lambda k: {"bisection": True},
-    "bisection, chance 0.5": lambda k: {"bisection": True, "bisection_chance": 0.5},
-    "reuse": lambda k: {"reuse": True},
-    "reuse, bisection": lambda k: {"reuse": True, "bisection": True},
+METHODS: dict[str, dict[str, Any]] = {
+    "fixed K": {},
+    "bisection": {"bisection": True},
+    "reuse": {"reuse": True},
+    "reuse, bisection": {"reuse": True, "bisection": True},
 }
-"""Settings of `vineppo`, given K, the largest number of continuations of a state."""
+"""Settings of `vineppo`, beside K."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,23 @@ class Scene:
     splitter: str
     groups: list[RolloutGroup]
     max_new_tokens: int
+    temperature: float
     value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
     """True values of states, and the variance of the noise in them."""
 
     def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
         """One of METHODS, bound to this scene."""
         plain = MonteCarlo(
-            self.sampler, self.task, self.policy.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
+            self.sampler,
+            self.task,
+            self.policy.decode,
+            num_mc_rollouts,
+            self.max_new_tokens,
+            run_seed=seed,
+            temperature=self.temperature,
         )
         settings = VineConfig(num_mc_rollouts=num_mc_rollouts, splitter=self.splitter, reuse=False)
-        return build_vine_credit(replace(settings, **METHODS[method](num_mc_rollouts)), plain, self.policy)
+        return build_vine_credit(replace(settings, **METHODS[method]), plain, self.policy)
 
 
 def world_scene(rollouts: int) -> Scene:
@@ -100,20 +105,31 @@ def world_scene(rollouts: int) -> Scene:
         world.task,
         group_size=rollouts,
         max_new_tokens=world.max_new_tokens,
+        temperature=world.temperature,
         address=(0, "benchmark"),
     )
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
         return [world.value(state.response_ids) for state in states], [0.0] * len(states)
 
-    return Scene("world", world.policy, world.task, world.sampler(), "tokens:1", groups, world.max_new_tokens, value)
+    return Scene(
+        "world",
+        world.policy,
+        world.task,
+        world.sampler(),
+        "tokens:1",
+        groups,
+        world.max_new_tokens,
+        world.temperature,
+        value,
+    )
 
 
 def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     """Ten-step chains of the embedded model, one response to a problem, a step per line."""
     policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
     task = build_task(TaskConfig(level=level, num_steps=10))
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     groups = sample_groups(
         draw_problems(task, 0, 1, rollouts),
         policy,
@@ -121,15 +137,16 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
         task,
         group_size=1,
         max_new_tokens=120,
+        temperature=1.0,
         address=(0, "benchmark"),
     )
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
-        fresh = MonteCarlo(sampler, task, policy.decode, truth, 120, run_seed=-1)
+        fresh = MonteCarlo(sampler, task, policy.decode, truth, 120, run_seed=-1, temperature=1.0)
         values = [v.mean for v in fresh.evaluate(states, 0)[0]]
         return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
 
-    return Scene(f"embedded:{level}", policy, task, sampler, "newline", groups, 120, value)
+    return Scene(f"embedded:{level}", policy, task, sampler, "newline", groups, 120, 1.0, value)
 
 
 def true_advantages(scene: Scene) -> Truth:

@@ -39,7 +39,7 @@ def native(work: Work) -> Run:
 
     policy = Policy.load(ModelConfig(path=work["model"], dtype=work["dtype"]))
     policy.eos_ids = ()
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     requests = [
         SampleRequest(tuple(prefix), 1, length, seed=1000 * i + j)
         for i, (prefix, lengths) in enumerate(zip(work["prefixes"], work["lengths"], strict=True))

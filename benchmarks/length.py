@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 
 from benchmarks.engines import generate, peak_memory
+from tests.helpers import WrappedSampler
 from tests.world import LETTERS, build_tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
 
@@ -46,10 +47,8 @@ from vineppo.credit import build_vine_credit
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
-from vineppo.tasks.grading.graded import Graded
-from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split, Task
+from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
 from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
@@ -64,24 +63,17 @@ class EndlessPolicy(Policy):
         return "".join(("x" + LETTERS)[token] for token in token_ids)
 
 
-@dataclass(frozen=True)
-class Whole:
+class Whole(WrappedSampler):
     """The sampler, but a response of full length counts as finished: there is no other end here."""
-
-    sampler: TorchSampler
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         """As the sampler's."""
-        return [[Completion(c.token_ids, c.logprobs, "stop") for c in group] for group in self.sampler.sample(requests)]
-
-    def load_weights(self, policy: Any) -> None:
-        """As the sampler's."""
-        self.sampler.load_weights(policy)
+        return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
 
 @dataclass(frozen=True)
 class TwoDecisions:
-    """Problems whose reward is 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
+    """A task: the reward is 1 if neither of two steps contains the last letter (about one in ten does, by chance)."""
 
     num_steps: int
     step_tokens: int
@@ -98,15 +90,11 @@ class TwoDecisions:
         """None is needed."""
         raise NotImplementedError
 
-    def reward(self, completions: Sequence[str], **_: Any) -> list[float]:
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
         """Look at the two steps."""
         n = self.step_tokens
         places = [self.num_steps * third // 3 * n for third in (1, 2)]
-        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in completions]
-
-    def task(self) -> Task:
-        """The problems under their reward."""
-        return Graded(self, InProcess((self.reward,)), ("reward",), (1.0,))
+        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in texts]
 
 
 def build_policy(max_tokens: int) -> EndlessPolicy:
@@ -125,7 +113,7 @@ class Scene:
     """Responses of one length with everything that values their states."""
 
     policy: EndlessPolicy
-    problems: TwoDecisions
+    task: TwoDecisions
     sampler: Whole
     groups: list[RolloutGroup]
     k: int
@@ -133,14 +121,14 @@ class Scene:
     @property
     def budget(self) -> int:
         """Tokens of a response."""
-        return self.problems.num_steps * self.problems.step_tokens
+        return self.task.num_steps * self.task.step_tokens
 
     def credit(self, method: str) -> CreditFn:
         """One of METHODS."""
-        plain = MonteCarlo(self.sampler, self.problems.task(), self.policy.decode, self.k, self.budget, run_seed=0)
+        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0, temperature=1)
         settings = VineConfig(
             num_mc_rollouts=self.k,
-            splitter=f"tokens:{self.problems.step_tokens}",
+            splitter=f"tokens:{self.task.step_tokens}",
             max_states=0,
             reuse=method == "reuse",
             bisection=method == "bisection",
@@ -150,25 +138,24 @@ class Scene:
     def fixed_tokens(self) -> int:
         """Tokens that K fresh continuations of every state take."""
         rollouts = sum(len(group.rollouts) for group in self.groups)
-        return (
-            self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.problems.step_tokens))
-        )
+        return self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.task.step_tokens))
 
 
 def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
-    problems = TwoDecisions(num_steps, arguments.step_tokens)
-    sampler = Whole(TorchSampler(policy, temperature=1.0))
+    task = TwoDecisions(num_steps, arguments.step_tokens)
+    sampler = Whole(TorchSampler(policy))
     groups = sample_groups(
-        [problems.problem("train", index) for index in range(arguments.responses)],
+        [task.problem("train", index) for index in range(arguments.responses)],
         policy,
         sampler,
-        problems.task(),
+        task,
         group_size=1,
         max_new_tokens=num_steps * arguments.step_tokens,
+        temperature=1.0,
         address=(0, "length"),
     )
-    return Scene(policy, problems, sampler, groups, arguments.k)
+    return Scene(policy, task, sampler, groups, arguments.k)
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
@@ -194,7 +181,7 @@ def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
     """The same states and lengths for `generate`."""
     scene.policy.model.save_pretrained(folder / "model")
     rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
-    cuts = range(0, scene.budget, scene.problems.step_tokens)
+    cuts = range(0, scene.budget, scene.task.step_tokens)
     return {
         "model": str(folder / "model"),
         "dtype": "float32",

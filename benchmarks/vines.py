@@ -93,9 +93,9 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
     task = task_of(path, policy)
     num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     problems = problem_range(task, "train", num_problems)
-    shape = {"group_size": group_size, "max_new_tokens": budget, "address": (0, "vines")}
+    shape = {"group_size": group_size, "max_new_tokens": budget, "temperature": 1.0, "address": (0, "vines")}
     groups = sample_groups(problems, policy, sampler, task, **shape)  # type: ignore[arg-type]
     cut = build_splitter("newline")
     requests: dict[tuple[int, ...], SampleRequest] = {}

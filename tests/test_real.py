@@ -91,10 +91,13 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.encode_prompt(policy.chat_prompt("What is 12 + 30? Think in steps."))
     for temperature in (1.0, 0.6):
-        sampler = TorchSampler(policy, temperature=temperature)
-        first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1)])[0]
+        sampler = TorchSampler(policy)
+        first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1, temperature=temperature)])[0]
         stem = prompt + first[0].token_ids
-        states = [SampleRequest(stem[: len(prompt) + cut], 2, 12, seed=2 + cut) for cut in (0, 5, 11, 20)]
+        states = [
+            SampleRequest(stem[: len(prompt) + cut], 2, 12, seed=2 + cut, temperature=temperature)
+            for cut in (0, 5, 11, 20)
+        ]
         completions = [(prompt, c) for c in first]
         completions += [(s.prompt_ids, c) for s, cs in zip(states, sampler.sample(states), strict=True) for c in cs]
         token_ids = pad([p + c.token_ids for p, c in completions], torch.int64)
@@ -108,7 +111,8 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
 def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.encode_prompt(policy.chat_prompt("Name three primes."))
-    ours = TorchSampler(policy, temperature=0.0).sample([SampleRequest(prompt, 1, 24, seed=0)])[0][0].token_ids
+    request = SampleRequest(prompt, 1, 24, seed=0, temperature=0.0)
+    ours = TorchSampler(policy).sample([request])[0][0].token_ids
     theirs = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
     assert list(ours) == theirs.tolist()
 

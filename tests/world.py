@@ -168,10 +168,11 @@ class World:
             num_mc_rollouts=num_mc_rollouts,
             max_new_tokens=self.max_new_tokens,
             run_seed=0,
+            temperature=self.temperature,
         )
 
     def sampler(self) -> TorchSampler:
-        return TorchSampler(self.policy, temperature=self.temperature, max_rows=1 << 14)
+        return TorchSampler(self.policy, max_rows=1 << 14)
 
     def _text(self, response_ids: Sequence[int]) -> str:
         return self.policy.decode(response_ids)

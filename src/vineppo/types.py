@@ -6,7 +6,7 @@ sequence, B sequences in a batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -45,13 +45,19 @@ class SampleRequest:
     num_samples: int
     max_new_tokens: int
     seed: int
-    """63-bit address of the randomness: sample j of this request depends on (seed, j) and on nothing else."""
+    """63-bit address of the randomness: sample j of a seed draws its t-th token with (seed, j, t) and nothing else."""
     response_tokens: int = 0
     """How many ids at the end of `prompt_ids` are the start of the response that is continued: a stop string may begin
     in them."""
     excluded_first: tuple[int, ...] = ()
     """Ids that the first sampled token must not be; the other tokens keep their proportions. What is sampled is then
-    the policy's continuation on condition that it leaves a known one here."""
+    the policy's continuation on condition that it leaves a known one here. Needs `Capabilities.excluded_first`."""
+    first_sample: int = 0
+    """Number of the first sample: the request asks for samples first_sample, first_sample + 1, ... of its seed."""
+    temperature: float = 1.0
+    """Of sampling; 0 is greedy, with log-probabilities of 0."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, beside the end-of-sequence tokens; the string stays in the completion."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +69,51 @@ class Completion:
     logprobs: tuple[float, ...]
     """Log-probability of each id under the distribution that was really sampled (temperature included), in nats."""
     finish_reason: FinishReason
+    version: int = 0
+    """Of the weights that it was sampled with (`Sampler.version`)."""
 
 
 OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
 """Takes (index of the request, completion) of some samples that have just ended, each once."""
 
 
+Weights = Callable[[], Iterable[tuple[str, Any]]]
+"""Named tensors of a policy, made one after another when they are asked for."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a sampler can do beyond the minimum."""
+
+    excluded_first: bool
+    """It supports `SampleRequest.excluded_first`."""
+    reproducible: bool
+    """It returns the same bits for any number of workers."""
+
+
 class Sampler(Protocol):
-    """Token ids in, token ids out. Results depend on each request's seed only, not on order, batch or worker."""
+    """Token ids in, token ids out.
+
+    Every sampler draws a sample from the request alone: its prefix, seed, sample number, temperature, stop strings and
+    excluded tokens. Other requests, their order and the number of workers can change it only through the rounding of
+    the logits, because the rounding of a matrix product depends on the size of its batch. `capabilities.reproducible`
+    says which of two promises a sampler makes:
+
+    - true (the native engines): the same bits for any number of workers. Requests are cut into units, each sampled as
+      one batch, by rules that do not depend on the number of workers.
+    - false: the same seeds, not the same bits. Log-probabilities may differ by rounding, and a token may differ where
+      rounding decides between two.
+    """
+
+    @property
+    def version(self) -> int:
+        """Number of weight updates behind the sampler's weights; 0 for those that it started with."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it can do beyond the minimum."""
+        ...
 
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
@@ -82,8 +125,13 @@ class Sampler(Protocol):
         """
         ...
 
-    def load_weights(self, policy: Any) -> None:
-        """Take over the policy's current weights; drop whatever was cached for the old ones."""
+    def update_weights(self, version: int, weights: Weights) -> None:
+        """Sample with other weights from now on, and drop whatever was cached for the old ones.
+
+        Args:
+            version: number of updates that made them.
+            weights: the policy's tensors by name. A sampler that shares the policy's memory does not call it.
+        """
         ...
 
 

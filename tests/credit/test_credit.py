@@ -11,24 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from vineppo.credit.gae import explained_variance, predict_values
 
 from tests.world import build_world
-from vineppo.config.schema import (
-    ALGORITHMS,
-    Config,
-    GRPOConfig,
-    LearnerConfig,
-    PPOConfig,
-    RolloutConfig,
-    TaskConfig,
-    VineConfig,
-)
+from vineppo.config.schema import ALGORITHMS, Config, GRPOConfig, LearnerConfig, PPOConfig, RolloutConfig, VineConfig
 from vineppo.credit import build_credit
+from vineppo.credit.gae import explained_variance, predict_values
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.learning.learner import Learner
 from vineppo.learning.losses import clipped_policy_loss
@@ -37,12 +28,10 @@ from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_model, build_tokenizer
-from vineppo.tasks import build_task
-from vineppo.tasks.chain import ChainTask, grade_chain
-from vineppo.tasks.grading.graded import Graded
-from vineppo.tasks.grading.judge import InProcess
+from vineppo.tasks.chain import ChainTask
 from vineppo.training.rollouts import draw_problems, generated_tokens, sample_groups
 from vineppo.types import (
+    Capabilities,
     Completion,
     FinishReason,
     Problem,
@@ -51,9 +40,9 @@ from vineppo.types import (
     Sampler,
     SampleRequest,
     Split,
-    Task,
     TrainingSample,
     UserError,
+    Weights,
 )
 from vineppo.values import MonteCarlo, State
 
@@ -103,6 +92,8 @@ class ScriptedSampler:
 
     script: Mapping[tuple[int, ...], Sequence[Completion]]
     requests: list[SampleRequest] = field(default_factory=list)
+    version: int = 0
+    capabilities: ClassVar[Capabilities] = Capabilities(excluded_first=False, reproducible=True)
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         self.requests.extend(requests)
@@ -116,24 +107,21 @@ class ScriptedSampler:
             assert c.finish_reason == "stop" or len(c.token_ids) == request.max_new_tokens
         return list(written)
 
-    def load_weights(self, policy: Policy) -> None:
+    def update_weights(self, version: int, weights: Weights) -> None:
         pass
 
 
-def chain(num_steps: int = 3) -> Task:
-    return build_task(TaskConfig(num_steps=num_steps))
+class NotingTask(ChainTask):
+    """The chain task, noting every text that it grades."""
 
+    def __init__(self) -> None:
+        super().__init__("judgement", 3)
+        self.graded: list[str] = []
 
-def noting_task() -> tuple[Task, list[str]]:
-    """The chain task, and every text that it grades."""
-    graded: list[str] = []
-
-    def note(completions: Sequence[str], **columns: Any) -> list[float]:
-        graded.extend(completions)
-        assert set(columns["answer"]) == {PROBLEM.answer}
-        return grade_chain(completions, **columns)
-
-    return Graded(ChainTask("judgement", 3), InProcess((note,)), ("note",), (1.0,)), graded
+    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
+        self.graded.extend(texts)
+        assert {problem.id for problem in problems} == {PROBLEM.id}
+        return super().grade(problems, texts)
 
 
 def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROBLEM) -> ScriptedSampler:
@@ -141,16 +129,17 @@ def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROB
     return ScriptedSampler({prompt + ids(p): [completion(c) for c in cs] for p, cs in continuations.items()})
 
 
-def group_of(completions: Sequence[Completion], task: Task | None = None) -> RolloutGroup:
+def group_of(completions: Sequence[Completion], task: ChainTask | None = None) -> RolloutGroup:
     """The completions as the rollouts of the problem, through the package's own sampling stage."""
     sampler = ScriptedSampler({policy().encode_prompt(PROBLEM.prompt): completions})
     (group,) = sample_groups(
         [PROBLEM],
         policy(),
         sampler,
-        task or chain(),
+        task or ChainTask("judgement", 3),
         group_size=len(completions),
         max_new_tokens=BUDGET,
+        temperature=1.0,
         address=(0, 1, "rollouts"),
     )
     return group
@@ -162,7 +151,7 @@ def four() -> RolloutGroup:
 
 
 def vine_samples(
-    groups: list[RolloutGroup], sampler: Sampler, *, task: Task | None = None, max_states: int = 0
+    groups: list[RolloutGroup], sampler: Sampler, *, task: ChainTask | None = None, max_states: int = 0
 ) -> tuple[list[TrainingSample], dict[str, float]]:
     """VinePPO's credit as a run binds it."""
     config = Config(
@@ -171,7 +160,7 @@ def vine_samples(
         vineppo=VineConfig(reuse=False, num_mc_rollouts=K, splitter="newline", max_states=max_states),
         learner=LearnerConfig(minibatch_size=4),
     )
-    return build_credit(config, policy(), sampler, task or chain(), None)(groups, 1)
+    return build_credit(config, policy(), sampler, task or ChainTask("judgement", 3), None)(groups, 1)
 
 
 def response_part(sample: TrainingSample) -> list[float]:
@@ -187,7 +176,7 @@ def test_the_script_is_what_it_says() -> None:
     assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 17
     right = [RIGHT, CUT_OFF_AT_THE_ANSWER, FIRST + SECOND_SLIPS + CUT_OFF_AFTER_THE_SLIP]
     texts = [policy().decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
-    assert chain().grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
+    assert ChainTask("judgement", 3).grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
     assert [rollout.reward for rollout in four().rollouts] == [1, 0, 1, 0]
 
 
@@ -260,18 +249,19 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
     prompt, cut_off = policy().encode_prompt(PROBLEM.prompt), ids(CUT_OFF)
     last_chance = [completion("</s>"), completion("1"), completion("</s>"), completion("\n")]
     sampler = ScriptedSampler({prompt + cut_off[:39]: last_chance})
-    task, graded = noting_task()
-    monte_carlo = MonteCarlo(sampler, task, policy().decode, K, BUDGET, run_seed=0)
+    task = NotingTask()
+    monte_carlo = MonteCarlo(sampler, task, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
     assert [(value.mean, value.num_mc_rollouts) for value in values] == [(0, 0), (0, K), (0, 0), (0, 0)]
     assert (cost.states, cost.distinct_states, cost.mc_rollouts, cost.tokens) == (4, 3, K, 4)
-    assert len(graded) == 2
+    assert len(task.graded) == 2
 
 
 def test_only_known_outcomes_need_no_sampler_at_all() -> None:
-    monte_carlo = MonteCarlo(ScriptedSampler({}), chain(), policy().decode, K, BUDGET, run_seed=0)
+    chain = ChainTask("judgement", 3)
+    monte_carlo = MonteCarlo(ScriptedSampler({}), chain, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
     state = State(PROBLEM, policy().encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
     assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
@@ -299,7 +289,7 @@ def test_trap_1_and_truth_4_a_state_is_the_rollouts_own_tokens() -> None:
 
 
 def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_off() -> None:
-    task, graded = noting_task()
+    task = NotingTask()
     vine_samples([four()], scripted(CONTINUATIONS), task=task)
     finished = [
         policy().decode(ids(prefix + text))
@@ -308,16 +298,16 @@ def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_
         if text.endswith("</s>")
     ]
     assert len(finished) == 14
-    assert Counter(graded) == Counter(finished)
-    assert all(text.startswith(FIRST) for text in graded)
+    assert Counter(task.graded) == Counter(finished)
+    assert all(text.startswith(FIRST) for text in task.graded)
 
 
 def test_a_rollout_that_was_cut_off_is_never_graded() -> None:
-    task, graded = noting_task()
+    task = NotingTask()
     group = group_of([completion(CUT_OFF_AT_THE_ANSWER), completion(RIGHT)], task)
     assert [rollout.reward for rollout in group.rollouts] == [0, 1]
     assert [rollout.finish_reason for rollout in group.rollouts] == ["length", "stop"]
-    assert graded == [policy().decode(ids(RIGHT))]
+    assert task.graded == [policy().decode(ids(RIGHT))]
     assert generated_tokens([group]) == 71
 
 
@@ -351,15 +341,14 @@ def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
     seeds: list[int] = []
     for run_seed, iteration, problem_id in ((0, 1, "train/0"), (0, 2, "train/0"), (1, 1, "train/0"), (0, 1, "train/1")):
         sampler = scripted(CONTINUATIONS)
-        monte_carlo = MonteCarlo(sampler, chain(), policy().decode, K, BUDGET, run_seed)
+        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().decode, K, BUDGET, run_seed, 1.0)
         monte_carlo.evaluate([replace(s, problem=replace(PROBLEM, id=problem_id)) for s in states], iteration)
         seeds += [request.seed for request in sampler.requests]
     rollouts = ScriptedSampler({prompt: [completion(RIGHT)] * 2})
-    task = chain()
+    task = ChainTask("judgement", 3)
+    shape: dict[str, Any] = {"group_size": 2, "max_new_tokens": 40, "temperature": 1.0}
     for iteration in (1, 2):
-        sample_groups(
-            [PROBLEM, PROBLEM], policy(), rollouts, task, group_size=2, max_new_tokens=40, address=(0, iteration)
-        )
+        sample_groups([PROBLEM, PROBLEM], policy(), rollouts, task, **shape, address=(0, iteration))
     seeds += [request.seed for request in rollouts.requests]
     assert len(seeds) == 4 * 4 + 2 * 2 == len(set(seeds))
 
@@ -511,7 +500,7 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
         learner=LearnerConfig(minibatch_size=4),
     )
     critic = ValueNetwork(policy(), seed=0) if algorithm == "ppo" else None
-    credit = build_credit(config, policy(), scripted(CONTINUATIONS), chain(), critic)
+    credit = build_credit(config, policy(), scripted(CONTINUATIONS), ChainTask("judgement", 3), critic)
     group = four()
     samples, _ = credit([group], 1)
     assert [s.token_ids for s in samples] == [r.prompt_ids + r.response_ids for r in group.rollouts]
@@ -542,7 +531,7 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
         learner=LearnerConfig(minibatch_size=4),
     )
     group = four()
-    samples, metrics = build_credit(config, policy(), scripted({}), chain(), critic)([group], 1)
+    samples, metrics = build_credit(config, policy(), scripted({}), ChainTask("judgement", 3), critic)([group], 1)
     predicted = predict_values(critic, group.rollouts, micro_batch_tokens=10_000)
     prompt = len(policy().encode_prompt(PROBLEM.prompt))
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
@@ -615,4 +604,13 @@ def test_an_endless_task_is_drawn_fresh() -> None:
 
 def test_a_prompt_without_room_for_its_response_is_refused_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"train/0 has 25 tokens; with rollouts.max_new_tokens 490 .* context of 512"):
-        sample_groups([PROBLEM], policy(), scripted({}), chain(), group_size=1, max_new_tokens=490, address=(0,))
+        sample_groups(
+            [PROBLEM],
+            policy(),
+            scripted({}),
+            ChainTask("judgement", 3),
+            group_size=1,
+            max_new_tokens=490,
+            temperature=1.0,
+            address=(0,),
+        )

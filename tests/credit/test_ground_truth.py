@@ -23,6 +23,7 @@ from torch import nn
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.vine import vine_credit
 
+from tests.helpers import WrappedSampler
 from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.model.critic import ValueNetwork
@@ -32,7 +33,7 @@ from vineppo.sampling.graded import grade_finished
 from vineppo.seeds import derive_seed
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, RolloutGroup, Sampler, SampleRequest, TrainingSample
+from vineppo.types import Completion, CreditFn, RolloutGroup, SampleRequest, TrainingSample
 from vineppo.values import MonteCarlo, State, Value, ValueCost
 
 ABSOLUTE = 1e-6
@@ -157,7 +158,7 @@ def test_the_trainer_gives_the_worlds_logprobs() -> None:
 def test_the_sampler_draws_every_response_as_often_as_its_probability_says() -> None:
     """Pearson's chi-square over all 85 responses; its standard deviation is sqrt(2 * 84)."""
     w, n = world(3), 20_000
-    request = SampleRequest(w.prompt_ids, n, w.max_new_tokens, seed=11)
+    request = SampleRequest(w.prompt_ids, n, w.max_new_tokens, seed=11, temperature=w.temperature)
     counts = Counter(completion.token_ids for completion in w.sampler().sample([request])[0])
     assert set(counts) <= set(w.responses)
     common = [o for o in w.outcomes if n * o.probability >= 5]
@@ -174,7 +175,14 @@ def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
     w = world(4)
     truth = {o.rollout.response_ids: o.rollout for o in w.outcomes}
     (group,) = sample_groups(
-        [w.problem], policy(), w.sampler(), w.task, group_size=256, max_new_tokens=4, address=(0, 1, "rollouts")
+        [w.problem],
+        policy(),
+        w.sampler(),
+        w.task,
+        group_size=256,
+        max_new_tokens=4,
+        temperature=w.temperature,
+        address=(0, 1, "rollouts"),
     )
     assert {r.finish_reason for r in group.rollouts} == {"stop", "length"}
     for rollout in group.rollouts:
@@ -339,17 +347,11 @@ def test_reinforce_is_exact_for_an_iteration_of_two_problems() -> None:
 # --- the expected gradient with Monte-Carlo values ---
 
 
-class EverythingFinished:
+class EverythingFinished(WrappedSampler):
     """A sampler that calls cut-off completions finished, so that they are graded."""
-
-    def __init__(self, sampler: Sampler):
-        self.sampler = sampler
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
-
-    def load_weights(self, policy: Policy) -> None:
-        self.sampler.load_weights(policy)
 
 
 def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[float]:
@@ -384,7 +386,14 @@ def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
     gradients = []
     for iteration in range(120):
         groups = sample_groups(
-            [w.problem], policy(), w.sampler(), w.task, group_size=group_size, max_new_tokens=3, address=(0, iteration)
+            [w.problem],
+            policy(),
+            w.sampler(),
+            w.task,
+            group_size=group_size,
+            max_new_tokens=3,
+            temperature=w.temperature,
+            address=(0, iteration),
         )
         samples, _ = credit(groups, iteration)
         gradients.append(policy_gradient(policy(), w.temperature, [(1 / group_size, s) for s in samples]))

@@ -66,7 +66,7 @@ def test_trap_13_a_sampler_in_16_bits_uses_new_weights_at_once() -> None:
     policy = build_policy()
     policy.model.to(torch.bfloat16)
     requests = prompts_and_states()
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     before = tokens(sampler.sample(requests))
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -74,13 +74,13 @@ def test_trap_13_a_sampler_in_16_bits_uses_new_weights_at_once() -> None:
     after = sampler.sample(requests)
     assert tokens(after) != before
     assert largest_gap(policy, requests, after, 1.0) < 0.15
-    assert tokens(after) == tokens(TorchSampler(policy, temperature=1.0).sample(requests))
+    assert tokens(after) == tokens(TorchSampler(policy).sample(requests))
 
 
 def test_the_model_gives_gradients_again_after_sampling() -> None:
     policy = build_policy()
     policy.model.to(torch.bfloat16)
-    TorchSampler(policy, temperature=1.0).sample(prompts_and_states())
+    TorchSampler(policy).sample(prompts_and_states())
     policy.model(torch.tensor([random_ids(9, 0)])).logits.float().logsumexp(-1).sum().backward()
     gradients = [layer.weight.grad for layer in linears(policy.model)]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)

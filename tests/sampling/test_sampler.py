@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,11 +112,13 @@ def random_ids(length: int, seed: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(SPECIAL, len(TOKENIZER), length).tolist())
 
 
-def prompts_and_states() -> list[SampleRequest]:
+def prompts_and_states(temperature: float = 1.0) -> list[SampleRequest]:
     """Plain prompts, and states of two responses to one problem: prefixes of one another, and of a common prompt."""
     first, second, other = random_ids(20, 0), random_ids(20, 1), random_ids(5, 2)
     prefixes = [first[:n] for n in (4, 9, 14, 20)] + [first[:4] + second[:n] for n in (3, 12)] + [other]
-    return [SampleRequest(ids, 3, LENGTH - len(ids), 100 + i) for i, ids in enumerate(prefixes)]
+    return [
+        SampleRequest(ids, 3, LENGTH - len(ids), 100 + i, temperature=temperature) for i, ids in enumerate(prefixes)
+    ]
 
 
 def trainer_logprobs(policy: Policy, prompt_ids: Sequence[int], completion: Completion, T: float) -> torch.Tensor:
@@ -148,10 +150,10 @@ def flatten(results: list[list[Completion]]) -> list[Completion]:
 @pytest.mark.parametrize("family", list(TREE))
 def test_truth_5_sampler_logprobs_are_the_trainers(family: str, temperature: float) -> None:
     policy = build_policy(family)
-    requests = prompts_and_states()
+    requests = prompts_and_states(temperature)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sampler = TorchSampler(policy, temperature=temperature)
+        sampler = TorchSampler(policy)
     assert sampler.tree_attention
     results = sampler.sample(requests)
     assert max(len(c.token_ids) for c in flatten(results)) > 2 * WINDOW
@@ -163,10 +165,10 @@ def test_truth_5_sampler_logprobs_are_the_trainers(family: str, temperature: flo
 @pytest.mark.parametrize("family", list(PLAIN))
 def test_truth_5_models_the_tree_cannot_do_fall_back_with_one_warning(family: str) -> None:
     policy = build_policy(family)
-    requests = prompts_and_states()
+    requests = prompts_and_states(0.6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sampler = TorchSampler(policy, temperature=0.6)
+        sampler = TorchSampler(policy)
         results = sampler.sample(requests)
     mine = [str(w.message) for w in caught if "sampling recomputes" in str(w.message)]
     assert len(mine) == 1
@@ -178,7 +180,7 @@ def test_truth_5_models_the_tree_cannot_do_fall_back_with_one_warning(family: st
 def test_logprobs_in_bfloat16_differ_by_rounding_only() -> None:
     policy = build_policy()
     policy.model.to(torch.bfloat16)
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     assert sampler.tree_attention
     requests = prompts_and_states()
     assert largest_gap(policy, requests, sampler.sample(requests), 1.0) < 0.15
@@ -188,8 +190,8 @@ def test_logprobs_in_bfloat16_differ_by_rounding_only() -> None:
 @pytest.mark.filterwarnings("ignore:.*sampling recomputes")
 def test_greedy_is_generate(family: str) -> None:
     policy = build_policy(family)
-    requests = [SampleRequest(random_ids(n, n), 1, 20, seed=n) for n in (3, 8, 15)]
-    sampler = TorchSampler(policy, temperature=0)
+    requests = [SampleRequest(random_ids(n, n), 1, 20, seed=n, temperature=0) for n in (3, 8, 15)]
+    sampler = TorchSampler(policy)
     # Let the first answer end in the middle: its fifth token is made an end of sequence.
     policy.eos_ids = (EOS, sampler.sample(requests)[0][0].token_ids[4])
     for request, (completion,) in zip(requests, sampler.sample(requests), strict=True):
@@ -209,18 +211,18 @@ def test_greedy_is_generate(family: str) -> None:
 
 def test_trap_6_and_truth_6_a_sample_is_a_function_of_its_request_alone(llama: Policy) -> None:
     requests = prompts_and_states()
-    sampler = TorchSampler(llama, temperature=1.0)
+    sampler = TorchSampler(llama)
     together = tokens(sampler.sample(requests))
     assert [tokens(sampler.sample([request]))[0] for request in requests] == together
     assert tokens(sampler.sample(requests[::-1]))[::-1] == together
     strangers = [SampleRequest(random_ids(n, 50 + n), 2, 25, seed=n) for n in range(1, 12)]
     assert tokens(sampler.sample(strangers + requests))[len(strangers) :] == together
     for max_rows in (1, 2, 5):
-        assert tokens(TorchSampler(llama, temperature=1.0, max_rows=max_rows).sample(requests)) == together
+        assert tokens(TorchSampler(llama, max_rows=max_rows).sample(requests)) == together
     per_token = kv_bytes_per_token(llama.model)
     assert per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
     for kv_tokens in (70, 100, 200):
-        small = TorchSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token)
+        small = TorchSampler(llama, kv_memory=kv_tokens * per_token)
         assert tokens(small.sample(requests)) == together
     more = sampler.sample([replace(request, num_samples=6) for request in requests])
     assert [completions[:3] for completions in tokens(more)] == together
@@ -242,13 +244,13 @@ def test_a_waves_keys_and_values_stay_within_their_memory(llama: Policy, monkeyp
     per_token = kv_bytes_per_token(llama.model)
     for kv_tokens in (40, 100, 300, 10_000):
         held.clear()
-        TorchSampler(llama, temperature=1.0, kv_memory=kv_tokens * per_token).sample(requests)
+        TorchSampler(llama, kv_memory=kv_tokens * per_token).sample(requests)
         assert 0.5 < max(held) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
 
 
 def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(9, 0), 1, 20, seed=0), SampleRequest(random_ids(11, 1), 1, 20, seed=1)]
-    small = TorchSampler(llama, temperature=1.0, kv_memory=30 * kv_bytes_per_token(llama.model))
+    small = TorchSampler(llama, kv_memory=30 * kv_bytes_per_token(llama.model))
     assert len(small.sample(requests[:1])) == 1
     with pytest.raises(UserError, match=r"needs keys and values of 31 tokens, but rollouts.kv_memory holds 30"):
         small.sample(requests)
@@ -256,7 +258,7 @@ def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy)
 
 def test_trap_6_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None:
     request = SampleRequest(random_ids(6, 0), 50, 24, seed=3)
-    sampler = TorchSampler(llama, temperature=1.0)
+    sampler = TorchSampler(llama)
     mine, other = tokens(sampler.sample([request, replace(request, seed=4)]))
     assert len(set(mine)) > 45
     assert len({ids[0] for ids in mine}) > 10
@@ -266,8 +268,8 @@ def test_trap_6_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_first_tokens_have_the_distribution_of_the_softmax(llama: Policy, temperature: float) -> None:
-    request = SampleRequest(random_ids(6, 0), 20_000, 1, seed=0)
-    (completions,) = TorchSampler(llama, temperature=temperature).sample([request])
+    request = SampleRequest(random_ids(6, 0), 20_000, 1, seed=0, temperature=temperature)
+    (completions,) = TorchSampler(llama).sample([request])
     counts = np.bincount([c.token_ids[0] for c in completions], minlength=len(TOKENIZER))
     with torch.no_grad():
         logits = llama.model(torch.tensor([request.prompt_ids])).logits[0, -1].double()
@@ -279,7 +281,7 @@ def test_first_tokens_have_the_distribution_of_the_softmax(llama: Policy, temper
 
 def test_later_tokens_are_drawn_independently_of_the_first(llama: Policy) -> None:
     request = SampleRequest(random_ids(6, 0), 20_000, 3, seed=1)
-    ids = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
+    ids = tokens(TorchSampler(llama).sample([request]))[0]
     likely = np.bincount([row[0] for row in ids]).argmax()
     seconds = [row[1] for row in ids if row[0] == likely]
     thirds = [row[2] for row in ids if len(row) == 3]
@@ -344,7 +346,7 @@ def test_draw_at_temperature_zero_takes_the_most_likely_token() -> None:
 
 @pytest.mark.parametrize("tree_attention", [True, False])
 def test_trap_4_end_of_sequence_is_there_if_and_only_if_it_was_sampled(llama: Policy, tree_attention: bool) -> None:
-    sampler = TorchSampler(llama, temperature=1.0)
+    sampler = TorchSampler(llama)
     sampler.tree_attention = tree_attention
     completions = sampler.sample([SampleRequest(random_ids(5, 3), 60, 24, seed=1)])[0]
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -359,7 +361,7 @@ def test_trap_4_end_of_sequence_is_there_if_and_only_if_it_was_sampled(llama: Po
 def test_each_request_has_its_own_budget(llama: Policy) -> None:
     prompt = random_ids(5, 4)
     budgets = [0, 1, 2, 13, 0, 24]
-    results = TorchSampler(llama, temperature=1.0).sample([SampleRequest(prompt, 4, n, seed=8) for n in budgets])
+    results = TorchSampler(llama).sample([SampleRequest(prompt, 4, n, seed=8) for n in budgets])
     longest = tokens(results)[-1]
     for budget, completions in zip(budgets, results, strict=True):
         assert [c.token_ids for c in completions] == [ids[:budget] for ids in longest]
@@ -368,7 +370,7 @@ def test_each_request_has_its_own_budget(llama: Policy) -> None:
 
 
 def test_nothing_asked_is_nothing_done(llama: Policy) -> None:
-    sampler = TorchSampler(llama, temperature=1.0)
+    sampler = TorchSampler(llama)
     assert sampler.sample([]) == []
     assert sampler.sample([SampleRequest((5,), 0, 4, 0)]) == [[]]
     assert sampler.sample([SampleRequest((5,), 1, 0, 0)]) == [[Completion((), (), "length")]]
@@ -384,12 +386,12 @@ def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequenc
 
 def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
     request = SampleRequest(random_ids(5, 5), 60, 24, seed=2)
-    free = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
+    free = tokens(TorchSampler(llama).sample([request]))[0]
     long = [llama.token_texts(ids) for ids in free if len(ids) == 24]
     across_three = "".join(long[0][4:7])
     inside_two = "".join(long[1][9:11])[1:-1] or long[1][9]
     for stop in [("a",), (across_three,), (inside_two,), (across_three, inside_two, "7"), ("\n",)]:
-        completions = TorchSampler(llama, temperature=1.0, stop=stop).sample([request])[0]
+        completions = TorchSampler(llama).sample([replace(request, stop=stop)])[0]
         expected = [stopped(ids, stop, llama.decode) for ids in free]
         assert [c.token_ids for c in completions] == expected
         assert expected != free
@@ -401,8 +403,8 @@ def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
 def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
     prompt = llama.encode_prompt("ab####\nab")
     request = SampleRequest(prompt, 40, 24, seed=2)
-    free = tokens(TorchSampler(llama, temperature=1.0).sample([request]))[0]
-    completions = TorchSampler(llama, temperature=1.0, stop=("ab", "#")).sample([request])[0]
+    free = tokens(TorchSampler(llama).sample([request]))[0]
+    completions = TorchSampler(llama).sample([replace(request, stop=("ab", "#"))])[0]
     assert [c.token_ids for c in completions] == [stopped(ids, ("ab", "#"), llama.decode) for ids in free]
     assert max(len(c.token_ids) for c in completions) > 10
 
@@ -410,7 +412,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
 def test_trap_13_new_weights_are_used_at_once() -> None:
     policy = build_policy()
     requests = prompts_and_states()
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     before = tokens(sampler.sample(requests))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -418,11 +420,68 @@ def test_trap_13_new_weights_are_used_at_once() -> None:
             parameter += 0.05 * torch.randn_like(parameter)
     after = sampler.sample(requests)
     assert tokens(after) != before
-    assert tokens(after) == tokens(TorchSampler(policy, temperature=1.0).sample(requests))
+    assert tokens(after) == tokens(TorchSampler(policy).sample(requests))
     assert largest_gap(policy, requests, after, 1.0) < 1e-4
-    other = build_policy("llama-tied-multi-query")
-    sampler.load_weights(other)
-    assert largest_gap(other, requests, sampler.sample(requests), 1.0) < 1e-4
+
+
+def test_completions_say_which_weights_they_were_sampled_with(llama: Policy) -> None:
+    """The engine shares the policy's memory, so it notes the version and does not ask for the tensors."""
+
+    def unasked() -> Iterator[tuple[str, Any]]:
+        raise AssertionError("the tensors were asked for")
+        yield
+
+    requests = [*prompts_and_states(), SampleRequest((5,), 2, 0, 0)]
+    sampler = TorchSampler(llama)
+    assert sampler.version == 0
+    before = flatten(sampler.sample(requests))
+    sampler.update_weights(3, unasked)
+    after = flatten(sampler.sample(requests))
+    assert sampler.version == 3
+    assert {c.version for c in before} == {0} and {c.version for c in after} == {3}
+    assert [replace(c, version=0) for c in after] == before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+def test_samples_are_addressed_by_their_number(llama: Policy, temperature: float) -> None:
+    """Requests for samples 0 to 3 and 4 to 7 of a seed give what one request for 8 gives: together, to the bit."""
+    sampler = TorchSampler(llama)
+    whole = SampleRequest(random_ids(6, 0), 8, 24, seed=3, temperature=temperature)
+    first, second = replace(whole, num_samples=4), replace(whole, num_samples=4, first_sample=4)
+    (expected,) = sampler.sample([whole])
+    a, b = sampler.sample([first, second])
+    assert a + b == expected
+    assert sampler.sample([second, first]) == [b, a]
+    apart = [*sampler.sample([first]), *sampler.sample([second])]
+    assert tokens(apart) == tokens([a, b])
+    for one, other in zip(flatten(apart), expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    if temperature:
+        assert len({c.token_ids for c in expected}) == 8
+    (last,) = sampler.sample([replace(whole, num_samples=1, first_sample=7)])
+    assert last[0].token_ids == expected[7].token_ids
+
+
+def test_requests_of_different_kinds_in_one_call_equal_separate_calls(llama: Policy) -> None:
+    """Temperatures and stop strings, mixed up in one call: the same bits as a call for each kind."""
+    kinds: list[tuple[float, tuple[str, ...]]] = [(1.0, ()), (0.0, ()), (0.6, ()), (0.6, ("a", "7")), (1.0, ("\n",))]
+    asked = [replace(r, temperature=t, stop=stop) for r in prompts_and_states() for t, stop in kinds]
+    assert len({(r.temperature, r.stop) for r in asked[:5]}) == 5  # neighbours differ
+    for sampler in (TorchSampler(llama), TorchSampler(llama, max_rows=4)):
+        together = sampler.sample(asked)
+        for n, (temperature, stop) in enumerate(kinds):
+            own = asked[n :: len(kinds)]
+            assert {(r.temperature, r.stop) for r in own} == {(temperature, stop)}
+            assert together[n :: len(kinds)] == sampler.sample(own)
+            assert largest_gap(llama, own, together[n :: len(kinds)], temperature) < 1e-4 or not temperature
+    greedy = together[1 :: len(kinds)]
+    assert all(len(set(ids)) == 1 for ids in tokens(greedy))
+    assert {x for c in flatten(greedy) for x in c.logprobs} == {0.0}
+    free, ended = tokens(together[2 :: len(kinds)]), tokens(together[3 :: len(kinds)])
+    assert free != ended
+    for request, one, other in zip(prompts_and_states(), free, ended, strict=True):
+        assert request.response_tokens == 0
+        assert other == [stopped(ids, ("a", "7"), llama.decode) for ids in one]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2"])
@@ -437,7 +496,7 @@ def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeyp
         keep(tree, rows)
 
     monkeypatch.setattr(KVTree, "keep", counted)
-    sampler = TorchSampler(policy, temperature=1.0)
+    sampler = TorchSampler(policy)
     tree = sampler.sample(requests)
     assert len(left) > 2
     assert left == sorted(left, reverse=True)
@@ -451,7 +510,7 @@ def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeyp
 
 def test_a_request_for_no_samples_disturbs_nobody(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(4, seed), 2, 6, seed) for seed in range(3)]
-    sampler = TorchSampler(llama, temperature=1.0)
+    sampler = TorchSampler(llama)
     alone = sampler.sample(requests)
     for place in range(4):
         nothing = SampleRequest(random_ids(5, 9), 0, 6, 9)
@@ -461,8 +520,8 @@ def test_a_request_for_no_samples_disturbs_nobody(llama: Policy) -> None:
 
 
 def test_a_branch_may_grow_past_its_first_block_of_memory(llama: Policy) -> None:
-    requests = [SampleRequest(random_ids(3, seed), 8, 60, seed) for seed in range(3)]
-    results = TorchSampler(llama, temperature=0.6).sample(requests)
+    requests = [SampleRequest(random_ids(3, seed), 8, 60, seed, temperature=0.6) for seed in range(3)]
+    results = TorchSampler(llama).sample(requests)
     assert max(len(c.token_ids) for c in flatten(results)) > 40
     assert largest_gap(llama, requests, results, 0.6) < 1e-4
 
@@ -472,7 +531,7 @@ def test_a_finished_row_asks_for_no_position_beyond_the_context() -> None:
     policy = build_policy("gpt2", n_positions=LENGTH)
     state = random_ids(LENGTH - 2, 0)
     requests = [SampleRequest(state[:3], 12, LENGTH - 3, seed=0), SampleRequest(state, 1, 2, seed=1)]
-    results = TorchSampler(policy, temperature=1.0).sample(requests)
+    results = TorchSampler(policy).sample(requests)
     assert max(len(c.token_ids) for c in results[0]) == LENGTH - 3
     assert largest_gap(policy, requests, results, 1.0) < 1e-4
 
@@ -482,6 +541,6 @@ def test_sampling_leaves_the_model_as_it_was(llama: Policy) -> None:
     with torch.no_grad():
         before = llama.model(token_ids).logits
         implementation = llama.model.config._attn_implementation
-        TorchSampler(llama, temperature=1.0).sample(prompts_and_states())
+        TorchSampler(llama).sample(prompts_and_states())
         assert llama.model.config._attn_implementation == implementation
         assert torch.equal(llama.model(token_ids).logits, before)

@@ -133,8 +133,14 @@ def test_sampling_tells_the_grader_of_responses_as_they_end() -> None:
             told.append(list(texts))
 
     listening = Graded(task, Listening((load_grader("exact"),), early=True), ("exact",), (1.0,))
-    sampler = TorchSampler(policy, temperature=1.0, stop=("rule",))
-    shape: dict[str, Any] = {"group_size": 3, "max_new_tokens": 60, "address": (0,)}
+    sampler = TorchSampler(policy)
+    shape: dict[str, Any] = {
+        "group_size": 3,
+        "max_new_tokens": 60,
+        "temperature": 1.0,
+        "stop": ("rule",),
+        "address": (0,),
+    }
     problems = problem_range(task, "train", 4)
     groups = sample_groups(problems, policy, sampler, listening, **shape)
     ended = sorted(r.text for group in groups for r in group.rollouts if r.finish_reason == "stop")

@@ -5,6 +5,7 @@ and with exactly the smaller variance of differences that the theory says.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,13 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vineppo.credit.vine import vine_node_credit
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
+from tests.helpers import WrappedSampler
 from tests.world import World, policy_gradient
+from vineppo.config.schema import VineConfig
+from vineppo.credit import build_vine_credit
+from vineppo.credit.vine import vine_node_credit
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, Rollout, Sampler, SampleRequest, TrainingSample
+from vineppo.types import (
+    Capabilities,
+    Completion,
+    Rollout,
+    RolloutGroup,
+    Sampler,
+    SampleRequest,
+    TrainingSample,
+    UserError,
+)
 from vineppo.values import ReusingMonteCarlo, State, ValueCost
 
 K = 4
@@ -118,20 +131,16 @@ def test_a_tree_that_holds_every_response_needs_no_sampling() -> None:
         assert value.mean == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / 4096) + 1e-4)
 
 
-@dataclass
-class Recording:
+@dataclass(frozen=True)
+class Recording(WrappedSampler):
     """The world's sampler, with everything it was asked and answered."""
 
-    sampler: Sampler
     seen: list[tuple[SampleRequest, Completion]] = field(default_factory=list)
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         completions = self.sampler.sample(requests)
-        self.seen += [(r, c) for r, group in zip(requests, completions, strict=True) for c in group]
+        self.seen.extend((r, c) for r, group in zip(requests, completions, strict=True) for c in group)
         return completions
-
-    def load_weights(self, policy: object) -> None:
-        self.sampler.load_weights(policy)
 
 
 def test_what_is_sampled_leaves_the_tree_at_its_first_token() -> None:
@@ -148,12 +157,60 @@ def test_what_is_sampled_leaves_the_tree_at_its_first_token() -> None:
         assert completion.logprobs[0] < 0 or len(request.excluded_first) == 4
 
 
+@dataclass(frozen=True)
+class OnlyPlain(WrappedSampler):
+    """A sampler that cannot exclude first tokens, and is not asked to."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(excluded_first=False, reproducible=False)
+
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
+        assert not any(request.excluded_first for request in requests)
+        return self.sampler.sample(requests)
+
+
+def test_a_sampler_that_cannot_exclude_tokens_gives_fresh_continuations_with_one_warning() -> None:
+    w, many = world(4), 256
+    able = w.monte_carlo(many)
+    unable = replace(able, sampler=OnlyPlain(w.sampler()))
+    settings = VineConfig(num_mc_rollouts=many, splitter="tokens:1")
+    groups = [RolloutGroup(w.problem, tuple(rollouts(w)))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        credit = build_vine_credit(settings, unable, w.policy)
+        samples, metrics = credit(groups, 0)
+        assert credit(groups, 0) == (samples, metrics)
+    message = f"vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets {many} fresh"
+    assert [str(warning.message).startswith(message) for warning in caught] == [True]
+    assert "\n" not in str(caught[0].message) and "times the sampled tokens" in str(caught[0].message)
+
+    fresh = build_vine_credit(replace(settings, reuse=False), able, w.policy)(groups, 0)
+    assert (samples, metrics) == fresh
+    for rollout, sample in zip(groups[0].rollouts, samples, strict=True):
+        assert sample.credit is not None
+        for depth, value in enumerate(sample.credit.values):
+            mean, variance = w.moments[rollout.response_ids[:depth]]
+            assert value == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / many) + 1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, reused = build_vine_credit(settings, able, w.policy)(groups, 0)
+    assert reused["tokens/mc"] < 0.5 * metrics["tokens/mc"]
+
+
+def test_alternatives_are_refused_where_the_sampler_cannot_exclude_tokens() -> None:
+    w = world(3)
+    plain = replace(w.monte_carlo(2), sampler=OnlyPlain(w.sampler()))
+    with pytest.raises(UserError, match=r"vineppo.alternatives is true, but this sampler cannot exclude first tokens"):
+        build_vine_credit(VineConfig(alternatives=True), plain, w.policy)
+
+
 def test_an_excluded_token_leaves_the_others_in_proportion() -> None:
     w, n = world(3), 20_000
     probabilities = {
         token: sum(o.probability for o in w.outcomes if o.rollout.response_ids[0] == token) for token in range(5)
     }
-    request = SampleRequest(w.prompt_ids, n, 3, seed=5, excluded_first=(1, 4))
+    request = SampleRequest(w.prompt_ids, n, 3, 5, excluded_first=(1, 4), temperature=w.temperature)
     first = [c.token_ids[0] for c in w.sampler().sample([request])[0]]
     rest = 1 - probabilities[1] - probabilities[4]
     assert not {1, 4} & set(first)
@@ -233,9 +290,15 @@ def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = Fal
     credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.token_texts, 0)
     gradients = []
     for iteration in range(iterations):
-        address = (0, iteration, "rollouts")
         groups = sample_groups(
-            [w.problem], w.policy, w.sampler(), w.task, group_size=8, max_new_tokens=3, address=address
+            [w.problem],
+            w.policy,
+            w.sampler(),
+            w.task,
+            group_size=8,
+            max_new_tokens=3,
+            temperature=w.temperature,
+            address=(0, iteration, "rollouts"),
         )
         samples: list[TrainingSample] = credit(groups, iteration)[0]
         if drop:

@@ -14,22 +14,10 @@ from dataclasses import dataclass, field
 from vineppo.credit.advantages import spread_over_tokens
 from vineppo.credit.sample import training_sample
 from vineppo.credit.value_metrics import value_metrics
-from vineppo.seeds import derive_seed
 from vineppo.statistics import wilson
 from vineppo.steps import Splitter, step_ends
 from vineppo.types import CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import Key, State, Value, ValueCost, ValueEstimator
-
-
-@dataclass(frozen=True)
-class Bisection:
-    """When to look inside of a stretch."""
-
-    level: float
-    """Confidence with which its ends must differ, above 0 and below 1."""
-    chance: float
-    """Of looking all the same where they do not, from 0 to 1."""
-    run_seed: int
 
 
 def bisected_vine_credit(
@@ -37,7 +25,7 @@ def bisected_vine_credit(
     splitter: Splitter,
     token_texts: Callable[[Sequence[int]], list[str]],
     max_states: int,
-    rule: Bisection,
+    level: float,
 ) -> CreditFn:
     """Bind VinePPO's credit function over the states that bisection chooses.
 
@@ -46,14 +34,14 @@ def bisected_vine_credit(
     become stretches, with V(m) - V(a) and V(b) - V(m). Stretches of all responses go on together: one call of the
     estimator per round.
 
-    A stretch whose ends `differ` is looked into. One whose ends do not is looked into with probability `chance`, and
-    what that changes counts 1 / `chance` times (a random telescoping sum), for all that comes of it.
+    A stretch is looked into where its ends `differ`. V(s_0) plus the advantages is the reward.
 
-    Bias: with any `chance` above 0, none; the expectation of a token's advantage is that of its own step, measured.
-    With `chance` 0 a fall is traced to its step, while a rise too small to look into is shared by the whole response;
-    so what makes a step a little better or worse is understated. The expectation is then off by at most the mean of
-    |V(m) - V(b)| (first half) or |V(m) - V(a)| (second half) over the stretches that were not looked into. In return
-    V(s_0) plus the advantages is the reward, as always where no stretch is weighted.
+    Bias: a fall is traced to its step, while a rise too small to look into is shared by the whole response; so what
+    makes a step a little better or worse is understated. The expectation of a token's advantage is off by at most the
+    mean of |V(m) - V(b)| (first half) or |V(m) - V(a)| (second half) over the stretches that were not looked into.
+
+    Args:
+        level: confidence with which the ends of a stretch must differ, above 0 and below 1.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -62,11 +50,10 @@ def bisected_vine_credit(
                 group.problem,
                 rollout,
                 (0, *step_ends(rollout, splitter, token_texts, max_states)),
-                rule,
-                derive_seed(rule.run_seed, iteration, group.problem.id, "bisection", index),
+                level,
             )
             for group in groups
-            for index, rollout in enumerate(group.rollouts)
+            for rollout in group.rollouts
         ]
         cost, rounds = _measure(searches, estimator, iteration)
         samples = [search.sample() for search in searches]
@@ -100,7 +87,6 @@ class _Stretch:
     start: int
     end: int
     advantage: float
-    weight: float
 
 
 @dataclass
@@ -111,8 +97,7 @@ class _Search:
     rollout: Rollout
     boundaries: tuple[int, ...]
     """Of all steps, with 0 in front, shape (S + 1,)."""
-    rule: Bisection
-    seed: int
+    level: float
     values: dict[int, Value] = field(default_factory=dict)
     stretches: list[_Stretch] = field(default_factory=list)
     """Those that are done with."""
@@ -134,31 +119,23 @@ class _Search:
             return [0]
         halves = [half for stretch in self.waiting for half in self._halves(stretch)]
         if not self.waiting and not self.stretches:
-            halves = [_Stretch(0, self.last, self.rollout.reward - self.values[0].mean, 1.0)]
+            halves = [_Stretch(0, self.last, self.rollout.reward - self.values[0].mean)]
         self.waiting = []
         for stretch in halves:
-            weight = self._weight(stretch)
-            if weight:
-                self.waiting.append(_Stretch(stretch.start, stretch.end, stretch.advantage, stretch.weight * weight))
-            else:
-                self.stretches.append(stretch)
+            (self.waiting if self._decisive(stretch) else self.stretches).append(stretch)
         return [_middle(stretch) for stretch in self.waiting]
 
     def _halves(self, stretch: _Stretch) -> tuple[_Stretch, _Stretch]:
         before, middle, behind = (self._value(p).mean for p in (stretch.start, _middle(stretch), stretch.end))
-        first = stretch.advantage + stretch.weight * (middle - behind)
-        second = stretch.advantage + stretch.weight * (before - middle)
+        first = stretch.advantage + (middle - behind)
+        second = stretch.advantage + (before - middle)
         cut = _middle(stretch)
-        return _Stretch(stretch.start, cut, first, stretch.weight), _Stretch(cut, stretch.end, second, stretch.weight)
+        return _Stretch(stretch.start, cut, first), _Stretch(cut, stretch.end, second)
 
-    def _weight(self, stretch: _Stretch) -> float:
-        """What looking inside counts; 0 where it is not done."""
-        if stretch.end - stretch.start < 2:
-            return 0.0
-        if differ(self._value(stretch.start), self._value(stretch.end), self.rule.level):
-            return 1.0
-        chance = self.rule.chance
-        return 1 / chance if derive_seed(self.seed, stretch.start, stretch.end) < chance * 2**63 else 0.0
+    def _decisive(self, stretch: _Stretch) -> bool:
+        """Whether to look inside."""
+        ends = self._value(stretch.start), self._value(stretch.end)
+        return stretch.end - stretch.start > 1 and differ(*ends, self.level)
 
     def _value(self, place: int) -> Value:
         return self.values[place] if place < self.last else Value(self.rollout.reward, 0)

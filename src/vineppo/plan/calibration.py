@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vineppo.config.schema import Config
+from vineppo.config.schema import Config, RolloutConfig
 from vineppo.config.settings import replace
 from vineppo.credit import find_algorithm
 from vineppo.learning.learner import Learner
@@ -17,7 +17,7 @@ from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
 from vineppo.training.configure import own_settings
-from vineppo.training.parts import build_parts, sample_rollouts, updates_per_iteration
+from vineppo.training.parts import build_parts, updates_per_iteration
 from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
@@ -46,14 +46,15 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
     policy, learner = parts.policy, parts.learner
     drawn = draw_problems(parts.task, config.run.seed, 1, few)
-    groups, sample_seconds = _timed(lambda: sample_rollouts(parts, drawn, 1))
+    groups, sample_seconds = _timed(lambda: parts.sample(drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
     _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
-    per_row = _seconds_per_row(parts.sampler, groups)
+    parts.update_sampler()
+    per_row = _seconds_per_row(parts.sampler, groups, own)
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     passes = max(0.0, update_seconds - prepare - step)
@@ -81,13 +82,16 @@ def _step_seconds(learner: Learner) -> float:
     return seconds
 
 
-def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup]) -> float:
+def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], own: RolloutConfig) -> float:
     """What one more token costs in a position that is decoded anyway: the slope between few rows and many."""
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
     times = []
     for rows in (few, many):
-        requests = [SampleRequest(ids, rows // len(prompts), positions, seed=i) for i, ids in enumerate(prompts)]
+        requests = [
+            SampleRequest(ids, rows // len(prompts), positions, seed=i, temperature=own.temperature, stop=own.stop)
+            for i, ids in enumerate(prompts)
+        ]
         sampler.sample(requests)
         found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
         times.append((sum(len(c.token_ids) for group in found for c in group), seconds))

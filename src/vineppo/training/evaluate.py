@@ -52,9 +52,11 @@ def measure(
     *,
     num_samples: int,
     max_new_tokens: int,
+    temperature: float,
+    stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> Measurement:
-    """Sample and grade `num_samples` responses to each problem; the randomness is addressed by `address`."""
+    """Sample and grade `num_samples` responses to each problem; the arguments are those of `sample_groups`."""
     groups = sample_groups(
         problems,
         policy,
@@ -62,6 +64,8 @@ def measure(
         task,
         group_size=num_samples,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        stop=stop,
         address=address,
     )
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -81,16 +85,19 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     began = time.perf_counter()
     policy = Policy.load(spec.model)
     task = build_task(spec.task, policy.chat_prompt)
+    sampler = TorchSampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 
     def measured(temperature: float, num_samples: int) -> Measurement:
         return measure(
             policy,
-            TorchSampler(policy, temperature=temperature, stop=spec.stop),
+            sampler,
             task,
             problems,
             num_samples=num_samples,
             max_new_tokens=spec.max_new_tokens,
+            temperature=temperature,
+            stop=spec.stop,
             address=(spec.seed, "eval"),
         )
 

@@ -39,11 +39,15 @@ def sample_groups(
     *,
     group_size: int,
     max_new_tokens: int,
+    temperature: float,
+    stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> list[RolloutGroup]:
     """G graded rollouts of each problem.
 
     Args:
+        temperature: of sampling; 0 is greedy.
+        stop: strings that end a response, beside the end-of-sequence tokens.
         address: what the randomness is for, for example (run seed, iteration, "rollouts"); the problem's id and how
             often it came before are added.
     Raises:
@@ -57,7 +61,7 @@ def sample_groups(
     requests = []
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         seed = derive_seed(*address, problem.id, seen[problem.id])
-        requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed))
+        requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed, temperature=temperature, stop=stop))
         seen[problem.id] += 1
     owners: list[tuple[Problem, tuple[int, ...]]] = [(problem, ()) for problem in problems]
     graded = sampled_and_graded(sampler, task, policy.decode, requests, owners)

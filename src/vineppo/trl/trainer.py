@@ -39,7 +39,7 @@ from vineppo.tasks.rows import as_sequence
 from vineppo.training.configure import config_from_dict
 from vineppo.training.evaluate import measure
 from vineppo.training.loop import resume, train
-from vineppo.training.parts import InMemory, total_updates
+from vineppo.training.parts import InMemory, build_engine, total_updates
 from vineppo.training.rollouts import problem_range
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
@@ -152,11 +152,13 @@ class VinePPOTrainer:
         task = build_task(self.config.task, self.policy.chat_prompt, self.reward_funcs, {"validation": rows})
         measured = measure(
             self.policy,
-            build_samplers(self.config, self.policy)[1],
+            build_engine(self.config, self.policy),
             task,
             problem_range(task, "validation", len(rows)),
             num_samples=self.config.eval.num_samples,
             max_new_tokens=self.config.rollouts.max_new_tokens,
+            temperature=self.config.eval.temperature,
+            stop=self.config.rollouts.stop,
             address=(self.config.run.seed, "evaluate"),
         )
         interval = measured.mean_reward(self.config.run.seed)

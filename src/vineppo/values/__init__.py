@@ -1,11 +1,9 @@
-"""States to Monte-Carlo values: K fresh continuations each, as many as it takes, or ones that serve several."""
+"""States to Monte-Carlo values: K fresh continuations each, or ones that serve several states."""
 
-from vineppo.values.adaptive import AdaptiveMonteCarlo
 from vineppo.values.monte_carlo import Key, MonteCarlo, Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
-from vineppo.values.reuse import ReusingMonteCarlo
+from vineppo.values.reuse import ReusingMonteCarlo, reusing_or_fresh
 
 __all__ = [
-    "AdaptiveMonteCarlo",
     "Key",
     "MonteCarlo",
     "Node",
@@ -15,4 +13,5 @@ __all__ = [
     "Value",
     "ValueCost",
     "ValueEstimator",
+    "reusing_or_fresh",
 ]

@@ -87,12 +87,14 @@ class MonteCarlo:
     """Everything needed to value states: bound once, then called per iteration.
 
     Attributes:
-        sampler: of the current policy, at the temperature of the rollouts themselves.
+        sampler: of the current policy.
         task: grades the finished texts.
         decode: token ids to text, special tokens removed.
         num_mc_rollouts: K.
         max_new_tokens: response budget; a continuation gets what the prefix left of it.
         run_seed: part of every request's address.
+        temperature: of sampling, that of the rollouts themselves.
+        stop: strings that end a response, those of the rollouts themselves.
     """
 
     sampler: Sampler
@@ -101,26 +103,23 @@ class MonteCarlo:
     num_mc_rollouts: int
     max_new_tokens: int
     run_seed: int
+    temperature: float
+    stop: tuple[str, ...] = ()
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
         """Value of each state, in order; equal states are sampled once.
 
         A state that has used up its budget is a response cut off by the length limit: its value is 0, without sampling.
         """
-        known, unknown = self.split(states)
-        distinct_states, open_states = len(known) + len(unknown), list(unknown.values())
+        distinct = {state.key: state for state in states}
+        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
+        open_states = [state for key, state in distinct.items() if key not in known]
         rewards, tokens = self._rewards(open_states, iteration)
         K = self.num_mc_rollouts
         for state, group in zip(open_states, rewards, strict=True):
             known[state.key] = Value(sum(group) / K, K)
-        cost = ValueCost(len(states), distinct_states, K * len(open_states), tokens)
+        cost = ValueCost(len(states), len(distinct), K * len(open_states), tokens)
         return [known[state.key] for state in states], cost
-
-    def split(self, states: Sequence[State]) -> tuple[dict[Key, Value], dict[Key, State]]:
-        """Values of the states whose budget is spent, and the other states; equal ones once."""
-        distinct = {state.key: state for state in states}
-        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
-        return known, {key: state for key, state in distinct.items() if key not in known}
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
         """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
@@ -129,24 +128,18 @@ class MonteCarlo:
         return rewards, total_tokens(completions)
 
     def request(
-        self,
-        state: State,
-        iteration: int,
-        num_samples: int,
-        excluded_first: tuple[int, ...] = (),
-        purpose: str = "mc",
+        self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
     ) -> SampleRequest:
-        """What asks for continuations of a state, with what the prefix left of the budget.
-
-        Requests of one state must differ in `purpose`, or they get the same continuations.
-        """
+        """What asks for continuations of a state, with what the prefix left of the budget."""
         return SampleRequest(
             prompt_ids=state.prompt_ids + state.response_ids,
             num_samples=num_samples,
             max_new_tokens=self.max_new_tokens - len(state.response_ids),
-            seed=self.seed(state, iteration, purpose),
+            seed=self.seed(state, iteration, "mc"),
             response_tokens=len(state.response_ids),
             excluded_first=excluded_first,
+            temperature=self.temperature,
+            stop=self.stop,
         )
 
     def seed(self, state: State, iteration: int, purpose: str) -> int:

@@ -23,7 +23,7 @@ from vineppo.model.logits import selected_logits
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.tree import KVTree, tree_mode, tree_supported
 from vineppo.seeds import stream_keys, uniforms
-from vineppo.types import Completion, OnFinished, SampleRequest, UserError
+from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
 _KEEP_SHARE = 0.85
 """Rows are compacted when at most this share of them would stay."""
@@ -52,7 +52,7 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample to be: which request and sample it is, and where its prefix ends on its trunk."""
+    """One sample to be: its request, its place in the request, and where its prefix ends on its trunk."""
 
     request: int
     sample: int
@@ -77,25 +77,16 @@ class TorchSampler:
     """Sampler protocol (types.Sampler) over a Policy in the same process.
 
     Args:
-        policy: whose weights are used as they are at each call; nothing is copied, nothing can be stale.
-        temperature: of sampling; 0 is greedy (log-probabilities are then 0).
-        stop: strings that end a completion beside the end-of-sequence tokens; the string stays in the completion.
+        policy: whose weights are used as they are at each call; nothing is copied.
         max_rows: largest number of sequences decoded at once; more are cut into waves.
         kv_memory: bytes that the keys and values of a wave may take, the same way.
     """
 
-    def __init__(
-        self,
-        policy: LanguageModel,
-        *,
-        temperature: float,
-        stop: Sequence[str] = (),
-        max_rows: int = 2048,
-        kv_memory: int = 4 << 30,
-    ):
+    capabilities = Capabilities(excluded_first=True, reproducible=True)
+
+    def __init__(self, policy: LanguageModel, *, max_rows: int = 2048, kv_memory: int = 4 << 30):
         self.policy = policy
-        self.temperature = temperature
-        self.stop = tuple(stop)
+        self.version = 0
         self.max_rows, self.kv_memory = max_rows, kv_memory
         self.tree_attention = tree_supported(policy.model)
         if not self.tree_attention:
@@ -105,11 +96,9 @@ class TorchSampler:
                 stacklevel=2,
             )
 
-    def load_weights(self, policy: LanguageModel) -> None:
-        """Sample from this policy from now on."""
-        if policy.model is not self.policy.model:
-            self.tree_attention = tree_supported(policy.model)
-        self.policy = policy
+    def update_weights(self, version: int, weights: Weights) -> None:
+        """Note the version; the weights themselves are shared with the policy."""
+        self.version = version
 
     @torch.no_grad()
     def sample(
@@ -117,7 +106,8 @@ class TorchSampler:
     ) -> list[list[Completion]]:
         """One list of `num_samples` completions per request, in order.
 
-        A request without budget gets empty completions that end by "length", which `on_finished` is not told.
+        A request without budget gets empty completions that end by "length", which `on_finished` is not told. Requests
+        of different temperatures or stop strings are decoded apart, as if each kind had been a call of its own.
 
         Raises:
             UserError: when the keys and values of a single sequence do not fit into `kv_memory`.
@@ -125,8 +115,12 @@ class TorchSampler:
         results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
         for i, request in enumerate(requests):
             if request.max_new_tokens < 1:
-                results[i] = [Completion((), (), "length")] * request.num_samples
-        waves = list(_waves(_trunks(requests), self.max_rows, self._kv_tokens()))
+                results[i] = [Completion((), (), "length", self.version)] * request.num_samples
+        waves = [
+            wave
+            for alike in _alike(requests)
+            for wave in _waves(_trunks(requests, alike), self.max_rows, self._kv_tokens())
+        ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
                 for row, completion in _Wave(self, requests, wave, on_finished).run():
@@ -141,7 +135,7 @@ class TorchSampler:
 
 
 class _Wave:
-    """The decode loop over M trunks and the N rows on them, in the order of the trunks."""
+    """The decode loop over M trunks and the N rows on them, in the order of the trunks; all of one temperature."""
 
     def __init__(
         self,
@@ -160,10 +154,12 @@ class _Wave:
         self.budgets = np.array([row.budget for row in self.rows])
         self.keys = stream_keys(
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
-            np.array([row.sample for row in self.rows]),
+            np.array([requests[row.request].first_sample + row.sample for row in self.rows]),
         )
+        any_request = requests[self.rows[0].request]
+        self.temperature, self.stop = any_request.temperature, any_request.stop
         # A stop string may begin in the part of the response that is continued.
-        window = max((len(text.encode()) for text in sampler.stop), default=0)
+        window = max((len(text.encode()) for text in self.stop), default=0)
         self.tails = [_tail(requests[row.request], window) for row in self.rows]
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
         steps = int(self.budgets.max())
@@ -239,12 +235,12 @@ class _Wave:
         """Draw one token for each living row, write it down, and see who has finished."""
         if position == 0 and self.excluded:
             logits = self._without_excluded(logits, alive)
-        drawn, logprobs = draw(logits, self.sampler.temperature, uniforms(self.keys[alive], position))
+        drawn, logprobs = draw(logits, self.temperature, uniforms(self.keys[alive], position))
         self.token_ids[alive, position] = drawn
         self.logprobs[alive, position] = logprobs
         self.counts[alive] = position + 1
         stopped = np.isin(drawn, self.sampler.policy.eos_ids)
-        if self.sampler.stop:
+        if self.stop:
             stopped |= np.array([self._ends_with_stop(row) for row in alive])
         self.stopped[alive] = stopped
         self.finished[alive] = stopped | (position + 1 >= self.budgets[alive])
@@ -262,10 +258,10 @@ class _Wave:
 
     def _ends_with_stop(self, row: int) -> bool:
         """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""
-        window = 1 + max(len(text.encode()) for text in self.sampler.stop)
+        window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
         text = self.sampler.policy.decode(last)
-        return any(stop in text for stop in self.sampler.stop)
+        return any(stop in text for stop in self.stop)
 
     def _completion(self, row: int) -> Completion:
         n = self.counts[row]
@@ -273,6 +269,7 @@ class _Wave:
             token_ids=tuple(self.token_ids[row, :n].tolist()),
             logprobs=tuple(self.logprobs[row, :n].tolist()),
             finish_reason="stop" if self.stopped[row] else "length",
+            version=self.sampler.version,
         )
 
 
@@ -346,10 +343,19 @@ def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
 
-def _trunks(requests: Sequence[SampleRequest]) -> list[_Trunk]:
-    """Group the requests' prefixes so that a prefix of a longer one lies on it."""
-    wanted: dict[tuple[int, ...], list[_Row]] = {}
+def _alike(requests: Sequence[SampleRequest]) -> list[list[int]]:
+    """Numbers of the requests that are decoded together: those of one temperature and the same stop strings."""
+    groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
     for i, request in enumerate(requests):
+        groups.setdefault((request.temperature, request.stop), []).append(i)
+    return list(groups.values())
+
+
+def _trunks(requests: Sequence[SampleRequest], chosen: Sequence[int]) -> list[_Trunk]:
+    """Group the prefixes of the chosen requests so that a prefix of a longer one lies on it."""
+    wanted: dict[tuple[int, ...], list[_Row]] = {}
+    for i in chosen:
+        request = requests[i]
         if request.max_new_tokens > 0:
             wanted.setdefault(request.prompt_ids, []).extend(
                 _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)

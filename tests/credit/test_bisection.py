@@ -1,0 +1,110 @@
+"""Bisection (credit/bisection.py): what it measures, and its bias, exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.credit.test_ground_truth import ExactValues, expected_gradient, world
+from vineppo.credit.bisection import bisected_vine_credit, differ
+from vineppo.credit.vine import vine_credit
+from vineppo.statistics import wilson
+from vineppo.steps import build_splitter
+from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup
+from vineppo.values import State, Value, ValueCost, ValueEstimator
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """Values by the length of the state's response; counts what it is asked."""
+
+    values: Sequence[float]
+    asked: list[list[int]]
+    num_mc_rollouts: int = 0
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        self.asked.append([len(state.response_ids) for state in states])
+        values = [Value(self.values[len(state.response_ids)], self.num_mc_rollouts) for state in states]
+        return values, ValueCost(len(states), len(states), 0, 0)
+
+
+def bisected(estimator: ValueEstimator) -> CreditFn:
+    return bisected_vine_credit(estimator, build_splitter("tokens:1"), lambda ids: ["x"] * len(ids), 0, 0.7)
+
+
+def one_rollout(length: int, reward: float) -> list[RolloutGroup]:
+    problem = Problem(id="p", prompt="p")
+    rollout = Rollout((7,), tuple(range(length)), (0.0,) * length, "stop", "", reward)
+    return [RolloutGroup(problem, (rollout,))]
+
+
+def test_bisection_finds_a_fall_in_a_logarithm_of_measurements() -> None:
+    """A chain of 64 steps, lost at step 37: one value per halving, and exactly that step is blamed."""
+    asked: list[list[int]] = []
+    credit = bisected(Scripted([0.75] * 38 + [0.0] * 27, asked))
+    (sample,), metrics = credit(one_rollout(64, 0.0), 0)
+    assert list(sample.advantages[1:]) == [0.0] * 37 + [-0.75] + [0.0] * 26
+    assert asked == [[0], [32], [48], [40], [36], [38], [37]]
+    assert metrics["credit/rounds"] == 7
+    assert metrics["credit/measured_share"] == 7 / 64
+    assert sample.credit is not None
+    assert sample.credit.boundaries[-1] == 64
+    assert sum(sample.credit.step_advantages) + sample.credit.values[0] == 0
+
+
+def test_a_stretch_without_a_difference_keeps_its_coarse_advantage() -> None:
+    asked: list[list[int]] = []
+    credit = bisected(Scripted([8 / 9] * 32 + [1.0] * 32, asked, num_mc_rollouts=9))
+    (sample,), _ = credit(one_rollout(64, 1.0), 0)
+    assert asked == [[0], [32]]  # the reward is exact and above 8/9; 9 of 9 might be the same as 8 of 9
+    assert sample.advantages[1:] == pytest.approx([1 / 9] * 32 + [0] * 32)
+
+
+def test_intervals_of_a_difference_are_newcombes() -> None:
+    """His example (1998, method 10): 56/70 against 48/80, 0.0524 to 0.3339 at 95%."""
+    one, other = Value(56 / 70, 70), Value(48 / 80, 80)
+    assert differ(one, other, 0.95)
+    a, b = wilson(56, 70), wilson(48, 80)
+    assert 0.2 - math.hypot(0.8 - a.low, b.high - 0.6) == pytest.approx(0.0524, abs=5e-5)
+    assert 0.2 + math.hypot(a.high - 0.8, 0.6 - b.low) == pytest.approx(0.3339, abs=5e-5)
+    assert not differ(Value(0.0, 9), Value(1 / 9, 9), 0.7)
+    assert differ(Value(0.5, 0), Value(0.5001, 0), 0.99)
+    assert differ(Value(-1.0, 9), Value(-0.9, 9), 0.99)  # not a share: no interval
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Exact values that say they are the mean of K continuations."""
+
+    exact: ExactValues
+    num_mc_rollouts: int
+
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+        values, cost = self.exact.evaluate(states, iteration)
+        return [Value(value.mean, self.num_mc_rollouts) for value in values], cost
+
+
+def test_bisection_is_biased_towards_no_credit() -> None:
+    """Exact values that say they come from K continuations, every response with its probability: no noise at all."""
+    w = world(4)
+    exact = w.exact_gradient()
+    length, cosine = {}, {}
+    for K in (4, 16, 10**9):
+        gradient = expected_gradient(w, bisected(Rounded(ExactValues(w), K)))
+        length[K] = (gradient @ exact / (exact @ exact)).item()
+        cosine[K] = torch.cosine_similarity(gradient, exact, dim=0).item()
+    assert length == pytest.approx({4: 0.891, 16: 0.806, 10**9: 1.0}, abs=0.001)
+    assert cosine == pytest.approx({4: 0.990, 16: 0.982, 10**9: 1.0}, abs=0.001)
+
+
+def test_bisection_of_exact_values_is_plain_vineppo() -> None:
+    """Any difference of exact values counts, so all stretches of this world are looked into."""
+    w = world(4)
+    samples, _ = bisected(ExactValues(w))([w.group()], 0)
+    plain = vine_credit(ExactValues(w), build_splitter("tokens:1"), lambda ids: ["x"] * len(ids), 0)
+    for found, expected in zip(samples, plain([w.group()], 0)[0], strict=True):
+        assert found.advantages == pytest.approx(expected.advantages, abs=1e-12)
