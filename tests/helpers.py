@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,30 @@ from vineppo.config.schema import (
     TaskConfig,
 )
 from vineppo.training.configure import config_class
+from vineppo.types import Capabilities, Completion, Sampler, SampleRequest, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class WrappedSampler:
+    """A sampler that passes everything on to another one; base class of samplers in tests."""
+
+    sampler: Sampler
+
+    @property
+    def version(self) -> int:
+        return self.sampler.version
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self.sampler.capabilities
+
+    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
+        return self.sampler.sample(requests, on_finished)
+
+    def update_weights(self, version: int, weights: Weights) -> None:
+        self.sampler.update_weights(version, weights)
 
 
 def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> Config:

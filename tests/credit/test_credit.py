@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from vineppo.credit.gae import explained_variance, predict_values
 
 from tests.world import build_world
 from vineppo.config.schema import ALGORITHMS, Config, GRPOConfig, LearnerConfig, PPOConfig, RolloutConfig, VineConfig
 from vineppo.credit import build_credit
-from vineppo.credit.gae import explained_variance, predict_values
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.learning.learner import Learner
 from vineppo.learning.losses import clipped_policy_loss

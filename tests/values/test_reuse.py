@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vineppo.credit.vine import vine_node_credit
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
 from tests.helpers import WrappedSampler
 from tests.world import World, policy_gradient
 from vineppo.config.schema import VineConfig
 from vineppo.credit import build_vine_credit
-from vineppo.credit.vine import vine_node_credit
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import (

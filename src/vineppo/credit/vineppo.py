@@ -10,13 +10,22 @@ from vineppo.config.schema import Config
 from vineppo.config.settings import Settings, require
 from vineppo.credit.advantages import node_advantages, spread_over_tokens, step_advantages
 from vineppo.credit.algorithm import Algorithm, CreditParts, PlanHints
-from vineppo.credit.bisection import Bisection, bisected_vine_credit
+from vineppo.credit.bisection import bisected_vine_credit
 from vineppo.credit.sample import training_sample
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.model.codec import Codec
 from vineppo.steps import Splitter, build_splitter, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
-from vineppo.values import MonteCarlo, Node, NodeEstimator, ReusingMonteCarlo, State, Value, ValueEstimator
+from vineppo.values import (
+    MonteCarlo,
+    Node,
+    NodeEstimator,
+    ReusingMonteCarlo,
+    State,
+    Value,
+    ValueEstimator,
+    reusing_or_fresh,
+)
 
 
 class VinePPOSettings(Settings):
@@ -74,6 +83,8 @@ def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
         num_mc_rollouts=settings.num_mc_rollouts,
         max_new_tokens=parts.max_new_tokens,
         run_seed=parts.run_seed,
+        temperature=parts.temperature,
+        stop=parts.stop,
     )
     return build_vine_credit(settings, plain, parts.codec)
 
@@ -82,10 +93,15 @@ def build_vine_credit(settings: VinePPOSettings, plain: MonteCarlo, codec: Codec
     """The form of VinePPO that the settings ask for; the number of continuations is that of `plain`."""
     steps = (build_splitter(settings.splitter), codec.token_texts, settings.max_states)
     if settings.alternatives:
+        require(
+            plain.sampler.capabilities.excluded_first,
+            "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which reusing continuations "
+            "needs; set vineppo.alternatives false, or sample with the native engine",
+        )
         return vine_node_credit(ReusingMonteCarlo(plain), *steps)
-    estimator: ValueEstimator = ReusingMonteCarlo(plain) if settings.reuse else plain
+    estimator: ValueEstimator = reusing_or_fresh(plain) if settings.reuse else plain
     if settings.bisection:
-        return bisected_vine_credit(estimator, *steps, Bisection(settings.bisection_level, 0.0, plain.run_seed))
+        return bisected_vine_credit(estimator, *steps, settings.bisection_level)
     return vine_credit(estimator, *steps)
 
 
