@@ -368,7 +368,8 @@ class LearnerConfig:
     epochs: int = 2
     """Passes over each iteration's rollouts."""
     minibatch_size: int = 32
-    """Rollouts per update."""
+    """Rollouts per update: an epoch has as many updates as minibatches of this many rollouts, whatever the number of
+    training samples that the algorithm makes of them."""
     micro_batch_tokens: int = 8192
     """Padded tokens per forward and backward pass. Changes memory and speed, never the result."""
     clip_low: float = 0.2
@@ -424,7 +425,8 @@ class RunConfig:
     iterations: int = 60
     """Iterations of sampling, credit and updates."""
     max_updates: int = 0
-    """Stop after the iteration that reaches this many updates (0: no such limit)."""
+    """Stop after the iteration that reaches this many updates (0: no such limit). Minibatches for which there was no
+    training sample count as well, as in the learning rate's schedule."""
     max_tokens: int = 0
     """Stop after the iteration in which the tokens generated for training reach this number (0: no such limit)."""
     max_seconds: float = 0.0

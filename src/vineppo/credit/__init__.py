@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from vineppo.config.schema import Config, VineConfig
 from vineppo.credit.bisection import Bisection, bisected_vine_credit
-from vineppo.credit.gae import gae_credit
+from vineppo.credit.gae import PredictValues, gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit, vine_node_credit
-from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
 from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator
 
 
-def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
+def build_credit(
+    config: Config, policy: Policy, sampler: Sampler, task: Task, predict_values: PredictValues
+) -> CreditFn:
     """Bind the chosen algorithm to what it needs: the one place that knows their names."""
     match config.algorithm:
         case "vineppo":
@@ -28,13 +29,7 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
             )
             return build_vine_credit(config.vineppo, plain, policy)
         case "ppo":
-            assert critic is not None, "PPO comes with a value network"
-            return gae_credit(
-                critic,
-                gamma=config.ppo.gamma,
-                gae_lambda=config.ppo.gae_lambda,
-                micro_batch_tokens=config.learner.micro_batch_tokens,
-            )
+            return gae_credit(predict_values, gamma=config.ppo.gamma, gae_lambda=config.ppo.gae_lambda)
         case "grpo":
             return grpo_credit(config.grpo.scale_by_std)
         case "rloo":

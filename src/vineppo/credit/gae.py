@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from vineppo.credit.advantages import gae
 from vineppo.credit.sample import training_sample
-from vineppo.model.batch import micro_batches, pad
-from vineppo.model.critic import ValueNetwork
 from vineppo.types import CreditFn, Metrics, Rollout, RolloutGroup, TrainingSample
 
+PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
+"""The critic's value before each response token: one list of shape (T,) per rollout (Learner.predict_values)."""
 
-def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_batch_tokens: int) -> CreditFn:
+
+def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float) -> CreditFn:
     """Bind PPO's credit function: the critic's value before each token, GAE, and the returns it learns from."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        values = predict_values(critic, rollouts, micro_batch_tokens)
+        values = predict_values(rollouts)
         samples = []
         for rollout, values_T in zip(rollouts, values, strict=True):
             advantages_T, returns_T = gae(values_T, rollout.reward, gamma, gae_lambda)
@@ -30,23 +31,6 @@ def gae_credit(critic: ValueNetwork, *, gamma: float, gae_lambda: float, micro_b
         }
 
     return credit
-
-
-@torch.no_grad()
-def predict_values(critic: ValueNetwork, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> list[list[float]]:
-    """The critic's value before each response token: one list of shape (T,) per rollout."""
-    device = critic.head.weight.device
-    values: list[list[float]] = [[] for _ in rollouts]
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-    for group in micro_batches(lengths, micro_batch_tokens):
-        chosen = [rollouts[i] for i in group]
-        token_ids = pad([r.prompt_ids + r.response_ids for r in chosen], torch.int64, device)
-        mask = pad([[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in chosen], torch.bool, device)
-        flat = critic(token_ids, mask).tolist()
-        for i in group:
-            count = len(rollouts[i].response_ids)
-            values[i], flat = flat[:count], flat[count:]
-    return values
 
 
 def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import Config
-from vineppo.learning.learner import Learner
+from vineppo.learning.learner import TorchLearner
 from vineppo.model.policy import Policy
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
@@ -45,11 +45,12 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=few * own.group_size, weight_decay=0.0)
     parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
     policy, learner = parts.policy, parts.learner
+    assert isinstance(learner, TorchLearner)
     drawn = draw_problems(parts.task, config.run.seed, 1, few)
     groups, sample_seconds = _timed(lambda: sample_rollouts(parts, drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
-    _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
+    _, update_seconds = _timed(lambda: learner.update(samples, 1, few * own.group_size))
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
@@ -72,7 +73,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     )  # fmt: skip
 
 
-def _step_seconds(learner: Learner) -> float:
+def _step_seconds(learner: TorchLearner) -> float:
     """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
     seconds = 0.0
     for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):

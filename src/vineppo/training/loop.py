@@ -24,7 +24,7 @@ from vineppo.run.trackers import Tracker, build_trackers, require_trackers
 from vineppo.run.trl_names import with_trl_names
 from vineppo.tasks.grading.graded import Graded, Tally
 from vineppo.training.evaluate import Measurement, measure
-from vineppo.training.parts import NOTHING_GIVEN, Given, Parts, build_parts, sample_rollouts
+from vineppo.training.parts import NOTHING_GIVEN, Given, Parts, build_parts, sample_rollouts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, cumulative, metrics_line
 from vineppo.training.rollouts import draw_problems, problem_range
 from vineppo.types import RewardFn, Split, UserError
@@ -110,8 +110,9 @@ def resume(
     parts = build_parts(config, reward_fn, given)
     progress = Progress(recipe=recipe)
     if any(run.checkpoints.glob("*/")):
-        state = load_checkpoint(latest_checkpoint(run.checkpoints))
-        parts.learner.load_state_dict(state["learner"])
+        checkpoint = latest_checkpoint(run.checkpoints)
+        state = load_checkpoint(checkpoint)
+        parts.learner.load(checkpoint)
         torch.set_rng_state(state["torch_rng"])
         progress = Progress(**state["progress"])
     run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
@@ -159,10 +160,10 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
         with timer("credit"):
             samples, credit_metrics = stages.credit(groups, iteration)
         with timer("update"):
-            metrics = stages.learner.update(samples, iteration, config.run.seed)
+            metrics = stages.learner.update(samples, iteration, sum(len(group.rollouts) for group in groups))
             stages.sampler.load_weights(stages.policy)
         seconds = timer.pop()
-        progress = advance(progress, groups, credit_metrics, seconds, config.learner.epochs)
+        progress = advance(progress, groups, samples, credit_metrics, seconds, config.learner.epochs)
         line = metrics_line(progress, groups, {**credit_metrics, **metrics, **means, **tally.shares()}, seconds)
         is_last = _reason_to_stop(stages, progress, stop) not in ("", "interrupted")
         if config.eval.every and (iteration % config.eval.every == 0 or is_last):
@@ -189,7 +190,8 @@ def _reason_to_stop(stages: Stages, progress: Progress, stop: threading.Event) -
         return "interrupted"
     if progress.iteration >= run.iterations:
         return "iterations"
-    if run.max_updates and stages.learner.updates >= run.max_updates:
+    # Counted in planned updates, as the learning rate's schedule is: minibatches without a sample are none.
+    if run.max_updates and progress.iteration * updates_per_iteration(stages.config) >= run.max_updates:
         return "updates"
     if run.max_tokens and progress.rollout_tokens + progress.mc_tokens >= run.max_tokens:
         return "tokens"
@@ -300,11 +302,11 @@ def _log(stages: Stages, line: dict[str, Any]) -> None:
 
 def _save(stages: Stages, progress: Progress) -> None:
     state = {
-        "learner": stages.learner.state_dict(),
         "progress": asdict(replace(progress, seconds_total=_seconds_total(stages, progress))),
         "torch_rng": torch.get_rng_state(),
     }
-    save_checkpoint(stages.run.checkpoints, progress.iteration, state, stages.config.run.keep_checkpoints)
+    keep = stages.config.run.keep_checkpoints
+    save_checkpoint(stages.run.checkpoints, progress.iteration, state, keep, [stages.learner.save])
 
 
 @contextmanager

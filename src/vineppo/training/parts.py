@@ -8,14 +8,14 @@ from typing import Any
 
 from vineppo.config.schema import Config
 from vineppo.credit import build_credit
-from vineppo.learning.learner import Learner
+from vineppo.learning.learner import TorchLearner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Sampler, Split, Task
+from vineppo.types import CreditFn, Learner, Problem, RewardFn, RolloutGroup, Sampler, Split, Task
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def build_parts(
     critic = None
     if config.algorithm == "ppo":
         critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), config.ppo.value_head_scale)
-    learner = Learner(
+    learner = TorchLearner(
         policy,
         Reference(policy) if config.learner.kl.coefficient > 0 else None,
         critic,
@@ -62,8 +62,9 @@ def build_parts(
         config.ppo,
         temperature=config.rollouts.temperature,
         total_updates=total_updates(config),
+        seed=config.run.seed,
     )
-    credit = build_credit(config, policy, sampler, task, critic)
+    credit = build_credit(config, policy, sampler, task, learner.predict_values)
     return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
 
 
@@ -78,7 +79,7 @@ def build_samplers(config: Config, policy: Policy) -> tuple[TorchSampler, TorchS
 
 
 def updates_per_iteration(config: Config) -> int:
-    """Optimizer steps between two batches of rollouts."""
+    """Optimizer steps between two batches of rollouts, whatever the number of training samples."""
     rollouts = config.rollouts.num_problems * config.rollouts.group_size
     return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
 
