@@ -1,4 +1,4 @@
-"""Shared pieces: small configurations of the embedded task, hashes, and where the public data sets lie."""
+"""Shared pieces: small configurations of the embedded task, hashes, gradients, and where the public data sets lie."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from vineppo.config.schema import (
     Config,
@@ -20,6 +24,8 @@ from vineppo.config.schema import (
 )
 from vineppo.training.configure import config_class
 from vineppo.types import Capabilities, Completion, Sampler, SampleRequest, Weights
+from vineppo.learning.learner import TorchLearner
+from vineppo.types import Metrics, TrainingSample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,3 +75,21 @@ def data_directory() -> Path | None:
     """Where GSM8K and MATH lie as JSON lines, if they are here: VINEPPO_DATA, or ../shared/data beside the project."""
     candidates = [Path(os.environ["VINEPPO_DATA"])] if "VINEPPO_DATA" in os.environ else [ROOT.parent / "shared/data"]
     return next((path for path in candidates if path.is_dir()), None)
+
+
+def update_with_gradient(
+    learner: TorchLearner, samples: Sequence[TrainingSample], num_rollouts: int, iteration: int = 1
+) -> tuple[torch.Tensor, Metrics]:
+    """The policy's gradient of the last update of an iteration, flat, in float64, and the iteration's metrics."""
+    optimizer, found = learner.optimizer, torch.zeros(0)
+
+    def noted(lr: float, max_grad_norm: float) -> float:
+        nonlocal found
+        parameters = (p for p in optimizer.parameters)
+        found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+        return type(optimizer).step(optimizer, lr, max_grad_norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizer, "step", noted)
+        metrics = learner.update(samples, iteration, num_rollouts)
+    return found, metrics

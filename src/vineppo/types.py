@@ -7,8 +7,13 @@ sequence, B sequences in a batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 Split = Literal["train", "validation", "test"]
@@ -186,12 +191,12 @@ class Alternative:
 class TrainingSample:
     """One sequence with its credit, as equal-length per-token lists of shape (T,) over prompt + response.
 
-    The learner knows nothing else about an algorithm. Entries of prompt tokens are 0 (their `loss_mask` is 0).
+    The learner gets nothing else from an algorithm. Entries of tokens that are not trained are 0.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
-    """1 for tokens that the policy sampled, 0 for the prompt."""
+    """1 for tokens that are trained, 0 for the prompt and for tokens that another sample trains."""
     sampler_logprobs: tuple[float, ...]
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
@@ -200,12 +205,28 @@ class TrainingSample:
     """The value network's predictions when the credit was made (for value clipping); None without one."""
     credit: StepCredit | None = None
     alternatives: tuple[Alternative, ...] = ()
-    """Tokens that are trained beside the response's own, each behind the response's tokens before its position."""
+    """Tokens that are trained beside the response's own, each behind the response's tokens before its position. Their
+    positions count the trained tokens of the sample, and they have the weight of the token whose place they take."""
+    weights: tuple[float, ...] | None = None
+    """Weight of each token in the loss and in means over tokens, at least 0, aligned like `advantages`: how many tokens
+    it stands for, such as n for a token of a prefix that n rollouts share. None: 1 for every trained token."""
+    rollout: Rollout | None = None
+    """The rollout that the sample was made from, the same object as in its group, for the record. None for a sequence
+    that is no rollout, such as a shared prefix or an MC rollout."""
+
+    @property
+    def trained_weights(self) -> tuple[float, ...]:
+        """Weight of each trained token, in the order of the sequence."""
+        if self.weights is None:
+            return (1.0,) * sum(self.loss_mask)
+        return tuple(weight for weight, trained in zip(self.weights, self.loss_mask, strict=True) if trained)
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
-"""(groups, iteration) -> (one training sample per rollout in order, metrics): the one seam between algorithms and
-trainer."""
+"""(groups, iteration) -> (training samples, metrics): the one seam between algorithms and trainer.
+
+It may return any number of samples in any order, none included: one per rollout, fewer (only the good ones), or more
+(prefixes that rollouts share, MC rollouts). What a token counts is its weight."""
 
 RewardFn = Callable[..., Any]
 """fn(prompts, completions, completion_ids, **columns) -> one reward or None per completion, or an awaitable of that;
@@ -322,4 +343,47 @@ class Task(ProblemSource, Protocol):
 
     def count_anew(self) -> Tally:
         """A new tally, to which the task adds from here on until the next call."""
+        ...
+
+
+class Learner(Protocol):
+    """From credit to weights: owns the policy's optimizer and, where an algorithm has one, the value network."""
+
+    updates: int
+    """Optimizer steps so far."""
+
+    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
+        """Train on the samples of an iteration, all epochs of it.
+
+        Args:
+            num_rollouts: rollouts of the iteration, which decide the number of updates whatever the number of samples.
+        Returns:
+            Means over the iteration's updates, and `updates`.
+        """
+        ...
+
+    def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """The value network's value of the state before each response token: one list of shape (T,) per rollout.
+
+        Raises:
+            UserError: where there is no value network.
+        """
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of each of the policy's current weights, adapters merged; the names are those of
+        the model's `state_dict` without adapters.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write all that an interrupted training needs into files of this folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            UserError: where the files are missing or cannot be read.
+        """
         ...

@@ -20,8 +20,9 @@ from vineppo.credit.gae import explained_variance, predict_values
 from tests.world import build_world
 from vineppo.config.schema import ALGORITHMS, Config, GRPOConfig, LearnerConfig, PPOConfig, RolloutConfig, VineConfig
 from vineppo.credit import build_credit
+from vineppo.credit.gae import explained_variance
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
-from vineppo.learning.learner import Learner
+from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate
 from vineppo.model.critic import ValueNetwork
@@ -160,7 +161,7 @@ def vine_samples(
         vineppo=VineConfig(reuse=False, num_mc_rollouts=K, splitter="newline", max_states=max_states),
         learner=LearnerConfig(minibatch_size=4),
     )
-    return build_credit(config, policy(), sampler, task or ChainTask("judgement", 3), None)(groups, 1)
+    return build_credit(config, policy(), sampler, task or ChainTask("judgement", 3), no_values)(groups, 1)
 
 
 def response_part(sample: TrainingSample) -> list[float]:
@@ -386,7 +387,7 @@ def test_trap_4_eos_is_trained_if_and_only_if_it_was_sampled() -> None:
     assert samples[0].token_ids[-1] == eos and samples[0].loss_mask[-1] == 1
 
 
-def recorded_minibatches(learner: Learner, samples: Sequence[TrainingSample]) -> list[list[tuple[int, ...]]]:
+def recorded_minibatches(learner: TorchLearner, samples: Sequence[TrainingSample]) -> list[list[tuple[int, ...]]]:
     """The token rows of every training pass, unpadded, as the model itself sees them."""
     passes: list[list[tuple[int, ...]]] = []
 
@@ -395,17 +396,21 @@ def recorded_minibatches(learner: Learner, samples: Sequence[TrainingSample]) ->
             passes.append([tuple(t for t in row if t) for row in kwargs["input_ids"].tolist()])  # 0 is the padding
 
     handle = learner.policy.model.register_forward_pre_hook(note, with_kwargs=True)
-    learner.update(samples, 1, seed=0)
+    learner.update(samples, 1, len(samples))
     handle.remove()
     return passes
 
 
-def build_learner(**options: object) -> Learner:
+def no_values(rollouts: Sequence[Rollout]) -> list[list[float]]:
+    raise AssertionError("this algorithm has no value network")
+
+
+def build_learner(critic: ValueNetwork | None = None, **options: object) -> TorchLearner:
     """A learner with a policy of its own that never moves."""
     tokenizer = build_tokenizer()
     config = LearnerConfig(lr=0.0, **options)  # type: ignore[arg-type]
     fresh = Policy(build_model(tokenizer, seed=0), tokenizer)
-    return Learner(fresh, None, None, config, PPOConfig(), temperature=1.0, total_updates=10)
+    return TorchLearner(fresh, None, critic, config, PPOConfig(), temperature=1.0, total_updates=10, seed=0)
 
 
 def test_trap_8_a_short_batch_is_trained_as_it_is() -> None:
@@ -430,7 +435,7 @@ def test_trap_12_the_denominator_is_the_number_of_response_tokens(micro_batch_to
     samples, _ = vine_samples([four()], scripted(CONTINUATIONS))
     for epochs in (1, 3):
         learner = build_learner(minibatch_size=4, epochs=epochs, micro_batch_tokens=micro_batch_tokens)
-        assert learner.update(samples, 1, seed=0)["policy/loss"] == pytest.approx(19.5 / 133, abs=1e-6)
+        assert learner.update(samples, 1, len(samples))["policy/loss"] == pytest.approx(19.5 / 133, abs=1e-6)
 
 
 def test_trap_12_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
@@ -499,8 +504,8 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
         grpo=GRPOConfig(scale_by_std=False),
         learner=LearnerConfig(minibatch_size=4),
     )
-    critic = ValueNetwork(policy(), seed=0) if algorithm == "ppo" else None
-    credit = build_credit(config, policy(), scripted(CONTINUATIONS), ChainTask("judgement", 3), critic)
+    values = build_learner(ValueNetwork(policy(), seed=0)).predict_values if algorithm == "ppo" else no_values
+    credit = build_credit(config, policy(), scripted(CONTINUATIONS), ChainTask("judgement", 3), values)
     group = four()
     samples, _ = credit([group], 1)
     assert [s.token_ids for s in samples] == [r.prompt_ids + r.response_ids for r in group.rollouts]
@@ -523,7 +528,7 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
 
 
 def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
-    critic = ValueNetwork(policy(), seed=0)
+    predict_values = build_learner(ValueNetwork(policy(), seed=0)).predict_values
     config = Config(
         algorithm="ppo",
         rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
@@ -531,8 +536,10 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
         learner=LearnerConfig(minibatch_size=4),
     )
     group = four()
-    samples, metrics = build_credit(config, policy(), scripted({}), ChainTask("judgement", 3), critic)([group], 1)
-    predicted = predict_values(critic, group.rollouts, micro_batch_tokens=10_000)
+    samples, metrics = build_credit(config, policy(), scripted({}), ChainTask("judgement", 3), predict_values)(
+        [group], 1
+    )
+    predicted = predict_values(group.rollouts)
     prompt = len(policy().encode_prompt(PROBLEM.prompt))
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
         assert sample.values is not None and sample.returns is not None
@@ -546,11 +553,11 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
 
 def test_a_value_is_of_the_state_before_its_token() -> None:
     """Another t-th token changes the values behind it, and neither its own nor any before it."""
-    critic = ValueNetwork(policy(), seed=0)
+    learner = build_learner(ValueNetwork(policy(), seed=0))
     rollout = four().rollouts[0]
     for t in (0, 5, 29):
         changed = (*rollout.response_ids[:t], ids("9")[0], *rollout.response_ids[t + 1 :])
-        one, other = predict_values(critic, [rollout, replace(rollout, response_ids=changed)], 10_000)
+        one, other = learner.predict_values([rollout, replace(rollout, response_ids=changed)])
         differ = [abs(a - b) > 1e-6 for a, b in zip(one, other, strict=True)]
         assert differ == [False] * (t + 1) + [True] * (31 - t - 1)
 
@@ -558,11 +565,17 @@ def test_a_value_is_of_the_state_before_its_token() -> None:
 def test_predicted_values_do_not_depend_on_micro_batches() -> None:
     critic = ValueNetwork(policy(), seed=0)
     rollouts = four().rollouts
-    whole = predict_values(critic, rollouts, micro_batch_tokens=100_000)
+    whole = build_learner(critic, micro_batch_tokens=100_000).predict_values(rollouts)
     assert [len(row) for row in whole] == [31, 31, 31, 40]
     for tokens in (1, 130):
-        for a, b in zip(predict_values(critic, rollouts, tokens), whole, strict=True):
+        for a, b in zip(build_learner(critic, micro_batch_tokens=tokens).predict_values(rollouts), whole, strict=True):
             assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_values_without_a_value_network_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"this algorithm has none; `ppo` has one") as error:
+        build_learner().predict_values(four().rollouts)
+    assert "\n" not in str(error.value)
 
 
 def test_explained_variance_by_hand() -> None:

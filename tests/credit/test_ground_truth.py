@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.vine import vine_credit
 
@@ -34,6 +36,7 @@ from vineppo.seeds import derive_seed
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import Completion, CreditFn, RolloutGroup, SampleRequest, TrainingSample
+from vineppo.types import Completion, CreditFn, Rollout, RolloutGroup, Sampler, SampleRequest, TrainingSample
 from vineppo.values import MonteCarlo, State, Value, ValueCost
 
 ABSOLUTE = 1e-6
@@ -63,24 +66,18 @@ class ExactValues:
         return values, ValueCost(len(states), len(states), 0, 0)
 
 
-class TableCritic(nn.Module):
-    """Stands where `ValueNetwork` stands, with the exact value of the state before each token, or with a wrong one."""
+@dataclass(frozen=True)
+class TableCritic:
+    """Stands where `Learner.predict_values` stands, with the exact value of each state, or with a wrong one."""
 
-    def __init__(self, world: World, error: float = 0.0):
-        super().__init__()
-        self.head = nn.Linear(1, 1)
-        self.world, self.error = world, error
+    world: World
+    error: float = 0.0
 
-    def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        start = len(self.world.prompt_ids)
-        return torch.tensor(
-            [
-                value_with_error(self.world, tuple(row[start:end].tolist()), self.error)
-                for row, mask in zip(token_ids, loss_mask, strict=True)
-                for end in mask.nonzero().flatten().tolist()
-            ],
-            dtype=torch.float64,
-        )
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        return [
+            [value_with_error(self.world, r.response_ids[:end], self.error) for end in range(len(r.response_ids))]
+            for r in rollouts
+        ]
 
 
 def value_with_error(world: World, response_ids: tuple[int, ...], error: float) -> float:
@@ -93,7 +90,7 @@ def vine(monte_carlo: object, splitter: str, max_states: int = 0) -> CreditFn:
 
 
 def ppo(critic: TableCritic, gae_lambda: float) -> CreditFn:
-    return gae_credit(cast(ValueNetwork, critic), gamma=1.0, gae_lambda=gae_lambda, micro_batch_tokens=256)
+    return gae_credit(critic, gamma=1.0, gae_lambda=gae_lambda)
 
 
 def expected_gradient(world: World, credit: CreditFn, iteration: int = 0) -> torch.Tensor:

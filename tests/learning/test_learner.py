@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vineppo.config.schema import KLConfig, LearnerConfig, PPOConfig
-from vineppo.learning.learner import Learner
+from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import kl_estimate
 from vineppo.learning.optim import lr_factor
 from vineppo.learning.scaling import penalty_to_go
@@ -78,12 +78,12 @@ TWO = [(3, 2), (4, 5)]
 
 def build_learner(
     policy: Policy, reference: Policy | None = None, critic: ValueNetwork | None = None, **options: Any
-) -> Learner:
+) -> TorchLearner:
     """A learner whose minibatch is everything, in one epoch, unless told otherwise."""
     ppo = options.pop("ppo", PPOConfig(value_lr=1e-3))
     total_updates = options.pop("total_updates", 100)
     config = LearnerConfig(**{"lr": 1e-3, "epochs": 1, "minibatch_size": 100, **options})
-    return Learner(
+    return TorchLearner(
         policy,
         Reference(reference) if reference else None,
         critic,
@@ -91,6 +91,7 @@ def build_learner(
         ppo,
         temperature=TEMPERATURE,
         total_updates=total_updates,
+        seed=0,
     )
 
 
@@ -136,7 +137,7 @@ def train(
     options = {"kl": KLConfig(coefficient=0.01), "entropy_coefficient": 0.01, "advantage_scaling": "whiten", **options}
     learner = build_learner(policy, reference, critic, **options)
     for iteration in range(1, 1 + iterations):
-        metrics = learner.update(samples, iteration, seed=0)
+        metrics = learner.update(samples, iteration, len(samples))
     return weights(policy.model), weights(critic), metrics
 
 
@@ -173,7 +174,7 @@ def test_truth_3_padding_changes_nothing() -> None:
     kl = KLConfig(coefficient=0.01, reduction="token_mean")
     plain = train(samples, kl=kl)
     padded = train([*samples, padding], kl=kl)
-    # The sum per sequence is a mean over one sequence more; all else stays.
+    # The sum per rollout is a mean over one rollout more; all else stays.
     padded[2]["kl/ref"] *= (len(samples) + 1) / len(samples)
     assert_same(padded, plain)
 
@@ -195,7 +196,7 @@ def test_loss_is_the_mean_over_the_tokens_of_the_minibatch() -> None:
     for micro_batch_tokens in (1, 100):
         policy = build_policy(dtype=torch.float64)
         by_hand = copy.deepcopy(policy.model)
-        metrics = build_learner(policy, micro_batch_tokens=micro_batch_tokens).update(samples, 1, seed=0)
+        metrics = build_learner(policy, micro_batch_tokens=micro_batch_tokens).update(samples, 1, len(samples))
         # The ratio is 1 before the first update: the loss is minus the mean advantage of 2 + 5 tokens, 0.5 / 7. A mean
         # of the two sequences' means would be (2 - 0.7) / 2.
         assert metrics["policy/loss"] == pytest.approx(-0.5 / 7, abs=1e-6)
@@ -220,7 +221,7 @@ def test_trap_7_advantages_are_scaled_over_the_iteration() -> None:
         policy = build_policy()
         learner = build_learner(policy, minibatch_size=1, advantage_scaling=scaling, lr=0.0)
         expected = -sum(float(((row - shift) / flat.std(correction=0)).mean()) for row in rows) / 2
-        assert learner.update(samples, 1, seed=0)["policy/loss"] == pytest.approx(expected, abs=1e-5)
+        assert learner.update(samples, 1, len(samples))["policy/loss"] == pytest.approx(expected, abs=1e-5)
         assert abs(expected) > 0.01
 
 
@@ -235,7 +236,7 @@ def test_kl_in_the_loss(estimator: str, reduction: str, count: int) -> None:
     assert (penalty == 2.0).any()
     norm = gradient_norm(0.3 * penalty.sum() / count, policy.model)
     kl = KLConfig(coefficient=0.3, estimator=estimator, reduction=reduction, clamp=2.0)  # type: ignore[arg-type]
-    metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, seed=0)
+    metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, len(samples))
     assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["kl/ref"] == pytest.approx(penalty.sum().item() / 2, rel=1e-4)
     assert metrics["policy/loss"] == 0
@@ -249,7 +250,7 @@ def test_importance_weighted_kl_in_the_loss() -> None:
     norm = gradient_norm(0.3 * ((new - ref).detach() * new).sum() / 7, policy.model)
     value = 0.3 * (torch.exp(ref - new) - 1 + new - ref).sum().item() / 7
     kl = KLConfig(coefficient=0.3, reduction="token_mean", clamp=100.0, importance_weighted=True)
-    metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, seed=0)
+    metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, len(samples))
     assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["policy/objective"] == pytest.approx(value, rel=1e-4) and metrics["policy/loss"] == 0
 
@@ -269,7 +270,7 @@ def test_kl_in_the_reward_is_a_penalty_to_go(estimator: str) -> None:
     assert isinstance(loss, torch.Tensor)
     norm = gradient_norm(loss, policy.model)
     kl = KLConfig(coefficient=0.3, estimator=estimator, place="reward")  # type: ignore[arg-type]
-    metrics = build_learner(policy, reference, kl=kl).update(samples, 1, seed=0)
+    metrics = build_learner(policy, reference, kl=kl).update(samples, 1, len(samples))
     assert metrics["policy/loss"] == pytest.approx(-float(torch.cat(credited).mean()), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert penalty_to_go([1.0, -2.0, 4.0]) == [3.0, 2.0, 4.0]
@@ -279,7 +280,7 @@ def test_entropy_bonus_raises_the_entropy() -> None:
     samples = build_samples(RAGGED, advantage=0.0)
     policy = build_policy()
     learner = build_learner(policy, entropy_coefficient=0.1)
-    entropies = [learner.update(samples, i, seed=0)["policy/entropy"] for i in range(1, 7)]
+    entropies = [learner.update(samples, i, len(samples))["policy/entropy"] for i in range(1, 7)]
     assert all(after > before for before, after in itertools.pairwise(entropies))
     assert entropies[-1] > entropies[0] + 0.01
     assert entropies[-1] < math.log(len(TOKENIZER))
@@ -293,13 +294,15 @@ def test_entropy_is_that_of_the_tempered_distribution() -> None:
         logits = policy.model(torch.tensor([sample.token_ids])).logits[0, sample.loss_mask.index(1) - 1 : -1]
         entropies = torch.distributions.Categorical(logits=logits / TEMPERATURE).entropy()
         sums, count = sums + entropies.sum().item(), count + len(entropies)
-    assert build_learner(policy).update(samples, 1, seed=0)["policy/entropy"] == pytest.approx(sums / count, rel=1e-5)
+    assert build_learner(policy).update(samples, 1, len(samples))["policy/entropy"] == pytest.approx(
+        sums / count, rel=1e-5
+    )
 
 
 def test_without_credit_nothing_moves() -> None:
     policy = build_policy()
     before = weights(policy.model)
-    metrics = build_learner(policy, epochs=3).update(build_samples(RAGGED, advantage=0.0), 1, seed=0)
+    metrics = build_learner(policy, epochs=3).update(build_samples(RAGGED, advantage=0.0), 1, len(RAGGED))
     assert torch.equal(weights(policy.model), before)
     assert metrics["policy/grad_norm"] == 0
     assert metrics["updates"] == 3
@@ -308,10 +311,10 @@ def test_without_credit_nothing_moves() -> None:
 def test_at_the_first_update_the_ratio_is_one() -> None:
     # The sampler's log-probabilities are far off; the ratio is taken against the trainer's own.
     policy = build_policy()
-    metrics = build_learner(policy, micro_batch_tokens=60).update(build_samples(RAGGED), 1, seed=0)
+    metrics = build_learner(policy, micro_batch_tokens=60).update(build_samples(RAGGED), 1, len(RAGGED))
     assert metrics["policy/clip_share"] == 0
     assert metrics["policy/kl_old"] == pytest.approx(0, abs=1e-9)
-    later = build_learner(policy, epochs=4, lr=1e-2).update(build_samples(RAGGED), 1, seed=0)
+    later = build_learner(policy, epochs=4, lr=1e-2).update(build_samples(RAGGED), 1, len(RAGGED))
     assert later["policy/clip_share"] > 0.01
     assert later["policy/kl_old"] > 1e-4
 
@@ -324,7 +327,7 @@ def test_credit_moves_probability_its_own_way() -> None:
     ]
     policy = build_policy()
     before = [row.sum().item() for row in logprobs_of(policy, samples)]
-    build_learner(policy, epochs=3).update(samples, 1, seed=0)
+    build_learner(policy, epochs=3).update(samples, 1, len(samples))
     after = [row.sum().item() for row in logprobs_of(policy, samples)]
     assert after[0] > before[0] + 0.01
     assert after[1] < before[1] - 0.01
@@ -337,11 +340,11 @@ def test_sampler_logprob_gap_is_the_largest_of_any_token() -> None:
         replace(s, sampler_logprobs=behind_prompt(s.loss_mask.index(1), row))
         for s, row in zip(samples, logprobs_of(policy, samples), strict=True)
     ]
-    assert build_learner(policy, lr=0.0).update(exact, 1, seed=0)["policy/sampler_logprob_gap"] < 1e-5
+    assert build_learner(policy, lr=0.0).update(exact, 1, len(exact))["policy/sampler_logprob_gap"] < 1e-5
     off = list(exact[3].sampler_logprobs)
     off[-2] += 0.25
     exact[3] = replace(exact[3], sampler_logprobs=tuple(off))
-    gap = build_learner(policy, lr=0.0).update(exact, 1, seed=0)["policy/sampler_logprob_gap"]
+    gap = build_learner(policy, lr=0.0).update(exact, 1, len(exact))["policy/sampler_logprob_gap"]
     assert gap == pytest.approx(0.25, abs=1e-5)
 
 
@@ -351,7 +354,7 @@ def test_the_critic_learns_its_returns() -> None:
     critic = ValueNetwork(policy, seed=0)
     ppo = PPOConfig(value_lr=3e-3, value_clip=0)
     learner = build_learner(policy, critic=critic, lr=0.0, epochs=4, ppo=ppo)
-    losses = [learner.update(samples, i, seed=0)["value/loss"] for i in range(1, 11)]
+    losses = [learner.update(samples, i, len(samples))["value/loss"] for i in range(1, 11)]
     assert losses[-1] < 0.25 * losses[0]
 
 
@@ -369,7 +372,7 @@ def test_value_loss_is_the_clipped_mean_over_tokens() -> None:
         replace(samples[1], values=behind_prompt(4, second - 1), returns=behind_prompt(4, second - 1)),
     ]
     norm = gradient_norm(0.5 * (values[2:] - (second - 1)).square().sum() / 7, critic)
-    metrics = build_learner(policy, critic=critic, micro_batch_tokens=1).update(samples, 1, seed=0)
+    metrics = build_learner(policy, critic=critic, micro_batch_tokens=1).update(samples, 1, len(samples))
     assert metrics["value/loss"] == pytest.approx(0.5 * (2 * 0.9**2 + 5 * 1**2) / 7, rel=1e-5)
     assert metrics["value/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
@@ -381,12 +384,12 @@ def test_value_only_iterations_leave_the_policy_alone() -> None:
     learner = build_learner(policy, critic=critic, epochs=2, ppo=PPOConfig(value_only_iterations=2))
     for iteration in (1, 2):
         before, before_critic = weights(policy.model), weights(critic)
-        metrics = learner.update(samples, iteration, seed=0)
+        metrics = learner.update(samples, iteration, len(samples))
         assert torch.equal(weights(policy.model), before)
         assert not torch.equal(weights(critic), before_critic)
         assert "policy/loss" not in metrics
         assert metrics["updates"] == 2 * iteration
-    assert learner.update(samples, 3, seed=0)["policy/grad_norm"] > 0
+    assert learner.update(samples, 3, len(samples))["policy/grad_norm"] > 0
     assert not torch.equal(weights(policy.model), before)
 
 
@@ -397,7 +400,7 @@ def test_gradients_are_cleared_after_each_update() -> None:
     learner = build_learner(
         policy, reference, critic, lr=0.0, kl=KLConfig(coefficient=0.1), ppo=PPOConfig(value_lr=1e-12)
     )
-    first, second = (learner.update(samples, i, seed=0) for i in (1, 2))
+    first, second = (learner.update(samples, i, len(samples)) for i in (1, 2))
     for model in (policy.model, reference.model, critic):
         assert all(p.grad is None for p in model.parameters())
     # Nothing has moved, so a gradient left over would make the second norm larger.
@@ -411,12 +414,13 @@ def test_every_sample_is_trained_once_an_epoch_in_an_order_of_its_own() -> None:
     learner = build_learner(build_policy(), epochs=3, minibatch_size=3)
     original = learner._update
 
-    def recorded(minibatch: Any, train_policy: bool, seed: int) -> Metrics:
+    def recorded(minibatch: Any, train_policy: bool, num_rollouts: float) -> Metrics:
         seen.append(tuple(samples.index(replace(e.sample)) for e in minibatch))
-        return original(minibatch, train_policy, seed)
+        assert num_rollouts == len(minibatch)
+        return original(minibatch, train_policy, num_rollouts)
 
     learner._update = recorded  # type: ignore[method-assign]
-    assert learner.update(samples, 1, seed=0)["updates"] == 9
+    assert learner.update(samples, 1, len(samples))["updates"] == 9
     # Trap 8: the short last minibatch is used as it is, not filled up.
     assert [len(m) for m in seen] == [3, 3, 1] * 3
     epochs = [[i for m in seen[3 * e : 3 * e + 3] for i in m] for e in range(3)]
@@ -431,7 +435,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(bad: float
     policy = build_policy()
     before = weights(policy.model)
     with pytest.raises(UserError, match=r"gradient's norm is .*; lower learner\.lr"):
-        build_learner(policy).update(samples, 1, seed=0)
+        build_learner(policy).update(samples, 1, len(samples))
     assert torch.equal(weights(policy.model), before)
 
 
@@ -442,7 +446,7 @@ def test_bfloat16_trains_with_float32_masters() -> None:
     # Steps of a millionth are below the resolution of nearly every weight in bfloat16; the masters add them up.
     learner = build_learner(policy, reference, critic, lr=1e-6, epochs=8, kl=KLConfig(coefficient=0.01))
     before = [p.detach().float().clone() for p in policy.model.parameters()]
-    metrics = learner.update(samples, 1, seed=0)
+    metrics = learner.update(samples, 1, len(samples))
     assert all(math.isfinite(value) for value in metrics.values())
     assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
     moved = torch.cat([(m - b).reshape(-1) for m, b in zip(learner.optimizer.masters, before, strict=True)]).abs()
@@ -453,26 +457,25 @@ def test_bfloat16_trains_with_float32_masters() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_truth_7_two_and_two_iterations_equal_four(dtype: torch.dtype) -> None:
+def test_truth_7_two_and_two_iterations_equal_four(tmp_path: Path, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"epochs": 2, "minibatch_size": 3, "kl": KLConfig(coefficient=0.01)}
     options |= {"warmup_updates": 4, "decay": "linear", "total_updates": 24, "ppo": PPOConfig(value_lr=1e-3)}
 
-    def fresh() -> Learner:
+    def fresh() -> TorchLearner:
         policy = build_policy(dtype=dtype)
         return build_learner(policy, policy.frozen_copy(), ValueNetwork(policy, seed=0), **options)
 
-    def go(learner: Learner, iterations: range) -> list[Metrics]:
-        return [learner.update(build_samples(RAGGED, seed=i), i, seed=5) for i in iterations]
+    def go(learner: TorchLearner, iterations: range) -> list[Metrics]:
+        return [learner.update(build_samples(RAGGED, seed=i), i, len(RAGGED)) for i in iterations]
 
     whole = fresh()
     expected = go(whole, range(1, 5))
     first = fresh()
     go(first, range(1, 3))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
+    first.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["learner.pt"]
     second = fresh()
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second.load(tmp_path)
     assert go(second, range(3, 5)) == expected[2:]
     assert torch.equal(weights(second.policy.model), weights(whole.policy.model))
     assert whole.critic is not None
@@ -490,8 +493,8 @@ def test_the_reference_never_changes() -> None:
     reference = policy.frozen_copy()
     before = weights(reference.model)
     learner = build_learner(policy, reference, kl=KLConfig(coefficient=0.1), epochs=3)
-    first = learner.update(build_samples(RAGGED), 1, seed=0)
-    second = learner.update(build_samples(RAGGED), 2, seed=0)
+    first = learner.update(build_samples(RAGGED), 1, len(RAGGED))
+    second = learner.update(build_samples(RAGGED), 2, len(RAGGED))
     assert torch.equal(weights(reference.model), before)
     assert first["kl/ref"] == 0
     assert second["kl/ref"] > 1e-3
@@ -502,7 +505,7 @@ def test_learning_rates_rise_and_fall() -> None:
     assert [lr_factor(u, 2, 10, "linear") for u in (0, 1, 2, 6, 9, 10, 11)] == [0.5, 1, 1, 0.5, 0.125, 0, 0]
     policy = build_policy()
     learner = build_learner(policy, lr=1e-4, warmup_updates=2, decay="linear", total_updates=10)
-    rates = [learner.update(build_samples(TWO), i, seed=0)["policy/lr"] for i in range(1, 5)]
+    rates = [learner.update(build_samples(TWO), i, len(TWO))["policy/lr"] for i in range(1, 5)]
     assert rates == pytest.approx([0.5e-4, 1e-4, 1e-4, 0.875e-4])
 
 
@@ -596,7 +599,7 @@ def with_alternatives(samples: list[TrainingSample], seed: int = 5) -> list[Trai
 
 def trained(samples: list[TrainingSample], **options: Any) -> torch.Tensor:
     policy = build_policy()
-    build_learner(policy, **options).update(samples, 1, 0)
+    build_learner(policy, **options).update(samples, 1, len(samples))
     return weights(policy.model)
 
 
@@ -678,13 +681,13 @@ def test_leaving_out_tokens_without_an_advantage_changes_nothing(
             lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
         learner = build_learner(policy, minibatch_size=minibatch_size, epochs=2, micro_batch_tokens=1)
-        metrics = learner.update(samples, 1, 0)
+        metrics = learner.update(samples, 1, len(samples))
         handle.remove()
         return weights(policy.model), metrics
 
     short, short_metrics = outcome()
     tokens = sum(seen)
-    monkeypatch.setattr(Learner, "_every_token_counts", True)
+    monkeypatch.setattr(TorchLearner, "_every_token_counts", True)
     seen.clear()
     whole, whole_metrics = outcome()
     assert tokens < 0.85 * sum(seen)
@@ -697,8 +700,8 @@ def test_a_minibatch_without_any_advantage_is_a_step_of_gradient_zero() -> None:
     """Adam's moments decay as for any gradient: the next update is not that of an optimizer that saw nothing."""
     policy = build_policy()
     learner = build_learner(policy, minibatch_size=8, lr=1e-2)
-    learner.update(build_samples(RAGGED), 1, 0)
+    learner.update(build_samples(RAGGED), 1, len(RAGGED))
     before = weights(policy.model)
-    metrics = learner.update(build_samples(RAGGED, advantage=0.0), 2, 0)
+    metrics = learner.update(build_samples(RAGGED, advantage=0.0), 2, len(RAGGED))
     assert metrics["policy/grad_norm"] == 0.0 and metrics["policy/kl_old"] == pytest.approx(0.0, abs=1e-6)
     assert not torch.equal(weights(policy.model), before)

@@ -14,7 +14,7 @@ from tests.helpers import small_config, weights_hash
 from tests.learning.test_learner import build_samples
 from tests.training.test_train import Crash, CrashAt
 from vineppo.config.schema import KLConfig, LearnerConfig, LoraConfig, ModelConfig, PPOConfig, RunConfig
-from vineppo.learning.learner import Learner
+from vineppo.learning.learner import TorchLearner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy, Reference
@@ -37,7 +37,8 @@ def trained_a_little(config: ModelConfig = MODEL, updates: int = 2) -> Policy:
     """A policy whose adapters do something."""
     policy = Policy.load(config)
     settings = LearnerConfig(lr=3e-2, epochs=updates, minibatch_size=4)
-    Learner(policy, None, None, settings, PPOConfig(), temperature=1.0, total_updates=9).update(samples(), 1, 0)
+    learner = TorchLearner(policy, None, None, settings, PPOConfig(), temperature=1.0, total_updates=9, seed=0)
+    learner.update(samples(), 1, len(samples()))
     return policy
 
 
@@ -93,7 +94,7 @@ def test_the_reference_is_the_model_without_adapters() -> None:
     with reference.active() as there:
         assert there is policy and torch.equal(logprobs(there), start)
     assert (logprobs(policy) - start).abs().max() > 0.1
-    learner = Learner(
+    learner = TorchLearner(
         policy,
         reference,
         None,
@@ -101,8 +102,9 @@ def test_the_reference_is_the_model_without_adapters() -> None:
         PPOConfig(),
         temperature=1.0,
         total_updates=9,
+        seed=0,
     )
-    assert learner.update(samples(), 1, 0)["kl/ref"] > 0.01
+    assert learner.update(samples(), 1, len(samples()))["kl/ref"] > 0.01
 
 
 def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
@@ -113,7 +115,9 @@ def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
         assert (p is ours[name]) == ("lora_" not in name)
     before = {name: p.detach().clone() for name, p in critic.named_parameters()}
     ppo = PPOConfig(value_lr=1e-2)
-    Learner(policy, None, critic, LearnerConfig(lr=0.0), ppo, temperature=1.0, total_updates=9).update(samples(), 1, 0)
+    settings = LearnerConfig(lr=0.0)
+    learner = TorchLearner(policy, None, critic, settings, ppo, temperature=1.0, total_updates=9, seed=0)
+    learner.update(samples(), 1, len(samples()))
     changed = {name for name, p in critic.named_parameters() if not torch.equal(before[name], p)}
     assert (
         "head.weight" in changed
@@ -146,7 +150,7 @@ def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path
     cut = replace(whole, run=replace(run, dir=str(tmp_path / "cut")))
     with pytest.raises(Crash):
         train(cut, reporter=CrashAt(2))
-    size = max(path.stat().st_size for path in (tmp_path / "cut/checkpoints").rglob("state.pt"))
+    size = max(path.stat().st_size for path in (tmp_path / "cut/checkpoints").rglob("learner.pt"))
     assert size < 1_000_000  # adapters and their moments, not the model's 900 kB four times over
     resume(cut)
     assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,14 @@ from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config, LearnerConfig, RolloutConfig, RunConfig
 from vineppo.run import checkpoint as checkpoint_module
 from vineppo.run import files as files_module
-from vineppo.run.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, verify_checkpoint
+from vineppo.run.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    verify_checkpoint,
+    write_state,
+)
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.records import step_texts
@@ -191,12 +199,14 @@ def _two_rollouts() -> tuple[list[RolloutGroup], list[TrainingSample]]:
             advantages=(0.0, 0.0, -0.1, -0.1, 0.7, 0.7, 0.7),
             credit=credit,
             alternatives=(Alternative(3, 2, 0.1), Alternative(3, 6, -0.5)),
+            rollout=first,
         ),
         TrainingSample(
             token_ids=(6, 6, 1, 1),
             loss_mask=(0, 0, 1, 1),
             sampler_logprobs=(0.0, 0.0, *second.sampler_logprobs),
             advantages=(0.0, 0.0, -0.5, -0.5),
+            rollout=second,
         ),
     ]
     problem = Problem(id="train/7", prompt="<é><é>", answer="3")
@@ -221,6 +231,7 @@ def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
 
     assert first == {
         "iteration": 12,
+        "kind": "rollout",
         "problem_id": "train/7",
         "prompt": "<é><é>",
         "answer": "3",
@@ -230,6 +241,7 @@ def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
         "num_tokens": 5,
         "response_ids": [1, 2, 3, 4, 5],
         "token_advantages": float32([-0.1, -0.1, 0.7, 0.7, 0.7]),
+        "token_weights": [],
         "sampler_logprobs": float32([-0.1, -1 / 3, -1e-8, -0.5, -2.0]),
         "step_texts": ["a=1\n", " b=2\n# 3"],
         "step_ends": [2, 5],
@@ -249,11 +261,48 @@ def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
 def test_parquet_refuses_a_sample_of_another_rollout(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     groups, samples = _two_rollouts()
+    swapped = [replace(samples[0], rollout=samples[1].rollout), samples[1]]
     with pytest.raises(ValueError, match="train/7"):
-        run.write_rollouts(1, groups, samples[::-1], _decode)
-    with pytest.raises(ValueError, match="1 training samples for 2 rollouts"):
-        run.write_rollouts(1, groups, samples[:1], _decode)
+        run.write_rollouts(1, groups, swapped, _decode)
     assert list(run.rollouts.iterdir()) == []
+
+
+def test_parquet_finds_the_sample_of_each_rollout_whatever_the_order(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "a", CONFIG)
+    groups, samples = _two_rollouts()
+    in_order = pq.read_table(run.write_rollouts(1, groups, samples, _decode)).to_pylist()
+    assert pq.read_table(run.write_rollouts(1, groups, samples[::-1], _decode)).to_pylist() == in_order
+
+    first, second = pq.read_table(run.write_rollouts(1, groups, samples[1:], _decode)).to_pylist()
+    assert second == in_order[1]
+    credit = ("token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts")
+    for column in (*credit, "step_advantages", "alternatives"):
+        assert first.pop(column) == [] and in_order[0].pop(column) is not None
+    assert first == in_order[0]  # what was sampled is there without credit too
+
+
+def test_parquet_has_rows_for_samples_that_are_no_rollouts(tmp_path: Path) -> None:
+    """A tree of the two rollouts: they share `a=1`, which is a sample of its own with weight 2."""
+    run = RunDirectory.create(tmp_path / "a", CONFIG)
+    groups, (whole, other) = _two_rollouts()
+    leaf = replace(whole, weights=(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0))
+    prefix = TrainingSample((6, 6, 1), (0, 0, 1), (0.0, 0.0, -0.1), (0.0, 0.0, 0.25), weights=(0.0, 0.0, 2.0))
+    # Trains the last token only; its alternative is in the place of that one.
+    strange = TrainingSample((5, 4, 3), (0, 0, 1), (0.0,) * 3, (0.0, 0.0, 4.0), alternatives=(Alternative(0, 1, 0.5),))
+    again = replace(other, advantages=(0.0, 0.0, 1.0, 1.0), loss_mask=(0, 0, 0, 1))
+    path = run.write_rollouts(3, groups, [prefix, leaf, strange, other, again], _decode)
+    rows = pq.read_table(path).to_pylist()
+    assert [row["kind"] for row in rows] == ["rollout", "rollout", "sample", "sample", "sample"]
+    assert [row["token_weights"] for row in rows] == [[0, 1, 1, 1, 1], [], [2], [], [0, 1]]
+    assert [row["response_ids"] for row in rows] == [[1, 2, 3, 4, 5], [1, 1], [1], [3], [1, 1]]
+    assert [row["token_advantages"] for row in rows[1:]] == [[-0.5, -0.5], [0.25], [4.0], [1.0, 1.0]]
+    assert [row["problem_id"] for row in rows] == ["train/7", "train/7", "train/7", "", "train/7"]
+    assert [row["reward"] for row in rows] == [1.0, 0.0, None, None, 0.0]
+    assert [row["finish_reason"] for row in rows] == ["stop", "length", None, None, "length"]
+    assert (rows[2]["prompt"], rows[2]["response"], rows[2]["num_tokens"]) == ("<é><é>", "a=1", 1)
+    assert (rows[3]["prompt"], rows[3]["response"]) == (_decode((5, 4)), _decode((3,)))
+    assert rows[3]["alternatives"] == [{"position": 0, "token_id": 1, "text": "a=1", "advantage": 0.5}]
+    assert rows[2]["sampler_logprobs"] == [float(np.float32(-0.1))]
 
 
 def test_step_texts_joined_are_the_response() -> None:
@@ -338,6 +387,41 @@ def test_what_could_not_be_loaded_again_is_refused_when_saved(tmp_path: Path) ->
     _assert_is_state_of(latest_checkpoint(tmp_path), 1)
     save_checkpoint(tmp_path, 3, {"model": torch.nn.Linear(2, 2).state_dict()})  # an OrderedDict with metadata
     assert load_checkpoint(tmp_path / "000003")["model"]["weight"].shape == (2, 2)
+
+
+def _write_two_files(folder: Path) -> None:
+    write_state(folder / "learner.pt", {"w": torch.arange(1000.0)})
+    (folder / "shards").mkdir()
+    (folder / "shards" / "0.bin").write_bytes(b"abc")
+
+
+def test_files_of_other_writers_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 7, _state(7), writers=[_write_two_files])
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    assert sorted(files) == ["learner.pt", "shards/0.bin", "state.pt"]
+    assert files["shards/0.bin"] == {"size": 3, "sha256": files_module.sha256(path / "shards" / "0.bin")}
+    verify_checkpoint(path)
+    assert torch.equal(read_state(path / "learner.pt")["w"], torch.arange(1000.0))
+    _assert_is_state_of(path, 7)
+
+    (path / "shards" / "0.bin").write_bytes(b"abd")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert "shards/0.bin (content differs" in one_line(error)
+    (path / "learner.pt").unlink()
+    with pytest.raises(UserError) as error:
+        verify_checkpoint(path)
+    assert "learner.pt is missing" in one_line(error)
+    with pytest.raises(UserError) as error:
+        read_state(path / "learner.pt")
+    assert "has no learner.pt: another version" in one_line(error)
+
+
+def test_a_writer_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, _state(1))
+    with pytest.raises(TypeError, match=r"learner\['w'\] is a ndarray"):
+        save_checkpoint(tmp_path, 2, {}, writers=[lambda at: write_state(at / "learner.pt", {"w": np.zeros(2)})])
+    assert latest_checkpoint(tmp_path).name == "000001"
 
 
 def _flip_a_byte(path: Path) -> None:

@@ -242,7 +242,8 @@ class LearnerConfig(Settings):
     epochs: int = Field(2, ge=1)
     """Passes over each iteration's rollouts."""
     minibatch_size: int = Field(32, ge=1)
-    """Rollouts per update."""
+    """Rollouts per update. An epoch makes one update per this many rollouts, whatever the number of training samples
+    that the algorithm makes of them."""
     micro_batch_tokens: int = Field(8192, ge=1)
     """Padded tokens per forward and backward pass. Changes memory and speed, never the result."""
     clip_low: float = Field(0.2, gt=0, le=1)
@@ -287,7 +288,8 @@ class RunConfig(Settings):
     iterations: int = Field(60, ge=1)
     """Iterations of sampling, credit and updates."""
     max_updates: int = Field(0, ge=0)
-    """Stop after the iteration that reaches this many updates (0: no such limit)."""
+    """Stop after the iteration that reaches this many updates (0: no such limit). Minibatches without a training sample
+    count too, as in the learning rate's schedule."""
     max_tokens: int = Field(0, ge=0)
     """Stop after the iteration in which the tokens generated for training reach this number (0: no such limit)."""
     max_seconds: float = Field(0.0, ge=0)

@@ -15,8 +15,13 @@ def training_sample(
     values_T: Sequence[float] | None = None,
     credit: StepCredit | None = None,
     alternatives: Sequence[Alternative] = (),
+    weights_T: Sequence[float] | None = None,
 ) -> TrainingSample:
-    """Align per-response-token lists, shape (T,), with prompt + response by zeros over the prompt."""
+    """Align per-response-token lists, shape (T,), with prompt + response by zeros over the prompt.
+
+    Args:
+        weights_T: weight of each response token in the loss; None is 1 for all.
+    """
     zeros = (0.0,) * len(rollout.prompt_ids)
     return TrainingSample(
         token_ids=rollout.prompt_ids + rollout.response_ids,
@@ -27,4 +32,6 @@ def training_sample(
         values=None if values_T is None else zeros + tuple(values_T),
         credit=credit,
         alternatives=tuple(alternatives),
+        weights=None if weights_T is None else zeros + tuple(weights_T),
+        rollout=rollout,
     )

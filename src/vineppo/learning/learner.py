@@ -1,54 +1,52 @@
 """From credit to weights: training samples -> epochs, minibatches, micro-batches -> optimizer -> metrics.
 
-The same for every algorithm: it sees per-token advantages and never learns who wrote them. Every sum over tokens is
-divided by the minibatch's global count, so micro-batches and their order cannot change an update.
+The same for every algorithm: it sees per-token advantages and weights, never an algorithm's name. Every sum over tokens
+is weighted and divided by the minibatch's global sum of weights: micro-batches and their order cannot change an update,
+and neither can the way in which a tree of responses is written down as samples.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from vineppo.config.schema import LearnerConfig, PPOConfig
+from vineppo.learning.experience import (
+    Counts,
+    Experience,
+    check_samples,
+    credited,
+    divided,
+    largest_gap,
+    minibatches,
+    padded,
+    total_weight,
+    trained_part,
+)
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.learning.optim import Optimizer, lr_factor
-from vineppo.learning.scaling import penalty_to_go, scale_advantages, shift_and_divisor
-from vineppo.model.batch import Batch, collate, micro_batches
+from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
+from vineppo.model.batch import Batch, collate, micro_batches, pad
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.lora import load_trained_state, trained_state
 from vineppo.model.policy import Policy, Reference
+from vineppo.model.weights import full_weights
+from vineppo.run.checkpoint import read_state, write_state
 from vineppo.seeds import derive_seed
-from vineppo.types import Alternative, Metrics, TrainingSample
+from vineppo.types import Metrics, Rollout, TrainingSample, UserError
+
+STATE_FILE = "learner.pt"
 
 
-@dataclass(frozen=True)
-class Experience:
-    """A training sample with what the trainer itself says of its tokens, response tokens only, shape (T,)."""
-
-    sample: TrainingSample
-    old_logprobs: tuple[float, ...]
-    old_alternatives: tuple[float, ...]
-    """Log-probabilities of the sample's alternatives, shape (A,)."""
-    ref_logprobs: tuple[float, ...] | None
-
-
-class Counts(NamedTuple):
-    """What sums over a minibatch are divided by."""
-
-    tokens: int
-    sequences: int
-    seen: int
-    """Tokens that the forward pass looks at, which `policy/kl_old` is a mean over."""
-
-
-class Learner:
-    """Owns the optimizers of the policy and, where there is one, of the value network.
+class TorchLearner:
+    """The learner (types.Learner) of one process: optimizers of the policy and, where there is one, the value network.
 
     Args:
         policy: trained in place.
@@ -58,6 +56,7 @@ class Learner:
         ppo: settings of the critic's optimizer and loss.
         temperature: of the rollouts; log-probabilities are those of the distribution that was sampled.
         total_updates: where a linear decay ends.
+        seed: of the run; order of the samples and dropout are addressed by it.
     """
 
     def __init__(
@@ -70,84 +69,126 @@ class Learner:
         *,
         temperature: float,
         total_updates: int,
+        seed: int,
     ):
         self.policy, self.reference, self.critic = policy, reference, critic
         self.config, self.ppo = config, ppo
-        self.temperature, self.total_updates = temperature, total_updates
+        self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
         self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
         )
         self.updates = 0
+        self.scheduled = 0
+        """Minibatches so far, empty ones included: the place in the schedule of the learning rate."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, seed: int) -> Metrics:
+    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
         """All epochs over one iteration's samples.
 
+        An epoch has ceil(num_rollouts / minibatch_size) minibatches. One that is empty, because samples are few, is no
+        update; it still takes its place in the learning rate's schedule, which therefore ends with the run.
+
         Returns:
-            Means over the iteration's updates: policy/*, kl/ref, value/loss, and `updates` (cumulative).
+            Means over the iteration's updates: policy/*, kl/ref, value/loss, and `updates` (cumulative). Without any
+            sample only the last one.
         """
-        experience, metrics = self._prepare(samples)
+        check_samples(samples, with_returns=self.critic is not None)
+        experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
         train_policy = self.critic is None or iteration > self.ppo.value_only_iterations
         totals: dict[str, float] = defaultdict(float)
         begun = self.updates
         for epoch in range(self.config.epochs):
             order = list(range(len(experience)))
-            random.Random(derive_seed(seed, iteration, "minibatches", epoch)).shuffle(order)
-            for start in range(0, len(order), self.config.minibatch_size):
-                minibatch = [experience[i] for i in order[start : start + self.config.minibatch_size]]
-                for key, value in self._update(
-                    minibatch, train_policy, derive_seed(seed, "dropout", self.updates)
-                ).items():
-                    totals[key] += value
-        done = self.updates - begun
+            random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
+            for chosen in minibatches(order, self.config.minibatch_size, num_rollouts):
+                if chosen:
+                    share = num_rollouts * len(chosen) / len(order)
+                    for key, value in self._update([experience[i] for i in chosen], train_policy, share).items():
+                        totals[key] += value
+                self.scheduled += 1
+        done = max(1, self.updates - begun)
         return {**metrics, **{key: value / done for key, value in totals.items()}, "updates": self.updates}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that an interrupted training needs: weights, moments, position."""
+    @torch.no_grad()
+    def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
+        """The value network's value before each response token: one list of shape (T,) per rollout.
+
+        Raises:
+            UserError: where there is no value network.
+        """
+        if self.critic is None:
+            raise UserError("values of a value network were asked for, but this algorithm has none; `ppo` has one")
+        values: list[list[float]] = [[] for _ in rollouts]
+        lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
+        for group in micro_batches(lengths, self.config.micro_batch_tokens):
+            chosen = [rollouts[i] for i in group]
+            token_ids = pad([r.prompt_ids + r.response_ids for r in chosen], torch.int64, self.policy.device)  # (B, T)
+            masks = [[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in chosen]
+            flat = self.critic(token_ids, pad(masks, torch.bool, self.policy.device)).tolist()
+            for i in group:
+                count = len(rollouts[i].response_ids)
+                values[i], flat = flat[:count], flat[count:]
+        return values
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor of each of the policy's current weights, adapters merged."""
+        return full_weights(self.policy.model)
+
+    def save(self, folder: Path) -> None:
+        """Write weights, moments and position into `learner.pt`."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
-        return {
+        state = {
             "policy": trained_state(self.policy.model),
             "optimizer": self.optimizer.state_dict(),
             "critic": None if critic is None else trained_state(critic),
             "critic_optimizer": None if critic_optimizer is None else critic_optimizer.state_dict(),
             "updates": self.updates,
+            "scheduled": self.scheduled,
         }
+        write_state(folder / STATE_FILE, state)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote.
+
+        Raises:
+            UserError: where the file is missing or cannot be read.
+        """
+        state: dict[str, Any] = read_state(folder / STATE_FILE)
         load_trained_state(self.policy.model, state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
             load_trained_state(self.critic, state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.updates = state["updates"]
+        self.updates, self.scheduled = state["updates"], state["scheduled"]
 
-    def _prepare(self, samples: Sequence[TrainingSample]) -> tuple[list[Experience], Metrics]:
+    def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
         """Old and reference log-probabilities, the penalty in the reward, and the scaling of advantages."""
         old, old_alternatives, entropy = self.logprobs(self.policy, samples)
         ref = None
         if self.reference is not None:
             with self.reference.active() as start:
                 ref = self.logprobs(start, samples)[0]
-        rows = [_response_part(s.advantages, s) for s in samples]
+        rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
         metrics: Metrics = {
             "policy/entropy": entropy,
-            "policy/sampler_logprob_gap": _largest_gap(old, samples),
-            "credit/advantage_abs_mean": sum(abs(a) for row in rows for a in row) / max(1, sum(map(len, rows))),
+            "policy/sampler_logprob_gap": largest_gap(old, samples),
+            "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
+            / (sum(map(sum, weights)) or 1),
         }
         if ref is not None:
             penalties = [self._penalties(o, r) for o, r in zip(old, ref, strict=True)]
-            metrics["kl/ref"] = sum(map(sum, penalties)) / len(samples)
+            metrics["kl/ref"] = (
+                sum(_weighted_sum([w], [p]) for w, p in zip(weights, penalties, strict=True)) / num_rollouts
+            )
             if self.config.kl.place == "reward":
-                weight = self.config.kl.coefficient
                 rows = [
-                    [a - weight * p for a, p in zip(row, penalty_to_go(penalty), strict=True)]
-                    for row, penalty in zip(rows, penalties, strict=True)
+                    [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
+                    for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling)
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
+        rows = scale_advantages(rows, self.config.advantage_scaling, weights)
         scaled = [
-            replace(s, advantages=_padded(row, s), alternatives=_divided(s.alternatives, divisor))
+            replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
             for s, row in zip(samples, rows, strict=True)
         ]
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
@@ -165,12 +206,12 @@ class Learner:
     def logprobs(
         self, policy: Policy, samples: Sequence[TrainingSample]
     ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Log-probability of each response token, ragged (B, T), of each alternative, ragged (B, A), and the mean
-        entropy in nats per token.
+        """Log-probability of each trained token, ragged (B, N), of each alternative, ragged (B, A), and the
+        weighted mean entropy in nats per token.
         """
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
-        entropy_sum, count = 0.0, 0
+        entropy_sum = 0.0
         for group in self._micro_batches(samples):
             batch = collate([samples[i] for i in group], policy.device)
             logprobs, entropies = token_logprobs(
@@ -182,7 +223,7 @@ class Learner:
                 (batch.alternative_places, batch.alternative_ids),
             )
             assert entropies is not None
-            entropy_sum, count = entropy_sum + float(entropies.sum()), count + len(entropies)
+            entropy_sum += float((batch.weights[batch.loss_mask] * entropies).sum())
             flat = logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
@@ -190,32 +231,33 @@ class Learner:
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        return rows, alternatives, entropy_sum / max(1, count)
+        return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Indices of the samples that go through the model together."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
-    def _update(self, minibatch: Sequence[Experience], train_policy: bool, seed: int) -> Metrics:
-        """One optimizer step of the policy and of the critic on one minibatch; `seed` is for dropout."""
+    def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
+        """One optimizer step of the policy and of the critic on a minibatch that stands for so many rollouts."""
         config = self.config
         metrics: Metrics = {}
-        factor = lr_factor(self.updates, config.warmup_updates, self.total_updates, config.decay)
+        factor = lr_factor(self.scheduled, config.warmup_updates, self.total_updates, config.decay)
         if train_policy:
-            metrics |= self._policy_gradient(minibatch, seed)
+            metrics |= self._policy_gradient(minibatch, num_rollouts)
             metrics["policy/lr"] = config.lr * factor
             metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
         if self.critic is not None and self.critic_optimizer is not None:
             metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
-            warm = lr_factor(self.updates, self.ppo.value_warmup_updates, self.total_updates, config.decay)
+            warm = lr_factor(self.scheduled, self.ppo.value_warmup_updates, self.total_updates, config.decay)
             metrics["value/grad_norm"] = self.critic_optimizer.step(self.ppo.value_lr * warm, config.max_grad_norm)
         self.updates += 1
         return metrics
 
-    def _policy_gradient(self, minibatch: Sequence[Experience], seed: int) -> Metrics:
+    def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
         """Add up the gradient of the minibatch's policy loss."""
-        parts = minibatch if self._every_token_counts else _credited(minibatch)
-        counts = Counts(_num_tokens(minibatch), len(minibatch), _num_tokens(parts))
+        parts = minibatch if self._every_token_counts else credited(minibatch)
+        counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
+        seed = derive_seed(self.seed, "dropout", self.updates)
         totals: dict[str, float] = defaultdict(float)
         for group in self._micro_batches([e.sample for e in parts]):
             with self.policy.dropout(derive_seed(seed, group[0])):
@@ -251,28 +293,32 @@ class Learner:
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
         )  # (N + A,)
         advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
-        policy_loss, clipped = clipped_policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high)
+        own = batch.weights[batch.loss_mask]  # (N,)
+        weights = torch.cat([own, own[batch.alternative_places]])  # (N + A,)
+        policy_loss, clipped = clipped_policy_loss(
+            logprobs, old, advantages, config.clip_low, config.clip_high, weights
+        )
         loss = policy_loss / tokens
         metrics = {
             "policy/loss": loss.item(),
             "policy/clip_share": float(clipped) / tokens,
-            "policy/kl_old": float(kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0).sum()) / max(1, counts.seen),
+            "policy/kl_old": float((own * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()) / counts.seen,
         }
         if entropies is not None:
-            loss = loss - config.entropy_coefficient * entropies.sum() / tokens
+            loss = loss - config.entropy_coefficient * (own * entropies).sum() / tokens
         if self.reference is not None and config.kl.place == "loss":
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
             penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
             if config.kl.importance_weighted:
                 penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
-            loss = loss + config.kl.coefficient * penalties.sum() / (
-                counts.sequences if config.kl.reduction == "sequence_sum" else tokens
+            loss = loss + config.kl.coefficient * (own * penalties).sum() / (
+                counts.rollouts if config.kl.reduction == "sequence_sum" else tokens
             )
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
         """Add up the gradient of the minibatch's value loss, which is returned."""
-        tokens, total = _num_tokens(minibatch), 0.0
+        tokens, total = total_weight(minibatch) or 1, 0.0
         for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
@@ -284,65 +330,11 @@ class Learner:
         assert batch.returns is not None and batch.values is not None, "a critic learns from returns and old values"
         predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
         mask = batch.loss_mask
-        return clipped_value_loss(predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip)
+        return clipped_value_loss(
+            predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip, batch.weights[mask]
+        )
 
 
-def _num_tokens(experience: Sequence[Experience]) -> int:
-    """Trained tokens."""
-    return sum(sum(e.sample.loss_mask) for e in experience)
-
-
-def _credited(minibatch: Sequence[Experience]) -> list[Experience]:
-    """What of a minibatch can move the policy: the tokens with an advantage, and what leads to them.
-
-    A token whose advantage is 0 has no gradient in the clipped objective, and no token sees those behind it. So
-    sequences without an advantage are dropped, others end with their last one, and the rest of their tokens is left
-    out of the loss: the same gradient for less work. Credit per step makes most tokens such.
-    """
-    parts = [part for part in map(_credited_part, minibatch) if any(part.sample.loss_mask)]
-    # With nothing to learn the step is still made, of gradient 0: moments decay as they would have.
-    return parts or [minibatch[0]]
-
-
-def _credited_part(whole: Experience) -> Experience:
-    sample = whole.sample
-    places = [i for i, trained in enumerate(sample.loss_mask) if trained]  # of the response's tokens in the sequence
-    choices = [(a, old) for a, old in zip(sample.alternatives, whole.old_alternatives, strict=True) if a.advantage]
-    kept = sorted({n for n, i in enumerate(places) if sample.advantages[i]} | {a.position for a, _ in choices})
-    number, inside = {n: new for new, n in enumerate(kept)}, {places[n] for n in kept}
-    end = max(inside, default=0) + 1
-    return Experience(
-        TrainingSample(
-            token_ids=sample.token_ids[:end],
-            loss_mask=tuple(int(i in inside) for i in range(end)),
-            sampler_logprobs=sample.sampler_logprobs[:end],
-            advantages=sample.advantages[:end],
-            alternatives=tuple(replace(a, position=number[a.position]) for a, _ in choices),
-        ),
-        tuple(whole.old_logprobs[n] for n in kept),
-        tuple(old for _, old in choices),
-        None,
-    )
-
-
-def _response_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
-    return [x for x, trained in zip(row, sample.loss_mask, strict=True) if trained]
-
-
-def _padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
-    values = iter(row)
-    return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
-
-
-def _divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Alternative, ...]:
-    return tuple(replace(a, advantage=a.advantage / divisor) for a in alternatives)
-
-
-def _largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:
-    """Largest difference between the sampler's and the trainer's log-probability of one token, in nats."""
-    gaps = [
-        abs(a - b)
-        for row, sample in zip(old, samples, strict=True)
-        for a, b in zip(row, _response_part(sample.sampler_logprobs, sample), strict=True)
-    ]
-    return max(gaps, default=0.0)
+def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
+    """Sum of weight times entry over ragged rows."""
+    return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

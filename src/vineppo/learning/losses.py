@@ -1,5 +1,5 @@
-"""Losses as pure functions of tensors. Each returns a *sum* over tokens; the caller divides by the global count, so
-that micro-batches and workers cannot change the result.
+"""Losses as pure functions of tensors. Each returns a weighted *sum* over tokens; the caller divides by the global sum
+of weights, so that micro-batches and workers cannot change the result.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ def clipped_policy_loss(
     advantages: torch.Tensor,
     clip_low: float,
     clip_high: float,
+    weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped surrogate (arXiv 1707.06347), to be minimised, summed over tokens.
 
@@ -20,13 +21,14 @@ def clipped_policy_loss(
 
     Args:
         logprobs, old_logprobs, advantages: shape (N,), one entry per trained token.
+        weights: of the tokens in both sums, shape (N,).
     Returns:
-        (loss sum, number of tokens on which clipping removed the gradient).
+        (loss sum, sum of the weights of the tokens on which clipping removed the gradient).
     """
     ratio = (logprobs - old_logprobs).exp()  # (N,)
     free = ratio * advantages  # (N,)
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (N,)
-    return -torch.minimum(free, bounded).sum(), (bounded < free).sum()
+    return -(weights * torch.minimum(free, bounded)).sum(), (weights * (bounded < free)).sum()
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
@@ -52,7 +54,11 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
 
 
 def clipped_value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    clip: float,
+    weights: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Half the squared error of the value network, summed over tokens; with clip > 0 the pessimistic clipped form.
 
@@ -61,9 +67,10 @@ def clipped_value_loss(
     Args:
         values, old_values, returns: shape (N,), in reward units.
         clip: 0 turns clipping off.
+        weights: of the tokens in the sum, shape (N,).
     """
     error = (values - returns).square()  # (N,)
     if clip > 0:
         clipped = old_values + (values - old_values).clamp(-clip, clip)  # (N,)
         error = torch.maximum(error, (clipped - returns).square())
-    return 0.5 * error.sum()
+    return 0.5 * (weights * error).sum()

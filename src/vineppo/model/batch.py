@@ -21,6 +21,7 @@ class Batch:
     advantages: torch.Tensor  # (B, T) float32
     returns: torch.Tensor | None  # (B, T) float32
     values: torch.Tensor | None  # (B, T) float32
+    weights: torch.Tensor  # (B, T) float32, 0 where loss_mask is False
     alternative_places: torch.Tensor  # (A,) int64: which of the N tokens under loss_mask each alternative replaces
     alternative_ids: torch.Tensor  # (A,) int64
     alternative_advantages: torch.Tensor  # (A,) float32
@@ -50,10 +51,18 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
         advantages=pad([s.advantages for s in samples], torch.float32, device),
         returns=optional([s.returns for s in samples]),
         values=optional([s.values for s in samples]),
+        weights=pad([_weights(s) for s in samples], torch.float32, device),
         alternative_places=torch.tensor([place for place, _ in alternatives], dtype=torch.int64, device=device),
         alternative_ids=torch.tensor([a.token_id for _, a in alternatives], dtype=torch.int64, device=device),
         alternative_advantages=torch.tensor([a.advantage for _, a in alternatives], dtype=torch.float32, device=device),
     )
+
+
+def _weights(sample: TrainingSample) -> Sequence[float]:
+    """Of every token of the sequence, 0 for those that are not trained."""
+    if sample.weights is None:
+        return sample.loss_mask
+    return [weight * trained for weight, trained in zip(sample.weights, sample.loss_mask, strict=True)]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

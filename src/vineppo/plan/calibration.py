@@ -11,8 +11,9 @@ import torch
 from vineppo.config.schema import Config, RolloutConfig
 from vineppo.config.settings import replace
 from vineppo.credit import find_algorithm
-from vineppo.learning.learner import Learner
 from vineppo.model.codec import Codec
+from vineppo.config.schema import Config
+from vineppo.learning.learner import TorchLearner
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
@@ -49,7 +50,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     groups, sample_seconds = _timed(lambda: parts.sample(drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
-    _, update_seconds = _timed(lambda: learner.update(samples, 1, 0))
+    _, update_seconds = _timed(lambda: learner.update(samples, 1, few * own.group_size))
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = own.num_problems / few
     amounts = _amounts(config, groups, metrics, scale)
@@ -71,7 +72,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     )  # fmt: skip
 
 
-def _step_seconds(learner: Learner) -> float:
+def _step_seconds(learner: TorchLearner) -> float:
     """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
     seconds = 0.0
     for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):

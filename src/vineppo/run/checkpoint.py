@@ -1,7 +1,8 @@
 """Whole checkpoints: written aside, forced to disk, renamed into place, and verified before they are loaded.
 
 ```
-checkpoints/000020/state.pt       everything a run needs to go on
+checkpoints/000020/state.pt       where the run stands
+checkpoints/000020/learner.pt     weights and moments, written by the learner
 checkpoints/000020/manifest.json  size and SHA-256 of every other file
 ```
 """
@@ -14,7 +15,7 @@ import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ import torch
 from vineppo.run.files import fsync_directory, fsync_file, sha256
 from vineppo.types import UserError
 
+STATE_FILE = "state.pt"
 _NAME = re.compile(r"(\d+)(\.old)?")
 _SCALARS = (bool, int, float, str, bytes, type(None))
 
 
-def save_checkpoint(directory: str | Path, iteration: int, state: Mapping[str, Any], keep: int = 1) -> Path:
+def save_checkpoint(
+    directory: str | Path,
+    iteration: int,
+    state: Mapping[str, Any],
+    keep: int = 1,
+    writers: Sequence[Callable[[Path], None]] = (),
+) -> Path:
     """Write a checkpoint and then remove older ones, so that at any moment one whole checkpoint is there.
 
     Args:
@@ -36,6 +44,7 @@ def save_checkpoint(directory: str | Path, iteration: int, state: Mapping[str, A
         state: nested dicts, lists and tuples of tensors and scalars.
         keep: newest checkpoints that stay, this one among them. Checkpoints of later iterations go too: the run was
             resumed from before them, so they are damaged.
+        writers: each writes files of its own into the checkpoint's folder, such as `Learner.save`.
     Returns:
         The checkpoint's path.
     Raises:
@@ -47,7 +56,10 @@ def save_checkpoint(directory: str | Path, iteration: int, state: Mapping[str, A
         shutil.rmtree(leftover)
     aside = directory / f".{iteration:06d}.tmp"
     aside.mkdir()
-    _write_files(aside, iteration, _plain(state, "state"))
+    write_state(aside / STATE_FILE, state)
+    for write in writers:
+        write(aside)
+    _write_manifest(aside, iteration)
 
     path = directory / f"{iteration:06d}"
     old = directory / f"{iteration:06d}.old"
@@ -80,8 +92,8 @@ def verify_checkpoint(path: str | Path) -> None:
         raise UserError(f"checkpoint {path} is damaged: manifest.json is missing or unreadable") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"checkpoint {path} is damaged: manifest.json is no manifest") from None
-    if "state.pt" not in expected:
-        raise UserError(f"checkpoint {path} is damaged: manifest.json does not list state.pt")
+    if STATE_FILE not in expected:
+        raise UserError(f"checkpoint {path} is damaged: manifest.json does not list {STATE_FILE}")
     for name, (size, digest) in expected.items():
         try:
             real_size = (path / name).stat().st_size
@@ -121,21 +133,49 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: naming the file that is damaged.
     """
     verify_checkpoint(path)
+    return read_state(Path(path) / STATE_FILE)
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write nested dicts, lists and tuples of tensors and scalars into one file of a checkpoint.
+
+    Raises:
+        TypeError: if the state holds something that could not be loaded again.
+    """
+    torch.save(_plain(state, path.stem), path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote, tensors on the CPU.
+
+    Raises:
+        UserError: naming the checkpoint and the file, where it is missing or cannot be read.
+    """
     try:
-        state: dict[str, Any] = torch.load(Path(path) / "state.pt", weights_only=True, map_location="cpu")
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise UserError(
+            f"checkpoint {path.parent} has no {path.name}: another version of vineppo wrote it; resume with "
+            "that version, or start the run anew"
+        ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError):
-        raise UserError(f"checkpoint {path}: state.pt cannot be read by PyTorch {torch.__version__}") from None
+        raise UserError(
+            f"checkpoint {path.parent}: {path.name} cannot be read by PyTorch {torch.__version__}"
+        ) from None
     return state
 
 
-def _write_files(directory: Path, iteration: int, state: dict[str, Any]) -> None:
-    torch.save(state, directory / "state.pt")
-    fsync_file(directory / "state.pt")
-    facts = {"size": (directory / "state.pt").stat().st_size, "sha256": sha256(directory / "state.pt")}
-    manifest = {"format": 1, "iteration": iteration, "files": {"state.pt": facts}}
+def _write_manifest(directory: Path, iteration: int) -> None:
+    """Force every file of the folder to disk, and list it with its size and checksum."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        fsync_file(path)
+        files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    manifest = {"format": 1, "iteration": iteration, "files": files}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     fsync_file(directory / "manifest.json")
-    fsync_directory(directory)
+    for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
+        fsync_directory(folder)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -3,7 +3,7 @@
 ```
 config.yaml             every setting of the run
 metrics.jsonl           one JSON object per iteration
-rollouts/000001.parquet one file per iteration, one row per rollout
+rollouts/000001.parquet one file per iteration, one row per rollout (and other training sample)
 checkpoints/000020/     whole checkpoints (see checkpoint.py)
 final/                  the trained model
 plots/, summary.json    made at the end
@@ -173,7 +173,9 @@ class RunDirectory:
     def write_rollouts(
         self, iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
     ) -> Path:
-        """Write every rollout of an iteration with its credit as Parquet (columns: `records.SCHEMA`), atomically."""
+        """Write every rollout of an iteration with its credit, and every other training sample, as Parquet (columns:
+        `records.SCHEMA`), atomically.
+        """
         path = self.rollouts_of(iteration)
         self.rollouts.mkdir(exist_ok=True)
         write_parquet(path, rollout_rows(iteration, groups, samples, decode))

@@ -1,8 +1,10 @@
-"""Every rollout as one row of a Parquet file: what was asked, what was written, and which step earned the reward."""
+"""Rollouts and other training samples as rows of a Parquet file: what was asked, what was written, and which step
+earned the reward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vineppo.run.files import written_aside
-from vineppo.types import RolloutGroup, StepCredit, TrainingSample
+from vineppo.types import Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids -> text without special tokens."""
@@ -22,15 +24,17 @@ _ALTERNATIVE = pa.struct(
 SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),  # 1-based
+        ("kind", pa.string()),  # "rollout", or "sample": a training sample that is no rollout
         ("problem_id", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("response", pa.string()),
-        ("reward", pa.float64()),
-        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),  # null where a sample is no rollout
+        ("finish_reason", pa.string()),  # likewise
         ("num_tokens", pa.int32()),  # T, of the response
         ("response_ids", pa.list_(pa.int32())),  # (T,)
         ("token_advantages", pa.list_(pa.float32())),  # (T,)
+        ("token_weights", pa.list_(pa.float32())),  # (T,), 0 for tokens that are not trained; empty where all are 1
         ("sampler_logprobs", pa.list_(pa.float32())),  # (T,), nats
         ("step_texts", pa.list_(pa.string())),  # (S,)
         ("step_ends", pa.list_(pa.int32())),  # (S,), in response tokens, the last one is T
@@ -41,7 +45,11 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps, and
-`alternatives` where it has none."""
+`alternatives` where it has none. All that credit writes is empty for a rollout without a training sample."""
+_CREDIT_COLUMNS = (
+    "token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages",
+    "alternatives",
+)  # fmt: skip
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
@@ -70,44 +78,94 @@ def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: D
 def rollout_rows(
     iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
 ) -> list[dict[str, Any]]:
-    """One row per rollout, keys as in `SCHEMA`.
+    """One row per rollout in the order of the groups, then one per sample that is no rollout; keys as in `SCHEMA`.
 
     Args:
-        samples: one per rollout, in the order of the groups and of the rollouts inside them.
-        decode: token ids to text; used for `step_texts`.
+        samples: of the credit function, in any order. `TrainingSample.rollout` says whose credit a sample is; a rollout
+            without a sample has empty lists, and a second sample of a rollout has a row of its own.
+        decode: token ids to text.
     Raises:
         ValueError: if a sample does not belong to its rollout.
     """
-    pairs = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-    if len(pairs) != len(samples):
-        raise ValueError(f"{len(samples)} training samples for {len(pairs)} rollouts")
-    rows = []
-    for (problem, rollout), sample in zip(pairs, samples, strict=True):
-        if tuple(sample.token_ids) != tuple(rollout.prompt_ids) + tuple(rollout.response_ids):
-            raise ValueError(f"the training sample of a rollout of {problem.id} has other token ids")
-        credit = sample.credit or StepCredit(boundaries=())
-        rows.append(
-            {
-                "iteration": iteration,
-                "problem_id": problem.id,
-                "prompt": problem.prompt,
-                "answer": problem.answer,
-                "response": rollout.text,
-                "reward": rollout.reward,
-                "finish_reason": rollout.finish_reason,
-                "num_tokens": len(rollout.response_ids),
-                "response_ids": rollout.response_ids,
-                "token_advantages": sample.advantages[len(rollout.prompt_ids) :],
-                "sampler_logprobs": rollout.sampler_logprobs,
-                "step_texts": step_texts(rollout.response_ids, credit.boundaries, decode),
-                "step_ends": credit.boundaries,
-                "values": credit.values,
-                "num_mc_rollouts": credit.num_mc_rollouts,
-                "step_advantages": credit.step_advantages,
-                "alternatives": [{**asdict(a), "text": decode([a.token_id])} for a in sample.alternatives],
-            }
-        )
-    return rows
+    rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+    known = {id(rollout) for _, rollout in rollouts}
+    credit: dict[int, TrainingSample] = {}
+    others = []
+    for sample in samples:
+        if id(sample.rollout) in known and id(sample.rollout) not in credit:
+            credit[id(sample.rollout)] = sample
+        else:
+            others.append(sample)
+    rows = [_rollout_row(problem, rollout, credit.get(id(rollout)), decode) for problem, rollout in rollouts]
+    prompts = {rollout.prompt_ids: problem for problem, rollout in rollouts}
+    rows += [_sample_row(prompts, sample, decode) for sample in others]
+    return [{"iteration": iteration, **row} for row in rows]
+
+
+def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | None, decode: Decode) -> dict[str, Any]:
+    if sample is not None and tuple(sample.token_ids) != tuple(rollout.prompt_ids) + tuple(rollout.response_ids):
+        raise ValueError(f"the training sample of a rollout of {problem.id} has other token ids")
+    return {
+        "kind": "rollout",
+        "problem_id": problem.id,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "response": rollout.text,
+        "reward": rollout.reward,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.response_ids),
+        "response_ids": rollout.response_ids,
+        "sampler_logprobs": rollout.sampler_logprobs,
+        **_credit_columns(sample, len(rollout.prompt_ids), decode),
+    }
+
+
+def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSample, decode: Decode) -> dict[str, Any]:
+    """Of a sample that is no rollout: its response is what follows the prompt of one of the problems.
+
+    Where it begins with none of them, the prompt is all that comes before the first trained token.
+    """
+    ids = tuple(sample.token_ids)
+    start = max((len(prompt) for prompt in prompts if ids[: len(prompt)] == prompt), default=0)
+    if start:
+        problem = prompts[ids[:start]]
+    else:
+        start = next((place for place, trained in enumerate(sample.loss_mask) if trained), len(ids))
+        problem = Problem(id="", prompt=decode(ids[:start]))
+    return {
+        "kind": "sample",
+        "problem_id": problem.id,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+        "response": decode(ids[start:]),
+        "reward": None if sample.rollout is None else sample.rollout.reward,
+        "finish_reason": None if sample.rollout is None else sample.rollout.finish_reason,
+        "num_tokens": len(ids) - start,
+        "response_ids": ids[start:],
+        "sampler_logprobs": sample.sampler_logprobs[start:],
+        **_credit_columns(sample, start, decode),
+    }
+
+
+def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -> dict[str, Any]:
+    """The columns that a credit function fills, for the tokens from `start` on; empty lists without a sample."""
+    if sample is None:
+        return {name: [] for name in _CREDIT_COLUMNS}
+    credit = sample.credit or StepCredit(boundaries=())
+    weights = [w * trained for w, trained in zip(sample.weights or sample.loss_mask, sample.loss_mask, strict=True)]
+    places = [place - start for place, trained in enumerate(sample.loss_mask) if trained]
+    return {
+        "token_advantages": sample.advantages[start:],
+        "token_weights": [] if all(weight == 1 for weight in weights[start:]) else weights[start:],
+        "step_texts": step_texts(sample.token_ids[start:], credit.boundaries, decode),
+        "step_ends": credit.boundaries,
+        "values": credit.values,
+        "num_mc_rollouts": credit.num_mc_rollouts,
+        "step_advantages": credit.step_advantages,
+        "alternatives": [
+            {**asdict(a), "position": places[a.position], "text": decode([a.token_id])} for a in sample.alternatives
+        ],
+    }
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:

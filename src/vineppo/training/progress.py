@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vineppo.training.rollouts import generated_tokens
-from vineppo.types import Metrics, RolloutGroup
+from vineppo.types import Metrics, RolloutGroup, TrainingSample
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,20 @@ class Progress:
 
 
 def advance(
-    progress: Progress, groups: list[RolloutGroup], credit: Metrics, seconds: Mapping[str, float], epochs: int
+    progress: Progress,
+    groups: list[RolloutGroup],
+    samples: Sequence[TrainingSample],
+    credit: Metrics,
+    seconds: Mapping[str, float],
+    epochs: int,
 ) -> Progress:
     """The progress after an iteration."""
-    tokens = generated_tokens(groups)
     return replace(
         progress,
         iteration=progress.iteration + 1,
-        rollout_tokens=progress.rollout_tokens + tokens,
+        rollout_tokens=progress.rollout_tokens + generated_tokens(groups),
         mc_tokens=progress.mc_tokens + int(credit.get("tokens/mc", 0)),
-        trained_tokens=progress.trained_tokens + tokens * epochs,
+        trained_tokens=progress.trained_tokens + epochs * sum(sum(sample.loss_mask) for sample in samples),
         seconds_train=progress.seconds_train + sum(seconds.values()),
     )
 

@@ -1,0 +1,132 @@
+"""Whole runs of a credit function that returns fewer and other samples than one per rollout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.helpers import small_config, weights_hash
+from tests.training.test_train import Crash, CrashAt, read_lines, without_seconds
+from vineppo.config.schema import Config, LearnerConfig, RunConfig
+from vineppo.training import parts
+from vineppo.training.loop import resume, train
+from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
+
+Change = Callable[[list[TrainingSample], int], list[TrainingSample]]
+LEARNER = LearnerConfig(lr=1e-4, minibatch_size=8, epochs=3, decay="linear")
+
+
+def with_credit(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    """Let runs change the samples of their algorithm."""
+    build = parts.build_credit
+
+    def changed(*args: Any) -> CreditFn:
+        credit = build(*args)
+
+        def other(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+            samples, metrics = credit(groups, iteration)
+            return change(samples, iteration), metrics
+
+        return other
+
+    monkeypatch.setattr(parts, "build_credit", changed)
+
+
+def only_good_ones(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
+    """The last ones first; none at all in the second iteration."""
+    good = [sample for sample in reversed(samples) if sample.rollout and sample.rollout.reward > 0]
+    return good if iteration != 2 else []
+
+
+def config_of(path: Path, **run: Any) -> Config:
+    settings: dict[str, Any] = {"dir": str(path), "iterations": 4, "checkpoint_every": 1, **run}
+    return small_config(path, "reinforce", learner=LEARNER, run=RunConfig(**settings))
+
+
+def test_a_run_on_its_good_rollouts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planned are 4 iterations of 3 epochs of 2 updates; the second iteration has none of its 6."""
+    with_credit(monkeypatch, only_good_ones)
+    summary = train(config_of(tmp_path / "whole"))
+    lines = read_lines(tmp_path / "whole")
+    assert [line["updates"] for line in lines] == [0, 6, 6, 12, 18] and summary["updates"] == 18
+    rates = [1e-4 * (1 - u / 24) for u in range(24)]
+    assert lines[3]["policy/lr"] == pytest.approx(sum(rates[12:18]) / 6)
+    assert lines[4]["policy/lr"] == pytest.approx(sum(rates[18:]) / 6)
+    assert "policy/lr" not in lines[2] and lines[2]["reward/mean"] > 0
+
+    good = [0]
+    for iteration in range(1, 5):
+        rows = pq.read_table(tmp_path / f"whole/rollouts/{iteration:06d}.parquet").to_pylist()
+        assert len(rows) == 16 and {row["kind"] for row in rows} == {"rollout"}
+        for row in rows:
+            trained = iteration != 2 and row["reward"] > 0
+            assert len(row["token_advantages"]) == trained * row["num_tokens"] and row["token_weights"] == []
+        good.append(good[-1] + sum(len(row["token_advantages"]) for row in rows))
+    assert [line["tokens/trained"] for line in lines] == [3 * tokens for tokens in good]
+    assert 0 < summary["tokens"]["trained"] < 3 * summary["tokens"]["rollouts"]
+
+
+def test_it_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_credit(monkeypatch, only_good_ones)
+    train(config_of(tmp_path / "whole"))
+    with pytest.raises(Crash):
+        train(config_of(tmp_path / "cut"), reporter=CrashAt(3))
+    newest = tmp_path / "cut/checkpoints/000002"
+    assert sorted(p.name for p in newest.iterdir()) == ["learner.pt", "manifest.json", "state.pt"]
+    assert sorted(json.loads((newest / "manifest.json").read_text())["files"]) == ["learner.pt", "state.pt"]
+    assert (newest / "state.pt").stat().st_size < 20_000 < (newest / "learner.pt").stat().st_size
+    resume(config_of(tmp_path / "cut"))
+    assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
+    found, expected = (map(without_seconds, read_lines(tmp_path / name)) for name in ("cut", "whole"))
+    assert list(found) == list(expected)
+
+
+def test_the_limit_of_updates_counts_those_that_fell_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a linear decay reaches 0 where the run ends."""
+    with_credit(monkeypatch, only_good_ones)
+    summary = train(config_of(tmp_path / "run", iterations=50, max_updates=18))
+    assert (summary["finish_reason"], summary["iterations"], summary["updates"]) == ("updates", 3, 12)
+
+
+def test_a_sample_of_every_half_is_recorded_beside_the_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each response as two samples, of which the second one trains what the first one leaves."""
+
+    def halves(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
+        out = []
+        for sample in samples:
+            assert sample.rollout is not None
+            prompt = len(sample.rollout.prompt_ids)
+            middle = prompt + (len(sample.token_ids) - prompt + 1) // 2
+            first = {name: getattr(sample, name)[:middle] for name in ("token_ids", "loss_mask", "advantages")}
+            start = replace(sample, **first, sampler_logprobs=sample.sampler_logprobs[:middle], rollout=None)
+            mask = tuple(int(trained and i >= middle) for i, trained in enumerate(sample.loss_mask))
+            out += [start, replace(sample, loss_mask=mask)]
+        return out
+
+    settings: dict[str, Any] = {"iterations": 1, "checkpoint_every": 0}
+    plain = train(config_of(tmp_path / "plain", **settings))
+    with_credit(monkeypatch, halves)
+    summary = train(config_of(tmp_path / "run", **settings))
+    assert summary["updates"] == plain["updates"] == 6 and summary["tokens"] == plain["tokens"]
+    (_, expected), (_, found) = read_lines(tmp_path / "plain"), read_lines(tmp_path / "run")
+    for metric in ("policy/entropy", "credit/advantage_abs_mean", "policy/sampler_logprob_gap"):
+        assert found[metric] == pytest.approx(expected[metric], rel=1e-4)
+    rows = pq.read_table(tmp_path / "run/rollouts/000001.parquet").to_pylist()
+    before = pq.read_table(tmp_path / "plain/rollouts/000001.parquet").to_pylist()
+    assert [row["kind"] for row in rows] == ["rollout"] * 16 + ["sample"] * 16
+    for whole, second, first in zip(before, rows[:16], rows[16:], strict=True):
+        assert second["response_ids"] == whole["response_ids"]
+        assert first["response_ids"] == whole["response_ids"][: first["num_tokens"]]
+        assert second["problem_id"] == first["problem_id"] == whole["problem_id"]
+        assert second["token_weights"] == [0.0] * first["num_tokens"] + [1.0] * (
+            whole["num_tokens"] - first["num_tokens"]
+        )
+        assert (first["reward"], first["token_weights"]) == (None, [])
