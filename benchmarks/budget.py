@@ -84,10 +84,10 @@ class Scene:
     def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
         """One of METHODS, bound to this scene."""
         plain = MonteCarlo(
-            self.sampler, self.task, self.policy.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
+            self.sampler, self.task, self.policy.codec.decode, num_mc_rollouts, self.max_new_tokens, run_seed=seed
         )
         settings = VineConfig(num_mc_rollouts=num_mc_rollouts, splitter=self.splitter, reuse=False)
-        return build_vine_credit(replace(settings, **METHODS[method](num_mc_rollouts)), plain, self.policy)
+        return build_vine_credit(replace(settings, **METHODS[method](num_mc_rollouts)), plain, self.policy.codec)
 
 
 def world_scene(rollouts: int) -> Scene:
@@ -95,7 +95,7 @@ def world_scene(rollouts: int) -> Scene:
     world = build_world(6)
     groups = sample_groups(
         [world.problem],
-        world.policy,
+        world.policy.codec,
         world.sampler(),
         world.task,
         group_size=rollouts,
@@ -116,7 +116,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     sampler = TorchSampler(policy, temperature=1.0)
     groups = sample_groups(
         draw_problems(task, 0, 1, rollouts),
-        policy,
+        policy.codec,
         sampler,
         task,
         group_size=1,
@@ -125,7 +125,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     )
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
-        fresh = MonteCarlo(sampler, task, policy.decode, truth, 120, run_seed=-1)
+        fresh = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1)
         values = [v.mean for v in fresh.evaluate(states, 0)[0]]
         return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
 
@@ -139,7 +139,7 @@ def true_advantages(scene: Scene) -> Truth:
     cut = build_splitter(scene.splitter)
     for group in scene.groups:
         for rollout in group.rollouts:
-            ends = cut(scene.policy.token_texts(rollout.response_ids))
+            ends = cut(scene.policy.codec.token_texts(rollout.response_ids))
             starts = (0, *ends[:-1])
             states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
             values, noise = scene.value(states)

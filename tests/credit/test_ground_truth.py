@@ -88,7 +88,7 @@ def value_with_error(world: World, response_ids: tuple[int, ...], error: float) 
 
 
 def vine(monte_carlo: object, splitter: str, max_states: int = 0) -> CreditFn:
-    return vine_credit(cast(MonteCarlo, monte_carlo), build_splitter(splitter), policy().token_texts, max_states)
+    return vine_credit(cast(MonteCarlo, monte_carlo), build_splitter(splitter), policy().codec.token_texts, max_states)
 
 
 def ppo(critic: TableCritic, gae_lambda: float) -> CreditFn:
@@ -174,7 +174,7 @@ def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
     w = world(4)
     truth = {o.rollout.response_ids: o.rollout for o in w.outcomes}
     (group,) = sample_groups(
-        [w.problem], policy(), w.sampler(), w.task, group_size=256, max_new_tokens=4, address=(0, 1, "rollouts")
+        [w.problem], policy().codec, w.sampler(), w.task, group_size=256, max_new_tokens=4, address=(0, 1, "rollouts")
     )
     assert {r.finish_reason for r in group.rollouts} == {"stop", "length"}
     for rollout in group.rollouts:
@@ -267,7 +267,7 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
         return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
 
     values = cast(MonteCarlo, ExactValues(w))
-    ahead = vine_credit(values, skips_the_cut_before_eos, policy().token_texts, max_states=0)
+    ahead = vine_credit(values, skips_the_cut_before_eos, policy().codec.token_texts, max_states=0)
     for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
         found = expected_gradient(w, credit)
         assert largest_error(found, exact) > 0.01
@@ -384,7 +384,13 @@ def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
     gradients = []
     for iteration in range(120):
         groups = sample_groups(
-            [w.problem], policy(), w.sampler(), w.task, group_size=group_size, max_new_tokens=3, address=(0, iteration)
+            [w.problem],
+            policy().codec,
+            w.sampler(),
+            w.task,
+            group_size=group_size,
+            max_new_tokens=3,
+            address=(0, iteration),
         )
         samples, _ = credit(groups, iteration)
         gradients.append(policy_gradient(policy(), w.temperature, [(1 / group_size, s) for s in samples]))

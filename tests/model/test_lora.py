@@ -68,7 +68,7 @@ def test_the_sampler_runs_on_merged_weights_and_equals_the_trainer() -> None:
     policy, task = trained_a_little(), build_task(small_config(Path()).task)
     sampler = TorchSampler(policy, temperature=1.0)
     groups = sample_groups(
-        problem_range(task, "train", 3), policy, sampler, task, group_size=4, max_new_tokens=40, address=(0,)
+        problem_range(task, "train", 3), policy.codec, sampler, task, group_size=4, max_new_tokens=40, address=(0,)
     )
     for rollout in (r for group in groups for r in group.rollouts):
         ids = rollout.prompt_ids + rollout.response_ids

@@ -230,12 +230,12 @@ def test_a_node_chooses_as_the_policy_does() -> None:
 
 def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
     """Gradients of sampled groups of eight, each response alone in its problem's tree or with others by chance."""
-    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.token_texts, 0)
+    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.codec.token_texts, 0)
     gradients = []
     for iteration in range(iterations):
         address = (0, iteration, "rollouts")
         groups = sample_groups(
-            [w.problem], w.policy, w.sampler(), w.task, group_size=8, max_new_tokens=3, address=address
+            [w.problem], w.policy.codec, w.sampler(), w.task, group_size=8, max_new_tokens=3, address=address
         )
         samples: list[TrainingSample] = credit(groups, iteration)[0]
         if drop:

@@ -7,26 +7,26 @@ from vineppo.credit.bisection import Bisection, bisected_vine_credit
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.credit.vine import vine_credit, vine_node_credit
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
-from vineppo.model.policy import Policy
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Sampler, Task
 from vineppo.values import AdaptiveMonteCarlo, MonteCarlo, ReusingMonteCarlo, ValueEstimator
 
 
-def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
+def build_credit(config: Config, codec: Codec, sampler: Sampler, task: Task, critic: ValueNetwork | None) -> CreditFn:
     """Bind the chosen algorithm to what it needs: the one place that knows their names."""
     match config.algorithm:
         case "vineppo":
             plain = MonteCarlo(
                 sampler=sampler,
                 task=task,
-                decode=policy.decode,
+                decode=codec.decode,
                 num_mc_rollouts=config.vineppo.num_mc_rollouts,
                 max_new_tokens=config.rollouts.max_new_tokens,
                 run_seed=config.run.seed,
             )
-            return build_vine_credit(config.vineppo, plain, policy)
+            return build_vine_credit(config.vineppo, plain, codec)
         case "ppo":
             assert critic is not None, "PPO comes with a value network"
             return gae_credit(
@@ -43,9 +43,9 @@ def build_credit(config: Config, policy: Policy, sampler: Sampler, task: Task, c
             return reinforce_credit()
 
 
-def build_vine_credit(config: VineConfig, plain: MonteCarlo, policy: Policy) -> CreditFn:
+def build_vine_credit(config: VineConfig, plain: MonteCarlo, codec: Codec) -> CreditFn:
     """VinePPO in the form that its settings ask for; the number of continuations is that of `plain`."""
-    steps = (build_splitter(config.splitter), policy.token_texts, config.max_states)
+    steps = (build_splitter(config.splitter), codec.token_texts, config.max_states)
     if config.alternatives:
         return vine_node_credit(ReusingMonteCarlo(plain), *steps)
     estimator: ValueEstimator = plain

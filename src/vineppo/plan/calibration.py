@@ -12,7 +12,7 @@ import torch
 
 from vineppo.config.schema import Config
 from vineppo.learning.learner import Learner
-from vineppo.model.policy import Policy
+from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
@@ -68,7 +68,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     what = f"calibrated on {few} of {own.num_problems} problems: {tokens:,} tokens and their credit"
     return Plan(
         what, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),
-        _variants(config, policy, groups, amounts, seconds),
+        _variants(config, parts.codec, groups, amounts, seconds),
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, s
 
 
 def _variants(
-    config: Config, policy: Policy, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
+    config: Config, codec: Codec, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
 ) -> list[tuple[str, float, float]]:
     """What other K, splitters and groups would do, in proportion to the tokens that they need."""
     if config.algorithm != "vineppo":
@@ -123,10 +123,10 @@ def _variants(
 
     ks = [k for k in (1, 3, 9, 18) if k != own.num_mc_rollouts]
     rows = [with_share(f"vineppo.num_mc_rollouts {k}", k / own.num_mc_rollouts) for k in ks]
-    base = _remaining_tokens(config.vineppo.splitter, config, policy, groups)
+    base = _remaining_tokens(config.vineppo.splitter, config, codec, groups)
     for spec in ("newline", "math", "cutpoints", "tokens:16", "tokens:64"):
         if spec != own.splitter and base and not own.reuse and not own.bisection:
-            rows.append(with_share(f"vineppo.splitter {spec}", _remaining_tokens(spec, config, policy, groups) / base))
+            rows.append(with_share(f"vineppo.splitter {spec}", _remaining_tokens(spec, config, codec, groups) / base))
     if not own.min_mc_rollouts and own.num_mc_rollouts > 1 and not own.reuse:
         least = math.ceil(0.4 * own.num_mc_rollouts)
         rows.append(with_share(f"vineppo.min_mc_rollouts {least} (at best)", least / own.num_mc_rollouts))
@@ -135,11 +135,11 @@ def _variants(
     return rows
 
 
-def _remaining_tokens(spec: str, config: Config, policy: Policy, groups: Sequence[RolloutGroup]) -> int:
+def _remaining_tokens(spec: str, config: Config, codec: Codec, groups: Sequence[RolloutGroup]) -> int:
     """Tokens behind all states of the rollouts: what one continuation of each would take if it were as long."""
     cut, total = build_splitter(spec), 0
     for rollout in (rollout for group in groups for rollout in group.rollouts):
-        starts = (0, *step_ends(rollout, cut, policy.token_texts, config.vineppo.max_states)[:-1])
+        starts = (0, *step_ends(rollout, cut, codec.token_texts, config.vineppo.max_states)[:-1])
         total += sum(len(rollout.response_ids) - start for start in starts)
     return total
 

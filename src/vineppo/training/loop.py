@@ -169,7 +169,7 @@ def _loop(stages: Stages, progress: Progress, stop: threading.Event) -> tuple[Pr
             progress, accuracy = _evaluate(stages, progress)
             line.update(accuracy)
         if config.run.save_rollouts:
-            stages.run.write_rollouts(iteration, groups, samples, stages.policy.decode)
+            stages.run.write_rollouts(iteration, groups, samples, stages.codec.decode)
         _log(stages, line)
         if config.run.checkpoint_every and iteration % config.run.checkpoint_every == 0:
             _save(stages, progress)
@@ -200,7 +200,7 @@ def _reason_to_stop(stages: Stages, progress: Progress, stop: threading.Event) -
 
 def _measure(stages: Stages, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
     return measure(
-        stages.policy,
+        stages.codec,
         stages.eval_sampler,
         stages.task,
         problem_range(stages.task, split, count),

@@ -9,6 +9,7 @@ from typing import Any
 from vineppo.config.schema import Config
 from vineppo.credit import build_credit
 from vineppo.learning.learner import Learner
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -24,6 +25,7 @@ class Parts:
 
     config: Config
     policy: Policy
+    codec: Codec
     task: Task
     sampler: Sampler
     eval_sampler: Sampler
@@ -49,7 +51,7 @@ def build_parts(
 ) -> Parts:
     """Load and bind everything that can be wrong, before anything is written."""
     policy = given.policy or Policy.load(config.model)
-    task = build_task(config.task, policy.chat_prompt, reward_fn, given.tables)
+    task = build_task(config.task, policy.codec.chat_prompt, reward_fn, given.tables)
     sampler, eval_sampler = build_samplers(config, policy)
     critic = None
     if config.algorithm == "ppo":
@@ -63,8 +65,8 @@ def build_parts(
         temperature=config.rollouts.temperature,
         total_updates=total_updates(config),
     )
-    credit = build_credit(config, policy, sampler, task, critic)
-    return Parts(config, policy, task, sampler, eval_sampler, credit, learner)
+    credit = build_credit(config, policy.codec, sampler, task, critic)
+    return Parts(config, policy, policy.codec, task, sampler, eval_sampler, credit, learner)
 
 
 def build_samplers(config: Config, policy: Policy) -> tuple[TorchSampler, TorchSampler]:
@@ -93,7 +95,7 @@ def sample_rollouts(parts: Parts, problems: Sequence[Problem], iteration: int) -
     """The G graded rollouts of each problem, for an iteration."""
     return sample_groups(
         problems,
-        parts.policy,
+        parts.codec,
         parts.sampler,
         parts.task,
         group_size=parts.config.rollouts.group_size,
