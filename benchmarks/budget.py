@@ -85,7 +85,7 @@ class Scene:
         plain = MonteCarlo(
             self.sampler,
             self.task,
-            self.policy.decode,
+            self.policy.codec.decode,
             num_mc_rollouts,
             self.max_new_tokens,
             run_seed=seed,
@@ -100,7 +100,7 @@ def world_scene(rollouts: int) -> Scene:
     world = build_world(6)
     groups = sample_groups(
         [world.problem],
-        world.policy,
+        world.policy.codec,
         world.sampler(),
         world.task,
         group_size=rollouts,
@@ -132,7 +132,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     sampler = TorchSampler(policy)
     groups = sample_groups(
         draw_problems(task, 0, 1, rollouts),
-        policy,
+        policy.codec,
         sampler,
         task,
         group_size=1,
@@ -142,7 +142,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     )
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
-        fresh = MonteCarlo(sampler, task, policy.decode, truth, 120, run_seed=-1, temperature=1.0)
+        fresh = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1, temperature=1.0)
         values = [v.mean for v in fresh.evaluate(states, 0)[0]]
         return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
 
@@ -156,7 +156,7 @@ def true_advantages(scene: Scene) -> Truth:
     cut = build_splitter(scene.splitter)
     for group in scene.groups:
         for rollout in group.rollouts:
-            ends = cut(scene.policy.token_texts(rollout.response_ids))
+            ends = cut(scene.policy.codec.token_texts(rollout.response_ids))
             starts = (0, *ends[:-1])
             states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
             values, noise = scene.value(states)

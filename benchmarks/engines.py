@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def native(work: Work) -> Run:
     from vineppo.types import SampleRequest
 
     policy = Policy.load(ModelConfig(path=work["model"], dtype=work["dtype"]))
-    policy.eos_ids = ()
+    policy.codec = replace(policy.codec, eos_ids=())
     sampler = TorchSampler(policy)
     requests = [
         SampleRequest(tuple(prefix), 1, length, seed=1000 * i + j)

@@ -44,6 +44,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from vineppo.config.schema import VineConfig
 from vineppo.credit import build_vine_credit
+from vineppo.model.codec import Codec
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -55,7 +56,7 @@ METHODS = ("fixed K", "reuse", "bisection", "generate")
 FIT_FROM = 50
 
 
-class EndlessPolicy(Policy):
+class EndlessCodec(Codec):
     """No token ends a sequence, and every token has a letter."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -97,22 +98,20 @@ class TwoDecisions:
         return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in texts]
 
 
-def build_policy(max_tokens: int) -> EndlessPolicy:
+def build_policy(max_tokens: int) -> Policy:
     """The embedded model's shape over five letters, with random weights."""
     config = AutoConfig.from_pretrained(resolve_model_path("embedded:judgement"))
     config.vocab_size, config.max_position_embeddings, config.eos_token_id = 1 + len(LETTERS), max_tokens + 16, None
     config.bos_token_id = config.pad_token_id = None
     torch.manual_seed(0)
-    policy = EndlessPolicy(LlamaForCausalLM(config).eval(), build_tokenizer())
-    policy.eos_ids = ()
-    return policy
+    return Policy(LlamaForCausalLM(config), EndlessCodec(build_tokenizer(), eos_ids=(), max_length=max_tokens + 16))
 
 
 @dataclass(frozen=True)
 class Scene:
     """Responses of one length with everything that values their states."""
 
-    policy: EndlessPolicy
+    policy: Policy
     task: TwoDecisions
     sampler: Whole
     groups: list[RolloutGroup]
@@ -125,7 +124,9 @@ class Scene:
 
     def credit(self, method: str) -> CreditFn:
         """One of METHODS."""
-        plain = MonteCarlo(self.sampler, self.task, self.policy.decode, self.k, self.budget, run_seed=0, temperature=1)
+        plain = MonteCarlo(
+            self.sampler, self.task, self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
+        )
         settings = VineConfig(
             num_mc_rollouts=self.k,
             splitter=f"tokens:{self.task.step_tokens}",
@@ -133,7 +134,7 @@ class Scene:
             reuse=method == "reuse",
             bisection=method == "bisection",
         )
-        return build_vine_credit(settings, plain, self.policy)
+        return build_vine_credit(settings, plain, self.policy.codec)
 
     def fixed_tokens(self) -> int:
         """Tokens that K fresh continuations of every state take."""
@@ -141,13 +142,13 @@ class Scene:
         return self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.task.step_tokens))
 
 
-def build_scene(policy: EndlessPolicy, num_steps: int, arguments: argparse.Namespace) -> Scene:
+def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
     task = TwoDecisions(num_steps, arguments.step_tokens)
     sampler = Whole(TorchSampler(policy))
     groups = sample_groups(
         [task.problem("train", index) for index in range(arguments.responses)],
-        policy,
+        policy.codec,
         sampler,
         task,
         group_size=1,

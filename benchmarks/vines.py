@@ -67,7 +67,7 @@ class WordProblems:
 
     def problem(self, split: str, index: int) -> Problem:
         """One of them, in the model's chat template."""
-        return Problem(id=str(index), prompt=self.policy.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
+        return Problem(id=str(index), prompt=self.policy.codec.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
 
     def demonstration(self, split: str, index: int) -> tuple[str, str]:
         """None is needed."""
@@ -96,12 +96,12 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sampler = TorchSampler(policy)
     problems = problem_range(task, "train", num_problems)
     shape = {"group_size": group_size, "max_new_tokens": budget, "temperature": 1.0, "address": (0, "vines")}
-    groups = sample_groups(problems, policy, sampler, task, **shape)  # type: ignore[arg-type]
+    groups = sample_groups(problems, policy.codec, sampler, task, **shape)  # type: ignore[arg-type]
     cut = build_splitter("newline")
     requests: dict[tuple[int, ...], SampleRequest] = {}
     for group in groups:
         for rollout in group.rollouts:
-            for start in (0, *cut(policy.token_texts(rollout.response_ids))[:-1]):
+            for start in (0, *cut(policy.codec.token_texts(rollout.response_ids))[:-1]):
                 prefix = rollout.prompt_ids + rollout.response_ids[:start]
                 requests[prefix] = SampleRequest(prefix, arguments.k, budget - start, seed=len(requests))
     sampled = sampler.sample(list(requests.values()))

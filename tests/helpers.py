@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from vineppo.config.schema import (
     RunConfig,
     TaskConfig,
 )
-from vineppo.training.configure import config_class
-from vineppo.types import Capabilities, Completion, Sampler, SampleRequest, Weights
 from vineppo.learning.learner import TorchLearner
-from vineppo.types import Metrics, TrainingSample
+from vineppo.training.configure import config_class
+from vineppo.types import Capabilities, Completion, Metrics, Sampler, SampleRequest, TrainingSample, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

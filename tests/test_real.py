@@ -89,7 +89,7 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
 def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
     """Truth 5 in fp32, with grouped-query attention and a vocabulary of 49,152: for prompts and for states."""
     policy = Policy.load(ModelConfig(path=str(smollm2)))
-    prompt = policy.encode_prompt(policy.chat_prompt("What is 12 + 30? Think in steps."))
+    prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("What is 12 + 30? Think in steps."))
     for temperature in (1.0, 0.6):
         sampler = TorchSampler(policy)
         first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1, temperature=temperature)])[0]
@@ -110,7 +110,7 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
 
 def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
-    prompt = policy.encode_prompt(policy.chat_prompt("Name three primes."))
+    prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("Name three primes."))
     request = SampleRequest(prompt, 1, 24, seed=0, temperature=0.0)
     ours = TorchSampler(policy).sample([request])[0][0].token_ids
     theirs = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]

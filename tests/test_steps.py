@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.world import build_policy
-from vineppo.model.policy import Policy
+from vineppo.model.codec import Codec
 from vineppo.steps import build_splitter, merge_steps
 from vineppo.types import UserError
 
@@ -447,7 +446,6 @@ def test_llamas_decoder_hides_no_spaces_from_the_splitters() -> None:
     model = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", clean_up_tokenization_spaces=False)
-    policy = Policy(build_policy().model, tokenizer)
-    texts = policy.token_texts([*(vocabulary[word] for word in words), 0])
+    texts = Codec(tokenizer, eos_ids=(0,)).token_texts([*(vocabulary[word] for word in words), 0])
     assert texts == [word.replace("▁", " ") for word in words] + [""]
     assert build_splitter("math")(texts) == (4, 10)

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate, pad
+from vineppo.model.codec import Codec
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -87,7 +88,7 @@ class World:
 
     @cached_property
     def prompt_ids(self) -> tuple[int, ...]:
-        return self.policy.encode_prompt(self.problem.prompt)
+        return self.policy.codec.encode_prompt(self.problem.prompt)
 
     @cached_property
     def responses(self) -> list[tuple[int, ...]]:
@@ -164,7 +165,7 @@ class World:
         return MonteCarlo(
             sampler=self.sampler(),
             task=self.task,
-            decode=self.policy.decode,
+            decode=self.policy.codec.decode,
             num_mc_rollouts=num_mc_rollouts,
             max_new_tokens=self.max_new_tokens,
             run_seed=0,
@@ -175,7 +176,7 @@ class World:
         return TorchSampler(self.policy, max_rows=1 << 14)
 
     def _text(self, response_ids: Sequence[int]) -> str:
-        return self.policy.decode(response_ids)
+        return self.policy.codec.decode(response_ids)
 
 
 def cut_behind_a(tokens: Sequence[str]) -> list[int]:
@@ -210,7 +211,7 @@ def build_policy(seed: int = 8) -> Policy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).double()
-    return Policy(model, build_tokenizer())
+    return Policy(model, Codec.for_model(model, build_tokenizer()))
 
 
 def build_world(max_new_tokens: int, *, problem: int = 0, policy: Policy | None = None) -> World:

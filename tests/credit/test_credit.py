@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from vineppo.credit.gae import explained_variance, predict_values
+from vineppo.credit.gae import explained_variance
 
 from tests.world import build_world
 from vineppo.config.schema import ALGORITHMS, Config, GRPOConfig, LearnerConfig, PPOConfig, RolloutConfig, VineConfig
 from vineppo.credit import build_credit
-from vineppo.credit.gae import explained_variance
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
@@ -72,12 +72,17 @@ VALUES = {"": 0.5, FIRST: 0.75, FIRST + SECOND: 1.0, FIRST + SECOND_SLIPS: 0.25}
 
 @cache
 def policy() -> Policy:
+    return fresh_policy()
+
+
+def fresh_policy() -> Policy:
     tokenizer = build_tokenizer()
-    return Policy(build_model(tokenizer, seed=0), tokenizer)
+    model = build_model(tokenizer, seed=0)
+    return Policy(model, Codec.for_model(model, tokenizer))
 
 
 def ids(text: str) -> tuple[int, ...]:
-    return tuple(policy().tokenizer(text, add_special_tokens=False).input_ids)
+    return tuple(policy().codec.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def completion(text: str, finish_reason: FinishReason | None = None) -> Completion:
@@ -126,16 +131,16 @@ class NotingTask(ChainTask):
 
 
 def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROBLEM) -> ScriptedSampler:
-    prompt = policy().encode_prompt(problem.prompt)
+    prompt = policy().codec.encode_prompt(problem.prompt)
     return ScriptedSampler({prompt + ids(p): [completion(c) for c in cs] for p, cs in continuations.items()})
 
 
 def group_of(completions: Sequence[Completion], task: ChainTask | None = None) -> RolloutGroup:
     """The completions as the rollouts of the problem, through the package's own sampling stage."""
-    sampler = ScriptedSampler({policy().encode_prompt(PROBLEM.prompt): completions})
+    sampler = ScriptedSampler({policy().codec.encode_prompt(PROBLEM.prompt): completions})
     (group,) = sample_groups(
         [PROBLEM],
-        policy(),
+        policy().codec,
         sampler,
         task or ChainTask("judgement", 3),
         group_size=len(completions),
@@ -176,7 +181,7 @@ def test_the_script_is_what_it_says() -> None:
     assert lengths == [8, 9, 9, 14, 14, BUDGET]
     assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 17
     right = [RIGHT, CUT_OFF_AT_THE_ANSWER, FIRST + SECOND_SLIPS + CUT_OFF_AFTER_THE_SLIP]
-    texts = [policy().decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
+    texts = [policy().codec.decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
     assert ChainTask("judgement", 3).grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
     assert [rollout.reward for rollout in four().rollouts] == [1, 0, 1, 0]
 
@@ -240,18 +245,18 @@ def test_states_are_shared_across_groups_of_a_problem_but_not_across_problems() 
 def test_trap_2_the_budget_of_a_continuation_is_what_the_prefix_left() -> None:
     sampler = scripted(CONTINUATIONS)
     vine_samples([four()], sampler)
-    prompt = len(policy().encode_prompt(PROBLEM.prompt))
+    prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
     budgets = {len(request.prompt_ids) - prompt: request.max_new_tokens for request in sampler.requests}
     assert budgets == {0: BUDGET, 8: BUDGET - 8, 17: BUDGET - 17}
 
 
 def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
     """One token before the limit there is one token to sample; at the limit the outcome is known."""
-    prompt, cut_off = policy().encode_prompt(PROBLEM.prompt), ids(CUT_OFF)
+    prompt, cut_off = policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF)
     last_chance = [completion("</s>"), completion("1"), completion("</s>"), completion("\n")]
     sampler = ScriptedSampler({prompt + cut_off[:39]: last_chance})
     task = NotingTask()
-    monte_carlo = MonteCarlo(sampler, task, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
+    monte_carlo = MonteCarlo(sampler, task, policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0)
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
@@ -262,8 +267,8 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
 
 def test_only_known_outcomes_need_no_sampler_at_all() -> None:
     chain = ChainTask("judgement", 3)
-    monte_carlo = MonteCarlo(ScriptedSampler({}), chain, policy().decode, K, BUDGET, run_seed=0, temperature=1.0)
-    state = State(PROBLEM, policy().encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
+    monte_carlo = MonteCarlo(ScriptedSampler({}), chain, policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0)
+    state = State(PROBLEM, policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
     assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
 
@@ -271,12 +276,12 @@ def test_only_known_outcomes_need_no_sampler_at_all() -> None:
 def test_trap_1_and_truth_4_a_state_is_the_rollouts_own_tokens() -> None:
     """A response of tokens that its text would not give: " = " is one token, this policy wrote it with three."""
     apart = (*ids("b=7*3 by rote"), *ids(" "), *ids("="), *ids(" "), *ids("1\nc=1"), *ids("\n#### 4</s>"))
-    text = policy().decode(apart)
+    text = policy().codec.decode(apart)
     assert ids(text) != apart and len(ids(text)) < len(apart)
-    prompt = policy().encode_prompt(PROBLEM.prompt)
+    prompt = policy().codec.encode_prompt(PROBLEM.prompt)
     group = group_of([Completion(apart, (-0.5,) * len(apart), "stop")])
     cut = 10  # before the first newline
-    assert policy().decode(apart[:cut]) == FIRST
+    assert policy().codec.decode(apart[:cut]) == FIRST
     sampler = ScriptedSampler(
         {
             prompt: [completion(text) for text in CONTINUATIONS[""]],
@@ -293,7 +298,7 @@ def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_
     task = NotingTask()
     vine_samples([four()], scripted(CONTINUATIONS), task=task)
     finished = [
-        policy().decode(ids(prefix + text))
+        policy().codec.decode(ids(prefix + text))
         for prefix, texts in CONTINUATIONS.items()
         for text in texts
         if text.endswith("</s>")
@@ -308,7 +313,7 @@ def test_a_rollout_that_was_cut_off_is_never_graded() -> None:
     group = group_of([completion(CUT_OFF_AT_THE_ANSWER), completion(RIGHT)], task)
     assert [rollout.reward for rollout in group.rollouts] == [0, 1]
     assert [rollout.finish_reason for rollout in group.rollouts] == ["length", "stop"]
-    assert task.graded == [policy().decode(ids(RIGHT))]
+    assert task.graded == [policy().codec.decode(ids(RIGHT))]
     assert generated_tokens([group]) == 71
 
 
@@ -337,19 +342,19 @@ def test_max_states_merges_steps_and_their_advantages(
 
 def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
     """By run, iteration, problem and prefix; and none is a rollout's, whose outcome would then be in its own value."""
-    prompt = policy().encode_prompt(PROBLEM.prompt)
+    prompt = policy().codec.encode_prompt(PROBLEM.prompt)
     states = [State(PROBLEM, prompt, ids(prefix)) for prefix in CONTINUATIONS]
     seeds: list[int] = []
     for run_seed, iteration, problem_id in ((0, 1, "train/0"), (0, 2, "train/0"), (1, 1, "train/0"), (0, 1, "train/1")):
         sampler = scripted(CONTINUATIONS)
-        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().decode, K, BUDGET, run_seed, 1.0)
+        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().codec.decode, K, BUDGET, run_seed, 1.0)
         monte_carlo.evaluate([replace(s, problem=replace(PROBLEM, id=problem_id)) for s in states], iteration)
         seeds += [request.seed for request in sampler.requests]
     rollouts = ScriptedSampler({prompt: [completion(RIGHT)] * 2})
     task = ChainTask("judgement", 3)
     shape: dict[str, Any] = {"group_size": 2, "max_new_tokens": 40, "temperature": 1.0}
     for iteration in (1, 2):
-        sample_groups([PROBLEM, PROBLEM], policy(), rollouts, task, **shape, address=(0, iteration))
+        sample_groups([PROBLEM, PROBLEM], policy().codec, rollouts, task, **shape, address=(0, iteration))
     seeds += [request.seed for request in rollouts.requests]
     assert len(seeds) == 4 * 4 + 2 * 2 == len(set(seeds))
 
@@ -372,11 +377,11 @@ def test_truth_6_values_do_not_depend_on_the_order_or_the_company_of_states() ->
 
 def test_trap_4_eos_is_trained_if_and_only_if_it_was_sampled() -> None:
     """Ended by EOS, by a stop string (no EOS), by the limit (no EOS): the tokens are those of the sampler, no more."""
-    eos = policy().eos_ids[0]
+    eos = policy().codec.eos_ids[0]
     completions = [completion(RIGHT), completion(FIRST, "stop"), completion(CUT_OFF)]
     group = group_of(completions)
     samples, _ = rloo_credit()([group], 1)
-    prompt = policy().encode_prompt(PROBLEM.prompt)
+    prompt = policy().codec.encode_prompt(PROBLEM.prompt)
     for sample, sampled in zip(samples, completions, strict=True):
         T = len(sampled.token_ids)
         assert sample.token_ids == prompt + sampled.token_ids
@@ -407,7 +412,6 @@ def no_values(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 def build_learner(critic: ValueNetwork | None = None, **options: object) -> TorchLearner:
     """A learner with a policy of its own that never moves."""
-    tokenizer = build_tokenizer()
     config = LearnerConfig(lr=0.0, **options)  # type: ignore[arg-type]
     fresh = Policy(build_model(tokenizer, seed=0), tokenizer)
     return TorchLearner(fresh, None, critic, config, PPOConfig(), temperature=1.0, total_updates=10, seed=0)
@@ -540,7 +544,7 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
         [group], 1
     )
     predicted = predict_values(group.rollouts)
-    prompt = len(policy().encode_prompt(PROBLEM.prompt))
+    prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
         assert sample.values is not None and sample.returns is not None
         assert sample.values == (0.0,) * prompt + tuple(pytest.approx(v, abs=1e-6) for v in values)
@@ -619,7 +623,7 @@ def test_a_prompt_without_room_for_its_response_is_refused_with_the_numbers() ->
     with pytest.raises(UserError, match=r"train/0 has 25 tokens; with rollouts.max_new_tokens 490 .* context of 512"):
         sample_groups(
             [PROBLEM],
-            policy(),
+            policy().codec,
             scripted({}),
             ChainTask("judgement", 3),
             group_size=1,

@@ -19,24 +19,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.gae import gae_credit
 from vineppo.credit.vine import vine_credit
 
 from tests.helpers import WrappedSampler
 from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
-from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.sampling.graded import grade_finished
 from vineppo.seeds import derive_seed
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, RolloutGroup, SampleRequest, TrainingSample
-from vineppo.types import Completion, CreditFn, Rollout, RolloutGroup, Sampler, SampleRequest, TrainingSample
+from vineppo.types import Completion, CreditFn, Rollout, RolloutGroup, SampleRequest, TrainingSample
 from vineppo.values import MonteCarlo, State, Value, ValueCost
 
 ABSOLUTE = 1e-6
@@ -86,7 +81,7 @@ def value_with_error(world: World, response_ids: tuple[int, ...], error: float) 
 
 
 def vine(monte_carlo: object, splitter: str, max_states: int = 0) -> CreditFn:
-    return vine_credit(cast(MonteCarlo, monte_carlo), build_splitter(splitter), policy().token_texts, max_states)
+    return vine_credit(cast(MonteCarlo, monte_carlo), build_splitter(splitter), policy().codec.token_texts, max_states)
 
 
 def ppo(critic: TableCritic, gae_lambda: float) -> CreditFn:
@@ -173,7 +168,7 @@ def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
     truth = {o.rollout.response_ids: o.rollout for o in w.outcomes}
     (group,) = sample_groups(
         [w.problem],
-        policy(),
+        policy().codec,
         w.sampler(),
         w.task,
         group_size=256,
@@ -272,7 +267,7 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
         return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
 
     values = cast(MonteCarlo, ExactValues(w))
-    ahead = vine_credit(values, skips_the_cut_before_eos, policy().token_texts, max_states=0)
+    ahead = vine_credit(values, skips_the_cut_before_eos, policy().codec.token_texts, max_states=0)
     for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
         found = expected_gradient(w, credit)
         assert largest_error(found, exact) > 0.01
@@ -384,7 +379,7 @@ def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
     for iteration in range(120):
         groups = sample_groups(
             [w.problem],
-            policy(),
+            policy().codec,
             w.sampler(),
             w.task,
             group_size=group_size,

@@ -20,6 +20,7 @@ from vineppo.learning.losses import kl_estimate
 from vineppo.learning.optim import lr_factor
 from vineppo.learning.scaling import penalty_to_go
 from vineppo.model.batch import collate, micro_batches
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy, Reference
@@ -47,7 +48,8 @@ def build_policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Policy(LlamaForCausalLM(config).to(dtype), TOKENIZER)
+        model = LlamaForCausalLM(config).to(dtype)
+    return Policy(model, Codec.for_model(model, TOKENIZER))
 
 
 def build_samples(
@@ -203,7 +205,7 @@ def test_loss_is_the_mean_over_the_tokens_of_the_minibatch() -> None:
         assert metrics["credit/advantage_abs_mean"] == pytest.approx(8.5 / 7)
 
         optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0)
-        rows = logprobs_of(Policy(by_hand, TOKENIZER), samples)
+        rows = logprobs_of(Policy(by_hand, policy.codec), samples)
         loss = -sum((response(s.advantages, s) * row).sum() for s, row in zip(samples, rows, strict=True)) / 7
         loss.backward()  # type: ignore[union-attr]
         norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)

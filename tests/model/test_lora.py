@@ -70,7 +70,7 @@ def test_the_sampler_runs_on_merged_weights_and_equals_the_trainer() -> None:
     sampler = TorchSampler(policy)
     groups = sample_groups(
         problem_range(task, "train", 3),
-        policy,
+        policy.codec,
         sampler,
         task,
         group_size=4,

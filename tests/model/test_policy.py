@@ -1,4 +1,4 @@
-"""Language models in and out: files, text, the two numbers asked of them per token, and the value network."""
+"""Language models in and out: files, the two numbers asked of them per token, and the value network."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vineppo.config.schema import ModelConfig
+from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.logits import selected_logits, token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_model, build_tokenizer
-from vineppo.tasks.chain import LEVELS, ChainTask
 from vineppo.types import UserError
 
 LLAMA: dict[str, Any] = {
@@ -47,7 +46,8 @@ def build_policy(family: str = "llama", **changes: Any) -> Policy:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Policy(AutoModelForCausalLM.from_config(config).float(), tokenizer)
+        model = AutoModelForCausalLM.from_config(config).float()
+    return Policy(model, Codec.for_model(model, tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def policy() -> Policy:
 
 def some_ids(policy: Policy, batch: int = 3, length: int = 12) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(3, len(policy.tokenizer), (batch, length), generator=generator)
+    return torch.randint(3, len(policy.codec.tokenizer), (batch, length), generator=generator)
 
 
 def test_a_saved_policy_comes_back_to_the_bit(policy: Policy, tmp_path: Path) -> None:
@@ -69,11 +69,10 @@ def test_a_saved_policy_comes_back_to_the_bit(policy: Policy, tmp_path: Path) ->
         assert torch.equal(ours.model(ids).logits, expected)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).eval()
         assert torch.equal(theirs(ids).logits, expected)
-    assert ours.eos_ids == policy.eos_ids
-    assert ours.max_length == 64
+    assert ours.codec.eos_ids == policy.codec.eos_ids
+    assert ours.codec.max_length == 64
     text = "a=7;b=a*3;b?\n"
-    assert ours.encode_prompt(text) == policy.encode_prompt(text)
-    assert AutoTokenizer.from_pretrained(tmp_path / "final")(text).input_ids == list(policy.encode_prompt(text))
+    assert ours.codec.encode_prompt(text) == policy.codec.encode_prompt(text)
 
 
 def test_the_dtype_asked_for_is_the_dtype_loaded(policy: Policy, tmp_path: Path) -> None:
@@ -107,56 +106,6 @@ def test_a_fresh_tiny_model_is_a_function_of_its_seed() -> None:
     first, same, other = (build_model(tokenizer, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
-
-
-def test_a_prompt_keeps_its_bos_and_loses_its_eos() -> None:
-    tokenizer = build_tokenizer()
-    plain = Policy(build_policy().model, tokenizer)
-    body = plain.encode_prompt("a=7;a?\n")
-    bos, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<unk> $A </s> </s>", special_tokens=[("<unk>", bos), ("</s>", eos)]
-    )
-    assert tokenizer("a=7;a?\n").input_ids == [bos, *body, eos, eos]
-    assert plain.encode_prompt("a=7;a?\n") == (bos, *body)
-    assert eos not in body
-
-
-def test_an_empty_prompt_is_a_mistake(policy: Policy) -> None:
-    with pytest.raises(UserError, match="a prompt is empty"):
-        policy.encode_prompt("")
-
-
-@pytest.mark.parametrize("level", LEVELS)
-def test_chain_texts_come_back_as_they_were(policy: Policy, level: str) -> None:
-    task = ChainTask(level, 10)
-    unknown = policy.tokenizer.unk_token_id
-    for index in range(50):
-        prompt, response = task.demonstration("train", index)
-        for text in (prompt, response, prompt + response):
-            ids = policy.encode_prompt(text)
-            assert unknown not in ids
-            assert policy.decode(ids) == text
-            assert "".join(policy.token_texts(ids)) == text
-        # A boundary between tokens falls between prompt and response.
-        assert policy.encode_prompt(prompt) + policy.encode_prompt(response) == policy.encode_prompt(prompt + response)
-
-
-def test_special_tokens_have_no_text(policy: Policy) -> None:
-    a, newline, marks = policy.encode_prompt("a\n####")
-    eos = policy.tokenizer.eos_token_id
-    assert policy.token_texts([a, eos, newline, marks, a]) == ["a", "", "\n", "####", "a"]
-    assert policy.decode([a, newline, marks, eos]) == "a\n####"
-    assert policy.decode([]) == ""
-    assert policy.token_texts([]) == []
-
-
-def test_every_end_of_sequence_id_is_known(policy: Policy) -> None:
-    own = policy.tokenizer.eos_token_id
-    assert policy.eos_ids == (own,)
-    model = build_policy(eos_token_id=[7, 9]).model
-    model.generation_config.eos_token_id = 11
-    assert Policy(model, policy.tokenizer).eos_ids == (own, 7, 9, 11)
 
 
 @pytest.mark.parametrize(
@@ -198,19 +147,6 @@ def test_a_model_directory_and_a_hub_id_are_taken_as_they_are(policy: Policy, tm
     assert resolve_model_path("org/name") == "org/name"
 
 
-def test_chat_prompt_ends_where_the_answer_begins() -> None:
-    policy = build_policy()
-    with pytest.raises(
-        UserError, match=r"the model's tokenizer has no chat template; set task\.chat_template to false"
-    ):
-        policy.chat_prompt("2+3?")
-    policy.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    assert policy.chat_prompt("2+3?") == "user: 2+3?\nassistant: "
-
-
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_selected_logits_are_those_of_the_full_forward(family: str) -> None:
     policy = build_policy(family)
@@ -232,7 +168,7 @@ def test_the_selection_is_undone_when_the_model_fails(policy: Policy) -> None:
     ids = some_ids(policy)
     with pytest.raises(IndexError):
         selected_logits(policy.model, ids + 10_000, torch.ones_like(ids, dtype=torch.bool))
-    assert policy.model(ids).logits.shape == (3, 12, len(policy.tokenizer))
+    assert policy.model(ids).logits.shape == (3, 12, len(policy.codec.tokenizer))
 
 
 def test_token_logprobs_belong_to_the_token_behind_the_position(policy: Policy) -> None:
@@ -319,7 +255,7 @@ def test_a_frozen_copy_stays_as_it_is() -> None:
 def test_dropout_is_never_active() -> None:
     policy = build_policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     policy.model.train()
-    for model in (Policy(policy.model, policy.tokenizer).model, policy.frozen_copy().model):
+    for model in (Policy(policy.model, policy.codec).model, policy.frozen_copy().model):
         assert torch.equal(model(some_ids(policy)).logits, model(some_ids(policy)).logits)
 
 
@@ -335,7 +271,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path: Path) -
         policy.model.model.layers[0].mlp.register_forward_pre_hook(
             lambda *_, count=count: count.__setitem__(0, count[0] + 1)
         )
-        token_ids = torch.tensor([policy.encode_prompt("a=7;b=a*3;b?\n")])
+        token_ids = torch.tensor([policy.codec.encode_prompt("a=7;b=a*3;b?\n")])
         mask = torch.ones_like(token_ids, dtype=torch.bool)
         mask[:, 0] = False
         token_logprobs(policy.model, token_ids, mask, 1.0)[0].sum().backward()

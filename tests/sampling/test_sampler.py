@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vineppo.model.codec import Codec
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_tokenizer
@@ -100,7 +101,8 @@ def build_policy(family: str = "llama", **changes: Any) -> Policy:
     config = AutoConfig.for_model(model_type, **{**options, **ends, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Policy(AutoModelForCausalLM.from_config(config).float(), TOKENIZER)
+        model = AutoModelForCausalLM.from_config(config).float()
+    return Policy(model, Codec.for_model(model, TOKENIZER))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ def test_greedy_is_generate(family: str) -> None:
     requests = [SampleRequest(random_ids(n, n), 1, 20, seed=n, temperature=0) for n in (3, 8, 15)]
     sampler = TorchSampler(policy)
     # Let the first answer end in the middle: its fifth token is made an end of sequence.
-    policy.eos_ids = (EOS, sampler.sample(requests)[0][0].token_ids[4])
+    policy.codec = replace(policy.codec, eos_ids=(EOS, sampler.sample(requests)[0][0].token_ids[4]))
     for request, (completion,) in zip(requests, sampler.sample(requests), strict=True):
         prompt = torch.tensor([request.prompt_ids])
         generated = policy.model.generate(
@@ -201,11 +203,11 @@ def test_greedy_is_generate(family: str) -> None:
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=20,
             do_sample=False,
-            eos_token_id=list(policy.eos_ids),
+            eos_token_id=list(policy.codec.eos_ids),
             pad_token_id=TOKENIZER.pad_token_id,
         )
         assert completion.token_ids == tuple(generated[0, prompt.shape[1] :].tolist())
-        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in policy.eos_ids else "length")
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] in policy.codec.eos_ids else "length")
     assert len(sampler.sample(requests)[0][0].token_ids) <= 5
 
 
@@ -387,25 +389,25 @@ def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequenc
 def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
     request = SampleRequest(random_ids(5, 5), 60, 24, seed=2)
     free = tokens(TorchSampler(llama).sample([request]))[0]
-    long = [llama.token_texts(ids) for ids in free if len(ids) == 24]
+    long = [llama.codec.token_texts(ids) for ids in free if len(ids) == 24]
     across_three = "".join(long[0][4:7])
     inside_two = "".join(long[1][9:11])[1:-1] or long[1][9]
     for stop in [("a",), (across_three,), (inside_two,), (across_three, inside_two, "7"), ("\n",)]:
         completions = TorchSampler(llama).sample([replace(request, stop=stop)])[0]
-        expected = [stopped(ids, stop, llama.decode) for ids in free]
+        expected = [stopped(ids, stop, llama.codec.decode) for ids in free]
         assert [c.token_ids for c in completions] == expected
         assert expected != free
         for completion in completions:
-            ended = any(text in llama.decode(completion.token_ids) for text in stop)
+            ended = any(text in llama.codec.decode(completion.token_ids) for text in stop)
             assert completion.finish_reason == ("stop" if ended or completion.token_ids[-1] == EOS else "length")
 
 
 def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
-    prompt = llama.encode_prompt("ab####\nab")
+    prompt = llama.codec.encode_prompt("ab####\nab")
     request = SampleRequest(prompt, 40, 24, seed=2)
     free = tokens(TorchSampler(llama).sample([request]))[0]
     completions = TorchSampler(llama).sample([replace(request, stop=("ab", "#"))])[0]
-    assert [c.token_ids for c in completions] == [stopped(ids, ("ab", "#"), llama.decode) for ids in free]
+    assert [c.token_ids for c in completions] == [stopped(ids, ("ab", "#"), llama.codec.decode) for ids in free]
     assert max(len(c.token_ids) for c in completions) > 10
 
 
@@ -481,7 +483,7 @@ def test_requests_of_different_kinds_in_one_call_equal_separate_calls(llama: Pol
     assert free != ended
     for request, one, other in zip(prompts_and_states(), free, ended, strict=True):
         assert request.response_tokens == 0
-        assert other == [stopped(ids, ("a", "7"), llama.decode) for ids in one]
+        assert other == [stopped(ids, ("a", "7"), llama.codec.decode) for ids in one]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2"])

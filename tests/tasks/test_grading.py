@@ -142,12 +142,12 @@ def test_sampling_tells_the_grader_of_responses_as_they_end() -> None:
         "address": (0,),
     }
     problems = problem_range(task, "train", 4)
-    groups = sample_groups(problems, policy, sampler, listening, **shape)
+    groups = sample_groups(problems, policy.codec, sampler, listening, **shape)
     ended = sorted(r.text for group in groups for r in group.rollouts if r.finish_reason == "stop")
     assert sorted(text for texts in told for text in texts) == ended and len(ended) > 6
     assert len([texts for texts in told if texts]) > 1  # not all at the end
     quiet = Graded(task, InProcess((load_grader("exact"),)), ("exact",), (1.0,))
-    assert groups == sample_groups(problems, policy, sampler, quiet, **shape)
+    assert groups == sample_groups(problems, policy.codec, sampler, quiet, **shape)
 
 
 def test_rewards_are_weighted_and_counted_and_none_is_left_out() -> None:

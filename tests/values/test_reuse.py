@@ -287,12 +287,12 @@ def test_a_node_chooses_as_the_policy_does() -> None:
 
 def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
     """Gradients of sampled groups of eight, each response alone in its problem's tree or with others by chance."""
-    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.token_texts, 0)
+    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.codec.token_texts, 0)
     gradients = []
     for iteration in range(iterations):
         groups = sample_groups(
             [w.problem],
-            w.policy,
+            w.policy.codec,
             w.sampler(),
             w.task,
             group_size=8,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vineppo.model.loading import without_dropout
+from vineppo.model.clone import clone_model
+from vineppo.model.modes import without_dropout
 from vineppo.model.policy import Policy
 
 
@@ -22,9 +21,7 @@ class ValueNetwork(nn.Module):
 
     def __init__(self, policy: Policy, seed: int, head_scale: float = 1.0):
         super().__init__()
-        frozen = [p for p in policy.model.parameters() if not p.requires_grad] if policy.adapters is not None else []
-        # What adapters leave alone is shared with the policy: a second copy of it would only cost memory.
-        self.body = copy.deepcopy(policy.model.base_model, {id(p): p for p in frozen})
+        self.body = _body_of(policy)
         if policy.adapters is None:
             self.body.requires_grad_(True)
         hidden = policy.model.config.get_text_config().hidden_size
@@ -39,3 +36,12 @@ class ValueNetwork(nn.Module):
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
         select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T)
         return self.head(hidden[select].float()).squeeze(-1)  # (N,)
+
+
+def _body_of(policy: Policy) -> nn.Module:
+    """A copy of the policy's body. What adapters leave alone is the policy's: a second copy would only cost memory."""
+    model, adapted = policy.model, policy.adapters is not None
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    shared = [p for p in model.parameters() if id(p) not in inside or (adapted and not p.requires_grad)]
+    body: nn.Module = clone_model(model, shared).base_model
+    return body

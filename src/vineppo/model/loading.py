@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from vineppo.config.schema import ModelConfig
 from vineppo.model.hardware import cpu_multiplies
+from vineppo.model.modes import with_checkpointing
 from vineppo.types import UserError
 
 EMBEDDED = "embedded:"
@@ -58,22 +59,18 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
-    with told_of_device(config.device):
+    with device_errors_in_one_line(config.device):
         model = model.to(config.device)
     return with_checkpointing(model) if config.gradient_checkpointing else model, tokenizer
 
 
-def with_checkpointing(model: Any) -> Any:
-    """The same model, which recomputes its activations in the backward pass."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing to false")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
 @contextlib.contextmanager
-def told_of_device(device: str) -> Iterator[None]:
-    """A device that PyTorch does not have is told in one line."""
+def device_errors_in_one_line(device: str) -> Iterator[None]:
+    """Inside the block, PyTorch's error about a device that is not there becomes one line.
+
+    Raises:
+        UserError: with the device and PyTorch's reason.
+    """
     try:
         yield
     except (AssertionError, RuntimeError) as error:
@@ -89,16 +86,3 @@ def _warn_of_slow_numbers(config: ModelConfig) -> None:
             "with float32; use model.dtype float32 unless memory is short",
             stacklevel=3,
         )
-
-
-def without_dropout(model: Any) -> Any:
-    """Evaluation mode, but for layers that recompute their activations: transformers does so in training mode only."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
-            if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # some families read their own flag
-    return model

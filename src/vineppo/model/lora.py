@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,6 +36,44 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
             raise UserError(
                 f"model.lora.targets {', '.join(config.targets)} are not in this model; its layers: {', '.join(linear)}"
             ) from error
+
+
+def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a model with adapters, as they would be without them: each merged into its layer.
+
+    The model stays as it is, and one layer at a time is copied. The numbers are those of peft's `merge_and_unload`, for
+    every kind of adapter. Tensors that no adapter changes are the model's own; without adapters, all of them.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ModuleNotFoundError:
+        yield from model.state_dict().items()
+        return
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():  # from the outside in
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
+            layers[name] = module
+    for name, tensor in model.state_dict().items():
+        if not _inside(name, layers):
+            yield name, tensor
+    for name, layer in layers.items():
+        yield from _merged_layer(layer).state_dict(prefix=f"{name}.").items()
+
+
+def _inside(name: str, layers: dict[str, Any]) -> bool:
+    return any(name[:end] in layers for end, letter in enumerate(name) if letter == ".")
+
+
+def _merged_layer(layer: Any) -> nn.Module:
+    """A copy of the layer that adapters sit in, with their change; adapters can be merged in place only."""
+    own = copy.deepcopy(layer)
+    if hasattr(own, "unload_and_optionally_merge_module"):  # layers that peft trains as a whole, for instance
+        whole: nn.Module = own.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        return whole
+    own.merge()
+    merged: nn.Module = own.get_base_layer()
+    return merged
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:

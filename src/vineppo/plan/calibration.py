@@ -11,9 +11,8 @@ import torch
 from vineppo.config.schema import Config, RolloutConfig
 from vineppo.config.settings import replace
 from vineppo.credit import find_algorithm
-from vineppo.model.codec import Codec
-from vineppo.config.schema import Config
 from vineppo.learning.learner import TorchLearner
+from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, shape_by_name, shape_of, trainable

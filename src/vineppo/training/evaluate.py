@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vineppo.config.schema import EvalSpec
+from vineppo.model.codec import Codec
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
@@ -45,7 +46,7 @@ class Measurement:
 
 
 def measure(
-    policy: Policy,
+    codec: Codec,
     sampler: Sampler,
     task: Task,
     problems: Sequence[Problem],
@@ -59,7 +60,7 @@ def measure(
     """Sample and grade `num_samples` responses to each problem; the arguments are those of `sample_groups`."""
     groups = sample_groups(
         problems,
-        policy,
+        codec,
         sampler,
         task,
         group_size=num_samples,
@@ -84,13 +85,13 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     """
     began = time.perf_counter()
     policy = Policy.load(spec.model)
-    task = build_task(spec.task, policy.chat_prompt)
+    task = build_task(spec.task, policy.codec.chat_prompt)
     sampler = TorchSampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 
     def measured(temperature: float, num_samples: int) -> Measurement:
         return measure(
-            policy,
+            policy.codec,
             sampler,
             task,
             problems,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from vineppo.model.policy import Policy
+from vineppo.model.codec import Codec
 from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed, shuffled_index
 from vineppo.types import (
@@ -33,7 +33,7 @@ def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) ->
 
 def sample_groups(
     problems: Sequence[Problem],
-    policy: Policy,
+    codec: Codec,
     sampler: Sampler,
     task: Task,
     *,
@@ -53,9 +53,9 @@ def sample_groups(
     Raises:
         UserError: when a prompt and the response budget do not fit into the model's context.
     """
-    prompts = [policy.encode_prompt(problem.prompt) for problem in problems]
+    prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
-        check_length(problem.id, len(prompt_ids), max_new_tokens, policy.max_length)
+        check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
     # A small data set can give one problem twice in an iteration: its second group must not repeat the first.
     seen: Counter[str] = Counter()
     requests = []
@@ -64,7 +64,7 @@ def sample_groups(
         requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed, temperature=temperature, stop=stop))
         seen[problem.id] += 1
     owners: list[tuple[Problem, tuple[int, ...]]] = [(problem, ()) for problem in problems]
-    graded = sampled_and_graded(sampler, task, policy.decode, requests, owners)
+    graded = sampled_and_graded(sampler, task, codec.decode, requests, owners)
     return [
         RolloutGroup(problem, tuple(_rollout(prompt_ids, *one) for one in group))
         for problem, prompt_ids, group in zip(problems, prompts, graded, strict=True)

@@ -12,7 +12,8 @@ import torch
 from vineppo.config.schema import SFTConfig
 from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.model.batch import micro_batches, pad
-from vineppo.model.loading import told_of_device
+from vineppo.model.codec import Codec
+from vineppo.model.loading import device_errors_in_one_line
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.seeds import shuffled_index
@@ -35,12 +36,12 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
     """
     out = _new_directory(config.out)
     policy = _start(config)
-    task = build_task(config.task, policy.chat_prompt)
+    task = build_task(config.task, policy.codec.chat_prompt)
     optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
     warmup = round(config.warmup_fraction * config.updates)
     losses, tokens, left_out, began = [], 0, 0, time.perf_counter()
     for update in range(config.updates):
-        batch = _batch(config, policy, task, update)
+        batch = _batch(config, policy.codec, task, update)
         left_out += config.batch_size - len(batch)
         loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
         optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
@@ -80,25 +81,26 @@ def _start(config: SFTConfig) -> Policy:
     from vineppo.model.tiny import build_model, build_tokenizer
 
     tokenizer = build_tokenizer()
-    with told_of_device(config.model.device):
-        return Policy(build_model(tokenizer, config.seed).to(config.model.device), tokenizer)
+    with device_errors_in_one_line(config.model.device):
+        model = build_model(tokenizer, config.seed).to(config.model.device)
+    return Policy(model, Codec.for_model(model, tokenizer))
 
 
-def encode_demonstration(policy: Policy, prompt: str, response: str) -> Demonstration:
+def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstration:
     """Token ids of prompt, response and EOS. The parts are tokenized apart, as in sampling the prompt stands alone."""
-    prompt_ids = policy.encode_prompt(prompt)
-    response_ids = policy.tokenizer(response, add_special_tokens=False).input_ids
-    return (*prompt_ids, *response_ids, policy.tokenizer.eos_token_id), len(prompt_ids)
+    prompt_ids = codec.encode_prompt(prompt)
+    response_ids = codec.tokenizer(response, add_special_tokens=False).input_ids
+    return (*prompt_ids, *response_ids, codec.tokenizer.eos_token_id), len(prompt_ids)
 
 
-def _batch(config: SFTConfig, policy: Policy, task: Task, update: int) -> list[Demonstration]:
+def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Demonstration]:
     """The demonstrations of one update: new ones for ever in an endless task, shuffled passes over a finite one."""
     size = task.size("train")
     first = update * config.batch_size
     batch: list[Demonstration] = []
     for position in range(first, first + config.batch_size):
         index = position if size is None else shuffled_index(position, size, "sft order", config.seed)
-        item = encode_demonstration(policy, *task.demonstration("train", index))
+        item = encode_demonstration(codec, *task.demonstration("train", index))
         if len(item[0]) <= config.max_length:
             batch.append(item)
     if not batch:

@@ -29,7 +29,9 @@ import torch
 from vineppo.config.load import diff_configs
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
 from vineppo.config.settings import replace
-from vineppo.model.loading import load_pretrained, with_checkpointing
+from vineppo.model.codec import Codec
+from vineppo.model.loading import load_pretrained
+from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
 from vineppo.run.directory import RunDirectory
 from vineppo.run.trl_names import with_trl_names
@@ -93,7 +95,7 @@ class VinePPOTrainer:
         self.reward_funcs = _reward_functions(reward_funcs)
         self.train_dataset, self.eval_dataset = _rows("train_dataset", train_dataset), eval_dataset
         self.policy = _policy(model, processing_class, peft_config, self.args)
-        self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.tokenizer
+        self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.codec.tokenizer
         num_eval = 0 if eval_dataset is None else len(_rows("eval_dataset", eval_dataset))
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.config = replace(config, model=_model_config(self.policy, self.args))
@@ -149,9 +151,9 @@ class VinePPOTrainer:
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
         """Mean reward on rows, `eval_dataset` if none are given, as `eval_reward`, with its 95% interval."""
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
-        task = build_task(self.config.task, self.policy.chat_prompt, self.reward_funcs, {"validation": rows})
+        task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
         measured = measure(
-            self.policy,
+            self.policy.codec,
             build_engine(self.config, self.policy),
             task,
             problem_range(task, "validation", len(rows)),
@@ -281,15 +283,17 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
                 "model has adapters that are trained already, and beta would measure from the model without them; "
                 "merge them first (model.merge_and_unload()) and give peft_config, or set beta to 0"
             )
-        return Policy(model.get_base_model(), tokenizer, model)
+        base = model.get_base_model()
+        return Policy(base, Codec.for_model(base, tokenizer), model)
+    codec = Codec.for_model(model, tokenizer)
     if peft_config is None:
-        return Policy(model, tokenizer)
+        return Policy(model, codec)
     import peft  # which made peft_config
 
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)  # equal seeds start from equal adapters, whatever was drawn before
         try:
-            return Policy(model, tokenizer, peft.get_peft_model(model, peft_config))
+            return Policy(model, codec, peft.get_peft_model(model, peft_config))
         except ValueError as error:
             raise UserError(f"peft_config does not fit the model: {str(error).splitlines()[0]}") from error
 

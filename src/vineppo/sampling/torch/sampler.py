@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from vineppo.model.batch import pad
+from vineppo.model.codec import Codec
 from vineppo.model.logits import selected_logits
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.tree import KVTree, tree_mode, tree_supported
@@ -38,15 +39,11 @@ class LanguageModel(Protocol):
 
     model: Any
     """A transformers causal language model."""
-    eos_ids: tuple[int, ...]
+    codec: Codec
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        ...
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids."""
         ...
 
 
@@ -239,7 +236,7 @@ class _Wave:
         self.token_ids[alive, position] = drawn
         self.logprobs[alive, position] = logprobs
         self.counts[alive] = position + 1
-        stopped = np.isin(drawn, self.sampler.policy.eos_ids)
+        stopped = np.isin(drawn, self.sampler.policy.codec.eos_ids)
         if self.stop:
             stopped |= np.array([self._ends_with_stop(row) for row in alive])
         self.stopped[alive] = stopped
@@ -260,7 +257,7 @@ class _Wave:
         """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""
         window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
-        text = self.sampler.policy.decode(last)
+        text = self.sampler.policy.codec.decode(last)
         return any(stop in text for stop in self.stop)
 
     def _completion(self, row: int) -> Completion:

@@ -1,0 +1,124 @@
+"""Text to token ids and back, without a model."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, GenerationConfig, MambaConfig
+
+from vineppo.model.codec import Codec
+from vineppo.model.tiny import build_model, build_tokenizer
+from vineppo.tasks.chain import LEVELS, ChainTask
+from vineppo.types import UserError
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def build_codec() -> Codec:
+    tokenizer = build_tokenizer()
+    return Codec(tokenizer, eos_ids=(tokenizer.eos_token_id,), max_length=99)
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return build_codec()
+
+
+def test_a_prompt_keeps_its_bos_and_loses_its_eos() -> None:
+    tokenizer = build_tokenizer()
+    plain = Codec(tokenizer, eos_ids=(tokenizer.eos_token_id,))
+    body = plain.encode_prompt("a=7;a?\n")
+    bos, eos = tokenizer.unk_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<unk> $A </s> </s>", special_tokens=[("<unk>", bos), ("</s>", eos)]
+    )
+    assert tokenizer("a=7;a?\n").input_ids == [bos, *body, eos, eos]
+    assert plain.encode_prompt("a=7;a?\n") == (bos, *body)
+    assert eos not in body
+
+
+def test_an_empty_prompt_is_a_mistake(codec: Codec) -> None:
+    with pytest.raises(UserError, match="a prompt is empty"):
+        codec.encode_prompt("")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_chain_texts_come_back_as_they_were(codec: Codec, level: str) -> None:
+    task = ChainTask(level, 10)
+    unknown = codec.tokenizer.unk_token_id
+    for index in range(50):
+        prompt, response = task.demonstration("train", index)
+        for text in (prompt, response, prompt + response):
+            ids = codec.encode_prompt(text)
+            assert unknown not in ids
+            assert codec.decode(ids) == text
+            assert "".join(codec.token_texts(ids)) == text
+        # A boundary between tokens falls between prompt and response.
+        assert codec.encode_prompt(prompt) + codec.encode_prompt(response) == codec.encode_prompt(prompt + response)
+
+
+def test_special_tokens_have_no_text(codec: Codec) -> None:
+    a, newline, marks = codec.encode_prompt("a\n####")
+    eos = codec.tokenizer.eos_token_id
+    assert codec.token_texts([a, eos, newline, marks, a]) == ["a", "", "\n", "####", "a"]
+    assert codec.decode([a, newline, marks, eos]) == "a\n####"
+    assert codec.decode([]) == ""
+    assert codec.token_texts([]) == []
+
+
+def test_every_end_of_sequence_id_is_known(codec: Codec) -> None:
+    own = codec.tokenizer.eos_token_id
+    model = build_model(codec.tokenizer, seed=0)
+    assert Codec.for_model(model, codec.tokenizer).eos_ids == (own,)
+    model.config.eos_token_id, model.generation_config.eos_token_id = [7, 9], 11
+    assert Codec.for_model(model, codec.tokenizer).eos_ids == (own, 7, 9, 11)
+
+
+def test_the_longest_sequence_is_the_one_that_the_model_was_made_for(codec: Codec) -> None:
+    model = build_model(codec.tokenizer, seed=0)
+    assert Codec.for_model(model, codec.tokenizer).max_length == 512
+    without_positions = SimpleNamespace(config=MambaConfig(), generation_config=GenerationConfig())
+    assert Codec.for_model(without_positions, codec.tokenizer).max_length == 1 << 30
+
+
+def test_a_codec_goes_to_another_process(codec: Codec) -> None:
+    chat = build_codec()
+    chat.tokenizer.chat_template = CHAT
+    there = pickle.loads(pickle.dumps(chat))
+    prompt, response = ChainTask("judgement", 10).demonstration("train", 0)
+    ids = chat.encode_prompt(prompt + response)
+    assert there.encode_prompt(prompt + response) == ids
+    assert there.decode(ids) == chat.decode(ids) == prompt + response
+    assert there.token_texts(ids) == chat.token_texts(ids)
+    assert there.chat_prompt("2+3?") == chat.chat_prompt("2+3?")
+    assert (there.eos_ids, there.max_length) == (chat.eos_ids, chat.max_length) == ((1,), 99)
+
+
+def test_the_module_needs_no_torch() -> None:
+    code = "import sys, vineppo.model.codec; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_saved_codec_is_a_tokenizer_for_transformers(codec: Codec, tmp_path: Path) -> None:
+    codec.save(tmp_path)
+    text = "a=7;b=a*3;b?\n"
+    assert tuple(AutoTokenizer.from_pretrained(tmp_path)(text).input_ids) == codec.encode_prompt(text)
+
+
+def test_chat_prompt_ends_where_the_answer_begins() -> None:
+    codec = build_codec()
+    with pytest.raises(
+        UserError, match=r"the model's tokenizer has no chat template; set task\.chat_template to false"
+    ):
+        codec.chat_prompt("2+3?")
+    codec.tokenizer.chat_template = CHAT
+    assert codec.chat_prompt("2+3?") == "user: 2+3?\nassistant: "
