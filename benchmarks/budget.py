@@ -21,7 +21,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 
 from tests.world import build_world
 
-from vineppo.config.schema import ModelConfig, TaskConfig, VineConfig
-from vineppo.credit import build_vine_credit
+from vineppo.config.schema import ModelConfig, TaskConfig
+from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.credit.advantages import spread_over_tokens, step_advantages
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -91,8 +91,8 @@ class Scene:
             run_seed=seed,
             temperature=self.temperature,
         )
-        settings = VineConfig(num_mc_rollouts=num_mc_rollouts, splitter=self.splitter, reuse=False)
-        return build_vine_credit(replace(settings, **METHODS[method]), plain, self.policy)
+        form = {"num_mc_rollouts": num_mc_rollouts, "splitter": self.splitter, "reuse": False, **METHODS[method]}
+        return build_vine_credit(VinePPOSettings(**form), plain, self.policy.codec)
 
 
 def world_scene(rollouts: int) -> Scene:

@@ -42,8 +42,7 @@ from tests.helpers import WrappedSampler
 from tests.world import LETTERS, build_tokenizer
 from transformers import AutoConfig, LlamaForCausalLM
 
-from vineppo.config.schema import VineConfig
-from vineppo.credit import build_vine_credit
+from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.model.codec import Codec
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
@@ -127,7 +126,7 @@ class Scene:
         plain = MonteCarlo(
             self.sampler, self.task, self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
         )
-        settings = VineConfig(
+        settings = VinePPOSettings(
             num_mc_rollouts=self.k,
             splitter=f"tokens:{self.task.step_tokens}",
             max_states=0,

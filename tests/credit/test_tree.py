@@ -24,7 +24,7 @@ import torch
 
 from tests.helpers import update_with_gradient
 from tests.world import World, build_policy, build_world
-from vineppo.config.schema import KLConfig, LearnerConfig, PPOConfig
+from vineppo.config.schema import KLConfig, LearnerConfig, CriticConfig
 from vineppo.credit.sample import training_sample
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.policy import Policy, Reference
@@ -97,7 +97,7 @@ def build_learner(w: World, policy: Policy | None = None, reference: bool = Fals
     config = LearnerConfig(**{"lr": 0.0, "epochs": 1, "minibatch_size": 1 << 20, "max_grad_norm": 0.0, **options})
     start = Reference(build_policy(seed=3)) if reference else None
     return TorchLearner(
-        policy or w.policy, start, None, config, PPOConfig(), temperature=w.temperature, total_updates=9, seed=0
+        policy or w.policy, start, None, config, CriticConfig(), temperature=w.temperature, total_updates=9, seed=0
     )
 
 

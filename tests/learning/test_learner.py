@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vineppo.config.schema import KLConfig, LearnerConfig, PPOConfig
+from vineppo.config.schema import KLConfig, LearnerConfig, CriticConfig
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import kl_estimate
 from vineppo.learning.optim import lr_factor
@@ -82,7 +82,7 @@ def build_learner(
     policy: Policy, reference: Policy | None = None, critic: ValueNetwork | None = None, **options: Any
 ) -> TorchLearner:
     """A learner whose minibatch is everything, in one epoch, unless told otherwise."""
-    ppo = options.pop("ppo", PPOConfig(value_lr=1e-3))
+    ppo = options.pop("ppo", CriticConfig(value_lr=1e-3))
     total_updates = options.pop("total_updates", 100)
     config = LearnerConfig(**{"lr": 1e-3, "epochs": 1, "minibatch_size": 100, **options})
     return TorchLearner(
@@ -354,7 +354,7 @@ def test_the_critic_learns_its_returns() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy()
     critic = ValueNetwork(policy, seed=0)
-    ppo = PPOConfig(value_lr=3e-3, value_clip=0)
+    ppo = CriticConfig(value_lr=3e-3, value_clip=0)
     learner = build_learner(policy, critic=critic, lr=0.0, epochs=4, ppo=ppo)
     losses = [learner.update(samples, i, len(samples))["value/loss"] for i in range(1, 11)]
     assert losses[-1] < 0.25 * losses[0]
@@ -383,7 +383,7 @@ def test_value_only_iterations_leave_the_policy_alone() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy()
     critic = ValueNetwork(policy, seed=0)
-    learner = build_learner(policy, critic=critic, epochs=2, ppo=PPOConfig(value_only_iterations=2))
+    learner = build_learner(policy, critic=critic, epochs=2, ppo=CriticConfig(value_only_iterations=2))
     for iteration in (1, 2):
         before, before_critic = weights(policy.model), weights(critic)
         metrics = learner.update(samples, iteration, len(samples))
@@ -400,7 +400,7 @@ def test_gradients_are_cleared_after_each_update() -> None:
     policy, reference = build_policy(), build_policy(seed=1)
     critic = ValueNetwork(policy, seed=0)
     learner = build_learner(
-        policy, reference, critic, lr=0.0, kl=KLConfig(coefficient=0.1), ppo=PPOConfig(value_lr=1e-12)
+        policy, reference, critic, lr=0.0, kl=KLConfig(coefficient=0.1), ppo=CriticConfig(value_lr=1e-12)
     )
     first, second = (learner.update(samples, i, len(samples)) for i in (1, 2))
     for model in (policy.model, reference.model, critic):
@@ -461,7 +461,7 @@ def test_bfloat16_trains_with_float32_masters() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_truth_7_two_and_two_iterations_equal_four(tmp_path: Path, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"epochs": 2, "minibatch_size": 3, "kl": KLConfig(coefficient=0.01)}
-    options |= {"warmup_updates": 4, "decay": "linear", "total_updates": 24, "ppo": PPOConfig(value_lr=1e-3)}
+    options |= {"warmup_updates": 4, "decay": "linear", "total_updates": 24, "ppo": CriticConfig(value_lr=1e-3)}
 
     def fresh() -> TorchLearner:
         policy = build_policy(dtype=dtype)

@@ -25,7 +25,7 @@ from tests.learning.test_learner import (
     weights,
     with_alternatives,
 )
-from vineppo.config.schema import KLConfig, LoraConfig, ModelConfig, PPOConfig
+from vineppo.config.schema import KLConfig, LoraConfig, ModelConfig, CriticConfig
 from vineppo.learning.experience import minibatches
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
@@ -188,7 +188,7 @@ def test_edges_with_weights_and_leaves_give_one_update(setting: str, micro_batch
     for samples in (edges, leaves):
         policy = build_policy(dtype=torch.float64)
         critic, reference = ValueNetwork(policy, seed=0), build_policy(seed=1, dtype=torch.float64)
-        ppo = PPOConfig(value_lr=1e-3)
+        ppo = CriticConfig(value_lr=1e-3)
         options = {**SETTINGS[setting], "ppo": ppo, "micro_batch_tokens": micro_batch_tokens, "lr": 1e-2}
         learner = build_learner(policy, reference, critic, epochs=3, **options)
         first, metrics = update_with_gradient(learner, samples, len(leaves))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from vineppo.config.settings import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import small_config, weights_hash
 from tests.learning.test_learner import build_samples
 from tests.training.test_train import Crash, CrashAt
-from vineppo.config.schema import KLConfig, LearnerConfig, LoraConfig, ModelConfig, PPOConfig, RunConfig
+from vineppo.config.schema import KLConfig, LearnerConfig, LoraConfig, ModelConfig, CriticConfig, RunConfig
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
@@ -37,7 +37,7 @@ def trained_a_little(config: ModelConfig = MODEL, updates: int = 2) -> Policy:
     """A policy whose adapters do something."""
     policy = Policy.load(config)
     settings = LearnerConfig(lr=3e-2, epochs=updates, minibatch_size=4)
-    learner = TorchLearner(policy, None, None, settings, PPOConfig(), temperature=1.0, total_updates=9, seed=0)
+    learner = TorchLearner(policy, None, None, settings, CriticConfig(), temperature=1.0, total_updates=9, seed=0)
     learner.update(samples(), 1, len(samples()))
     return policy
 
@@ -99,7 +99,7 @@ def test_the_reference_is_the_model_without_adapters() -> None:
         reference,
         None,
         LearnerConfig(kl=KLConfig(coefficient=0.1)),
-        PPOConfig(),
+        CriticConfig(),
         temperature=1.0,
         total_updates=9,
         seed=0,
@@ -114,7 +114,7 @@ def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
     for name, p in critic.body.named_parameters():
         assert (p is ours[name]) == ("lora_" not in name)
     before = {name: p.detach().clone() for name, p in critic.named_parameters()}
-    ppo = PPOConfig(value_lr=1e-2)
+    ppo = CriticConfig(value_lr=1e-2)
     settings = LearnerConfig(lr=0.0)
     learner = TorchLearner(policy, None, critic, settings, ppo, temperature=1.0, total_updates=9, seed=0)
     learner.update(samples(), 1, len(samples()))

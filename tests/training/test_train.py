@@ -32,7 +32,7 @@ from vineppo.config.schema import (
     KLConfig,
     LearnerConfig,
     ModelConfig,
-    PPOConfig,
+    CriticConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
@@ -373,7 +373,7 @@ def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
         task=TaskConfig(level="habit", num_steps=4),
         rollouts=RolloutConfig(num_problems=8, group_size=8, max_new_tokens=45),
         learner=LearnerConfig(lr=2e-4, warmup_updates=5, minibatch_size=32, advantage_scaling="std"),
-        ppo=PPOConfig(value_lr=1e-3),
+        ppo=CriticConfig(value_lr=1e-3),
         eval=EvalConfig(every=0, final_num_problems=1024),
         run=RunConfig(dir=str(tmp_path / "run"), iterations=25, checkpoint_every=0, save_rollouts=False),
     )

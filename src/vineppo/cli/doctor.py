@@ -6,9 +6,7 @@ import argparse
 import os
 
 from vineppo.cli.options import Command, Request
-from vineppo.config.load import (
-    recipe_names,
-)
+from vineppo.config.recipes import recipe_names
 from vineppo.model.hardware import cpu_multiplies
 from vineppo.run.environment import package_version, version_of
 

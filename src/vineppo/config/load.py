@@ -107,7 +107,8 @@ def _build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str], p
     for name, field in cls.model_fields.items():
         key = prefix + name
         if is_section(field.annotation):
-            arguments[name] = _build(field.annotation, values, places, key + ".")  # type: ignore[type-var]
+            section: Any = field.annotation
+            arguments[name] = _build(section, values, places, key + ".")
         elif key in values:
             arguments[name] = values[key]
     try:

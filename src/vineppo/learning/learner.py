@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vineppo.config.schema import LearnerConfig, PPOConfig
+from vineppo.config.schema import CriticConfig, LearnerConfig
 from vineppo.learning.experience import (
     Counts,
     Experience,
@@ -53,7 +53,7 @@ class TorchLearner:
         reference: frozen starting policy of the KL penalty; None where there is no penalty.
         critic: trained in place on the samples' returns; None for algorithms without a value network.
         config: the objective.
-        ppo: settings of the critic's optimizer and loss.
+        critic_settings: of the critic's optimizer and loss; None without a critic.
         temperature: of the rollouts; log-probabilities are those of the distribution that was sampled.
         total_updates: where a linear decay ends.
         seed: of the run; order of the samples and dropout are addressed by it.
@@ -65,14 +65,14 @@ class TorchLearner:
         reference: Reference | None,
         critic: ValueNetwork | None,
         config: LearnerConfig,
-        ppo: PPOConfig,
+        critic_settings: CriticConfig | None,
         *,
         temperature: float,
         total_updates: int,
         seed: int,
     ):
         self.policy, self.reference, self.critic = policy, reference, critic
-        self.config, self.ppo = config, ppo
+        self.config, self.critic_settings = config, critic_settings or CriticConfig()
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
         self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
@@ -94,7 +94,7 @@ class TorchLearner:
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
-        train_policy = self.critic is None or iteration > self.ppo.value_only_iterations
+        train_policy = self.critic is None or iteration > self.critic_settings.value_only_iterations
         totals: dict[str, float] = defaultdict(float)
         begun = self.updates
         for epoch in range(self.config.epochs):
@@ -117,7 +117,7 @@ class TorchLearner:
             UserError: where there is no value network.
         """
         if self.critic is None:
-            raise UserError("values of a value network were asked for, but this algorithm has none; `ppo` has one")
+            raise UserError("the algorithm asks for values of a value network and has none; set needs_critic=True in its Algorithm")
         values: list[list[float]] = [[] for _ in rollouts]
         lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
         for group in micro_batches(lengths, self.config.micro_batch_tokens):
@@ -248,8 +248,8 @@ class TorchLearner:
             metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
         if self.critic is not None and self.critic_optimizer is not None:
             metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
-            warm = lr_factor(self.scheduled, self.ppo.value_warmup_updates, self.total_updates, config.decay)
-            metrics["value/grad_norm"] = self.critic_optimizer.step(self.ppo.value_lr * warm, config.max_grad_norm)
+            warm = lr_factor(self.scheduled, self.critic_settings.value_warmup_updates, self.total_updates, config.decay)
+            metrics["value/grad_norm"] = self.critic_optimizer.step(self.critic_settings.value_lr * warm, config.max_grad_norm)
         self.updates += 1
         return metrics
 
@@ -331,7 +331,7 @@ class TorchLearner:
         predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
         mask = batch.loss_mask
         return clipped_value_loss(
-            predicted, batch.values[mask], batch.returns[mask], self.ppo.value_clip, batch.weights[mask]
+            predicted, batch.values[mask], batch.returns[mask], self.critic_settings.value_clip, batch.weights[mask]
         )
 
 
