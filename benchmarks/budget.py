@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
 from tests.world import build_world
 
 from vineppo.config.schema import ModelConfig, TaskConfig
-from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.credit.advantages import spread_over_tokens, step_advantages
+from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter

@@ -47,8 +47,10 @@ from vineppo.model.codec import Codec
 from vineppo.model.loading import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.tasks.grading.graded import Graded
+from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split
+from vineppo.types import Completion, CreditFn, Problem, RolloutGroup, SampleRequest, Split, Task
 from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
@@ -73,7 +75,7 @@ class Whole(WrappedSampler):
 
 @dataclass(frozen=True)
 class TwoDecisions:
-    """A task: the reward is 1 if neither of two steps contains the last letter (about one in ten does, by chance)."""
+    """Problems whose reward is 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
 
     num_steps: int
     step_tokens: int
@@ -90,11 +92,15 @@ class TwoDecisions:
         """None is needed."""
         raise NotImplementedError
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
+    def reward(self, completions: Sequence[str], **_: Any) -> list[float]:
         """Look at the two steps."""
         n = self.step_tokens
         places = [self.num_steps * third // 3 * n for third in (1, 2)]
-        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in texts]
+        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in completions]
+
+    def task(self) -> Task:
+        """The problems with their reward."""
+        return Graded(self, InProcess((self.reward,)), ("reward",), (1.0,))
 
 
 def build_policy(max_tokens: int) -> Policy:
@@ -111,7 +117,7 @@ class Scene:
     """Responses of one length with everything that values their states."""
 
     policy: Policy
-    task: TwoDecisions
+    problems: TwoDecisions
     sampler: Whole
     groups: list[RolloutGroup]
     k: int
@@ -119,16 +125,16 @@ class Scene:
     @property
     def budget(self) -> int:
         """Tokens of a response."""
-        return self.task.num_steps * self.task.step_tokens
+        return self.problems.num_steps * self.problems.step_tokens
 
     def credit(self, method: str) -> CreditFn:
         """One of METHODS."""
         plain = MonteCarlo(
-            self.sampler, self.task, self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
+            self.sampler, self.problems.task(), self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
         )
         settings = VinePPOSettings(
             num_mc_rollouts=self.k,
-            splitter=f"tokens:{self.task.step_tokens}",
+            splitter=f"tokens:{self.problems.step_tokens}",
             max_states=0,
             reuse=method == "reuse",
             bisection=method == "bisection",
@@ -138,24 +144,26 @@ class Scene:
     def fixed_tokens(self) -> int:
         """Tokens that K fresh continuations of every state take."""
         rollouts = sum(len(group.rollouts) for group in self.groups)
-        return self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.task.step_tokens))
+        return (
+            self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.problems.step_tokens))
+        )
 
 
 def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -> Scene:
     """Sample the responses."""
-    task = TwoDecisions(num_steps, arguments.step_tokens)
+    problems = TwoDecisions(num_steps, arguments.step_tokens)
     sampler = Whole(TorchSampler(policy))
     groups = sample_groups(
-        [task.problem("train", index) for index in range(arguments.responses)],
+        [problems.problem("train", index) for index in range(arguments.responses)],
         policy.codec,
         sampler,
-        task,
+        problems.task(),
         group_size=1,
         max_new_tokens=num_steps * arguments.step_tokens,
         temperature=1.0,
         address=(0, "length"),
     )
-    return Scene(policy, task, sampler, groups, arguments.k)
+    return Scene(policy, problems, sampler, groups, arguments.k)
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
@@ -181,7 +189,7 @@ def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
     """The same states and lengths for `generate`."""
     scene.policy.model.save_pretrained(folder / "model")
     rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
-    cuts = range(0, scene.budget, scene.task.step_tokens)
+    cuts = range(0, scene.budget, scene.problems.step_tokens)
     return {
         "model": str(folder / "model"),
         "dtype": "float32",

@@ -82,7 +82,7 @@ def grade_nothing(completions: list[str], **_: Any) -> list[float]:
 def task_of(path: str, policy: Policy) -> Task:
     """The chain task of the model's level for an embedded model, else the problems above."""
     if path.startswith("embedded:"):
-        return build_task(TaskConfig(level=path.split(":")[1], num_steps=10))  # type: ignore[arg-type]
+        return build_task(TaskConfig(level=path.split(":")[1], num_steps=10))
     return Graded(WordProblems(policy), InProcess((grade_nothing,)), ("nothing",), (1.0,))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -14,10 +15,24 @@ import vineppo
 from tests.helpers import ROOT
 from vineppo.cli.main import main
 
-SMALL = (
-    "--task.num_steps 2 --rollouts.num_problems 2 --rollouts.group_size 4 --rollouts.max_new_tokens 30 "
-    "--learner.minibatch_size 8 --eval.every 1 --eval.num_problems 4 --eval.final_num_problems 4"
-).split()
+SMALL = [
+    "--task.num_steps",
+    "2",
+    "--rollouts.num_problems",
+    "2",
+    "--rollouts.group_size",
+    "4",
+    "--rollouts.max_new_tokens",
+    "30",
+    "--learner.minibatch_size",
+    "8",
+    "--eval.every",
+    "1",
+    "--eval.num_problems",
+    "4",
+    "--eval.final_num_problems",
+    "4",
+]
 
 
 @pytest.fixture
@@ -54,7 +69,7 @@ def test_train(page: str) -> None:
     for row in rows(Path("runs/mine")):
         advantages = row["token_advantages"]
         assert len(advantages) == row["num_tokens"]
-        for earlier, later in zip(advantages, advantages[1:], strict=False):
+        for earlier, later in itertools.pairwise(advantages):
             assert earlier == pytest.approx(0.5 * later, rel=1e-6)
     assert main(["train", "--resume", "runs/mine"]) == 2  # finished, which needs the algorithm to be found again
 

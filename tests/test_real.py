@@ -25,13 +25,14 @@ from vineppo.config.schema import (
     RolloutConfig,
     RunConfig,
     TaskConfig,
-    VineConfig,
 )
+from vineppo.credit.vineppo import VinePPOSettings
 from vineppo.model.batch import pad
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
+from vineppo.training.configure import config_class
 from vineppo.training.loop import train
 from vineppo.types import SampleRequest
 
@@ -67,7 +68,8 @@ def brief_and_tidy(prompts: list[str], completions: list[str], **columns: Any) -
 
 
 def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
-    return Config(
+    form: Any = config_class("vineppo")
+    config: Config = form(
         model=ModelConfig(path=str(model), dtype="bfloat16"),
         task=TaskConfig(
             name="dataset",
@@ -79,11 +81,12 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
             chat_template=True,
         ),
         rollouts=RolloutConfig(num_problems=2, group_size=2, max_new_tokens=48),
-        vineppo=VineConfig(num_mc_rollouts=2, max_states=4),
+        vineppo=VinePPOSettings(num_mc_rollouts=2, max_states=4),
         learner=LearnerConfig(lr=1e-5, epochs=1, minibatch_size=4, micro_batch_tokens=1024),
         eval=EvalConfig(every=0, num_problems=2, final_num_problems=2),
         run=RunConfig(dir=str(run_dir), iterations=2, checkpoint_every=0),
     )
+    return config
 
 
 def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:

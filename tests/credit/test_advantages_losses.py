@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vineppo.config.schema import Algorithm, Config, KLConfig, LearnerConfig, RolloutConfig
+from vineppo.config.schema import Config, KLConfig, LearnerConfig, RolloutConfig
 from vineppo.credit.advantages import (
     gae,
     grpo_advantages,
@@ -24,6 +24,7 @@ from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_
 from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.learning.scaling import penalty_to_go, scale_advantages
 from vineppo.steps import build_splitter, merge_steps
+from vineppo.training.configure import with_own_section
 from vineppo.types import UserError
 
 rewards = st.floats(-10, 10)
@@ -167,11 +168,12 @@ def test_trap_14_a_group_of_one_is_refused() -> None:
         leave_one_out_advantages([1.0])
     one, two = RolloutConfig(group_size=1, num_problems=1), RolloutConfig(group_size=1, num_problems=2)
     learner = LearnerConfig(minibatch_size=1)
-    algorithms: tuple[Algorithm, ...] = ("grpo", "rloo", "reinforce")
-    for algorithm in algorithms:
+    for algorithm in ("grpo", "rloo", "reinforce"):
         with pytest.raises(UserError, match="at least 2"):
-            Config(algorithm=algorithm, rollouts=one, learner=learner)
-    Config(algorithm="reinforce", rollouts=two, learner=learner)  # its baseline is the other problem's reward
+            with_own_section(Config(algorithm=algorithm, rollouts=one, learner=learner))
+    with_own_section(
+        Config(algorithm="reinforce", rollouts=two, learner=learner)
+    )  # its baseline is the other problem's reward
 
 
 # --- scaling ---

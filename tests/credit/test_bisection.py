@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from vineppo.credit.vine import vine_credit
 
 from tests.credit.test_ground_truth import ExactValues, expected_gradient, world
 from vineppo.credit.bisection import bisected_vine_credit, differ
+from vineppo.credit.vineppo import vine_credit
 from vineppo.statistics import wilson
 from vineppo.steps import build_splitter
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup

@@ -15,12 +15,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from vineppo.credit.gae import explained_variance
 
 from tests.world import build_world
-from vineppo.config.schema import ALGORITHMS, Config, GRPOConfig, LearnerConfig, PPOConfig, RolloutConfig, VineConfig
-from vineppo.credit import build_credit
-from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
+from vineppo.config.schema import LearnerConfig, TaskConfig
+from vineppo.credit import BUILT_IN, find_algorithm
+from vineppo.credit.algorithm import CreditParts, PredictValues
+from vineppo.credit.grpo import grpo_credit
+from vineppo.credit.ppo import explained_variance
+from vineppo.credit.reinforce import reinforce_credit
+from vineppo.credit.rloo import rloo_credit
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate
@@ -29,11 +32,15 @@ from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_model, build_tokenizer
-from vineppo.tasks.chain import ChainTask
+from vineppo.tasks import build_task
+from vineppo.tasks.chain import ChainTask, grade_chain
+from vineppo.tasks.grading.graded import Graded
+from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import draw_problems, generated_tokens, sample_groups
 from vineppo.types import (
     Capabilities,
     Completion,
+    CreditFn,
     FinishReason,
     Problem,
     Rollout,
@@ -41,6 +48,7 @@ from vineppo.types import (
     Sampler,
     SampleRequest,
     Split,
+    Task,
     TrainingSample,
     UserError,
     Weights,
@@ -117,17 +125,20 @@ class ScriptedSampler:
         pass
 
 
-class NotingTask(ChainTask):
-    """The chain task, noting every text that it grades."""
+def chain(num_steps: int = 3) -> Task:
+    return build_task(TaskConfig(num_steps=num_steps))
 
-    def __init__(self) -> None:
-        super().__init__("judgement", 3)
-        self.graded: list[str] = []
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
-        self.graded.extend(texts)
-        assert {problem.id for problem in problems} == {PROBLEM.id}
-        return super().grade(problems, texts)
+def noting_task() -> tuple[Task, list[str]]:
+    """The chain task, and every text that it grades."""
+    graded: list[str] = []
+
+    def note(completions: Sequence[str], **columns: Any) -> list[float]:
+        graded.extend(completions)
+        assert set(columns["answer"]) == {PROBLEM.answer}
+        return grade_chain(completions, **columns)
+
+    return Graded(chain(), InProcess((note,)), ("note",), (1.0,)), graded
 
 
 def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROBLEM) -> ScriptedSampler:
@@ -135,14 +146,14 @@ def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROB
     return ScriptedSampler({prompt + ids(p): [completion(c) for c in cs] for p, cs in continuations.items()})
 
 
-def group_of(completions: Sequence[Completion], task: ChainTask | None = None) -> RolloutGroup:
+def group_of(completions: Sequence[Completion], task: Task | None = None) -> RolloutGroup:
     """The completions as the rollouts of the problem, through the package's own sampling stage."""
     sampler = ScriptedSampler({policy().codec.encode_prompt(PROBLEM.prompt): completions})
     (group,) = sample_groups(
         [PROBLEM],
         policy().codec,
         sampler,
-        task or ChainTask("judgement", 3),
+        task or chain(),
         group_size=len(completions),
         max_new_tokens=BUDGET,
         temperature=1.0,
@@ -157,16 +168,34 @@ def four() -> RolloutGroup:
 
 
 def vine_samples(
-    groups: list[RolloutGroup], sampler: Sampler, *, task: ChainTask | None = None, max_states: int = 0
+    groups: list[RolloutGroup], sampler: Sampler, *, task: Task | None = None, max_states: int = 0
 ) -> tuple[list[TrainingSample], dict[str, float]]:
     """VinePPO's credit as a run binds it."""
-    config = Config(
-        algorithm="vineppo",
-        rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
-        vineppo=VineConfig(reuse=False, num_mc_rollouts=K, splitter="newline", max_states=max_states),
-        learner=LearnerConfig(minibatch_size=4),
+    settings = {"reuse": False, "num_mc_rollouts": K, "splitter": "newline", "max_states": max_states}
+    return credit_of("vineppo", settings, sampler, task or chain())(groups, 1)
+
+
+def credit_of(
+    algorithm: str,
+    settings: Mapping[str, Any],
+    sampler: Sampler,
+    task: Task,
+    predict_values: PredictValues | None = None,
+) -> CreditFn:
+    """The credit function of an algorithm as a run builds it."""
+    found = find_algorithm(algorithm)
+    parts = CreditParts(
+        sampler=sampler,
+        task=task,
+        codec=policy().codec,
+        predict_values=predict_values or no_values,
+        run_seed=0,
+        group_size=4,
+        max_new_tokens=BUDGET,
+        temperature=1.0,
+        stop=(),
     )
-    return build_credit(config, policy(), sampler, task or ChainTask("judgement", 3), no_values)(groups, 1)
+    return found.build(found.settings(**settings), parts)
 
 
 def response_part(sample: TrainingSample) -> list[float]:
@@ -182,7 +211,7 @@ def test_the_script_is_what_it_says() -> None:
     assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 17
     right = [RIGHT, CUT_OFF_AT_THE_ANSWER, FIRST + SECOND_SLIPS + CUT_OFF_AFTER_THE_SLIP]
     texts = [policy().codec.decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
-    assert ChainTask("judgement", 3).grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
+    assert chain().grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
     assert [rollout.reward for rollout in four().rollouts] == [1, 0, 1, 0]
 
 
@@ -255,19 +284,20 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
     prompt, cut_off = policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF)
     last_chance = [completion("</s>"), completion("1"), completion("</s>"), completion("\n")]
     sampler = ScriptedSampler({prompt + cut_off[:39]: last_chance})
-    task = NotingTask()
+    task, graded = noting_task()
     monte_carlo = MonteCarlo(sampler, task, policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0)
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
     assert [(value.mean, value.num_mc_rollouts) for value in values] == [(0, 0), (0, K), (0, 0), (0, 0)]
     assert (cost.states, cost.distinct_states, cost.mc_rollouts, cost.tokens) == (4, 3, K, 4)
-    assert len(task.graded) == 2
+    assert len(graded) == 2
 
 
 def test_only_known_outcomes_need_no_sampler_at_all() -> None:
-    chain = ChainTask("judgement", 3)
-    monte_carlo = MonteCarlo(ScriptedSampler({}), chain, policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0)
+    monte_carlo = MonteCarlo(
+        ScriptedSampler({}), chain(), policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0
+    )
     state = State(PROBLEM, policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
     assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
@@ -295,7 +325,7 @@ def test_trap_1_and_truth_4_a_state_is_the_rollouts_own_tokens() -> None:
 
 
 def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_off() -> None:
-    task = NotingTask()
+    task, graded = noting_task()
     vine_samples([four()], scripted(CONTINUATIONS), task=task)
     finished = [
         policy().codec.decode(ids(prefix + text))
@@ -304,16 +334,16 @@ def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_
         if text.endswith("</s>")
     ]
     assert len(finished) == 14
-    assert Counter(task.graded) == Counter(finished)
-    assert all(text.startswith(FIRST) for text in task.graded)
+    assert Counter(graded) == Counter(finished)
+    assert all(text.startswith(FIRST) for text in graded)
 
 
 def test_a_rollout_that_was_cut_off_is_never_graded() -> None:
-    task = NotingTask()
+    task, graded = noting_task()
     group = group_of([completion(CUT_OFF_AT_THE_ANSWER), completion(RIGHT)], task)
     assert [rollout.reward for rollout in group.rollouts] == [0, 1]
     assert [rollout.finish_reason for rollout in group.rollouts] == ["length", "stop"]
-    assert task.graded == [policy().codec.decode(ids(RIGHT))]
+    assert graded == [policy().codec.decode(ids(RIGHT))]
     assert generated_tokens([group]) == 71
 
 
@@ -347,11 +377,11 @@ def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
     seeds: list[int] = []
     for run_seed, iteration, problem_id in ((0, 1, "train/0"), (0, 2, "train/0"), (1, 1, "train/0"), (0, 1, "train/1")):
         sampler = scripted(CONTINUATIONS)
-        monte_carlo = MonteCarlo(sampler, ChainTask("judgement", 3), policy().codec.decode, K, BUDGET, run_seed, 1.0)
+        monte_carlo = MonteCarlo(sampler, chain(), policy().codec.decode, K, BUDGET, run_seed, 1.0)
         monte_carlo.evaluate([replace(s, problem=replace(PROBLEM, id=problem_id)) for s in states], iteration)
         seeds += [request.seed for request in sampler.requests]
     rollouts = ScriptedSampler({prompt: [completion(RIGHT)] * 2})
-    task = ChainTask("judgement", 3)
+    task = chain()
     shape: dict[str, Any] = {"group_size": 2, "max_new_tokens": 40, "temperature": 1.0}
     for iteration in (1, 2):
         sample_groups([PROBLEM, PROBLEM], policy().codec, rollouts, task, **shape, address=(0, iteration))
@@ -410,11 +440,10 @@ def no_values(rollouts: Sequence[Rollout]) -> list[list[float]]:
     raise AssertionError("this algorithm has no value network")
 
 
-def build_learner(critic: ValueNetwork | None = None, **options: object) -> TorchLearner:
+def build_learner(critic: ValueNetwork | None = None, **options: Any) -> TorchLearner:
     """A learner with a policy of its own that never moves."""
-    config = LearnerConfig(lr=0.0, **options)  # type: ignore[arg-type]
-    fresh = Policy(build_model(tokenizer, seed=0), tokenizer)
-    return TorchLearner(fresh, None, critic, config, PPOConfig(), temperature=1.0, total_updates=10, seed=0)
+    config = LearnerConfig(lr=0.0, **options)
+    return TorchLearner(fresh_policy(), None, critic, config, None, temperature=1.0, total_updates=10, seed=0)
 
 
 def test_trap_8_a_short_batch_is_trained_as_it_is() -> None:
@@ -499,17 +528,15 @@ def test_reinforce_by_hand() -> None:
     ]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BUILT_IN)
 def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -> None:
-    config = Config(
-        algorithm=algorithm,  # type: ignore[arg-type]
-        rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
-        vineppo=VineConfig(reuse=False, num_mc_rollouts=K),
-        grpo=GRPOConfig(scale_by_std=False),
-        learner=LearnerConfig(minibatch_size=4),
-    )
+    forms: dict[str, dict[str, Any]] = {
+        "vineppo": {"reuse": False, "num_mc_rollouts": K},
+        "grpo": {"scale_by_std": False},
+    }
+    settings = forms.get(algorithm, {})
     values = build_learner(ValueNetwork(policy(), seed=0)).predict_values if algorithm == "ppo" else no_values
-    credit = build_credit(config, policy(), scripted(CONTINUATIONS), ChainTask("judgement", 3), values)
+    credit = credit_of(algorithm, settings, scripted(CONTINUATIONS), chain(), values)
     group = four()
     samples, _ = credit([group], 1)
     assert [s.token_ids for s in samples] == [r.prompt_ids + r.response_ids for r in group.rollouts]
@@ -533,16 +560,8 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
 
 def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
     predict_values = build_learner(ValueNetwork(policy(), seed=0)).predict_values
-    config = Config(
-        algorithm="ppo",
-        rollouts=RolloutConfig(num_problems=1, group_size=4, max_new_tokens=BUDGET),
-        ppo=PPOConfig(gae_lambda=1.0),
-        learner=LearnerConfig(minibatch_size=4),
-    )
     group = four()
-    samples, metrics = build_credit(config, policy(), scripted({}), ChainTask("judgement", 3), predict_values)(
-        [group], 1
-    )
+    samples, metrics = credit_of("ppo", {"gae_lambda": 1.0}, scripted({}), chain(), predict_values)([group], 1)
     predicted = predict_values(group.rollouts)
     prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
@@ -625,7 +644,7 @@ def test_a_prompt_without_room_for_its_response_is_refused_with_the_numbers() ->
             [PROBLEM],
             policy().codec,
             scripted({}),
-            ChainTask("judgement", 3),
+            chain(),
             group_size=1,
             max_new_tokens=490,
             temperature=1.0,

@@ -19,12 +19,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from vineppo.credit.gae import gae_credit
-from vineppo.credit.vine import vine_credit
 
 from tests.helpers import WrappedSampler
 from tests.world import World, build_policy, build_world, policy_gradient
-from vineppo.credit.group import grpo_credit, reinforce_credit, rloo_credit
+from vineppo.credit.grpo import grpo_credit
+from vineppo.credit.ppo import gae_credit
+from vineppo.credit.reinforce import reinforce_credit
+from vineppo.credit.rloo import rloo_credit
+from vineppo.credit.vineppo import vine_credit
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.sampling.graded import grade_finished

@@ -24,7 +24,7 @@ import torch
 
 from tests.helpers import update_with_gradient
 from tests.world import World, build_policy, build_world
-from vineppo.config.schema import KLConfig, LearnerConfig, CriticConfig
+from vineppo.config.schema import CriticConfig, KLConfig, LearnerConfig
 from vineppo.credit.sample import training_sample
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.policy import Policy, Reference

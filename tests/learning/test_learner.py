@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vineppo.config.schema import KLConfig, LearnerConfig, CriticConfig
+from vineppo.config.schema import CriticConfig, KLConfig, LearnerConfig
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import kl_estimate
 from vineppo.learning.optim import lr_factor
@@ -152,7 +152,7 @@ def assert_same(a: tuple[torch.Tensor, torch.Tensor, Metrics], b: tuple[torch.Te
 @pytest.mark.parametrize("minibatch_size", [3, 100])
 @pytest.mark.parametrize("place", ["loss", "reward"])
 def test_truth_3_and_trap_7_micro_batches_change_nothing(minibatch_size: int, place: str) -> None:
-    kl = KLConfig(coefficient=0.01, place=place)  # type: ignore[arg-type]
+    kl = KLConfig(coefficient=0.01, place=place)
     options: dict[str, Any] = {"epochs": 2, "minibatch_size": minibatch_size, "kl": kl}
     whole = train(build_samples(RAGGED), micro_batch_tokens=100_000, **options)
     for micro_batch_tokens in (1, 60, 300):
@@ -237,7 +237,7 @@ def test_kl_in_the_loss(estimator: str, reduction: str, count: int) -> None:
     penalty = (d**2 / 2 if estimator == "k2" else torch.exp(-d) - 1 + d).clamp(max=2.0)
     assert (penalty == 2.0).any()
     norm = gradient_norm(0.3 * penalty.sum() / count, policy.model)
-    kl = KLConfig(coefficient=0.3, estimator=estimator, reduction=reduction, clamp=2.0)  # type: ignore[arg-type]
+    kl = KLConfig(coefficient=0.3, estimator=estimator, reduction=reduction, clamp=2.0)
     metrics = build_learner(policy, reference, kl=kl, micro_batch_tokens=1).update(samples, 1, len(samples))
     assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert metrics["kl/ref"] == pytest.approx(penalty.sum().item() / 2, rel=1e-4)
@@ -271,7 +271,7 @@ def test_kl_in_the_reward_is_a_penalty_to_go(estimator: str) -> None:
     loss = -sum((a * row).sum() for a, row in zip(credited, logprobs, strict=True)) / 7
     assert isinstance(loss, torch.Tensor)
     norm = gradient_norm(loss, policy.model)
-    kl = KLConfig(coefficient=0.3, estimator=estimator, place="reward")  # type: ignore[arg-type]
+    kl = KLConfig(coefficient=0.3, estimator=estimator, place="reward")
     metrics = build_learner(policy, reference, kl=kl).update(samples, 1, len(samples))
     assert metrics["policy/loss"] == pytest.approx(-float(torch.cat(credited).mean()), rel=1e-4)
     assert metrics["policy/grad_norm"] == pytest.approx(norm, rel=1e-4)

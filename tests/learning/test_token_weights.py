@@ -25,7 +25,7 @@ from tests.learning.test_learner import (
     weights,
     with_alternatives,
 )
-from vineppo.config.schema import KLConfig, LoraConfig, ModelConfig, CriticConfig
+from vineppo.config.schema import CriticConfig, KLConfig, LoraConfig, ModelConfig
 from vineppo.learning.experience import minibatches
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
@@ -73,7 +73,7 @@ def test_denominators_by_hand() -> None:
     total = (2 * prefix.sum() + one.sum() + two.sum()).item()
     assert metrics["kl/ref"] == pytest.approx(total / 2, rel=1e-5)
     for reduction, count in (("sequence_sum", 2), ("token_mean", 5)):
-        kl = KLConfig(coefficient=0.3, reduction=reduction)  # type: ignore[arg-type]
+        kl = KLConfig(coefficient=0.3, reduction=reduction)
         learner = build_learner(policy, reference, kl=kl, lr=0.0, micro_batch_tokens=1)
         objective = learner.update(small_tree(), 1, num_rollouts=2)["policy/objective"]
         assert objective == pytest.approx(-0.3 + 0.3 * total / count, abs=1e-5)
@@ -146,7 +146,7 @@ def as_sample(prompt: tuple[int, ...], path: list[Edge], first: int, weight: flo
         loss_mask=(0,) * before + (1,) * place,
         alternatives=tuple(alternatives),
         weights=None if weight is None else (0.0,) * before + (weight,) * place,
-        **rows,  # type: ignore[arg-type]
+        **rows,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vineppo.config.settings import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import small_config, weights_hash
 from tests.learning.test_learner import build_samples
 from tests.training.test_train import Crash, CrashAt
-from vineppo.config.schema import KLConfig, LearnerConfig, LoraConfig, ModelConfig, CriticConfig, RunConfig
+from vineppo.config.schema import CriticConfig, KLConfig, LearnerConfig, LoraConfig, ModelConfig, RunConfig
+from vineppo.config.settings import replace
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs

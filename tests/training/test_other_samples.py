@@ -14,7 +14,9 @@ import pytest
 from tests.helpers import small_config, weights_hash
 from tests.training.test_train import Crash, CrashAt, read_lines, without_seconds
 from vineppo.config.schema import Config, LearnerConfig, RunConfig
-from vineppo.training import parts
+from vineppo.credit import BUILT_IN
+from vineppo.credit.algorithm import CreditParts
+from vineppo.credit.reinforce import REINFORCE
 from vineppo.training.loop import resume, train
 from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
@@ -23,19 +25,18 @@ LEARNER = LearnerConfig(lr=1e-4, minibatch_size=8, epochs=3, decay="linear")
 
 
 def with_credit(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
-    """Let runs change the samples of their algorithm."""
-    build = parts.build_credit
+    """Let REINFORCE change its samples before it returns them."""
 
-    def changed(*args: Any) -> CreditFn:
-        credit = build(*args)
+    def build(settings: Any, parts: CreditParts) -> CreditFn:
+        credit = REINFORCE.build(settings, parts)
 
-        def other(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        def changed(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
             samples, metrics = credit(groups, iteration)
             return change(samples, iteration), metrics
 
-        return other
+        return changed
 
-    monkeypatch.setattr(parts, "build_credit", changed)
+    monkeypatch.setitem(BUILT_IN, "reinforce", replace(REINFORCE, build=build))
 
 
 def only_good_ones(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:

@@ -25,19 +25,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.helpers import WrappedSampler, small_config, weights_hash
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import (
-    ALGORITHMS,
     Config,
+    CriticConfig,
     EvalConfig,
     EvalSpec,
     KLConfig,
     LearnerConfig,
     ModelConfig,
-    CriticConfig,
     RolloutConfig,
     RunConfig,
     TaskConfig,
-    VineConfig,
 )
+from vineppo.config.settings import replace
+from vineppo.credit import BUILT_IN
+from vineppo.credit.vineppo import VinePPOSettings
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.version import StaleWeights
@@ -55,7 +56,7 @@ class CrashAt:
     def __init__(self, iteration: int):
         self.at = iteration
 
-    def start(self, config: Any, total_iterations: int) -> None:
+    def start(self) -> None:
         pass
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
@@ -77,7 +78,7 @@ def without_seconds(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if not key.startswith("seconds/")}
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BUILT_IN)
 def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> None:
     run = tmp_path / "run"
     summary = train(small_config(run, algorithm), recipe="small")
@@ -109,8 +110,8 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> 
 
 
 SAVINGS = {
-    "bisection": VineConfig(num_mc_rollouts=3, reuse=False, bisection=True),
-    "bisection-reuse": VineConfig(num_mc_rollouts=3, bisection=True),
+    "bisection": VinePPOSettings(num_mc_rollouts=3, reuse=False, bisection=True),
+    "bisection-reuse": VinePPOSettings(num_mc_rollouts=3, bisection=True),
 }
 
 
@@ -174,7 +175,7 @@ class FarEngine(WrappedSampler):
 
 
 def far_engine(config: Config, policy: Policy) -> Sampler:
-    copy = Policy(deepcopy(policy.model), policy.tokenizer)
+    copy = Policy(deepcopy(policy.model), policy.codec)
     return FarEngine(TorchSampler(copy), copy)
 
 
@@ -191,7 +192,7 @@ def test_an_engine_with_weights_of_its_own_trains_and_resumes_to_the_bit(
         )
 
     near = train(config("near"))
-    monkeypatch.setattr(importlib.import_module("vineppo.training.parts"), "build_sampler", far_engine)
+    monkeypatch.setattr(importlib.import_module("vineppo.training.parts"), "build_engine", far_engine)
     with pytest.raises(Crash):
         train(config("far"), reporter=CrashAt(2))
     far = resume(config("far"))
@@ -205,7 +206,7 @@ def test_an_engine_with_weights_of_its_own_trains_and_resumes_to_the_bit(
     (tmp_path / "far/summary.json").unlink()
     assert resume(config("far"))["accuracy_after"] == near["accuracy_after"]
     (tmp_path / "far/summary.json").unlink()
-    monkeypatch.setattr(importlib.import_module("vineppo.training.loop"), "update_sampler", lambda parts: None)
+    monkeypatch.setattr(importlib.import_module("vineppo.training.parts").Parts, "update_sampler", lambda parts: None)
     with pytest.raises(StaleWeights, match="the weights of update 0 and the learner those of update 6"):
         resume(config("far"))
 
@@ -363,7 +364,7 @@ def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
     assert any(row["reward"] == 1.0 for row in rows) and all(row["answer"].startswith("#### ") for row in rows)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", BUILT_IN)
 def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
     """One habit decides on this level: a run of seconds lifts accuracy beyond what chance allows."""
     config = small_config(

@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from tests.helpers import ROOT, weights_hash
 from vineppo import VinePPOConfig, VinePPOTrainer
-from vineppo.config.load import settings_of
-from vineppo.config.schema import Config, TaskConfig
+from vineppo.config.load import config_to_dict, settings_of
+from vineppo.config.schema import TaskConfig
 from vineppo.model.loading import resolve_model_path
 from vineppo.run.trl_names import TRL_NAMES, with_trl_names
 from vineppo.tasks import build_task
+from vineppo.training.configure import every_section
 from vineppo.types import UserError
 
 MODEL = resolve_model_path("embedded:judgement")
@@ -160,9 +161,19 @@ def test_names_mean_what_they_mean_in_trl() -> None:
     assert (config.learner.clip_low, config.learner.clip_high) == (0.1, 0.3)
     assert config.learner.kl.coefficient == 0.04 and config.learner.kl.reduction == "token_mean"
     assert config.rollouts.temperature == 0.7 and config.learner.betas == (0.9, 0.95)
-    assert not config.grpo.scale_by_std and config.run.checkpoint_every == 2 and config.run.seed == 7
-    assert config.vineppo.alternatives and config.eval.every == 0 and config.eval.final_num_problems == 0
+    assert config.run.checkpoint_every == 2 and config.run.seed == 7
+    assert (
+        config_to_dict(config)["vineppo"]["alternatives"]
+        and config.eval.every == 0
+        and config.eval.final_num_problems == 0
+    )
     assert config.learner.kl.importance_weighted and config.rollouts.max_new_tokens == 512  # TRL's defaults
+    grpo = VinePPOConfig(num_generations=8, algorithm="grpo", scale_rewards=False).to_config(num_train=40)
+    assert config_to_dict(grpo)["grpo"] == {"scale_by_std": False}
+    with pytest.raises(
+        UserError, match=r"vineppo.reuse in settings is a setting of vineppo, and the algorithm is grpo"
+    ):
+        VinePPOConfig(algorithm="grpo", settings={"vineppo.reuse": False}).to_config(num_train=40)
     short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, num_eval=300)
     assert short.run.iterations == 5 and short.eval.final_num_problems == 0  # eval_strategy is "no"
     often: Any = {"eval_strategy": "steps", "temperature": 0.6, "gradient_accumulation_steps": 2, "num_iterations": 3}
@@ -338,7 +349,7 @@ def test_the_table_of_names_is_complete_and_true() -> None:
     own = {field.name for field in dataclasses.fields(VinePPOConfig)}
     assert own - told - {"fp16"} == set()
     settings = set(re.findall(r"`((?:rollouts|learner|vineppo|grpo|task|run|eval|model)\.[a-z_.]+)`", text))
-    assert settings and all(any(key.startswith(name) for key in settings_of(Config)) for name in settings)
+    assert settings and all(any(key.startswith(name) for key in settings_of(every_section())) for name in settings)
 
 
 def test_trls_names_are_listed_and_are_trls() -> None:

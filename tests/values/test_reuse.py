@@ -13,13 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vineppo.credit.vine import vine_node_credit
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
 from tests.helpers import WrappedSampler
 from tests.world import World, policy_gradient
-from vineppo.config.schema import VineConfig
-from vineppo.credit import build_vine_credit
+from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit, vine_node_credit
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import (
@@ -174,18 +172,20 @@ def test_a_sampler_that_cannot_exclude_tokens_gives_fresh_continuations_with_one
     w, many = world(4), 256
     able = w.monte_carlo(many)
     unable = replace(able, sampler=OnlyPlain(w.sampler()))
-    settings = VineConfig(num_mc_rollouts=many, splitter="tokens:1")
+    settings = VinePPOSettings(num_mc_rollouts=many, splitter="tokens:1")
     groups = [RolloutGroup(w.problem, tuple(rollouts(w)))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        credit = build_vine_credit(settings, unable, w.policy)
+        credit = build_vine_credit(settings, unable, w.policy.codec)
         samples, metrics = credit(groups, 0)
         assert credit(groups, 0) == (samples, metrics)
     message = f"vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets {many} fresh"
     assert [str(warning.message).startswith(message) for warning in caught] == [True]
     assert "\n" not in str(caught[0].message) and "times the sampled tokens" in str(caught[0].message)
 
-    fresh = build_vine_credit(replace(settings, reuse=False), able, w.policy)(groups, 0)
+    fresh = build_vine_credit(
+        VinePPOSettings(num_mc_rollouts=many, splitter="tokens:1", reuse=False), able, w.policy.codec
+    )(groups, 0)
     assert (samples, metrics) == fresh
     for rollout, sample in zip(groups[0].rollouts, samples, strict=True):
         assert sample.credit is not None
@@ -194,7 +194,7 @@ def test_a_sampler_that_cannot_exclude_tokens_gives_fresh_continuations_with_one
             assert value == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / many) + 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, reused = build_vine_credit(settings, able, w.policy)(groups, 0)
+        _, reused = build_vine_credit(settings, able, w.policy.codec)(groups, 0)
     assert reused["tokens/mc"] < 0.5 * metrics["tokens/mc"]
 
 
@@ -202,7 +202,7 @@ def test_alternatives_are_refused_where_the_sampler_cannot_exclude_tokens() -> N
     w = world(3)
     plain = replace(w.monte_carlo(2), sampler=OnlyPlain(w.sampler()))
     with pytest.raises(UserError, match=r"vineppo.alternatives is true, but this sampler cannot exclude first tokens"):
-        build_vine_credit(VineConfig(alternatives=True), plain, w.policy)
+        build_vine_credit(VinePPOSettings(alternatives=True), plain, w.policy.codec)
 
 
 def test_an_excluded_token_leaves_the_others_in_proportion() -> None:

@@ -117,7 +117,9 @@ class TorchLearner:
             UserError: where there is no value network.
         """
         if self.critic is None:
-            raise UserError("the algorithm asks for values of a value network and has none; set needs_critic=True in its Algorithm")
+            raise UserError(
+                "the algorithm asks for values of a value network and has none; set needs_critic=True in its Algorithm"
+            )
         values: list[list[float]] = [[] for _ in rollouts]
         lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
         for group in micro_batches(lengths, self.config.micro_batch_tokens):
@@ -248,8 +250,12 @@ class TorchLearner:
             metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
         if self.critic is not None and self.critic_optimizer is not None:
             metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
-            warm = lr_factor(self.scheduled, self.critic_settings.value_warmup_updates, self.total_updates, config.decay)
-            metrics["value/grad_norm"] = self.critic_optimizer.step(self.critic_settings.value_lr * warm, config.max_grad_norm)
+            warm = lr_factor(
+                self.scheduled, self.critic_settings.value_warmup_updates, self.total_updates, config.decay
+            )
+            metrics["value/grad_norm"] = self.critic_optimizer.step(
+                self.critic_settings.value_lr * warm, config.max_grad_norm
+            )
         self.updates += 1
         return metrics
 

@@ -47,7 +47,7 @@ def build_config(
     if algorithm is not None:
         line["algorithm"] = algorithm
     chosen = find_algorithm(_named({**base, **line}))
-    _refuse_foreign(chosen, line)
+    refuse_foreign(chosen, line, COMMAND_LINE)
     return _resolved(chosen, [(base, where), *_tuned(recipe, chosen, where), (line, COMMAND_LINE)])
 
 
@@ -136,13 +136,13 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
     return config
 
 
-def _refuse_foreign(algorithm: Algorithm, line: Mapping[str, Any]) -> None:
-    """Refuse settings of another algorithm on the command line, where they would have no effect."""
-    for key in line:
+def refuse_foreign(algorithm: Algorithm, settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings, by dotted key, that belong to another algorithm and would have no effect."""
+    for key in settings:
         section = key.split(".")[0]
         if section in BUILT_IN and section != algorithm.name:
             raise UserError(
-                f"{key} {COMMAND_LINE} is a setting of {section}, and the algorithm is {algorithm.name}; leave it out"
+                f"{key} {where} is a setting of {section}, and the algorithm is {algorithm.name}; leave it out"
             )
 
 

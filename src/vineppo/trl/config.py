@@ -14,7 +14,7 @@ from typing import Any
 from vineppo.config.messages import did_you_mean
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
-from vineppo.training.configure import config_from_dict
+from vineppo.training.configure import config_from_dict, refuse_foreign
 from vineppo.types import UserError
 
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -235,6 +235,7 @@ class VinePPOConfig:
             num_train: number of training problems.
             num_eval: number of problems to evaluate on.
         """
+        refuse_foreign(find_algorithm(self.algorithm), self.settings, "in settings")
         num_problems = self.rollouts_per_iteration // self.num_generations
         per_iteration = self.num_iterations * -(-self.rollouts_per_iteration // self.minibatch_size)
         iterations = max(1, round(self.num_train_epochs * num_train / num_problems))
