@@ -70,8 +70,8 @@ def test_help_holds_the_text_of_nested_fields(name: str, capsys: pytest.CaptureF
 def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     main(["sft", "-h"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "--out TEXT Directory the trained model is saved to" in words
-    assert "--task.prompt_column TEXT dataset, gsm8k, math: column that holds the problem's text" in words
+    assert "--out TEXT Directory for the trained model" in words
+    assert "--task.prompt_column TEXT dataset, gsm8k, math: column with the problem's text" in words
 
 
 def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,15 +117,21 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["doctor", "--what"], "unknown option --what; see `vineppo doctor --help`"),
         (["train", "--learner.lr"], "--learner.lr: expected one argument"),
         (["train", "--learner.lr", "fast"], "learner.lr is 'fast' on the command line; it must be a number"),
-        (["train", "--learner.lr", "-1e-4"], "learner.lr is -0.0001; it must be at least 0"),
+        (["train", "--learner.lr", "-1e-4"], "learner.lr is '-1e-4' on the command line; it must be at least 0"),
         (
             ["train", "--learner.epochs", "1.5"],
             "learner.epochs is '1.5' on the command line; it must be a whole number",
         ),
         (["train", "--learner.decay=cosine"], "allowed: constant, linear"),
         (["train", "--algorithm", "dpo"], "allowed: vineppo, ppo, grpo, rloo, reinforce"),
-        (["train", "--vineppo.num_mc_rollouts", "0"], "vineppo.num_mc_rollouts is 0; it must be at least 1"),
-        (["train", "--rollouts.group_size", "0"], "rollouts.group_size is 0; it must be at least 1"),
+        (
+            ["train", "--vineppo.num_mc_rollouts", "0"],
+            "vineppo.num_mc_rollouts is '0' on the command line; it must be at least 1",
+        ),
+        (
+            ["train", "--rollouts.group_size", "0"],
+            "rollouts.group_size is '0' on the command line; it must be at least 1",
+        ),
         (["train", "--algorithm", "grpo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; grpo"),
         (["demo", "--algorithm", "rloo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; rloo"),
         (["train", "judgment"], "recipe 'judgment' is neither"),
@@ -151,8 +157,8 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "judgement", "--out", "o", "--budget", "hours=3"], "budget is 'hours=3'"),
         (["compare", "judgement", "--out", "o", "--algorithms", "ppo,grop"], "did you mean grpo?"),
         (["compare", "judgement", "--out", "o", "--seeds", "x"], "--seeds is 'x'"),
-        (["compare", "judgement", "--out", "o", "--run.seed", "1"], "--run.seed is set by compare itself"),
-        (["compare", "judgement", "--out", "o", "--rollouts.group_size", "0"], "rollouts.group_size is 0"),
+        (["compare", "judgement", "--out", "o", "--run.seed", "1"], "override run.seed is set by compare itself"),
+        (["compare", "judgement", "--out", "o", "--rollouts.group_size", "0"], "rollouts.group_size is '0'"),
         (["compare", "absent", "--out", "o"], "recipe 'absent' is neither"),
     ],
 )
@@ -319,6 +325,7 @@ LINE = {
 }
 SUMMARY = {
     "algorithm": "vineppo",
+    "label": "VinePPO",
     "seed": 3,
     "accuracy_before": {"mean": 0.125, "low": 0.09, "high": 0.16},
     "accuracy_after": {"mean": 0.5, "low": 0.45, "high": 0.55},

@@ -140,7 +140,9 @@ def as_sample(prompt: tuple[int, ...], path: list[Edge], first: int, weight: flo
     for edge in trained:
         alternatives += [replace(a, position=place + a.position) for a in edge.alternatives]
         place += len(edge.token_ids)
-    rows = {name: (0.0,) * before + sum((edge.rows[name] for edge in trained), ()) for name in path[0].rows}
+    rows: dict[str, Any] = {
+        name: (0.0,) * before + sum((edge.rows[name] for edge in trained), ()) for name in path[0].rows
+    }
     return TrainingSample(
         token_ids=prompt + sum((edge.token_ids for edge in path), ()),
         loss_mask=(0,) * before + (1,) * place,

@@ -333,12 +333,6 @@ class Config(Settings):
             f"learner.decay is linear and {' and '.join(open_ended)} may end the run, so it is unknown at which update "
             "the rate should reach 0; give run.max_updates as well, or use learner.decay constant",
         )
-        total = self.rollouts.group_size * self.rollouts.num_problems
-        require(
-            self.learner.minibatch_size <= total,
-            f"learner.minibatch_size is {self.learner.minibatch_size} but an iteration has {total} rollouts "
-            "(rollouts.num_problems x rollouts.group_size); lower it",
-        )
 
 
 @functools.cache

@@ -132,6 +132,11 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
             f"an iteration has {count} rollouts; {algorithm.name} needs at least {algorithm.min_rollouts}; raise "
             "rollouts.num_problems"
         )
+    if config.learner.minibatch_size > count:
+        raise UserError(
+            f"learner.minibatch_size is {config.learner.minibatch_size} but an iteration has {count} rollouts "
+            "(rollouts.num_problems x rollouts.group_size); lower it"
+        )
     algorithm.check(own_settings(config, algorithm), config)
     return config
 
