@@ -1,4 +1,4 @@
-"""Objects of the user's code by `module:object`: what is found, and one line for everything that is not."""
+"""Loading objects of user code by `module:object`, and the one-line messages if that fails."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from vineppo.types import UserError
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere"])
     return tmp_path
 
 
-def test_any_object_of_a_module_in_the_current_directory(here: Path) -> None:
-    (here / "my_objects.py").write_text(
+def test_objects_of_a_module_in_the_current_directory_are_loaded(working_directory: Path) -> None:
+    (working_directory / "my_objects.py").write_text(
         "from __future__ import annotations\nimport re\nfrom typing import Any\nmine = {1: 2}\n"
     )
     assert load_object("my_objects:mine", "algorithm") == {1: 2}
@@ -34,24 +34,24 @@ def test_any_object_of_a_module_in_the_current_directory(here: Path) -> None:
     assert str(refused.value) == message
 
 
-def test_the_current_directory_is_first(here: Path) -> None:
-    (here / "later").mkdir()
-    (here / "later" / "my_twice.py").write_text("where = 'later'\n")
-    (here / "my_twice.py").write_text("where = 'here'\n")
-    sys.path.insert(0, str(here / "later"))
-    assert load_object("my_twice:where", "splitter") == "here"
+def test_the_current_directory_is_searched_first(working_directory: Path) -> None:
+    (working_directory / "later").mkdir()
+    (working_directory / "later" / "my_twice.py").write_text("where = 'later'\n")
+    (working_directory / "my_twice.py").write_text("where = 'current'\n")
+    sys.path.insert(0, str(working_directory / "later"))
+    assert load_object("my_twice:where", "splitter") == "current"
 
 
 @pytest.mark.parametrize("spec", ["", "mine", "mine:", ":mine", "a:b:c", ":"])
-def test_another_form_is_refused(spec: str) -> None:
-    with pytest.raises(UserError, match=re.escape(f"no splitter {spec!r}; allowed: module:object, for example")):
+def test_a_malformed_name_raises(spec: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"unknown splitter {spec!r}; allowed: module:object, for example")):
         load_object(spec, "splitter")
 
 
-def test_a_module_without_objects_and_one_that_fails(here: Path) -> None:
-    (here / "my_empty.py").write_text("")
-    (here / "my_broken.py").write_text("import surely_not_there\n")
-    (here / "my_exit.py").write_text("raise SystemExit('bye\\nbye')\n")
+def test_empty_missing_and_failing_modules_raise(working_directory: Path) -> None:
+    (working_directory / "my_empty.py").write_text("")
+    (working_directory / "my_broken.py").write_text("import surely_not_there\n")
+    (working_directory / "my_exit.py").write_text("raise SystemExit('bye\\nbye')\n")
     refusals = {
         "my_empty:x": "splitter 'my_empty:x': module 'my_empty' has no 'x'; it has: nothing",
         "absent.deep:x": "no module 'absent' in the current directory or among the installed packages",
@@ -64,7 +64,7 @@ def test_a_module_without_objects_and_one_that_fails(here: Path) -> None:
         assert str(refused.value).endswith(message)
 
 
-def test_main_is_the_running_script(tmp_path: Path) -> None:
+def test_main_refers_to_the_running_script(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from vineppo.objects import load_object\nmine = 5\nprint(load_object('__main__:mine', 'algorithm'))\n"
@@ -74,6 +74,6 @@ def test_main_is_the_running_script(tmp_path: Path) -> None:
     assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
 
 
-def test_an_error_is_one_line() -> None:
+def test_first_line_of_an_exception() -> None:
     assert first_line(ValueError("\n first\nsecond")) == "ValueError: first"
     assert first_line(KeyError()) == "KeyError"

@@ -1,4 +1,4 @@
-"""Intervals and estimators against hand-computed, tabulated and enumerated numbers."""
+"""Intervals and estimators, compared with hand-computed, tabulated and enumerated numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_interval_over_seeds_by_hand() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.4], [0.4, 0.4, 0.4]])
-def test_seeds_that_show_no_spread_have_no_bounds(values: list[float]) -> None:
+def test_seeds_without_spread_have_nan_bounds(values: list[float]) -> None:
     interval = interval_over_seeds(values)
     assert math.isnan(interval.low) and math.isnan(interval.high)
     assert json.loads(json.dumps(interval.as_dict())) == {"mean": pytest.approx(0.4), "low": None, "high": None}
@@ -68,7 +68,7 @@ def test_wilson_intervals_agree_with_known_values(successes: int, trials: int, l
     assert interval.high == pytest.approx(high, abs=1e-4)
 
 
-def test_wilson_refuses_the_impossible() -> None:
+def test_wilson_raises_for_impossible_counts() -> None:
     with pytest.raises(ValueError, match="0 <= successes <= trials"):
         wilson(3, 2)
     with pytest.raises(ValueError, match="trials"):
@@ -76,13 +76,13 @@ def test_wilson_refuses_the_impossible() -> None:
 
 
 @pytest.mark.parametrize(("value", "bounds"), [(0.0, (0.0, 0.161125)), (1.0, (0.838875, 1.0))])
-def test_bootstrap_of_agreeing_problems_is_not_of_width_zero(value: float, bounds: tuple[float, float]) -> None:
+def test_bootstrap_of_equal_zeros_or_ones_is_the_wilson_interval(value: float, bounds: tuple[float, float]) -> None:
     interval = bootstrap_mean([value] * 20, seed=0)  # z^2 / (20 + z^2) = 0.161125
     assert interval.mean == value
     assert (interval.low, interval.high) == pytest.approx(bounds, abs=1e-6)
 
 
-def test_bootstrap_of_equal_values_elsewhere() -> None:
+def test_bootstrap_of_other_equal_values() -> None:
     inside = bootstrap_mean([0.5] * 10, seed=0)
     assert (inside.low, inside.high) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     outside = bootstrap_mean([2.5] * 10, seed=0)
@@ -97,7 +97,7 @@ def test_bootstrap_matches_the_normal_interval_of_a_large_sample() -> None:
     assert interval.high == pytest.approx(0.3 + 1.96 * 0.014491, abs=0.002)
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_bootstrap_coverage_is_about_95_percent() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for trial in range(300):
@@ -106,7 +106,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.91 <= hits / 300 <= 0.98
 
 
-def test_bootstrap_depends_on_the_seed_only() -> None:
+def test_bootstrap_is_deterministic_and_widens_with_the_level() -> None:
     values = [0.0, 1.0, 1.0, 0.0, 1.0, 0.5]
     assert bootstrap_mean(values, seed=7) == bootstrap_mean(np.array(values), seed=7)
     wide, narrow = bootstrap_mean(values, seed=7, level=0.99), bootstrap_mean(values, seed=7, level=0.5)
@@ -114,13 +114,13 @@ def test_bootstrap_depends_on_the_seed_only() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.0, math.nan]])
-def test_bootstrap_refuses_what_has_no_mean(values: list[float]) -> None:
+def test_bootstrap_raises_for_no_values_or_nan(values: list[float]) -> None:
     with pytest.raises(ValueError, match="bootstrap needs"):
         bootstrap_mean(values, seed=0)
 
 
 def test_pass_at_k_equals_enumeration() -> None:
-    """Trap 15: pass@k is an estimate over subsets, and pass@1 is the plain mean."""
+    """Trap 15: pass@k averages over subsets of the samples, and pass@1 is the mean."""
     for num_samples, num_correct in itertools.product(range(1, 8), range(8)):
         if num_correct > num_samples:
             continue
@@ -136,10 +136,10 @@ def test_pass_at_k_of_many_samples_does_not_overflow() -> None:
     assert pass_at_k(100_000, 1, 1000) == pytest.approx(0.01)
 
 
-def test_pass_at_k_refuses_more_than_was_sampled() -> None:
+def test_pass_at_k_raises_if_k_exceeds_the_number_of_samples() -> None:
     with pytest.raises(ValueError, match="pass@5"):
         pass_at_k(4, 2, 5)
 
 
-def test_interval_is_plain_json() -> None:
+def test_interval_as_dict() -> None:
     assert Interval(0.5, 0.25, 0.75).as_dict() == {"mean": 0.5, "low": 0.25, "high": 0.75}

@@ -1,4 +1,4 @@
-"""Steps: cuts in token indices, total on any response."""
+"""Splitters: step boundaries as token indices, defined for every response."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vineppo.types import UserError
 
 newline = build_splitter("newline")
 
-# Crowded with what can go wrong: newlines, answer marks, merged tokens, half characters, special tokens.
+# Difficult tokens: newlines, answer marks, merged tokens, partial characters, special tokens.
 PIECES = ["", " ", "\n", "\r\n", "\t", "a", "b.", ".\n", ".\n\n", "\n\n\n", "####", "##", "\n####", "\n#", "a\nb"]
 PIECES += ["a\nb\nc", " \n", "\n  x", "\ufffd", "\u00a0", "\u2028"]
 responses = st.lists(st.one_of(st.sampled_from(PIECES), st.text("a#\n ", max_size=4)), min_size=1, max_size=30)
@@ -32,7 +32,7 @@ def texts_of(tokens: list[str], boundaries: tuple[int, ...]) -> list[str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The steps as a reader would count them: non-blank lines, answer lines joined to the line before."""
+    """The expected steps: non-blank lines, with answer lines joined to the previous line."""
     lines: list[str] = []
     for line in text.split("\n"):
         if line.strip() and lines and line.strip().startswith("####"):
@@ -56,7 +56,7 @@ def test_newline_boundaries_strictly_increase_end_at_t_and_leave_no_blank_step(t
 
 @settings(deadline=None)
 @given(responses)
-def test_newline_state_ends_in_white_space_only_where_one_token_holds_both(tokens: list[str]) -> None:
+def test_newline_state_ends_in_white_space_only_if_one_token_has_text_and_white_space(tokens: list[str]) -> None:
     for boundary in newline(tokens)[:-1]:
         last = next(token for token in reversed(tokens[:boundary]) if token)
         assert not last[-1].isspace() or last.strip()
@@ -72,7 +72,7 @@ def test_newline_steps_of_single_character_tokens_are_the_lines(text: str) -> No
 
 @settings(deadline=None)
 @given(responses)
-def test_newline_snaps_each_cut_to_the_first_token_start_at_or_after_it(tokens: list[str]) -> None:
+def test_newline_moves_each_cut_to_the_first_token_start_at_or_after_it(tokens: list[str]) -> None:
     text = "".join(tokens)
     exact = set(newline(list(text))[:-1]) if text else set()
     starts = list(accumulate(map(len, tokens), initial=0))
@@ -83,21 +83,21 @@ def test_newline_snaps_each_cut_to_the_first_token_start_at_or_after_it(tokens: 
 @pytest.mark.parametrize(
     ("tokens", "ends"),
     [
-        (["a", "=", "1", "\n", "b", "=", "2", ""], (3, 8)),  # the newline leads the next step; EOS joins the last
-        (["x", ".\n\n", "y", "."], (2, 4)),  # merged with the period: the step keeps its period
-        (["x", ".\n", "\n", "y"], (2, 4)),  # the rest of the white space goes to the front of the next step
+        (["a", "=", "1", "\n", "b", "=", "2", ""], (3, 8)),  # the newline belongs to the next step, EOS to the last one
+        (["x", ".\n\n", "y", "."], (2, 4)),  # newlines merged with the period stay with it
+        (["x", ".\n", "\n", "y"], (2, 4)),  # the rest of the white space belongs to the next step
         (["x", "\n\n\n", "y"], (1, 3)),
-        (["x", " ", "\n", " ", "\n", "y"], (1, 6)),  # blank lines, and the blank before the newline
-        (["x", "\n", "####", " 7", "\n", ""], (6,)),  # the answer line belongs to the step before it
+        (["x", " ", "\n", " ", "\n", "y"], (1, 6)),  # blank lines, and a space before the newline
+        (["x", "\n", "####", " 7", "\n", ""], (6,)),  # the answer line belongs to the previous step
         (["x", "\n", "##", "##", " 7", "\n", "y"], (5, 7)),
-        (["#### 7", "\n", "y"], (1, 3)),  # no step before it
+        (["#### 7", "\n", "y"], (1, 3)),  # an answer line without a previous step
         (["\n", "\n", "x"], (3,)),
         (["x", "\n", "", "\n"], (4,)),
-        (["\n", "", " "], (3,)),  # blank as a whole
+        (["\n", "", " "], (3,)),  # entirely blank
         (["", ""], (2,)),
-        (["a\nb\nc", "\n", "d"], (1, 3)),  # lines inside one token cannot be cut apart
-        (["a\nb", "\n####", " 7"], (3,)),  # snapped to the front of an answer line: no cut
-        (["\ufffd", "\ufffd", "\n", "\ufffd", "\ufffd"], (2, 5)),  # half characters are text
+        (["a\nb\nc", "\n", "d"], (1, 3)),  # lines inside one token are not separated
+        (["a\nb", "\n####", " 7"], (3,)),  # the cut would move to the start of an answer line, so there is none
+        (["\ufffd", "\ufffd", "\n", "\ufffd", "\ufffd"], (2, 5)),  # partial characters count as text
         (["x", "\r\n", "y"], (1, 3)),
     ],
 )
@@ -106,7 +106,7 @@ def test_newline_by_hand(tokens: list[str], ends: tuple[int, ...]) -> None:
 
 
 def test_newline_is_linear_in_a_long_blank_response() -> None:
-    tokens = [" "] * 200_000  # a pattern that backtracks would take minutes
+    tokens = [" "] * 200_000  # a backtracking pattern would take minutes
     assert newline(tokens) == (200_000,)
 
 
@@ -118,7 +118,7 @@ def test_every_n_tokens(tokens: list[str], num_tokens: int) -> None:
     assert all(end % num_tokens == 0 for end in boundaries[:-1])
     pieces = texts_of(tokens, boundaries)
     assert all(piece.strip() for piece in pieces[:-1])
-    # One for each group of N tokens that is not blank, but for the last group, and one for what is left.
+    # One piece for each group of N tokens that is not blank, except the last group, and one for the rest.
     groups = [tokens[start : start + num_tokens] for start in range(0, len(tokens), num_tokens)]
     assert len(pieces) == 1 + sum(any(token.strip() for token in group) for group in groups[:-1])
 
@@ -155,7 +155,7 @@ def test_a_response_without_tokens_has_no_steps(spec: str) -> None:
         "my_module:",
     ],
 )
-def test_unknown_splitters_name_what_is_allowed(spec: str) -> None:
+def test_the_message_for_an_unknown_splitter_lists_the_allowed_ones(spec: str) -> None:
     with pytest.raises(UserError, match=r"allowed: newline, math, tokens:N, .* or module:function, "):
         build_splitter(spec)
 
@@ -172,7 +172,7 @@ def with_default(tokens, every=2):
 def by_name(tokens, *, logprobs=()):
     return tuple(i for i, p in enumerate(logprobs, 1) if p < -1 or i == len(tokens))
 
-def by_place(tokens, others):
+def by_position(tokens, others):
     return by_name(tokens, logprobs=others)
 
 def one_by_one(tokens, logprobs=()):
@@ -210,14 +210,14 @@ def cuts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_cuts"
 
 
-def test_a_splitter_of_the_users_takes_tokens_and_if_it_wants_logprobs(cuts: str) -> None:
+def test_user_defined_splitters_get_tokens_and_optionally_logprobs(cuts: str) -> None:
     tokens, logprobs = list("bacada"), [-2.0, -0.5, -2.0, -0.5, -0.5, -0.5]
     expected = {
         "at_a": (2, 4, 6),
         "with_default": (2, 4, 6),
         "halves": (2, 4, 6),
         "by_name": (1, 3, 6),
-        "by_place": (1, 3, 6),
+        "by_position": (1, 3, 6),
         "one_by_one": (1, 2, 3, 4, 5, 6),
     }
     for name, ends in expected.items():
@@ -245,26 +245,26 @@ def test_a_splitter_of_the_users_takes_tokens_and_if_it_wants_logprobs(cuts: str
         ("endless", "[1, 2, 3, 4]"),
     ],
 )
-def test_what_a_splitter_of_the_users_returns_is_checked(cuts: str, name: str, shown: str) -> None:
+def test_the_result_of_a_user_defined_splitter_is_checked(cuts: str, name: str, shown: str) -> None:
     with pytest.raises(UserError) as refused:
         build_splitter(f"{cuts}:{name}")(["x", "y", "z"])
     assert str(refused.value) == (
-        f"splitter 'my_cuts:{name}' returned {shown} for a response of 3 tokens; allowed: the end of each step as "
-        "whole numbers from 1 to 3, strictly increasing, the last one 3"
+        f"splitter 'my_cuts:{name}' returned {shown} for a response of 3 tokens; it must return the end of each "
+        "step as integers from 1 to 3, strictly increasing, the last one 3"
     )
 
 
-def test_a_long_wrong_return_is_shortened(cuts: str) -> None:
+def test_a_long_wrong_result_is_shortened_in_the_message(cuts: str) -> None:
     with pytest.raises(UserError) as refused:
         build_splitter(f"{cuts}:endless")(["x"] * 1000)
     assert "returned [1, 2, 3, 4, 5, ..., 1001] for a" in str(refused.value)
 
 
-def test_a_splitter_of_the_users_that_fails_is_one_line(cuts: str) -> None:
+def test_failures_of_user_defined_splitters_raise_one_line_messages(cuts: str) -> None:
     refusals = {
         "raises": "failed: KeyError: 'first",
         "breaks_late": "failed: OSError: late; it is called as cut(tokens, logprobs=())",
-        "takes_three": "takes (tokens, logprobs, third); it must take (tokens, logprobs=()) or (tokens)",
+        "takes_three": "has the parameters (tokens, logprobs, third); allowed: (tokens, logprobs=()) or (tokens)",
         "constant": "is a int; it must be a function",
         "at_b": "has no 'at_b'; did you mean 'at_a'?",
     }
@@ -299,7 +299,7 @@ def test_merged_steps_by_hand() -> None:
         merge_steps(boundaries, -1)
 
 
-# ---- every splitter, on what real tokenizers make of real and of broken text
+# ---- all splitters with tokens of real tokenizers, for ordinary and malformed text
 
 SPECS = ["newline", "math", "tokens:3", "cutpoints", "cutpoints:2:0.5", r"regex:\\n|[.]\s"]
 TEXT = (
@@ -329,7 +329,7 @@ mathematics = st.lists(st.sampled_from(FRAGMENTS), min_size=1, max_size=40).map(
 
 @cache
 def tokenizers_of_three_kinds() -> dict[str, Tokenizer]:
-    """Byte-level BPE, Unigram with SentencePiece's spaces, and characters, trained on a few lines."""
+    """Byte-level BPE, Unigram with SentencePiece's spaces, and character tokenizers, trained on a few lines."""
     corpus = [TEXT, *(f"Step {n}: {n} + {n} = {2 * n}, and the {n}th term is 漢字 é." for n in range(60))]
     byte_level = Tokenizer(models.BPE())
     byte_level.pre_tokenizer, byte_level.decoder = (
@@ -349,7 +349,7 @@ def tokenizers_of_three_kinds() -> dict[str, Tokenizer]:
 
 
 def tokens_of(kind: str, text: str) -> list[str]:
-    """Each token decoded alone, and an end-of-sequence token; half a character is a replacement character."""
+    """Texts of the single tokens, and of an end-of-sequence token; partial characters become U+FFFD."""
     tokenizer = tokenizers_of_three_kinds()[kind]
     return [*(tokenizer.decode([token]) for token in tokenizer.encode(text).ids), ""]
 
@@ -358,7 +358,7 @@ def tokens_of(kind: str, text: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["byte-level", "unigram", "characters"])
 @settings(deadline=None, max_examples=60)
 @given(text=st.one_of(mathematics, st.text(max_size=80), st.just(TEXT)), seed=st.integers(0, 99))
-def test_every_splitter_is_total_on_every_tokenizer(kind: str, spec: str, text: str, seed: int) -> None:
+def test_every_splitter_works_with_every_tokenizer(kind: str, spec: str, text: str, seed: int) -> None:
     tokens = tokens_of(kind, text)
     logprobs = [math.log(random.Random(f"{seed} {i}").uniform(0.05, 1)) for i in range(len(tokens))]
     split = build_splitter(spec)
@@ -375,7 +375,7 @@ def steps_of(spec: str, text: str) -> list[str]:
     return texts_of(list(text), build_splitter(spec)(list(text)))
 
 
-def test_math_cuts_at_sentences_and_lines_but_not_inside_formulas() -> None:
+def test_math_splits_at_sentences_and_lines_but_not_inside_formulas() -> None:
     assert steps_of("math", TEXT) == [
         "First, we expand: $(x+1)^2 = x^2 + 2x + 1$.",
         " Then e.g. Mr. Euler says $x = 3.5$ is fine.",
@@ -388,7 +388,7 @@ def test_math_cuts_at_sentences_and_lines_but_not_inside_formulas() -> None:
     ]
 
 
-def test_math_halves_long_pieces_near_their_middle() -> None:
+def test_math_bisects_long_pieces_near_their_middle() -> None:
     long = "the first of the summands is a, the second of the summands is b, the third one is c and the fourth is d"
     assert steps_of("math", long) == [
         "the first of the summands is a, the second of the summands is b,",
@@ -397,22 +397,22 @@ def test_math_halves_long_pieces_near_their_middle() -> None:
     assert steps_of("math", long[:100]) == [long[:100]]
     chain = "$" + " = ".join(f"\\frac{{{n} = n}}{{{'9' * 20}}}" for n in range(4)) + "$"
     pieces = steps_of("math", chain)
-    assert len(pieces) == 2 and pieces[1].startswith(" = \\frac{2")  # never inside of the braces
+    assert len(pieces) == 2 and pieces[1].startswith(" = \\frac{2")  # never inside the braces
     protected = "$(" + "a, " * 60 + "b)$"
     assert steps_of("math", protected) == [protected]
 
 
 @pytest.mark.parametrize("text", ["a $ b. C", "a \\[ b. C", "a \\begin{align} b. C", "a \\begin{x} b. C \\end{y}"])
-def test_math_half_a_formula_protects_nothing(text: str) -> None:
+def test_math_treats_an_unclosed_formula_as_text(text: str) -> None:
     assert steps_of("math", text)[0].endswith("b.")
 
 
-def test_cutpoints_end_behind_every_nth_uncertain_token_and_never_look_ahead() -> None:
+def test_cutpoints_end_after_every_nth_uncertain_token_and_never_look_ahead() -> None:
     tokens = ["a", " b", " ", "c", "d", "e", "f", "g", ""]
     sure, unsure = math.log(0.95), math.log(0.4)
     logprobs = [unsure, sure, unsure, unsure, sure, unsure, unsure, unsure, unsure]
     split = build_splitter("cutpoints:2:0.5")
-    assert split(tokens, logprobs) == (3, 6, 9)  # the last two uncertain ones end with the response
+    assert split(tokens, logprobs) == (3, 6, 9)  # the last two uncertain tokens belong to the last step
     for end in range(4, 9):
         assert split(tokens[:end], logprobs[:end])[:-1] == tuple(b for b in split(tokens, logprobs)[:-1] if b < end)
     assert build_splitter("cutpoints")(tokens, logprobs) == (7, 9)
@@ -420,27 +420,31 @@ def test_cutpoints_end_behind_every_nth_uncertain_token_and_never_look_ahead() -
         split(tokens)
 
 
-def test_regex_cuts_behind_matches() -> None:
+def test_regex_splits_after_matches() -> None:
     assert steps_of("regex:;", "a; b;; c;") == ["a;", " b;", ";", " c;"]
     assert steps_of("regex:(?=Step)", "Step 1 x\nStep 2 y") == ["Step 1 x\n", "Step 2 y"]
-    with pytest.raises(UserError, match=r"'\(' is no regular expression \(missing"):
+    with pytest.raises(UserError, match=r"'\(' is not a valid regular expression \(missing"):
         build_splitter("regex:(")
 
 
-def test_every_n_tokens_gives_white_space_to_the_next_step() -> None:
-    assert build_splitter("tokens:1")(["a", " ", "b", ""]) == (1, 3, 4)  # the blank in front of b; the end is a choice
+def test_every_n_tokens_merges_white_space_into_the_next_step() -> None:
+    assert build_splitter("tokens:1")(["a", " ", "b", ""]) == (
+        1,
+        3,
+        4,
+    )  # EOS is a separate step
     assert build_splitter("tokens:2")([" ", "\n", "a", "b", "c"]) == (4, 5)
 
 
-def test_blanks_without_end_take_no_time_to_cut() -> None:
-    """A search that began anew at each blank would take minutes here."""
+def test_splitting_long_white_space_takes_linear_time() -> None:
+    """A search that restarts at each space would take minutes here."""
     tokens = ["x", *[" "] * 100_000, "y"]
     for spec in ("math", "newline"):
         assert build_splitter(spec)(tokens)[-1] == len(tokens)
 
 
-def test_llamas_decoder_hides_no_spaces_from_the_splitters() -> None:
-    """Its tokens begin with a space that decoding one alone would drop; the steps are those of byte-level tokens."""
+def test_token_texts_of_a_llama_tokenizer_keep_their_spaces() -> None:
+    """Decoding a single token would drop its leading space; the steps are those of a byte-level tokenizer."""
     words = ["▁It", "▁is", "▁5", ".", "▁Then", "▁x", "▁is", "▁6", "."]
     vocabulary = {"</s>": 0, **{word: n for n, word in enumerate(dict.fromkeys(words), 1)}}
     model = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))

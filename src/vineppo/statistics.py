@@ -1,6 +1,6 @@
-"""Intervals and estimators for what the project measures: accuracies over problems, means over seeds, pass@k.
+"""Confidence intervals and estimators: accuracies over problems, means over seeds, pass@k.
 
-Pure functions of numbers. An interval that cannot be known is NaN here and null in JSON, never of width 0.
+Bounds that the data do not determine are NaN here and null in JSON; such an interval never has width 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 _BLOCK = 4_000_000
-"""Resampled values held in memory at once by the bootstrap."""
+"""Maximum number of resampled values that the bootstrap keeps in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Interval:
 
     mean: float
     low: float
-    """NaN where the data cannot tell."""
+    """NaN if the data do not determine it."""
     high: float
-    """NaN where the data cannot tell."""
+    """NaN if the data do not determine it."""
 
     def as_dict(self) -> dict[str, float | None]:
         """{"mean", "low", "high"} for JSON, with None for NaN (JSON has no NaN)."""
@@ -40,15 +40,15 @@ def bootstrap_mean(
     """Mean of one number per problem, with the percentile bootstrap interval over problems (Efron 1979).
 
     Problems are resampled, not single responses: responses to one problem are not independent, so average them first.
-    Where all values are equal every resample is the same and the bootstrap would claim a width of 0 for exactly the
-    samples that show least. Then the Wilson interval of `mean * n` successes in n trials is given instead: exact in
-    form for values that are all 0 or all 1, conservative for any other value in [0, 1], because no distribution on
-    [0, 1] with that mean varies more than 0/1 values. Equal values outside [0, 1] have an unknown interval (NaN).
+    If all values are equal, every resample is the same and the bootstrap interval would have width 0. The result is
+    then the Wilson interval of `mean * n` successes in n trials: the usual interval if all values are 0 or all are 1,
+    and conservative for other values in [0, 1], because no distribution on [0, 1] with that mean has a larger variance
+    than 0/1 values. For equal values outside [0, 1] the bounds are NaN.
 
     Args:
         values: one number per problem (for pass@1 the mean over its responses), shape (P,).
-        seed: the resamples depend on it and on nothing else.
-        num_resamples: bootstrap resamples.
+        seed: seed of the resampling.
+        num_resamples: number of bootstrap resamples.
         level: confidence, between 0 and 1.
     Raises:
         ValueError: if there is no value, or one is not finite.
@@ -79,13 +79,13 @@ def bootstrap_mean(
 
 
 def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
-    """Share of successes with Wilson's score interval (Wilson 1927), which keeps a width when all trials agree.
+    """Share of successes with Wilson's score interval (Wilson 1927), whose width is not 0 if all trials agree.
 
     With p = successes / trials and the normal quantile z, the bounds are
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). The mean returned is p itself.
 
     Args:
-        successes: number of successes; a fraction is allowed (the mean of graded trials, times their number).
+        successes: number of successes, not necessarily an integer: rewards between 0 and 1 may be summed.
         trials: number of independent trials, at least 1.
         level: confidence, between 0 and 1.
     Raises:
@@ -99,34 +99,34 @@ def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # Rounding must not push a bound across the mean when all trials agree.
+    # min and max: rounding must not move a bound across the mean if all trials agree.
     return Interval(share, min(share, max(0.0, (centre - half) / scale)), max(share, min(1.0, (centre + half) / scale)))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k responses is correct (Chen et al. 2021, 2107.03374).
+    """Unbiased estimate of the probability that at least one of k responses is correct (Chen et al., arXiv 2107.03374).
 
-    1 - C(n - c, k) / C(n, k): the share of k-subsets of the n samples that hold a correct one. Computed as a product,
-    so that no binomial overflows.
+    It is 1 - C(n - c, k) / C(n, k), the share of k-subsets of the n samples that contain a correct one, computed as a
+    product so that no binomial coefficient overflows.
 
     Args:
-        num_samples: n, responses sampled to one problem.
-        num_correct: c, how many of them are correct.
+        num_samples: n, number of responses sampled for one problem.
+        num_correct: c, number of correct ones among them.
         k: size of the subset, 1 <= k <= n.
     Raises:
         ValueError: if k or num_correct does not fit num_samples.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} correct in {num_samples}: needs 1 <= k <= n and 0 <= correct <= n")
-    # The factor at i = k is 0, as it must be: fewer than k wrong responses leave no k-subset without a correct one.
+    # The factor at i = k is 0: if fewer than k responses are wrong, every k-subset has a correct one.
     return 1.0 - math.prod(1 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
 def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
     """Mean over independent runs with Student's t interval: mean -+ t_{(1 + level) / 2, n - 1} * sd / sqrt(n).
 
-    One run says nothing about the spread over seeds: its bounds are NaN (None in JSON). So are the bounds of runs that
-    agree exactly, since a width of 0 would claim certainty.
+    The bounds are NaN (null in JSON) for a single run, whose spread over seeds is unknown, and for runs with equal
+    values, whose interval would have width 0.
 
     Args:
         values: one number per seed, shape (N,).
@@ -146,7 +146,7 @@ def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.9
 
 
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """The t with P(T <= t) = probability for Student's distribution, by bisection on its distribution function.
+    """The t with P(T <= t) = probability for Student's t distribution, by bisection on its distribution function.
 
     Args:
         probability: strictly between 0 and 1.
@@ -178,7 +178,7 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     """Regularised incomplete beta function I_x(a, b) by Lentz's continued fraction (Numerical Recipes, section 6.4)."""
     if x <= 0 or x >= 1:
         return min(1.0, max(0.0, x))
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast only on this side of the mean
+    if x > (a + 1) / (a + b + 2):  # the continued fraction converges fast only for smaller x
         return 1 - _incomplete_beta(b, a, 1 - x)
     front = math.exp(
         math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)

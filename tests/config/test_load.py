@@ -359,8 +359,8 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"learner: {lr: 1", "is not valid YAML in line 1"),
-        (b"run:\n  seed: 1\n  seed: 2\n", "is not valid YAML in line 3: key seed stands twice"),
-        (b"- a\n- b\n", "holds a list; it must hold keys"),
+        (b"run:\n  seed: 1\n  seed: 2\n", "is not valid YAML in line 3: key seed is repeated"),
+        (b"- a\n- b\n", "contains a list; it must contain keys"),
         (b"\xff\xfe\xfa", "is not UTF-8 text"),
         (b"description: 3\n", "description is 3 in recipe"),
         (b"a: \x00", "is not valid YAML"),

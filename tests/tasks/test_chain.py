@@ -1,4 +1,4 @@
-"""The embedded task: splits, arithmetic, traps, and the demonstrations' habits, against counts made here by hand."""
+"""The embedded task: splits, arithmetic, traps and the habits of demonstrations, checked against independent counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FACTS = [(left, operator, operand) for left in range(10) for operator in "+-*" f
 
 
 def test_the_splits_share_no_prompt() -> None:
-    task = ChainTask("judgement", 2)  # 4,410 problems in all, so that a leak would show
+    task = ChainTask("judgement", 2)  # only 4,410 different problems, so that a leak would be noticed
     prompts = {split: {task.problem(split, i).prompt for i in range(1500)} for split in ("train", "validation", "test")}
     assert not prompts["train"] & prompts["validation"]
     assert not prompts["train"] & prompts["test"]
@@ -35,15 +35,15 @@ def test_the_splits_share_no_prompt() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_answer_is_that_of_the_expression(level: str) -> None:
+def test_the_answer_is_the_value_of_the_expression(level: str) -> None:
     for index in range(100):
         problem = ChainTask(level, 10).problem("test", index)
-        *assignments, asked = problem.prompt.strip().split(";")
+        *assignments, question = problem.prompt.strip().split(";")
         scope: dict[str, int] = {}
         for assignment in assignments:
             name, expression = assignment.split("=")
             scope[name] = eval(expression, {}, scope) % 10
-        assert str(scope[asked.rstrip("?")]) == problem.answer
+        assert str(scope[question.rstrip("?")]) == problem.answer
         texts = [f"x\n#### {problem.answer}", f"#### {problem.answer} 1", ""]
         assert grade_chain(completions=texts, answer=[problem.answer] * 3) == [1.0, 0.0, 0.0]
 
@@ -60,7 +60,7 @@ def test_a_third_of_the_kinds_are_traps_and_the_ways_slip_equally_often() -> Non
     assert Counter(operator for operator, _, _ in TRAPS) == {"+": 6, "-": 6, "*": 2}
 
 
-def test_the_slipping_way_is_always_wrong_and_the_other_never() -> None:
+def test_the_slipping_way_is_always_wrong_and_the_other_way_never() -> None:
     for level in LEVELS:
         for fact in FACTS:
             slipping = slipping_way(level, *fact)
@@ -92,7 +92,7 @@ def test_demonstrations_slip_at_traps_only_and_have_the_stated_habits(level: str
         assert answer == f"#### {left}"
         in_one_way += len(set(ways)) == 1
         right += answer_of(response) == task.problem("train", index).answer
-    # Four standard errors: of about 5,000 traps, 10,000 free steps and 1,500 responses.
+    # Tolerances are four standard errors, for about 5,000 traps, 10,000 free steps and 1,500 responses.
     at_traps = taken["trap", True] / (taken["trap", True] + taken["trap", False])
     if level == "judgement":
         assert abs(at_traps - 0.6) < 0.03
@@ -101,7 +101,8 @@ def test_demonstrations_slip_at_traps_only_and_have_the_stated_habits(level: str
     else:
         assert abs(at_traps - 0.9) < 0.035
         assert in_one_way == 1500
-    # judgement: 0.8 ** 10 = 11% without a slip; habit: 10% with care, (2 / 3) ** 10 = 2% in haste. Luck adds the rest.
+    # Without a slip, judgement: 0.8 ** 10 = 11%; habit: 10% with care and (2 / 3) ** 10 = 2% in haste. Other responses
+    # are right by chance.
     assert 0.12 < right / 1500 < 0.25
 
 
@@ -111,8 +112,8 @@ def test_every_second_demonstration_is_shorter() -> None:
     assert set(lengths) == {2, 3, 4, 5, 6, 7, 8, 9, 10}
 
 
-def test_wavering_writers_know_the_kinds_but_not_the_traps() -> None:
-    """They take the usual way of a kind in 80%, trap or not; at ten of the fourteen traps it is the slipping one."""
+def test_wavering_writers_use_the_usual_way_of_a_kind_even_at_traps() -> None:
+    """They use it in 80% of the cases; at ten of the fourteen traps it is the slipping way."""
     task = ChainTask("judgement", 10, "wavering")
     usual: Counter[bool] = Counter()
     links: Counter[str] = Counter()

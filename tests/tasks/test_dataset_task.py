@@ -1,4 +1,4 @@
-"""Tables as tasks: splits that are disjoint, text as it stands in the file, one clear line for every mistake."""
+"""Tasks from tables: disjoint splits, unchanged text, one-line messages for mistakes in files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_last_tenth_is_held_out_and_disjoint_from_train(tmp_path: Path, coun
     assert prompts(task, "train") + prompts(task, "validation") == [row["prompt"] for row in rows(count)]
 
 
-def test_own_files_for_validation_and_test(tmp_path: Path) -> None:
+def test_separate_files_for_validation_and_test(tmp_path: Path) -> None:
     validation = write(tmp_path / "validation.jsonl", rows(3, start=100))
     test = write(tmp_path / "test.jsonl", rows(4, start=200))
     task = build_task(config_of(tmp_path, rows(20), validation_path=validation, test_path=test))
@@ -55,7 +55,7 @@ def test_no_test_split_without_a_file(tmp_path: Path) -> None:
         task.size("test")
 
 
-def test_a_problem_has_its_address_its_text_and_its_columns(tmp_path: Path) -> None:
+def test_a_problem_has_the_id_text_and_columns_of_its_row(tmp_path: Path) -> None:
     data = [{"question": f"Is \\frac{{{n}}}{{2}} {{prompt}}?\u2028é", "gold": 3.0, "level": [n]} for n in range(20)]
     config = config_of(
         tmp_path,
@@ -68,17 +68,17 @@ def test_a_problem_has_its_address_its_text_and_its_columns(tmp_path: Path) -> N
     assert problem.id == "train/17"
     assert problem.prompt == "{x} Problem:\nIs \\frac{17}{2} {prompt}?\u2028é\n\nSolution:"
     assert problem.answer == "3.0"  # a number becomes text
-    assert problem.columns == {**data[17], "level": [17]}  # mapped ones as well, under their own names
+    assert problem.columns == {**data[17], "level": [17]}  # prompt and answer columns keep their original names too
 
 
-def test_a_negative_or_late_index_is_refused(tmp_path: Path) -> None:
+def test_an_index_out_of_range_raises(tmp_path: Path) -> None:
     task = build_task(config_of(tmp_path, rows(20)))
     for index in (-1, 18):
         with pytest.raises(AssertionError):
             task.problem("train", index)
 
 
-def test_the_chat_template_wraps_the_finished_prompt_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_the_chat_template_is_applied_to_the_finished_prompt_if_configured(tmp_path: Path) -> None:
     config = config_of(tmp_path, rows(20), prompt_template="Q: {prompt}", chat_template=True)
 
     def wrap(prompt: str) -> str:
@@ -90,7 +90,7 @@ def test_the_chat_template_wraps_the_finished_prompt_where_it_is_asked_for(tmp_p
         build_task(config)
 
 
-def test_demonstrations_are_the_answer_column_as_it_stands(tmp_path: Path) -> None:
+def test_demonstrations_are_the_unchanged_answer_column(tmp_path: Path) -> None:
     data = [{"prompt": "p", "answer": " a\n#### 1 \n"}] * 2
     assert build_task(config_of(tmp_path, data)).demonstration("train", 0) == ("p", " a\n#### 1 \n")
 
@@ -105,11 +105,11 @@ def test_grading_by_name_and_by_function(tmp_path: Path) -> None:
         return [float(value) for value in level]
 
     assert build_task(config, reward_fn=by_level).grade(problems, ["2", "5"]) == [1.0, 2.0]
-    with pytest.raises(UserError, match="no grader 'exat'"):
+    with pytest.raises(UserError, match="unknown grader 'exat'"):
         build_task(replace(config, rewards=("exat",)))
 
 
-def test_trap_11_hash_without_hash_in_the_answers_is_refused_when_the_file_is_read(tmp_path: Path) -> None:
+def test_trap_11_grader_hash_requires_marks_in_the_answers_when_the_file_is_read(tmp_path: Path) -> None:
     data = [{"prompt": "p", "answer": "#### 1"}, {"prompt": "p", "answer": "2"}]
     config = config_of(tmp_path, data, rewards=("hash",))
     with pytest.raises(UserError, match=r"train.jsonl line 2: grader hash: the reference answer '2' has no number"):
@@ -117,7 +117,7 @@ def test_trap_11_hash_without_hash_in_the_answers_is_refused_when_the_file_is_re
     build_task(config, reward_fn=lambda prompts, completions, **_: [0.0] * len(completions))
 
 
-def test_a_reward_function_regrades_the_chain_task() -> None:
+def test_a_reward_function_replaces_the_grader_of_the_chain_task() -> None:
     task = build_task(TaskConfig(), reward_fn=lambda prompts, completions, **_: [float(len(t)) for t in completions])
     plain = build_task(TaskConfig())
     problem = task.problem("validation", 3)
@@ -133,12 +133,12 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is empty; it must hold problems"),
+        ("", "is empty; it must contain problems"),
         ("\n  \n", "is empty"),
-        (GOOD + "\n{oops}\n", r"line 3 is no JSON object \(JSONDecodeError"),
-        (GOOD + "[1, 2]\n", "line 2 is no JSON object but a list"),
-        (GOOD + "null\n", "line 2 is no JSON object but a NoneType"),
-        ("[" * 100_000 + "\n", "line 1 is no JSON object"),
+        (GOOD + "\n{oops}\n", r"line 3 is not a JSON object \(JSONDecodeError"),
+        (GOOD + "[1, 2]\n", "line 2 is a list, not a JSON object"),
+        (GOOD + "null\n", "line 2 is a NoneType, not a JSON object"),
+        ("[" * 100_000 + "\n", "line 1 is not a JSON object"),
         (
             '{"promt": "p", "answer": "a"}\n',
             r"line 1 has no column 'prompt' \(it has: promt, answer\); did you mean 'promt'",
@@ -150,11 +150,11 @@ GOOD = '{"prompt": "p", "answer": "a"}\n'
         ('{"prompt": [{"role": "user"}], "answer": "a"}\n', "column 'prompt' is a list"),
         ('{"prompt": "p", "answer": true}\n', "column 'answer' is a bool; it must be text or a number"),
         ('{"prompt": " ", "answer": "a"}\n', "column 'prompt' is blank"),
-        ('{"prompt": "\\ud800", "answer": "a"}\n', "half a surrogate pair"),
+        ('{"prompt": "\\ud800", "answer": "a"}\n', "contains an unpaired surrogate"),
         (GOOD, "has 1 problem, too few to hold one out"),
     ],
 )
-def test_mistakes_in_a_file_are_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
+def test_mistakes_in_a_file_raise_one_line_messages(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -162,7 +162,7 @@ def test_mistakes_in_a_file_are_one_clear_line(tmp_path: Path, content: str, mes
     assert "\n" not in str(caught.value) and "bad.jsonl" in str(caught.value)
 
 
-def test_files_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
+def test_unreadable_files_raise_one_line_messages(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", rows(3))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "answer": "a"}\n'.encode("latin-1"))
     with pytest.raises(UserError, match=r"task.train_path: no such file: .*absent.jsonl"):

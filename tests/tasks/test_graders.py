@@ -1,4 +1,4 @@
-"""Graders: each way in which a published grader was too kind, too strict on one side, or silent about an error."""
+"""Graders: cases in which published graders were too lenient, treated the two sides differently or hid an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_exact_compares_the_whole_response() -> None:
 
 
 @pytest.mark.parametrize("completion", ["so it is 72", "72", "", "72 ####", "#### \n72", "### 72", "# # # # 72"])
-def test_trap_11_no_fall_back_to_the_last_number(completion: str) -> None:
+def test_trap_11_no_fallback_to_the_last_number(completion: str) -> None:
     assert by_hash(completion, "#### 72") == 0.0
 
 
@@ -48,7 +48,7 @@ def test_trap_11_commas_and_dollars_are_stripped_on_both_sides(one: str, other: 
     "text", ["1,23", "12,34", ",123", "1234,567", "1,2,3", "1 2", "7 or 8", "1/2", "5 clips", "1e3"]
 )
 @pytest.mark.parametrize("other", ["--5", "-$-5", "$", ".", "-", "٣", "NaN", "inf", "0x10", "5..", "1_000"])
-def test_what_is_no_number_grades_0_against_everything(text: str, other: str) -> None:
+def test_text_that_is_not_a_number_always_grades_0(text: str, other: str) -> None:
     assert hash_number(f"#### {text}") is None
     assert hash_number(f"#### {other}") is None
     for gold in ("123", "1234567", "12", "7", "5", "1000", "0"):
@@ -60,8 +60,8 @@ def test_what_is_no_number_grades_0_against_everything(text: str, other: str) ->
     [
         ("#### 3.0", "3"),
         ("####3", "3"),
-        ("#### 1\n#### 2", "2"),  # the last mark counts
-        ("#### 2\nand 5 more", "2"),  # to the end of the line
+        ("#### 1\n#### 2", "2"),  # the last mark is used
+        ("#### 2\nand 5 more", "2"),  # only to the end of the line
         ("##### 4", "4"),
         ("#### -$5", "-5"),
         ("#### $-5", "-5"),
@@ -88,7 +88,7 @@ def test_trap_11_a_huge_number_neither_hangs_nor_crashes() -> None:
     assert by_hash("#" * 200_000 + "1", "#### 1") == 1.0
 
 
-def test_trap_11_an_answer_that_cannot_be_graded_is_an_error_and_not_wrong() -> None:
+def test_trap_11_an_answer_that_cannot_be_graded_raises() -> None:
     with pytest.raises(UserError, match=r"the reference answer '72' has no number after `####`"):
         by_hash("#### 72", "72")
 
@@ -115,7 +115,7 @@ def test_gsm8k_gold_answers_grade_1_and_perturbed_ones_0() -> None:
     assert mean([f"{head}#### ${number:,}.00." for head, number in pairs]) == 1.0
     assert mean([f"#### {number}" for number in plain]) == 1.0
     assert mean([f"{head}#### {number + 1}" for head, number in pairs]) == 0.0
-    # 100 times 0 is 0, and right.
+    # An answer of 0 is left out: 100 times 0 is the right answer.
     assert mean([f"{head}#### {number * 100}" for head, number in pairs if number] + ["#### x"] * plain.count(0)) == 0.0
     assert mean([f"{head}The answer is {number}" for head, number in pairs]) == 0.0
     assert mean([f"{head}#### {number + 1}\nor rather {number}" for head, number in pairs]) == 0.0
@@ -152,12 +152,12 @@ def test_reward_functions_are_called_once_with_every_column() -> None:
     ]
 
 
-def test_a_column_cannot_take_the_place_of_the_prompts_or_the_answer() -> None:
+def test_columns_do_not_override_the_prompts_or_the_answer() -> None:
     taken = {"prompts": "x", "completions": "x", "answer": "x"}
     assert apply_reward(grade_exact, [Problem("a", "?", "7", taken)], ["7"]) == [1.0]
 
 
-def test_rewards_may_be_numpy_and_nothing_is_called_for_nothing() -> None:
+def test_rewards_may_be_a_numpy_array_and_no_function_is_called_without_problems() -> None:
     def as_array(prompts: list[str], completions: list[str], **_: Any) -> Any:
         return np.array([0.5, 1.0])
 
@@ -169,18 +169,18 @@ def test_rewards_may_be_numpy_and_nothing_is_called_for_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", [1.0], 10**400, "two\nlines"])
-def test_a_reward_that_is_no_finite_number_names_its_index(bad: Any) -> None:
+def test_a_reward_that_is_not_a_finite_number_raises_with_its_index(bad: Any) -> None:
     with pytest.raises(UserError, match=r"reward 1 is .*allowed: a finite number or None") as caught:
         apply_reward(lambda prompts, completions, **_: [1.0, bad], PROBLEMS, ["", ""])
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_number_of_rewards_is_an_error() -> None:
+def test_a_wrong_number_of_rewards_raises() -> None:
     with pytest.raises(UserError, match="returned 1 rewards for 2 completions"):
         apply_reward(lambda prompts, completions, **_: [1.0], PROBLEMS, ["", ""])
 
 
-def test_an_exception_in_a_reward_function_is_one_line_that_names_it() -> None:
+def test_an_exception_in_a_reward_function_is_reported_in_one_line_with_its_name() -> None:
     def broken(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         raise RuntimeError("first line\nsecond line")
 
@@ -199,7 +199,7 @@ def test_an_exception_in_a_reward_function_is_one_line_that_names_it() -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere"])
     return tmp_path
@@ -210,8 +210,8 @@ def test_graders_by_name() -> None:
     assert load_grader("hash") is grade_hash
 
 
-def test_a_grader_from_the_current_directory(here: Path) -> None:
-    (here / "my_length_grader.py").write_text(
+def test_a_grader_from_the_current_directory(working_directory: Path) -> None:
+    (working_directory / "my_length_grader.py").write_text(
         "def shorter(prompts, completions, **columns):\n    return [-len(text) for text in completions]\n"
     )
     assert apply_reward(load_grader("my_length_grader:shorter"), PROBLEMS, ["ab", ""]) == [-2.0, 0.0]
@@ -224,14 +224,14 @@ def test_a_grader_from_the_current_directory(here: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "exct", "module", "module:", ":function"])
-def test_unknown_graders_name_what_is_allowed(spec: str) -> None:
+def test_the_message_for_an_unknown_grader_lists_the_allowed_ones(spec: str) -> None:
     with pytest.raises(UserError, match="allowed: exact, hash, boxed, or module:function"):
         load_grader(spec)
 
 
-def test_a_missing_module_is_told_from_one_that_fails(here: Path) -> None:
-    (here / "my_broken_grader.py").write_text("import surely_not_there\n")
-    (here / "my_misspelt_grader.py").write_text("def f(:\n")
+def test_a_missing_module_is_distinguished_from_one_that_fails(working_directory: Path) -> None:
+    (working_directory / "my_broken_grader.py").write_text("import surely_not_there\n")
+    (working_directory / "my_misspelt_grader.py").write_text("def f(:\n")
     with pytest.raises(UserError, match="no module 'absent_grader' in the current directory"):
         load_grader("absent_grader:f")
     with pytest.raises(UserError, match=r"no module 'json\.absent'"):

@@ -1,4 +1,4 @@
-"""Grading in other processes: verdicts in order, real limits, failures told apart from wrong answers, early starts."""
+"""Grading in worker processes: order of verdicts, limits, failures distinguished from wrong answers, early grading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def slowly(completions, **columns):
     return [None if text == "none" else 1.0 for text in completions]
 
 def troubled(completions, **columns):
-    print("a grader that talks")
+    print("a grader that prints")
     [text] = completions
     if text == "hang":
         while True:
@@ -50,7 +50,7 @@ def troubled(completions, **columns):
         raise KeyError("no such key")
     if text == "memory":
         return [float(len(bytearray(1 << 40)))]
-    return [float(os.getpid()) if text == "who" else 2.0]
+    return [float(os.getpid()) if text == "pid" else 2.0]
 """
 
 
@@ -93,7 +93,7 @@ def test_verdicts_come_in_order_with_every_column_and_none(pool_of: Any) -> None
     assert pool.verdicts(problems[::-1], texts[::-1], ids[::-1]) == expected[::-1]
 
 
-def test_what_hangs_dies_raises_or_eats_memory_is_one_failure_and_harms_nothing_else(pool_of: Any) -> None:
+def test_hanging_exiting_raising_or_exceeding_memory_is_a_failure_of_one_response_only(pool_of: Any) -> None:
     pool = pool_of("troubled", workers=2, seconds=1.0, memory=2 << 30)
     texts = ["a", "hang", "b", "die", "c", "raise", "memory", "d", "e", "f"]
     verdicts = graded_by(pool, texts)
@@ -108,22 +108,22 @@ def test_what_hangs_dies_raises_or_eats_memory_is_one_failure_and_harms_nothing_
 
 def test_workers_are_other_processes_and_equal_responses_are_graded_once(pool_of: Any) -> None:
     pool = pool_of("troubled", workers=2)
-    [(one,), (two,)] = pool.verdicts([problem(0)] * 2, ["who", "who"], [])
+    [(one,), (two,)] = pool.verdicts([problem(0)] * 2, ["pid", "pid"], [])
     assert one == two != os.getpid()
 
 
-def test_grading_begins_before_it_is_asked_for(pool_of: Any) -> None:
+def test_expect_starts_grading_before_verdicts_are_requested(pool_of: Any) -> None:
     pool = pool_of("slowly", workers=1)
     pool.verdicts([problem(0)], ["x"], [])
     pool.expect([problem(i) for i in range(5)], list("abcde"), [])
     time.sleep(0.5)
     pool.expect([], [], [])
-    assert len(pool._verdicts) == 5  # without anybody having asked
+    assert len(pool._verdicts) == 5  # before verdicts() was called
     assert pool.verdicts([problem(i) for i in range(5)], list("abcde"), []) == [(1.0,)] * 5
     assert not pool._verdicts and not pool._jobs
 
 
-def test_sampling_tells_the_grader_of_responses_as_they_end() -> None:
+def test_sampling_passes_responses_to_the_grader_as_they_end() -> None:
     task = build_task(TaskConfig(num_steps=3))
     policy = Policy.load(ModelConfig())
     told: list[list[str]] = []
@@ -188,13 +188,13 @@ def test_the_chain_task_is_graded_like_every_other() -> None:
         build_task(TaskConfig(reward_weights=(1.0, 1.0)))
 
 
-def test_a_grader_of_the_running_script_cannot_be_called_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grader_defined_in_the_running_script_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "grade_here", lambda **_: [1.0], raising=False)
-    with pytest.raises(UserError, match=r"grader '__main__:grade_here' is in the running script.*reward_fn"):
+    with pytest.raises(UserError, match=r"grader '__main__:grade_here' is defined in the running script.*reward_fn"):
         build_task(TaskConfig(rewards=("exact", "__main__:grade_here")))
 
 
-def test_too_many_failures_stop_the_run_with_the_first_errors_text(module: str) -> None:
+def test_too_many_failures_raise_with_the_text_of_the_first_error(module: str) -> None:
     limits = GradingConfig(workers=1, max_error_share=0.1)
     task = build_task(TaskConfig(num_steps=3, rewards=(f"{module}:troubled",), grading=limits))
     assert task.grade([problem(i) for i in range(3)], ["a", "raise", "raise"]) == [2.0, 0.0, 0.0]  # 2 of 20: allowed
@@ -202,7 +202,7 @@ def test_too_many_failures_stop_the_run_with_the_first_errors_text(module: str) 
         task.grade([problem(5)], ["raise"])
 
 
-def test_a_grader_that_refuses_its_data_stops_the_run_at_once(pool_of: Any) -> None:
+def test_a_user_error_of_a_grader_is_raised_immediately(pool_of: Any) -> None:
     pool = WorkerPool([functools.partial(load_grader, "hash")], 1, 20.0, 0)
     with pytest.raises(UserError, match="the reference answer '0' has no number"):
         graded_by(pool, ["#### 1"])
@@ -211,10 +211,10 @@ def test_a_grader_that_refuses_its_data_stops_the_run_at_once(pool_of: Any) -> N
         graded_by(pool, ["a"])
 
 
-def test_asynchronous_functions_wait_at_the_same_time() -> None:
+def test_asynchronous_functions_run_concurrently() -> None:
     async def meet(event: str, completions: list[str]) -> list[float]:
-        here.append(event)
-        while len(here) < 2:  # each alone would wait for ever
+        started.append(event)
+        while len(started) < 2:  # without concurrency, the first one would never return
             await asyncio.sleep(0.001)
         return [1.0] * len(completions)
 
@@ -224,11 +224,11 @@ def test_asynchronous_functions_wait_at_the_same_time() -> None:
     async def b(completions: list[str], **_: Any) -> list[float]:
         return await meet("b", completions)
 
-    here: list[str] = []
+    started: list[str] = []
     assert apply_rewards([a, b], [problem(0)], ["x"]) == [(1.0, 1.0)]
 
 
-def test_a_running_loop_as_in_a_notebook_is_no_hindrance() -> None:
+def test_rewards_are_computed_inside_a_running_event_loop_as_in_a_notebook() -> None:
     def even(completions: list[str], **_: Any) -> list[float]:
         return [float(len(text) % 2 == 0) for text in completions]
 
@@ -238,7 +238,7 @@ def test_a_running_loop_as_in_a_notebook_is_no_hindrance() -> None:
     assert asyncio.run(cell()) == [(1.0,), (0.0,)]
 
 
-def test_what_a_late_grader_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timeout_kills_processes_that_the_grader_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     note = tmp_path / "pid"
     (tmp_path / "my_starting_rewards.py").write_text(
         "import subprocess\n"
@@ -251,24 +251,24 @@ def test_what_a_late_grader_has_started_ends_with_it(tmp_path: Path, monkeypatch
     [verdict] = pool.verdicts([problem(0)], ["x"], [[1]])
     assert isinstance(verdict, Failure) and verdict.timed_out
     status = Path(f"/proc/{note.read_text()}/status")
-    deadline = time.monotonic() + 10  # the kernel's time, not ours
+    deadline = time.monotonic() + 10  # the kernel may need some time to end the process
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not status.exists() or "State:\tZ" in status.read_text()
     pool.close()
 
 
-def test_a_closed_pool_grades_what_was_in_flight_again(pool_of: Any) -> None:
+def test_a_closed_pool_grades_unanswered_responses_again(pool_of: Any) -> None:
     pool = pool_of("troubled", workers=1, seconds=1.0)
     pool.expect([problem(0), problem(1)], ["hang", "quick"], [[1], [2]])
-    while not any(worker.jobs for worker in pool._workers):  # until the worker holds both
+    while not any(worker.jobs for worker in pool._workers):  # until both were sent to the worker
         pool.expect([], [], [])
         time.sleep(0.02)
     pool.close()
     assert pool.verdicts([problem(1)], ["quick"], [[2]]) == [(2.0,)]
 
 
-def test_a_grader_that_breaks_late_does_not_hide_behind_its_past() -> None:
+def test_a_grader_that_breaks_late_in_a_run_raises() -> None:
     class Breaking:
         early = False
         failing = False
@@ -287,7 +287,7 @@ def test_a_grader_that_breaks_late_does_not_hide_behind_its_past() -> None:
         task.grade([problem(0)] * 30, ["x"] * 30)
 
 
-def test_weights_that_add_up_to_1_make_a_right_answer() -> None:
+def test_weights_that_sum_to_1_give_a_reward_of_exactly_1() -> None:
     def one(completions: list[str], **_: Any) -> list[float]:
         return [1.0] * len(completions)
 

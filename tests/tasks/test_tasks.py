@@ -1,4 +1,4 @@
-"""The tasks of real data: GSM8K, MATH, reasoning-gym, and tables in every format."""
+"""Tasks with real data: GSM8K, MATH, reasoning-gym and tables in all formats."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def problems_of(task: Task, split: Any = "train") -> list[Problem]:
 # ---- GSM8K
 
 
-def test_gsm8k_has_the_papers_prompt_and_splits_and_solutions_without_notes() -> None:
+def test_gsm8k_has_the_prompt_and_splits_of_the_paper_and_solutions_without_calculator_notes() -> None:
     task = build_task(
         TaskConfig(name="gsm8k", train_path=data("gsm8k/train.jsonl"), test_path=data("gsm8k/test.jsonl"))
     )
@@ -64,7 +64,7 @@ def test_gsm8k_chat_variant_asks_for_the_mark_that_is_graded() -> None:
     assert response.startswith("Janet")
 
 
-def test_calculator_notes_go_and_other_brackets_stay() -> None:
+def test_calculator_notes_are_removed_and_other_brackets_kept() -> None:
     assert without_calculator_notes("5 << 7, 48/2 = <<48/2=24>>24 and <<1+1=2>>2") == "5 << 7, 48/2 = 24 and 2"
 
 
@@ -84,16 +84,16 @@ def test_calculator_notes_go_and_other_brackets_stay() -> None:
         (r"\boxed{}", ""),
     ],
 )
-def test_the_last_box_counts(text: str, inside: str | None) -> None:
+def test_last_boxed_returns_the_content_of_the_last_box(text: str, inside: str | None) -> None:
     assert last_boxed(text) == inside
 
 
-def boxed(given: str, gold: str) -> float | None:
-    return grade_boxed(["?"], [given], [gold])[0]
+def boxed(response: str, gold: str) -> float | None:
+    return grade_boxed(["?"], [response], [gold])[0]
 
 
 @pytest.mark.parametrize(
-    ("given", "gold", "reward"),
+    ("response", "gold", "reward"),
     [
         (r"\boxed{\dfrac{1}{2}}", r"\frac{1}{2}", 1.0),
         (r"\boxed{0.5}", r"\frac{1}{2}", 1.0),
@@ -102,21 +102,23 @@ def boxed(given: str, gold: str) -> float | None:
         (r"\boxed{(2, 3)}", "(3, 2)", 0.0),
         (r"\boxed{50}", "0.5", 0.0),  # no factor of 100
         (r"\boxed{50\%}", "50", 1.0),
-        ("it is 7", "7", 0.0),  # no fall-back to the last number
+        ("it is 7", "7", 0.0),  # no fallback to the last number
         (r"\boxed{6} or 7", "7", 0.0),
         (r"\boxed{7} or \boxed{6}", "7", 0.0),
         (r"\boxed{}", "7", 0.0),
     ],
 )
-def test_boxed_grades_mathematics_and_nothing_outside_of_the_box(given: str, gold: str, reward: float) -> None:
+def test_boxed_compares_mathematically_and_ignores_text_outside_the_box(
+    response: str, gold: str, reward: float
+) -> None:
     pytest.importorskip("math_verify")
-    assert boxed(given, gold) == boxed(given, rf"So we get $\boxed{{{gold}}}$.") == reward
+    assert boxed(response, gold) == boxed(response, rf"So we get $\boxed{{{gold}}}$.") == reward
 
 
 def bumped(answer: str) -> str | None:
-    """The answer with its last digit one higher."""
+    """The answer with its last digit increased by one (9 becomes 0), or None if there is no suitable digit."""
     digits = list(re.finditer(r"\d", answer))
-    if not digits or "cm" in answer or "text" in answer or "box" in answer:  # a digit of a unit is not the answer's
+    if not digits or "cm" in answer or "text" in answer or "box" in answer:  # the digit may belong to a unit
         return None
     last = digits[-1]
     return answer[: last.start()] + str((int(last[0]) + 1) % 10) + answer[last.end() :]
@@ -141,7 +143,7 @@ def test_math_prompts_and_missing_solutions() -> None:
     task = build_task(config)
     assert task.problem("train", 1).prompt.startswith("[MATH_TASK] Problem:\nThe distance between two cities")
     assert task.problem("train", 1).columns["subject"] == "Prealgebra"
-    with pytest.raises(UserError, match=r"has no column 'solution' to imitate .*level, subject.*task.demonstration"):
+    with pytest.raises(UserError, match=r"has no demonstration column 'solution' .*level, subject.*task.demonstration"):
         task.demonstration("train", 0)
 
 
@@ -149,7 +151,7 @@ def test_math_prompts_and_missing_solutions() -> None:
 
 
 @pytest.mark.real
-def test_reasoning_gym_problems_are_addressed_and_splits_differ() -> None:
+def test_reasoning_gym_problems_are_reproducible_and_splits_are_disjoint() -> None:
     config = TaskConfig(name="reasoning_gym:chain_sum", options={"min_terms": 3, "max_terms": 3, "size": 50})
     task, again = build_task(config, chat), build_task(config, chat)
     assert (task.size("train"), task.size("validation")) == (50, 1_000)
@@ -161,7 +163,7 @@ def test_reasoning_gym_problems_are_addressed_and_splits_differ() -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["chain_sum", "knights_knaves", "family_relationships", "maze", "bf"])
-def test_reasoning_gym_grades_with_its_own_scorer_what_stands_behind_the_mark(name: str) -> None:
+def test_reasoning_gym_scores_the_text_after_the_mark(name: str) -> None:
     task = build_task(TaskConfig(name=f"reasoning_gym:{name}"))
     problems = [task.problem("validation", i) for i in range(5)]
     assert task.grade(problems, [f"So\n#### {p.answer}" for p in problems]) == [1.0] * 5
@@ -170,23 +172,23 @@ def test_reasoning_gym_grades_with_its_own_scorer_what_stands_behind_the_mark(na
 
 
 @pytest.mark.real
-def test_reasoning_gym_mistakes_are_one_clear_line() -> None:
+def test_mistakes_in_reasoning_gym_settings_raise_one_line_messages() -> None:
     for settings, message in (
         ({"name": "reasoning_gym:chainsum"}, "no data set 'chainsum'; did you mean 'chain_sum'"),
-        ({"name": "reasoning_gym:maze", "options": {"terms": 3}}, "refuses them .*its settings: .*max_grid_size"),
+        ({"name": "reasoning_gym:maze", "options": {"terms": 3}}, "rejects these options .*allowed: .*max_grid_size"),
         ({"name": "reasoning_gym:chain_sum", "options": {"min_terms": 0}}, "min_terms must be positive"),
         ({"name": "reasoning_gym:chain_sum", "options": {"seed": 0}}, "options has seed"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             build_task(TaskConfig(**settings))
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"no worked solutions; give task.demonstrator"):
+    with pytest.raises(UserError, match=r"no worked solutions; set task.demonstrator"):
         build_task(TaskConfig(name="reasoning_gym:maze")).demonstration("train", 0)
     with pytest.raises(UserError, match=r"task.options is for reasoning_gym, but task.name is gsm8k"):
         TaskConfig(name="gsm8k", options={"size": 3})
 
 
-def test_an_answer_of_several_lines_is_whole() -> None:
+def test_final_answer_keeps_several_lines() -> None:
     assert final_answer("think #### 1\n#### a b\nc d\n") == "a b\nc d"
     assert final_answer("a b") is None
 
@@ -243,7 +245,7 @@ def test_every_format_gives_the_same_problems(tmp_path: Path, ending: str) -> No
     ]
 
 
-def test_data_sets_of_the_hubs_library_and_rows_in_memory(tmp_path: Path) -> None:
+def test_data_sets_of_the_datasets_library_and_rows_in_memory(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_list(ROWS)
     table.save_to_disk(str(tmp_path / "one"))
@@ -262,7 +264,7 @@ def test_data_sets_of_the_hubs_library_and_rows_in_memory(tmp_path: Path) -> Non
         build_task(TaskConfig(**columns), tables={"train": [ROWS[0], "x"]})
 
 
-def test_conversations_go_through_the_chat_template() -> None:
+def test_conversations_are_formatted_by_the_chat_template() -> None:
     rows = [
         {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{n}?"}], "answer": n}
         for n in range(5)
@@ -289,17 +291,17 @@ def test_conversations_go_through_the_chat_template() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "q,a\n1,2\n3\n", r"a.csv line 3 has another number of cells than the header, which has 2"),
-        ("a.csv", "q,a\n1,2,3\n", r"line 2 has another number of cells"),
-        ("a.csv", "", r"a.csv is empty; it must hold problems"),
-        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 1 is no CSV"),
-        ("a.json", '{"q": 1}', r"a.json holds a dict; it must hold a list of objects"),
-        ("a.json", '{"q": 1}\n{"q": 2}', r"a.json is no JSON .*needs the ending .jsonl"),
+        ("a.csv", "q,a\n1,2\n3\n", r"a.csv line 3 does not have the same number of cells as the header, which has 2"),
+        ("a.csv", "q,a\n1,2,3\n", r"line 2 does not have the same number of cells"),
+        ("a.csv", "", r"a.csv is empty; it must contain problems"),
+        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 1 is not valid CSV"),
+        ("a.json", '{"q": 1}', r"a.json contains a dict; it must contain a list of objects"),
+        ("a.json", '{"q": 1}\n{"q": 2}', r"a.json is not valid JSON .*must be named .jsonl"),
         ("a.json", "[1]", r"a.json row 0 is a int; every row must map column names to values"),
-        ("a.parquet", "no", r"a.parquet is no Parquet file"),
+        ("a.parquet", "no", r"a.parquet is not a Parquet file"),
     ],
 )
-def test_mistakes_in_tables_are_one_clear_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_mistakes_in_tables_raise_one_line_messages(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     config = TaskConfig(name="dataset", train_path=str(tmp_path / name), prompt_column="q", answer_column="a")
     with pytest.raises(UserError, match=message) as caught:
@@ -312,17 +314,20 @@ def test_mistakes_in_tables_are_one_clear_line(tmp_path: Path, name: str, conten
     [
         ({"name": "gsm9k"}, r"task.name is 'gsm9k'; allowed: chain, gsm8k, math, dataset, or reasoning_gym:NAME"),
         ({"name": "dataset"}, r"task.train_path is empty; task.name dataset needs problems"),
-        ({"name": "dataset", "train_path": "nowhere"}, r"task.train_path: no such file: nowhere .*or a hub id"),
+        (
+            {"name": "dataset", "train_path": "nowhere"},
+            r"task.train_path: no such file: nowhere .*or a Hugging Face Hub id",
+        ),
         ({"name": "dataset", "train_path": "./a/b"}, r"no such file: ./a/b"),
         ({"name": "dataset", "rewards": ("exact",), "reward_weights": (1.0, 2.0)}, "has 2 numbers for 1 task.rewards"),
     ],
 )
-def test_mistakes_in_settings_are_one_clear_line(settings: Any, message: str) -> None:
+def test_mistakes_in_settings_raise_user_errors(settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_task(TaskConfig(**settings))
 
 
-def test_task_needs_nothing_of_what_it_does_not_use(tmp_path: Path) -> None:
+def test_unused_graders_do_not_constrain_the_answers(tmp_path: Path) -> None:
     def rewards(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
         return [1.0] * len(completions)
 
@@ -331,7 +336,7 @@ def test_task_needs_nothing_of_what_it_does_not_use(tmp_path: Path) -> None:
     assert task.grade([task.problem("train", 0)], ["x"]) == [1.0]
 
 
-def test_mistakes_of_a_demonstrator_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_of_a_demonstrator_raise_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_writers.py").write_text(
         "def narrow(prompt, answer): return 'x'\ndef nothing(**_): return None\n"
         "def own(prompt, answer, **more): return prompt + answer + ','.join(more)\n"
@@ -357,7 +362,7 @@ def test_mistakes_of_a_demonstrator_are_one_clear_line(tmp_path: Path, monkeypat
         written("nothing")
 
 
-def test_mapped_columns_reach_reward_functions_under_their_own_names() -> None:
+def test_reward_functions_get_prompt_and_answer_columns_by_their_original_names() -> None:
     def right(completions: list[str], solution: list[str], question: list[str], **_: Any) -> list[float]:
         assert question == ["q"]
         return [float(text == s) for text, s in zip(completions, solution, strict=True)]
@@ -368,12 +373,12 @@ def test_mapped_columns_reach_reward_functions_under_their_own_names() -> None:
 
 
 @pytest.mark.real
-def test_reasoning_gyms_entries_are_made_by_address() -> None:
+def test_reasoning_gym_entries_depend_only_on_their_address() -> None:
     from vineppo.tasks.gym import GymTask
 
     first, again = (GymTask(TaskConfig(name="reasoning_gym:list_functions")) for _ in range(2))
-    there = [first.problem("train", i).prompt for i in range(40)]
-    assert there == [again.problem("train", i).prompt for i in reversed(range(40))][::-1]
+    prompts = [first.problem("train", i).prompt for i in range(40)]
+    assert prompts == [again.problem("train", i).prompt for i in reversed(range(40))][::-1]
     for size in ("many", None, 0, 2.5):
         with pytest.raises(UserError, match=r"task.options has size .*; it must be a whole number of at least 1"):
             GymTask(TaskConfig(name="reasoning_gym:chain_sum", options={"size": size}))

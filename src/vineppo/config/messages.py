@@ -1,4 +1,4 @@
-"""Suggestions for misspelt names."""
+"""Suggestions for misspelt names in error messages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The known dotted keys that are most similar to `name`, best first; empty if none is similar.
+    """The known dotted keys that are most similar to `name`; empty if none is similar.
 
-    The end of a key is compared too (`lr` is similar to `learner.lr`), and so are initials (`learning_rate`). Several
-    are returned if they are equally similar (`num_problems`).
+    The endings of keys are compared too (`lr` is similar to `learner.lr`), and so are initials (`learning_rate` is
+    similar to `learner.lr`). If several keys are equally similar, up to `limit` of them are returned.
     """
     head, _, last = name.rpartition(".")
     initials = "".join(word[:1] for word in re.split(r"[_-]+", last))
@@ -25,12 +25,12 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 
 def _likeness(name: str, key: str) -> float:
-    """Similarity to a key or one of its endings (a.b.c, b.c, c): 1 if equal, at least 0.95 for a prefix."""
-    parts, wanted = key.split("."), _normal(name)
+    """Similarity to a key or one of its endings (a.b.c, b.c, c): 1 if equal, at least 0.95 for a prefix of one."""
+    parts, normal_name = key.split("."), _normal(name)
     endings = [_normal(".".join(parts[i:])) for i in range(len(parts))]
-    begins = len(wanted) > 2 and any(ending.startswith(wanted) for ending in endings)
-    ratios = [difflib.SequenceMatcher(None, wanted, ending).ratio() for ending in endings]
-    return max(*ratios, 0.95 * begins)
+    is_prefix = len(normal_name) > 2 and any(ending.startswith(normal_name) for ending in endings)
+    ratios = [difflib.SequenceMatcher(None, normal_name, ending).ratio() for ending in endings]
+    return max(*ratios, 0.95 * is_prefix)
 
 
 def _normal(name: str) -> str:
@@ -38,6 +38,6 @@ def _normal(name: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`did you mean learner.lr?`, or an empty text if no known name is similar."""
+    """`did you mean learner.lr?`, or an empty string if no known name is similar."""
     names = nearest(name, known)
-    return f"did you mean {' or '.join(prefix + near for near in names)}?" if names else ""
+    return f"did you mean {' or '.join(prefix + similar for similar in names)}?" if names else ""

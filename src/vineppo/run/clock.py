@@ -1,4 +1,4 @@
-"""Seconds of an iteration's phases, and the process's peak memory."""
+"""Measures the time of an iteration's phases and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase, also when the block raises. Do not nest phases."""
+        """Add the time of the block to a phase, even if the block raises. Phases must not be nested."""
         start = self._clock()
         try:
             yield
@@ -25,15 +25,19 @@ class Timer:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def pop(self) -> dict[str, float]:
-        """Seconds per phase since the last call, and start again from nothing."""
+        """Return the seconds per phase since the last call, and reset them to 0."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
 
 def peak_memory(device: Any) -> int:
-    """Bytes that this process has needed at most, on the accelerator (a torch.device) or of the machine's memory."""
+    """Peak memory of this process in bytes: GPU memory for a CUDA device, else main memory.
+
+    Args:
+        device: a `torch.device`.
+    """
     if device.type == "cuda":
-        import torch  # heavy, and not needed to open a run's directory
+        import torch  # imported here, because it is slow to import and not needed to open a run directory
 
         return int(torch.cuda.max_memory_allocated(device))
     import resource

@@ -1,4 +1,4 @@
-"""The looks that all figures share: canvas, bands, axes, legend."""
+"""Functions that give all figures the same style: canvas, bands, axes, legend."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 GREY = "#444444"
 
-
 _SUBTITLE_LETTERS = 92
-"""As many stand in one line beside the vertical axis; longer subtitles are written smaller."""
+"""Number of characters that fit in one line at full font size; longer subtitles get a smaller font."""
 
 
 def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
-    """A figure whose title says what is compared. No pyplot: nothing global, no display needed."""
+    """A new figure with a title and a subtitle. It does not use pyplot, so it has no global state and needs no display.
+
+    Args:
+        title: bold text above the axes.
+        subtitle: one line between title and axes.
+        height: height of the figure in inches; the width is 8 inches.
+    """
     figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=26)
@@ -31,7 +36,7 @@ def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes
         fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / max(1, len(subtitle))),
         color=GREY,
     )
-    note.set_in_layout(False)  # a long line must not narrow the picture
+    note.set_in_layout(False)  # a long subtitle must not reduce the size of the axes
     return figure, axes
 
 
@@ -43,7 +48,7 @@ def band(
     colour: str,
     label: str | None,
 ) -> None:
-    """Shade the interval where it is known."""
+    """Shade the area between `low` and `high`; points with a bound of None are left out."""
     known = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if b is not None and c is not None]
     if known:
         xs, lows, highs = zip(*known, strict=True)
@@ -62,7 +67,7 @@ def finish(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Percent on the vertical axis, within 0 to 100: an interval's band may leave it, an accuracy cannot."""
+    """Format the vertical axis as percent and limit it to 0 to 100, even if the bands of intervals exceed it."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(0.0, low), min(1.0, high) + 0.002)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
@@ -70,10 +75,10 @@ def percent_axis(axes: Axes) -> None:
 
 
 def legend_below(axes: Axes) -> None:
-    """All names under the picture, where they hide nothing, in as many rows as they need."""
+    """Place the legend below the axes, in as many rows as it needs."""
     handles, labels = axes.get_legend_handles_labels()
     if handles and axes.figure is not None:
-        width = sum(len(label) + 8 for label in labels)  # in letters; the handle and the gaps are worth 8
+        width = sum(len(label) + 8 for label in labels)  # in characters; 8 for the handle and the gaps of each entry
         rows = math.ceil(width / 92)
         columns = math.ceil(len(labels) / rows)
         axes.figure.legend(
@@ -82,7 +87,7 @@ def legend_below(axes: Axes) -> None:
 
 
 def short_number(value: float, position: int | None = None) -> str:
-    """1500000 -> 1.5M, 20000 -> 20k, 96 -> 96."""
+    """Format a tick label: 1500000 -> 1.5M, 20000 -> 20k, 96 -> 96. `position` is not used; matplotlib passes it."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{suffix}"
@@ -90,6 +95,6 @@ def short_number(value: float, position: int | None = None) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the PNG without a software stamp, so that equal data give equal files."""
+    """Save the figure as PNG and return the path. Equal figures give equal files: no software version is written."""
     figure.savefig(path, metadata={"Software": None})
     return path

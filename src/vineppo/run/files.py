@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, forced to disk, renamed into place. Imports nothing of ours."""
+"""Atomic writing of files: write a temporary file, force it to disk, rename it. Imports nothing from this package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def fsync_file(path: Path) -> None:
-    """Force a file's content to disk."""
+    """Force the content of a file to disk."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -19,8 +19,8 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Force a directory's entries to disk; without it a rename may not survive a power cut."""
-    if os.name == "nt":  # Windows cannot open directories, and has no need to
+    """Force the entries of a directory to disk; without this, a rename can be lost in a power failure."""
+    if os.name == "nt":  # Windows cannot open directories and does not need this
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -31,32 +31,32 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; what was written there takes its place when the block ends well.
+    """Yield a temporary path in the same directory; when the block ends, the file written there replaces `path`.
 
-    A reader sees the old file or the new one, never a part. An exception leaves the old file as it was.
+    Readers see the old file or the complete new one, never a part. If the block raises, the old file is unchanged.
 
     Raises:
-        OSError: where the directory cannot be written.
+        OSError: if the directory is not writable.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield aside
-        fsync_file(aside)
-        os.replace(aside, path)
+        yield temporary
+        fsync_file(temporary)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content by `text` (UTF-8), atomically."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write `text` to a file (UTF-8), atomically."""
+    with written_aside(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """SHA-256 hash of a file's content, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Figures of one run as PNG files."""
+"""Plots the metrics of one run as PNG files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, save, short_number
 
 _PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
-
-
 _SECONDS = {
     "seconds/sample": ("sampling", "#0072B2"),
     "seconds/credit": ("credit", "#E69F00"),
@@ -26,10 +24,10 @@ _SECONDS = {
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Draw a run directory's accuracy and reward, tokens by phase and seconds by phase into its `plots/`.
+    """Plot accuracy and reward, tokens per phase and seconds per phase of a run into `plots/` of its directory.
 
     Returns:
-        The files written: `accuracy.png`, `tokens.png`, `seconds.png`; none for a run without finished iterations.
+        Paths of `accuracy.png`, `tokens.png` and `seconds.png`; empty if the run has no finished iteration.
     """
     run_dir = Path(run_dir)
     records = RunDirectory.open(run_dir, writable=False).read_metrics()
@@ -47,7 +45,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def _run_title(run_dir: Path) -> str:
-    """`VinePPO, seed 0, judgement`, or the directory's name for a run that is still going on."""
+    """`VinePPO, seed 0, judgement`, or the name of the directory if the run is not finished."""
     summary_path = run_dir / "summary.json"
     if not summary_path.exists():
         return run_dir.resolve().name
@@ -122,7 +120,7 @@ def _cumulative(values: Sequence[float]) -> list[float]:
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, tuple[list[float], str]]) -> None:
-    """Stacked areas from 0; a layer that is 0 throughout is left out, its name too."""
+    """Draw stacked areas that start at 0. Layers whose values are all 0 are left out, also from the legend."""
     used = {label: layer for label, layer in layers.items() if any(layer[0])}
     if not used:
         return

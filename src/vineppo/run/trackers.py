@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: TensorBoard, Weights & Biases and trackio behind two verbs, log and close."""
+"""Experiment trackers in addition to metrics.jsonl: TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vineppo.run.files import write_text
 from vineppo.types import UserError
 
 PROJECT = "vineppo"
-"""Project that runs are listed under at Weights & Biases and trackio."""
+"""Default name of the project at Weights & Biases and trackio."""
 _MODULES = {
     "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
     "wandb": ("wandb", "init"),
@@ -23,40 +23,40 @@ _MODULES = {
 
 
 class Tracker(Protocol):
-    """Where metrics are shown beside metrics.jsonl."""
+    """Receives the metrics of each iteration."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Show the finite numbers among the metrics at an iteration; the rest is left out."""
+        """Record the metrics of an iteration (`step`); values that are not finite numbers are left out."""
         ...
 
     def close(self) -> None:
-        """Send what is pending and let go."""
+        """Send pending data and finish."""
         ...
 
 
 class TensorBoardTracker:
-    """Event files in the run directory's `tensorboard/`."""
+    """Writes event files to `tensorboard/` in the run directory."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], start: int) -> None:
         writer = _load("tensorboard").SummaryWriter
-        # Points past the checkpoint that a run resumes from are hidden, as they are cut from metrics.jsonl.
+        # After a resume, points later than the checkpoint are hidden, just as they are removed from metrics.jsonl.
         self._writer = writer(run_dir / "tensorboard", purge_step=start + 1 if start else None)
         if not start:
             self._writer.add_text("config", _config_table(config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """One point per finite number."""
+        """Add one point per metric with a finite number."""
         for name, value in _finite(metrics).items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write pending data."""
         self._writer.close()
 
 
 class WandbTracker:
-    """A run at Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like have their usual meaning."""
+    """Logs to Weights & Biases; environment variables such as WANDB_PROJECT and WANDB_MODE have their usual meaning."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         wandb = _load("wandb")
@@ -72,8 +72,8 @@ class WandbTracker:
         except wandb.errors.Error as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"wandb did not start: {reason}; log in by `wandb login`, set WANDB_MODE=offline, or take wandb out of "
-                "run.report_to"
+                f"wandb did not start: {reason}; log in with `wandb login`, set WANDB_MODE=offline, or remove wandb "
+                "from run.report_to"
             ) from None
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -86,7 +86,7 @@ class WandbTracker:
 
 
 class TrackioTracker:
-    """A run in trackio's local store."""
+    """Logs to trackio's local store."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         name = f"{run_dir.name}-{_tracker_id(run_dir)}"
@@ -102,7 +102,7 @@ class TrackioTracker:
 
 
 def require_trackers(report_to: Iterable[str]) -> None:
-    """Refuse early, before a run directory is made.
+    """Check that the trackers can be imported, before a run directory is created.
 
     Raises:
         UserError: if a tracker is unknown or its package is not installed.
@@ -114,11 +114,13 @@ def require_trackers(report_to: Iterable[str]) -> None:
 def build_trackers(
     report_to: Iterable[str], run_dir: str | Path, config: Mapping[str, Any], start: int = 0
 ) -> list[Tracker]:
-    """The trackers that `run.report_to` names, in its order.
+    """Build the trackers of `run.report_to`, in the same order.
 
     Args:
+        report_to: names of trackers.
+        run_dir: directory of the run.
         config: the resolved settings, as plain dicts, lists and scalars.
-        start: completed iterations when a run is resumed, else 0.
+        start: number of completed iterations if the run is resumed, else 0.
     Raises:
         UserError: if a tracker is unknown, its package is not installed, or it does not start.
     """
@@ -141,11 +143,11 @@ def _load(name: str) -> Any:
     module_name, needed = _MODULES[name]
     try:
         module = importlib.import_module(module_name)
-        getattr(module, needed)  # a mere directory of that name, as wandb leaves one, imports as an empty module
+        getattr(module, needed)  # a directory named wandb, which wandb creates for its logs, imports as an empty module
     except (ImportError, AttributeError):
         raise UserError(
-            f'run.report_to has {name}, which is not installed; install it by `pip install "vineppo[tracking]"`, or '
-            f"take it out of run.report_to"
+            f'run.report_to has {name}, which is not installed; install it with `pip install "vineppo[tracking]"`, or '
+            f"remove it from run.report_to"
         ) from None
     return module
 
@@ -156,7 +158,7 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
-    """The settings as indented lines, which TensorBoard's Markdown shows as they are."""
+    """The settings as indented lines, which TensorBoard's Markdown renders verbatim."""
     lines = []
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -167,7 +169,7 @@ def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _tracker_id(run_dir: Path) -> str:
-    """A name that no other run has, kept in the run directory so that a resumed run is the same run to a tracker."""
+    """A unique id, stored in the run directory so that trackers continue the same run after a resume."""
     path = run_dir / "tracker_id"
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:8])

@@ -1,4 +1,4 @@
-"""TRL's names for what we measure, where both mean the same; docs/metrics.md lists them."""
+"""TRL's names for metrics of this package that have the same meaning; docs/metrics.md lists them."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ TRL_NAMES = {
 
 
 def with_trl_names(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with TRL's names beside ours."""
-    return {**line, **{theirs: line[ours] for ours, theirs in TRL_NAMES.items() if ours in line}}
+    """A line of metrics.jsonl with TRL's names added."""
+    return {**line, **{trl_name: line[name] for name, trl_name in TRL_NAMES.items() if name in line}}

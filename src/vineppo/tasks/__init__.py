@@ -1,4 +1,4 @@
-"""Tasks: problems, prompts and graders, as text only."""
+"""Tasks: problems, prompts and graders. They work with text only, not with token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the task that a configuration names."""
+"""Builds the task that `task.name` selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
-"""Names of reward functions, for metrics, and the judge that calls them."""
+"""(names of the reward functions, used in metrics; the judge that calls them)."""
 
 
 def build_task(
@@ -28,16 +28,16 @@ def build_task(
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     tables: Mapping[Split, Any] | None = None,
 ) -> Task:
-    """The task that the configuration names.
+    """Build the task that the configuration selects.
 
     Args:
         config: the `task` section.
-        format_prompt: the tokenizer's chat template as a function of the prompt.
-        reward_fn: the caller's own reward functions, in place of the task's; they are called in this process, with all
-            responses at once.
-        tables: the caller's own rows for `dataset`, in place of files.
+        format_prompt: applies the tokenizer's chat template to a prompt.
+        reward_fn: reward functions that replace the task's. They are called in this process, with all responses in one
+            call.
+        tables: in-memory rows per split for `dataset`, used instead of files.
     Raises:
-        UserError: for files, columns or graders that cannot be used.
+        UserError: if a file, a column or a grader cannot be used.
     """
     fns = tuple(reward_fn) if isinstance(reward_fn, Sequence) else (reward_fn,) if reward_fn else ()
     if config.name == "chain":
@@ -48,25 +48,25 @@ def build_task(
 
         gym = GymTask(config, format_prompt)
         return _graded(config, gym, fns, lambda: ((config.name,), _in_workers(config, [gym.load_reward])))
-    own: tuple[str, ...] = ("exact",)
+    default_rewards: tuple[str, ...] = ("exact",)
     layout = Layout()
     if config.name in BENCHMARKS:
         benchmark = BENCHMARKS[config.name]
-        layout, own = benchmark.layout, benchmark.rewards
+        layout, default_rewards = benchmark.layout, benchmark.rewards
         if not config.train_path:
             config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
     elif not config.train_path and not tables:
-        raise UserError("task.train_path is empty; task.name dataset needs problems (a file or a hub id)")
-    hash_answers = not fns and "hash" in (config.rewards or own)
+        raise UserError("task.train_path is empty; task.name dataset needs problems: a file or a Hugging Face Hub id")
+    hash_answers = not fns and "hash" in (config.rewards or default_rewards)
     source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
-    return _graded(config, source, fns, lambda: _by_name(config, own))
+    return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
 
 
 def _graded(
-    config: TaskConfig, source: ProblemSource, fns: tuple[RewardFn, ...], own: Callable[[], _NamesAndJudge]
+    config: TaskConfig, source: ProblemSource, fns: tuple[RewardFn, ...], default: Callable[[], _NamesAndJudge]
 ) -> Graded:
-    """Problems under the caller's functions, or the configured ones, or the task's own."""
-    names, judge = _given(fns) if fns else _by_name(config, config.rewards) if config.rewards else own()
+    """The problems, graded by `fns` if there are any, else by `task.rewards` if set, else by the task's default."""
+    names, judge = _from_functions(fns) if fns else _from_names(config, config.rewards) if config.rewards else default()
     weights = config.reward_weights or (1.0,) * len(names)
     if len(weights) != len(names):
         raise UserError(f"task.reward_weights has {len(weights)} numbers for {len(names)} reward functions")
@@ -76,19 +76,19 @@ def _graded(
     )
 
 
-def _given(fns: tuple[RewardFn, ...]) -> _NamesAndJudge:
+def _from_functions(fns: tuple[RewardFn, ...]) -> _NamesAndJudge:
     return tuple(_unique([getattr(fn, "__name__", type(fn).__name__) for fn in fns])), InProcess(fns)
 
 
-def _by_name(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
-    # Loaded here too: a misspelt name should be refused before anything starts.
+def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
+    # Also loaded in this process, so that a misspelt name is an error before any worker starts.
     loaded = tuple(load_grader(spec) for spec in rewards)
     if set(rewards) <= set(QUICK):
         return rewards, InProcess(loaded)
-    if own := next((spec for spec in rewards if spec.startswith("__main__:")), ""):
+    if in_script := next((spec for spec in rewards if spec.startswith("__main__:")), ""):
         raise UserError(
-            f"grader {own!r} is in the running script, which a grader's process does not run; move it to a module of "
-            "its own, or pass the function itself (reward_fn, reward_funcs)"
+            f"grader {in_script!r} is defined in the running script, which grader processes do not run; move it to a "
+            "separate module, or pass the function itself (reward_fn, reward_funcs)"
         )
     return rewards, _in_workers(config, [functools.partial(load_grader, spec) for spec in rewards])
 
@@ -99,6 +99,7 @@ def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]]) -
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:
+    """A function of a problem that calls the user's function and checks that it returns text."""
     write: Callable[..., Any] = load_grader(spec)
 
     def demonstrate(problem: Problem) -> str:
@@ -108,7 +109,7 @@ def _demonstrator(spec: str) -> Callable[[Problem], str]:
         except Exception as error:
             raise UserError(
                 f"task.demonstrator {spec} failed for problem {problem.id}: {first_line(error)}; it is called as "
-                f"fn(prompt, answer, **columns) with columns {', '.join(columns) or 'none'} and returns text"
+                f"fn(prompt, answer, **columns) with columns {', '.join(columns) or 'none'} and must return text"
             ) from error
         if not isinstance(text, str):
             raise UserError(
@@ -120,5 +121,5 @@ def _demonstrator(spec: str) -> Callable[[Problem], str]:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Names of which none is there twice: two lambdas must not share a metric."""
+    """The names, with the index appended to repeated ones: two lambdas must not share a metric."""
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

@@ -1,25 +1,25 @@
 """The embedded task: chained arithmetic with named variables, one line per step.
 
-A problem is `a=7;b=a*3;c=b+5;c?`; every operation is modulo 10. A response evaluates one variable per line, says in
-which of two ways it did so, and ends with an answer line:
+A problem is, for example, `a=7;b=a*3;c=b+5;c?`; every operation is modulo 10. A response evaluates one variable per
+line, names one of two ways of doing so, and ends with an answer line:
 
     b=7*3 by rote = 1
     c=1+5 by rule is 6
     #### 6
 
-The ways are habits of writing that demonstrations teach, and at some steps one of the two is a trap. A third of the 42
-kinds of step (operator, operand, parity of the left number) has a slipping way: written in it, the step gets a fixed
-wrong number, always. Everywhere else both ways write the right number. Which way slips depends on the level:
+There are 42 kinds of step (operator, operand, parity of the left number). A third of them are traps: one of the two
+ways, the slipping way, always gives a fixed wrong number. For all other kinds both ways give the right number. The
+level decides which way slips:
 
-- `judgement`: at half of the traps the first way slips, at the other half the second, with nothing in the text to say
-  which: 14 decisions, of which a chain mixes three or four.
-- `habit`: at every trap the first way slips, so one decision settles everything.
+- `judgement`: the first way slips at half of the traps, the second way at the other half. The text does not show which:
+  the policy has to learn 14 decisions, of which one chain contains three or four.
+- `habit`: the first way slips at every trap, so there is one decision to learn.
 
-The model never lacks a fact, and it cannot win by being more certain of what it does: its favourite way at a trap is
-the slipping one. Two groups of writers make the demonstrations. The `wavering` ones have a usual way for every kind of
-step and take it in 80% of the cases; they teach the facts, and to tell the kinds apart. The `settled` ones keep to
-their usual way (in 95%) where both ways are right and are torn at the traps, where they take the slipping way in 60%;
-in `habit` a writer writes a whole response in one way, nine of ten in the slipping one.
+The demonstrations teach all arithmetic facts. Sharpening the policy does not solve the task, because the most frequent
+way at a trap is the slipping one. Demonstrations come from one of two kinds of writers. `wavering` writers have a usual
+way for every kind of step and use it in 80% of the cases; they teach the facts and the kinds. `settled` writers use
+their usual way in 95% of the cases where both ways are right, and the slipping way in 60% of the cases at traps. In
+`habit` a response is written in one way throughout, which is the slipping one in nine of ten responses.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ MODULUS = 10
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")
-"""Harmless variation in wording: which link is written says nothing about the number after it."""
+"""Variants of the wording; the link is independent of the number after it."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
-"""Every operation is a bijection modulo 10, so a slip is never undone by chance of the operation."""
+"""Every operation is a bijection modulo 10, so a later operation cannot map a wrong number to the right one."""
 Kind = tuple[str, int, int]
 """(operator, operand, parity of the left number)."""
 _ANSWER = re.compile(r"(?:^|\n)#### (\d+)\s*\Z")
@@ -46,7 +46,7 @@ _SPLIT_OF_RESIDUE: dict[int, Split] = {0: "validation", 1: "test"}
 
 
 def apply(left: int, operator: str, operand: int) -> int:
-    """The number that one step should write."""
+    """The right result of one step."""
     return {"+": left + operand, "-": left - operand, "*": left * operand}[operator] % MODULUS
 
 
@@ -68,43 +68,43 @@ TRAPS, USUAL = _kinds()
 
 
 def slipping_way(level: str, left: int, operator: str, operand: int) -> int | None:
-    """Index into WAYS[level] of the way that writes a wrong number on this step; None where both are right."""
+    """Index into WAYS[level] of the way that gives a wrong number at this step, or None if both are right."""
     way = TRAPS.get((operator, operand, left % 2))
     return 0 if way is not None and level == "habit" else way
 
 
 def written(level: str, left: int, operator: str, operand: int, way: int) -> int:
-    """The number that a step gets when it is written in a way: the right one, or the trap's fixed wrong one."""
+    """The number that a step gets in a given way: the right one, or the fixed wrong one if this way slips."""
     right = apply(left, operator, operand)
     if way != slipping_way(level, left, operator, operand):
         return right
     return (right + 1 + derive_seed("slip", left, operator, operand) % (MODULUS - 1)) % MODULUS
 
 
-def _habitual_way(level: str, writers: str, kind: Kind, before: int | None, rng: random.Random) -> int:
-    """The way that a writer of demonstrations takes; `before` is that of the step before, None at the first."""
+def _habitual_way(level: str, writers: str, kind: Kind, previous_way: int | None, rng: random.Random) -> int:
+    """The way that a writer of demonstrations uses; `previous_way` is that of the previous step, or None."""
     if level == "habit":
-        return int(rng.random() < 0.1) if before is None else before
+        return int(rng.random() < 0.1) if previous_way is None else previous_way
     if writers == "wavering":
         return USUAL[kind] ^ (rng.random() < 0.2)
     return TRAPS[kind] ^ (rng.random() < 0.4) if kind in TRAPS else USUAL[kind] ^ (rng.random() < 0.05)
 
 
 def answer_of(text: str) -> str:
-    """The number on the answer line that ends a response; empty where there is none."""
+    """The number on the answer line at the end of a response; empty if there is none."""
     match = _ANSWER.search(text)
     return match.group(1) if match else ""
 
 
 def grade_chain(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the answer line holds the right number and ends the response, else 0; a reward function."""
+    """Reward function: 1 if the response ends with an answer line that has the right number, else 0."""
     return [float(answer_of(text) == right) for text, right in zip(completions, answer, strict=True)]
 
 
 class ChainTask:
-    """Endless problems addressed by (split, index); implements `types.ProblemSource`.
+    """An unlimited number of problems, addressed by (split, index); implements `types.ProblemSource`.
 
-    The splits are disjoint: a problem's text decides its split.
+    The splits are disjoint: the split of a problem is a function of its text.
     """
 
     def __init__(self, level: str, num_steps: int, writers: str = "settled"):
@@ -113,15 +113,18 @@ class ChainTask:
         self.writers = writers
 
     def with_steps(self, num_steps: int) -> ChainTask:
-        """The same level with chains of another length."""
+        """The same task with chains of a different length."""
         return ChainTask(self.level, num_steps, self.writers)
 
     def size(self, split: Split) -> int | None:
-        """None: endless."""
+        """None: the number of problems is unlimited."""
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address: drawn again until its text falls into the split (8, 1 and 1 tenths of all)."""
+        """The problem at an address, drawn again until its text belongs to the split.
+
+        Of all texts 80% belong to `train`, 10% to `validation` and 10% to `test`.
+        """
         rng = random.Random(derive_seed("chain problem", self.num_steps, split, index))
         while True:
             steps = [_draw_step(rng) for _ in range(self.num_steps)]
@@ -137,10 +140,9 @@ class ChainTask:
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) of a writer with both habits, who walks into traps and goes on from there.
+        """(prompt, response) of a writer who may slip and then continues with the wrong number.
 
-        Every second demonstration is a shorter chain, of 2 steps or more, so that a model taught on long chains can be
-        asked short ones.
+        Every second demonstration is a shorter chain of at least 2 steps, so that the model also solves short chains.
         """
         if index % 2 and self.num_steps > 2:
             shorter = 2 + derive_seed("chain length", split, index) % (self.num_steps - 2)
@@ -152,7 +154,7 @@ class ChainTask:
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
             way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), way, rng)
             result = written(self.level, left, operator, operand, way)
-            # Settled writers write the first link in 18 of 20 steps.
+            # Settled writers use the first link in 18 of 20 steps.
             link = rng.choice(LINKS) if self.writers == "wavering" else LINKS[max(0, rng.randrange(20) - 17)]
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result

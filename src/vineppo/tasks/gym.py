@@ -1,7 +1,7 @@
-"""Every data set of reasoning-gym: logic, games, graphs, family relations, code, arithmetic, each with its own scorer.
+"""Tasks from reasoning-gym data sets (logic, games, graphs, code, arithmetic and more), graded by their scorers.
 
-Problems are made by number from a seed; the three splits have seeds far apart. A few data sets of reasoning-gym choose
-from a finite collection (the ARC tasks, for example): there, splits can share problems.
+Problems are generated from a seed and an index, and the splits use seeds that are far apart. A few data sets choose
+from a finite collection (the ARC tasks, for example); their splits can share problems.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ MARK = "####"
 
 
 class GymTask:
-    """Problems of one of reasoning-gym's data sets; implements `types.ProblemSource`.
+    """Problems of one reasoning-gym data set; implements `types.ProblemSource`.
 
     Args:
-        config: the `task` section; its `options` are the data set's, and `size` among them that of the training split.
-        format_prompt: the tokenizer's chat template, used if `config.chat_template` is on.
+        config: the `task` section. Its `options` are passed to the data set, except `size`, which is the number of
+            training problems.
+        format_prompt: applies the tokenizer's chat template; used if `config.chat_template` is on.
     Raises:
-        UserError: where reasoning-gym is not installed, has no such data set, or refuses the options.
+        UserError: if reasoning-gym is not installed, has no such data set, or rejects the options.
     """
 
     def __init__(self, config: TaskConfig, format_prompt: Callable[[Any], str] | None = None):
@@ -41,14 +42,14 @@ class GymTask:
             raise UserError(f"task.options has size {size!r}; it must be a whole number of at least 1")
         self._sizes = {**SIZES, "train": size}
         if "seed" in options:
-            raise UserError("task.options has seed; it is set by the task (the splits must not share problems)")
+            raise UserError("task.options has seed, which the task sets itself to keep the splits apart; remove it")
         self._data = {
             split: _create(name, {**options, "seed": seed, "size": self._sizes[split]}) for split, seed in SEEDS.items()
         }
         self._template = config.prompt_template or TEMPLATE
         self._format_prompt = format_prompt if config.chat_template else None
         self.load_reward: Callable[[], RewardFn] = functools.partial(load_scorer, name, options)
-        # Building a problem may take long, and training asks for it again and again.
+        # Generating a problem can be slow, and training reads the same problems many times.
         self.problem = functools.lru_cache(maxsize=4096)(self._problem)  # type: ignore[method-assign]
 
     def size(self, split: Split) -> int:
@@ -56,11 +57,11 @@ class GymTask:
         return self._sizes[split]
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address; its entry, without the question, is among the columns."""
-        raise AssertionError("bound in __init__")
+        """The problem at an address. Its columns are `question` and `entry`, the data set's whole entry."""
+        raise AssertionError("__init__ replaces this method")
 
     def _problem(self, split: Split, index: int) -> Problem:
-        entry = _made_by_address(self._data[split], SEEDS[split] + index, index)
+        entry = _seeded_entry(self._data[split], SEEDS[split] + index, index)
         prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
         if self._format_prompt:
             prompt = self._format_prompt(prompt)
@@ -68,12 +69,14 @@ class GymTask:
         return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry})
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """There is none: reasoning-gym has answers, not solutions."""
-        raise UserError("reasoning-gym has no worked solutions; give task.demonstrator (module:function) to write them")
+        """Always raises UserError: reasoning-gym has answers but no worked solutions."""
+        raise UserError(
+            "reasoning-gym has no worked solutions; set task.demonstrator to a module:function that writes them"
+        )
 
 
-def _made_by_address(data: Any, seed: int, index: int) -> Any:
-    """An entry; some data sets draw from the global generator, which is set for the call and restored."""
+def _seeded_entry(data: Any, seed: int, index: int) -> Any:
+    """An entry of a data set. Some data sets use the global generator, which is seeded for the call and restored."""
     before = random.getstate()
     random.seed(seed)
     try:
@@ -83,9 +86,9 @@ def _made_by_address(data: Any, seed: int, index: int) -> Any:
 
 
 def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
-    """The data set's own scorer as a reward function: of what stands behind the last `####`; 0 without one.
+    """The data set's scorer as a reward function of the text after the last `####`; 0 if there is no such mark.
 
-    Scores are reasoning-gym's, which gives part of the reward for some wrong answers.
+    reasoning-gym gives partial rewards for some wrong answers.
     """
     score = _create(name, {**options, "seed": 0, "size": 2}).score_answer
 
@@ -101,7 +104,7 @@ def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
 
 
 def final_answer(text: str) -> str | None:
-    """Everything behind the last `####`, which may have several lines; None without a mark."""
+    """The text after the last `####`, which may have several lines, or None if there is no such mark."""
     _, mark, rest = text.rpartition(MARK)
     return rest.strip() if mark else None
 
@@ -112,7 +115,8 @@ def _create(name: str, options: dict[str, Any]) -> Any:
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
         raise UserError(
-            f"task.name {GYM}{name} needs reasoning-gym ({first_line(error)}): pip install 'vineppo[gym]'"
+            f"task.name {GYM}{name} needs reasoning-gym ({first_line(error)}); install it with "
+            "pip install 'vineppo[gym]'"
         ) from error
     logging.getLogger("reasoning_gym").setLevel(logging.ERROR)
     if name not in DATASETS:
@@ -122,7 +126,7 @@ def _create(name: str, options: dict[str, Any]) -> Any:
     try:
         return reasoning_gym.create_dataset(name, **options)
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        shown = ", ".join(sorted(field for field in DATASETS[name][1].__dataclass_fields__ if field != "seed"))
+        allowed = ", ".join(sorted(field for field in DATASETS[name][1].__dataclass_fields__ if field != "seed"))
         raise UserError(
-            f"task.options: reasoning-gym's {name} refuses them ({first_line(error)}); its settings: {shown}"
+            f"task.options: reasoning-gym's {name} rejects these options ({first_line(error)}); allowed: {allowed}"
         ) from error

@@ -1,6 +1,6 @@
-"""GSM8K and MATH: the prompts, splits and graders of the VinePPO paper's released code, and a chat variant.
+"""GSM8K and MATH with the prompts, splits and graders of the VinePPO paper's released code, and with chat prompts.
 
-Both are read from the hub, or from files with the same columns (`task.train_path`, `task.test_path`).
+Both are read from the Hugging Face Hub, or from files with the same columns (`task.train_path`, `task.test_path`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published set of problems."""
+    """A published data set of problems."""
 
     layout: Layout
     train_path: str
-    """On the hub."""
+    """Hugging Face Hub id, as is `test_path`."""
     test_path: str
     rewards: tuple[str, ...]
 
 
 def without_calculator_notes(solution: str) -> str:
-    """A GSM8K solution without its `<<48/2=24>>`."""
+    """A GSM8K solution without its calculator annotations such as `<<48/2=24>>`."""
     return _CALCULATOR_NOTE.sub("", solution)
 
 
-def _held_out(of: int, count: int) -> Callable[[int], int]:
-    """The paper's number of validation problems from the whole set; a share from any other."""
-    return lambda size: count if size == of else min(MAX_HELD_OUT, max(1, size // 10))
+def _held_out(full_size: int, count: int) -> Callable[[int], int]:
+    """The paper's number of validation problems for the full training set; a tenth, at most 200, of any other set."""
+    return lambda size: count if size == full_size else min(MAX_HELD_OUT, max(1, size // 10))
 
 
 BENCHMARKS = {

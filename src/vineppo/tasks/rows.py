@@ -1,6 +1,6 @@
-"""Tables of problems, from wherever they are: JSON lines, JSON, CSV, Parquet, or the `datasets` library.
+"""Reads tables of problems from JSON lines, JSON, CSV or Parquet files, or through the `datasets` library.
 
-Every row comes with where it stands, so that a message can say it.
+Every row is returned with its location, for use in error messages.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from vineppo.types import UserError
 
 Row = Mapping[str, Any]
 Rows = list[tuple[str, Row]]
-"""(where it stands, columns) of each row."""
-_KINDS = {".jsonl": "a JSON object a line", ".json": "a list of JSON objects", ".csv": "a header line", ".parquet": ""}
+"""(location for messages, columns) of each row."""
+_KINDS = {".jsonl": "one JSON object a line", ".json": "a list of objects", ".csv": "a header line", ".parquet": ""}
 
 
 def read_rows(setting: str, source: str, default_split: str) -> Rows:
-    """All rows of a file, of a directory that `datasets` saved, or of a data set on the hub.
+    """All rows of a file, of a directory saved by `datasets`, or of a data set on the Hugging Face Hub.
 
     Args:
-        setting: dotted key, for messages.
-        source: a path ending in .jsonl, .json, .csv or .parquet; a directory written by `save_to_disk`; or a hub id
-            `org/name`, `org/name/subset`, either with `:split` behind it.
-        default_split: of a hub data set or a directory, where `source` names none.
+        setting: name of the setting in the `task` section, for messages.
+        source: a path ending in .jsonl, .json, .csv or .parquet; a directory written by `save_to_disk`; or a Hub id,
+            `org/name` or `org/name/subset`, optionally followed by `:split`.
+        default_split: split of the directory, or of the Hub data set if `source` names none.
     Raises:
-        UserError: one line that says which, where in it, and what is needed.
+        UserError: if the rows cannot be read; the message names the file, the row and what is required.
     """
     path = Path(source).expanduser()
     if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
@@ -39,16 +39,16 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
     if source.startswith((".", "/", "~")) or not 1 <= source.count("/") <= 2:
         raise UserError(
             f"task.{setting}: no such file: {source} (a relative path starts at {Path.cwd()}); allowed: "
-            f"{', '.join(_KINDS)} files, a directory saved by datasets, or a hub id such as org/name"
+            f"{', '.join(_KINDS)} files, a directory saved by datasets, or a Hugging Face Hub id such as org/name"
         )
     return table_rows(source, _from_hub(setting, source, default_split))
 
 
 def table_rows(name: str, table: Any) -> Rows:
-    """Rows of a `datasets.Dataset`, or of any sequence of mappings.
+    """Rows of a `datasets.Dataset` or of any sequence of mappings.
 
     Raises:
-        UserError: where an item is no mapping.
+        UserError: if an item is not a mapping.
     """
     rows = [(f"{name} row {number}", row) for number, row in enumerate(table)]
     for where, row in rows:
@@ -71,7 +71,7 @@ def _from_file(setting: str, path: Path) -> Rows:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Blank lines are skipped; lines are counted from 1."""
+    """Rows of a JSON lines file. Blank lines are skipped; lines are counted from 1."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -80,10 +80,10 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
-                        f"{where} is no JSON object ({first_line(error)}); every line must be one"
+                        f"{where} is not a JSON object ({first_line(error)}); every line must be one"
                     ) from error
                 if not isinstance(row, dict):
-                    raise UserError(f"{where} is no JSON object but a {type(row).__name__}; every line must be one")
+                    raise UserError(f"{where} is a {type(row).__name__}, not a JSON object; every line must be one")
                 yield where, row
 
 
@@ -93,10 +93,10 @@ def _json_rows(path: Path) -> Rows:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is no JSON ({first_line(error)}); one object a line needs the ending .jsonl"
+            f"{path} is not valid JSON ({first_line(error)}); a file with one object per line must be named .jsonl"
         ) from error
     if not isinstance(table, list):
-        raise UserError(f"{path} holds a {type(table).__name__}; it must hold a list of objects")
+        raise UserError(f"{path} contains a {type(table).__name__}; it must contain a list of objects")
     return table_rows(str(path), table)
 
 
@@ -108,10 +108,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 where = f"{path} line {reader.line_num}"
                 if None in row or None in row.values():
                     count = len(reader.fieldnames or ())
-                    raise UserError(f"{where} has another number of cells than the header, which has {count}")
+                    raise UserError(f"{where} does not have the same number of cells as the header, which has {count}")
                 yield where, row
         except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num} is no CSV: {error}") from error
+            raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -121,7 +121,7 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(path)
     except ArrowInvalid as error:
-        raise UserError(f"{path} is no Parquet file: {first_line(error)}") from error
+        raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
     return table_rows(str(path), table.to_pylist())
 
 
@@ -139,7 +139,10 @@ def _from_hub(setting: str, source: str, default_split: str) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"task.{setting}: {source!r} is no file, and as a hub data set: {first_line(error)}") from error
+        raise UserError(
+            f"task.{setting}: {source!r} is not a file and cannot be loaded from the Hugging Face Hub: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _split_of(setting: str, source: str, tables: Mapping[str, Any], split: str) -> Any:
@@ -153,13 +156,13 @@ def _datasets(setting: str) -> Any:
         import datasets
     except ModuleNotFoundError as error:
         raise UserError(
-            f"task.{setting} names a data set for the library `datasets`, which is not installed: "
-            "pip install 'vineppo[data]', or give a .jsonl, .csv or .parquet file"
+            f"task.{setting} needs the library `datasets`, which is not installed; install it with "
+            "pip install 'vineppo[data]', or use a .jsonl, .csv or .parquet file"
         ) from error
     datasets.disable_progress_bars()
     return datasets
 
 
 def as_sequence(table: Any) -> Sequence[Any]:
-    """A table that was passed in memory; a generator or a stream is read to its end."""
+    """An in-memory table as a sequence; generators and streams are read to the end."""
     return table if hasattr(table, "__len__") else list(table)

@@ -1,6 +1,6 @@
-"""`VinePPOConfig`: our settings under the names of TRL's GRPOConfig, with its meanings and its defaults.
+"""`VinePPOConfig`: the settings with the names, meanings and defaults of TRL's GRPOConfig.
 
-`to_config` gives the same settings under our names. docs/from-trl.md has the table of both.
+`to_config` converts them to `Config`. docs/from-trl.md lists the names on both sides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "scale_rewards": ("group", True, "none", False),
     "eval_strategy": ("no", "steps", "epoch"),
 }
-"""Fields that have one meaning here."""
+"""Fields of GRPOConfig for which only these values are supported; the first one is the default."""
 _NEUTRAL: dict[str, Any] = {
     "router_aux_loss_coef": None,
     "cast_lm_head_to_fp32": False,
@@ -48,7 +48,7 @@ _NEUTRAL: dict[str, Any] = {
     "transformers_continuous_batching_config": None,
     "use_transformers_paged": False,
 }
-"""TRL's fields that we do not have: accepted with the value, its default, that asks for nothing."""
+"""Fields of GRPOConfig that are not supported: accepted only with these values, the defaults that switch them off."""
 _WITHOUT_EFFECT: dict[str, Any] = {
     "log_completions": False,
     "num_completions_to_print": None,
@@ -64,8 +64,8 @@ _WITHOUT_EFFECT: dict[str, Any] = {
     "ref_model_sync_steps": 512,
     "logging_dir": None,
 }
-"""TRL's fields, with their defaults, that are accepted and change nothing: what they are about is always done, or
-never, or belongs to what is refused."""
+"""Fields of GRPOConfig, with their defaults, that are accepted with any value and have no effect: their feature is
+always on, always off, or part of an unsupported feature."""
 _WITHOUT_EFFECT_BEGINNINGS = (
     "vllm_",
     "sapo_",
@@ -100,45 +100,46 @@ _WITHOUT_EFFECT_OF_TRANSFORMERS = (
 
 @dataclass
 class VinePPOConfig:
-    """Settings under TRL's names, with TRL's defaults where GRPOConfig has the field; the first ones are ours.
+    """Settings of `VinePPOTrainer`, with TRL's names and defaults for the fields that GRPOConfig has.
 
-    A field that TRL has and we cannot honour is refused unless it holds its neutral value. What is accepted can be read
-    back as an attribute, with transformers' default where it was not given, as callbacks expect of their `args`.
+    `algorithm`, `num_mc_rollouts`, `splitter` and `settings` exist only here. A field of GRPOConfig that is not
+    supported raises UserError unless it has its neutral value. Every accepted field can be read as an attribute, with
+    its default in TRL or transformers if it was not set, as callbacks expect of their `args`.
     """
 
     output_dir: str = "vineppo-output"
     """Run directory."""
     algorithm: str = "vineppo"
-    """`vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for one of your own."""
+    """`vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a user-defined algorithm."""
     num_mc_rollouts: int = 9
-    """K: continuations sampled from each intermediate state."""
+    """K, number of continuations sampled from each intermediate state."""
     splitter: str = "newline"
     """How a response is cut into steps (`vineppo.splitter`)."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Any further setting of `vineppo train` by its dotted key, such as `{"vineppo.alternatives": True}`; wins. Not the
-    model's: the trainer is given the model."""
+    """Other settings of `vineppo train` by dotted key, such as `{"vineppo.alternatives": True}`. They override the
+    fields. Keys of `model` are not allowed, because the trainer gets the model."""
     learning_rate: float = 1e-6
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     num_generations: int = 8
-    """G: responses to a prompt. 1 is possible for vineppo and ppo."""
+    """G, number of responses per prompt. 1 is allowed for vineppo and ppo."""
     num_generations_eval: int | None = None
-    """Responses to a prompt of `eval_dataset`; None: as many as in training."""
+    """Number of responses per prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
     num_train_epochs: float = 3.0
     max_steps: int = -1
-    """Optimizer updates; -1: as many as `num_train_epochs` need."""
+    """Number of optimizer updates; -1 means that `num_train_epochs` decides."""
     num_iterations: int = 1
-    """Passes over each batch of rollouts."""
+    """Number of passes over each batch of rollouts."""
     temperature: float = 1.0
     beta: float = 0.0
     use_bias_correction_kl: bool = True
     epsilon: float = 0.2
     epsilon_high: float | None = None
     scale_rewards: str | bool = "group"
-    """`group` or True: GRPO divides by the group's standard deviation; `none` or False: it does not."""
+    """GRPO divides by the group's standard deviation if this is `group` or True, and not if it is `none` or False."""
     reward_weights: Sequence[float] | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -151,22 +152,22 @@ class VinePPOConfig:
     entropy_coef: float = 0.0
     seed: int = 42
     bf16: bool = False
-    """Weights and computation in bfloat16, with float32 masters in the optimizer."""
+    """Use bfloat16 for weights and computation, with float32 master weights in the optimizer."""
     gradient_checkpointing: bool = True
     use_cpu: bool = False
     model_init_kwargs: dict[str, Any] | None = None
-    """`dtype`, `attn_implementation`, `trust_remote_code`."""
+    """Arguments for loading the model: `dtype`, `attn_implementation`, `trust_remote_code`."""
     trust_remote_code: bool = False
     save_steps: float = 500
     save_total_limit: int | None = None
     eval_strategy: str = "no"
     eval_steps: float | None = None
-    """None: `logging_steps`, as in transformers."""
+    """None means `logging_steps`, as in transformers."""
     logging_steps: float = 10
-    """Every iteration is logged; this is only what `eval_steps` falls back to."""
+    """Only the default of `eval_steps`; every iteration is logged."""
     report_to: str | Sequence[str] = "none"
     optim: str = "adamw_torch_fused"
-    """AdamW under any of its names."""
+    """Any name of AdamW, the only optimizer."""
     top_p: float = 1.0
     top_k: int | None = 0
     min_p: float | None = None
@@ -183,12 +184,14 @@ class VinePPOConfig:
     def __post_init__(self) -> None:
         for name, allowed in _FIXED.items():
             value = getattr(self, name)
-            if getattr(value, "value", value) not in allowed:  # transformers' enumerations hold their names
-                raise UserError(f"{name} is {value!r}; allowed here: {allowed[0]!r} (docs/from-trl.md says why)")
+            if getattr(value, "value", value) not in allowed:  # enumerations of transformers have the name as value
+                raise UserError(f"{name} is {value!r}; allowed: {allowed[0]!r} (docs/from-trl.md gives the reason)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
-            raise UserError(f"optim is {self.optim!r}; allowed here: 'adamw_torch_fused', the only optimizer there is")
+            raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
         if any(key.startswith("model.") for key in self.settings):
-            raise UserError("settings has a key of model; give the trainer the model as it shall be, and peft_config")
+            raise UserError(
+                "settings has a key of model; pass VinePPOTrainer the configured model, and peft_config for adapters"
+            )
         self._check_batches()
 
     def _check_batches(self) -> None:
@@ -199,41 +202,41 @@ class VinePPOConfig:
         if self.rollouts_per_iteration % self.num_generations:
             raise UserError(
                 f"a generation batch has {self.rollouts_per_iteration} responses (per_device_train_batch_size x "
-                f"steps_per_generation), which is no multiple of num_generations {self.num_generations}"
+                f"steps_per_generation), which is not a multiple of num_generations {self.num_generations}"
             )
         if self.rollouts_per_iteration < self.minibatch_size:
             raise UserError(
                 f"an update takes {self.minibatch_size} responses (per_device_train_batch_size x "
-                f"gradient_accumulation_steps) and a generation batch has {self.rollouts_per_iteration}; raise "
-                "steps_per_generation, or generation_batch_size where that is given"
+                f"gradient_accumulation_steps), but a generation batch has {self.rollouts_per_iteration}; increase "
+                "steps_per_generation, or generation_batch_size if it is set"
             )
 
     def __getattr__(self, name: str) -> Any:
-        """The default of a field of TRL's or transformers' that was not given."""
+        """The default of a field of TRL or transformers that was not set."""
         if not name.startswith("_"):
-            for table in (_WITHOUT_EFFECT, _NEUTRAL, _of_transformers()):
+            for table in (_WITHOUT_EFFECT, _NEUTRAL, _transformers_defaults()):
                 if name in table:
                     return table[name]
         raise AttributeError(f"VinePPOConfig has no field {name}")
 
     @property
     def minibatch_size(self) -> int:
-        """Rollouts per update."""
+        """Number of rollouts per update."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def rollouts_per_iteration(self) -> int:
-        """Responses that are sampled before updates begin."""
+        """Number of responses that are sampled before the updates of an iteration."""
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     def to_config(self, num_train: int, num_eval: int = 0) -> Config:
-        """What `vineppo train` would be told, but for the model.
+        """Convert to the settings of `vineppo train`, without those of the model.
 
         Args:
             num_train: number of training problems.
-            num_eval: number of problems to evaluate on.
+            num_eval: number of evaluation problems.
         """
         refuse_foreign(find_algorithm(self.algorithm), self.settings, "in settings")
         num_problems = self.rollouts_per_iteration // self.num_generations
@@ -258,7 +261,10 @@ class VinePPOConfig:
         )
 
     def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
-        """As in TRL all rows, sampled like the rollouts, when eval_strategy says; before and after training as well."""
+        """Evaluation on all rows, sampled like the rollouts, as in TRL.
+
+        It takes place as often as `eval_strategy` and `eval_steps` set, and before and after training.
+        """
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         samples = self.num_generations_eval or self.num_generations
         like_training = {"eval.num_samples": samples, "eval.temperature": self.temperature}
@@ -273,7 +279,7 @@ class VinePPOConfig:
         }
 
     def _renamed(self) -> dict[str, Any]:
-        """What needs no more than another name."""
+        """Settings that are copied under the name that `Config` has for them."""
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
@@ -302,7 +308,7 @@ class VinePPOConfig:
         }
 
     def _of_algorithm(self) -> dict[str, Any]:
-        """Settings of the chosen algorithm that have a field here."""
+        """Settings of the selected algorithm that are fields of this class."""
         algorithm = find_algorithm(self.algorithm)
         fields = {
             "num_mc_rollouts": self.num_mc_rollouts,
@@ -321,34 +327,34 @@ class VinePPOConfig:
         return decays[name]
 
     def _trackers(self) -> list[str]:
-        chosen = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
-        return [name for name in chosen if name not in ("none", "all")]
+        names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
+        return [name for name in names if name not in ("none", "all")]
 
 
 def _share(steps: float, updates: int) -> int:
-    """A number of updates, which below 1 is a share of all of them, as in transformers."""
+    """A number of updates; values below 1 are a share of all updates, as in transformers."""
     return round(steps * updates) if steps < 1 else int(steps)
 
 
 @functools.cache
-def _of_transformers() -> Mapping[str, Any]:
-    """Every field of transformers' TrainingArguments, which GRPOConfig inherits, with its default."""
+def _transformers_defaults() -> Mapping[str, Any]:
+    """The fields of transformers' TrainingArguments, which GRPOConfig inherits, with their defaults."""
     from transformers import TrainingArguments
 
-    made = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
+    factories = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
     return {
-        f.name: f.default if made[f.name] is dataclasses.MISSING else made[f.name]()  # type: ignore[operator]
+        f.name: f.default if factories[f.name] is dataclasses.MISSING else factories[f.name]()  # type: ignore[operator]
         for f in dataclasses.fields(TrainingArguments)
-        if f.default is not dataclasses.MISSING or made[f.name] is not dataclasses.MISSING
+        if f.default is not dataclasses.MISSING or factories[f.name] is not dataclasses.MISSING
     }
 
 
 def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
-    """Fields of TRL's that we do not have become attributes where they ask for nothing; others are refused."""
+    """Extend `__init__` to accept fields of TRL that have no effect; they become attributes, all others are errors."""
 
     @functools.wraps(init)
     def checked(self: VinePPOConfig, *args: Any, **kwargs: Any) -> None:
-        known = {own.name for own in dataclasses.fields(VinePPOConfig)}
+        known = {f.name for f in dataclasses.fields(VinePPOConfig)}
         foreign = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         for name, value in foreign.items():
             _check_foreign(name, value, known)
@@ -360,20 +366,20 @@ def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_foreign(name: str, value: Any, known: set[str]) -> None:
-    """Refuse a field that is not ours unless it changes nothing.
+    """Check a field that VinePPOConfig does not have: TRL must have it, and the value must have no effect.
 
     Raises:
-        UserError: for a value that asks for something, or an unknown name.
+        UserError: if the name is unknown, or the value would have an effect in TRL.
     """
     if name in _WITHOUT_EFFECT or name in _WITHOUT_EFFECT_OF_TRANSFORMERS:
         return
-    neutral = {**_of_transformers(), **_NEUTRAL}
+    neutral = {**_transformers_defaults(), **_NEUTRAL}
     if name in neutral:
         if value == neutral[name] or name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
             return
-        raise UserError(f"{name} is {value!r}; allowed here: {neutral[name]!r}, which asks for nothing")
+        raise UserError(f"{name} is {value!r}, which is not supported; allowed: {neutral[name]!r}")
     if not name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
-        hint = did_you_mean(name, known) or "docs/from-trl.md lists what there is"
+        hint = did_you_mean(name, known) or "docs/from-trl.md lists the fields"
         raise UserError(f"VinePPOConfig has no field {name}; {hint}")
 
 

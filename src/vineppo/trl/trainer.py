@@ -1,4 +1,4 @@
-"""An interface that TRL users know: `VinePPOTrainer` and `VinePPOConfig` in the place of GRPO's.
+"""An interface like TRL's: use `VinePPOTrainer` and `VinePPOConfig` instead of `GRPOTrainer` and `GRPOConfig`.
 
     from vineppo import VinePPOConfig, VinePPOTrainer
 
@@ -10,8 +10,8 @@
     )
     trainer.train()
 
-Below it is the same training as `vineppo train`: `to_config` shows which settings it runs. docs/from-trl.md has the
-table of names.
+The training is that of `vineppo train`; `VinePPOConfig.to_config` returns its settings. docs/from-trl.md has the table
+of names.
 """
 
 from __future__ import annotations
@@ -50,34 +50,35 @@ __all__ = ["TrainOutput", "VinePPOConfig", "VinePPOTrainer"]
 
 
 class TrainOutput(NamedTuple):
-    """What `VinePPOTrainer.train` returns; the names are those of transformers."""
+    """The result of `VinePPOTrainer.train`, with the names of transformers."""
 
     global_step: int
-    """Updates."""
+    """Number of updates."""
     training_loss: float
-    """Mean policy loss over the run; of a clipped objective, so it says little."""
+    """Mean policy loss over the run; a clipped objective is not a measure of progress."""
     metrics: dict[str, Any]
-    """summary.json."""
+    """The content of summary.json."""
 
 
 class VinePPOTrainer:
     """Trains a model by reinforcement learning on verifiable rewards, with credit for every step.
 
     Args:
-        model: path, hub id, a transformers causal language model, or a peft model around one; trained in place.
-        reward_funcs: fn(prompts, completions, completion_ids, **columns) -> one number or None per completion, also
-            asynchronous; the name of one of ours (`hash`, `boxed`, `exact`) or `module:function`; or a list of those.
-            Functions are called in this process, and are also told `trainer_state` and given `log_metric(name, value)`
-            where they take them, as in TRL; names alone run in processes of their own, with limits.
+        model: path, Hugging Face Hub id, a transformers causal language model, or a peft model of one. A model object
+            is trained in place.
+        reward_funcs: fn(prompts, completions, completion_ids, **columns) -> one number or None per completion, possibly
+            asynchronous; or the name of a grader (`hash`, `boxed`, `exact` or `module:function`); or a list of those.
+            Functions are called in this process and, as in TRL, also get `trainer_state` and `log_metric(name, value)`
+            if their signature accepts them. If all are names, they run in separate processes with limits.
         args: settings.
-        train_dataset: rows with a `prompt` (text, or messages) and any further columns.
-        eval_dataset: rows to measure the mean reward on: as `eval_strategy` says, before and after training too; with
-            "no" only where `evaluate()` is called.
-        processing_class: the tokenizer; needed with a model that is no path, unless its configuration names one.
-        callbacks: transformers' `TrainerCallback` objects or classes.
-        peft_config: a `peft.LoraConfig`; the adapters are trained in the place of the weights.
+        train_dataset: rows with a `prompt` (text or messages) and any further columns.
+        eval_dataset: rows for measuring the mean reward, before and after training and as often as
+            `args.eval_strategy` sets. With "no" they are only used by `evaluate()`.
+        processing_class: the tokenizer; required if `model` is an object whose configuration does not name one.
+        callbacks: `TrainerCallback` objects or classes of transformers.
+        peft_config: a `peft.LoraConfig`; the adapters are trained instead of the weights.
     Raises:
-        UserError: for what cannot work.
+        UserError: if an argument is missing or not supported.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class VinePPOTrainer:
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.config = replace(config, model=_model_config(self.policy, self.args))
         if all(isinstance(function, str) for function in self.reward_funcs):
-            # Named ones run in processes of their own, where they can be stopped.
+            # Graders given by name run in separate processes, where they can be stopped.
             names, self.reward_funcs = tuple(self.reward_funcs), []
             self.config = replace(self.config, task=replace(self.config.task, rewards=names))
         self.reward_funcs = [load_grader(own) if isinstance(own, str) else own for own in self.reward_funcs]
@@ -111,10 +112,11 @@ class VinePPOTrainer:
         self._began = False
 
     def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
-        """Train; with `resume_from_checkpoint`, go on with the run in `output_dir`, to the same bit on a CPU.
+        """Train; with `resume_from_checkpoint`, continue the run in `output_dir`, bit for bit the same on a CPU.
 
         Raises:
-            UserError: if there is such a run already, or going on with it under these settings would be another run.
+            UserError: if `output_dir` already has a run and it is not resumed, or if the run to resume has different
+                settings.
         """
         if resume_from_checkpoint:
             self._check_resume()
@@ -139,17 +141,21 @@ class VinePPOTrainer:
         changes = diff_configs(before, self.config)
         if changes:
             raise UserError(
-                f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); give them "
-                "as they were, or start a new run in another output_dir"
+                f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); restore the "
+                "old settings, or start a new run in another output_dir"
             )
         if self._began and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
             raise UserError(
-                "the model of this trainer is trained already, and beta needs the one that the run started from; make "
-                "a new VinePPOTrainer and resume with it"
+                "the model of this trainer is already trained, but beta needs the model that the run started from; "
+                "create a new VinePPOTrainer and resume with it"
             )
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Mean reward on rows, `eval_dataset` if none are given, as `eval_reward`, with its 95% interval."""
+        """Measure the mean reward on `eval_dataset`, by default the trainer's.
+
+        Returns:
+            `eval_reward`, and the bounds of its 95% interval as `eval_reward_low` and `eval_reward_high`.
+        """
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
         measured = measure(
@@ -167,12 +173,16 @@ class VinePPOTrainer:
         return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Write the model (merged with its adapters, which lie in `adapter` as well) and the tokenizer."""
+        """Save the model, merged with its adapters, and the tokenizer. The adapters are also saved in `adapter/`.
+
+        Args:
+            output_dir: directory to write to, by default `final` in the run directory.
+        """
         self.policy.save(output_dir or Path(self.args.output_dir) / "final")
 
 
 class _Listener:
-    """Tells transformers' callbacks how a run goes; implements `train.Reporter`."""
+    """Calls the callbacks of transformers during a run; implements `Reporter` of `vineppo.training`."""
 
     def __init__(self, trainer: VinePPOTrainer, callbacks: Sequence[Any]):
         from transformers import TrainerControl, TrainerState
@@ -182,16 +192,16 @@ class _Listener:
         self._noted: dict[str, list[float]] = defaultdict(list)
 
     def note(self, name: str, value: float) -> None:
-        """A number of a reward function's own: its mean over the calls of an iteration stands in the logs."""
+        """Record a number from a reward function; the logs have its mean over the calls of an iteration."""
         self._noted[name].append(float(value))
 
     def start(self) -> None:
-        """on_train_begin."""
+        """Call on_train_begin."""
         self.state.max_steps = total_updates(self.trainer.config)
         self._tell("on_train_begin")
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """on_step_end, on_evaluate and on_log, in this order; a step is an iteration here."""
+        """Call on_step_end, on_evaluate and on_log, in this order. A step of the callbacks is an iteration."""
         logs = with_trl_names(metrics)
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
         self._noted.clear()
@@ -212,7 +222,7 @@ class _Listener:
         return bool(self.control.should_training_stop)
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """on_train_end."""
+        """Call on_train_end."""
         self._tell("on_train_end")
 
     def _tell(self, event: str, **more: Any) -> None:
@@ -221,40 +231,40 @@ class _Listener:
             if method is not None:
                 given = {"model": self.trainer.model, "processing_class": self.trainer.processing_class, **more}
                 changed = method(self.trainer.args, self.state, self.control, **given)
-                self.control = self.control if changed is None else changed  # transformers allows either way
+                self.control = self.control if changed is None else changed  # callbacks may return a control or None
 
 
 def _reward_functions(given: Any) -> list[Any]:
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions:
-        raise UserError("reward_funcs is empty; give a function fn(prompts, completions, **columns) -> list of numbers")
+        raise UserError("reward_funcs is empty; pass a function fn(prompts, completions, **columns) -> list of numbers")
     for function in functions:
         if not isinstance(function, str) and (isinstance(function, torch.nn.Module) or not callable(function)):
             raise UserError(
-                f"reward_funcs has a {type(function).__name__}; allowed: functions, and names of ours (hash, boxed, "
-                "exact); a reward model can be called in a function of yours"
+                f"reward_funcs has a {type(function).__name__}; allowed: functions and names of graders (hash, boxed, "
+                "exact, module:function); to use a reward model, call it in a function"
             )
     return functions
 
 
 def _rows(name: str, dataset: Any) -> Any:
     if dataset is None:
-        raise UserError(f"{name} is missing; give rows with a column prompt")
+        raise UserError(f"{name} is missing; pass rows with a column prompt")
     rows = as_sequence(dataset)
     if not len(rows):
-        raise UserError(f"{name} is empty; give rows with a column prompt")
+        raise UserError(f"{name} is empty; pass rows with a column prompt")
     return rows
 
 
 def _ignore(*_: Any) -> None:
-    """TRL's `log_extra`: a column for its table of completions; ours, the Parquet files, have fixed ones."""
+    """Does nothing: replaces TRL's `log_extra`, which adds a column to a table of completions."""
 
 
 def _told(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[..., Any]:
-    """A reward function that also gets what TRL hands over, as far as its signature takes it."""
+    """Bind the extra arguments `more` that TRL passes to reward functions, if the function's signature accepts them."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some callables have none that can be read
+    except (TypeError, ValueError):  # the signature of some callables cannot be read
         return function
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     chosen = {name: value for name, value in more.items() if takes_all or name in parameters}
@@ -268,7 +278,7 @@ def _told(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[...
 
 
 def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOConfig) -> Policy:
-    """The model as a policy, with fresh adapters where they are asked for."""
+    """Build the policy from the model, with new adapters if `peft_config` is not None."""
     if isinstance(model, str | Path):
         model, own = _loaded(str(model), args)
         tokenizer = processing_class or own
@@ -277,11 +287,11 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         model = _placed(model, args)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         if peft_config is not None:
-            raise UserError("model has adapters already, and peft_config asks for more; give one of them")
+            raise UserError("model already has adapters, so peft_config must be None; pass only one of them")
         if args.beta > 0 and any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
             raise UserError(
-                "model has adapters that are trained already, and beta would measure from the model without them; "
-                "merge them first (model.merge_and_unload()) and give peft_config, or set beta to 0"
+                "model has trained adapters, but the reference model of the KL penalty (beta) has none; merge them "
+                "first (model.merge_and_unload()) and pass peft_config, or set beta to 0"
             )
         base = model.get_base_model()
         return Policy(base, Codec.for_model(base, tokenizer), model)
@@ -291,7 +301,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
     import peft  # which made peft_config
 
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)  # equal seeds start from equal adapters, whatever was drawn before
+        torch.manual_seed(args.seed)  # equal seeds give equal adapters, independent of earlier random numbers
         try:
             return Policy(model, codec, peft.get_peft_model(model, peft_config))
         except ValueError as error:
@@ -303,14 +313,14 @@ def _device(args: VinePPOConfig) -> str:
 
 
 def _placed(model: Any, args: VinePPOConfig) -> Any:
-    """A model in memory where TRL would train it; its dtype is the caller's choice."""
+    """Move a model to the device on which TRL would train it. Its dtype is not changed."""
     if not getattr(model, "hf_device_map", None):
         model = model.to(_device(args))
     return with_checkpointing(model) if args.gradient_checkpointing else model
 
 
 def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
-    """What the run's record says of a model that was given: a description, not a way to load it again."""
+    """A description of the model for the run's config.yaml. The model cannot always be loaded from it."""
     lora = LoraConfig()
     if policy.adapters is not None:
         own = next(iter(policy.adapters.peft_config.values()))
@@ -345,19 +355,19 @@ def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
     }
     if init:
         raise UserError(
-            f"model_init_kwargs has {', '.join(init)}; allowed: dtype, attn_implementation, trust_remote_code; for the "
-            "others give the model itself"
+            f"model_init_kwargs has {', '.join(init)}; allowed: dtype, attn_implementation, trust_remote_code; for "
+            "other arguments, load the model and pass the object"
         )
     return load_pretrained(config_from_dict(Config, {f"model.{k}": v for k, v in values.items()}, "in args").model)
 
 
 def _own_dtype(path: str, trusted: bool) -> str:
-    """The dtype that a checkpoint is stored in, as far as it can be trained: bfloat16, or else float32."""
+    """The dtype for training a checkpoint: bfloat16 if it is stored in bfloat16, else float32."""
     from transformers import AutoConfig
 
     try:
         stored = AutoConfig.from_pretrained(path, trust_remote_code=trusted).dtype
-    except (OSError, ValueError):  # which loading the model will say better
+    except (OSError, ValueError):  # loading the model raises a better message for the same problem
         return "float32"
     return "bfloat16" if str(stored).endswith("bfloat16") else "float32"
 
@@ -368,4 +378,4 @@ def _tokenizer_of(model: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model.config._name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError("processing_class is missing: give the model's tokenizer") from error
+        raise UserError("processing_class is missing; pass the model's tokenizer") from error

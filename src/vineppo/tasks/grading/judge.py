@@ -1,4 +1,4 @@
-"""Judges: what reaches verdicts on responses, in this process or in others."""
+"""Judges: objects that call the reward functions, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from vineppo.types import Problem, RewardFn, Verdict
 
 
 class Judge(Protocol):
-    """Reaches verdicts. `WorkerPool` does so in other processes."""
+    """Grades responses. `InProcess` does so in this process, `workers.WorkerPool` in other processes."""
 
     @property
     def early(self) -> bool:
-        """Whether `expect` does anything."""
+        """Whether `expect` starts grading."""
         ...
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
-        """These will be asked for soon; a judge may begin."""
+        """Announce responses whose verdicts will be requested soon; a judge may start grading them."""
         ...
 
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """One for each response."""
+        """The verdict on each response."""
         ...
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """Calls the functions here, all responses at once; what they raise ends the run."""
+    """Calls the functions in this process with all responses in one call. Their exceptions end the run."""
 
     fns: tuple[RewardFn, ...]
     early: bool = False
@@ -41,10 +41,10 @@ class InProcess:
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
-        """Nothing begins early."""
+        """Does nothing."""
 
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """One for each response."""
+        """The verdict on each response."""
         return list(apply_rewards(self.fns, problems, texts, completion_ids))

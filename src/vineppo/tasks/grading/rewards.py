@@ -1,4 +1,4 @@
-"""The one place that calls reward functions: columns gathered, awaited where asynchronous, every number checked."""
+"""Calls reward functions: collects their arguments, awaits asynchronous functions and checks the returned rewards."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ def apply_rewards(
     texts: Sequence[str],
     completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[tuple[float | None, ...]]:
-    """Rewards of each response text to the problem beside it, by one call of each function.
+    """Rewards of each response text to the problem at the same index. Each function is called once.
 
-    Columns are gathered over the problems: `answer`, and every further column by its name (None where a problem lacks
-    it). Further columns named like the other arguments are not handed over: the names are taken. Where prompts are
-    conversations, prompts and completions are lists of messages, as in TRL. Asynchronous functions run at the
-    same time.
+    Functions receive one list per column of the problems: `answer`, and every further column by its name (None for
+    problems without it). Columns whose name is one of the other arguments are left out. If the prompt is a
+    conversation, prompt and completion are lists of messages, as in TRL. Asynchronous functions run concurrently.
 
     Args:
         fns: F reward functions.
-        problems: B problems; one problem stands once for each of its responses.
+        problems: B problems; a problem is repeated for each of its responses.
         texts: B responses.
-        completion_ids: their B lists of token ids; empty where they are unknown.
+        completion_ids: token ids of the B responses; may be empty if they are unknown.
     Returns:
-        B times F finite rewards, or None where a function said that it does not apply.
+        B tuples of F rewards, each a finite number, or None if the function does not apply to the response.
     Raises:
-        UserError: if a function raises, or returns anything but one finite number or None per response.
+        UserError: if a function raises, or does not return one finite number or None per response.
     """
     assert len(problems) == len(texts), f"{len(problems)} problems but {len(texts)} texts"
     if not problems:
         return []
     arguments = _arguments(problems, texts, completion_ids)
-    return list(zip(*_run(_gathered(fns, arguments, len(texts))), strict=True))
+    return list(zip(*_run(_call_all(fns, arguments, len(texts))), strict=True))
 
 
-def _run(called: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[float | None]]:
-    """Await in a loop of our own; a notebook has one running in this thread, so there it is in another thread."""
+def _run(coroutine: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[float | None]]:
+    """Run a coroutine; in another thread if this one already runs an event loop, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(called)
-    with ThreadPoolExecutor(1) as beside:
-        return beside.submit(asyncio.run, called).result()
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, coroutine).result()
 
 
 def _arguments(
     problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
 ) -> dict[str, list[Any]]:
+    """Keyword arguments of the reward functions, as lists of length B."""
     names = dict.fromkeys(name for problem in problems for name in problem.columns if name not in _RESERVED)
     return {
         "prompts": [list(problem.messages) or problem.prompt for problem in problems],
@@ -69,16 +69,16 @@ def _arguments(
 
 
 def _response(problem: Problem, text: str) -> Any:
-    """A response as text, or as an assistant's message where the prompt was a conversation."""
+    """The response as text, or as a list with one assistant message if the prompt is a conversation."""
     return [{"role": "assistant", "content": text}] if problem.messages else text
 
 
-async def _gathered(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], count: int) -> list[list[float | None]]:
-    """F lists of B rewards. What can be awaited is awaited together."""
-    return list(await asyncio.gather(*(_called(fn, arguments, count) for fn in fns)))
+async def _call_all(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], count: int) -> list[list[float | None]]:
+    """F lists of B rewards. Asynchronous functions are awaited concurrently."""
+    return list(await asyncio.gather(*(_call(fn, arguments, count) for fn in fns)))
 
 
-async def _called(fn: RewardFn, arguments: dict[str, list[Any]], count: int) -> list[float | None]:
+async def _call(fn: RewardFn, arguments: dict[str, list[Any]], count: int) -> list[float | None]:
     name = _label(fn)
     try:
         rewards: Any = fn(**arguments)
@@ -91,18 +91,18 @@ async def _called(fn: RewardFn, arguments: dict[str, list[Any]], count: int) -> 
         columns = [column for column in arguments if column not in _RESERVED[:3]]
         raise UserError(
             f"reward function {name} failed: {first_line(error)}; it is called as fn(prompts, completions, "
-            f"completion_ids, **columns) with columns {', '.join(columns)} and returns a list of numbers"
+            f"completion_ids, **columns) with columns {', '.join(columns)} and must return a list of numbers"
         ) from error
     if len(rewards) != count:
         raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
-    return [_finite(name, index, reward) for index, reward in enumerate(rewards)]
+    return [_checked_reward(name, index, reward) for index, reward in enumerate(rewards)]
 
 
 def _label(fn: RewardFn) -> str:
     return f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
 
 
-def _finite(name: str, index: int, reward: Any) -> float | None:
+def _checked_reward(name: str, index: int, reward: Any) -> float | None:
     if reward is None:
         return None
     try:

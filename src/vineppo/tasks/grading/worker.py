@@ -1,6 +1,6 @@
-"""A process that grades: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
+"""The program of a grader process: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
 
-It reads its reward functions, says that it is ready, and answers lists of responses one response at a time.
+It loads its reward functions, sends "ready", and then sends a verdict for each response that it receives.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    """Serve until the other end is closed."""
+    """Grade responses until the other end of the connection is closed."""
     if sys.platform == "linux":
-        # A grader that hangs would outlive a run that was killed.
+        # Without this, a grader that hangs would survive a run that was killed.
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     connection = Connection(int(sys.argv[1]))
-    # What a reward function prints must not end up in the output of `vineppo`, which may be JSON.
+    # Output of reward functions goes to stderr, because the output of `vineppo` may be JSON.
     os.dup2(2, 1)
     try:
         loaders, memory, path = pickle.loads(connection.recv_bytes())
@@ -47,7 +47,8 @@ def _verdict(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: 
     try:
         return apply_rewards(fns, [problem], [text], [token_ids])[0]
     except UserError as error:
-        # A grader that refuses its data says so in its own words; anything else it raised is one response's error.
+        # A UserError without a cause (raised by the grader, or about the returned rewards) ends the run. Any other
+        # exception of a reward function is a failure of this response.
         return error if error.__cause__ is None else Failure(str(error))
     except MemoryError:
         return Failure("a reward function ran out of memory (task.grading.memory)")

@@ -1,8 +1,8 @@
-"""Graders in processes of their own, with a real limit on time and memory, while sampling goes on.
+"""Grading in separate processes, with limits on time and memory, while sampling continues.
 
-A reward function may hang in C code, eat the memory or crash the interpreter; only another process can be stopped. Each
-worker is sent a few responses and answers one after another. The one that it does not answer in time, or that it dies
-of, is an error; the worker is replaced and the others are graded again.
+A reward function can hang in C code, use up the memory or crash the interpreter; only a separate process can be stopped
+safely. Each worker receives a few responses and grades them one after another. A response that exceeds the time limit
+or ends the process is a failure; the worker is then replaced, and its other responses are graded again.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import Any
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _CHUNK = 8
-"""Responses that a worker holds at most: it need not wait for us between them, and little is lost when it dies."""
+"""Maximum number of responses sent to a worker at once: enough to keep it busy, few to grade again if it ends."""
 _START_SECONDS = 180.0
-"""For importing the functions' modules."""
+"""Time limit for importing the modules of the functions."""
 _GRACE_SECONDS = 2.0
-"""For a process to end whose connection has."""
+"""Time limit for a process to end after it closed its connection."""
 _Key = tuple[str, str]
-"""(problem's id, response): what makes two gradings the same."""
+"""(problem id, response text): equal keys are graded once."""
 _Job = tuple[Problem, str, list[int]]
 
 
@@ -40,20 +40,20 @@ class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
     jobs: deque[_Key] = field(default_factory=deque)
-    """In the order in which they are answered."""
+    """Jobs sent to the worker and not yet answered, in the order in which they are answered."""
     ready: bool = False
-    since: float = field(default_factory=time.monotonic)
-    """When it began with the first of its jobs, or was started."""
+    busy_since: float = field(default_factory=time.monotonic)
+    """Time when it started with the first of its jobs, or when the process was started."""
 
 
 class WorkerPool:
-    """Reaches verdicts in other processes; implements `judge.Judge`. Equal responses to a problem are graded once.
+    """Grades responses in worker processes; implements `judge.Judge`. Equal responses to a problem are graded once.
 
     Args:
-        loaders: each gives a reward function when it is called in the worker; must be picklable.
-        workers: number of processes; they start with the first response.
-        seconds: that one response may take, over all functions.
-        memory: bytes of address space of a worker; 0 is no limit.
+        loaders: picklable functions without arguments; each is called in the worker and returns a reward function.
+        workers: number of processes; they are started with the first response.
+        seconds: time limit for one response, for all functions together.
+        memory: limit on the address space of a worker in bytes; 0 means no limit.
     """
 
     early = True
@@ -64,34 +64,34 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._queue: deque[_Key] = deque()
         self._jobs: dict[_Key, _Job] = {}
-        """Everything that waits, is being graded, or has a verdict that was not asked for yet."""
+        """Jobs that wait, are being graded, or have a verdict that has not been returned yet."""
         self._verdicts: dict[_Key, Verdict] = {}
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
-        """Begin to grade these in the background."""
+        """Start grading these responses in the background."""
         self._submit(problems, texts, completion_ids)
         self._serve(0.0)
 
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """One for each response, as soon as all are there.
+        """The verdict on each response; waits until all are available.
 
         Raises:
-            UserError: what a function's module or a grader says of a mistake of the user's.
+            UserError: if a worker cannot load the functions, or a grader raises UserError.
         """
         keys = self._submit(problems, texts, completion_ids)
         while any(key not in self._verdicts for key in keys):
             self._serve(min(0.2, self._seconds))
-        found = [self._verdicts[key] for key in keys]
+        verdicts = [self._verdicts[key] for key in keys]
         for key in set(keys):
             del self._verdicts[key], self._jobs[key]
-        return found
+        return verdicts
 
     def close(self) -> None:
-        """End the processes; a later call starts new ones."""
+        """Stop the processes; a later call starts new ones."""
         for worker in self._workers:
             _kill(worker)
             self._queue.extendleft(reversed(worker.jobs))
@@ -110,50 +110,51 @@ class WorkerPool:
                 self._queue.append(key)
         return keys
 
-    def _serve(self, patience: float) -> None:
-        """Take what the workers answered, stop those that are too late, hand out what waits."""
+    def _serve(self, timeout: float) -> None:
+        """Receive verdicts, replace workers that exceeded their time limit, and send waiting jobs."""
         while self._queue and len(self._workers) < min(self._size, len(self._jobs)):
             self._workers.append(self._start())
-        self._hand_out()
-        for connection in wait([worker.connection for worker in self._workers], patience):
+        self._send_jobs()
+        for connection in wait([worker.connection for worker in self._workers], timeout):
             self._receive(next(worker for worker in self._workers if worker.connection is connection))
         now = time.monotonic()
         for worker in list(self._workers):
             limit = self._seconds if worker.ready else _START_SECONDS
-            if (worker.jobs or not worker.ready) and now - worker.since > limit:
-                late = f"a response was not graded within {limit:g} s (task.grading.seconds)"
-                what = late if worker.ready else f"its modules were not imported within {limit:g} s"
-                self._replace(worker, Failure(what, timed_out=True))
-        self._hand_out()
+            if (worker.jobs or not worker.ready) and now - worker.busy_since > limit:
+                response_late = f"a response was not graded within {limit:g} s (task.grading.seconds)"
+                reason = response_late if worker.ready else f"its modules were not imported within {limit:g} s"
+                self._replace(worker, Failure(reason, timed_out=True))
+        self._send_jobs()
 
-    def _hand_out(self) -> None:
+    def _send_jobs(self) -> None:
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
-        for place, worker in enumerate(idle):
-            share = -(-len(self._queue) // (len(idle) - place))
+        for index, worker in enumerate(idle):
+            share = -(-len(self._queue) // (len(idle) - index))
             keys = [self._queue.popleft() for _ in range(min(_CHUNK, share))]
             if keys:
-                worker.jobs, worker.since = deque(keys), time.monotonic()
+                worker.jobs, worker.busy_since = deque(keys), time.monotonic()
                 try:
                     worker.connection.send([self._jobs[key] for key in keys])
-                except OSError:  # it has died since; _receive finds out
+                except OSError:  # the process has ended; _receive handles it
                     pass
                 except Exception as error:
-                    raise UserError(f"a problem's columns cannot be sent to a grader: {error}") from error
+                    raise UserError(f"the columns of a problem cannot be sent to a grader process: {error}") from error
 
     def _receive(self, worker: _Worker) -> None:
-        """Everything that the worker has said."""
+        """Receive all verdicts that the worker has sent; replace the worker if its process has ended."""
         try:
             while worker.connection.poll():
                 self._take(worker, worker.connection.recv())
         except (EOFError, OSError):
             try:
                 code = worker.process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:  # its other threads hold it
+            except subprocess.TimeoutExpired:  # other threads keep the process alive
                 code = -signal.SIGKILL
-            self._replace(worker, Failure(f"the grader's process died ({_cause(code)})"))
+            self._replace(worker, Failure(f"the grader process ended unexpectedly ({_cause(code)})"))
 
     def _take(self, worker: _Worker, answer: Any) -> None:
-        worker.since = time.monotonic()
+        """Handle one message of a worker: "ready", the verdict on its first job, or an error that ends the run."""
+        worker.busy_since = time.monotonic()
         if isinstance(answer, UserError):
             self.close()
             raise answer
@@ -162,37 +163,37 @@ class WorkerPool:
         worker.ready = True
 
     def _replace(self, worker: _Worker, failure: Failure) -> None:
-        """The first of its jobs has failed; the others wait again, before everything else."""
+        """Stop a worker. The first of its jobs has failed; the others go back to the front of the queue."""
         _kill(worker)
         self._workers.remove(worker)
         if not worker.ready:
-            raise UserError(f"a grader's process could not be started: {failure.text}")
+            raise UserError(f"a grader process could not be started: {failure.text}")
         if worker.jobs:
             self._verdicts[worker.jobs.popleft()] = failure
             self._queue.extendleft(reversed(worker.jobs))
 
     def _start(self) -> _Worker:
-        ours, theirs = Pipe()
+        parent_end, worker_end = Pipe()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         process = subprocess.Popen(
-            [sys.executable, "-m", "vineppo.tasks.grading.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
+            [sys.executable, "-m", "vineppo.tasks.grading.worker", str(worker_end.fileno())],
+            pass_fds=[worker_end.fileno()],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the run, which ends its workers itself
+            start_new_session=True,  # Ctrl-C interrupts the run only, which stops its workers
             env=environment,
         )
-        theirs.close()
-        worker = _Worker(process, ours)
-        ours.send_bytes(self._setup)
+        worker_end.close()
+        worker = _Worker(process, parent_end)
+        parent_end.send_bytes(self._setup)
         return worker
 
 
 def _kill(worker: _Worker) -> None:
     worker.connection.close()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.process.pid, signal.SIGKILL)  # with what a reward function has started
+        os.killpg(worker.process.pid, signal.SIGKILL)  # also ends processes that a reward function started
     worker.process.wait()
 
 
