@@ -596,7 +596,9 @@ def test_predicted_values_do_not_depend_on_micro_batches() -> None:
 
 
 def test_values_without_a_value_network_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"this algorithm has none; `ppo` has one") as error:
+    with pytest.raises(
+        UserError, match="asks for values of a value network and has none; set needs_critic=True"
+    ) as error:
         build_learner().predict_values(four().rollouts)
     assert "\n" not in str(error.value)
 

@@ -169,8 +169,8 @@ def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path
     ("settings", "message"),
     [
         ({"targets": ("nothing_proj",)}, r"targets nothing_proj are not in this model; its layers: .*q_proj"),
-        ({"alpha": 0.0}, "model.lora.alpha is 0.0"),
-        ({"dropout": 1.0}, "model.lora.dropout is 1.0; allowed: 0 to below 1"),
+        ({"alpha": 0.0}, "LoraConfig.alpha is 0.0; it must be above 0"),
+        ({"dropout": 1.0}, "LoraConfig.dropout is 1.0; allowed: at least 0, below 1"),
         ({"targets": ()}, "model.lora.targets is empty"),
     ],
 )

@@ -106,7 +106,12 @@ def _foreign_options(
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("-") or word == "-":
             positionals.append(word)
-        elif word.startswith("--") and "." in key and "algorithm" in cls.model_fields and _is_foreign(cls, key):
+        elif (
+            word.startswith("--")
+            and "." in key
+            and "algorithm" in cls.model_fields
+            and key.split(".")[0] not in cls.model_fields
+        ):
             foreign[key] = value if equals else next(rest, "true")
         else:
             names = [option.lstrip("-") for option in parser._option_string_actions]
@@ -115,10 +120,6 @@ def _foreign_options(
             )
             raise UserError(f"unknown option {word.partition('=')[0]}; {hint or f'see `{parser.prog} --help`'}")
     return foreign, positionals
-
-
-def _is_foreign(cls: type[Settings], key: str) -> bool:
-    return key.split(".")[0] not in cls.model_fields and not suggestion(cls, key)
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type[Settings], hidden: Collection[str] = ()) -> None:

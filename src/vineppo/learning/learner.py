@@ -35,9 +35,8 @@ from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_an
 from vineppo.model.batch import Batch, collate, micro_batches, pad
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
-from vineppo.model.lora import load_trained_state, trained_state
+from vineppo.model.lora import load_trained_state, merged_weights, trained_state
 from vineppo.model.policy import Policy, Reference
-from vineppo.model.weights import full_weights
 from vineppo.run.checkpoint import read_state, write_state
 from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
@@ -134,7 +133,7 @@ class TorchLearner:
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and tensor of each of the policy's current weights, adapters merged."""
-        return full_weights(self.policy.model)
+        return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
         """Write weights, moments and position into `learner.pt`."""
