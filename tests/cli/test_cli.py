@@ -1,4 +1,4 @@
-"""The door: help, exit codes, and one clear line for every mistake. No command trains here."""
+"""The command line: help, exit codes, and one line for every user error. No test trains a model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from vineppo.training.configure import build_config
 TRAINING = ("train", "compare")
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """What `vineppo ...` says on stderr when it refuses: one line, exit code 2."""
+def user_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run `vineppo ...`, check that it fails with one line on stderr and exit code 2, and return that line."""
     assert main(argv) == 2
     output = capsys.readouterr()
     lines = output.err.splitlines()
@@ -58,7 +58,7 @@ def test_help_has_purpose_options_and_examples(name: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_help_holds_the_text_of_nested_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_contains_the_text_of_nested_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "--learner.kl.coefficient X Weight of the penalty; 0 turns it off and the reference model" in words
@@ -67,7 +67,7 @@ def test_help_holds_the_text_of_nested_fields(name: str, capsys: pytest.CaptureF
     assert "learner.kl: Penalty on the divergence from the frozen starting model:" in words
 
 
-def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_sft_contains_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     main(["sft", "-h"])
     words = " ".join(capsys.readouterr().out.split())
     assert "--out TEXT Directory for the trained model" in words
@@ -75,7 +75,7 @@ def test_help_of_sft_holds_its_fields(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each example parses, and each key in it exists: their mistakes could only be missing files and models."""
+    """Each example can be parsed and has only existing keys; files and models are not checked."""
     from vineppo.cli.options import parse_request, parser_of
 
     for name, command in COMMANDS.items():
@@ -92,7 +92,7 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"vineppo {vineppo.__version__}\n"
 
 
-def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert rows["vineppo"] == vineppo.__version__
@@ -101,7 +101,7 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.match(r"cpu \(\d+ threads?; bfloat16: (fast|slow, use float32)\)", rows["device"])
 
 
-# --- mistakes
+# --- user errors
 
 
 @pytest.mark.parametrize(
@@ -136,11 +136,11 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--algorithm", "rloo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; rloo"),
         (["train", "judgment"], "recipe 'judgment' is neither"),
         (["train", "absent.yaml"], "recipe 'absent.yaml' is neither a recipe of the package nor a file; recipes: "),
-        (["eval", "x" * 300], "is too long for the name of a file"),
-        (["train", "judgement", "habit"], "habit is one argument too many; usage: vineppo train [RECIPE]"),
+        (["eval", "x" * 300], "is too long for a file name"),
+        (["train", "judgement", "habit"], "unexpected argument habit; usage: vineppo train [RECIPE]"),
         (["train", "--resume", "absent"], "no run directory at absent"),
-        (["train", "judgement", "--resume", "absent"], "takes no recipe; leave out judgement"),
-        (["demo", "judgement"], "judgement is one argument too many"),
+        (["train", "judgement", "--resume", "absent"], "takes no recipe; remove judgement"),
+        (["demo", "judgement"], "unexpected argument judgement"),
         (["sft"], "out is empty"),
         (["sft", "--model.path", "new:tiny", "--out", "/dev/null/x"], "out '/dev/null/x' cannot be written (Not a dir"),
         (["train", "--model.device", "tpu:0"], "model.device is 'tpu:0': "),
@@ -149,7 +149,7 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["sft", "judgement", "--out", "x"], "judgement is a recipe of `vineppo train`"),
         (["eval"], "no MODEL is given"),
         (["eval", "m", "--json", "absent/f.json"], "--json absent/f.json cannot be written"),
-        (["eval", "m", "--model.path", "n"], "--model.path is MODEL"),
+        (["eval", "m", "--model.path", "n"], "--model.path is not an option of eval"),
         (["eval", "m", "--num_problem", "3"], "unknown option --num_problem; did you mean --num_problems?"),
         (["eval", "m", "--task.num_steps", "99"], "task.num_steps is 99"),
         (["compare"], "no RECIPE is given"),
@@ -157,70 +157,72 @@ def test_doctor_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "judgement", "--out", "o", "--budget", "hours=3"], "budget is 'hours=3'"),
         (["compare", "judgement", "--out", "o", "--algorithms", "ppo,grop"], "did you mean grpo?"),
         (["compare", "judgement", "--out", "o", "--seeds", "x"], "--seeds is 'x'"),
-        (["compare", "judgement", "--out", "o", "--run.seed", "1"], "override run.seed is set by compare itself"),
+        (["compare", "judgement", "--out", "o", "--run.seed", "1"], "run.seed is set by compare itself"),
         (["compare", "judgement", "--out", "o", "--rollouts.group_size", "0"], "rollouts.group_size is '0'"),
         (["compare", "absent", "--out", "o"], "recipe 'absent' is neither"),
     ],
 )
-def test_mistakes_get_one_line(
+def test_user_errors_are_one_line(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert message in refused(capsys, *argv)
-    assert not list(tmp_path.iterdir()), "a refused command left something behind"
+    assert message in user_error(capsys, *argv)
+    assert not list(tmp_path.iterdir()), "a failed command created a file"
 
 
 def test_wrong_keys_in_a_recipe_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("learner:\n  learning_rate: 1e-4\n", encoding="utf-8")
-    message = refused(capsys, "train", str(recipe))
+    message = user_error(capsys, "train", str(recipe))
     assert message == f"unknown key learner.learning_rate in recipe {recipe}; did you mean learner.lr?"
 
 
 def test_resume_refuses_changed_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", Config())
-    message = refused(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "0")
+    message = user_error(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "0")
     assert "cannot change the run's settings (learner.lr: 0.0001 -> 0.0002)" in message
-    assert "run.seed" not in message  # given, but the same
+    assert "run.seed" not in message  # given with the same value
 
 
-def test_a_damaged_run_is_told_by_its_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_error_of_a_damaged_run_contains_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", Config())
     (run.path / "config.yaml").write_text(yaml.safe_dump({"learner": {"speed": 1}}), encoding="utf-8")
-    assert f"unknown key learner.speed in {run.path}/config.yaml" in refused(capsys, "train", "--resume", str(run.path))
-    assert f"{run.path} has no final model yet" in refused(capsys, "eval", str(run.path))
+    assert f"unknown key learner.speed in {run.path}/config.yaml" in user_error(
+        capsys, "train", "--resume", str(run.path)
+    )
+    assert f"{run.path} has no final model yet" in user_error(capsys, "eval", str(run.path))
 
 
 def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measured spec, up to the call that would load the model."""
+    """The EvalSpec passed to `evaluate_model`, which is replaced and loads no model."""
     from vineppo.training import evaluate
 
     config = build_config({}, None, {"task.num_steps": "7", "rollouts.max_new_tokens": "33", "rollouts.stop": "X"})
     run = RunDirectory.create(tmp_path / "run", config)
     run.final.mkdir()
-    seen: list[Any] = []
+    specs: list[Any] = []
 
-    class Enough(Exception):
+    class Stop(Exception):
         pass
 
-    def note(spec: Any) -> None:
-        seen.append(spec)
-        raise Enough
+    def record(spec: Any) -> None:
+        specs.append(spec)
+        raise Stop
 
-    monkeypatch.setattr(evaluate, "evaluate_model", note)
+    monkeypatch.setattr(evaluate, "evaluate_model", record)
     for model in (run.path, run.final):
-        with pytest.raises(Enough):
+        with pytest.raises(Stop):
             main(["eval", str(model), "--k", "1,2", "--task.level", "habit"])
-        spec = seen.pop()
+        spec = specs.pop()
         assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (7, "habit", 33)
         assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
 
     recipe = tmp_path / "mine.yaml"
     content = "model: {path: a/start}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
     recipe.write_text(content, encoding="utf-8")
-    with pytest.raises(Enough):
+    with pytest.raises(Stop):
         main(["eval", str(recipe), "--task.level", "habit"])
-    spec = seen.pop()
+    spec = specs.pop()
     assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (5, "habit", 21)
     assert spec.model.path == "a/start"
 
@@ -235,7 +237,7 @@ def run_vineppo(*argv: str, code: str = "", **options: Any) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
 
 
-def test_help_and_mistakes_do_not_load_pytorch() -> None:
+def test_help_and_user_errors_do_not_import_pytorch() -> None:
     code = """
 import sys, vineppo
 from vineppo.cli.demo import _free_directory
@@ -248,23 +250,23 @@ print(sorted({"torch", "transformers", "pyarrow", "matplotlib", "rich"} & set(sy
     assert run_vineppo(code=code).stderr.splitlines()[-1] == "[]"
 
 
-def test_as_a_module_a_long_mistake_stays_on_one_line() -> None:
-    done = run_vineppo("train", "x" * 300)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 1 and "x" * 300 in done.stderr
+def test_long_error_of_the_module_is_one_line() -> None:
+    process = run_vineppo("train", "x" * 300)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert len(process.stderr.splitlines()) == 1 and "x" * 300 in process.stderr
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_closed_standard_output_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "vineppo", "train", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(Path(vineppo.__file__).parents[1])}
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=120)
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, timeout=120)
     os.close(writer)
-    assert done.stderr == b""
+    assert process.stderr == b""
 
 
-def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_prints_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(name: str) -> dict[str, Any]:
         raise KeyboardInterrupt
 
@@ -273,7 +275,7 @@ def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> dict[str, Any]:
         raise ZeroDivisionError
 
@@ -292,7 +294,7 @@ def test_the_demo_takes_the_next_free_directory(tmp_path: Path) -> None:
 # --- the package
 
 
-def test_the_package_gives_functions_and_configs() -> None:
+def test_package_exports_functions_and_configs() -> None:
     code = """
 import vineppo
 import vineppo.training.loop
@@ -306,12 +308,12 @@ try:
 except AttributeError as error:
     print(error)
 """
-    done = run_vineppo(code=code)
-    assert done.stdout == "module 'vineppo' has no attribute 'nothing'\n", done.stderr
-    assert done.stderr == ""
+    process = run_vineppo(code=code)
+    assert process.stdout == "module 'vineppo' has no attribute 'nothing'\n", process.stderr
+    assert process.stderr == ""
 
 
-# --- what a run tells the terminal
+# --- output of a run in the terminal
 
 LINE = {
     "iteration": 10,
@@ -339,14 +341,14 @@ SUMMARY = {
 }
 
 
-def test_a_line_of_progress() -> None:
+def test_progress_line() -> None:
     assert progress_line(LINE, 60) == "iteration 10/60  reward 0.412  tokens 123k  41 s  accuracy 45.3%"
     assert progress_line({"iteration": 3, "reward/mean": None}, 1000) == "iteration    3/1000  tokens 0"
     before = {"iteration": 0, "eval/accuracy": 0.1, "eval/accuracy_low": 0.05, "eval/accuracy_high": 0.15}
     assert progress_line(before, 60).split() == ["start", "accuracy", "10.0%", "[5.0,", "15.0]"]
 
 
-def test_the_nearest_limit_counts_as_progress() -> None:
+def test_share_done_uses_the_nearest_limit() -> None:
     config = build_config({}, None, {"run.iterations": 1_000_000, "run.max_updates": 80, "run.max_seconds": 100})
     assert share_done(LINE, config) == pytest.approx(0.414)
     assert share_done({"iteration": 0}, config) == 0.0
@@ -354,7 +356,7 @@ def test_the_nearest_limit_counts_as_progress() -> None:
     assert "until 80 updates or 100 seconds" in headline(config)
 
 
-def test_the_report_of_a_finished_run() -> None:
+def test_report_of_a_finished_run() -> None:
     lines = final_report(SUMMARY, Path("runs/demo"))
     assert [" ".join(line.split()) for line in lines] == [
         "VinePPO, seed 3: 60 iterations, 120 updates",
@@ -368,7 +370,7 @@ def test_the_report_of_a_finished_run() -> None:
     ]
 
 
-def test_the_report_of_an_interrupted_run_says_how_to_go_on() -> None:
+def test_report_of_an_interrupted_run_contains_the_command_to_resume() -> None:
     summary = {**SUMMARY, "finish_reason": "interrupted", "accuracy_after": None, "final": None}
     lines = final_report(summary, Path("runs/demo"))
     assert lines[0].endswith("interrupted")
@@ -376,7 +378,7 @@ def test_the_report_of_an_interrupted_run_says_how_to_go_on() -> None:
     assert not any("model" in line or "plots" in line for line in lines)
 
 
-def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_without_terminal_has_one_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter(Config(), live=False)
     reporter.start()
     reporter.iteration({"iteration": 0, "eval/accuracy": 0.1})
@@ -390,12 +392,12 @@ def test_a_log_gets_a_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> 
     assert not any("\x1b" in line for line in lines)
 
 
-def test_a_start_that_was_not_measured_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_start_without_evaluation_has_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     ConsoleReporter(Config(), live=False).iteration({"iteration": 0, "updates": 0})
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_keeps_the_measurements(capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_keeps_the_lines_of_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter(Config(), live=True)
     reporter.start()
     reporter.iteration(LINE)
@@ -404,10 +406,10 @@ def test_a_terminal_keeps_the_measurements(capsys: pytest.CaptureFixture[str]) -
     assert "accuracy 45.3%" in capsys.readouterr().out
 
 
-def test_numbers_for_people() -> None:
+def test_short_numbers_and_durations() -> None:
     assert [short_number(n) for n in (96, 45_600, 1_234_567, 2e9)] == ["96", "45.6k", "1.23M", "2B"]
     assert [duration(s) for s in (None, 5.25, 75.2, 3600)] == ["-", "5.2 s", "1 min 15 s", "1 h 0 min"]
 
 
-def test_recipes_are_those_of_the_overview() -> None:
-    assert json.dumps(load_recipe("judgement"))  # plain data, nothing of YAML's own
+def test_recipe_is_plain_data() -> None:
+    assert json.dumps(load_recipe("judgement"))  # raises TypeError for other than JSON types

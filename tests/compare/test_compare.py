@@ -1,4 +1,4 @@
-"""`vineppo compare` without training: what would run, and what synthetic runs with known answers are said to show."""
+"""`vineppo compare` without training: planned runs, and the analysis of synthetic runs with known results."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ compare_module = importlib.import_module("vineppo.compare.comparison")
 Point = tuple[float, float, float, float]
 """(updates, generated tokens, seconds of training, accuracy)."""
 
-PPO = [[0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.3, 0.4, 0.7, 0.6]]  # mean .2 .3 .4 .6 .6: the best, .6, first at 30 updates
-VINE = [[0.2, 0.4, 0.7, 0.8, 0.8], [0.2, 0.6, 0.7, 0.8, 0.9]]  # mean .2 .5 .7 .8 .85: .6 half-way from 10 to 20
+PPO = [[0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.3, 0.4, 0.7, 0.6]]  # mean .2 .3 .4 .6 .6: the best is .6, first at 30 updates
+VINE = [[0.2, 0.4, 0.7, 0.8, 0.8], [0.2, 0.6, 0.7, 0.8, 0.9]]  # mean .2 .5 .7 .8 .85: .6 is half-way between 10 and 20
 
 
 def points(accuracies: Sequence[float], tokens: float, seconds: float, every: int = 10) -> list[Point]:
-    """Evaluations every 10 updates; `tokens` and `seconds` are used by each update."""
+    """Evaluations after every `every` updates; each update uses `tokens` and `seconds`."""
     return [(i * every, i * every * tokens, i * every * seconds, value) for i, value in enumerate(accuracies)]
 
 
 def write_run(
     out: Path, algorithm: str, seed: int, evaluations: Sequence[Point], *, finish: str = "updates", kl: bool = False
 ) -> Path:
-    """A run directory as training leaves it, with as many lines as evaluations."""
+    """Write the directory of a finished run, with one line of metrics per evaluation."""
     run = out / "runs" / f"{algorithm}-seed{seed}"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text("task:\n  name: chain\n  level: judgement\n")
@@ -80,7 +80,7 @@ def write_run(
 
 def write_ppo_and_vine(out: Path, kl: bool = False) -> None:
     for seed in (0, 1):
-        write_run(out, "ppo", seed, points(PPO[seed], 100, 1.0 + seed), kl=kl)  # 1.5 seconds an update on average
+        write_run(out, "ppo", seed, points(PPO[seed], 100, 1.0 + seed), kl=kl)  # 1.5 seconds per update on average
         write_run(out, "vineppo", seed, points(VINE[seed], 400, 5.0), kl=kl)
 
 
@@ -97,7 +97,8 @@ def arms(*names: str) -> list[Algorithm]:
     return [find_algorithm(name) for name in names]
 
 
-def quiet() -> Console:
+def buffer_console() -> Console:
+    """A console that writes to a buffer."""
     return Console(file=io.StringIO(), width=200)
 
 
@@ -119,11 +120,11 @@ def test_ratios_by_hand(tmp_path: Path) -> None:
 def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
     equal = analyse(load_all(tmp_path), arms("vineppo", "ppo", "grpo"))["equal"]
-    means = {axis: {name: own["mean"] for name, own in at["accuracy"].items()} for axis, at in equal.items()}
+    means = {axis: {name: interval["mean"] for name, interval in at["accuracy"].items()} for axis, at in equal.items()}
     assert {axis: at["amount"] for axis, at in equal.items()} == {"updates": 40, "tokens": 4000, "seconds": 40}
     assert means["updates"] == pytest.approx({"vineppo": 0.85, "ppo": 0.6})
     assert means["tokens"] == pytest.approx({"vineppo": 0.5, "ppo": 0.6})  # VinePPO has used them after 10 updates
-    # VinePPO has done 8 updates: .36 and .52; PPO's seeds all 40 and, half as fast, 20: .6 and .4.
+    # After 40 seconds VinePPO has done 8 updates (.36 and .52), PPO 40 with seed 0 (.6) and 20 with seed 1 (.4).
     assert means["seconds"] == pytest.approx({"vineppo": 0.44, "ppo": 0.5})
     assert analyse(load_all(tmp_path), arms("vineppo"))["equal"] == {}
 
@@ -144,7 +145,7 @@ def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
     assert difference["low"] == pytest.approx(0.25 - 0.635310, abs=1e-5)
 
 
-def test_curves_meet_at_the_union_of_points_and_are_not_extrapolated(tmp_path: Path) -> None:
+def test_curves_use_the_union_of_points_and_are_not_extrapolated(tmp_path: Path) -> None:
     first = load_run(write_run(tmp_path, "ppo", 0, [(0, 0, 0, 0.0), (10, 10, 1, 0.2), (40, 40, 4, 0.5)]))
     second = load_run(write_run(tmp_path, "ppo", 1, [(0, 0, 0, 0.2), (20, 40, 6, 0.6), (30, 60, 9, 0.6)]))
     curves = align([first, second])
@@ -155,15 +156,16 @@ def test_curves_meet_at_the_union_of_points_and_are_not_extrapolated(tmp_path: P
     assert curves.kl is None
 
 
-def straight(*accuracies: Sequence[float]) -> Curves:
+def make_curves(*accuracies: Sequence[float]) -> Curves:
+    """One run per sequence of accuracies: a point every 10 updates, 100 tokens and 2 seconds per update."""
     accuracy = np.array(accuracies, dtype=float)
     updates = np.arange(accuracy.shape[1]) * 10.0
     costs = np.tile(updates, (len(accuracy), 1))
     return Curves(updates, accuracy, costs * 100, costs * 2, None)
 
 
-def test_first_reach_at_the_start_between_points_and_never() -> None:
-    curves = straight([0.2, 0.4, 0.3, 0.8])
+def test_first_reach_at_the_start_between_points_and_not_at_all() -> None:
+    curves = make_curves([0.2, 0.4, 0.3, 0.8])
     at_start = first_reach(curves, 0.1)
     assert at_start is not None and at_start.updates == 0
     between = first_reach(curves, 0.35)  # the first time, not the last
@@ -171,33 +173,36 @@ def test_first_reach_at_the_start_between_points_and_never() -> None:
     assert first_reach(curves, 0.81) is None
 
 
-def test_intervals_of_runs_that_agree_have_the_ratio_itself_as_bounds() -> None:
-    result = versus(straight(*[[0.2, 0.6, 0.8]] * 3), straight(*[[0.2, 0.4, 0.6]] * 3), num_resamples=50)
+def test_bounds_equal_the_ratio_if_all_runs_are_equal() -> None:
+    result = versus(make_curves(*[[0.2, 0.6, 0.8]] * 3), make_curves(*[[0.2, 0.4, 0.6]] * 3), num_resamples=50)
     assert result["updates_ratio"] == pytest.approx(2.0)
     assert result["updates_ratio_interval"] == pytest.approx({"low": 2.0, "high": 2.0})
     assert result["share_of_resamples_reached"] == 1
 
 
-def test_resamples_that_never_reach_the_level_leave_no_lower_bound() -> None:
-    ours, baseline = straight([0.2, 0.6, 0.9], [0.2, 0.2, 0.2]), straight([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
-    result = versus(ours, baseline, num_resamples=2000)  # of AA, AB, BA, BB only AA reaches .6, at 10 updates
+def test_no_lower_bound_if_resamples_never_reach_the_level() -> None:
+    curves, baseline = make_curves([0.2, 0.6, 0.9], [0.2, 0.2, 0.2]), make_curves([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
+    result = versus(curves, baseline, num_resamples=2000)  # of AA, AB, BA, BB only AA reaches .6, at 10 updates
     assert result["updates_ratio"] is None and result["reach"] is None
     assert result["share_of_resamples_reached"] == pytest.approx(0.25, abs=0.03)
     assert result["updates_ratio_interval"]["low"] is None
     assert result["updates_ratio_interval"]["high"] == pytest.approx(2.0)
 
 
-def test_resamples_that_start_at_the_level_count_as_above_every_ratio() -> None:
-    """Ours starts at .6, .2 or between; the baseline's best is .6 at 20 updates or .2 from the start (both at 0: 1)."""
-    ours, baseline = straight([0.6, 0.6, 0.6], [0.2, 0.6, 0.6]), straight([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
-    result = versus(ours, baseline, num_resamples=2000)  # AA is at .6 from the start, the others at 10 updates
+def test_no_upper_bound_if_resamples_start_at_the_level() -> None:
+    """The algorithm starts at .6, .4 or .2; the baseline reaches its best, .6, at 20 updates.
+
+    If both start at the level, the ratio is 1.
+    """
+    curves, baseline = make_curves([0.6, 0.6, 0.6], [0.2, 0.6, 0.6]), make_curves([0.2, 0.4, 0.6], [0.2, 0.4, 0.6])
+    result = versus(curves, baseline, num_resamples=2000)  # AA is at .6 from the start, the others at 10 updates
     assert result["updates_ratio"] == pytest.approx(2.0)
     assert result["updates_ratio_interval"] == {"low": pytest.approx(2.0), "high": None}
-    flat = straight([0.2, 0.2, 0.2], [0.2, 0.2, 0.2])
+    flat = make_curves([0.2, 0.2, 0.2], [0.2, 0.2, 0.2])
     assert versus(flat, flat, num_resamples=10)["updates_ratio_interval"] == {"low": 1.0, "high": 1.0}
 
 
-def test_runs_that_were_not_measured_afterwards_are_compared_by_their_curves(tmp_path: Path) -> None:
+def test_runs_without_final_evaluation_are_compared_by_their_curves(tmp_path: Path) -> None:
     for name in ("vineppo", "ppo", "grpo"):
         run = write_run(tmp_path, name, 0, points([0.2, 0.4, 0.6], 100, 1))
         summary = json.loads((run / "summary.json").read_text())
@@ -210,7 +215,7 @@ def test_runs_that_were_not_measured_afterwards_are_compared_by_their_curves(tmp
 
 
 def test_one_seed_gives_a_ratio_without_interval() -> None:
-    result = versus(straight([0.2, 0.6, 0.8]), straight([0.2, 0.4, 0.6]))
+    result = versus(make_curves([0.2, 0.6, 0.8]), make_curves([0.2, 0.4, 0.6]))
     assert result["updates_ratio"] == pytest.approx(2.0)
     assert result["updates_ratio_interval"] == {"low": None, "high": None}
     assert result["share_of_resamples_reached"] is None
@@ -221,7 +226,7 @@ def test_a_baseline_that_never_improved_gives_no_ratio(tmp_path: Path) -> None:
     write_run(tmp_path, "vineppo", 0, points([0.3, 0.4, 0.5], 100, 1))
     pair = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
     assert pair["updates_ratio"] is None
-    assert pair["reason"] == "the best accuracy of PPO is no more than the start of VinePPO"
+    assert pair["reason"] == "VinePPO starts at or above the best accuracy of PPO"
 
 
 def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
@@ -242,7 +247,7 @@ def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
     assert best["updates_ratio"] == pytest.approx(20 / 5)
 
 
-# --- what would run ---------------------------------------------------------------------------------------------------
+# --- planned runs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_comparison_interleaves_algorithms_within_seeds(tmp_path: Path) -> None:
@@ -260,13 +265,13 @@ def test_a_fresh_comparison_interleaves_algorithms_within_seeds(tmp_path: Path) 
     assert command[-1] == "--learner.lr=1e-4"
 
 
-def test_only_what_is_missing_runs_again(tmp_path: Path) -> None:
+def test_only_missing_runs_are_run_again(tmp_path: Path) -> None:
     write_run(tmp_path, "vineppo", 0, points(VINE[0], 400, 5))
     interrupted = write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1), finish="interrupted")
     (interrupted / "checkpoints" / "000020").mkdir(parents=True)
     (interrupted / "checkpoints" / "000020" / "manifest.json").write_text("{}")
     killed = tmp_path / "runs" / "vineppo-seed1"
-    (killed / "checkpoints" / ".000020.tmp").mkdir(parents=True)  # died while it wrote its first checkpoint
+    (killed / "checkpoints" / ".000020.tmp").mkdir(parents=True)  # killed while writing its first checkpoint
     (killed / "checkpoints" / ".000020.tmp" / "manifest.json").write_text("{}")
     plans = {plan.name: plan for plan in plan_runs(make_spec(tmp_path))}
     assert {name: plan.action for name, plan in plans.items()} == {
@@ -280,7 +285,7 @@ def test_only_what_is_missing_runs_again(tmp_path: Path) -> None:
     assert "--algorithm" in plans["vineppo seed 1"].command
 
 
-def test_an_interrupted_run_without_checkpoint_or_with_half_a_summary_is_broken(tmp_path: Path) -> None:
+def test_an_interrupted_run_without_checkpoint_or_with_truncated_summary_is_broken(tmp_path: Path) -> None:
     run = write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1), finish="interrupted")
     assert run_state(run) == "broken"
     (run / "summary.json").write_text('{"finish_reason": "upd')
@@ -295,46 +300,46 @@ def test_an_interrupted_run_without_checkpoint_or_with_half_a_summary_is_broken(
         ({"overrides": {"learner.lr": "1e-3"}}, "overrides (none), not --learner.lr=1e-3"),
     ],
 )
-def test_another_comparison_is_not_mixed_in(tmp_path: Path, changes: dict, named: str) -> None:
+def test_comparison_with_other_settings_is_refused(tmp_path: Path, changes: dict, named: str) -> None:
     write_ppo_and_vine(tmp_path / "a")
     out = tmp_path / "b"
     compare_module._open_directory(make_spec(out), out)
     with pytest.raises(UserError) as caught:
-        compare(make_spec(out, **changes), quiet())
+        compare(make_spec(out, **changes), buffer_console())
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_an_edited_recipe_is_noticed(tmp_path: Path) -> None:
+def test_edited_recipe_is_detected(tmp_path: Path) -> None:
     recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
     recipe.write_text("learner:\n  lr: 1.0e-4\n")
     spec = make_spec(out, recipe=str(recipe))
     compare_module._open_directory(spec, out)
-    compare_module._open_directory(spec, out)  # the same text is the same comparison
+    compare_module._open_directory(spec, out)  # the same text: no error
     recipe.write_text("learner:\n  lr: 2.0e-4\n")
-    with pytest.raises(UserError, match="an earlier text of recipe"):
+    with pytest.raises(UserError, match="another version of recipe"):
         compare_module._open_directory(spec, out)
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_directory_without_comparison_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(UserError, match="holds no comparison"):
-        compare(make_spec(tmp_path), quiet())
+    with pytest.raises(UserError, match="contains no comparison"):
+        compare(make_spec(tmp_path), buffer_console())
     with pytest.raises(UserError, match="is a file"):
-        compare(make_spec(tmp_path / "thesis.tex"), quiet())
+        compare(make_spec(tmp_path / "thesis.tex"), buffer_console())
 
 
 def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     out = tmp_path / "out"
     compare_module._open_directory(make_spec(out), out)
-    with compare_module._only_one(out), pytest.raises(UserError, match="in use by another comparison"):
-        compare(make_spec(out), quiet())
+    with compare_module._exclusive_lock(out), pytest.raises(UserError, match="in use by another comparison"):
+        compare(make_spec(out), buffer_console())
 
 
-# --- the request ------------------------------------------------------------------------------------------------------
+# --- budgets and specifications ---------------------------------------------------------------------------------------
 
 
-def test_budgets_are_read() -> None:
+def test_budgets_are_parsed() -> None:
     assert parse_budget("updates=96") == ("updates", 96)
     assert parse_budget("tokens=2e6") == ("tokens", 2_000_000)
     assert parse_budget("seconds=90.5") == ("seconds", 90.5)
@@ -346,14 +351,14 @@ def test_budgets_are_read() -> None:
     [
         ("96", "updates=N"),
         ("steps=5", "updates=N"),
-        ("updates=", "where a number belongs"),
+        ("updates=", "'' is not a number"),
         ("updates=many", "'many'"),
         ("updates=0", "above 0"),
         ("seconds=nan", "finite"),
         ("updates=1.5", "whole number"),
     ],
 )
-def test_a_wrong_budget_gets_one_clear_line(text: str, named: str) -> None:
+def test_wrong_budget_raises_one_line(text: str, named: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_budget(text)
     assert named in str(caught.value) and "\n" not in str(caught.value)
@@ -377,19 +382,19 @@ def test_a_wrong_budget_gets_one_clear_line(text: str, named: str) -> None:
         ),
     ],
 )
-def test_a_wrong_request_gets_one_clear_line(tmp_path: Path, changes: dict, named: str) -> None:
+def test_wrong_specification_raises_one_line(tmp_path: Path, changes: dict, named: str) -> None:
     with pytest.raises(UserError) as caught:
         make_spec(tmp_path, **changes)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-# --- the reports ------------------------------------------------------------------------------------------------------
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_comparison_is_reported_without_running_anything(tmp_path: Path) -> None:
+def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> None:
     compare_module._open_directory(make_spec(tmp_path), tmp_path)
     write_ppo_and_vine(tmp_path, kl=True)
-    result = compare(make_spec(tmp_path), quiet())
+    result = compare(make_spec(tmp_path), buffer_console())
     assert result["missing"] == []
     stored = json.loads((tmp_path / "compare.json").read_text())
     assert stored == json.loads(json.dumps(result))
@@ -413,11 +418,11 @@ def test_a_finished_comparison_is_reported_without_running_anything(tmp_path: Pa
     assert (tmp_path / "final_accuracy.png").exists()
 
 
-def test_the_figures_do_not_depend_on_more_runs_in_the_directory(tmp_path: Path) -> None:
+def test_figures_do_not_depend_on_other_runs_in_the_directory(tmp_path: Path) -> None:
     compare_module._open_directory(make_spec(tmp_path), tmp_path)
     write_ppo_and_vine(tmp_path)
     write_run(tmp_path, "grpo", 0, points([0.2] * 5, 100, 1))
-    result = compare(make_spec(tmp_path, seeds=1), quiet())
+    result = compare(make_spec(tmp_path, seeds=1), buffer_console())
     assert list(result["algorithms"]) == ["vineppo", "ppo"]
     assert [run["seed"] for run in result["algorithms"]["vineppo"]["per_seed"]] == [0]
 
@@ -428,7 +433,7 @@ def scripted_plan(out: Path, seed: int, script: str) -> PlannedRun:
     return PlannedRun("ppo", seed, directory, log, "start", (sys.executable, "-c", script))
 
 
-def test_a_failing_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_is_reported_and_the_others_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "template", "ppo", 1, points(PPO[1], 100, 2))
     copy = f"import shutil; shutil.copytree({str(tmp_path / 'template/runs/ppo-seed1')!r}, {{!r}})"
     out = tmp_path / "out"
@@ -437,7 +442,7 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch
         scripted_plan(out, 1, copy.format(str(out / "runs" / "ppo-seed1"))),
     ]
     monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
-    console = quiet()
+    console = buffer_console()
     result = compare(make_spec(out, algorithms=("ppo",), jobs=2), console)
     assert result["missing"] == [
         {"algorithm": "ppo", "seed": 0, "reason": "error: no such model [x]", "log": str(plans[0].log)}
@@ -445,22 +450,22 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch
     assert result["algorithms"]["ppo"]["num_runs"] == 1
     assert table_rows(result)[0][1] == "1 of 2"
     assert conclusions(result)[-1] == "MISSING: ppo seed 0: error: no such model [x]"
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "ppo seed 0 FAILED with exit code 1" in said and "    error: no such model [x]" in said
-    assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in said
+    output = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ppo seed 0 FAILED with exit code 1" in output and "    error: no such model [x]" in output
+    assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in output
     assert "MISSING: ppo seed 0" in (out / "table.md").read_text()
 
 
-def test_a_comparison_in_which_everything_failed_still_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_are_written_if_all_runs_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [scripted_plan(tmp_path / "out", 0, "raise SystemExit(2)")]
     monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
-    result = compare(make_spec(tmp_path / "out", algorithms=("ppo",), seeds=1), quiet())
+    result = compare(make_spec(tmp_path / "out", algorithms=("ppo",), seeds=1), buffer_console())
     assert result["missing"][0]["reason"] == "exit code 2"
     assert result["algorithms"]["ppo"]["final_accuracy"] == {"mean": None, "low": None, "high": None}
     assert not (tmp_path / "out" / "compare.csv").exists()
 
 
-def test_pictures_of_one_run(tmp_path: Path) -> None:
+def test_plots_of_one_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("task: {name: chain}\n")
     start = {"iteration": 0, "updates": 0, "eval/accuracy": 0.2, "eval/accuracy_low": 0.1, "eval/accuracy_high": 0.3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(start) + "\n")

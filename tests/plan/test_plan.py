@@ -1,4 +1,4 @@
-"""What a run will take: counts that can be worked out by hand, a calibration against the run itself, and refusals."""
+"""Plans: figures worked out by hand, a calibration compared with the actual run, and error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vineppo.types import UserError
 
 
 @pytest.mark.parametrize("name", ["microsoft/rho-math-1b-v0.1", "deepseek-ai/deepseek-math-7b-base"])
-def test_the_papers_models_have_the_size_that_transformers_gives_their_shape(name: str) -> None:
+def test_sizes_of_the_papers_models_equal_those_of_transformers(name: str) -> None:
     shape = KNOWN[name]
     config = AutoConfig.for_model(
         "llama",
@@ -39,24 +39,24 @@ def test_the_papers_models_have_the_size_that_transformers_gives_their_shape(nam
     assert sum(p.numel() for p in model.parameters()) == shape.parameters
 
 
-def test_a_plan_by_calibration_foretells_the_counts_of_the_run(tmp_path: Path) -> None:
+def test_calibration_predicts_the_counts_of_the_run(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", rollouts=RolloutConfig(num_problems=8, group_size=4, max_new_tokens=40))
-    made = plan(config, problems=8)
-    assert made.iterations == 4 and made.amounts.updates == 4 and made.amounts.rollouts == 32
+    prediction = plan(config, problems=8)
+    assert prediction.iterations == 4 and prediction.amounts.updates == 4 and prediction.amounts.rollouts == 32
     summary = train(config)
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[1])
-    # The calibration is a piece of the first iteration; here all of it.
-    assert made.amounts.rollout_tokens == first["tokens/rollouts"]
-    assert made.amounts.mc_tokens == first["tokens/mc"]
-    assert made.amounts.steps_per_response == first["credit/steps_per_response"]
-    assert 0.5 * summary["peak_memory_bytes"] < made.memory["peak"] < 2 * summary["peak_memory_bytes"]
+    # The calibration runs a part of the first iteration; here all 8 problems.
+    assert prediction.amounts.rollout_tokens == first["tokens/rollouts"]
+    assert prediction.amounts.mc_tokens == first["tokens/mc"]
+    assert prediction.amounts.steps_per_response == first["credit/steps_per_response"]
+    assert 0.5 * summary["peak_memory_bytes"] < prediction.memory["peak"] < 2 * summary["peak_memory_bytes"]
     half = plan(config, problems=4).amounts
-    assert half.rollout_tokens == pytest.approx(made.amounts.rollout_tokens, rel=0.2) and half.updates == 4
-    others = {name: tokens for name, tokens, _ in made.variants}
-    assert others["vineppo.num_mc_rollouts 18"] == pytest.approx(9 * made.amounts.mc_tokens)  # K is 2 here
+    assert half.rollout_tokens == pytest.approx(prediction.amounts.rollout_tokens, rel=0.2) and half.updates == 4
+    others = {name: tokens for name, tokens, _ in prediction.variants}
+    assert others["vineppo.num_mc_rollouts 18"] == pytest.approx(9 * prediction.amounts.mc_tokens)  # K is 2 here
 
 
-def test_memory_by_hand_and_what_adapters_save() -> None:
+def test_memory_by_hand_with_and_without_adapters() -> None:
     config = Config(model=ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda"))
     full = plan(config, gpu="h100").memory
     n = KNOWN["microsoft/rho-math-1b-v0.1"].parameters
@@ -66,20 +66,20 @@ def test_memory_by_hand_and_what_adapters_save() -> None:
     assert plan(with_kl, gpu="h100").memory["reference"] == 2 * n
     assert plan(replace(config, algorithm="ppo"), gpu="h100").memory["critic"] == 20 * n
     lora = replace(with_kl, model=replace(config.model, lora=LoraConfig(r=16)))
-    made = plan(lora, gpu="h100").memory
+    memory = plan(lora, gpu="h100").memory
     # Rank 16 on seven layers: q, k, v, o, gate, up, down of 22 layers.
     sides = 2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632)
-    assert made["optimizer"] == 8 * 16 * sides * 22 and made["reference"] == 0
+    assert memory["optimizer"] == 8 * 16 * sides * 22 and memory["reference"] == 0
 
 
-def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does() -> None:
+def test_plan_that_does_not_fit_is_refused_with_a_setting_that_fits() -> None:
     model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
     config = Config(
         model=model,
         rollouts=RolloutConfig(num_problems=64, group_size=8, max_new_tokens=1024, kv_memory=40, max_rows=8192),
         learner=LearnerConfig(micro_batch_tokens=1 << 17),
     )
-    fits = r"needs about .* GiB and there are 80.0; it fits with learner.micro_batch_tokens (\d+)"
+    fits = r"needs about .* GiB of memory and 80.0 GiB are available; it fits with learner.micro_batch_tokens (\d+)"
     with pytest.raises(UserError, match=fits) as caught:
         plan(config, gpu="h100")
     number = int(str(caught.value).split("micro_batch_tokens ")[1].split()[0])
@@ -89,30 +89,30 @@ def test_what_does_not_fit_is_refused_with_the_nearest_setting_that_does() -> No
         plan(replace(fitting, model=replace(model, path="deepseek-ai/deepseek-math-7b-base")), gpu="t4")
     assert plan(fitting, gpu="8xrtx4090").available == 8 * 24 * GIB
     for unknown in ("k80", "0xh100", "8xk80", "x"):
-        with pytest.raises(UserError, match=f"--gpu {unknown} is not known; allowed: t4"):
+        with pytest.raises(UserError, match=f"unknown --gpu {unknown}; allowed: t4"):
             plan(config, gpu=unknown)
 
 
-def test_what_cannot_fit_here_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_cannot_fit_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vineppo.plan.calibration.available_memory", lambda device: 16 * GIB)
     monkeypatch.setattr("vineppo.plan.shape.KNOWN", {"org/large": KNOWN["deepseek-ai/deepseek-math-7b-base"]})
-    config = Config(model=ModelConfig(path="org/large"))  # nowhere to be had: loading it would say so
-    with pytest.raises(
-        UserError, match=r"needs about 1\d\d\.\d GiB and there are 16.0; try model.lora.r 16, or model.dtype"
-    ):
+    config = Config(model=ModelConfig(path="org/large"))  # does not exist: loading it would raise another error
+    message = r"needs about 1\d\d\.\d GiB of memory and 16.0 GiB are available; try model.lora.r 16, or model.dtype"
+    with pytest.raises(UserError, match=message):
         plan(config)
 
 
-def test_seconds_are_those_of_the_algorithm_and_end_a_run() -> None:
+def test_seconds_depend_on_the_algorithm_and_limit_a_run() -> None:
     model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
-    made = {name: plan(Config(algorithm=name, model=model), gpu="h100") for name in ("grpo", "ppo")}
-    assert made["grpo"].seconds["credit"] == 0 < made["ppo"].seconds["credit"]
+    plans = {name: plan(Config(algorithm=name, model=model), gpu="h100") for name in ("grpo", "ppo")}
+    assert plans["grpo"].seconds["credit"] == 0 < plans["ppo"].seconds["credit"]
     limited = replace(Config(model=model), run=replace(Config().run, max_seconds=20.0))
-    every = plan(limited, gpu="h100")
-    assert (every.iterations - 1) * every.seconds_per_iteration < 20 <= every.iterations * every.seconds_per_iteration
+    prediction = plan(limited, gpu="h100")
+    n, seconds = prediction.iterations, prediction.seconds_per_iteration
+    assert (n - 1) * seconds < 20 <= n * seconds
 
 
-def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
+def test_every_recipe_of_the_paper_can_be_planned() -> None:
     names = [name for name in recipe_names() if name.startswith("paper/")]
     assert len(names) == 20
     for name in names:
@@ -121,11 +121,11 @@ def test_every_recipe_of_the_paper_loads_and_is_planned() -> None:
         config = build_config(load_recipe(name), name=name)
         updates = 16_000 if "-math-" in name else 10_400
         assert config.learner.warmup_updates == 0.03 * updates
-        made = plan(config, gpu="h200" if "rho" in name else "8xh100")
-        assert made.iterations * made.amounts.updates == updates and made.amounts.updates == 16
+        prediction = plan(config, gpu="h200" if "rho" in name else "8xh100")
+        assert prediction.iterations * prediction.amounts.updates == updates and prediction.amounts.updates == 16
 
 
-def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_plan_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "plan.json"
     assert main(["plan", "paper/rho1b-math-vineppo", "--gpu", "h100", "--json", str(target)]) == 0
     out = capsys.readouterr().out
@@ -134,4 +134,4 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert figures["seconds_per_iteration"] == pytest.approx(sum(figures["seconds"].values()))
     assert main(["plan", "sft-judgement"]) == 2
     assert main(["plan", "judgement", "--response_tokens", "40"]) == 2
-    assert "--response_tokens 40 is refused; it is a number above 0, and goes with --gpu" in capsys.readouterr().err
+    assert "--response_tokens is 40; it must be above 0 and needs --gpu" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What several commands share: recipes, and figures written as JSON."""
+"""Functions shared by several commands: recipes, and figures as JSON."""
 
 from __future__ import annotations
 
@@ -19,42 +19,45 @@ DEFAULT_RECIPE = "judgement"
 
 
 def add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
-    """Add a paragraph to the help that names the recipes of the package."""
+    """Add a paragraph to the help that lists the recipes of the package."""
     names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
     add_note(
         parser,
         title,
-        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below are those of settings that neither "
-        "the recipe nor the command line gives. Lists are written a,b or [a, b].",
+        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below apply to settings that are "
+        "neither in the recipe nor on the command line. Lists are written a,b or [a, b].",
     )
 
 
 def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | None = None) -> Config:
-    """The configuration of a training run from a recipe and the options of the command line."""
+    """Build the configuration of a training run from a recipe and the options of the command line."""
     check_kind(recipe, "train")
     return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
 
 
 def check_kind(recipe: str, command: str) -> None:
-    """Refuse a recipe of the package that belongs to the other command."""
+    """Raise UserError if a recipe of the package is for another command (`train` or `sft`)."""
     names = recipe_names()
     owner = "sft" if is_sft_recipe(recipe) else "train"
     if recipe in names and owner != command:
-        fitting = [name for name in names if is_sft_recipe(name) is (command == "sft")]
-        known = ", ".join(fitting) or "none"
-        raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {known}")
+        allowed = ", ".join(name for name in names if is_sft_recipe(name) is (command == "sft")) or "none"
+        raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {allowed}")
 
 
 def json_target(request: Request) -> Path | None:
-    """The file of `--json`, or None; refused before anything is computed if it cannot be written."""
+    """The file of `--json`, or None if it is not given.
+
+    Raises:
+        UserError: if the file cannot be written; commands call this before they compute anything.
+    """
     target = request.options["json"] and Path(request.options["json"])
     if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
-        raise UserError(f"--json {target} cannot be written: give a file in an existing directory")
+        raise UserError(f"--json {target} cannot be written; give a file in an existing directory")
     return target or None
 
 
 def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON to the file of `--json`; None writes nothing."""
+    """Write figures as JSON to `target`, if it is not None."""
     if target is None:
         return
     from vineppo.run.files import write_text
@@ -67,5 +70,5 @@ def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def training_recipes() -> list[str]:
-    """Names of the package's recipes for `vineppo train`."""
+    """Names of the recipes of the package for `vineppo train`."""
     return [name for name in recipe_names() if not is_sft_recipe(name)]

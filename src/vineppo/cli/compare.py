@@ -1,11 +1,11 @@
-"""`vineppo compare`"""
+"""The command `vineppo compare`: train and compare several algorithms."""
 
 from __future__ import annotations
 
 import argparse
 
 from vineppo.cli.common import add_recipe_note, training_config, training_recipes
-from vineppo.cli.options import Command, Request, add_settings, count
+from vineppo.cli.options import Command, Request, add_settings, int_option
 from vineppo.credit import COMPARED
 from vineppo.training.configure import every_section
 from vineppo.types import UserError
@@ -19,13 +19,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add(
         "--algorithms",
         metavar="A,B",
-        help="compared algorithms, module:object for one of your own; the first is compared with the others, and the "
-        f"second is the reference of the table (default: {','.join(COMPARED)})",
+        help="algorithms to compare; module:object names an algorithm of your own; the first is compared with the "
+        f"others, and the second is the reference of the table (default: {','.join(COMPARED)})",
     )
-    add("--seeds", metavar="N", help="runs per algorithm, with seeds 0 to N-1 (default: 5)")
-    add("--budget", metavar="KIND=N", help="of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
-    add("--out", metavar="DIR", help="directory of the comparison; one that stopped half-way goes on from there")
-    add("--jobs", metavar="N", help="runs at the same time; more than 1 makes seconds less meaningful (default: 1)")
+    add("--seeds", metavar="N", help="number of runs per algorithm, with seeds 0 to N-1 (default: 5)")
+    add("--budget", metavar="KIND=N", help="limit of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
+    add("--out", metavar="DIR", help="directory of the comparison; an unfinished comparison in it is continued")
+    add("--jobs", metavar="N", help="number of runs at the same time; seconds mean less if it is above 1 (default: 1)")
     add_recipe_note(parser, "RECIPE", sft=False)
     add_settings(parser, every_section(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
@@ -38,24 +38,24 @@ def _run(request: Request) -> int:
     if recipe is None:
         raise UserError(f"no RECIPE is given; recipes: {', '.join(training_recipes())}, or the path of a YAML file")
     if options["out"] is None:
-        raise UserError("--out is not given; name the directory of the comparison")
+        raise UserError("--out is not given; give the directory of the comparison with --out DIR")
     algorithms = tuple(name.strip() for name in (options["algorithms"] or ",".join(COMPARED)).split(","))
     spec = CompareSpec(
         recipe=recipe,
         algorithms=algorithms,
-        seeds=count(request, "seeds", 5),
+        seeds=int_option(request, "seeds", 5),
         budget=parse_budget(options["budget"] or "updates=96"),
         out=options["out"],
-        jobs=count(request, "jobs", 1),
+        jobs=int_option(request, "jobs", 1),
         overrides=request.overrides,
     )
-    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # refuse a mistake before the first run starts
+    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # raise errors before the first run starts
         training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
     return 1 if compare(spec)["missing"] else 0
 
 
 COMMAND = Command(
-    purpose="Train several algorithms with several seeds on the same problems and budget; table, CSV, JSON, plots.",
+    purpose="Train several algorithms with several seeds on the same problems and budget; write tables and plots.",
     takes="RECIPE",
     usage="RECIPE --out DIR [--KEY VALUE ...]",
     options=_options,
@@ -67,7 +67,7 @@ COMMAND = Command(
             "vineppo compare judgement --seeds 5 --budget updates=96 --out runs/compare",
         ),
         (
-            "equal generated tokens instead, two runs at a time",
+            "a budget of generated tokens, two runs at the same time",
             "vineppo compare habit --algorithms vineppo,grpo --budget tokens=2000000 --jobs 2 --out runs/tokens",
         ),
     ),

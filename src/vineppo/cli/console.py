@@ -1,4 +1,4 @@
-"""Output of a training run in the terminal: live progress, and a short report at the end."""
+"""Terminal output of a training run: progress, and a report at the end."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from vineppo.credit import find_algorithm
 
 
 class ConsoleReporter:
-    """Prints the progress of a run on standard output (implements `training.session.Reporter`).
+    """Print the progress of a run on standard output (implements `training.session.Reporter`).
 
-    On a terminal, one line is updated below the measurements; in a file or a pipe, every iteration gets a line.
+    On a terminal, a progress bar is updated below the lines of the evaluations. In a file or a pipe, each iteration is
+    printed as one line.
     """
 
     def __init__(self, config: Config, live: bool | None = None) -> None:
-        """`live` chooses the form; None: whether standard output is a terminal."""
+        """`live` turns the progress bar on or off; default: on if standard output is a terminal."""
         self._live = sys.stdout.isatty() if live is None else live
         self._config = config
         self._bar: Any = None
         self._row: Any = None
 
     def start(self) -> None:
-        """Print what is trained, and open the live line."""
-        _say(headline(self._config))
+        """Print the headline, and start the progress bar."""
+        _print(headline(self._config))
         if not self._live:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -39,51 +40,51 @@ class ConsoleReporter:
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns)
-        self._row = self._bar.add_task("measuring the starting model", total=1.0)
+        self._row = self._bar.add_task("evaluating the starting model", total=1.0)
         self._bar.start()
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Show one line of metrics.jsonl."""
+        """Show the metrics of one iteration, a line of metrics.jsonl."""
         iterations = self._config.run.iterations
         line = progress_line(metrics, iterations)
         if self._bar is None:
-            if metrics.get("iteration") or "accuracy" in line:  # nothing is known yet of a start that was not measured
-                _say(line)
+            if metrics.get("iteration") or "accuracy" in line:  # the start has no line if it was not evaluated
+                _print(line)
             return
         if metrics.get("eval/accuracy") is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        moving = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
-        short = progress_line(moving, iterations) if metrics.get("iteration") else "first iteration"
+        reduced = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
+        short = progress_line(reduced, iterations) if metrics.get("iteration") else "first iteration"
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
 
     def wants_to_stop(self) -> bool:
-        """False: a run in a terminal is stopped by Ctrl-C."""
+        """Return False; a run in a terminal is stopped with Ctrl-C."""
         return False
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """Close the live line and print the report."""
+        """Stop the progress bar and print the report."""
         self.close()
-        _say("")
+        _print("")
         for line in final_report(summary, run_dir):
-            _say(line)
+            _print(line)
 
     def close(self) -> None:
-        """Close the live line; does nothing if none is open."""
+        """Stop the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def headline(config: Config) -> str:
-    """What is trained on what, in one line."""
+    """One line with the algorithm, model, task, size and seed of a run."""
     task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
     if config.task.name != "chain":
         task = " ".join(filter(None, (config.task.name, config.task.train_path)))
     length = f"{config.run.iterations:,} iterations"
     limits = {"updates": config.run.max_updates, "tokens": config.run.max_tokens, "seconds": config.run.max_seconds}
-    chosen = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
-    if chosen:
-        length = f"until {' or '.join(chosen)}"
+    active = [f"{amount:,.15g} {kind}" for kind, amount in limits.items() if amount]
+    if active:
+        length = f"until {' or '.join(active)}"
     rollouts = " x ".join(
         f"{count} {word}{'s' * (count != 1)}"
         for count, word in ((config.rollouts.num_problems, "problem"), (config.rollouts.group_size, "response"))
@@ -93,7 +94,7 @@ def headline(config: Config) -> str:
 
 
 def share_done(metrics: Mapping[str, Any], config: Config) -> float:
-    """How much of the run is over, 0 to 1, by whichever limit is nearest."""
+    """Share of the run that is done, from 0 to 1, by the limit that is reached first."""
     run = config.run
     pairs = [
         (metrics.get("iteration"), run.iterations),
@@ -105,7 +106,7 @@ def share_done(metrics: Mapping[str, Any], config: Config) -> float:
 
 
 def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
-    """One iteration in one line; what was not measured is left out."""
+    """One line for an iteration, without the metrics that were not measured."""
     number = metrics.get("iteration", 0)
     width = len(str(iterations))
     parts = [f"iteration {number:>{width}}/{iterations}" if number else "start".ljust(11 + 2 * width)]
@@ -122,7 +123,7 @@ def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
 
 
 def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """The lines printed at the end of a run, from summary.json."""
+    """The lines printed at the end of a run, from the content of summary.json."""
     before, after, tokens = (summary.get(key) or {} for key in ("accuracy_before", "accuracy_after", "tokens"))
     evaluation = duration(summary.get("seconds_eval"))
     amounts = f"{summary.get('iterations', 0):,} iterations, {summary.get('updates', 0):,} updates"
@@ -130,13 +131,13 @@ def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     gain = ""
     if before.get("mean") is not None and after.get("mean") is not None:
         gain = f"   {100 * (after['mean'] - before['mean']):+.1f} points"
-    spent = [f"{tokens.get('rollouts', 0):,} rollouts"]
-    spent += [f"{tokens['mc']:,} MC rollouts"] if tokens.get("mc") else []
+    generated = [f"{tokens.get('rollouts', 0):,} rollouts"]
+    generated += [f"{tokens['mc']:,} MC rollouts"] if tokens.get("mc") else []
     rows = {
         "wall-clock": f"{duration(summary.get('seconds'))} training, {evaluation} evaluation",
         "accuracy before": interval_text(before),
         "accuracy after": interval_text(after) + gain,
-        "tokens": f"{', '.join(spent)} (generated); {tokens.get('trained', 0):,} trained",
+        "tokens": f"{', '.join(generated)} (generated); {tokens.get('trained', 0):,} trained",
         "run": str(run_dir),
         "plots": str(run_dir / "plots"),
         "model": str(run_dir / (summary.get("final") or "final")),
@@ -144,12 +145,12 @@ def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
     if summary.get("finish_reason") == "interrupted":
         title += ", interrupted"
         rows = {key: rows[key] for key in ("wall-clock", "accuracy before", "tokens", "run")}
-        rows["go on with"] = f"vineppo train --resume {run_dir}"
+        rows["continue with"] = f"vineppo train --resume {run_dir}"
     return [title, *(f"  {key:<16} {value}" for key, value in rows.items())]
 
 
 def interval_text(interval: Mapping[str, Any]) -> str:
-    """{"mean": 0.5, "low": 0.4, "high": 0.6} -> 50.0% [40.0, 60.0], a 95% interval; a dash where nothing is known."""
+    """Format {"mean": 0.5, "low": 0.4, "high": 0.6} as 50.0% [40.0, 60.0], and an unknown mean as a dash."""
     mean, low, high = (interval.get(key) for key in ("mean", "low", "high"))
     if mean is None:
         return "-"
@@ -158,7 +159,7 @@ def interval_text(interval: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """75.2 -> 1 min 15 s; a dash for None."""
+    """Format 75.2 as 1 min 15 s, and None as a dash."""
     if seconds is None:
         return "-"
     if seconds < 60:
@@ -169,12 +170,12 @@ def duration(seconds: float | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """1234567 -> 1.23M, 45600 -> 45.6k, 96 -> 96."""
+    """Format 1234567 as 1.23M, 45600 as 45.6k, and 96 as 96."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.0f}"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""`vineppo demo`"""
+"""The command `vineppo demo`: a short training of the embedded model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def _run(request: Request) -> int:
     folder = request.overrides.get("run.dir") or _free_directory(Path("runs/demo"))
     config = training_config(DEFAULT_RECIPE, {**request.overrides, "run.dir": str(folder)})
     print(
-        "A tiny language model that ships with the package solves chains of arithmetic; each step may be written in a\n"
-        "reliable or in a risky way. It now learns, by reward alone, which way to choose at which step.\n"
+        "A tiny language model that ships with the package solves chains of arithmetic. It can write each step in a\n"
+        "reliable or in a risky way. Training teaches it, from the reward alone, which way to choose at each step.\n"
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
-        other = next(one.name for one in BUILT_IN.values() if one.name != config.algorithm and not one.needs_critic)
+        others = (arm.name for arm in BUILT_IN.values() if arm.name != config.algorithm and not arm.needs_critic)
         print("\nNext:")
         print(f"  vineppo eval {folder}")
-        print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {other}")
+        print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {next(others)}")
     return exit_code(summary)
 
 
 def _free_directory(first: Path) -> Path:
-    """runs/demo, or runs/demo-2, runs/demo-3, ... where that exists."""
+    """The first of runs/demo, runs/demo-2, runs/demo-3, ... that does not exist."""
     number, path = 1, first
     while path.exists():
         number += 1
@@ -45,14 +45,14 @@ def _free_directory(first: Path) -> Path:
 
 
 COMMAND = Command(
-    purpose="Five minutes on two cores: VinePPO on the embedded model and task, then a short report.",
+    purpose="Train the embedded model with VinePPO (five minutes on two cores), and print a short report.",
     takes="",
     usage="[--KEY VALUE ...]",
     options=_options,
     run=_run,
     settings=lambda: Config,
     examples=(
-        ("into runs/demo, or the next free name", "vineppo demo"),
+        ("train into runs/demo, or runs/demo-2 if that exists", "vineppo demo"),
         ("another algorithm on the same problems", "vineppo demo --algorithm grpo"),
     ),
 )

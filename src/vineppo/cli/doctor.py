@@ -1,4 +1,4 @@
-"""`vineppo doctor`"""
+"""The command `vineppo doctor`: print package versions and the machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from vineppo.model.hardware import cpu_multiplies
 from vineppo.run.environment import package_version, version_of
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
-
-
 _EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "ray", "tensorboard", "wandb", "trackio")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    """The command has none but --help."""
+    """Add no options: the command has only --help."""
 
 
 def _run(request: Request) -> int:
@@ -31,7 +29,7 @@ def _run(request: Request) -> int:
     rows["device"] = _devices()
     models = importlib.resources.files("vineppo") / "models"
     names = sorted(item.name for item in models.iterdir() if item.is_dir()) if models.is_dir() else []
-    rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none is installed"
+    rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none installed"
     rows["recipes"] = ", ".join(recipe_names())
     for name, value in rows.items():
         print(f"{name:<14} {value}")
@@ -50,13 +48,13 @@ def _devices() -> str:
 
 
 COMMAND = Command(
-    purpose="Print the versions and the machine that figures depend on; put it into a bug report.",
+    purpose="Print the package versions and the machine, for bug reports.",
     takes="",
     usage="",
     options=_options,
     run=_run,
     examples=(
-        ("everything", "vineppo doctor"),
-        ("one line of it", "vineppo doctor | grep torch"),
+        ("print all lines", "vineppo doctor"),
+        ("print one line", "vineppo doctor | grep torch"),
     ),
 )

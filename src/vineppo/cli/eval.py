@@ -1,4 +1,4 @@
-"""`vineppo eval`"""
+"""The command `vineppo eval`: measure the accuracy of a model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_note(
         parser,
         "MODEL",
-        "A model directory, a hub id, embedded:judgement or embedded:habit; or a run's directory or a recipe's YAML "
-        "file, whose final or starting model is measured with its own task, response budget and stop strings. Greedy "
-        "decoding is always measured too.",
+        "A model directory, a hub id, embedded:judgement or embedded:habit. Or the directory of a run or the YAML file "
+        "of a recipe: then the final model of the run or the starting model of the recipe is measured with the task, "
+        "response budget and stop strings of that run or recipe. Greedy decoding is always measured too.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     add_settings(parser, EvalSpec, hidden=("model.path",))
@@ -32,10 +32,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(request: Request) -> int:
     if request.positional is None:
-        raise UserError("no MODEL is given; name a model directory, a hub id, embedded:judgement, a run or a recipe")
+        raise UserError("no MODEL is given; give a model directory, a hub id, embedded:judgement, a run or a recipe")
     target = json_target(request)
     if "model.path" in request.overrides:
-        raise UserError("--model.path is MODEL, which stands without dashes; leave it out")
+        raise UserError("--model.path is not an option of eval; give the model as the argument MODEL")
     layers = [_settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
     spec = settings_from_layers(EvalSpec, layers)
     from vineppo.training.evaluate import evaluate_model
@@ -47,13 +47,13 @@ def _run(request: Request) -> int:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run that a MODEL belongs to: it is the run's directory, or the model inside."""
-    inside = path.parent if path.name == "final" else path
-    return inside if os.path.isfile(inside / "config.yaml") else None
+    """The directory of the run that a MODEL belongs to, or None; MODEL is that directory or its folder `final`."""
+    run_dir = path.parent if path.name == "final" else path
+    return run_dir if os.path.isfile(run_dir / "config.yaml") else None
 
 
 def _settings_of_model(model: str) -> Layer:
-    """The settings that MODEL gives: the path of the model; for a run or a recipe also its task and response budget."""
+    """The settings given by MODEL: the model's path, and for a run or recipe also its task and response budget."""
     run_dir = _run_of(Path(model))
     if run_dir:
         return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
@@ -73,7 +73,7 @@ def _config_of_finished(run_dir: Path) -> Config:
 
 
 def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
-    """The settings of EvalSpec that a training has, with another path of the model."""
+    """The settings of EvalSpec from the configuration of a training run, with `model` as the path of the model."""
     settings = config_to_dict(config)
     return {
         "model": settings["model"] | {"path": model},
@@ -95,12 +95,12 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
             table.add_row(name, interval_text(value).replace("[", r"\["))
     print(f"{model}")
     Console().print(table)
-    spent = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
+    cost = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
     cut = f"{100 * result['truncated_share']:.1f}% of responses reached the token budget"
-    print(f"{result['num_samples']} samples per problem; {cut}; {spent}")
+    print(f"{result['num_samples']} samples per problem; {cut}; {cost}")
     if result.get("grader/error_share"):
-        late = f"{100 * result['grader/timeout_share']:.1f}% too late"
-        print(f"{100 * result['grader/error_share']:.1f}% of responses could not be graded ({late}) and count as wrong")
+        errors, timeouts = (f"{100 * result[f'grader/{kind}_share']:.1f}%" for kind in ("error", "timeout"))
+        print(f"{errors} of responses could not be graded ({timeouts} timed out) and count as wrong")
 
 
 COMMAND = Command(
@@ -112,8 +112,8 @@ COMMAND = Command(
     settings=lambda: EvalSpec,
     examples=(
         ("the embedded model on its task", "vineppo eval embedded:judgement"),
-        ("what a run has learned, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
-        ("where a recipe starts, on validation problems", "vineppo eval my.yaml --split validation"),
+        ("the final model of a run, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+        ("the starting model of a recipe, on validation problems", "vineppo eval my.yaml --split validation"),
         ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
     ),
 )

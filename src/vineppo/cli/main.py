@@ -1,7 +1,7 @@
-"""The door: `vineppo <command>`. Parse, call, print; what the commands do stands elsewhere.
+"""Entry point of the command line program `vineppo`.
 
-Heavy modules (PyTorch and all that need it) are imported inside the commands, so that `--help` and a user's mistake
-are answered at once.
+Slow modules (PyTorch and those that import it) are imported inside the commands, so that `--help` and error messages
+appear at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from vineppo.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 2 the user's mistake (one line on stderr), 130 interrupted."""
+    """Run a command and return its exit code.
+
+    The exit code is 0 on success, 1 for a comparison with missing runs, 2 for a user error (one line on stderr), 130 if
+    the command was interrupted, and 141 if standard output was closed.
+    """
     warnings.showwarning = _show_warning
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -36,20 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output is gone, for example `| head`
+    except BrokenPipeError:  # standard output was closed, for example by `| head`
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         return 141
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {error.filename} is too long for the name of a file", file=sys.stderr)
+        print(f"error: {error.filename} is too long for a file name", file=sys.stderr)
         return 2
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning in one line, without the place in the source that it came from."""
+    """Print a warning in one line, without its source location."""
     print(f"warning: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
 
 
@@ -62,9 +66,9 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     name, rest = argv[0], argv[1:]
     if name not in COMMANDS:
-        what = "option" if name.startswith("-") else "command"
+        kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, ["--help", "--version"] if name.startswith("-") else COMMANDS)
-        raise UserError(f"unknown {what} {name}; {hint + ' ' if hint else ''}commands: {', '.join(COMMANDS)}")
+        raise UserError(f"unknown {kind} {name}; {hint + ' ' if hint else ''}commands: {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     parser = parser_of(name, command)
     if "-h" in rest or "--help" in rest:
@@ -80,8 +84,8 @@ def _overview() -> str:
         "usage: vineppo COMMAND [...]\n\n"
         "Fine-tune language models by reinforcement learning and give every reasoning step the credit it earned.\n\n"
         f"commands:\n{purposes}\n\n"
-        "  vineppo COMMAND --help   its options and examples\n"
-        "  vineppo --version        the version"
+        "  vineppo COMMAND --help   print the options and examples of a command\n"
+        "  vineppo --version        print the version"
     )
 
 

@@ -1,4 +1,4 @@
-"""Command lines read into requests: a parser per command, its settings as options, mistakes in one line."""
+"""Parsing of command lines: one parser per command, settings as options, error messages in one line."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Command:
     """One command of the program."""
 
     purpose: str
-    """One line, for the overview and the top of the help."""
+    """Description in one line, for the overview and the help."""
     takes: str
-    """Name of the positional argument; empty: there is none."""
+    """Name of the positional argument; empty if there is none."""
     usage: str
-    """What follows the command's name."""
+    """The arguments after the name of the command, for the usage line."""
     options: Callable[[argparse.ArgumentParser], None]
     """Adds the options to the parser."""
     run: Callable[[Request], int]
     """Runs the command; returns the exit code."""
     examples: tuple[tuple[str, str], ...]
-    """(what it does, command line)."""
+    """Pairs of (description, command line)."""
     settings: Callable[[], type[Settings]] | None = None
-    """Returns the settings whose dotted keys are options."""
+    """Returns the settings class whose dotted keys are options; None if the command has no settings."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Request:
     """A parsed command line."""
 
     positional: str | None
-    """RECIPE or MODEL, as written."""
+    """RECIPE or MODEL as given, or None if it is not given."""
     options: Mapping[str, Any]
-    """The command's own options, without dashes; None where not given."""
+    """The options of the command that are not settings, by name without dashes; None for those not given."""
     overrides: Mapping[str, str]
-    """Dotted keys that were given, with their text."""
+    """Settings that were given: dotted key -> text."""
 
 
 class _Parser(argparse.ArgumentParser):
-    _negative_number_matcher = re.compile(r"-\.?\d")  # `-1e-4` is a value too
+    _negative_number_matcher = re.compile(r"-\.?\d")  # `-1e-4` is a value, not an option
 
     def error(self, message: str) -> NoReturn:
-        """A mistake is one line, without the usage of a hundred options."""
+        """Raise UserError with one line, without the long usage text that argparse prints."""
         raise UserError(f"{message.removeprefix('argument ')}; see `{self.prog} --help`")
 
 
 def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
-    """The parser of a command, with its options, its settings and its examples."""
-    examples = "\n".join(f"  # {what}\n  {line}" for what, line in command.examples)
+    """Create the parser of a command with its options, settings and examples."""
+    examples = "\n".join(f"  # {description}\n  {line}" for description, line in command.examples)
     parser = _Parser(
         prog=f"vineppo {name}",
         usage=f"vineppo {name} {command.usage}".rstrip(),
@@ -70,7 +70,7 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
         add_help=False,
     )
     parser._negative_number_matcher = _Parser._negative_number_matcher
-    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    parser.add_argument("-h", "--help", action="store_true", help="show this help")
     command.options(parser)
     return parser
 
@@ -78,52 +78,53 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
 def parse_request(parser: argparse.ArgumentParser, command: Command, argv: list[str]) -> Request:
     """Parse a command line.
 
-    Options of a section that the command does not know (`--my_algorithm.trace 0.9`) are kept: they may be settings of a
-    user's algorithm, and are checked with it.
+    Options of other sections than those of the command (`--my_algorithm.trace 0.9`) are accepted: they may be settings
+    of a user-defined algorithm, and are checked when that algorithm is loaded.
 
     Raises:
-        UserError: for an unknown option or an argument too many.
+        UserError: if an option is unknown or there are too many arguments.
     """
     cls = command.settings() if command.settings else Settings
-    given, left = parser.parse_known_args(argv)
-    foreign, positionals = _foreign_options(parser, cls, left)
+    namespace, remaining = parser.parse_known_args(argv)
+    extra, positionals = _extra_options(parser, cls, remaining)
     if len(positionals) > bool(command.takes):
-        raise UserError(f"{positionals[-1]} is one argument too many; usage: {parser.usage}")
+        raise UserError(f"unexpected argument {positionals[-1]}; usage: {parser.usage}")
     keys = settings_of(cls)
     return Request(
         positional=positionals[0] if positionals else None,
-        options={name: value for name, value in vars(given).items() if name not in keys and name != "help"},
-        overrides={k: value for k, value in vars(given).items() if k in keys and value is not None} | foreign,
+        options={name: value for name, value in vars(namespace).items() if name not in keys and name != "help"},
+        overrides={k: value for k, value in vars(namespace).items() if k in keys and value is not None} | extra,
     )
 
 
-def _foreign_options(
-    parser: argparse.ArgumentParser, cls: type[Settings], words: list[str]
+def _extra_options(
+    parser: argparse.ArgumentParser, cls: type[Settings], arguments: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """(settings of sections that `cls` does not have, positional arguments) among what argparse did not take."""
-    foreign, positionals, rest = dict[str, str](), list[str](), iter(words)
-    for word in rest:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("-") or word == "-":
-            positionals.append(word)
-        elif (
-            word.startswith("--")
-            and "." in key
-            and "algorithm" in cls.model_fields
-            and key.split(".")[0] not in cls.model_fields
-        ):
-            foreign[key] = value if equals else next(rest, "true")
+    """Split arguments that argparse did not recognise: (settings of sections that `cls` does not have, positionals)."""
+    extra, positionals, rest = dict[str, str](), list[str](), iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("-") or argument == "-":
+            positionals.append(argument)
+        elif argument.startswith("--") and _may_be_of_an_algorithm(cls, key):
+            extra[key] = value if equals else next(rest, "true")
         else:
             names = [option.lstrip("-") for option in parser._option_string_actions]
             hint = (
                 suggestion(cls, key, others=names, prefix="--") if cls.model_fields else did_you_mean(key, names, "--")
             )
-            raise UserError(f"unknown option {word.partition('=')[0]}; {hint or f'see `{parser.prog} --help`'}")
-    return foreign, positionals
+            raise UserError(f"unknown option {argument.partition('=')[0]}; {hint or f'see `{parser.prog} --help`'}")
+    return extra, positionals
+
+
+def _may_be_of_an_algorithm(cls: type[Settings], key: str) -> bool:
+    """Whether a key may be a setting of a user's algorithm: `cls` has an algorithm and no section of this name."""
+    section, dot, _ = key.partition(".")
+    return bool(dot) and "algorithm" in cls.model_fields and section not in cls.model_fields
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type[Settings], hidden: Collection[str] = ()) -> None:
-    """Add every setting as an option, in a group per section, with the text under its field."""
+    """Add every setting as an option, in one group per section; the help text is the docstring of the field."""
     groups: dict[str, Any] = {
         key: parser.add_argument_group(f"{key}: {doc}" if key else "settings") for key, doc in sections_of(cls).items()
     }
@@ -146,8 +147,8 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "X", bool: "true|false", tuple: "A,B"}.get(typing.get_origin(kind) or kind, "TEXT")
 
 
-def count(request: Request, name: str, default: int) -> int:
-    """A whole number among the command's own options."""
+def int_option(request: Request, name: str, default: int) -> int:
+    """The value of an option as an integer, or `default` if the option is not given."""
     text = request.options[name]
     try:
         return default if text is None else int(text)

@@ -1,4 +1,4 @@
-"""`vineppo sft`"""
+"""The command `vineppo sft`: supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vineppo.config.schema import SFTConfig
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    add_recipe_note(parser, "RECIPE (may be left out)", sft=True)
+    add_recipe_note(parser, "RECIPE (optional)", sft=True)
     add_settings(parser, SFTConfig)
 
 
@@ -29,11 +29,11 @@ def _run(request: Request) -> int:
     from vineppo.training.sft import run_sft
 
     for name, value in run_sft(config).items():
-        print(f"{name:<10} {_plain(name, value)}")
+        print(f"{name:<10} {_format_value(name, value)}")
     return 0
 
 
-def _plain(name: str, value: Any) -> str:
+def _format_value(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return interval_text(value)
     if name == "seconds":
@@ -42,7 +42,7 @@ def _plain(name: str, value: Any) -> str:
 
 
 COMMAND = Command(
-    purpose="Fine-tune a model on demonstrations: a task's own, or the columns of a JSON-lines file.",
+    purpose="Fine-tune a model on demonstrations of a task or on the columns of a JSON-lines file.",
     takes="RECIPE",
     usage="[RECIPE] [--KEY VALUE ...]",
     options=_options,
@@ -51,7 +51,7 @@ COMMAND = Command(
     examples=(
         ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
         (
-            "imitate the answer column of a file",
+            "train on the answer column of a file",
             "vineppo sft --model.path org/name --task.name dataset --task.train_path demos.jsonl --out models/mine",
         ),
     ),

@@ -1,4 +1,4 @@
-"""`vineppo train`"""
+"""The command `vineppo train`: reinforcement learning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with the run in this directory, with its own settings, from its newest whole checkpoint",
+        help="continue the run in this directory with its recorded settings, from its newest complete checkpoint",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
     add_settings(parser, every_section())
@@ -39,7 +39,7 @@ def _run(request: Request) -> int:
 
 
 def train_with(config: Config, recipe: str) -> dict[str, Any]:
-    """Train with a console reporter; returns the content of summary.json."""
+    """Train with a console reporter; return the content of summary.json."""
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:
@@ -51,7 +51,7 @@ def _resume(request: Request) -> int:
 
     if request.positional is not None:
         raise UserError(
-            f"--resume goes on with a run's own settings and takes no recipe; leave out {request.positional}"
+            f"--resume uses the recorded settings of the run and takes no recipe; remove {request.positional}"
         )
     folder = request.options["resume"]
     run = RunDirectory.open(folder, writable=False)
@@ -59,9 +59,9 @@ def _resume(request: Request) -> int:
     config = config_from_layers(layers)
     changes = diff_configs(config, config_from_layers([*layers, (request.overrides, COMMAND_LINE)]))
     if changes:
-        mend = "leave those options out, or start a new run with them"
-        raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {mend}")
-    config = replace(config, run=replace(config.run, dir=str(folder)))  # it may have been moved since
+        advice = "remove those options, or start a new run with them"
+        raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {advice}")
+    config = replace(config, run=replace(config.run, dir=str(folder)))  # the directory may have been moved
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:
@@ -85,24 +85,24 @@ def _reporter(config: Config) -> Iterator[ConsoleReporter]:
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:
-    """130 for an interrupted run, else 0."""
+    """The exit code of a run: 130 if it was interrupted, else 0."""
     return 130 if summary.get("finish_reason") == "interrupted" else 0
 
 
 COMMAND = Command(
-    purpose="Train a language model by reinforcement learning; settings come from a recipe and from options.",
+    purpose="Train a language model by reinforcement learning; settings are read from a recipe and options.",
     takes="RECIPE",
     usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
     options=_options,
     run=_run,
     settings=every_section,
     examples=(
-        ("VinePPO on the embedded default", "vineppo train"),
-        ("the same problems with PPO, another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
+        ("VinePPO on the default recipe", "vineppo train"),
+        ("the same problems with PPO and another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
         (
             "your own model and problems",
             "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
         ),
-        ("go on with a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
+        ("continue a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
     ),
 )

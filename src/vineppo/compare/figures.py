@@ -1,8 +1,8 @@
-"""What a comparison's finished runs say: curves on common points, the first reach of a level, ratios with intervals.
+"""Analysis of finished runs: curves at common points, the first point that reaches an accuracy, ratios with intervals.
 
-Pure functions of loaded runs; only `load_run` reads files. An algorithm's curve is its mean accuracy over seeds at each
-count of updates; the tokens and seconds at a point of it are the means over seeds at that count. So "the level was
-reached" means the same thing on every axis, and a baseline reaches its own best on each of them.
+Only `load_run` reads files; the other functions are pure. The curve of an algorithm is its mean accuracy over seeds as
+a function of the number of updates. The tokens and seconds of a point are the means over seeds at that number of
+updates, so the first point that reaches an accuracy is the same on every axis.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, interval_over_seeds
 
 AXES = ("updates", "tokens", "seconds")
-"""What is counted when a level is reached."""
+"""Resources that are compared: updates, generated tokens, seconds of training."""
 _TIE = 1e-9
-"""Accuracies closer than this are the same level; means of floats differ by rounding."""
+"""Accuracies that differ by less than this are equal: means of floats have rounding errors."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement during a run, with what the run had used by then."""
+    """One evaluation during a run, and the resources that the run had used before it."""
 
     updates: float
     tokens: float
-    """Generated for training: rollouts and MC rollouts."""
+    """Tokens generated for training: rollouts and MC rollouts."""
     seconds: float
-    """Of training, evaluation not counted."""
+    """Seconds of training, without evaluation."""
     accuracy: float
     kl: float | None
-    """From the starting model, in the unit of the run's metric `kl/ref`; None where it was not measured."""
+    """KL from the starting model (the metric `kl/ref`), or None if it was not measured."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a comparison needs to know of a finished run."""
+    """The data of one finished run that the analysis uses."""
 
     algorithm: str
     seed: int
     summary: dict[str, Any]
     evaluations: tuple[Evaluation, ...]
     level: str = ""
-    """What was trained on, for titles: the chain task's level, or the name of the task."""
+    """Name of the training problems in titles: the level of the chain task, or the name of another task."""
 
 
 def load_run(directory: Path) -> RunRecord:
@@ -64,7 +64,7 @@ def load_run(directory: Path) -> RunRecord:
     lines = run.read_metrics()
     has_kl = any(line.get("kl/ref") is not None for line in lines)
     evaluations = [_evaluation(line, has_kl) for line in lines if line.get("eval/accuracy") is not None]
-    # Two measurements at one count of updates would make the curve ambiguous; the later one is the model's last word.
+    # A curve has one accuracy per number of updates: keep the last evaluation.
     unique = {evaluation.updates: evaluation for evaluation in evaluations}
     task = run.config.get("task", {})
     level = task.get("level", "") if task.get("name") == "chain" else task.get("name", "")
@@ -87,10 +87,10 @@ def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
 
 @dataclass(frozen=True)
 class Curves:
-    """All runs of one algorithm at the same counts of updates. N runs (rows), E points (columns)."""
+    """All runs of one algorithm at the same numbers of updates: N runs (rows), E points (columns)."""
 
     updates: np.ndarray
-    """Counts of updates at which any run was evaluated, within the range that every run covers, shape (E,)."""
+    """Numbers of updates at which any run was evaluated, within the range that every run covers, shape (E,)."""
     accuracy: np.ndarray
     """Shape (N, E)."""
     tokens: np.ndarray
@@ -98,19 +98,22 @@ class Curves:
     seconds: np.ndarray
     """Shape (N, E)."""
     kl: np.ndarray | None
-    """Shape (N, E)."""
+    """Shape (N, E), or None if an evaluation has no KL."""
 
     def resampled(self, rows: np.ndarray) -> Curves:
-        """The same curves for a resample of the runs; `rows` has shape (N,)."""
+        """The curves of a resample of the runs; `rows` are the indices of its runs, shape (N,)."""
         kl = None if self.kl is None else self.kl[rows]
         return Curves(self.updates, self.accuracy[rows], self.tokens[rows], self.seconds[rows], kl)
 
 
 def align(runs: Sequence[RunRecord]) -> Curves | None:
-    """Interpolate the runs of one algorithm to common counts of updates; None where they share none.
+    """Interpolate the runs of one algorithm at common numbers of updates.
 
-    The points are all counts of updates at which a run was evaluated. Means of piecewise linear curves are piecewise
-    linear between these, so no grid has to be chosen and nothing is lost. Nothing is extrapolated either.
+    The points are all numbers of updates at which a run was evaluated. The mean of piecewise linear curves is linear
+    between these points, so the result does not depend on the choice of a grid. Curves are not extrapolated.
+
+    Returns:
+        The curves, or None if a run has no evaluation or the runs have no common point.
     """
     if not runs or not all(run.evaluations for run in runs):
         return None
@@ -131,7 +134,7 @@ def align(runs: Sequence[RunRecord]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Reach:
-    """What an algorithm had used when its mean curve first reached a level."""
+    """Resources that an algorithm had used when its mean curve first reached an accuracy."""
 
     updates: float
     tokens: float
@@ -139,7 +142,7 @@ class Reach:
 
 
 def first_reach(curves: Curves, level: float) -> Reach | None:
-    """Where the mean accuracy over seeds first reaches a level, linear between evaluations; None if it never does."""
+    """The first point at which the mean accuracy over seeds reaches `level`, or None; linear between evaluations."""
     mean = curves.accuracy.mean(axis=0)  # (E,)
     reached = np.flatnonzero(mean >= level - _TIE)
     if reached.size == 0:
@@ -155,107 +158,121 @@ def first_reach(curves: Curves, level: float) -> Reach | None:
     return Reach(amount(curves.updates), amount(curves.tokens.mean(axis=0)), amount(curves.seconds.mean(axis=0)))
 
 
-def _ratios(ours: Curves, baseline: Curves) -> tuple[Reach | None, Reach, dict[str, float | None]]:
-    """(our reach of the baseline's best, the baseline's own, baseline amount / our amount on each axis)."""
+def _ratios(curves: Curves, baseline: Curves) -> tuple[Reach | None, Reach, dict[str, float | None]]:
+    """Resources to reach the baseline's best accuracy: (of `curves`, of `baseline`, baseline / curves on each axis)."""
     level = float(baseline.accuracy.mean(axis=0).max())
-    mine, theirs = first_reach(ours, level), first_reach(baseline, level)
-    assert theirs is not None, "a curve reaches its own maximum"
+    reach, baseline_reach = first_reach(curves, level), first_reach(baseline, level)
+    assert baseline_reach is not None, "a curve reaches its own maximum"
     ratios: dict[str, float | None] = dict.fromkeys(AXES)
-    if mine is not None:
-        amounts = {axis: (getattr(theirs, axis), getattr(mine, axis)) for axis in AXES}
+    if reach is not None:
+        amounts = {axis: (getattr(baseline_reach, axis), getattr(reach, axis)) for axis in AXES}
         ratios = {axis: above / below if below > 0 else None for axis, (above, below) in amounts.items()}
-    return mine, theirs, ratios
+    return reach, baseline_reach, ratios
 
 
 def versus(
-    ours: Curves, baseline: Curves, *, num_resamples: int = 2000, seed: int = 0, level: float = 0.95
+    curves: Curves, baseline: Curves, *, num_resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any]:
-    """How much less we use than a baseline to reach the baseline's best accuracy.
+    """Compare the resources that an algorithm and a baseline need to reach the baseline's best accuracy.
 
-    The baseline's best is the maximum of its mean curve over the evaluation points. A ratio is the baseline's amount
-    to reach it first, over ours: 3 means three times fewer. None where we never reach it, or where it is no more than
-    the start. The intervals resample the runs of both algorithms, find the best anew each time, and take percentiles;
-    a resample in which the level is never reached counts as below every ratio, so a `low` of None says that the ratio
-    has no lower bound at this confidence; one in which only our start is at the level counts as above every ratio. With
-    a single run there is no interval.
+    The best accuracy is the maximum of the baseline's mean curve over the evaluation points. A ratio is the amount that
+    the baseline needs to reach it, divided by the amount of the algorithm: 3 means that the algorithm needs a third. It
+    is None if the algorithm never reaches the best accuracy or starts at or above it.
 
+    The intervals are bootstrap percentiles: the runs of both algorithms are resampled, and the best accuracy is found
+    again in each resample. A resample in which the algorithm never reaches the best accuracy counts as below every
+    ratio, so a `low` of None means that the ratio has no lower bound at this confidence. A resample in which only the
+    algorithm starts at the best accuracy counts as above every ratio. Without two runs of each there is no interval.
+
+    Args:
+        curves: runs of the algorithm.
+        baseline: runs of the baseline.
+        num_resamples: number of bootstrap resamples.
+        seed: seed of the resamples.
+        level: confidence of the intervals, between 0 and 1.
     Returns:
         `baseline_best_accuracy`, `reach`, `baseline_reach`, `<axis>_ratio`, `<axis>_ratio_interval` for updates,
         tokens and seconds, and `share_of_resamples_reached`.
     """
-    mine, theirs, ratios = _ratios(ours, baseline)
+    reach, baseline_reach, ratios = _ratios(curves, baseline)
     result: dict[str, Any] = {
         "baseline_best_accuracy": float(baseline.accuracy.mean(axis=0).max()),
-        "reach": None if mine is None else vars(mine).copy(),
-        "baseline_reach": vars(theirs).copy(),
+        "reach": None if reach is None else vars(reach).copy(),
+        "baseline_reach": vars(baseline_reach).copy(),
         **{f"{axis}_ratio": ratios[axis] for axis in AXES},
     }
-    num_ours, num_theirs = len(ours.accuracy), len(baseline.accuracy)
-    if min(num_ours, num_theirs) < 2:
-        nothing = {f"{axis}_ratio_interval": {"low": None, "high": None} for axis in AXES}
-        return {**result, **nothing, "share_of_resamples_reached": None}
+    num_runs, num_baseline_runs = len(curves.accuracy), len(baseline.accuracy)
+    if min(num_runs, num_baseline_runs) < 2:
+        unknown = {f"{axis}_ratio_interval": {"low": None, "high": None} for axis in AXES}
+        return {**result, **unknown, "share_of_resamples_reached": None}
     generator = np.random.default_rng(seed)
     resamples = [
         _ratios(
-            ours.resampled(generator.integers(0, num_ours, num_ours)),
-            baseline.resampled(generator.integers(0, num_theirs, num_theirs)),
+            curves.resampled(generator.integers(0, num_runs, num_runs)),
+            baseline.resampled(generator.integers(0, num_baseline_runs, num_baseline_runs)),
         )
         for _ in range(num_resamples)
     ]
     for axis in AXES:
-        values = np.array([_bounded(*resample, axis) for resample in resamples])
+        values = np.array([_extended_ratio(*resample, axis) for resample in resamples])
         low = float(np.quantile(values, (1 - level) / 2, method="lower"))
         high = float(np.quantile(values, (1 + level) / 2, method="higher"))
         result[f"{axis}_ratio_interval"] = {
             "low": low if math.isfinite(low) else None,
             "high": high if math.isfinite(high) else None,
         }
-    reached = sum(reach is not None for reach, _, _ in resamples)
+    reached = sum(resample[0] is not None for resample in resamples)
     return {**result, "share_of_resamples_reached": reached / num_resamples}
 
 
-def _bounded(mine: Reach | None, theirs: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
-    """A resample's ratio, which is infinite where only one side needs anything, and 1 where both start at the level."""
-    if mine is None:
+def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
+    """The ratio of a resample as a number that can be sorted.
+
+    It is -inf if the algorithm never reaches the best accuracy, inf if only the algorithm starts at it, and 1 if both
+    start at it.
+    """
+    if reach is None:
         return -math.inf
     ratio = ratios[axis]
     if ratio is None:
-        return math.inf if getattr(theirs, axis) > 0 else 1.0
+        return math.inf if getattr(baseline_reach, axis) > 0 else 1.0
     return ratio
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
-    """Accuracy of the algorithms where every run has used the same amount: all that the thriftiest run used.
+    """Accuracy of each algorithm at an equal amount of a resource: the smallest amount that any run used in total.
 
-    Read off each run's own curve, linear between its evaluations. Where the learning rate decays to the end of a run,
-    the thriftiest one is measured behind its decay and the others before theirs, which favours it.
+    The accuracy of a run is interpolated linearly between its evaluations. If the learning rate decays to the end of a
+    run, the run with the smallest amount is measured after its decay and the others before theirs, which favours it.
 
     Returns:
-        axis -> `amount` and `accuracy` (name -> interval over seeds); nothing for fewer than two curves.
+        axis -> `amount` and `accuracy` (name -> interval over seeds); empty if there are fewer than two curves.
     """
-    known = {name: own for name, own in curves.items() if own is not None}
+    evaluated = {name: curve for name, curve in curves.items() if curve is not None}
     result = {}
-    for axis in AXES if len(known) > 1 else ():
-        used = {name: np.broadcast_to(getattr(own, axis), own.accuracy.shape) for name, own in known.items()}  # (N, E)
+    for axis in AXES if len(evaluated) > 1 else ():
+        used = {
+            name: np.broadcast_to(getattr(curve, axis), curve.accuracy.shape) for name, curve in evaluated.items()
+        }  # (N, E)
         amount = min(float(rows[:, -1].min()) for rows in used.values())
         accuracy = {
             name: interval_over_seeds(
-                [float(np.interp(amount, x, y)) for x, y in zip(used[name], own.accuracy, strict=True)]
+                [float(np.interp(amount, x, y)) for x, y in zip(used[name], curve.accuracy, strict=True)]
             )
-            for name, own in known.items()
+            for name, curve in evaluated.items()
         }
-        result[axis] = {"amount": amount, "accuracy": {name: own.as_dict() for name, own in accuracy.items()}}
+        result[axis] = {"amount": amount, "accuracy": {name: mean.as_dict() for name, mean in accuracy.items()}}
     return result
 
 
 def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, Any]:
-    """Everything that `compare.json` says about finished runs: a pure function of them.
+    """Compute the figures of `compare.json` from finished runs.
 
-    The first algorithm is compared with two others: the second one, which is the reference of the tables, and the one
-    of the others with the highest final accuracy.
+    The first algorithm is compared with two baselines: the second algorithm, which is the reference of the tables, and
+    the algorithm with the highest final accuracy among all but the first.
 
     Returns:
-        `algorithms` (name -> figures; a name without finished runs has nulls), `first` and `reference` (names),
+        `algorithms` (name -> figures; None values if it has no finished run), `first` and `reference` (names),
         `vs_reference` and `vs_best` (figures of the two comparisons), `equal` (all algorithms at equal updates, tokens
         and seconds).
     """
@@ -268,10 +285,10 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, A
         for arm in arms
     }
     reference_curve = curves[reference] if reference else None
-    for name, own in curves.items():
+    for name, curve in curves.items():
         reach = None
-        if reference_curve is not None and own is not None:
-            reach = first_reach(own, float(reference_curve.accuracy.mean(axis=0).max()))
+        if reference_curve is not None and curve is not None:
+            reach = first_reach(curve, float(reference_curve.accuracy.mean(axis=0).max()))
         figures[name]["reach_reference_best"] = None if reach is None else vars(reach).copy()
     finals = {name: figures[name]["final_accuracy"]["mean"] for name in labels if name != first}
     best = max((name for name, mean in finals.items() if mean is not None), key=lambda name: finals[name], default=None)
@@ -287,7 +304,7 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, A
 
 
 def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict[str, Any]:
-    """One algorithm's entry in `compare.json`."""
+    """The entry of one algorithm in `compare.json`."""
 
     def over_seeds(*keys: str) -> dict[str, float | None]:
         values = [number for run in runs if (number := number_in(run.summary, *keys)) is not None]
@@ -307,7 +324,7 @@ def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict
 
 
 def _curve_figures(curves: Curves) -> dict[str, Any]:
-    """The mean curve with its Student-t band, as lists of E numbers; the band is null at a single run."""
+    """The mean curve and its Student t interval as lists of E numbers; the bounds are None if there is a single run."""
     band = [interval_over_seeds(column).as_dict() for column in curves.accuracy.T]
     mean = curves.accuracy.mean(axis=0)
     return {
@@ -324,7 +341,7 @@ def _curve_figures(curves: Curves) -> dict[str, Any]:
 
 
 def _run_figures(run: RunRecord) -> dict[str, Any]:
-    """One run, flat: an entry of `per_seed` and a row of `compare.csv`."""
+    """The figures of one run without nesting: an entry of `per_seed` and a row of `compare.csv`."""
     figures: dict[str, Any] = {"algorithm": run.algorithm, "seed": run.seed}
     for key in ("accuracy_before", "accuracy_after"):
         for bound in ("mean", "low", "high"):
@@ -345,35 +362,35 @@ def _pair(
     curves: Mapping[str, Curves | None],
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The first algorithm against one other; all nulls, with the reason, where a side is missing."""
-    ours = curves[first]
-    theirs = curves[baseline] if baseline else None
-    if baseline is None or ours is None or theirs is None:
-        absent = labels[first] if ours is None else labels[baseline] if baseline else "a second algorithm"
+    """Compare the first algorithm with a baseline; figures are None, with a `reason`, if one of them has no curve."""
+    first_curves = curves[first]
+    baseline_curves = curves[baseline] if baseline else None
+    if baseline is None or first_curves is None or baseline_curves is None:
+        absent = labels[first] if first_curves is None else labels[baseline] if baseline else "a second algorithm"
         empty: dict[str, Any] = {f"{axis}_ratio": None for axis in AXES}
         empty |= {f"{axis}_ratio_interval": {"low": None, "high": None} for axis in AXES}
         return {"baseline": baseline, **empty, "reason": f"no finished and evaluated run of {absent}"}
-    result = versus(ours, theirs)
+    result = versus(first_curves, baseline_curves)
     reason = None
     if result["reach"] is None:
         reason = f"{labels[first]} never reached the best accuracy of {labels[baseline]}"
     elif result["updates_ratio"] is None:
-        reason = f"the best accuracy of {labels[baseline]} is no more than the start of {labels[first]}"
+        reason = f"{labels[first]} starts at or above the best accuracy of {labels[baseline]}"
     difference = _paired_difference(grouped[first], grouped[baseline])
     return {"baseline": baseline, **result, "final_accuracy_difference": difference, "reason": reason}
 
 
-def _paired_difference(ours: Sequence[RunRecord], theirs: Sequence[RunRecord]) -> dict[str, float | None]:
-    """Difference in final accuracy, paired by seed: runs of one seed train and are measured on the same problems."""
-    after = [{run.seed: number_in(run.summary, "accuracy_after", "mean") for run in side} for side in (ours, theirs)]
+def _paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, float | None]:
+    """Difference in final accuracy, paired by seed: runs with the same seed use the same problems."""
+    after = [{run.seed: number_in(run.summary, "accuracy_after", "mean") for run in side} for side in (runs, baseline)]
     pairs = [(after[0][seed], after[1][seed]) for seed in sorted(after[0].keys() & after[1].keys())]
-    values = [mine - other for mine, other in pairs if mine is not None and other is not None]
+    values = [accuracy - other for accuracy, other in pairs if accuracy is not None and other is not None]
     interval = interval_over_seeds(values) if values else Interval(math.nan, math.nan, math.nan)
     return interval.as_dict()
 
 
 def number_in(record: dict[str, Any], *keys: str) -> float | None:
-    """The finite number under nested keys, or None."""
+    """The number at nested keys, or None if it is missing or not finite."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""Figures of a comparison as PNG files, drawn from the content of `compare.json`."""
+"""Plots of a comparison as PNG files, from the content of `compare.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AXIS_LABELS = {
 
 
 class Style(NamedTuple):
-    """How the curve of an algorithm looks."""
+    """Style of the curve of an algorithm."""
 
     label: str
     colour: str
@@ -29,14 +29,14 @@ class Style(NamedTuple):
 
 
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-"""Colours that colour-blind readers can tell apart (Okabe and Ito 2008), and a grey."""
+"""Colours that are distinguishable with colour blindness (Okabe and Ito 2008), and a grey."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "-", "--", "--", ":", "-.", "-.", ":")
-"""Line styles and markers repeat the distinction for print in grey."""
+"""Line styles and markers distinguish the curves in print without colour."""
 
 
 def styles_of(result: dict[str, Any]) -> dict[str, Style]:
-    """Name -> style of every algorithm of a comparison: its own colour, or the next one that no other has."""
+    """Name -> style of every algorithm, with the colour that the algorithm defines or the next unused one."""
     algorithms = result["algorithms"]
     free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in algorithms.values()}]
     styles = {}
@@ -47,11 +47,11 @@ def styles_of(result: dict[str, Any]) -> dict[str, Style]:
 
 
 def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
-    """Draw the content of `compare.json` into a directory.
+    """Plot the content of `compare.json` into a directory.
 
     Returns:
-        The files written: `accuracy_over_updates.png`, `..._tokens.png`, `..._seconds.png`, `..._kl.png` (where a run
-        measured KL) and `final_accuracy.png`.
+        The files written: `accuracy_over_updates.png`, `..._tokens.png`, `..._seconds.png`, `..._kl.png` (if KL was
+        measured) and `final_accuracy.png`.
     """
     files = []
     for axis in _AXIS_LABELS:
@@ -63,7 +63,7 @@ def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _subtitle(result: dict[str, Any], band: bool) -> str:
-    """`Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
+    """Subtitle, for example `Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
     spec = result["spec"]
     level = spec.get("level") or ""
     recipe = Path(spec["recipe"]).stem
@@ -87,7 +87,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     }
     if not curves:
         return None
-    # A mean KL may fall, and a band around a line that turns back shows nothing.
+    # The mean KL can decrease, and a band around a curve that goes backwards in x is unreadable.
     has_band = axis != "kl" and any(bound is not None for curve in curves.values() for bound in curve["accuracy_low"])
     styles = styles_of(result)
     figure, axes = canvas(f"Accuracy over {_AXIS_LABELS[axis].split(' (')[0]}", _subtitle(result, has_band))
@@ -119,7 +119,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
 
 
 def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
-    """The level whose reach the ratios compare."""
+    """Draw a horizontal line at the best accuracy of the reference, which the ratios refer to."""
     best = result["vs_reference"].get("baseline_best_accuracy")
     if best is not None:
         style = styles_of(result)[result["reference"]]
@@ -128,7 +128,7 @@ def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _final_figure(result: dict[str, Any]) -> Figure | None:
-    """One row per algorithm: mean with interval, and a small dot for each run."""
+    """Plot one row per algorithm: the mean with its interval, and a small dot for each run."""
     shown = {name: f for name, f in result["algorithms"].items() if f["final_accuracy"]["mean"] is not None}
     if not shown:
         return None

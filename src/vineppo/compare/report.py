@@ -1,4 +1,4 @@
-"""What a comparison writes and prints: JSON, CSV, Markdown, plots, the table in the terminal."""
+"""Reports of a comparison: JSON, CSV, Markdown, plots, and the table in the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vineppo.compare.figures import RunRecord
 from vineppo.compare.plots import plot_comparison
-from vineppo.compare.runs import PlannedRun, say
+from vineppo.compare.runs import PlannedRun, print_line
 from vineppo.compare.spec import CompareSpec
 from vineppo.compare.tables import conclusions, header, markdown, table_rows
 from vineppo.run.environment import version_of
@@ -25,7 +25,7 @@ from vineppo.run.files import write_text, written_aside
 
 
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The part of `compare.json` that says what was compared."""
+    """The specification of the comparison in `compare.json`."""
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
@@ -35,25 +35,26 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
-    """What the figures depend on beside the spec."""
-    found = {name: version_of(name) for name in ("vineppo", "torch", "transformers", "numpy")}
-    versions = {"python": platform.python_version(), **{name: one for name, one in found.items() if one}}
+def environment_record() -> dict[str, Any]:
+    """The package versions and the machine in `compare.json`."""
+    packages = {name: version_of(name) for name in ("vineppo", "torch", "transformers", "numpy")}
+    installed = {name: version for name, version in packages.items() if version}
+    versions = {"python": platform.python_version(), **installed}
     return {"versions": versions, "platform": platform.platform(), "cpu_count": os.cpu_count()}
 
 
-def missing(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
+def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
     """The entry of `compare.json` for a run that did not finish."""
     reason = failures.get(plan.name, "did not finish")
     return {"algorithm": plan.algorithm, "seed": plan.seed, "reason": reason, "log": str(plan.log)}
 
 
 def write_reports(result: dict[str, Any], out: Path) -> None:
-    """`compare.json`, `compare.csv`, `table.md` and the plots."""
-    write_text(out / "compare.json", as_json(result))
+    """Write `compare.json`, `compare.csv`, `table.md` and the plots."""
+    write_text(out / "compare.json", to_json(result))
     rows = [row for figures in result["algorithms"].values() for row in figures["per_seed"]]
     if rows:
-        with written_aside(out / "compare.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        with written_aside(out / "compare.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -61,31 +62,31 @@ def write_reports(result: dict[str, Any], out: Path) -> None:
     write_text(out / "table.md", markdown(result))
 
 
-def as_json(content: dict[str, Any]) -> str:
-    """A dictionary as the text of a JSON file."""
+def to_json(content: dict[str, Any]) -> str:
+    """Format a dictionary as the text of a JSON file."""
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """The table in the terminal; a narrow one goes without the columns of tokens."""
+    """Print the table; if the terminal is too narrow for it, without the token columns."""
     names = header(result)
     rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(result)]
     widths = [
         max(len(part) for part in [*name.split(), *(line for row in rows for line in row[i].splitlines())])
         for i, name in enumerate(names)
     ]
-    everything = sum(width + 2 for width in widths) < console.width - 4
+    fits = sum(width + 2 for width in widths) < console.width - 4
     table = Table(
-        title=f"{result['spec']['recipe']}: {result['spec']['budget']} for each run",
+        title=f"{result['spec']['recipe']}: {result['spec']['budget']} per run",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         show_edge=False,
     )
-    shown = [i for i, name in enumerate(names) if everything or not name.endswith("tokens")]
+    shown = [i for i, name in enumerate(names) if fits or not name.endswith("tokens")]
     for i in shown:
         table.add_column(names[i], justify="left" if i == 0 else "right", width=widths[i])
     for row in rows:
         table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)
     for line in conclusions(result):
-        say(console, line)
+        print_line(console, line)

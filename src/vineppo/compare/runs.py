@@ -1,4 +1,4 @@
-"""The runs of a comparison: which are left to do, and each in a process of its own."""
+"""Runs of a comparison: determine which are left, and train each in a separate process."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ from rich.console import Console
 
 from vineppo.compare.figures import load_run, number_in
 from vineppo.compare.spec import CompareSpec, settings_of_budget
-from vineppo.compare.tables import count, percent
+from vineppo.compare.tables import format_count, format_percent
 from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
 
 _STATUS_SECONDS = 2.0
-"""Between looks at the running processes' metrics; the processor is theirs."""
-
+"""Seconds between updates of the status line, which reads the metrics of every running process."""
 
 RunState = Literal["absent", "finished", "resumable", "broken"]
 
-
 Action = Literal["start", "keep", "resume", "restart"]
-
 
 _ACTIONS: dict[RunState, Action] = {
     "absent": "start",
@@ -44,27 +41,28 @@ _ACTIONS: dict[RunState, Action] = {
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison and what has to be done for it."""
+    """One run of a comparison and the action that is left for it."""
 
     algorithm: str
     seed: int
     directory: Path
     log: Path
     action: Action
-    """`keep` a finished run, `resume` one with a checkpoint, `restart` one without, `start` one that is not there."""
+    """`keep` a finished run, `resume` one with a checkpoint, `restart` one without, `start` one that does not exist."""
     command: tuple[str, ...]
-    """The process to run; empty for `keep`."""
+    """Command line of the run; empty for `keep`."""
 
     @property
     def name(self) -> str:
-        """As in messages: `vineppo seed 0`."""
+        """Name in messages, for example `vineppo seed 0`."""
         return f"{self.algorithm} seed {self.seed}"
 
 
 def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
-    """All runs of a comparison with what is left to do for each. Reads the directory and changes nothing.
+    """All runs of a comparison, each with the action that is left for it. Only reads the directory.
 
-    Seeds are the outer loop, algorithms the inner one: a machine that slows down over hours then slows all alike.
+    Seeds are the outer loop and algorithms the inner one, so that a machine that slows down over hours affects all
+    algorithms alike.
     """
     return [
         _plan_run(spec, algorithm, arm, seed)
@@ -78,7 +76,7 @@ def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> P
     directory = Path(spec.out) / "runs" / name
     action = _ACTIONS[run_state(directory)]
     train = (sys.executable, "-m", "vineppo", "train")
-    budget = tuple(word for key, amount in settings_of_budget(spec.budget).items() for word in (f"--{key}", amount))
+    budget = tuple(text for key, amount in settings_of_budget(spec.budget).items() for text in (f"--{key}", amount))
     address = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
     commands: dict[Action, tuple[str, ...]] = {
         "keep": (),
@@ -91,19 +89,19 @@ def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> P
 
 
 def run_state(directory: Path) -> RunState:
-    """How far a run directory got; `broken` is one that began and left neither a result nor a whole checkpoint."""
+    """State of a run directory; `broken` means that it has neither a result nor a complete checkpoint."""
     if not directory.exists():
         return "absent"
     summary = read_json(directory / "summary.json")
     if summary and summary.get("finish_reason") not in (None, "interrupted"):
         return "finished"
-    # A checkpoint that is being written has a name with dots; one without a manifest is not whole.
+    # A checkpoint is complete if it has a manifest and its directory is not named `.000020.tmp`.
     manifests = directory.glob("checkpoints/*/manifest.json")
     return "resumable" if any(re.fullmatch(r"\d+(\.old)?", path.parent.name) for path in manifests) else "broken"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no such file or it was cut off."""
+    """The JSON object in a file, or None if the file is missing or does not contain one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -119,12 +117,12 @@ class _Child:
 
 
 def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) -> dict[str, str]:
-    """Run every plan that has a command, `jobs` at a time; returns name -> last words of the runs that failed."""
+    """Run every plan that has a command, `jobs` at a time; return name -> last log line of the runs that failed."""
     waiting = [plan for plan in plans if plan.command]
     running: list[_Child] = []
     failures: dict[str, str] = {}
     done = len(plans) - len(waiting)
-    next_look = 0.0
+    next_status = 0.0
     with _stop_signals(), console.status("starting", refresh_per_second=2) as status:
         try:
             while waiting or running:
@@ -136,13 +134,13 @@ def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) ->
                     child.log.close()
                     done += 1
                     _report(child, f"[{done}/{len(plans)}]", failures, console)
-                if console.is_terminal and time.monotonic() >= next_look:
+                if console.is_terminal and time.monotonic() >= next_status:
                     status.update("running " + ", ".join(_progress(child.plan) for child in running))
-                    next_look = time.monotonic() + _STATUS_SECONDS
+                    next_status = time.monotonic() + _STATUS_SECONDS
         except KeyboardInterrupt:
-            status.update("stopping: the running processes save their checkpoints")
+            status.update("stopping: waiting for the running processes to save their checkpoints")
             _stop(running)
-            say(console, "interrupted; the same command goes on from here")
+            print_line(console, "interrupted; run the same command again to continue")
             raise
         finally:
             for child in running:
@@ -153,13 +151,13 @@ def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) ->
 
 
 def _start(plan: PlannedRun, jobs: int) -> _Child:
-    """Start a run in a process and session of its own, so that Ctrl-C reaches it once, through us."""
+    """Start a run in a separate process and session, so that Ctrl-C reaches it only once, through `_stop`."""
     if plan.action == "restart":
         shutil.rmtree(plan.directory)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # a log that can be followed
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log can be followed
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    log = open(plan.log, "a" if plan.action == "resume" else "w", encoding="utf-8")  # noqa: SIM115 (the child's)
+    log = open(plan.log, "a" if plan.action == "resume" else "w", encoding="utf-8")  # noqa: SIM115 (closed by run_all)
     log.write(f"$ {' '.join(plan.command)}\n")
     log.flush()
     process = subprocess.Popen(
@@ -175,35 +173,36 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 
 
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
-    """Say how a run ended; note it when it failed."""
+    """Print how a run ended; if it failed, add it to `failures`."""
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
         run = load_run(plan.directory)
-        before, after = (percent(number_in(run.summary, key, "mean")) for key in ("accuracy_before", "accuracy_after"))
-        amounts = f"{count(run.summary.get('updates'))} updates, {count(run.summary.get('seconds'))} s"
-        say(console, f"{counter} {plan.name}: accuracy {before} -> {after}, {amounts}")
+        means = (number_in(run.summary, key, "mean") for key in ("accuracy_before", "accuracy_after"))
+        before, after = map(format_percent, means)
+        updates, seconds = (format_count(run.summary.get(key)) for key in ("updates", "seconds"))
+        print_line(console, f"{counter} {plan.name}: accuracy {before} -> {after}, {updates} updates, {seconds} s")
         return
     lines = _last_lines(plan.log)
     failures[plan.name] = lines[-1] if lines else f"exit code {code}"
-    say(console, f"{counter} {plan.name} FAILED with exit code {code}; the end of {plan.log}:")
+    print_line(console, f"{counter} {plan.name} FAILED with exit code {code}; last lines of {plan.log}:")
     for line in lines:
-        say(console, f"    {line}")
+        print_line(console, f"    {line}")
 
 
-def _last_lines(log: Path, count: int = 8) -> list[str]:
-    """Last lines of a log that say something, without the command we wrote into it ourselves."""
+def _last_lines(log: Path, num_lines: int = 8) -> list[str]:
+    """Last non-empty lines of a log, without the command line at its top."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-    return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")][-count:]
+    return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")][-num_lines:]
 
 
 def _progress(plan: PlannedRun) -> str:
-    """`vineppo seed 0 (16 updates)`, read from the run's metrics."""
+    """Progress of a run from its metrics, for example `vineppo seed 0 (16 updates)`."""
     lines = RunDirectory(plan.directory, {}).read_metrics()
     return f"{plan.name} ({lines[-1].get('updates', 0) if lines else 0} updates)"
 
 
 def _stop(running: Sequence[_Child]) -> None:
-    """Ask the processes to save and end, and wait for them; a second Ctrl-C kills them."""
+    """Interrupt the processes, so that they save and exit, and wait for them; a second Ctrl-C kills them."""
     for child in running:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGINT)
@@ -213,7 +212,7 @@ def _stop(running: Sequence[_Child]) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end us as Ctrl-C does: our processes live in sessions of their own and would go on."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C: the runs are in separate sessions and would otherwise continue."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -222,9 +221,9 @@ def _stop_signals() -> Iterator[None]:
     try:
         before = {number: signal.getsignal(number) for number in signals}
         for number in signals:
-            if before[number] != signal.SIG_IGN:  # started under nohup: stay deaf
+            if before[number] != signal.SIG_IGN:  # keep the signals ignored that nohup ignores
                 signal.signal(number, stop)
-    except ValueError:  # not the main thread, where signals cannot be set
+    except ValueError:  # signal handlers can only be set in the main thread
         before = {}
     try:
         yield
@@ -233,6 +232,6 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def say(console: Console, text: str) -> None:
-    """Print a line without rich's markup."""
+def print_line(console: Console, text: str) -> None:
+    """Print a line without interpreting rich markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a comparison runs: recipe, algorithms, seeds, budget."""
+"""Specification of a comparison: recipe, algorithms, seeds and budget."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from vineppo.types import UserError
 
 _BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
 
-
 _ENDLESS_ITERATIONS = "1000000"
-"""So that the budget ends a run, never the recipe's number of iterations."""
+"""Number of iterations of a run, large enough that the budget ends it first."""
 
 
 class Budget(NamedTuple):
-    """How much training every run gets."""
+    """Amount of training of each run."""
 
     kind: str
-    """`updates` (optimizer updates), `tokens` (generated for training, MC rollouts included) or `seconds` (of training,
-    evaluation not counted)."""
+    """`updates` (optimizer updates), `tokens` (generated for training, with MC rollouts) or `seconds` (of training,
+    without evaluation)."""
     amount: float
 
     def __str__(self) -> str:
-        """As on the command line: `updates=96`."""
+        """The text on the command line, for example `updates=96`."""
         return f"{self.kind}={self.amount:.15g}"
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget written as `updates=N`, `tokens=N` or `seconds=N`.
+    """Parse a budget that is written as `updates=N`, `tokens=N` or `seconds=N`.
 
     Raises:
-        UserError: if the text has another form, or the amount is not above 0 (and whole, but for seconds).
+        UserError: if the text has another form, or the amount is not above 0, or updates or tokens are not whole.
     """
     kind, _, amount_text = text.partition("=")
     advice = "write --budget updates=N, tokens=N or seconds=N"
@@ -47,7 +46,7 @@ def parse_budget(text: str) -> Budget:
     try:
         amount = float(amount_text)
     except ValueError:
-        raise UserError(f"budget {text!r} has {amount_text!r} where a number belongs; {advice}") from None
+        raise UserError(f"budget is {text!r}, but {amount_text!r} is not a number; {advice}") from None
     return _checked_budget(Budget(kind, amount))
 
 
@@ -56,55 +55,55 @@ def _checked_budget(budget: Budget) -> Budget:
     if kind not in _BUDGET_KEYS:
         raise UserError(f"budget kind is {kind!r}; allowed: {', '.join(_BUDGET_KEYS)}")
     if not (math.isfinite(amount) and amount > 0):
-        raise UserError(f"budget {kind}={amount:g} is not a finite number above 0; give every run some training")
+        raise UserError(f"budget is {kind}={amount:g}; it must be a finite number above 0")
     if kind != "seconds" and amount != int(amount):
-        raise UserError(f"budget {kind}={amount:g} is not a whole number; {kind} are counted in ones")
+        raise UserError(f"budget is {kind}={amount:g}; the number of {kind} must be a whole number")
     return Budget(kind, float(amount))
 
 
 def settings_of_budget(budget: Budget) -> dict[str, str]:
-    """The settings of a run, key -> text, that make the budget what ends it."""
+    """The settings (key -> text) that make the budget the only limit of a run."""
     limits = {key: f"{budget.amount:.15g}" if kind == budget.kind else "0" for kind, key in _BUDGET_KEYS.items()}
     return {"run.iterations": _ENDLESS_ITERATIONS, **limits}
 
 
 @dataclass(frozen=True)
 class CompareSpec:
-    """What a comparison runs."""
+    """Specification of a comparison."""
 
     recipe: str
-    """Name of a recipe, or path of a YAML file; every run trains with it."""
+    """Name of a recipe, or path of a YAML file; all runs use it."""
     algorithms: tuple[str, ...] = COMPARED
-    """Compared algorithms as in the setting `algorithm`, each once; the tables keep this order. The first is compared
-    with the others; the tables say when each algorithm reaches the best accuracy of the second."""
+    """Values of the setting `algorithm` to compare, without duplicates; the tables use this order. The first one is
+    compared with the others. The second one is the reference: the tables show when each reaches its best accuracy."""
     seeds: int = 5
-    """Number of runs per algorithm, with run.seed 0, 1, ..., seeds - 1."""
+    """Number of runs per algorithm; their `run.seed` is 0, 1, ..., seeds - 1."""
     budget: Budget = Budget("updates", 96)  # noqa: RUF009 (a named tuple is immutable)
-    """What every run may use."""
+    """Limit of each run."""
     out: str = ""
-    """Directory of the comparison: runs, logs, tables, plots. An existing comparison is continued."""
+    """Directory for runs, logs, tables and plots. An existing comparison in it is continued."""
     jobs: int = 1
-    """Runs at the same time. More than 1 shares the processor, and with it the meaning of seconds."""
+    """Number of runs at the same time. If it is above 1, the runs share the processor and seconds mean less."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """Further settings by dotted key, the same for all runs; those of an algorithm apply to its own runs."""
+    """Other settings by dotted key, for all runs. The settings of an algorithm apply only to its own runs."""
 
     def __post_init__(self) -> None:
-        require(bool(self.recipe), "recipe is empty; name a recipe or a YAML file")
-        require(bool(self.out), "out is empty; name the directory of the comparison with --out DIR")
+        require(bool(self.recipe), "recipe is empty; give the name of a recipe or a YAML file")
+        require(bool(self.out), "out is empty; give the directory of the comparison with --out DIR")
         require(bool(self.algorithms), f"algorithms is empty; allowed: {', '.join(BUILT_IN)}, or module:object")
         names = [arm.name for arm in self.arms]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        require(not doubled, f"algorithms has {', '.join(doubled)} more than once; name each once")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        require(not duplicates, f"algorithms contains {', '.join(duplicates)} more than once; list each algorithm once")
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
         require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
         _checked_budget(self.budget)
-        ours = ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
+        reserved = ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
         for key in self.overrides:
-            require(key not in ours, f"override {key} is set by compare itself; use --algorithms, --seeds, --budget")
+            require(key not in reserved, f"{key} is set by compare itself; use --algorithms, --seeds or --budget")
             section = key.split(".")[0]
             require(
                 section in names or section not in BUILT_IN,
-                f"{key} is a setting of {section}, which is not compared; leave it out, or add it to --algorithms",
+                f"{key} is a setting of {section}, which is not compared; remove it, or add {section} to --algorithms",
             )
 
     @property
@@ -113,12 +112,12 @@ class CompareSpec:
         return tuple(find_algorithm(spec) for spec in self.algorithms)
 
     def overrides_of(self, algorithm: Algorithm) -> dict[str, str]:
-        """The overrides without the settings of the other algorithms."""
-        foreign = {arm.name for arm in self.arms} - {algorithm.name}
-        return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in foreign}
+        """The overrides for an algorithm, without the settings of the other algorithms."""
+        others = {arm.name for arm in self.arms} - {algorithm.name}
+        return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
 
     def identity(self) -> dict[str, Any]:
-        """What must stay the same when a comparison is continued; algorithms, seeds and jobs may change."""
+        """The settings that must be equal to continue a comparison; algorithms, seeds and jobs may change."""
         return {
             "recipe": self.recipe,
             "recipe_sha256": _recipe_digest(self.recipe),
@@ -128,7 +127,7 @@ class CompareSpec:
 
 
 def _recipe_digest(recipe: str) -> str | None:
-    """Hash of the recipe's text, so that a recipe edited half-way is noticed; None where there is no such file."""
+    """SHA-256 of the recipe's text, which detects that it was edited, or None if there is no such file."""
     packaged = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     for path in (packaged, Path(recipe)):
         if path.is_file():
@@ -137,21 +136,23 @@ def _recipe_digest(recipe: str) -> str | None:
 
 
 def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> None:
-    """Refuse to mix runs of different settings in one directory.
+    """Check that the recorded comparison of a directory has the same settings as `spec`.
 
     Raises:
-        UserError: naming the first setting that differs from the recorded one.
+        UserError: with the first setting that differs from the recorded one.
     """
-    wanted = spec.identity()
-    for key in wanted if recorded is not None else ():
-        old, new = (recorded or {}).get(key), wanted[key]
+    identity = spec.identity()
+    for key in identity if recorded is not None else ():
+        old, new = (recorded or {}).get(key), identity[key]
         if old == new:
             continue
-        what = f"{key} {_show(old)}, not {_show(new)}"
+        difference = f"{key} {_format_value(old)}, not {_format_value(new)}"
         if key == "recipe_sha256":
-            what = f"an earlier text of recipe {spec.recipe}"
-        raise UserError(f"--out {out} holds a comparison with {what}; name another --out, or go back to that setting")
+            difference = f"another version of recipe {spec.recipe}"
+        raise UserError(
+            f"--out {out} contains a comparison with {difference}; choose another --out, or restore that setting"
+        )
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return (" ".join(map(str, value)) or "(none)") if isinstance(value, list) else str(value)

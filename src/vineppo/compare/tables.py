@@ -1,4 +1,4 @@
-"""A comparison's figures as text: the rows of its table, the sentences under it, Markdown."""
+"""Results of a comparison as text: table rows, the sentences below the table, Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = (
 
 
 def header(result: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the table's columns; the last two name the reference algorithm, if there is one."""
+    """Column names of the table; the last two are about the reference algorithm and exist only if there is one."""
     if result["reference"] is None:
         return _COLUMNS
     label = result["algorithms"][result["reference"]]["label"]
@@ -27,28 +27,28 @@ def header(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table's rows as text, one per algorithm, with the columns of `header`."""
+    """Rows of the table as text, one per algorithm, with the columns of `header`."""
     rows: list[tuple[str, ...]] = []
     for name, figures in result["algorithms"].items():
         reach = figures["reach_reference_best"] or {}
         row: tuple[str, ...] = (
             name,
             f"{figures['num_runs']} of {result['spec']['seeds']}",
-            percent(figures["accuracy_before"]["mean"]),
+            format_percent(figures["accuracy_before"]["mean"]),
             _percent_interval(figures["final_accuracy"]),
-            count(figures["updates"]),
-            count(figures["tokens"]["rollouts"]),
-            count(figures["tokens"]["mc"]),
-            count(figures["seconds"]["mean"]),
+            format_count(figures["updates"]),
+            format_count(figures["tokens"]["rollouts"]),
+            format_count(figures["tokens"]["mc"]),
+            format_count(figures["seconds"]["mean"]),
         )
         if result["reference"] is not None:
-            row = (*row, count(reach.get("updates")), count(reach.get("seconds")))
+            row = (*row, format_count(reach.get("updates")), format_count(reach.get("seconds")))
         rows.append(row)
     return rows
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
-    """What the comparison says beside its table, one sentence a line."""
+    """The lines below the table: differences, ratios, accuracies at equal amounts, and missing runs."""
     spec = result["spec"]
     lines = [_pair_sentence(result, result["vs_reference"])]
     best = result["vs_best"]
@@ -64,9 +64,9 @@ def conclusions(result: dict[str, Any]) -> list[str]:
 
 
 def _equal_sentences(equal: dict[str, Any]) -> list[str]:
-    """One sentence an axis: every algorithm's accuracy during training, at what the thriftiest run used in all."""
+    """One sentence per axis: accuracy of each algorithm at the smallest amount that any run used in total."""
     return [
-        f"At equal {axis} ({count(at['amount'])} a run), accuracy during training: "
+        f"At equal {axis} ({format_count(at['amount'])} a run), accuracy during training: "
         + ", ".join(f"{name} {_percent_interval(interval)}" for name, interval in at["accuracy"].items())
         + "."
         for axis, at in equal.items()
@@ -78,7 +78,7 @@ def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
         return ""
     first, name = (result["algorithms"][key]["label"] for key in (result["first"], pair["baseline"]))
     ends = f"{first} against {name}: final accuracy {_points(pair['final_accuracy_difference'])}, paired by seed."
-    best = f"{name}'s best mean accuracy during training is {percent(pair['baseline_best_accuracy'])}"
+    best = f"{name}'s best mean accuracy during training is {format_percent(pair['baseline_best_accuracy'])}"
     if pair["reason"]:
         return f"{ends} {best}: {pair['reason']}."
     ratios = ", ".join(
@@ -105,24 +105,24 @@ def _points(difference: dict[str, float | None]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """`table.md`: the table and the sentences under it."""
+    """The content of `table.md`: the table and the lines below it."""
     names = header(result)
     rows = [names, tuple("---" for _ in names), *table_rows(result)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return "\n\n".join([table, *conclusions(result)]) + "\n"
 
 
-def percent(value: float | None) -> str:
-    """0.725 -> 72.5%; a dash for None."""
+def format_percent(value: float | None) -> str:
+    """Format 0.725 as 72.5%, and None as a dash."""
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def _percent_interval(interval: dict[str, float | None]) -> str:
     low, high = interval["low"], interval["high"]
     bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return percent(interval["mean"]) + bounds
+    return format_percent(interval["mean"]) + bounds
 
 
-def count(value: float | None) -> str:
-    """20000.4 -> 20,000; a dash for None."""
+def format_count(value: float | None) -> str:
+    """Format 20000.4 as 20,000, and None as a dash."""
     return "-" if value is None else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""What one iteration of a run does, and the plan of a whole run."""
+"""The amounts of one iteration (rollouts, tokens, updates) and the plan of a run."""
 
 from __future__ import annotations
 
@@ -15,54 +15,58 @@ from vineppo.training.parts import total_updates, updates_per_iteration
 
 @dataclass(frozen=True)
 class Amounts:
-    """What one iteration does."""
+    """Amounts of one iteration."""
 
     rollouts: int
     rollout_tokens: float
     prompt_tokens: float
-    """Of one prompt."""
+    """Mean length of a prompt."""
     mc_tokens: float
     steps_per_response: float
     updates: int
 
     @property
     def sequence_tokens(self) -> float:
-        """Mean length of a prompt with its response."""
+        """Mean length of a prompt and its response."""
         return self.prompt_tokens + self.rollout_tokens / self.rollouts
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take."""
+    """The predicted amounts, seconds and memory of a run."""
 
     source: str
-    """How the figures were found."""
+    """How the figures were obtained."""
     amounts: Amounts
     seconds: Mapping[str, float]
-    """Of one iteration, by phase: sample, credit, update."""
+    """Seconds of one iteration by phase: sample, credit, update."""
     iterations: int
     memory: Mapping[str, float]
     """Bytes by kind, and `peak`."""
     available: float
-    """Bytes; 0 where unknown."""
+    """Available memory in bytes; 0 if unknown."""
     variants: Sequence[tuple[str, float, float]]
-    """(what else one could do, tokens of continuations, seconds) of one iteration."""
+    """(another setting, its MC tokens, its seconds) of one iteration."""
 
     @property
     def seconds_per_iteration(self) -> float:
-        """All phases."""
+        """Seconds of one iteration over all phases."""
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The plan as a dictionary for JSON."""
         return {**asdict(self), "seconds_per_iteration": self.seconds_per_iteration}
 
 
 def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
-    """Amounts without a calibration: responses of a third of the budget unless given, steps of 30 tokens."""
-    own = config.rollouts
-    length = response_tokens or max(1, own.max_new_tokens // 3)
-    rollouts = own.num_problems * own.group_size
+    """Estimate amounts without a calibration.
+
+    Prompts have 120 tokens, steps 30 tokens, and responses `response_tokens`, or a third of the token budget if it is
+    None.
+    """
+    settings = config.rollouts
+    length = response_tokens or max(1, settings.max_new_tokens // 3)
+    rollouts = settings.num_problems * settings.group_size
     steps = max(1, length // 30)
     algorithm = find_algorithm(config.algorithm)
     mc_tokens = 0.0
@@ -72,7 +76,7 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
 
 
 def iterations(config: Config, amounts: Amounts, seconds: Mapping[str, float]) -> int:
-    """Until the first limit."""
+    """Number of iterations until the run reaches its first limit."""
     limits = [config.run.iterations, -(-total_updates(config) // amounts.updates)]
     if config.run.max_tokens:
         limits.append(math.ceil(config.run.max_tokens / (amounts.rollout_tokens + amounts.mc_tokens)))

@@ -1,4 +1,4 @@
-"""Plans for this machine: a small part of the first iteration is run and scaled up."""
+"""Plans for this machine: run a small part of the first iteration and scale its counts and times up."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
 _CALIBRATED_ROLLOUTS = 8
-"""At least so many responses are sampled in a calibration: fewer foretell little of lengths and continuations."""
+"""Minimum number of responses in a calibration: fewer give unreliable response lengths and MC tokens."""
 
 
 def calibrated_safely(config: Config, problems: int | None) -> Plan:
-    """A calibration, which takes the memory of a run, only where at least what every run needs is there."""
+    """Calibrate, or raise UserError if the memory is too small.
+
+    A calibration needs as much memory as a run, so the parts with a known size are checked before the model is loaded.
+    """
     shape, available = shape_by_name(config), available_memory(config.model.device)
     amounts = guessed_amounts(config, None)
     memory = memory_by_kind(config, shape, amounts, trainable=trainable(config, shape))
@@ -72,7 +75,10 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
 
 
 def _step_seconds(learner: TorchLearner) -> float:
-    """One step of the optimizers, at rate 0, which changes nothing; the first one takes memory and is not timed."""
+    """Seconds of one optimizer step with learning rate 0, which leaves the weights unchanged.
+
+    Each optimizer steps twice; the first step allocates memory and is not timed.
+    """
     seconds = 0.0
     for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):
         for timed in (False, True):
@@ -83,7 +89,7 @@ def _step_seconds(learner: TorchLearner) -> float:
 
 
 def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], own: RolloutConfig) -> float:
-    """What one more token costs in a position that is decoded anyway: the slope between few rows and many."""
+    """Seconds per additional row of a decoding step, measured as the slope between 16 and 96 rows."""
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
     times = []
@@ -115,7 +121,7 @@ def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, s
 def _variants(
     config: Config, codec: Codec, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
 ) -> list[tuple[str, float, float]]:
-    """What other K, splitters and groups would do, in proportion to the tokens that they need."""
+    """Estimates for other K, splitters and group sizes, in proportion to the tokens that they need."""
     algorithm, total = find_algorithm(config.algorithm), sum(seconds.values())
     if algorithm.plan is None:
         return []

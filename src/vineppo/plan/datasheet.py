@@ -14,10 +14,10 @@ from vineppo.types import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """What an accelerator's data sheet says."""
+    """Figures from the data sheet of an accelerator."""
 
     flops: float
-    """Dense 16-bit products per second."""
+    """Dense 16-bit floating-point operations per second."""
     bandwidth: float
     """Bytes per second."""
     memory: float
@@ -34,14 +34,13 @@ GPUS = {
     "h200": Gpu(989e12, 4.80e12, 141 * GIB),
 }
 
-
 _TRAINING, _DECODING = 0.12, 0.06
-"""Shares of a data sheet's arithmetic that training and decoding reach: what the VinePPO paper's seconds per iteration
-imply (dev/LOG.md)."""
+"""Shares of the data sheet's `flops` that training and decoding reach, derived from the seconds per iteration in the
+VinePPO paper (dev/LOG.md)."""
 
 
 def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
-    """The plan for an accelerator, from its data sheet."""
+    """Plan a run on an accelerator from its data sheet."""
     gpu, shape = _gpu(name), shape_by_name(config)
     amounts = guessed_amounts(config, response_tokens)
     length, mc_tokens, rows = (
@@ -59,21 +58,24 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
         "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
     }
     memory = memory_by_kind(config, shape, amounts, trainable=trainable(config, shape))
-    what = f"from the data sheet of {name}, rough; {length} tokens to a response"
-    return Plan(what, amounts, seconds, iterations(config, amounts, seconds), memory, gpu.memory, ())
+    source = f"rough estimate from the data sheet of {name}, {length} tokens per response"
+    return Plan(source, amounts, seconds, iterations(config, amounts, seconds), memory, gpu.memory, ())
 
 
 def _gpu(name: str) -> Gpu:
-    """`h100`, or `8xh100`: eight of them, over which everything is shared without loss."""
+    """Figures of `h100`, or the sum of eight for `8xh100`, which assumes that parallelism has no cost."""
     count, _, kind = name.partition("x") if name.split("x")[0].isdigit() else ("1", "", name)
     if kind not in GPUS or int(count) < 1:
-        raise UserError(f"--gpu {name} is not known; allowed: {', '.join(GPUS)}, or several such as 8xh100")
-    one, n = GPUS[kind], int(count)
-    return Gpu(one.flops * n, one.bandwidth * n, one.memory * n)
+        raise UserError(f"unknown --gpu {name}; allowed: {', '.join(GPUS)}, or several of a kind, for example 8xh100")
+    gpu, n = GPUS[kind], int(count)
+    return Gpu(gpu.flops * n, gpu.bandwidth * n, gpu.memory * n)
 
 
 def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
-    """Seconds for tokens in waves of so many rows: arithmetic, or reading weights and keys, whichever is more."""
-    waves = max(1.0, tokens / (rows * length))
-    reading = waves * length * 2 * shape.parameters + tokens * length / 2 * kv_bytes(shape, 2)
+    """Seconds to decode `tokens` in batches of `rows`: the larger of the times for arithmetic and for reading memory.
+
+    Each decoding step reads the weights, and each token reads the keys and values before it.
+    """
+    batches = max(1.0, tokens / (rows * length))
+    reading = batches * length * 2 * shape.parameters + tokens * length / 2 * kv_bytes(shape, 2)
     return max(2 * shape.parameters * tokens / (_DECODING * gpu.flops), reading / gpu.bandwidth)

@@ -14,12 +14,15 @@ from vineppo.plan.shape import GIB, Shape, kv_bytes
 
 
 def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
-    """Bytes by kind. Sampling and updating do not happen at the same time: the peak is the larger of the two."""
+    """Bytes by kind, and `peak`.
+
+    Sampling and updating do not happen at the same time, so the peak contains only the larger of the two.
+    """
     size = 2 if config.model.dtype == "bfloat16" else 4
     lora, has_critic = config.model.lora.r > 0, find_algorithm(config.algorithm).needs_critic
     weights = shape.parameters * size
     trained_size = 4 if lora else size
-    # AdamW's two moments, a float32 master of 16-bit weights, and gradients (twice where there is a master).
+    # AdamW's two moments, a float32 copy of 16-bit weights, and the gradients (also in float32 if there is a copy).
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
     gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
@@ -32,7 +35,7 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
     tokens = _micro_batch(config, amounts)
     activations = _activations(config, shape, size, tokens, amounts.rollout_tokens / amounts.rollouts / length)
     runtime = 0.6 * GIB  # the interpreter, PyTorch and transformers
-    held = runtime + weights + optimizer + reference + critic
+    permanent = runtime + weights + optimizer + reference + critic
     return {
         "runtime": runtime,
         "weights": weights,
@@ -43,28 +46,28 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
         "keys and values": kv,
         "sampling": logits + packed,
         "activations": activations,
-        "peak": held + max(kv + logits + packed, gradients + activations),
+        "peak": permanent + max(kv + logits + packed, gradients + activations),
     }
 
 
 def _micro_batch(config: Config, amounts: Amounts) -> float:
-    """Tokens of the largest forward and backward pass."""
+    """Number of tokens in the largest forward and backward pass."""
     return min(config.learner.micro_batch_tokens, amounts.rollouts * amounts.sequence_tokens)
 
 
 def _activations(config: Config, shape: Shape, size: int, tokens: float, trained_share: float) -> float:
-    """Kept between the forward and the backward pass of a micro-batch: per layer, and the logits of trained tokens."""
+    """Bytes kept from the forward to the backward pass of a micro-batch: layers, and logits of trained tokens."""
     layer = (10 * shape.hidden + 4 * shape.intermediate + 4 * shape.heads * shape.head_dim) * size
     if config.model.gradient_checkpointing:
         layers = shape.hidden * size * shape.layers + layer
     else:
         layers = layer * shape.layers
-    # The logits, in float32, their logarithm, and the gradients of both.
+    # The logits, their float32 copy, its log-softmax, and the gradients of both.
     return tokens * layers + tokens * trained_share * shape.vocabulary * (size + 16)
 
 
 def available_memory(device: str) -> float:
-    """Bytes of memory of a device; 0 where unknown."""
+    """Memory of a device in bytes; 0 if unknown."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[1])
     try:
@@ -72,18 +75,18 @@ def available_memory(device: str) -> float:
         total = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return 0.0
-    try:  # a container may have less than its machine
+    try:  # the limit of a container
         return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such limit: the file holds `max`
+    except (OSError, ValueError):  # no limit: the file is missing or contains `max`
         return total
 
 
 def does_not_fit(config: Config, amounts: Amounts, memory: Mapping[str, float], available: float) -> str:
-    """One line with the nearest setting that fits, tried in the order of what it costs."""
+    """Error message in one line, with a setting that makes the run fit; the cheapest setting comes first."""
     peak = memory["peak"]
-    needs = f"the run needs about {peak / GIB:.1f} GiB and there are {available / GIB:.1f}"
-    held = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
-    room = available - held
+    needs = f"the run needs about {peak / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are available"
+    permanent = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
+    room = available - permanent
     if memory["gradients"] + memory["activations"] > room > memory["gradients"]:
         tokens = _micro_batch(config, amounts)
         fitting = tokens * (room - memory["gradients"]) / memory["activations"]

@@ -1,8 +1,8 @@
-"""`vineppo plan`: what a run will take, before it starts: tokens, seconds by phase, memory.
+"""`vineppo plan`: predict the tokens, seconds by phase and memory of a run before it starts.
 
-Where the model can be loaded here, a small piece of the first iteration is really done (*calibration*), and its counts
-and times are scaled up: sampling by the cost of one more row, updates by the cost of one more token. For an accelerator
-that is not here (`--gpu`) the times follow from its arithmetic and memory rate, and are rough.
+On this machine, a small part of the first iteration is run (*calibration*) and its counts and times are scaled up:
+sampling by the time of an additional row, updates by the time of an additional token. For another accelerator
+(`--gpu`), the times are rough estimates from its arithmetic rate and memory bandwidth.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from vineppo.types import UserError
 def plan(
     config: Config, *, gpu: str | None = None, response_tokens: int | None = None, problems: int | None = None
 ) -> Plan:
-    """Predict what a run of this configuration will take.
+    """Predict the amounts, seconds and memory of a run.
 
     Args:
-        gpu: an accelerator of GPUS; None plans for this machine, by a calibration.
-        response_tokens: mean response length, for a GPU; None: a third of the budget.
-        problems: how many the calibration answers; None: two, or more where their groups are small.
+        config: configuration of the run.
+        gpu: an accelerator of `datasheet.GPUS`, for example `h100` or `8xh100`; None plans for this machine by a
+            calibration.
+        response_tokens: mean response length, used only with `gpu`; default: a third of the token budget.
+        problems: number of problems in the calibration; default: two, or more if the groups are small.
     Raises:
-        UserError: for an unknown GPU, a model whose size cannot be found out, or a run that does not fit into the
-            memory, with the nearest setting that does.
+        UserError: if the GPU is unknown, the size of the model cannot be determined, or the run does not fit into
+            memory; the message then has a setting that fits.
     """
-    made = planned_for(config, gpu, response_tokens) if gpu else calibrated_safely(config, problems)
-    if made.available and made.memory["peak"] > made.available:
-        raise UserError(does_not_fit(config, made.amounts, made.memory, made.available))
-    return made
+    prediction = planned_for(config, gpu, response_tokens) if gpu else calibrated_safely(config, problems)
+    if prediction.available and prediction.memory["peak"] > prediction.available:
+        raise UserError(does_not_fit(config, prediction.amounts, prediction.memory, prediction.available))
+    return prediction

@@ -8,34 +8,34 @@ from vineppo.plan.amounts import Plan
 from vineppo.plan.shape import GIB
 
 
-def report(made: Plan, config: Config) -> list[str]:
-    """The lines that `vineppo plan` prints."""
-    amounts, n = made.amounts, made.iterations
-    run = made.seconds_per_iteration * n
+def report(plan: Plan, config: Config) -> list[str]:
+    """Format a plan as the lines that `vineppo plan` prints."""
+    amounts, n = plan.amounts, plan.iterations
+    seconds = plan.seconds_per_iteration * n
     lines = [
         f"{find_algorithm(config.algorithm).label} on {config.model.path}: {amounts.rollouts} rollouts per iteration, "
         f"{n:,} iterations, {n * amounts.updates:,} updates",
-        f"  ({made.source})",
+        f"  ({plan.source})",
         f"  tokens per iteration  {amounts.rollout_tokens:,.0f} rollouts, {amounts.mc_tokens:,.0f} MC rollouts "
-        f"({amounts.steps_per_response:.1f} steps to a response)",
-        f"  tokens of the run     {n * (amounts.rollout_tokens + amounts.mc_tokens):,.0f}",
+        f"({amounts.steps_per_response:.1f} steps per response)",
+        f"  total tokens          {n * (amounts.rollout_tokens + amounts.mc_tokens):,.0f}",
         "  seconds per iteration "
-        + ", ".join(f"{phase} {value:.1f}" for phase, value in made.seconds.items())
-        + f": {made.seconds_per_iteration:.1f}",
-        f"  time of the run       {_hours(run)} (evaluation not counted)",
+        + ", ".join(f"{phase} {value:.1f}" for phase, value in plan.seconds.items())
+        + f": {plan.seconds_per_iteration:.1f}",
+        f"  total time            {_duration(seconds)} (without evaluation)",
     ]
-    kinds = [f"{kind} {value / GIB:.2f}" for kind, value in made.memory.items() if value and kind != "peak"]
+    kinds = [f"{kind} {value / GIB:.2f}" for kind, value in plan.memory.items() if value and kind != "peak"]
     lines += [
         f"  memory in GiB         {', '.join(kinds)}",
-        f"  peak                  {made.memory['peak'] / GIB:.2f} GiB of {made.available / GIB:.1f}",
+        f"  peak                  {plan.memory['peak'] / GIB:.2f} GiB of {plan.available / GIB:.1f}",
     ]
-    if made.variants:
-        lines.append("  what else it could be (MC tokens and seconds per iteration):")
-        lines += [f"    {name:<42} {tokens:>12,.0f} {seconds:>8.1f} s" for name, tokens, seconds in made.variants]
+    if plan.variants:
+        lines.append("  other settings (MC tokens and seconds per iteration):")
+        lines += [f"    {name:<42} {tokens:>12,.0f} {seconds:>8.1f} s" for name, tokens, seconds in plan.variants]
     return lines
 
 
-def _hours(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -36,27 +36,31 @@ KNOWN = {
     "realtreetune/deepseekmath-7b-sft-GSM8K": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
     "realtreetune/deepseekmath-7b-sft-MATH-v2": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
 }
-"""The paper's models, for plans on machines that cannot reach the hub (from their published configurations)."""
+"""Sizes of the paper's models, from their published configurations, for machines without access to the hub."""
 
 
 def shape_by_name(config: Config) -> Shape:
-    """The size of the configured model, from its configuration; no weights are loaded."""
+    """Size of the configured model, read from its configuration without loading weights.
+
+    Raises:
+        UserError: if the configuration of the model cannot be read.
+    """
     path = resolve_model_path(config.model.path)
     if path in KNOWN:
         return KNOWN[path]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        found = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
         with torch.device("meta"):
-            return shape_of(AutoModelForCausalLM.from_config(found))
+            return shape_of(AutoModelForCausalLM.from_config(model_config))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.path {path!r}: its configuration cannot be read ({reason})") from error
+        raise UserError(f"model.path is {path!r}: the model's configuration cannot be read ({reason})") from error
 
 
 def shape_of(model: Any) -> Shape:
-    """The size of a model that is built."""
+    """Size of a model that has been instantiated."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return Shape(
@@ -72,12 +76,12 @@ def shape_of(model: Any) -> Shape:
 
 
 def count(model: Any, trainable: bool = False) -> int:
-    """Number of weights, or of those that are trained."""
+    """Number of parameters, or only of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def trainable(config: Config, shape: Shape) -> int:
-    """Weights that are trained; adapters on all linear layers of the usual seven."""
+    """Number of trained parameters. LoRA adapters are assumed on the seven linear layers of each block."""
     r = config.model.lora.r
     if not r:
         return shape.parameters
@@ -87,5 +91,5 @@ def trainable(config: Config, shape: Shape) -> int:
 
 
 def kv_bytes(shape: Shape, size: int) -> float:
-    """Bytes of the keys and values of one token."""
+    """Bytes of the keys and values of one token, with `size` bytes per number."""
     return 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size
