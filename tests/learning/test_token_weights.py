@@ -21,7 +21,6 @@ from tests.learning.test_learner import (
     build_policy,
     build_samples,
     logprobs_of,
-    sparse,
     weights,
     with_alternatives,
 )
@@ -248,7 +247,7 @@ def test_a_weight_is_a_number_of_copies_and_its_unit_does_not_matter() -> None:
 
 def test_tokens_of_weight_zero_are_left_out_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shortcut, which drops them, against all tokens, and against samples without them."""
-    samples = sparse(with_alternatives(build_samples(RAGGED)), share=0.2)
+    samples = with_alternatives(build_samples(RAGGED))
     halves = [tuple(float(m and i < 6) for i, m in enumerate(s.loss_mask)) for s in samples]
     weighted = [replace(s, weights=w) for s, w in zip(samples, halves, strict=True)]
     masked = [
@@ -276,7 +275,12 @@ def test_tokens_of_weight_zero_are_left_out_and_change_nothing(monkeypatch: pyte
     monkeypatch.setattr(TorchLearner, "_every_token_counts", True)
     seen.clear()
     assert torch.allclose(short, gradient(weighted), rtol=0, atol=1e-7)
-    assert tokens < 0.85 * sum(seen) and short.abs().max() > 1e-3
+    lengths = [len(s.token_ids) for s in samples]
+    assert sum(seen) == 2 * sum(lengths) and short.abs().max() > 1e-3
+    # Old log-probabilities need every token; the update those before the sixth, where a sample has a response there.
+    assert tokens == sum(lengths) + sum(
+        min(length, 6) for (prompt, _), length in zip(RAGGED, lengths, strict=True) if prompt < 6
+    )
 
 
 # --- minibatches when samples are not one per rollout ---
