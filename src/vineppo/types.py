@@ -1,7 +1,7 @@
-"""The vocabulary: frozen facts that pass between the floors, and the protocols they meet at. Imports nothing of ours.
+"""Data types and protocols that all parts of the package share. This module imports no other module of the package.
 
-Dimension letters used everywhere: P problems, G rollouts per group, S steps, K MC rollouts per state, T tokens of one
-sequence, B sequences in a batch, V vocabulary.
+Dimension letters used in all modules: P problems, G rollouts per group, S steps, K MC rollouts per state, T tokens of
+one sequence, B sequences in a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,103 +20,106 @@ Metrics = dict[str, float]
 
 
 class UserError(ValueError):
-    """A mistake of the user's. The message is one line: what was wrong, where, what is allowed, how to mend it."""
+    """An error that the user can correct. The message is one line: what is wrong, where, what is allowed, and how to
+    correct it.
+    """
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One task item: what the policy is asked and what the grader compares with."""
+    """One item of a task: a prompt and its reference answer."""
 
     id: str
-    """Unique within the task, for example "train/17"; randomness is addressed by it."""
+    """Unique within the task, for example "train/17". Random seeds are derived from it."""
     prompt: str
-    """The text the policy is given, already formatted."""
+    """Prompt text, already formatted."""
     answer: str = ""
-    """The reference answer, as text."""
+    """The reference answer as text."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Further columns of the data set, handed to reward functions by keyword."""
+    """Other columns of the data set; reward functions receive them as keyword arguments."""
     messages: tuple[Mapping[str, str], ...] = ()
-    """The conversation that `prompt` was written from; reward functions then get conversations."""
+    """The conversation from which `prompt` was formatted. If it is not empty, reward functions receive conversations
+    instead of texts."""
     reference: Any = None
-    """The answer as the table has it, where that is no text; handed to reward functions in its place."""
+    """The reference answer as stored in the data set, if it is not text. Reward functions receive it as `answer`."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Ask a sampler for `num_samples` completions of one token prefix."""
+    """Request for `num_samples` completions of one token prefix."""
 
     prompt_ids: tuple[int, ...]
     num_samples: int
     max_new_tokens: int
     seed: int
-    """63-bit address of the randomness: sample j of a seed draws its t-th token with (seed, j, t) and nothing else."""
+    """63-bit seed. The random number for token t of sample j depends only on (seed, j, t)."""
     response_tokens: int = 0
-    """How many ids at the end of `prompt_ids` are the start of the response that is continued: a stop string may begin
-    in them."""
+    """Number of ids at the end of `prompt_ids` that belong to the response being continued. A stop string may begin in
+    them."""
     excluded_first: tuple[int, ...] = ()
-    """Ids that the first sampled token must not be; the other tokens keep their proportions. What is sampled is then
-    the policy's continuation on condition that it leaves a known one here. Needs `Capabilities.excluded_first`."""
+    """Token ids with probability 0 at the first position; the probabilities of the other tokens are renormalized. The
+    completion is then a sample from the policy under the condition that its first token is none of these. Needs
+    `Capabilities.excluded_first`."""
     first_sample: int = 0
-    """Number of the first sample: the request asks for samples first_sample, first_sample + 1, ... of its seed."""
+    """Index of the first sample: the completions are the samples first_sample, first_sample + 1, ... of the seed."""
     temperature: float = 1.0
-    """Of sampling; 0 is greedy, with log-probabilities of 0."""
+    """Sampling temperature; 0 is greedy decoding, with log-probabilities of 0."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion, beside the end-of-sequence tokens; the string stays in the completion."""
+    """Strings that end a completion, in addition to the end-of-sequence tokens. The completion includes the string."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a sampler returns for one prefix."""
+    """One sampled continuation of a prefix."""
 
     token_ids: tuple[int, ...]
     """Sampled ids; the end-of-sequence id is included if and only if it was sampled."""
     logprobs: tuple[float, ...]
-    """Log-probability of each id under the distribution that was really sampled (temperature included), in nats."""
+    """Log-probability of each id under the distribution it was sampled from (temperature included), in nats."""
     finish_reason: FinishReason
     version: int = 0
-    """Of the weights that it was sampled with (`Sampler.version`)."""
+    """`Sampler.version` of the weights that sampled it."""
 
 
 OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
-"""Takes (index of the request, completion) of some samples that have just ended, each once."""
+"""Callback for samples that have just ended: called with (index of the request, completion) pairs, once per sample."""
 
 
 Weights = Callable[[], Iterable[tuple[str, Any]]]
-"""Named tensors of a policy, made one after another when they are asked for."""
+"""Function that returns the (name, tensor) pairs of a policy; the tensors may be created one at a time."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a sampler can do beyond the minimum."""
+    """Optional features of a sampler."""
 
     excluded_first: bool
-    """It supports `SampleRequest.excluded_first`."""
+    """Whether the sampler supports `SampleRequest.excluded_first`."""
     reproducible: bool
-    """It returns the same bits for any number of workers."""
+    """Whether the results are bit-identical for any number of workers."""
 
 
 class Sampler(Protocol):
-    """Token ids in, token ids out.
+    """Samples completions of token prefixes from the current policy; input and output are token ids.
 
-    Every sampler draws a sample from the request alone: its prefix, seed, sample number, temperature, stop strings and
-    excluded tokens. Other requests, their order and the number of workers can change it only through the rounding of
-    the logits, because the rounding of a matrix product depends on the size of its batch. `capabilities.reproducible`
-    says which of two promises a sampler makes:
+    A completion depends only on its request: prefix, seed, sample index, temperature, stop strings and excluded tokens.
+    The other requests, their order and the number of workers can affect it only through rounding of the logits, because
+    the rounding of a matrix product depends on the batch size. `capabilities.reproducible` is
 
-    - true (the native engines): the same bits for any number of workers. Requests are cut into units, each sampled as
-      one batch, by rules that do not depend on the number of workers.
-    - false: the same seeds, not the same bits. Log-probabilities may differ by rounding, and a token may differ where
-      rounding decides between two.
+    - true (the native engines) if the results are bit-identical for any number of workers. Requests are divided into
+      units, each sampled as one batch, and the division does not depend on the number of workers.
+    - false if only the random numbers are the same. Log-probabilities may then differ by rounding, and a token may
+      differ if the rounding changes which token a random number selects.
     """
 
     @property
     def version(self) -> int:
-        """Number of weight updates behind the sampler's weights; 0 for those that it started with."""
+        """Number of policy updates that the sampler's weights include; 0 for the initial weights."""
         ...
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do beyond the minimum."""
+        """The sampler's optional features."""
         ...
 
     def sample(
@@ -125,31 +128,31 @@ class Sampler(Protocol):
         """One list of `num_samples` completions per request, in the order of the requests.
 
         Args:
-            on_finished: told of completions as they end, if the sampler can; what it returns does not matter.
+            on_finished: called with completions as soon as they end, if the sampler supports it.
         """
         ...
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Sample with other weights from now on, and drop whatever was cached for the old ones.
+        """Use new weights for all later calls of `sample`, and clear everything cached for the old weights.
 
         Args:
-            version: number of updates that made them.
-            weights: the policy's tensors by name. A sampler that shares the policy's memory does not call it.
+            version: number of policy updates that these weights include.
+            weights: returns the policy's tensors by name. A sampler that shares the policy's memory does not call it.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompt, response and reward: what we train on."""
+    """A prompt, a sampled response and its reward: the data that the policy is trained on."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
-    """Of each response token, shape (T,)."""
+    """Log-probability of each response token, computed by the sampler, shape (T,)."""
     finish_reason: FinishReason
     text: str
-    """The response as text, special tokens removed."""
+    """The response as text, without special tokens."""
     reward: float
 
 
@@ -163,73 +166,76 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class StepCredit:
-    """What a credit function found out about one rollout, for the record (Parquet, tables); not used in training."""
+    """Steps, values and advantages of one rollout. They are written to records and tables and not used in training."""
 
     boundaries: tuple[int, ...]
-    """End of each step in response tokens, strictly increasing, the last one is T; shape (S,)."""
+    """End of each step as a number of response tokens, strictly increasing, the last one is T; shape (S,)."""
     values: tuple[float, ...] = ()
-    """V of the state before each step, in reward units, shape (S,); empty where the algorithm has no step values."""
+    """V of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
     num_mc_rollouts: tuple[int, ...] = ()
-    """MC rollouts behind each value, shape (S,); 0 where the value was known without sampling."""
+    """Number of MC rollouts used for each value, shape (S,); 0 if the value was known without sampling."""
     step_advantages: tuple[float, ...] = ()
-    """Shape (S,); empty where the algorithm has no step advantages."""
+    """Advantage of each step, in reward units, shape (S,); empty if the algorithm has no step advantages."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that the policy chose elsewhere in the place of one of a response's tokens, with the credit it earned."""
+    """A token that another continuation sampled at a position of a response, and its advantage there."""
 
     position: int
-    """Of the response's token whose place it takes, counted from 0 over the response."""
+    """Index of the response token that it replaces, from 0."""
     token_id: int
     advantage: float
-    """In reward units, its share of the place's credit included."""
+    """In reward units, already multiplied by the alternative's share of the credit at this position."""
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One sequence with its credit, as equal-length per-token lists of shape (T,) over prompt + response.
+    """One token sequence with its credit: the only input of the learner from an algorithm.
 
-    The learner gets nothing else from an algorithm. Entries of tokens that are not trained are 0.
+    The per-token lists have shape (T,), with T the length of prompt + response. Entries of tokens that are not trained
+    are 0.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
-    """1 for tokens that are trained, 0 for the prompt and for tokens that another sample trains."""
+    """1 for tokens that are trained, 0 for the prompt and for tokens that are trained in another sample."""
     sampler_logprobs: tuple[float, ...]
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
-    """Targets of the value network, aligned with the *state before* each token; None without one."""
+    """Targets of the value network for the *state before* each token; None without a value network."""
     values: tuple[float, ...] | None = None
-    """The value network's predictions when the credit was made (for value clipping); None without one."""
+    """Predictions of the value network at the time the credit was computed, for value clipping; None without one."""
     credit: StepCredit | None = None
     alternatives: tuple[Alternative, ...] = ()
-    """Tokens that are trained beside the response's own, each behind the response's tokens before its position. Their
-    positions count the trained tokens of the sample, and they have the weight of the token whose place they take."""
+    """Tokens trained in addition to the response's tokens. An alternative is conditioned on the response's tokens
+    before its position and has the weight of the token that it replaces. Its position is an index into the trained
+    tokens of the sample."""
     weights: tuple[float, ...] | None = None
-    """Weight of each token in the loss and in means over tokens, at least 0, aligned like `advantages`: how many tokens
-    it stands for, such as n for a token of a prefix that n rollouts share. None: 1 for every trained token."""
+    """Weight of each token in the loss and in means over tokens, at least 0, aligned with `advantages`: the number of
+    tokens that it represents, such as n for a token of a prefix that n rollouts share. None: 1 for every trained
+    token."""
     rollout: Rollout | None = None
-    """The rollout that the sample was made from, the same object as in its group, for the record. None for a sequence
-    that is no rollout, such as a shared prefix or an MC rollout."""
+    """The rollout of the sample, the same object as in its group; used in records. None if the sequence is not a
+    rollout, such as a shared prefix or an MC rollout."""
 
     @property
     def trained_weights(self) -> tuple[float, ...]:
-        """Weight of each trained token, in the order of the sequence."""
+        """Weights of the trained tokens, in the order of the sequence."""
         if self.weights is None:
             return (1.0,) * sum(self.loss_mask)
         return tuple(weight for weight, trained in zip(self.weights, self.loss_mask, strict=True) if trained)
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
-"""(groups, iteration) -> (training samples, metrics): the one seam between algorithms and trainer.
+"""(groups, iteration) -> (training samples, metrics): the interface between an algorithm and the trainer.
 
-It may return any number of samples in any order, none included: one per rollout, fewer (only the good ones), or more
-(prefixes that rollouts share, MC rollouts). What a token counts is its weight."""
+The function may return any number of samples in any order: one per rollout, fewer (only the rollouts with a high
+reward, or none), or more (prefixes that rollouts share, MC rollouts)."""
 
 RewardFn = Callable[..., Any]
-"""fn(prompts, completions, completion_ids, **columns) -> one reward or None per completion, or an awaitable of that;
-`answer` is always among the columns."""
+"""fn(prompts, completions, completion_ids, **columns) -> one reward or None per completion, or an awaitable of such a
+list. The columns always include `answer`."""
 
 
 @dataclass(frozen=True)
@@ -241,27 +247,30 @@ class Failure:
 
 
 Verdict = tuple[float | None, ...] | Failure
-"""What grading says about a response: a reward, or None for "not applicable", from every reward function; or why there
-is none."""
+"""Result of grading a response: one reward per reward function (None: not applicable), or a `Failure`."""
 
 
 @dataclass
 class Tally:
-    """Counts of the responses that a task graded; the task adds to it."""
+    """Statistics of the responses that a task has graded."""
 
     graded: int = 0
+    """Number of graded responses."""
     errors: int = 0
-    """Time-outs included."""
+    """Number of responses that could not be graded, including time-outs."""
     timeouts: int = 0
+    """Number of responses whose grading timed out."""
     not_applicable: int = 0
-    """Responses on which no function gave a reward."""
+    """Number of responses for which every reward function returned None."""
     first_error: str = ""
+    """Message of the first error."""
     sums: dict[str, float] = field(default_factory=dict)
+    """Sum of the rewards of each reward function."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Sum and number of the rewards of each function."""
+    """Number of rewards of each reward function."""
 
     def add(self, names: Sequence[str], verdict: Verdict) -> None:
-        """Count one response; `names` are those of the reward functions."""
+        """Count one response; `names` are the names of the reward functions."""
         self.graded += 1
         if isinstance(verdict, Failure):
             self.errors += 1
@@ -275,7 +284,7 @@ class Tally:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def shares(self) -> Metrics:
-        """`grader/*`; empty where nothing was graded."""
+        """The metrics `grader/*`; empty if nothing was graded."""
         if not self.graded:
             return {}
         return {
@@ -286,103 +295,112 @@ class Tally:
         }
 
     def means(self) -> Metrics:
-        """`rewards/<function>/mean`, over the responses that it applied to."""
+        """The metrics `rewards/<function>/mean`: mean over the responses for which the function returned a reward."""
         return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
 
 
 class ProblemSource(Protocol):
-    """Problems by address."""
+    """Problems addressed by split and index."""
 
     def size(self, split: Split) -> int | None:
-        """Number of problems in a split; None when endless."""
+        """Number of problems in a split, or None if it is infinite."""
         ...
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address; the same address gives the same problem for ever."""
+        """Problem number `index` of a split; the same arguments always return the same problem."""
         ...
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) for supervised fine-tuning. Raises UserError where the task has none."""
+        """(prompt, response) pair for supervised fine-tuning.
+
+        Raises:
+            UserError: if the task has no demonstrations.
+        """
         ...
 
 
 class Task(ProblemSource, Protocol):
-    """Problems and the grading of responses to them."""
+    """A source of problems that also grades responses."""
 
     @property
     def grades_early(self) -> bool:
-        """Whether `expect` does anything; where it does not, it need not be called."""
+        """Whether `expect` has an effect; if not, callers may skip it."""
         ...
 
     @property
     def grade_truncated(self) -> bool:
-        """Whether responses that were cut off by the length limit are graded like others; their reward is 0 if not."""
+        """Whether responses that were truncated by the length limit are graded. If not, their reward is 0."""
         ...
 
     @property
     def total(self) -> Tally:
-        """Counts of everything that was graded since the task was made."""
+        """Statistics of all responses graded since the task was created."""
         ...
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[float]:
-        """Reward of each response text to the problem beside it; the responses' token ids may be left out.
+        """Reward of each response.
 
+        Args:
+            problems: problem of each response.
+            texts: response texts.
+            completion_ids: token ids of each response; optional.
         Raises:
-            UserError: where too many responses cannot be graded, or the grader refuses the problems.
+            UserError: if too many responses cannot be graded, or the grader does not accept the problems.
         """
         ...
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> None:
-        """Begin to grade what `grade` will be asked for soon; a task may do nothing here."""
+        """Start to grade responses that will soon be passed to `grade`. A task may ignore the call."""
         ...
 
     def count_anew(self) -> Tally:
-        """A new tally, to which the task adds from here on until the next call."""
+        """Create and return a new tally, to which the task adds all graded responses until the next call."""
         ...
 
 
 class Learner(Protocol):
-    """From credit to weights: owns the policy's optimizer and, where an algorithm has one, the value network."""
+    """Trains the policy on samples with credit, and the value network if the algorithm has one."""
 
     updates: int
-    """Optimizer steps so far."""
+    """Number of optimizer steps so far."""
 
     def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """Train on the samples of an iteration, all epochs of it.
+        """Train on the samples of one iteration, for all its epochs.
 
         Args:
-            num_rollouts: rollouts of the iteration, which decide the number of updates whatever the number of samples.
+            num_rollouts: number of rollouts of the iteration. It determines the number of updates, which does not
+                depend on the number of samples.
         Returns:
-            Means over the iteration's updates, and `updates`.
+            Metrics: means over the updates of the iteration, and `updates`.
         """
         ...
 
     def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """The value network's value of the state before each response token: one list of shape (T,) per rollout.
+        """Predict the value of the state before each response token: one list of shape (T,) per rollout.
 
         Raises:
-            UserError: where there is no value network.
+            UserError: if there is no value network.
         """
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of each of the policy's current weights, adapters merged; the names are those of
-        the model's `state_dict` without adapters.
+        """Name and tensor of each current weight of the policy, with adapters merged. The names are those of the
+        model's `state_dict` without adapters.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write all that an interrupted training needs into files of this folder."""
+        """Write the state that is needed to resume training to files in a folder."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote.
+        """Restore the state that `save` wrote.
 
         Raises:
-            UserError: where the files are missing or cannot be read.
+            UserError: if a file is missing or cannot be read.
         """
         ...

@@ -1,4 +1,4 @@
-"""One file per algorithm, and the two functions that find them by name."""
+"""Algorithms: one module per algorithm, and the function that finds an algorithm by name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from vineppo.credit.vineppo import VINEPPO
 from vineppo.objects import load_object
 from vineppo.types import UserError
 
-BUILT_IN: dict[str, Algorithm] = {one.name: one for one in (VINEPPO, PPO, GRPO, RLOO, REINFORCE)}
-"""The package's algorithms by name."""
+BUILT_IN: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE)}
+"""Built-in algorithms by name."""
 COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)
-"""What `vineppo compare` compares by default."""
+"""Names of the algorithms that `vineppo compare` compares by default."""
 
 
 def find_algorithm(spec: str) -> Algorithm:
-    """The algorithm that `algorithm` names: one of the package, or `module:object` for any other.
+    """Return the algorithm that the setting `algorithm` names.
 
+    Args:
+        spec: name of a built-in algorithm, or `module:object` for a user-defined one.
     Raises:
-        UserError: for an unknown name, a module that cannot be imported, or an object that is no `Algorithm`.
+        UserError: if the name is unknown, the module cannot be imported, the object is not an `Algorithm`, or it has
+            the name of a built-in algorithm.
     """
     if spec in BUILT_IN:
         return BUILT_IN[spec]
@@ -31,9 +34,11 @@ def find_algorithm(spec: str) -> Algorithm:
         raise UserError(
             f"algorithm is {spec!r}; {hint + ' ' if hint else ''}allowed: {', '.join(BUILT_IN)}, or module:object"
         )
-    found = load_object(spec, "algorithm")
-    if not isinstance(found, Algorithm):
-        raise UserError(f"algorithm {spec!r} is a {type(found).__name__}; it must be a vineppo.Algorithm")
-    if found.name in BUILT_IN and found is not BUILT_IN[found.name]:
-        raise UserError(f"algorithm {spec!r} has the name {found.name} of a built-in one; give it another name")
-    return found
+    algorithm = load_object(spec, "algorithm")
+    if not isinstance(algorithm, Algorithm):
+        raise UserError(f"algorithm {spec!r} is a {type(algorithm).__name__}; it must be a vineppo.Algorithm")
+    if algorithm.name in BUILT_IN and algorithm is not BUILT_IN[algorithm.name]:
+        raise UserError(
+            f"algorithm {spec!r} has the name of the built-in algorithm {algorithm.name}; choose another name"
+        )
+    return algorithm

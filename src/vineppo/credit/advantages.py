@@ -1,4 +1,4 @@
-"""Credit as pure mathematics: from rewards and values to advantages. No model, no text, no randomness."""
+"""Functions that compute advantages from rewards and values. They use no model, no text and no random numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 STD_EPSILON = 1e-4
-"""Added to GRPO's standard deviation; one value with TRL and the GRPO release."""
+"""Added to the standard deviation in GRPO, as in TRL and in the GRPO release."""
 
 
 def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
@@ -16,11 +16,11 @@ def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
 
     Args:
         values_S: value of the state *before* each step, in reward units, shape (S,).
-        reward: the grader's number for the whole response.
+        reward: reward of the whole response.
     Returns:
         Shape (S,), in reward units.
     Raises:
-        ValueError: if there is no step.
+        ValueError: if S is 0.
     """
     if not values_S:
         raise ValueError("a response has at least one step")
@@ -28,13 +28,13 @@ def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
 
 
 def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequence[int]) -> list[float]:
-    """Every token of a step gets the step's advantage.
+    """Give every token the advantage of its step.
 
     Args:
         step_advantages_S: shape (S,).
-        boundaries_S: end of each step in response tokens, strictly increasing, shape (S,).
+        boundaries_S: end of each step as a number of response tokens, strictly increasing, shape (S,).
     Returns:
-        token_advantages, shape (T,) with T the last boundary.
+        Token advantages, shape (T,), with T the last boundary.
     """
     advantages_T: list[float] = []
     for advantage, end in zip(step_advantages_S, boundaries_S, strict=True):
@@ -43,17 +43,18 @@ def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequenc
 
 
 def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[float]:
-    """A response's reward against its group's mean (GRPO, arXiv 2402.03300; without std: Dr. GRPO, 2503.20783).
+    """Each reward minus the mean of its group (GRPO, arXiv 2402.03300; without std: Dr. GRPO, arXiv 2503.20783).
 
-    (r_i - mean) / (std + 1e-4), std with n - 1. The mean contains r_i itself, which shrinks the advantage by
-    (G - 1) / G against a baseline that leaves it out.
+    A_i = (r_i - mean) / (std + 1e-4), where std divides by G - 1. The mean includes r_i, so the numerator is
+    (G - 1) / G times the difference between r_i and the mean of the other rewards.
 
     Args:
-        rewards_G: shape (G,), G >= 2.
+        rewards_G: rewards of the responses to one problem, shape (G,), G >= 2.
+        scale_by_std: whether to divide by the standard deviation.
     Returns:
         Shape (G,).
     Raises:
-        ValueError: for a group of one.
+        ValueError: if G is less than 2.
     """
     if len(rewards_G) < 2:
         raise ValueError("GRPO needs at least two responses to a problem")
@@ -66,14 +67,14 @@ def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[floa
 
 
 def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
-    """Each reward against the mean of the others (RLOO, arXiv 2402.14740): an unbiased baseline.
+    """Each reward minus the mean of the other rewards, which is an unbiased baseline (RLOO, arXiv 2402.14740).
 
     Args:
         rewards: shape (n,), n >= 2.
     Returns:
         Shape (n,), in reward units.
     Raises:
-        ValueError: for fewer than two rewards.
+        ValueError: if n is less than 2.
     """
     n = len(rewards)
     if n < 2:
@@ -83,44 +84,50 @@ def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
 
 
 def node_advantages(
-    own: float, state_value: float, followed: Sequence[float], left: Sequence[float]
+    next_value: float, state_value: float, followed: Sequence[float], diverged: Sequence[float]
 ) -> tuple[float, list[float]]:
-    """Credit of everything that was chosen at one place of a response: the response's token, and others.
+    """Advantages of all tokens that were sampled at one position of a response.
 
-    n continuations came by here; each chose its next token afresh, as the response did. The policy gradient of the
-    place is the expectation of (return - baseline) * grad log pi(token), so the n + 1 choices are averaged: those that
-    chose the response's token share its entry, every other one has an entry of its own. The baseline of a
-    continuation is the mean of the others' rewards; that of the response itself is the mean of all n.
+    n continuations pass through the state before this position. Each of them sampled its next token from the policy,
+    and so did the response. The policy gradient at the position is the expectation of
+    (return - baseline) * grad log pi(token), estimated as the mean over these n + 1 samples. The return of a
+    continuation is its reward, and its baseline is the mean reward of the other n - 1 continuations. The return of the
+    response is `next_value`, and its baseline is the mean reward of all n continuations. The terms of continuations
+    that sampled the response's token are added to the advantage of that token.
+
+    If n is 1, the single reward is the baseline of the response, and the continuation gets no credit because there is
+    no other continuation to compare it with. If n is 0, `state_value` is the baseline.
 
     Args:
-        own: value of the state behind the response's step: what its own choice led to.
-        state_value: value of the state before the step, the baseline where nobody else came by.
-        followed: rewards of the continuations that chose the response's token.
-        left: rewards of those that chose another one.
+        next_value: value of the state after the response's step.
+        state_value: value of the state before the response's step.
+        followed: rewards of the continuations that sampled the response's token.
+        diverged: rewards of the continuations that sampled another token.
     Returns:
-        (advantage of the response's token, advantage of each of `left`), shares of 1 / (n + 1) included. With n < 2
-        only the response's own choice counts: a single continuation has no baseline of others.
+        (advantage of the response's token, advantage of each token in `diverged`), each including the factor
+        1 / (n + 1) of the mean.
     """
-    n = len(followed) + len(left)
+    n = len(followed) + len(diverged)
     if n < 2:
-        return own - (followed[0] if followed else left[0] if left else state_value), [0.0] * len(left)
-    mean = (math.fsum(followed) + math.fsum(left)) / n
-    others = n / (n - 1)  # r - (mean of the others) = others * (r - mean of all)
-    by_followers = others * math.fsum(reward - mean for reward in followed)
-    return (own - mean + by_followers) / (n + 1), [others * (reward - mean) / (n + 1) for reward in left]
+        baseline = followed[0] if followed else diverged[0] if diverged else state_value
+        return next_value - baseline, [0.0] * len(diverged)
+    mean = (math.fsum(followed) + math.fsum(diverged)) / n
+    factor = n / (n - 1)  # r - (mean of the other rewards) = factor * (r - mean)
+    followed_sum = factor * math.fsum(reward - mean for reward in followed)
+    return (next_value - mean + followed_sum) / (n + 1), [factor * (reward - mean) / (n + 1) for reward in diverged]
 
 
 def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float) -> tuple[list[float], list[float]]:
-    """Generalised advantage estimation for one response whose only reward comes with its last token (arXiv 1506.02438).
+    """Generalised advantage estimation (arXiv 1506.02438) for one response that is rewarded at its last token.
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t), A_t = delta_t + gamma lambda A_{t+1}; the state behind the last token is
-    terminal, V = 0. A truncated response is terminal as well (its reward is 0).
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lambda A_{t+1}. The state after the last token
+    is terminal (V = 0), also if the response was truncated by the length limit.
 
     Args:
         values_T: value of the state before each response token, shape (T,).
-        reward: of the whole response.
+        reward: reward of the whole response.
     Returns:
-        (advantages, returns), both (T,), with returns = advantages + values.
+        (advantages, returns), both of shape (T,), with returns = advantages + values.
     """
     advantages_T = [0.0] * len(values_T)
     next_value, next_advantage = 0.0, 0.0

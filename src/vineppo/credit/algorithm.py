@@ -1,4 +1,4 @@
-"""What an algorithm is: everything that the trainer, comparisons, plans and reports ask of one."""
+"""The class `Algorithm`, which describes an algorithm to the trainer, comparisons, plans and reports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vineppo.model.codec import Codec
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup, Sampler, Task
 
 PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
-"""The value network's prediction before each response token: one list of shape (T,) per rollout."""
+"""(rollouts) -> the value network's value of the state before each response token, one list of shape (T,) each."""
 SampleFn = Callable[[Sequence[Problem], int], list[RolloutGroup]]
-"""(problems, iteration) -> one group of graded rollouts per problem, each with `group_size` rollouts."""
+"""(problems, iteration) -> one group of `group_size` graded rollouts per problem."""
 
 
 @dataclass(frozen=True)
 class CreditParts:
-    """What an algorithm may use to compute credit. Never the model."""
+    """The objects that an algorithm may use to compute credit. The model is not one of them."""
 
     sampler: Sampler
     """Samples completions from the current policy."""
@@ -28,12 +28,12 @@ class CreditParts:
     codec: Codec
     """Converts token ids to text and back."""
     predict_values: PredictValues
-    """Raises where the algorithm has no value network."""
+    """Raises UserError if the algorithm has no value network."""
     run_seed: int
     group_size: int
     """G: rollouts per problem."""
     max_new_tokens: int
-    """Response budget in tokens."""
+    """Maximum number of tokens of a response."""
     temperature: float
     """Sampling temperature of the rollouts."""
     stop: tuple[str, ...]
@@ -42,52 +42,54 @@ class CreditParts:
 
 @dataclass(frozen=True)
 class PlanHints:
-    """What `vineppo plan` asks an algorithm that samples MC rollouts."""
+    """Functions with which `vineppo plan` estimates the cost of an algorithm that samples MC rollouts."""
 
     mc_tokens: Callable[[Any, int, int, float], float]
-    """(settings, rollouts, steps per response, tokens per response) -> expected MC tokens of an iteration."""
+    """(settings, rollouts, steps per response, tokens per response) -> expected number of MC tokens per iteration."""
     variants: Callable[[Any, Codec, Sequence[Rollout]], list[tuple[str, float]]]
-    """(settings, codec, rollouts) -> (other settings, their MC tokens relative to these settings)."""
+    """(settings, codec, rollouts) -> list of (other setting, number of MC tokens relative to `settings`)."""
 
 
 def _no_check(settings: Any, config: Config) -> None:
-    """No combination of settings is refused."""
+    """Accept all settings."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm: how it computes credit, and what it needs for that.
+    """An algorithm: its credit function, its settings and its requirements.
 
     Raises:
-        ValueError: for a name that cannot be a section of the configuration, or a critic without its settings.
+        ValueError: if the name cannot be a section of the configuration, or `needs_critic` is true and `settings` does
+            not extend `CriticConfig`.
     """
 
     name: str
-    """Name of the section with its settings, in run directories and in tables; an identifier."""
+    """Identifier used in the configuration (the section with its settings), in run directories and in tables."""
     label: str
-    """Name for people: in reports, tables and plots."""
+    """Name shown in reports, tables and plots."""
     build: Callable[[Any, CreditParts], CreditFn]
     """(settings, parts) -> the credit function."""
     settings: type[Settings] = Settings
-    """Its own settings; without fields there is no section. With a critic they extend `CriticConfig`."""
+    """Class of the algorithm's settings. The default has no fields: the configuration then has no section for the
+    algorithm. Must extend `CriticConfig` if `needs_critic` is true."""
     needs_critic: bool = False
-    """Whether a value network is trained beside the policy."""
+    """Whether a value network is trained in addition to the policy."""
     min_group_size: int = 1
-    """Smallest number of rollouts per problem."""
+    """Minimum number of rollouts per problem."""
     min_rollouts: int = 1
-    """Smallest number of rollouts per iteration."""
+    """Minimum number of rollouts per iteration."""
     check: Callable[[Any, Config], None] = _no_check
-    """(its settings, all settings): raises UserError for combinations that cannot work."""
+    """(settings of the algorithm, whole configuration): raises UserError if they cannot be combined."""
     sample: Callable[[Any, CreditParts], SampleFn] | None = None
-    """(settings, parts) -> its own way to sample rollouts, such as a tree; None: G independent ones per problem."""
+    """(settings, parts) -> function that samples the rollouts, such as a tree; None: G independent ones per problem."""
     plan: PlanHints | None = None
-    """None: it samples no MC rollouts."""
+    """Cost estimates for `vineppo plan`; None if the algorithm samples no MC rollouts."""
     colour: str = ""
-    """Colour of its curves, such as `#D55E00`; empty: the next unused one of the palette."""
+    """Colour of its curves, such as `#D55E00`; if empty, the next unused colour of the palette."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name in Config.model_fields:
-            taken = ", ".join(Config.model_fields)
-            raise ValueError(f"algorithm name {self.name!r}: it must be an identifier other than {taken}")
+            reserved = ", ".join(Config.model_fields)
+            raise ValueError(f"algorithm name {self.name!r}: it must be an identifier other than {reserved}")
         if self.needs_critic and not issubclass(self.settings, CriticConfig):
             raise ValueError(f"algorithm {self.name} needs a critic, so its settings must extend CriticConfig")

@@ -1,8 +1,9 @@
-"""VinePPO by bisection: values where the response was decided, instead of at every step.
+"""VinePPO by bisection: only the states around decisive steps are evaluated, instead of the states before all steps.
 
-In a long chain most steps change nothing. So measure the state at the start, compare it with what came out, and look
-between them only where the two differ by more than their noise; then the same in each half. The number of measured
-states grows with the number of steps that mattered and the logarithm of the length, not with the length.
+In a long response most steps do not change the expected reward. Bisection evaluates the first state and compares its
+value with the reward of the response. If the two differ by more than their noise, it evaluates the state in the middle
+and continues in the same way with each half. The number of evaluated states is proportional to the number of decisive
+steps times the logarithm of the number of steps, instead of to the number of steps.
 """
 
 from __future__ import annotations
@@ -27,26 +28,30 @@ def bisected_vine_credit(
     max_states: int,
     level: float,
 ) -> CreditFn:
-    """Bind VinePPO's credit function over the states that bisection chooses.
+    """Build the credit function of VinePPO with bisection.
 
-    A stretch [a, b) of steps has the advantage V(b) - V(a), and all its tokens have it. The first one is the whole
-    response, with the reward for V(b). Looking inside of a stretch measures the state m in its middle; its halves
-    become stretches, with V(m) - V(a) and V(b) - V(m). Stretches of all responses go on together: one call of the
-    estimator per round.
+    A stretch [a, b) of steps has the advantage V(b) - V(a), which all its tokens get. The first stretch is the whole
+    response, with the reward as V(b). A stretch is halved if the values at its ends `differ`: the state m in its middle
+    is evaluated, and the halves have the advantages V(m) - V(a) and V(b) - V(m). The stretches of all responses are
+    processed together, with one call of the estimator per round. V(s_0) plus the sum of the step advantages is the
+    reward.
 
-    A stretch is looked into where its ends `differ`. V(s_0) plus the advantages is the reward.
-
-    Bias: a fall is traced to its step, while a rise too small to look into is shared by the whole response; so what
-    makes a step a little better or worse is understated. The expectation of a token's advantage is off by at most the
-    mean of |V(m) - V(b)| (first half) or |V(m) - V(a)| (second half) over the stretches that were not looked into.
+    Bias: a large change of the value is assigned to its step, while a change that is too small for the stretch to be
+    halved is assigned to the whole stretch, so small differences between steps are underestimated. The bias of the
+    expected advantage of a token is at most the mean, over the stretches that are not halved, of |V(m) - V(b)| for
+    tokens in the first half and of |V(m) - V(a)| for tokens in the second half.
 
     Args:
-        level: confidence with which the ends of a stretch must differ, above 0 and below 1.
+        estimator: evaluates states.
+        splitter: cuts a response into steps.
+        token_texts: maps token ids to the text of each token.
+        max_states: maximum number of steps per response (0: no limit); steps are merged if there are more.
+        level: confidence level at which the values at the ends of a stretch must differ, above 0 and below 1.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         searches = [
-            _Search(
+            _Bisection(
                 group.problem,
                 rollout,
                 (0, *step_ends(rollout, splitter, token_texts, max_states)),
@@ -55,34 +60,37 @@ def bisected_vine_credit(
             for group in groups
             for rollout in group.rollouts
         ]
-        cost, rounds = _measure(searches, estimator, iteration)
+        cost, rounds = _evaluate(searches, estimator, iteration)
         samples = [search.sample() for search in searches]
-        steps = sum(search.last for search in searches)
+        steps = sum(search.num_steps for search in searches)
         metrics = {"credit/rounds": float(rounds), "credit/measured_share": cost.states / max(1, steps)}
         return samples, {**value_metrics(samples, cost), **metrics}
 
     return credit
 
 
-def _measure(searches: Sequence[_Search], estimator: ValueEstimator, iteration: int) -> tuple[ValueCost, int]:
-    """Round by round, give every search the values it asks for; what they took, and the number of rounds."""
+def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iteration: int) -> tuple[ValueCost, int]:
+    """Run all bisections to their end, one batch of states per round; return the total cost and the number of rounds.
+
+    Equal states of different responses are evaluated once.
+    """
     known: dict[Key, Value] = {}
     costs: list[ValueCost] = []
-    while wanted := [(search, place) for search in searches for place in search.wanted()]:
-        states = {state.key: state for search, place in wanted if (state := search.state(place)).key not in known}
+    while pending := [(search, step) for search in searches for step in search.next_steps()]:
+        states = {state.key: state for search, step in pending if (state := search.state(step)).key not in known}
         values, cost = estimator.evaluate(list(states.values()), iteration)
         costs.append(cost)
         known.update(zip(states, values, strict=True))
-        for search, place in wanted:
-            search.values[place] = known[search.state(place).key]
-    measured = sum(len(search.values) for search in searches)
-    total = ValueCost(measured, len(known), sum(c.mc_rollouts for c in costs), sum(c.tokens for c in costs))
+        for search, step in pending:
+            search.values[step] = known[search.state(step).key]
+    evaluated = sum(len(search.values) for search in searches)
+    total = ValueCost(evaluated, len(known), sum(c.mc_rollouts for c in costs), sum(c.tokens for c in costs))
     return total, len(costs)
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Steps start <= i < end of a response, with the advantage that their tokens have so far."""
+    """The steps start <= i < end of a response, and the current advantage of their tokens."""
 
     start: int
     end: int
@@ -90,59 +98,63 @@ class _Stretch:
 
 
 @dataclass
-class _Search:
-    """What has been measured of one response. A place is an index of `boundaries`: the state before that step."""
+class _Bisection:
+    """The bisection of one response. Step i starts in state i; state S is the end of the response."""
 
     problem: Problem
     rollout: Rollout
     boundaries: tuple[int, ...]
-    """Of all steps, with 0 in front, shape (S + 1,)."""
+    """Number of response tokens in each state: 0 and the end of each step, shape (S + 1,)."""
     level: float
     values: dict[int, Value] = field(default_factory=dict)
-    stretches: list[_Stretch] = field(default_factory=list)
-    """Those that are done with."""
-    waiting: list[_Stretch] = field(default_factory=list)
-    """Those whose middle is being measured."""
+    """Values of the states evaluated so far."""
+    finished: list[_Stretch] = field(default_factory=list)
+    """Stretches that are not halved any further."""
+    pending: list[_Stretch] = field(default_factory=list)
+    """Stretches that are halved as soon as the state in their middle has been evaluated."""
 
     @property
-    def last(self) -> int:
-        """Number of steps."""
+    def num_steps(self) -> int:
+        """Number of steps S."""
         return len(self.boundaries) - 1
 
-    def state(self, place: int) -> State:
+    def state(self, step: int) -> State:
+        """The state before a step."""
         response = self.rollout.response_ids
-        return State(self.problem, self.rollout.prompt_ids, response[: self.boundaries[place]], self.rollout)
+        return State(self.problem, self.rollout.prompt_ids, response[: self.boundaries[step]], self.rollout)
 
-    def wanted(self) -> list[int]:
-        """Take the values that have come, and say which places to measure in the next round."""
+    def next_steps(self) -> list[int]:
+        """Halve the pending stretches, and return the steps before which a state must be evaluated next.
+
+        The values of the states of the previous call must be in `values`.
+        """
         if not self.values:
             return [0]
-        halves = [half for stretch in self.waiting for half in self._halves(stretch)]
-        if not self.waiting and not self.stretches:
-            halves = [_Stretch(0, self.last, self.rollout.reward - self.values[0].mean)]
-        self.waiting = []
-        for stretch in halves:
-            (self.waiting if self._decisive(stretch) else self.stretches).append(stretch)
-        return [_middle(stretch) for stretch in self.waiting]
+        stretches = [half for stretch in self.pending for half in self._halves(stretch)]
+        if not self.pending and not self.finished:
+            stretches = [_Stretch(0, self.num_steps, self.rollout.reward - self.values[0].mean)]
+        self.pending = []
+        for stretch in stretches:
+            (self.pending if self._must_be_halved(stretch) else self.finished).append(stretch)
+        return [_middle(stretch) for stretch in self.pending]
 
     def _halves(self, stretch: _Stretch) -> tuple[_Stretch, _Stretch]:
-        before, middle, behind = (self._value(p).mean for p in (stretch.start, _middle(stretch), stretch.end))
-        first = stretch.advantage + (middle - behind)
-        second = stretch.advantage + (before - middle)
+        start, middle, end = (self._value(step).mean for step in (stretch.start, _middle(stretch), stretch.end))
+        first = stretch.advantage + (middle - end)
+        second = stretch.advantage + (start - middle)
         cut = _middle(stretch)
         return _Stretch(stretch.start, cut, first), _Stretch(cut, stretch.end, second)
 
-    def _decisive(self, stretch: _Stretch) -> bool:
-        """Whether to look inside."""
+    def _must_be_halved(self, stretch: _Stretch) -> bool:
         ends = self._value(stretch.start), self._value(stretch.end)
         return stretch.end - stretch.start > 1 and differ(*ends, self.level)
 
-    def _value(self, place: int) -> Value:
-        return self.values[place] if place < self.last else Value(self.rollout.reward, 0)
+    def _value(self, step: int) -> Value:
+        return self.values[step] if step < self.num_steps else Value(self.rollout.reward, 0)
 
     def sample(self) -> TrainingSample:
-        """The rollout with its credit; unmeasured steps are merged in the record."""
-        stretches = sorted(self.stretches, key=lambda stretch: stretch.start)
+        """The training sample of the rollout. In its `StepCredit` each finished stretch is one step."""
+        stretches = sorted(self.finished, key=lambda stretch: stretch.start)
         record = StepCredit(
             boundaries=tuple(self.boundaries[stretch.end] for stretch in stretches),
             values=tuple(self.values[stretch.start].mean for stretch in stretches),
@@ -157,20 +169,20 @@ def _middle(stretch: _Stretch) -> int:
     return (stretch.start + stretch.end) // 2
 
 
-def differ(one: Value, other: Value, level: float) -> bool:
-    """Whether two values differ beyond their noise: 0 is outside of the interval of their difference.
+def differ(first: Value, second: Value, level: float) -> bool:
+    """Whether two values differ by more than their noise: the confidence interval of their difference excludes 0.
 
-    Newcombe's interval (1998, method 10): the Wilson intervals of both, put together. A value that no continuation
-    stands behind is exact. Rewards outside of [0, 1] have no such interval; there any difference counts.
+    The interval is Newcombe's (1998, method 10), which combines the Wilson intervals of both values. Values without
+    continuations are exact. The interval is not defined for values outside [0, 1]; for them any difference counts.
     """
-    if not (0 <= one.mean <= 1 and 0 <= other.mean <= 1):
-        return one.mean != other.mean
-    low, high = (one, other) if one.mean <= other.mean else (other, one)
+    if not (0 <= first.mean <= 1 and 0 <= second.mean <= 1):
+        return first.mean != second.mean
+    low, high = (first, second) if first.mean <= second.mean else (second, first)
     return high.mean - low.mean > math.hypot(_margin(low, level, above=True), _margin(high, level, above=False))
 
 
 def _margin(value: Value, level: float, *, above: bool) -> float:
-    """From the value to the end of its interval."""
+    """Distance from the value to the upper or lower end of its Wilson interval."""
     if not value.num_mc_rollouts:
         return 0.0
     interval = wilson(value.mean * value.num_mc_rollouts, value.num_mc_rollouts, level)

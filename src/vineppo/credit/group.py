@@ -1,4 +1,4 @@
-"""Credit for a whole response: one number per response, from the rewards of its group."""
+"""Credit functions that give all tokens of a response the same advantage, computed from the rewards of its group."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 def group_credit(advantages_of: Callable[[Sequence[float]], list[float]]) -> CreditFn:
-    """Credit function that compares a response with the responses to the same problem.
+    """Build a credit function that compares each response with the other responses to the same problem.
 
     Args:
-        advantages_of: rewards of a group, shape (G,), to advantages, shape (G,).
+        advantages_of: maps the rewards of a group, shape (G,), to advantages, shape (G,).
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:

@@ -13,11 +13,11 @@ class GRPOSettings(Settings):
     """GRPO: a response's reward relative to its group's mean."""
 
     scale_by_std: bool = True
-    """Divide by the group's standard deviation (plus 1e-4); `false` is the `Dr. GRPO` form."""
+    """Divide by the group's standard deviation (plus 1e-4). `false` is Dr. GRPO."""
 
 
 def grpo_credit(scale_by_std: bool) -> CreditFn:
-    """GRPO's credit function; without the standard deviation it is that of Dr. GRPO (arXiv 2503.20783)."""
+    """Build the credit function of GRPO, or of Dr. GRPO (arXiv 2503.20783) if `scale_by_std` is false."""
     return group_credit(lambda rewards: grpo_advantages(rewards, scale_by_std))
 
 

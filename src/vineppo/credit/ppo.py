@@ -17,13 +17,13 @@ class PPOSettings(CriticConfig):
     """PPO: credit from a value network by generalised advantage estimation."""
 
     gae_lambda: float = Field(1.0, ge=0, le=1)
-    """Lambda of GAE; 1 is the Monte-Carlo return minus the value (the paper's setting)."""
+    """Lambda of GAE. With 1 (the paper's setting) the advantage is the Monte-Carlo return minus the value."""
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount per token."""
 
 
 def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float) -> CreditFn:
-    """PPO's credit function: values before each token from the value network, GAE, and the targets of the values."""
+    """Build the credit function of PPO: GAE advantages, and returns as targets of the value network."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -42,8 +42,8 @@ def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float
 
 
 def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:
-    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 no better than a constant, nan without variance."""
-    import torch  # heavy, and not needed for the settings above
+    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 equals a constant, nan if all targets are equal."""
+    import torch  # slow to import, and not needed for the settings above
 
     target = torch.tensor(targets, dtype=torch.float64)
     error = target - torch.tensor(predictions, dtype=torch.float64)

@@ -9,7 +9,7 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 def reinforce_credit() -> CreditFn:
-    """REINFORCE's credit function: the baseline is the mean reward of all other rollouts of the iteration."""
+    """Build the credit function of REINFORCE: the baseline is the mean reward of the iteration's other rollouts."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

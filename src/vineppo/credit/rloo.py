@@ -9,7 +9,7 @@ from vineppo.types import CreditFn
 
 
 def rloo_credit() -> CreditFn:
-    """RLOO's credit function."""
+    """Build the credit function of RLOO."""
     return group_credit(leave_one_out_advantages)
 
 

@@ -1,4 +1,4 @@
-"""A rollout and its token advantages as a training sample: the last line of every credit function."""
+"""Building of a training sample from a rollout and the advantages of its tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ def training_sample(
     alternatives: Sequence[Alternative] = (),
     weights_T: Sequence[float] | None = None,
 ) -> TrainingSample:
-    """Align per-response-token lists, shape (T,), with prompt + response by zeros over the prompt.
+    """Build a training sample in which all response tokens are trained.
+
+    The lists have one entry per response token, shape (T,); entries of 0 are added for the prompt tokens.
 
     Args:
-        weights_T: weight of each response token in the loss; None is 1 for all.
+        advantages_T: advantage of each response token.
+        returns_T: target of the value network before each response token.
+        values_T: prediction of the value network before each response token.
+        credit: steps, values and step advantages for records.
+        alternatives: tokens that are trained in addition to the response's tokens.
+        weights_T: weight of each response token in the loss; None: 1 for all.
     """
     zeros = (0.0,) * len(rollout.prompt_ids)
     return TrainingSample(

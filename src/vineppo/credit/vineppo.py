@@ -1,4 +1,8 @@
-"""VinePPO: the advantage of a reasoning step is the change of the state's value (arXiv 2410.01679)."""
+"""VinePPO (arXiv 2410.01679): the advantage of a reasoning step is the change of the value of the state.
+
+A state is the prompt and the first tokens of a response. Its value is the mean reward of K continuations that are
+sampled from it (`vineppo.values`), so no value network is needed.
+"""
 
 from __future__ import annotations
 
@@ -29,54 +33,55 @@ from vineppo.values import (
 
 
 class VinePPOSettings(Settings):
-    """VinePPO: values of intermediate states by Monte-Carlo continuation."""
+    """VinePPO: values of intermediate states from Monte-Carlo continuations."""
 
     num_mc_rollouts: int = Field(9, ge=1)
     """K: continuations sampled from each state."""
     splitter: str = "newline"
-    """How a response is cut into steps: `newline` (a line), `math` (a sentence or line; formulas stay whole, long
-    pieces are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a probability below 0.9;
-    `cutpoints:N:P` for other numbers), `regex:PATTERN` (after every match), or `module:function` for your own."""
+    """How a response is cut into steps: `newline` (lines), `math` (sentences or lines; formulas stay whole, long pieces
+    are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a probability below 0.9;
+    `cutpoints:N:P` for other numbers), `regex:PATTERN` (after every match), or `module:function` (user-defined)."""
     reuse: bool = True
-    """A continuation that follows a response to its next state counts as one of that state's K too: unbiased, fewer
-    tokens, less noise (docs/algorithms.md). `false`: K new ones at every state, as in the paper."""
+    """Count a continuation that follows the response to its next state as one of the K continuations of that state too:
+    unbiased, fewer tokens, less noise (docs/algorithms.md). `false`: K new continuations of every state, as in the
+    paper."""
     alternatives: bool = False
-    """Also train the tokens that continuations chose instead of the response's own: no further sampling or forward
-    pass, and credit for every token instead of every step (docs/algorithms.md). Needs `reuse`."""
+    """Also train the tokens that continuations sampled in place of the response's tokens. This needs no additional
+    sampling or forward pass, and gives credit per token instead of per step (docs/algorithms.md). Requires `reuse`."""
     bisection: bool = False
-    """Evaluate only the states where the outcome was decided: start with both ends of the response and halve the
-    stretches whose ends differ by more than their noise (docs/algorithms.md). For long chains."""
+    """Evaluate only the states around decisive steps: start with the two ends of the response and halve each stretch of
+    steps whose end values differ by more than their noise (docs/algorithms.md). Intended for long responses."""
     bisection_level: float = Field(0.7, gt=0, lt=1)
-    """Confidence with which the values at the ends of a stretch must differ for bisection to halve it."""
+    """Confidence level at which the values at the ends of a stretch must differ for bisection to halve it."""
     max_states: int = Field(0, ge=0)
-    """At most this many states of a response are evaluated (0: all). Steps between evaluated states are merged, evenly
-    along the response, so that their advantages still telescope. The cuts then depend on the response's whole length,
-    which makes the expected gradient a little smaller (docs/algorithms.md)."""
+    """Maximum number of states of a response that are evaluated (0: all). If a response has more steps, neighbouring
+    steps are merged, evenly along the response, so that their advantages still telescope. The cuts then depend on the
+    length of the response, which makes the expected gradient slightly smaller (docs/algorithms.md)."""
 
     def check(self) -> None:
-        """Forms of VinePPO that cannot be combined."""
+        """Raise UserError if settings are combined that exclude each other."""
         require(
             self.reuse or not self.alternatives,
-            "vineppo.alternatives is true, but vineppo.reuse is false: only continuations that follow the response are "
-            "known token by token; set vineppo.reuse true, or vineppo.alternatives false",
+            "vineppo.alternatives is true, but vineppo.reuse is false: alternatives are computed from the reused "
+            "continuations; set vineppo.reuse true, or vineppo.alternatives false",
         )
         require(
             not (self.bisection and self.alternatives),
-            "vineppo.bisection and vineppo.alternatives exclude each other: bisection leaves states without "
-            "continuations; set one of them false",
+            "vineppo.bisection and vineppo.alternatives exclude each other: alternatives need continuations of every "
+            "state, and bisection does not evaluate every state; set one of them false",
         )
 
 
 def _check(settings: VinePPOSettings, config: Config) -> None:
     require(
         not settings.alternatives or config.learner.advantage_scaling != "whiten",
-        "learner.advantage_scaling is whiten, which gives credit to alternatives that earned none "
-        "(vineppo.alternatives); allowed with it: none, std",
+        "learner.advantage_scaling is whiten, which gives credit to alternatives with an advantage of 0; allowed if "
+        "vineppo.alternatives is true: none, std",
     )
 
 
 def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
-    plain = MonteCarlo(
+    monte_carlo = MonteCarlo(
         sampler=parts.sampler,
         task=parts.task,
         decode=parts.codec.decode,
@@ -86,20 +91,20 @@ def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
         temperature=parts.temperature,
         stop=parts.stop,
     )
-    return build_vine_credit(settings, plain, parts.codec)
+    return build_vine_credit(settings, monte_carlo, parts.codec)
 
 
-def build_vine_credit(settings: VinePPOSettings, plain: MonteCarlo, codec: Codec) -> CreditFn:
-    """The form of VinePPO that the settings ask for; the number of continuations is that of `plain`."""
+def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec: Codec) -> CreditFn:
+    """Build the credit function of VinePPO. `monte_carlo` determines K; `settings.num_mc_rollouts` is not used."""
     steps = (build_splitter(settings.splitter), codec.token_texts, settings.max_states)
     if settings.alternatives:
         require(
-            plain.sampler.capabilities.excluded_first,
-            "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which reusing continuations "
-            "needs; set vineppo.alternatives false, or sample with the native engine",
+            monte_carlo.sampler.capabilities.excluded_first,
+            "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which is needed to reuse "
+            "continuations; set vineppo.alternatives false, or sample with the native engine",
         )
-        return vine_node_credit(ReusingMonteCarlo(plain), *steps)
-    estimator: ValueEstimator = reusing_or_fresh(plain) if settings.reuse else plain
+        return vine_node_credit(ReusingMonteCarlo(monte_carlo), *steps)
+    estimator: ValueEstimator = reusing_or_fresh(monte_carlo) if settings.reuse else monte_carlo
     if settings.bisection:
         return bisected_vine_credit(estimator, *steps, settings.bisection_level)
     return vine_credit(estimator, *steps)
@@ -108,22 +113,22 @@ def build_vine_credit(settings: VinePPOSettings, plain: MonteCarlo, codec: Codec
 def vine_node_credit(
     estimator: NodeEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
 ) -> CreditFn:
-    """VinePPO's credit function with credit per token, also for the tokens that continuations chose instead.
+    """Build the credit function of VinePPO with alternatives, which computes one advantage per token.
 
-    The states, values and cost are those of `vine_credit`, which gives all tokens of a step the step's advantage. Here
-    every token has its own advantage, estimated from the continuations that pass it, and every continuation that
-    chooses another token at that position trains that token (`node_advantages`; derivation in docs/algorithms.md). The
-    step advantages are kept for the record.
+    The states, their values and the cost are the same as in `vine_credit`. The advantage of a token is estimated from
+    the continuations that pass through the state before it. If a continuation samples another token there, that token
+    is also trained, as an alternative (`node_advantages`; derivation in docs/algorithms.md). The step advantages are
+    only stored in `StepCredit`.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in owners]
-        values, nodes, cost = estimator.evaluate_nodes(_states(owners, cuts), owners, iteration)
-        records = _records(owners, cuts, values)
+        rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+        ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
+        values, nodes, cost = estimator.evaluate_nodes(_states(rollouts, ends), rollouts, iteration)
+        records = _records(rollouts, ends, values)
         samples = [
             _node_sample(rollout, record, nodes_T)
-            for (_, rollout), record, nodes_T in zip(owners, records, nodes, strict=True)
+            for (_, rollout), record, nodes_T in zip(rollouts, records, nodes, strict=True)
         ]
         alternatives = sum(len(sample.alternatives) for sample in samples)
         return samples, {**value_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
@@ -134,42 +139,52 @@ def vine_node_credit(
 def vine_credit(
     estimator: ValueEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
 ) -> CreditFn:
-    """VinePPO's credit function as in the paper: all tokens of a step get the step's advantage.
+    """Build the credit function of VinePPO as in the paper: every token gets the advantage of its step.
 
     For every rollout:
-      1. cut the response into steps 0 = b_0 < b_1 < ... < b_S = T;
-      2. s_i = prompt + response[:b_i]; V(s_i) = mean reward of K continuations of s_i, for 0 <= i < S;
-      3. A_i = V(s_{i+1}) - V(s_i), and reward - V(s_{S-1}) for the last step;
-      4. every token of step i gets A_i.
+      1. The response is cut into steps with the boundaries 0 = b_0 < b_1 < ... < b_S = T.
+      2. Each state s_i = prompt + response[:b_i], 0 <= i < S, is evaluated: V(s_i) is the mean reward of K
+         continuations sampled from s_i.
+      3. The advantage of step i is A_i = V(s_{i+1}) - V(s_i); for the last step it is reward - V(s_{S-1}).
+      4. Every token of step i gets the advantage A_i.
+
+    Args:
+        estimator: evaluates states.
+        splitter: cuts a response into steps.
+        token_texts: maps token ids to the text of each token.
+        max_states: maximum number of steps per response (0: no limit); steps are merged if there are more.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        owners = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-        cuts = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in owners]
-        values, cost = estimator.evaluate(_states(owners, cuts), iteration)
+        rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+        ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
+        values, cost = estimator.evaluate(_states(rollouts, ends), iteration)
         samples = [
             training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
-            for (_, rollout), record in zip(owners, _records(owners, cuts, values), strict=True)
+            for (_, rollout), record in zip(rollouts, _records(rollouts, ends, values), strict=True)
         ]
         return samples, value_metrics(samples, cost)
 
     return credit
 
 
-def _states(owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]]) -> list[State]:
+def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]]) -> list[State]:
+    """The states before all steps of all rollouts. `ends` holds the ends of the steps of each rollout."""
     return [
         State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
-        for (problem, rollout), ends in zip(owners, cuts, strict=True)
-        for start in (0, *ends[:-1])
+        for (problem, rollout), ends_S in zip(rollouts, ends, strict=True)
+        for start in (0, *ends_S[:-1])
     ]
 
 
 def _records(
-    owners: Sequence[tuple[Problem, Rollout]], cuts: Sequence[Sequence[int]], values: Sequence[Value]
+    rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], values: Sequence[Value]
 ) -> list[StepCredit]:
+    """Step credit of each rollout, from the values of all states in the order of `_states`."""
     remaining = iter(values)
     return [
-        _record(rollout, ends, [next(remaining) for _ in ends]) for (_, rollout), ends in zip(owners, cuts, strict=True)
+        _record(rollout, ends_S, [next(remaining) for _ in ends_S])
+        for (_, rollout), ends_S in zip(rollouts, ends, strict=True)
     ]
 
 
@@ -184,29 +199,31 @@ def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) 
 
 def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) -> TrainingSample:
     before_T = spread_over_tokens(record.values, record.boundaries)
-    behind_T = spread_over_tokens((*record.values[1:], rollout.reward), record.boundaries)
+    after_T = spread_over_tokens((*record.values[1:], rollout.reward), record.boundaries)
     advantages_T: list[float] = []
     alternatives: list[Alternative] = []
-    for t, (node, before, behind) in enumerate(zip(nodes_T, before_T, behind_T, strict=True)):
-        own, others = node_advantages(behind, before, node.followed, [reward for _, reward in node.left])
-        advantages_T.append(own)
-        alternatives += [Alternative(t, token, a) for (token, _), a in zip(node.left, others, strict=True) if a != 0]
+    for t, (node, before, after) in enumerate(zip(nodes_T, before_T, after_T, strict=True)):
+        diverged = [reward for _, reward in node.diverged]
+        advantage, diverged_advantages = node_advantages(after, before, node.followed, diverged)
+        advantages_T.append(advantage)
+        pairs = zip(node.diverged, diverged_advantages, strict=True)
+        alternatives += [Alternative(t, token, a) for (token, _), a in pairs if a != 0]
     return training_sample(rollout, advantages_T, credit=record, alternatives=alternatives)
 
 
 _REUSE_SHARE = 0.3
-"""Share of the tokens of K new continuations that `reuse` needs, as measured on the embedded task."""
+"""Number of MC tokens with `reuse`, relative to K new continuations of every state; measured on the embedded task."""
 
 
 def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, length: float) -> float:
-    """K continuations of every state, each of half a response."""
+    """Expected number of MC tokens: K continuations of every state, each with half the length of a response."""
     states = min(steps, settings.max_states or steps)
     share = _REUSE_SHARE if settings.reuse else 1.0
     return rollouts * settings.num_mc_rollouts * states * length / 2 * share
 
 
 def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollout]) -> list[tuple[str, float]]:
-    """Other K, and other splitters where every state has continuations of its own."""
+    """Relative cost of other K and, without reuse and bisection, of other splitters."""
     K = settings.num_mc_rollouts
     rows = [(f"vineppo.num_mc_rollouts {k}", k / K) for k in (1, 3, 9, 18) if k != K]
     if settings.reuse or settings.bisection:
@@ -215,15 +232,18 @@ def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollou
         spec: _remaining_tokens(spec, settings.max_states, codec, rollouts)
         for spec in (settings.splitter, "newline", "math", "cutpoints", "tokens:16", "tokens:64")
     }
-    own = remaining.pop(settings.splitter)
-    return rows + [(f"vineppo.splitter {spec}", tokens / own) for spec, tokens in remaining.items() if own]
+    current = remaining.pop(settings.splitter)
+    return rows + [(f"vineppo.splitter {spec}", tokens / current) for spec, tokens in remaining.items() if current]
 
 
 def _remaining_tokens(spec: str, max_states: int, codec: Codec, rollouts: Sequence[Rollout]) -> int:
-    """Tokens after each state, summed over all states: one continuation of each, if it is as long as the response."""
-    cut, total = build_splitter(spec), 0
+    """Number of response tokens after each state, summed over all states.
+
+    This is the number of MC tokens for K = 1 if each continuation is as long as the rest of the response.
+    """
+    splitter, total = build_splitter(spec), 0
     for rollout in rollouts:
-        starts = (0, *step_ends(rollout, cut, codec.token_texts, max_states)[:-1])
+        starts = (0, *step_ends(rollout, splitter, codec.token_texts, max_states)[:-1])
         total += sum(len(rollout.response_ids) - start for start in starts)
     return total
 

@@ -1,4 +1,4 @@
-"""Grading of responses that may have been cut off."""
+"""Sampling and grading of responses, some of which may be truncated by the length limit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ def grade_finished(
     finished: Sequence[bool],
     completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[float]:
-    """Rewards; a response that was cut off by the length limit has 0 and is never shown to the grader, unless the task
-    says otherwise.
+    """Return the reward of each response.
+
+    A response that was truncated by the length limit has the reward 0 and is not graded, unless `task.grade_truncated`.
+
+    Args:
+        problems: problem of each response.
+        texts: response texts.
+        finished: for each response, whether it ended before the length limit.
+        completion_ids: token ids of each response; optional.
     """
-    asked = [i for i, done in enumerate(finished) if done or task.grade_truncated]
+    gradable = [i for i, done in enumerate(finished) if done or task.grade_truncated]
     rewards = [0.0] * len(texts)
-    if asked:
-        ids = [completion_ids[i] for i in asked] if completion_ids else ()
-        graded = task.grade([problems[i] for i in asked], [texts[i] for i in asked], ids)
-        for i, reward in zip(asked, graded, strict=True):
+    if gradable:
+        ids = [completion_ids[i] for i in gradable] if completion_ids else ()
+        graded = task.grade([problems[i] for i in gradable], [texts[i] for i in gradable], ids)
+        for i, reward in zip(gradable, graded, strict=True):
             rewards[i] = float(reward)
     return rewards
 
@@ -34,10 +41,12 @@ def sampled_and_graded(
     requests: Sequence[SampleRequest],
     owners: Sequence[tuple[Problem, tuple[int, ...]]],
 ) -> list[list[tuple[Completion, str, float]]]:
-    """Completions of each request with the text and the reward of the responses that they end.
+    """Sample completions of each request and grade the responses that they complete.
 
     Args:
-        owners: of each request: the problem, and the part of the response that stands before what is sampled.
+        owners: (problem, response prefix) of each request. The response is the prefix followed by the completion.
+    Returns:
+        For each request a list of (completion, text of the response, reward).
     """
     completions = sampler.sample(requests, _grades_early(task, decode, owners))
     flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]
@@ -52,7 +61,7 @@ def sampled_and_graded(
 def _grades_early(
     task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
 ) -> OnFinished | None:
-    """Passes responses to the task as they end, so that it can begin to grade them; None if it does not grade early."""
+    """Callback that passes responses to `task.expect` as soon as they end; None if the task does not grade early."""
     if not task.grades_early:
         return None
 

@@ -1,4 +1,4 @@
-"""A sampler that refuses to sample with other weights than the learner has."""
+"""A sampler that checks that its weights are those of the learner."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleR
 
 
 class StaleWeights(RuntimeError):
-    """A sampler has other weights than the learner: a call of `update_weights` is missing."""
+    """The weights of a sampler are not those of the learner because `update_weights` was not called."""
 
 
 @dataclass(frozen=True)
 class CurrentSampler:
-    """Sampler protocol (types.Sampler) around another sampler: raises where its version is not the learner's.
+    """Sampler (types.Sampler) that wraps another sampler and raises if its version is not the learner's.
 
     Attributes:
-        sampler: what samples.
+        sampler: the wrapped sampler.
         updates: returns the learner's number of updates; called once per call of `sample`.
     """
 
@@ -26,22 +26,21 @@ class CurrentSampler:
 
     @property
     def version(self) -> int:
-        """That of the inner sampler."""
+        """Version of the wrapped sampler."""
         return self.sampler.version
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the inner sampler."""
+        """Capabilities of the wrapped sampler."""
         return self.sampler.capabilities
 
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """As the inner sampler does.
+        """Call `sample` of the wrapped sampler.
 
         Raises:
-            StaleWeights: when its weights are not those of the learner's last update, or a completion has another
-                version.
+            StaleWeights: if the version of the sampler or of a completion is not the learner's number of updates.
         """
         current = self.updates()
         if self.version != current:
@@ -50,14 +49,14 @@ class CurrentSampler:
                 "update_weights after every change of the learner's weights"
             )
         completions = self.sampler.sample(requests, on_finished)
-        other = sorted({c.version for group in completions for c in group} - {current})
-        if other:
+        stale = sorted({c.version for group in completions for c in group} - {current})
+        if stale:
             raise StaleWeights(
-                f"a completion was sampled with the weights of update {other[0]} and the learner has those of update "
-                f"{current}; the sampler must not return what it began before its last update_weights"
+                f"a completion was sampled with the weights of update {stale[0]} and the learner has those of update "
+                f"{current}; the sampler must not return completions that it started before the last update_weights"
             )
         return completions
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Pass them on to the inner sampler."""
+        """Call `update_weights` of the wrapped sampler."""
         self.sampler.update_weights(version, weights)

@@ -1,4 +1,4 @@
-"""States to Monte-Carlo values: K fresh continuations each, or ones that serve several states."""
+"""Monte-Carlo values of states, from new continuations of every state or from continuations shared between states."""
 
 from vineppo.values.monte_carlo import Key, MonteCarlo, Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
 from vineppo.values.reuse import ReusingMonteCarlo, reusing_or_fresh

@@ -1,7 +1,9 @@
-"""The vines: Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
+"""Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
 
-A state is a token prefix of one problem's response. Go back to it, sample K fresh continuations with what is left of
-the response budget, grade prefix plus continuation: their mean reward is an unbiased value of the state.
+A state is a prompt and the first tokens of a response to it. To evaluate a state, K continuations are sampled from it,
+each with at most the number of tokens that the prefix leaves of the response budget. Prefix and continuation together
+are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the state, which is the
+expected reward of responses that start with its tokens.
 """
 
 from __future__ import annotations
@@ -15,86 +17,97 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
-"""What makes two states the same: the problem that is graded and the tokens."""
+"""Identity of a state: problem id, and the token ids of prompt and response prefix."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A prefix of a response to a problem; equal token ids are one state."""
+    """The prompt and the first tokens of a response to a problem. States with equal keys are the same state."""
 
     problem: Problem
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout: Rollout | None = None
-    """A rollout that begins with these tokens, for estimators that use how it goes on; it is no part of the state."""
+    """A rollout that starts with these tokens, for estimators that also use its later tokens. It is not part of the
+    key."""
 
     @property
     def key(self) -> Key:
-        """What makes two states the same: the problem that is graded and the tokens."""
+        """Problem id, and the token ids of prompt and response prefix."""
         return self.problem.id, self.prompt_ids + self.response_ids
 
 
 @dataclass(frozen=True)
 class Value:
-    """Estimate of a state's expected reward."""
+    """Estimate of the expected reward of a state."""
 
     mean: float
     """In reward units."""
     num_mc_rollouts: int
-    """Continuations behind it; 0 where the outcome is known without sampling."""
+    """Number of continuations used; 0 if the value is known without sampling."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A place of a response, before one of its tokens: what the continuations that came by did there, and earned."""
+    """Next tokens and rewards of the continuations that pass through the state before one token of a response."""
 
     followed: tuple[float, ...]
-    """Rewards of those that chose the response's token."""
-    left: tuple[tuple[int, float], ...]
-    """(token, reward) of those that chose another one."""
+    """Rewards of the continuations whose next token is the response's token."""
+    diverged: tuple[tuple[int, float], ...]
+    """(next token, reward) of the other continuations."""
 
 
 @dataclass(frozen=True)
 class ValueCost:
-    """What a batch of values took."""
+    """Cost of evaluating a batch of states."""
 
     states: int
+    """Number of states, equal ones included."""
     distinct_states: int
+    """Number of different states."""
     mc_rollouts: int
+    """Number of sampled continuations."""
     tokens: int
+    """Number of sampled tokens."""
 
 
 class ValueEstimator(Protocol):
-    """Values of states, whoever makes them."""
+    """Estimates the values of states."""
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Value of each state, in order, and what they took."""
+        """Return the value of each state, in order, and the cost."""
         ...
 
 
 class NodeEstimator(ValueEstimator, Protocol):
-    """One that can also say what its continuations did along each rollout."""
+    """A value estimator that can also return the next tokens of its continuations at each token of a rollout."""
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
     ) -> tuple[list[Value], list[list[Node]], ValueCost]:
-        """Value of each state; the T nodes of each rollout, which must be one that the states lie on; the cost."""
+        """Evaluate states.
+
+        Args:
+            rollouts: rollouts whose nodes are returned; each must be the `State.rollout` of some of the states.
+        Returns:
+            (value of each state, the T nodes of each rollout, cost).
+        """
         ...
 
 
 @dataclass(frozen=True)
 class MonteCarlo:
-    """Everything needed to value states: bound once, then called per iteration.
+    """Evaluates each state with K new continuations.
 
     Attributes:
-        sampler: of the current policy.
-        task: grades the finished texts.
-        decode: token ids to text, special tokens removed.
+        sampler: samples from the current policy.
+        task: grades responses.
+        decode: converts token ids to text without special tokens.
         num_mc_rollouts: K.
-        max_new_tokens: response budget; a continuation gets what the prefix left of it.
-        run_seed: part of every request's address.
-        temperature: of sampling, that of the rollouts themselves.
-        stop: strings that end a response, those of the rollouts themselves.
+        max_new_tokens: maximum number of tokens of a response, i.e. of prefix and continuation together.
+        run_seed: part of the seed of every request.
+        temperature: sampling temperature, the same as for rollouts.
+        stop: strings that end a response, the same as for rollouts.
     """
 
     sampler: Sampler
@@ -107,9 +120,10 @@ class MonteCarlo:
     stop: tuple[str, ...] = ()
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Value of each state, in order; equal states are sampled once.
+        """Return the value of each state, in order, and the cost.
 
-        A state that has used up its budget is a response cut off by the length limit: its value is 0, without sampling.
+        Equal states share the same K continuations. A state with `max_new_tokens` response tokens is a response that
+        was truncated by the length limit, so its value is 0 and nothing is sampled.
         """
         distinct = {state.key: state for state in states}
         known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
@@ -122,7 +136,7 @@ class MonteCarlo:
         return [known[state.key] for state in states], cost
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
-        """Rewards of K continuations of each state, shape (states, K), and the tokens they took."""
+        """Rewards of K continuations of each state, shape (states, K), and the number of sampled tokens."""
         requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
         rewards, completions = self.graded(states, requests)
         return rewards, total_tokens(completions)
@@ -130,7 +144,11 @@ class MonteCarlo:
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
     ) -> SampleRequest:
-        """What asks for continuations of a state, with what the prefix left of the budget."""
+        """Request for continuations of a state, limited to the number of tokens that the prefix leaves of the budget.
+
+        Args:
+            excluded_first: token ids that a continuation must not start with.
+        """
         return SampleRequest(
             prompt_ids=state.prompt_ids + state.response_ids,
             num_samples=num_samples,
@@ -143,13 +161,20 @@ class MonteCarlo:
         )
 
     def seed(self, state: State, iteration: int, purpose: str) -> int:
-        """The prefix itself is the address: the order of states and the batch they come in cannot matter."""
+        """Seed of a state's request.
+
+        It is derived from the tokens of the state, so it does not depend on the other states or on their order.
+        """
         return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
 
     def graded(
         self, states: Sequence[State], requests: Sequence[SampleRequest]
     ) -> tuple[list[list[float]], list[list[Completion]]]:
-        """The continuations that each state's request asks for, and their rewards."""
+        """Sample and grade the continuations that the request of each state specifies.
+
+        Returns:
+            (rewards, completions), each with one list per request.
+        """
         owners = [(state.problem, state.response_ids) for state in states]
         graded = sampled_and_graded(self.sampler, self.task, self.decode, requests, owners)
         rewards = [[reward for _, _, reward in group] for group in graded]
@@ -157,5 +182,5 @@ class MonteCarlo:
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:
-    """Tokens that were generated for completions."""
+    """Number of tokens of all completions."""
     return sum(len(completion.token_ids) for group in completions for completion in group)

@@ -1,8 +1,8 @@
-"""Weights in the form that sampling reads fastest, for as long as it lasts: adapters merged, 16-bit weights packed.
+"""Temporary copies of weights for fast sampling: LoRA adapters are merged, and 16-bit weights on the CPU are packed.
 
-A plain product of a few rows with a 16-bit weight rearranges the weight each time. Decoding multiplies the same weights
-hundreds of times, so they are rearranged once: twice as fast with 16 rows, a fifth faster with 100. In float32 there is
-nothing to gain, and accelerators choose their own layout.
+On the CPU, PyTorch reorders a 16-bit weight at every product with a few rows. Decoding uses the same weights hundreds
+of times, so packing, which reorders them once, makes a product with 16 rows twice as fast and one with 100 rows a fifth
+faster. Packing float32 weights has no benefit, and accelerators choose their own layout.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from torch.nn import functional as F
 from vineppo.model.hardware import cpu_multiplies
 
 _PACKING = ("_reorder_linear_weight", "_linear_pointwise")
-"""oneDNN's operations on a rearranged weight."""
+"""oneDNN operations that reorder a weight and multiply by a reordered weight."""
 
 
 @contextlib.contextmanager
 def packed_weights(model: Any) -> Iterator[None]:
-    """Run the model's linear layers on copies of their weights inside the block; no gradient flows.
+    """Context manager in which the model's linear layers use copies of their weights, without gradients.
 
-    Copied are weights with adapters (peft's LoRA), merged with them: three products become one. And on a CPU with
-    oneDNN the 16-bit ones, rearranged. The copies are dropped at the end; the weights must not change meanwhile.
+    Copies are made of weights with LoRA adapters (peft), which are merged so that one product replaces three, and of
+    16-bit weights on a CPU with oneDNN, which are reordered. The copies are deleted when the context ends. The weights
+    of the model must not change within the context.
     """
-    changed = []
+    patched = []
     merged = [module for module in model.modules() if _mergeable(module)]
     inside = {id(module) for layer in merged for module in layer.modules()} - set(map(id, merged))
     try:
         for module in model.modules():
             if id(module) not in inside and (_mergeable(module) or _packable(module)):
                 weight, bias = _merged(module) if _mergeable(module) else (module.weight.detach(), module.bias)
-                changed.append(module)
+                patched.append(module)
                 module.forward = _product(weight, bias)
         yield
     finally:
-        for module in changed:
+        for module in patched:
             module.__dict__.pop("forward", None)
 
 
 def _mergeable(module: Any) -> bool:
-    """A linear layer with LoRA adapters whose effect is a change of its weight."""
+    """Whether a module is a linear layer with LoRA adapters that can be merged into its weight."""
     base = getattr(module, "base_layer", None)
     return (
         type(base) is nn.Linear
@@ -57,13 +58,14 @@ def _mergeable(module: Any) -> bool:
 
 
 def _merged(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight with the active adapters added, and bias."""
     base = module.base_layer
-    change = sum(module.get_delta_weight(name).float() for name in module.active_adapters if name in module.lora_A)
-    return (base.weight.detach().float() + change).to(base.weight.dtype), base.bias
+    delta = sum(module.get_delta_weight(name).float() for name in module.active_adapters if name in module.lora_A)
+    return (base.weight.detach().float() + delta).to(base.weight.dtype), base.bias
 
 
 def _packable(module: Any) -> bool:
-    """A linear layer in 16 bits on the CPU, and nobody changed it: a subclass may do something else with its weight."""
+    """Whether a module is a 16-bit linear layer on the CPU, and neither a subclass nor patched."""
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
@@ -73,12 +75,12 @@ def _packable(module: Any) -> bool:
 
 
 def _packs(dtype: torch.dtype) -> bool:
-    """Whether the CPU multiplies in that dtype, by weights that were rearranged before."""
+    """Whether this CPU and this PyTorch can multiply by packed weights of the dtype."""
     return cpu_multiplies(dtype) and all(hasattr(torch.ops.mkldnn, name) for name in _PACKING)
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """F.linear with the weight, shape (out, in), rearranged where that pays."""
+    """Function that computes F.linear with a weight of shape (out, in), which is packed if that is faster."""
     if weight.device.type != "cpu" or not _packs(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     operations = torch.ops.mkldnn

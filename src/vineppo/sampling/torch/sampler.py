@@ -1,9 +1,12 @@
-"""The native sampler: many continuations of few prefixes, from the policy's own weights in memory.
+"""The PyTorch sampler, which is fast at sampling many continuations of few prefixes.
 
-Every prefix is computed once, however many samples it has, and a prefix of another prefix costs nothing (the states of
-one response all lie on it). Finished rows leave the batch. Sample j of a request draws its t-th token with one uniform
-number addressed by (request seed, j, t), so a sample does not depend on what else is in the batch, up to floating-point
-rounding of the logits.
+It uses the weights of a policy in the same process. Each prefix is computed once for all its samples, and a prefix of
+another prefix is not computed separately; the states of a response are prefixes of each other. Finished sequences are
+removed from the batch. Token t of sample j is drawn with one uniform random number that depends only on
+(request seed, j, t), so a sample does not depend on other sequences in the batch, except for rounding of the logits.
+
+Terms used in this module: A *row* is one sample being decoded. A *trunk* is a prefix, or the longest of several
+prefixes that extend each other, and is computed once. A *wave* is a set of trunks whose rows are decoded in one batch.
 """
 
 from __future__ import annotations
@@ -27,15 +30,15 @@ from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
 _KEEP_SHARE = 0.85
-"""Rows are compacted when at most this share of them would stay."""
+"""Finished rows are removed from the tree when at most this share of the rows is unfinished."""
 _BLOCK = 256
-"""Vocabulary entries that are summed at once when a token is drawn."""
+"""Number of vocabulary entries per block when a token is drawn."""
 _LOGITS_AT_ONCE = 1 << 19
-"""Of rows from which tokens are drawn together: few enough to stay in a processor's cache from one pass to the next."""
+"""Maximum number of logits from which tokens are drawn at once; so many stay in the CPU cache between operations."""
 
 
 class LanguageModel(Protocol):
-    """What the sampler needs of a policy."""
+    """The parts of a policy that the sampler uses."""
 
     model: Any
     """A transformers causal language model."""
@@ -43,40 +46,44 @@ class LanguageModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         ...
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample to be: its request, its place in the request, and where its prefix ends on its trunk."""
+    """One sample to decode."""
 
     request: int
+    """Index of its request."""
     sample: int
+    """Index of the sample in its request."""
     prefix_length: int
+    """Number of tokens of its prefix, which is a prefix of its trunk."""
     budget: int
+    """Maximum number of new tokens."""
 
 
 @dataclass(frozen=True)
 class _Trunk:
-    """A token sequence to compute once, with the rows that start on it."""
+    """A token sequence that is computed once, and the rows whose prefixes are prefixes of it."""
 
     token_ids: tuple[int, ...]
     rows: tuple[_Row, ...]
 
     @property
     def budget(self) -> int:
-        """The largest of its rows'."""
+        """The largest budget of its rows."""
         return max(row.budget for row in self.rows)
 
 
 class TorchSampler:
-    """Sampler protocol (types.Sampler) over a Policy in the same process.
+    """Sampler (types.Sampler) that uses the weights of a policy in the same process.
 
     Args:
-        policy: whose weights are used as they are at each call; nothing is copied.
-        max_rows: largest number of sequences decoded at once; more are cut into waves.
-        kv_memory: bytes that the keys and values of a wave may take, the same way.
+        policy: the policy. Its weights are shared, not copied, so every call uses its current weights.
+        max_rows: maximum number of sequences decoded at once; more are divided into waves.
+        kv_memory: maximum number of bytes of the keys and values of a wave.
     """
 
     capabilities = Capabilities(excluded_first=True, reproducible=True)
@@ -88,13 +95,13 @@ class TorchSampler:
         self.tree_attention = tree_supported(policy.model)
         if not self.tree_attention:
             warnings.warn(
-                f"{type(policy.model).__name__} has layers that are not plain attention through transformers' "
-                "interface: sampling recomputes every token, which is slow",
+                f"{type(policy.model).__name__} has layers that do not use transformers' attention interface in a "
+                "supported way: sampling recomputes the whole sequence for every token, which is slow",
                 stacklevel=2,
             )
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Note the version; the weights themselves are shared with the policy."""
+        """Store the version; the weights are shared with the policy."""
         self.version = version
 
     @torch.no_grad()
@@ -103,11 +110,11 @@ class TorchSampler:
     ) -> list[list[Completion]]:
         """One list of `num_samples` completions per request, in order.
 
-        A request without budget gets empty completions that end by "length", which `on_finished` is not told. Requests
-        of different temperatures or stop strings are decoded apart, as if each kind had been a call of its own.
+        A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
+        `on_finished`. Requests with different temperatures or stop strings are decoded as in separate calls.
 
         Raises:
-            UserError: when the keys and values of a single sequence do not fit into `kv_memory`.
+            UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
         """
         results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
         for i, request in enumerate(requests):
@@ -115,8 +122,8 @@ class TorchSampler:
                 results[i] = [Completion((), (), "length", self.version)] * request.num_samples
         waves = [
             wave
-            for alike in _alike(requests)
-            for wave in _waves(_trunks(requests, alike), self.max_rows, self._kv_tokens())
+            for indices in _groups(requests)
+            for wave in _waves(_trunks(requests, indices), self.max_rows, self._kv_tokens())
         ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
@@ -125,14 +132,14 @@ class TorchSampler:
         return [[c for c in completions if c is not None] for completions in results]
 
     def _kv_tokens(self) -> int:
-        """Number of tokens whose keys and values `kv_memory` holds; as good as endless where none are kept."""
+        """Number of tokens whose keys and values fit into `kv_memory`; practically unlimited if none are stored."""
         if not self.tree_attention:
             return 1 << 62
         return self.kv_memory // kv_bytes_per_token(self.policy.model)
 
 
 class _Wave:
-    """The decode loop over M trunks and the N rows on them, in the order of the trunks; all of one temperature."""
+    """Decodes M trunks and their N rows, in the order of the trunks; all have the same temperature and stop strings."""
 
     def __init__(
         self,
@@ -153,9 +160,9 @@ class _Wave:
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
             np.array([requests[row.request].first_sample + row.sample for row in self.rows]),
         )
-        any_request = requests[self.rows[0].request]
-        self.temperature, self.stop = any_request.temperature, any_request.stop
-        # A stop string may begin in the part of the response that is continued.
+        first = requests[self.rows[0].request]
+        self.temperature, self.stop = first.temperature, first.stop
+        # A stop string may begin in the response prefix.
         window = max((len(text.encode()) for text in self.stop), default=0)
         self.tails = [_tail(requests[row.request], window) for row in self.rows]
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
@@ -167,17 +174,20 @@ class _Wave:
         self.stopped = np.zeros(len(self.rows), dtype=bool)
 
     def run(self) -> list[tuple[_Row, Completion]]:
-        """Decode until every row has finished."""
+        """Decode until all rows have finished."""
         decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
         for position, (logits, alive) in enumerate(decode()):
-            self._take(logits, alive, position)
+            self._sample_tokens(logits, alive, position)
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
     def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """Yield (logits (B', V), rows (B',)) per position; rows that finish in between are dropped in blocks."""
+        """Yield (logits (B', V), unfinished rows (B',)) per position.
+
+        Finished rows are removed from the tree only when there are enough of them, because removal copies the branches.
+        """
         with tree_mode(self.model):
             tree, logits = self._prefill()
-            rows = np.arange(len(self.rows))  # those that the tree holds, finished ones among them
+            rows = np.arange(len(self.rows))  # the rows in the tree, including finished ones
             while True:
                 active = ~self.finished[rows]
                 yield logits if active.all() else logits[self._on_device(np.flatnonzero(active))], rows[active]
@@ -187,7 +197,7 @@ class _Wave:
                 if active.mean() <= _KEEP_SHARE:
                     tree.keep(self._on_device(np.flatnonzero(active)))
                     rows = rows[active]
-                # A finished row that is still here stays where it ended: further on, the model may have no position.
+                # A finished row in the tree stays at its last position, because the next one may exceed the context.
                 ids = self.token_ids[rows, self.counts[rows] - 1]
                 positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
@@ -199,7 +209,7 @@ class _Wave:
                 tree.length += 1
 
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
-        """Compute the trunks once; logits after each row's prefix, shape (N, V)."""
+        """Compute the trunks; return the tree and the logits after the prefix of each row, shape (N, V)."""
         token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
         tree = KVTree(
             self._on_device(self.trunk_of),
@@ -208,17 +218,17 @@ class _Wave:
             int(self.budgets.max()),
         )
         select = np.zeros(token_ids.shape, dtype=bool)
-        where = self.trunk_of, self.prefix_lengths - 1
-        select[where] = True
-        place = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): row of each selected position
+        last_tokens = self.trunk_of, self.prefix_lengths - 1
+        select[last_tokens] = True
+        indices = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): index of each selected position
         logits = selected_logits(self.model, token_ids, self._on_device(select), tree=tree)  # (prefixes, V)
-        return tree, logits[self._on_device(place[where])]
+        return tree, logits[self._on_device(indices[last_tokens])]
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
     def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """The slow, general path: the whole sequence is computed again for every token."""
+        """Yield the same as `_decode_tree` for models without tree support: every token recomputes the sequence."""
         prefixes = [trunk.token_ids[: row.prefix_length] for trunk in self.trunks for row in trunk.rows]
         while not self.finished.all():
             alive = np.flatnonzero(~self.finished)
@@ -228,8 +238,8 @@ class _Wave:
             select[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
             yield selected_logits(self.model, token_ids, select), alive
 
-    def _take(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
-        """Draw one token for each living row, write it down, and see who has finished."""
+    def _sample_tokens(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
+        """Draw and store one token for each unfinished row (`alive`), and mark the rows that have finished."""
         if position == 0 and self.excluded:
             logits = self._without_excluded(logits, alive)
         drawn, logprobs = draw(logits, self.temperature, uniforms(self.keys[alive], position))
@@ -247,14 +257,18 @@ class _Wave:
 
     def _without_excluded(self, logits: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
         """Logits (B', V) of the first position with -inf at each row's excluded tokens."""
-        places = [(place, token) for place, row in enumerate(alive) for token in self.excluded.get(row, ())]
-        places_in_batch, tokens = torch.tensor(places, device=logits.device).T
+        pairs = [(index, token) for index, row in enumerate(alive) for token in self.excluded.get(row, ())]
+        batch_indices, tokens = torch.tensor(pairs, device=logits.device).T
         logits = logits.clone()
-        logits[places_in_batch, tokens] = float("-inf")
+        logits[batch_indices, tokens] = float("-inf")
         return logits
 
     def _ends_with_stop(self, row: int) -> bool:
-        """Whether a stop string has been completed; tokens are at least one byte, so a few of the last ones suffice."""
+        """Whether the last token completed a stop string.
+
+        A token has at least one byte, so only as many of the last tokens are decoded as the longest stop string has
+        bytes, plus one.
+        """
         window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
         text = self.sampler.policy.codec.decode(last)
@@ -271,20 +285,20 @@ class _Wave:
 
 
 def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One token per row by inversion of the cumulative distribution: one uniform per row, not one per logit.
+    """Draw one token per row by inverting the cumulative distribution, with one random number per row.
 
     Args:
         logits: shape (B, V).
-        temperature: 0 takes the most likely token.
-        uniform: in [0, 1), shape (B,).
+        temperature: sampling temperature; 0 selects the most likely token.
+        uniform: random numbers in [0, 1), shape (B,).
     Returns:
-        (token ids (B,), log-probabilities (B,)) of the distribution that was sampled.
+        (token ids (B,), their log-probabilities (B,) under the distribution they were sampled from).
     """
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
     size = max(1, min(len(logits), _LOGITS_AT_ONCE // logits.shape[1]))
-    # One piece of memory for all parts: fresh memory costs more than the arithmetic in it.
+    # All parts share one buffer, because allocating memory takes longer than the computation in it.
     weights = torch.empty(size, logits.shape[1], device=logits.device)
     parts = [
         _draw(logits[start : start + size], temperature, uniform[start : start + size], weights)
@@ -302,28 +316,28 @@ def _draw(
     highest = weights.amax(-1, keepdim=True)  # (B, 1)
     weights.sub_(highest).exp_()
     drawn, total = invert(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
-    # From the logit: the exponential of a very unlikely token has lost digits.
+    # Computed from the logit, because the exponential of a very negative logit has lost precision.
     logprobs = (logits.gather(1, drawn).float() / temperature - highest).double() - total.log()  # (B, 1)
     return drawn.squeeze(1).cpu().numpy(), logprobs.squeeze(1).float().cpu().numpy()
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The entry at which the running sum of each row passes `uniform` times the row's total.
+    """Index of the entry at which the cumulative sum of each row exceeds `uniform` times the row's total.
 
-    A long row is searched for the block of entries first, by the blocks' sums, and then inside of it: that spares the
-    running sum over everything, in which a hundred thousand small numbers would be added one after another.
+    For long rows the block of entries is searched first, by the sums of the blocks, and then the entry in this block.
+    This avoids the cumulative sum of the whole row, which would add a hundred thousand numbers one after another.
 
     Args:
-        weights: not negative, not all 0, shape (B, V).
+        weights: at least 0, not all 0, shape (B, V).
         uniform: float64, in [0, 1), shape (B, 1).
     Returns:
-        (entries (B, 1), never one of weight 0; totals (B, 1) in float64).
+        (indices (B, 1) of entries above 0; totals (B, 1) in float64).
     """
     B, V = weights.shape
     if V <= _BLOCK:
         sums = weights.cumsum(-1, dtype=torch.float64)  # (B, V)
         return _first_above(sums, uniform * sums[:, -1:]), sums[:, -1:]
-    blocks = F.pad(weights, (0, -V % _BLOCK)).view(B, -1, _BLOCK)  # (B, blocks, _BLOCK); no copy where V fits
+    blocks = F.pad(weights, (0, -V % _BLOCK)).view(B, -1, _BLOCK)  # (B, blocks, _BLOCK); no copy if V fits
     sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, blocks)
     level = uniform * sums[:, -1:]  # (B, 1)
     block = _first_above(sums, level)  # (B, 1)
@@ -333,47 +347,47 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Index of the first running sum, shape (B, n), above each level, (B, 1): never that of an entry that adds 0."""
+    """Index of the first cumulative sum, shape (B, n), above each level, (B, 1); never the index of an entry of 0."""
     total = sums[:, -1:]
-    # Rounding may lift a level to the total, above which there is no entry.
+    # Rounding may raise a level to the total, and no cumulative sum is above the total.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
 
-def _alike(requests: Sequence[SampleRequest]) -> list[list[int]]:
-    """Numbers of the requests that are decoded together: those of one temperature and the same stop strings."""
+def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
+    """Indices of the requests, grouped by temperature and stop strings; each group is decoded separately."""
     groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.temperature, request.stop), []).append(i)
     return list(groups.values())
 
 
-def _trunks(requests: Sequence[SampleRequest], chosen: Sequence[int]) -> list[_Trunk]:
-    """Group the prefixes of the chosen requests so that a prefix of a longer one lies on it."""
-    wanted: dict[tuple[int, ...], list[_Row]] = {}
-    for i in chosen:
+def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_Trunk]:
+    """Trunks and rows of the requests with these indices. The prefix of each request is a prefix of one trunk."""
+    rows_by_prefix: dict[tuple[int, ...], list[_Row]] = {}
+    for i in indices:
         request = requests[i]
         if request.max_new_tokens > 0:
-            wanted.setdefault(request.prompt_ids, []).extend(
+            rows_by_prefix.setdefault(request.prompt_ids, []).extend(
                 _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)
             )
     trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
-    # In descending order a prefix comes right behind the sequences that extend it.
-    for ids in sorted((ids for ids, rows in wanted.items() if rows), reverse=True):
+    # In descending order a prefix comes directly after the sequences that extend it.
+    for ids in sorted((ids for ids, rows in rows_by_prefix.items() if rows), reverse=True):
         if not trunks or trunks[-1][0][: len(ids)] != ids:
             trunks.append((ids, []))
-        trunks[-1][1].extend(wanted[ids])
+        trunks[-1][1].extend(rows_by_prefix[ids])
     return [_Trunk(ids, tuple(rows)) for ids, rows in trunks]
 
 
 def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
-    """The last ids of the response that a request continues, at most `length`."""
-    kept = min(length, request.response_tokens)
-    return request.prompt_ids[-kept:] if kept else ()
+    """At most `length` last ids of the response prefix of a request."""
+    size = min(length, request.response_tokens)
+    return request.prompt_ids[-size:] if size else ()
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Keys and values of one token in all layers, in bytes."""
+    """Number of bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -381,10 +395,10 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[_Trunk]]:
-    """Cut the work into waves, trunks with similarly many rows together.
+    """Divide the trunks into waves of trunks with similar numbers of rows.
 
-    A wave has at most `max_rows` rows. Its trunks are padded to the longest and its branches to the largest budget; all
-    that holds at most `kv_tokens` tokens.
+    A wave has at most `max_rows` rows, and its keys and values have room for at most `kv_tokens` tokens. Trunks are
+    padded to the longest trunk of the wave, and branches to the largest budget.
     """
     pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
     wave: list[_Trunk] = []
@@ -398,12 +412,12 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[
 
 
 def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
-    """A trunk with so many of its rows at a time that it fits into a wave of its own."""
+    """Divide the rows of a trunk so that each part, together with the trunk, fits into one wave."""
     length, budget = len(trunk.token_ids), trunk.budget
     size = min(max_rows, (kv_tokens - length) // budget)
     if size < 1:
         raise UserError(
-            f"a sequence of {length} tokens and {budget} new ones needs keys and values of {length + budget} tokens, "
+            f"a prefix of {length} tokens with {budget} new tokens needs keys and values of {length + budget} tokens, "
             f"but rollouts.kv_memory holds {kv_tokens}; raise rollouts.kv_memory or lower rollouts.max_new_tokens"
         )
     for start in range(0, len(trunk.rows), size):

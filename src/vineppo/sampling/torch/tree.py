@@ -1,11 +1,12 @@
-"""Attention over a tree of keys and values: trunks that many rows share, and each row's own branch.
+"""Attention over a tree of keys and values: trunks, which many rows share, and one branch per row.
 
-A trunk is a token sequence that was computed once; every row reads a prefix of one trunk and, behind it, the tokens it
-sampled itself. The two parts are attended to apart and merged exactly by their log-sum-exps, so shared keys are read
-once for all rows that share them and are never copied per row.
+A row is a sequence that is being decoded. A trunk is a token sequence whose keys and values are computed once; the
+prefix of every row is a prefix of one trunk. The branch of a row holds the keys and values of the tokens sampled for
+it. Attention to the trunk and to the branch is computed separately and combined exactly by means of the log-sum-exps,
+so the keys of a trunk are read once for all its rows and are never copied per row.
 
-It plugs into transformers' attention interface: the model's own modules run unchanged, for any architecture that calls
-the interface.
+The attention is registered in transformers' attention interface, so it works with the unchanged modules of any
+architecture that uses this interface.
 """
 
 from __future__ import annotations
@@ -21,29 +22,30 @@ from transformers import AttentionInterface
 NAME = "vineppo_tree"
 _TRIAL_TOKENS = 8
 _TRIAL_DISTANCE = 0.05
-"""Total variation between two next-token distributions in float32: above rounding, below a wrong attention."""
+"""Largest accepted total variation distance between next-token distributions in float32: above the effect of rounding,
+below that of a wrong attention."""
 _TRIAL_DISTANCE_ROUNDED = 0.3
-"""The same in 16 bits: SmolLM2-135M, right to 1e-6 in float32, shows 0.10 in bfloat16."""
+"""The same for 16-bit weights: for SmolLM2-135M the distance is below 1e-6 in float32 and 0.10 in bfloat16."""
 
 
 class KVTree:
     """Keys and values of one wave: M trunks, and B rows in the order of their trunks.
 
-    Layouts per layer: trunk (M, Hkv, L, d); branch (B, Hkv, capacity, d), of which the first `length` tokens are used.
-    Rows are kept without gaps. Only attention to the trunks works on a rectangle of M x R places, R being the largest
-    number of rows on one trunk; it borrows a row's query for that and gives the result back.
+    Shapes per layer: trunks (M, Hkv, L, d); branches (B, Hkv, capacity, d), of which the first `length` tokens are
+    used. Attention to the trunks needs the same number of rows per trunk, so the queries of the rows are copied into a
+    tensor of M x R places, with R the largest number of rows of one trunk; some of the places may be empty.
     """
 
     def __init__(
         self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor, trunk_length: int, branch_limit: int = 1 << 30
     ):
-        """A tree without keys yet.
+        """Create a tree without keys and values.
 
         Args:
-            trunk_of: trunk of each row, ascending, every trunk at least once, shape (B,).
-            prefix_lengths: of each row on its trunk, shape (B,).
+            trunk_of: index of the trunk of each row, ascending, every trunk at least once, shape (B,).
+            prefix_lengths: number of tokens of its trunk that each row uses, shape (B,).
             trunk_length: L.
-            branch_limit: tokens that a branch can get; no more memory than that is taken for it.
+            branch_limit: maximum number of tokens of a branch, which limits the allocated memory.
         """
         self.trunk_keys: dict[int, torch.Tensor] = {}
         self.trunk_values: dict[int, torch.Tensor] = {}
@@ -60,24 +62,28 @@ class KVTree:
         first = counts.cumsum(0) - counts
         M, R = len(counts), int(counts.max())
         self.places = trunk_of * R + torch.arange(len(trunk_of), device=trunk_of.device) - first[trunk_of]  # (B,)
-        # An empty place sees one column of its trunk: a softmax over nothing would be nan.
+        # An empty place attends to one token of its trunk, because a softmax over no tokens would be nan.
         self.lengths_by_place = prefix_lengths.new_ones(M * R).index_copy(0, self.places, prefix_lengths).view(M, R)
         self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def to_places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """One entry per row, shape (B, ...), spread over the places of the trunks, (M, R, ...); 0 where none is."""
+        """Copy one entry per row, shape (B, ...), to the places of the trunks, (M, R, ...); empty places are 0."""
         M, R = self.lengths_by_place.shape
         spread = tensor.new_zeros(M * R, *tensor.shape[1:]).index_copy(0, self.places, tensor)
         return spread.view(M, R, *tensor.shape[1:])
 
     def from_places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Shape (M, R, ...) back to one entry per row, (B, ...)."""
+        """Inverse of `to_places`: shape (M, R, ...) to one entry per row, (B, ...)."""
         return tensor.flatten(0, 1)[self.places]
 
     def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """0 where a row may look at its trunk, -inf elsewhere; shape (M, 1, R * groups, L).
+        """Attention bias, 0 for the trunk tokens that a row may attend to and -inf for others; (M, 1, R * groups, L).
 
-        Made once per set of rows, except under a sliding window, which moves with every token.
+        It is cached until rows are dropped, unless there is a sliding window, which moves with every token.
+
+        Args:
+            groups: number of query heads per key head.
+            window: size of the sliding window, or None.
         """
         if window is None and (groups, dtype) in self._bias:
             return self._bias[groups, dtype]
@@ -94,7 +100,7 @@ class KVTree:
         return bias
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these, shape (B',), ascending, and the trunks without rows."""
+        """Keep only the given rows, shape (B',), ascending, and the trunks that they use."""
         trunks, trunk_of = self.trunk_of[rows].unique(return_inverse=True)
         prefix_lengths = self.prefix_lengths[rows]
         longest = int(prefix_lengths.max())
@@ -111,16 +117,16 @@ class KVTree:
         self._set_rows(trunk_of, prefix_lengths)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write this step's key and value, each (B, Hkv, 1, d), behind each row's branch; return the whole branch."""
+        """Append the key and value of one token, each (B, Hkv, 1, d), to the branches; return the whole branches."""
         for store, tensor in ((self.branch_keys, key), (self.branch_values, value)):
-            held = store.get(layer)
-            if held is None:
-                held = tensor.new_empty(*tensor.shape[:2], min(32, self.branch_limit), tensor.shape[3])
-            if self.length == held.shape[2]:
-                more = min(self.length, self.branch_limit - self.length)
-                held = torch.cat([held, held.new_empty(*held.shape[:2], more, held.shape[3])], dim=2)
-            held[:, :, self.length] = tensor[:, :, 0]
-            store[layer] = held
+            branch = store.get(layer)
+            if branch is None:
+                branch = tensor.new_empty(*tensor.shape[:2], min(32, self.branch_limit), tensor.shape[3])
+            if self.length == branch.shape[2]:
+                added = min(self.length, self.branch_limit - self.length)
+                branch = torch.cat([branch, branch.new_empty(*branch.shape[:2], added, branch.shape[3])], dim=2)
+            branch[:, :, self.length] = tensor[:, :, 0]
+            store[layer] = branch
         used = self.length + 1
         return self.branch_keys[layer][:, :, :used], self.branch_values[layer][:, :, :used]
 
@@ -139,16 +145,16 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query (B, H, q, d), key and value (B, Hkv, q, d) -> (B, q, H, d).
+    """Attention function for transformers: query (B, H, q, d), key and value (B, Hkv, q, d) -> (B, q, H, d).
 
-    More than one query position means the trunks are being computed (the rows of the batch are the trunks, causal);
-    one means that every row decodes one token.
+    The first call for a layer computes the trunks with causal attention; the rows of the batch are then the trunks. In
+    every later call each row of the batch decodes one token (q = 1).
 
     Raises:
-        TypeError: for attention sinks (`s_aux`), which the merge of trunk and branch does not know.
+        TypeError: if the model has attention sinks (`s_aux`), which are not supported.
     """
     if s_aux is not None:
-        raise TypeError("the tree has no attention sinks")
+        raise TypeError("tree attention does not support attention sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
     tree.windowed |= sliding_window is not None
@@ -169,6 +175,7 @@ def _prefill_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """Causal attention of the trunks to themselves."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None and window is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
@@ -193,12 +200,13 @@ def _decode_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
+    """Attention of one query per row to the row's trunk and branch."""
     B, H, _, d = query.shape
     M, R = tree.lengths_by_place.shape
     Hkv = keys.shape[1]
     g = H // Hkv
     query = query.view(B, Hkv, g, d)
-    # Rows of one trunk and query heads of one key head become rows of one matrix product.
+    # All rows of a trunk and all query heads of a key head are the rows of one matrix product.
     by_trunk = tree.to_places(query).transpose(1, 2).reshape(M, Hkv, R * g, d)
     bias = tree.trunk_bias(g, query.dtype, window)
     plain = softcap is not None or window is not None or query.device.type != "cpu"
@@ -208,7 +216,7 @@ def _decode_attention(
     lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
     if window is not None and keys.shape[2] > window:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # Where each row has one query per head the fused kernel is slower than batched products, by a fifth to two thirds.
+    # With one query per head and row the fused kernel is slower than batched products, by a fifth to two thirds.
     out_branch, lse_branch = _attend(query, keys, values, None, scale, softcap)
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
@@ -222,7 +230,7 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention (..., q, d) and its log-sum-exp (..., q) in float32; a row that sees nothing has 0 and -inf."""
+    """Softmax attention (..., q, d) and its log-sum-exp (..., q) in float32; 0 and -inf for fully masked queries."""
     scores = ((query * scale) @ key.transpose(-1, -2)).float()  # (..., q, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -243,7 +251,7 @@ def _attend_fused(
     scale: float,
     _softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by PyTorch's fused CPU kernel, which reads keys once and never holds the scores."""
+    """The same as `_attend`, by PyTorch's fused CPU kernel, which reads the keys once and does not store the scores."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=bias, scale=scale
     )
@@ -252,7 +260,7 @@ def _attend_fused(
 
 @contextlib.contextmanager
 def tree_mode(model: Any) -> Iterator[None]:
-    """Run the model's attention through the tree inside the block, through its own implementation afterwards."""
+    """Context manager in which the model uses tree attention instead of its configured implementation."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
@@ -266,11 +274,12 @@ def tree_mode(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def tree_supported(model: Any) -> bool:
-    """Whether decoding through the tree gives what the model's own forward pass gives.
+    """Whether decoding with tree attention gives the same next-token distributions as the model's forward pass.
 
-    The tree knows full and sliding-window attention. It does not know layers that keep another state (convolutions,
-    recurrences), see chunks, hide their window in a mask, or add sinks to the softmax. Some of these say so in the
-    configuration; the others show on a few tokens.
+    Tree attention supports full and sliding-window attention. It does not support layers with another state
+    (convolutions, recurrences), chunked attention, windows that are only in the attention mask, and attention sinks.
+    Some of these are visible in the configuration; the others are detected by comparing the distributions on a few
+    tokens.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -290,10 +299,10 @@ def tree_supported(model: Any) -> bool:
                 tree.length += 1
     except (RuntimeError, TypeError):
         return False
-    own = model(input_ids=ids, use_cache=False).logits  # (1, T, V)
-    distance = (own[0, -1].float().softmax(-1) - decoded[0, -1].float().softmax(-1)).abs().sum() / 2
-    allowed = _TRIAL_DISTANCE if own.dtype == torch.float32 else _TRIAL_DISTANCE_ROUNDED
-    return bool(distance < allowed) and tree.windowed == windowed
+    expected = model(input_ids=ids, use_cache=False).logits  # (1, T, V)
+    distance = (expected[0, -1].float().softmax(-1) - decoded[0, -1].float().softmax(-1)).abs().sum() / 2
+    limit = _TRIAL_DISTANCE if expected.dtype == torch.float32 else _TRIAL_DISTANCE_ROUNDED
+    return bool(distance < limit) and tree.windowed == windowed
 
 
 AttentionInterface.register(NAME, tree_attention)
