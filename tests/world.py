@@ -1,8 +1,9 @@
-"""A world in which everything is known: each response that a policy can give, its probability, its reward, and so the
-exact value of every state and the exact gradient of the expected reward.
+"""A task and policy so small that all responses can be enumerated, with their probabilities and rewards.
 
-The policy is a real, tiny Llama over five tokens; sampling, grading, credit and losses are the package's own. Only the
-truth they are compared with is computed here, by enumeration and by autograd through the plain model.
+The exact value of every state and the exact gradient of the expected reward follow from the enumeration. Tests compare
+the results of the package with them. The policy is a small Llama over five tokens. Sampling, grading, credit and losses
+are those of the package; only the exact values and gradients are computed here, by enumeration and by autograd through
+the model.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ LETTERS = "abcd"
 
 
 class RandomRewards:
-    """A task (types.Task) whose reward is a fixed pseudo-random number in [0, 1) of the problem and the text.
+    """A task (types.Task) whose reward is a pseudo-random number in [0, 1) that depends on problem and text.
 
-    A text that was cut off has a reward as well, so code that grades one by mistake is seen.
+    Truncated texts have a reward too, so tests fail if code grades one by mistake.
     """
 
     grades_early = False
@@ -61,7 +62,7 @@ class RandomRewards:
         return rewards
 
     def expect(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> None:
-        raise AssertionError("a task that does not grade early was made to")
+        raise AssertionError("expect was called although grades_early is False")
 
     def count_anew(self) -> Tally:
         self.tally = Tally()
@@ -70,7 +71,7 @@ class RandomRewards:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One response that the policy can give to a problem."""
+    """A possible response to a problem and its probability."""
 
     rollout: Rollout
     probability: float
@@ -78,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class World:
-    """Every response of at most `max_new_tokens` tokens to one problem, at the temperature of sampling."""
+    """All responses of at most `max_new_tokens` tokens to one problem, sampled at `temperature`."""
 
     policy: Policy
     problem: Problem
@@ -92,7 +93,7 @@ class World:
 
     @cached_property
     def responses(self) -> list[tuple[int, ...]]:
-        """All token sequences that sampling can end with: an EOS within the budget, or the whole budget without one."""
+        """All token sequences that can be sampled: ended by EOS, or of `max_new_tokens` tokens without EOS."""
         letters = range(1, 1 + len(LETTERS))
         ended = [
             (*body, EOS) for length in range(self.max_new_tokens) for body in itertools.product(letters, repeat=length)
@@ -101,11 +102,11 @@ class World:
 
     @cached_property
     def states(self) -> list[tuple[int, ...]]:
-        """Response prefixes from which the policy goes on."""
+        """All proper prefixes of responses."""
         return sorted({response[:end] for response in self.responses for end in range(len(response))})
 
     def token_logprobs(self) -> torch.Tensor:
-        """Of every token of every response, by the model's plain forward pass; 0 behind the end; shape (N, T)."""
+        """Log-probability of every token of every response by a forward pass; 0 after the end; shape (N, T)."""
         rows = pad([self.prompt_ids + response for response in self.responses], torch.int64)
         logits = self.policy.model(input_ids=rows, use_cache=False).logits.double() / self.temperature
         logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, rows[:, 1:, None]).squeeze(-1)
@@ -143,7 +144,7 @@ class World:
         return {state: (r / p, rr / p - (r / p) ** 2) for state, (p, r, rr) in sums.items()}
 
     def value(self, response_ids: tuple[int, ...]) -> float:
-        """V of the state behind these response tokens; 0 at the limit, where the response is cut off."""
+        """V of the state after these response tokens; 0 at the length limit, where the response is truncated."""
         return self.moments[response_ids][0] if len(response_ids) < self.max_new_tokens else 0.0
 
     def exact_gradient(self) -> torch.Tensor:
@@ -153,7 +154,7 @@ class World:
         return flat_gradient(expected, self.policy)
 
     def group(self) -> RolloutGroup:
-        """Every outcome once, as if one group had been so lucky; weigh the samples with `probabilities`."""
+        """A group that contains every outcome once. Its samples must be weighted with `probabilities`."""
         return RolloutGroup(self.problem, tuple(outcome.rollout for outcome in self.outcomes))
 
     @property
@@ -161,7 +162,7 @@ class World:
         return [outcome.probability for outcome in self.outcomes]
 
     def monte_carlo(self, num_mc_rollouts: int) -> MonteCarlo:
-        """The package's estimator on the package's sampler."""
+        """`MonteCarlo` with the policy of this world."""
         return MonteCarlo(
             sampler=self.sampler(),
             task=self.task,
@@ -179,13 +180,13 @@ class World:
         return self.policy.codec.decode(response_ids)
 
 
-def cut_behind_a(tokens: Sequence[str]) -> list[int]:
-    """A splitter of a user's (`tests.world:cut_behind_a`): a step ends behind every letter a."""
+def cut_after_a(tokens: Sequence[str]) -> list[int]:
+    """A user-defined splitter (`tests.world:cut_after_a`): a step ends after every letter a."""
     return [*(i for i in range(1, len(tokens)) if tokens[i - 1] == "a"), len(tokens)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Five tokens: the end of sequence and a, b, c, d."""
+    """A tokenizer with five tokens: end of sequence, a, b, c and d."""
     vocabulary = {"</s>": EOS, **{letter: 1 + i for i, letter in enumerate(LETTERS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -194,7 +195,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_policy(seed: int = 8) -> Policy:
-    """A random one-layer Llama in float64 whose next-token distribution depends visibly on what came before."""
+    """A random one-layer Llama in float64 whose next-token distribution depends strongly on the previous tokens."""
     config = LlamaConfig(
         vocab_size=1 + len(LETTERS),
         hidden_size=16,
@@ -215,7 +216,7 @@ def build_policy(seed: int = 8) -> Policy:
 
 
 def build_world(max_new_tokens: int, *, problem: int = 0, policy: Policy | None = None) -> World:
-    """A world at temperature 0.7, so that a forgotten temperature is seen."""
+    """A world at temperature 0.7. Tests fail if code ignores the temperature."""
     task = RandomRewards()
     return World(policy or build_policy(), task.problem("train", problem), max_new_tokens, 0.7, task)
 
@@ -229,12 +230,12 @@ def flat_gradient(scalar: torch.Tensor, policy: Policy) -> torch.Tensor:
 def policy_gradient(
     policy: Policy, temperature: float, weighted: Iterable[tuple[float, TrainingSample]]
 ) -> torch.Tensor:
-    """Ascent direction of the package's loss before the first update: sum of weight * A_t * grad log pi(a_t).
+    """Negative gradient of the policy loss before the first update: sum of weight * A_t * grad log pi(a_t).
 
-    Alternatives have terms of the same form, for their token in the place of the response's.
+    Alternatives contribute terms of the same form for their tokens.
 
     Args:
-        weighted: (probability, sample) pairs; samples of the same tokens are added up.
+        weighted: (weight, sample) pairs; samples with the same tokens are added up.
     Returns:
         Shape (parameters,).
     """
@@ -242,14 +243,14 @@ def policy_gradient(
     credit: dict[tuple[int, ...], torch.Tensor] = {}
     for weight, sample in weighted:
         scaled = tuple(replace(a, advantage=weight * a.advantage) for a in sample.alternatives)
-        known = samples[sample.token_ids].alternatives if sample.token_ids in samples else ()
-        samples[sample.token_ids] = replace(sample, alternatives=known + scaled)
+        previous = samples[sample.token_ids].alternatives if sample.token_ids in samples else ()
+        samples[sample.token_ids] = replace(sample, alternatives=previous + scaled)
         term = weight * torch.tensor(sample.advantages, dtype=torch.float64)
         credit[sample.token_ids] = credit.get(sample.token_ids, 0) + term
     batch = collate(list(samples.values()))
     advantages = pad([row.tolist() for row in credit.values()], torch.float32)
     alternatives = (batch.alternative_places, batch.alternative_ids)
     logprobs, _ = token_logprobs(policy.model, batch.token_ids, batch.loss_mask, temperature, False, alternatives)
-    every = torch.cat([advantages[batch.loss_mask], batch.alternative_advantages])
-    loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), every, 0.2, 0.2)
+    all_advantages = torch.cat([advantages[batch.loss_mask], batch.alternative_advantages])
+    loss, _ = clipped_policy_loss(logprobs, logprobs.detach(), all_advantages, 0.2, 0.2)
     return flat_gradient(-loss, policy)

@@ -1,4 +1,4 @@
-"""Advantages, losses, the schedule and the optimizer as numbers: telescoping, hand recursions, worked examples."""
+"""Advantages, losses, the learning rate schedule and the optimizer: invariants and examples worked by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ rewards = st.floats(-10, 10)
 value_lists = st.lists(rewards, min_size=1, max_size=30)
 
 
-# --- truth 2: telescoping ---
+# --- telescoping ---
 
 
 @settings(deadline=None)
@@ -50,7 +50,7 @@ def test_first_value_plus_step_advantages_is_the_reward(values: list[float], rew
     st.randoms(use_true_random=False),
 )
 def test_any_split_of_any_response_telescopes(tokens: list[str], spec: str, max_states: int, random: Any) -> None:
-    """However the response is cut and merged; all tokens of a step share one number, and the next step has its own."""
+    """All tokens of a step have the advantage of the step, and V(s_0) plus the step advantages is the reward."""
     ends = merge_steps(build_splitter(spec)(tokens), max_states)
     values, reward = [random.random() for _ in ends], random.random()
     advantages_S = step_advantages(values, reward)
@@ -77,7 +77,7 @@ def test_spread_over_tokens_by_hand() -> None:
 
 
 def gae_by_the_definition(values: list[float], reward: float, gamma: float, lam: float) -> list[float]:
-    """A_t as the double sum over the deltas behind t, with nothing carried from one token to another."""
+    """A_t as the sum over the deltas from t to the end, computed separately for every t."""
     T = len(values)
     advantages = []
     for t in range(T):
@@ -92,7 +92,7 @@ def gae_by_the_definition(values: list[float], reward: float, gamma: float, lam:
 
 @settings(deadline=None)
 @given(value_lists, rewards, st.floats(0.1, 1), st.floats(0, 1))
-def test_gae_is_its_definition(values: list[float], reward: float, gamma: float, lam: float) -> None:
+def test_gae_equals_its_definition(values: list[float], reward: float, gamma: float, lam: float) -> None:
     advantages, returns = gae(values, reward, gamma, lam)
     assert advantages == pytest.approx(gae_by_the_definition(values, reward, gamma, lam), abs=1e-8)
     assert returns == pytest.approx([a + v for a, v in zip(advantages, values, strict=True)])
@@ -139,7 +139,7 @@ def test_leave_one_out_by_hand() -> None:
 @settings(deadline=None)
 @given(st.lists(rewards, min_size=2, max_size=16))
 def test_grpo_without_std_is_leave_one_out_times_g_minus_1_over_g(group: list[float]) -> None:
-    """Trap 10: what a response's own reward in its own baseline costs."""
+    """Including a response's own reward in its baseline shrinks its advantage."""
     G = len(group)
     shrunk = [(G - 1) / G * a for a in leave_one_out_advantages(group)]
     assert grpo_advantages(group, scale_by_std=False) == pytest.approx(shrunk, abs=1e-9)
@@ -147,21 +147,21 @@ def test_grpo_without_std_is_leave_one_out_times_g_minus_1_over_g(group: list[fl
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, 0.7])
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8])
-def test_trap_14_a_group_without_spread_has_no_advantage(reward: float, group_size: int) -> None:
-    """Rounding leaves the mean an ulp beside equal rewards: over a std of 0 that could become anything."""
+def test_a_group_with_equal_rewards_has_no_advantage(reward: float, group_size: int) -> None:
+    """The mean of equal rewards may differ from them by rounding, and the std is about 0; the quotient stays small."""
     for scale_by_std in (False, True):
         assert max(map(abs, grpo_advantages([reward] * group_size, scale_by_std))) < 1e-10
     assert max(map(abs, leave_one_out_advantages([reward] * group_size))) < 1e-10
 
 
-def test_trap_14_no_reward_of_zero_or_one_has_a_huge_advantage() -> None:
+def test_advantages_of_rewards_of_zero_and_one_are_bounded() -> None:
     for group_size in range(2, 65):
-        lucky = [1.0] + [0.0] * (group_size - 1)
-        assert max(grpo_advantages(lucky, scale_by_std=True)) < math.sqrt(group_size)
-        assert max(leave_one_out_advantages(lucky)) == 1.0
+        one_success = [1.0] + [0.0] * (group_size - 1)
+        assert max(grpo_advantages(one_success, scale_by_std=True)) < math.sqrt(group_size)
+        assert max(leave_one_out_advantages(one_success)) == 1.0
 
 
-def test_trap_14_a_group_of_one_is_refused() -> None:
+def test_a_group_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two"):
         grpo_advantages([1.0], scale_by_std=False)
     with pytest.raises(ValueError, match="at least two"):
@@ -173,14 +173,14 @@ def test_trap_14_a_group_of_one_is_refused() -> None:
             with_own_section(Config(algorithm=algorithm, rollouts=one, learner=learner))
     with_own_section(
         Config(algorithm="reinforce", rollouts=two, learner=learner)
-    )  # its baseline is the other problem's reward
+    )  # the baseline is the reward of the other problem
 
 
 # --- scaling ---
 
 
 def test_scaling_by_hand() -> None:
-    """1, 1, -2, 4: mean 1, variance (0 + 0 + 9 + 9) / 4, std 2.12132. The scope is all tokens, not a row."""
+    """1, 1, -2, 4: mean 1, variance (0 + 0 + 9 + 9) / 4, std 2.12132, over all tokens of all rows."""
     rows = [[1.0, 1.0, -2.0], [4.0]]
     std = 2.1213203435596424
     assert scale_advantages(rows, "none") == rows
@@ -188,15 +188,15 @@ def test_scaling_by_hand() -> None:
     assert scale_advantages(rows, "whiten") == [pytest.approx([0, 0, -3 / std]), pytest.approx([3 / std])]
 
 
-def test_only_whitening_moves_a_zero() -> None:
+def test_only_whitening_changes_an_advantage_of_zero() -> None:
     rows = [[0.0, 0.0], [0.0, 4.0]]
     assert scale_advantages(rows, "std")[0] == [0.0, 0.0]
     assert scale_advantages(rows, "whiten")[0] == pytest.approx([-1 / math.sqrt(3)] * 2)
 
 
 @pytest.mark.parametrize("scaling", ["none", "std", "whiten"])
-def test_scaling_without_spread_divides_nothing(scaling: str) -> None:
-    """Equal advantages have a std of 0, or of rounding: 0.1 three times has a mean that is not 0.1."""
+def test_scaling_of_equal_advantages_does_not_divide(scaling: str) -> None:
+    """The std of equal advantages is 0 or, because of rounding, almost 0: the mean of three times 0.1 is not 0.1."""
     for advantage in (0.0, 0.1, -0.7):
         expected = 0.0 if scaling == "whiten" else advantage
         assert scale_advantages([[advantage], [advantage] * 2], scaling) == [
@@ -209,7 +209,7 @@ def test_scaling_without_spread_divides_nothing(scaling: str) -> None:
 @settings(deadline=None)
 @given(st.lists(st.lists(rewards, max_size=6), max_size=6), st.randoms(use_true_random=False))
 def test_scaling_does_not_depend_on_the_order_of_rows(rows: list[list[float]], random: Any) -> None:
-    """Trap 7: the scope is the iteration, so the layout of batches cannot matter; sums are exact, so nor can order."""
+    """Scaling uses all tokens of the iteration and exact sums, so batches and order do not matter."""
     order = list(range(len(rows)))
     random.shuffle(order)
     shuffled = scale_advantages([rows[i] for i in order], "whiten")
@@ -239,21 +239,21 @@ def policy_loss_of(ratio: float, advantage: float, low: float, high: float) -> t
         (1.0, 2.0, -2.0, -2.0, 0),
         (1.0, -2.0, 2.0, 2.0, 0),
         (1.25, 2.0, -2.5, -2.5, 0),  # inside 1 + 0.3
-        (1.5, 2.0, -2.6, 0.0, 1),  # a good token, likely enough already: 1.3 * 2
-        (1.5, -2.0, 3.0, 3.0, 0),  # a bad token that became likelier is still pushed down
+        (1.5, 2.0, -2.6, 0.0, 1),  # a good token above the upper limit: 1.3 * 2
+        (1.5, -2.0, 3.0, 3.0, 0),  # a bad token above the upper limit is still made less likely
         (0.95, -2.0, 1.9, 1.9, 0),  # inside 1 - 0.1
-        (0.5, -2.0, 1.8, 0.0, 1),  # a bad token, unlikely enough already: 0.9 * 2
-        (0.5, 2.0, -1.0, -1.0, 0),  # a good token that became unlikelier is still pushed up
+        (0.5, -2.0, 1.8, 0.0, 1),  # a bad token below the lower limit: 0.9 * 2
+        (0.5, 2.0, -1.0, -1.0, 0),  # a good token below the lower limit is still made more likely
         (0.5, 0.0, 0.0, 0.0, 0),
     ],
 )
 def test_policy_loss_by_hand(ratio: float, advantage: float, loss: float, gradient: float, clipped: int) -> None:
-    """Asymmetric: 0.1 below, 0.3 above. The gradient of ratio * A is ratio * A; where clipping holds it is 0."""
+    """Clip range 0.1 below and 0.3 above. The gradient of ratio * A is ratio * A; it is 0 if clipping is active."""
     assert policy_loss_of(ratio, advantage, low=0.1, high=0.3) == pytest.approx((loss, gradient, clipped))
 
 
-def test_the_policy_loss_is_a_sum_so_that_the_caller_divides_once() -> None:
-    """Truth 3: cut anywhere, the parts add up to the whole."""
+def test_the_policy_loss_is_a_sum_over_tokens() -> None:
+    """The losses of two parts add up to the loss of the whole, so the caller can divide once."""
     generator = torch.Generator().manual_seed(0)
     old, new, advantages = torch.randn(3, 64, generator=generator, dtype=torch.float64) * 0.3
     whole, clipped = clipped_policy_loss(new, old, advantages, 0.2, 0.2)
@@ -282,8 +282,8 @@ def test_the_policy_loss_is_a_sum_so_that_the_caller_divides_once() -> None:
 )
 def test_kl_estimates_by_hand(d: float, k1: float, k2: float, k3: float) -> None:
     ref = torch.tensor([-3.0], dtype=torch.float64)
-    found = [kl_estimate(ref + d, ref, name, 10.0).item() for name in ("k1", "k2", "k3")]
-    assert found == pytest.approx([k1, k2, k3], abs=1e-12)
+    estimates = [kl_estimate(ref + d, ref, name, 10.0).item() for name in ("k1", "k2", "k3")]
+    assert estimates == pytest.approx([k1, k2, k3], abs=1e-12)
 
 
 def test_an_unknown_estimator_is_refused() -> None:
@@ -294,7 +294,7 @@ def test_an_unknown_estimator_is_refused() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(-30, 0), min_size=1, max_size=20), st.lists(st.floats(-30, 0), min_size=20, max_size=20))
 def test_k3_is_never_negative(logprobs: list[float], ref: list[float]) -> None:
-    """Nor in float32 near 0, where exp(-d) - 1 + d would cancel to a negative number."""
+    """Also in float32 near 0, where exp(-d) - 1 + d could be negative because of cancellation."""
     new = torch.tensor(logprobs)
     assert (kl_estimate(new, torch.tensor(ref[: len(logprobs)]), "k3", 10.0) >= 0).all()
     small = new * 1e-5
@@ -303,7 +303,7 @@ def test_k3_is_never_negative(logprobs: list[float], ref: list[float]) -> None:
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_is_clamped_and_its_gradient_is_0_there(estimator: str) -> None:
-    """Also where exp(-d) overflows: the gradient of a clamped token is 0, not nan."""
+    """Also if exp(-d) overflows: the gradient of a clamped token is 0, not nan."""
     d = torch.tensor([-200.0, -5.0, 0.25], requires_grad=True)
     estimate = kl_estimate(d, torch.zeros(3), estimator, clamp=1.0)
     (gradient,) = torch.autograd.grad(estimate.sum(), d)
@@ -319,7 +319,7 @@ def categorical() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expected_penalty_gradient(estimator: str, weighted: bool = False) -> torch.Tensor:
-    """Gradient of the estimate on sampled tokens, in expectation: every token with its probability."""
+    """Expected gradient of the estimate over sampled tokens, by enumeration of the tokens."""
     logits, ref = categorical()
     logprobs = logits.log_softmax(-1)
     estimate = kl_estimate(logprobs, ref, estimator, clamp=100.0)
@@ -357,7 +357,7 @@ def test_importance_weights_make_the_gradient_of_k1_and_k3_that_of_the_kl() -> N
     assert KLConfig(coefficient=0.1, estimator="k1", importance_weighted=True).importance_weighted
 
 
-def test_k1_in_the_loss_pushes_nowhere_and_is_refused() -> None:
+def test_k1_in_the_loss_has_no_expected_gradient_and_is_refused() -> None:
     assert expected_penalty_gradient("k1").abs().max() < 1e-12
     with pytest.raises(UserError, match="k1"):
         KLConfig(coefficient=0.1, estimator="k1", place="loss")
@@ -368,7 +368,7 @@ def test_k1_in_the_loss_pushes_nowhere_and_is_refused() -> None:
 
 
 def value_loss_of(value: float, clip: float) -> tuple[float, float]:
-    """(loss, gradient) against an old value of 0.5 and a return of 1."""
+    """(loss, gradient) for an old value of 0.5 and a return of 1."""
     values = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     old, returns = torch.tensor([0.5], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
     loss = clipped_value_loss(values, old, returns, clip)
@@ -379,9 +379,9 @@ def value_loss_of(value: float, clip: float) -> tuple[float, float]:
     ("value", "clip", "loss", "gradient"),
     [
         (0.8, 0.0, 0.02, -0.2),
-        (0.6, 0.2, 0.08, -0.4),  # moved by 0.1 only: not clipped
-        (0.8, 0.2, 0.045, 0.0),  # went past 0.7 towards the return: no more push
-        (0.2, 0.2, 0.32, -0.8),  # went away from the return: the larger, free error pulls it back
+        (0.6, 0.2, 0.08, -0.4),  # changed by 0.1 only: not clipped
+        (0.8, 0.2, 0.045, 0.0),  # above the limit 0.7, towards the return: no gradient
+        (0.2, 0.2, 0.32, -0.8),  # away from the return: the unclipped error is larger
     ],
 )
 def test_clipped_value_loss_by_hand(value: float, clip: float, loss: float, gradient: float) -> None:
@@ -412,7 +412,7 @@ def test_learning_rate_by_hand(decay: str, factors: dict[int, float]) -> None:
 def test_learning_rate_without_warm_up() -> None:
     assert [lr_factor(u, 0, 4, "linear") for u in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert lr_factor(0, 0, 4, "constant") == 1.0
-    assert lr_factor(7, 4, 4, "linear") == 0.0  # all of it warm-up
+    assert lr_factor(7, 4, 4, "linear") == 0.0  # all updates are warm-up
 
 
 # --- the optimizer ---
@@ -427,47 +427,50 @@ def optimizer(*parameters: torch.nn.Parameter, weight_decay: float = 0.0) -> Opt
 
 
 def test_bfloat16_weights_keep_small_updates_in_their_masters() -> None:
-    """Under a constant gradient AdamW moves by lr: 100 updates of 1e-4 are 0.01; bfloat16's steps below 1 are 1/256."""
+    """AdamW with a constant gradient changes a weight by lr per update: 0.01 after 100 updates of 1e-4.
+
+    The spacing of bfloat16 numbers below 1 is 1/256, so without float32 masters the updates are lost.
+    """
     weight = parameter([1.0], torch.bfloat16)
-    ours = optimizer(weight)
-    lost = parameter([1.0], torch.bfloat16)
-    plain = torch.optim.AdamW([lost], lr=1e-4, weight_decay=0.0)
+    with_masters = optimizer(weight)
+    weight_without_master = parameter([1.0], torch.bfloat16)
+    without_masters = torch.optim.AdamW([weight_without_master], lr=1e-4, weight_decay=0.0)
     for _ in range(100):
-        weight.grad, lost.grad = torch.ones_like(weight), torch.ones_like(lost)
-        ours.step(1e-4, max_grad_norm=0)
-        plain.step()
-    assert ours.masters[0].dtype == torch.float32
-    assert ours.masters[0].item() == pytest.approx(0.99, abs=1e-5)
+        weight.grad, weight_without_master.grad = torch.ones_like(weight), torch.ones_like(weight_without_master)
+        with_masters.step(1e-4, max_grad_norm=0)
+        without_masters.step()
+    assert with_masters.masters[0].dtype == torch.float32
+    assert with_masters.masters[0].item() == pytest.approx(0.99, abs=1e-5)
     assert weight.dtype == torch.bfloat16 and weight.item() == pytest.approx(0.99, abs=1 / 512)
-    assert lost.item() == 1.0
+    assert weight_without_master.item() == 1.0
 
 
 def test_float32_weights_are_their_own_masters() -> None:
     weight, frozen = parameter([1.0]), parameter([1.0])
     frozen.requires_grad_(False)
-    ours = optimizer(weight, frozen)
-    assert ours.masters == [weight] and ours.state_dict()["masters"] == []
+    adamw = optimizer(weight, frozen)
+    assert adamw.masters == [weight] and adamw.state_dict()["masters"] == []
 
 
 def test_gradient_clipping_is_by_the_global_norm() -> None:
-    """Norm of (3, 4) over two weights is 5. AdamW's moments show the gradient that it was given: 0.1 * g."""
+    """The norm of (3, 4) over two weights is 5. AdamW's first moments are 0.1 times the clipped gradient."""
     first, second = parameter([1.0]), parameter([1.0], torch.bfloat16)
     for max_norm, share in ((1.0, 0.2), (10.0, 1.0), (0.0, 1.0)):
-        ours = optimizer(first, second)
+        clipped = optimizer(first, second)
         first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.bfloat16)
-        assert ours.step(0.0, max_norm) == pytest.approx(5.0)
-        moments = [state["exp_avg"].item() for state in ours.adamw.state.values()]
+        assert clipped.step(0.0, max_norm) == pytest.approx(5.0)
+        moments = [state["exp_avg"].item() for state in clipped.adamw.state.values()]
         assert moments == pytest.approx([0.3 * share, 0.4 * share], rel=1e-5)
         assert first.grad is None and second.grad is None
-    assert first.item() == 1.0 and second.item() == 1.0  # a learning rate of 0
+    assert first.item() == 1.0 and second.item() == 1.0  # the learning rate is 0
 
 
 def test_first_update_by_hand() -> None:
-    """Decay first, p * (1 - lr * wd), then AdamW's first step, lr * sign of the gradient."""
+    """First decay, p * (1 - lr * wd), then AdamW's first step, lr * sign of the gradient."""
     weight = parameter([2.0, -2.0])
-    ours = optimizer(weight, weight_decay=0.1)
+    decaying = optimizer(weight, weight_decay=0.1)
     weight.grad = torch.tensor([0.5, 0.001])
-    ours.step(0.01, max_grad_norm=0)
+    decaying.step(0.01, max_grad_norm=0)
     assert weight.tolist() == pytest.approx([2 * 0.999 - 0.01, -2 * 0.999 - 0.01], abs=1e-6)
 
 
@@ -476,73 +479,73 @@ def test_first_update_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_that_is_not_finite_is_refused(bad: float, max_grad_norm: float, dtype: torch.dtype) -> None:
     weight, other = parameter([1.0, 2.0], dtype), parameter([3.0])
-    ours = optimizer(weight, other)
+    adamw = optimizer(weight, other)
     weight.grad, other.grad = torch.tensor([0.1, bad], dtype=dtype), torch.tensor([0.1])
     with pytest.raises(UserError, match="gradient's norm is") as error:
-        ours.step(0.1, max_grad_norm)
+        adamw.step(0.1, max_grad_norm)
     assert "\n" not in str(error.value)
     assert weight.tolist() == [1.0, 2.0] and other.tolist() == [3.0]
-    assert not ours.adamw.state
+    assert not adamw.adamw.state
     weight.grad, other.grad = torch.tensor([0.1, 0.1], dtype=dtype), torch.tensor([0.1])
-    assert math.isfinite(ours.step(0.1, max_grad_norm)) and weight[1].item() < 2
+    assert math.isfinite(adamw.step(0.1, max_grad_norm)) and weight[1].item() < 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_round_trip_is_exact(dtype: torch.dtype) -> None:
-    """Three updates, through a file and into a fresh optimizer, three more: equal to six, bit for bit."""
+    """Three updates, saving to a file and loading into a new optimizer, three more: bit-identical to six updates."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(40, generator=generator).to(dtype)
     gradients = torch.randn(6, 40, generator=generator).to(dtype)
 
-    def go_on(weight: torch.nn.Parameter, ours: Optimizer, rows: torch.Tensor) -> None:
+    def train(weight: torch.nn.Parameter, adamw: Optimizer, rows: torch.Tensor) -> None:
         for row in rows:
             weight.grad = row.clone()
-            ours.step(3e-4, max_grad_norm=1.0)
+            adamw.step(3e-4, max_grad_norm=1.0)
 
-    whole = torch.nn.Parameter(start.clone())
-    undisturbed = optimizer(whole, weight_decay=0.1)
-    go_on(whole, undisturbed, gradients)
-    half = torch.nn.Parameter(start.clone())
-    stopped = optimizer(half, weight_decay=0.1)
-    go_on(half, stopped, gradients[:3])
+    uninterrupted_weight = torch.nn.Parameter(start.clone())
+    uninterrupted = optimizer(uninterrupted_weight, weight_decay=0.1)
+    train(uninterrupted_weight, uninterrupted, gradients)
+    interrupted_weight = torch.nn.Parameter(start.clone())
+    interrupted = optimizer(interrupted_weight, weight_decay=0.1)
+    train(interrupted_weight, interrupted, gradients[:3])
     file = io.BytesIO()
-    torch.save(stopped.state_dict(), file)
+    torch.save(interrupted.state_dict(), file)
     file.seek(0)
-    resumed_weight = torch.nn.Parameter(half.data.clone())
+    resumed_weight = torch.nn.Parameter(interrupted_weight.data.clone())
     resumed = optimizer(resumed_weight, weight_decay=0.1)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    go_on(resumed_weight, resumed, gradients[3:])
-    assert torch.equal(resumed_weight, whole)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.masters, undisturbed.masters, strict=True))
+    train(resumed_weight, resumed, gradients[3:])
+    assert torch.equal(resumed_weight, uninterrupted_weight)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.masters, uninterrupted.masters, strict=True))
 
 
 # --- alternatives ---
 
 
-def test_a_place_is_shared_by_everyone_who_chose_there() -> None:
-    """Three came by: two chose the response's token (rewards 1 and 0), one left (0); the response leads to 0.8."""
-    own, left = node_advantages(0.8, 0.5, followed=[1.0, 0.0], left=[0.0])
-    # Their mean is 1/3; against the mean of the others they are 1 - 0, 0 - 1/2 and 0 - 1/2; the response 0.8 - 1/3.
-    assert own == pytest.approx((0.8 - 1 / 3 + 1.0 - 0.5) / 4)
-    assert left == pytest.approx([-0.5 / 4])
+def test_node_advantages_by_hand() -> None:
+    """Three continuations: two with the response's token (rewards 1 and 0), one with another (0); next value 0.8."""
+    advantage, alternatives = node_advantages(0.8, 0.5, followed=[1.0, 0.0], diverged=[0.0])
+    # The mean is 1/3. Minus the mean of the others the rewards are 1 - 0, 0 - 1/2 and 0 - 1/2; the response 0.8 - 1/3.
+    assert advantage == pytest.approx((0.8 - 1 / 3 + 1.0 - 0.5) / 4)
+    assert alternatives == pytest.approx([-0.5 / 4])
 
 
-def test_a_place_that_few_came_by() -> None:
-    """One continuation has no others to be compared with; the response has its reward as a baseline."""
-    for followed, left, own in [([], [], 0.3), ([1.0], [], -0.2), ([], [0.25], 0.55)]:
-        found, others = node_advantages(0.8, 0.5, followed, left)
-        assert found == pytest.approx(own)
-        assert others == [0.0] * len(left)
+def test_node_advantages_with_at_most_one_continuation() -> None:
+    """A single continuation gets no credit; its reward is the baseline of the response."""
+    for followed, diverged, expected in [([], [], 0.3), ([1.0], [], -0.2), ([], [0.25], 0.55)]:
+        advantage, alternatives = node_advantages(0.8, 0.5, followed, diverged)
+        assert advantage == pytest.approx(expected)
+        assert alternatives == [0.0] * len(diverged)
 
 
 @pytest.mark.parametrize("n", [2, 5, 9])
-def test_a_place_without_differences_earns_nothing(n: int) -> None:
-    for followers in range(n + 1):
-        own, left = node_advantages(1.0, 0.0, [1.0] * followers, [1.0] * (n - followers))
-        assert [own, *left] == pytest.approx([0.0] * (1 + n - followers), abs=1e-15)
+def test_node_advantages_of_equal_rewards_are_zero(n: int) -> None:
+    for num_followed in range(n + 1):
+        advantage, alternatives = node_advantages(1.0, 0.0, [1.0] * num_followed, [1.0] * (n - num_followed))
+        assert [advantage, *alternatives] == pytest.approx([0.0] * (1 + n - num_followed), abs=1e-15)
 
 
-def test_the_credit_of_a_place_sums_to_the_response_s_own() -> None:
-    """Each against the others: what continuations earn cancels over all of them."""
-    own, left = node_advantages(0.9, 0.1, [0.3, 0.7, 0.2], [0.5, 1.0])
-    assert own + sum(left) == pytest.approx((0.9 - 2.7 / 5) / 6)
+def test_the_sum_of_node_advantages_is_the_credit_of_the_response() -> None:
+    """The credit of all continuations sums to 0, because each is compared with the mean of the others."""
+    advantage, alternatives = node_advantages(0.9, 0.1, [0.3, 0.7, 0.2], [0.5, 1.0])
+    assert advantage + sum(alternatives) == pytest.approx((0.9 - 2.7 / 5) / 6)

@@ -1,4 +1,4 @@
-"""Bisection (credit/bisection.py): what it measures, and its bias, exactly."""
+"""Bisection (credit/bisection.py): the states that it evaluates, and its exact bias."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vineppo.values import State, Value, ValueCost, ValueEstimator
 
 @dataclass(frozen=True)
 class Scripted:
-    """Values by the length of the state's response; counts what it is asked."""
+    """A value estimator with one given value per response length; records the lengths of each call."""
 
     values: Sequence[float]
-    asked: list[list[int]]
+    calls: list[list[int]]
     num_mc_rollouts: int = 0
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        self.asked.append([len(state.response_ids) for state in states])
+        self.calls.append([len(state.response_ids) for state in states])
         values = [Value(self.values[len(state.response_ids)], self.num_mc_rollouts) for state in states]
         return values, ValueCost(len(states), len(states), 0, 0)
 
@@ -42,13 +42,13 @@ def one_rollout(length: int, reward: float) -> list[RolloutGroup]:
     return [RolloutGroup(problem, (rollout,))]
 
 
-def test_bisection_finds_a_fall_in_a_logarithm_of_measurements() -> None:
-    """A chain of 64 steps, lost at step 37: one value per halving, and exactly that step is blamed."""
-    asked: list[list[int]] = []
-    credit = bisected(Scripted([0.75] * 38 + [0.0] * 27, asked))
+def test_bisection_finds_a_wrong_step_with_a_logarithmic_number_of_values() -> None:
+    """Of 64 steps step 37 is wrong: one state per halving is evaluated, and only this step has an advantage."""
+    calls: list[list[int]] = []
+    credit = bisected(Scripted([0.75] * 38 + [0.0] * 27, calls))
     (sample,), metrics = credit(one_rollout(64, 0.0), 0)
     assert list(sample.advantages[1:]) == [0.0] * 37 + [-0.75] + [0.0] * 26
-    assert asked == [[0], [32], [48], [40], [36], [38], [37]]
+    assert calls == [[0], [32], [48], [40], [36], [38], [37]]
     assert metrics["credit/rounds"] == 7
     assert metrics["credit/measured_share"] == 7 / 64
     assert sample.credit is not None
@@ -56,16 +56,16 @@ def test_bisection_finds_a_fall_in_a_logarithm_of_measurements() -> None:
     assert sum(sample.credit.step_advantages) + sample.credit.values[0] == 0
 
 
-def test_a_stretch_without_a_difference_keeps_its_coarse_advantage() -> None:
-    asked: list[list[int]] = []
-    credit = bisected(Scripted([8 / 9] * 32 + [1.0] * 32, asked, num_mc_rollouts=9))
+def test_a_stretch_without_a_difference_is_not_halved() -> None:
+    calls: list[list[int]] = []
+    credit = bisected(Scripted([8 / 9] * 32 + [1.0] * 32, calls, num_mc_rollouts=9))
     (sample,), _ = credit(one_rollout(64, 1.0), 0)
-    assert asked == [[0], [32]]  # the reward is exact and above 8/9; 9 of 9 might be the same as 8 of 9
+    assert calls == [[0], [32]]  # the reward 1 differs from 8 of 9, but 9 of 9 does not
     assert sample.advantages[1:] == pytest.approx([1 / 9] * 32 + [0] * 32)
 
 
-def test_intervals_of_a_difference_are_newcombes() -> None:
-    """His example (1998, method 10): 56/70 against 48/80, 0.0524 to 0.3339 at 95%."""
+def test_the_interval_of_a_difference_is_newcombes() -> None:
+    """Example from Newcombe (1998, method 10): 56/70 against 48/80, 0.0524 to 0.3339 at 95%."""
     one, other = Value(56 / 70, 70), Value(48 / 80, 80)
     assert differ(one, other, 0.95)
     a, b = wilson(56, 70), wilson(48, 80)
@@ -73,12 +73,12 @@ def test_intervals_of_a_difference_are_newcombes() -> None:
     assert 0.2 + math.hypot(a.high - 0.8, 0.6 - b.low) == pytest.approx(0.3339, abs=5e-5)
     assert not differ(Value(0.0, 9), Value(1 / 9, 9), 0.7)
     assert differ(Value(0.5, 0), Value(0.5001, 0), 0.99)
-    assert differ(Value(-1.0, 9), Value(-0.9, 9), 0.99)  # not a share: no interval
+    assert differ(Value(-1.0, 9), Value(-0.9, 9), 0.99)  # outside [0, 1]: no interval
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Exact values that say they are the mean of K continuations."""
+    """Exact values with `num_mc_rollouts` set as if they were means of K continuations."""
 
     exact: ExactValues
     num_mc_rollouts: int
@@ -88,8 +88,8 @@ class Rounded:
         return [Value(value.mean, self.num_mc_rollouts) for value in values], cost
 
 
-def test_bisection_is_biased_towards_no_credit() -> None:
-    """Exact values that say they come from K continuations, every response with its probability: no noise at all."""
+def test_bisection_makes_the_gradient_too_short() -> None:
+    """Values are exact and all responses are enumerated, so there is no noise; only the intervals depend on K."""
     w = world(4)
     exact = w.exact_gradient()
     length, cosine = {}, {}
@@ -102,9 +102,9 @@ def test_bisection_is_biased_towards_no_credit() -> None:
 
 
 def test_bisection_of_exact_values_is_plain_vineppo() -> None:
-    """Any difference of exact values counts, so all stretches of this world are looked into."""
+    """Exact values always differ, so all stretches are halved."""
     w = world(4)
     samples, _ = bisected(ExactValues(w))([w.group()], 0)
     plain = vine_credit(ExactValues(w), build_splitter("tokens:1"), lambda ids: ["x"] * len(ids), 0)
-    for found, expected in zip(samples, plain([w.group()], 0)[0], strict=True):
-        assert found.advantages == pytest.approx(expected.advantages, abs=1e-12)
+    for sample, expected in zip(samples, plain([w.group()], 0)[0], strict=True):
+        assert sample.advantages == pytest.approx(expected.advantages, abs=1e-12)

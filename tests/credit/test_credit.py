@@ -1,7 +1,7 @@
-"""Credit through the seam: groups of rollouts in, training samples out, with every number worked out by hand.
+"""Credit functions: from groups of rollouts to training samples, compared with numbers worked by hand.
 
-The problem is a chain of three steps, the tokenizer is the embedded one, and the sampler is scripted: it gives written
-continuations to exactly the token prefixes that it knows, and refuses all others.
+The problem is a chain of three steps with the embedded tokenizer. The sampler returns prepared continuations of known
+token prefixes and fails for all other prefixes.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ BUDGET = 40
 K = 4
 PROBLEM = Problem(id="train/0", prompt="a=7;b=a*3;c=b+5;d=c-2;d?\n", answer="4")
 
-# The newline leads its line; the answer line belongs to the last step. In tokens: 8, 9, 9, 14, 14.
+# A newline belongs to the step after it; the answer line belongs to the last step. Numbers of tokens: 8, 9, 9, 14, 14.
 FIRST = "b=7*3 by rote = 1"
 SECOND, SECOND_SLIPS = "\nc=1+5 by rule is 6", "\nc=1+5 by rote is 7"
 THIRD, THIRD_OF_7 = "\nd=6-2 by rule -> 4\n#### 4</s>", "\nd=7-2 by rule -> 5\n#### 5</s>"
 RIGHT, WRONG = FIRST + SECOND + THIRD, FIRST + SECOND_SLIPS + THIRD_OF_7
-CUT_OFF = FIRST + "\n" + 31 * "1"  # 40 tokens, no end
-# Cut off as well, and a grader that saw them would call them right.
+CUT_OFF = FIRST + "\n" + 31 * "1"  # 40 tokens, without EOS
+# These are truncated too, but a grader would accept them.
 CUT_OFF_AT_THE_ANSWER = FIRST + SECOND + "\nd=6-2 by rule -> 4\n" + 9 * "1" + "\n#### 4"  # 40 tokens
 CUT_OFF_AFTER_THE_SLIP = "\n" + 18 * "1" + "\n#### 4"  # 23 tokens
 
@@ -94,7 +94,7 @@ def ids(text: str) -> tuple[int, ...]:
 
 
 def completion(text: str, finish_reason: FinishReason | None = None) -> Completion:
-    """A written completion; it ended by itself if it says so, or if its last token is the end of sequence."""
+    """Completion with this text. Its finish reason is "stop" if the text ends with EOS, unless one is given."""
     token_ids = ids(text)
     finish: FinishReason = finish_reason or ("stop" if text.endswith("</s>") else "length")
     return Completion(token_ids, (-0.5,) * len(token_ids), finish)
@@ -102,7 +102,7 @@ def completion(text: str, finish_reason: FinishReason | None = None) -> Completi
 
 @dataclass
 class ScriptedSampler:
-    """Sampler protocol over a script: token prefix -> its completions. Notes what it was asked."""
+    """A sampler that returns the prepared completions of each token prefix (`script`) and records its requests."""
 
     script: Mapping[tuple[int, ...], Sequence[Completion]]
     requests: list[SampleRequest] = field(default_factory=list)
@@ -111,15 +111,15 @@ class ScriptedSampler:
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         self.requests.extend(requests)
-        return [self._answer(request) for request in requests]
+        return [self._completions(request) for request in requests]
 
-    def _answer(self, request: SampleRequest) -> list[Completion]:
-        written = self.script[request.prompt_ids]
-        assert len(written) == request.num_samples
-        for c in written:  # a real sampler ends by length exactly when the budget is spent
+    def _completions(self, request: SampleRequest) -> list[Completion]:
+        completions = self.script[request.prompt_ids]
+        assert len(completions) == request.num_samples
+        for c in completions:  # the finish reason is "length" if and only if the budget is used up
             assert len(c.token_ids) <= request.max_new_tokens
             assert c.finish_reason == "stop" or len(c.token_ids) == request.max_new_tokens
-        return list(written)
+        return list(completions)
 
     def update_weights(self, version: int, weights: Weights) -> None:
         pass
@@ -129,16 +129,16 @@ def chain(num_steps: int = 3) -> Task:
     return build_task(TaskConfig(num_steps=num_steps))
 
 
-def noting_task() -> tuple[Task, list[str]]:
-    """The chain task, and every text that it grades."""
+def recording_task() -> tuple[Task, list[str]]:
+    """The chain task, and a list of all texts that it grades."""
     graded: list[str] = []
 
-    def note(completions: Sequence[str], **columns: Any) -> list[float]:
+    def grade(completions: Sequence[str], **columns: Any) -> list[float]:
         graded.extend(completions)
         assert set(columns["answer"]) == {PROBLEM.answer}
         return grade_chain(completions, **columns)
 
-    return Graded(chain(), InProcess((note,)), ("note",), (1.0,)), graded
+    return Graded(chain(), InProcess((grade,)), ("grade",), (1.0,)), graded
 
 
 def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROBLEM) -> ScriptedSampler:
@@ -147,7 +147,7 @@ def scripted(continuations: Mapping[str, Sequence[str]], problem: Problem = PROB
 
 
 def group_of(completions: Sequence[Completion], task: Task | None = None) -> RolloutGroup:
-    """The completions as the rollouts of the problem, through the package's own sampling stage."""
+    """A group with these completions as rollouts, from `sample_groups`."""
     sampler = ScriptedSampler({policy().codec.encode_prompt(PROBLEM.prompt): completions})
     (group,) = sample_groups(
         [PROBLEM],
@@ -162,15 +162,15 @@ def group_of(completions: Sequence[Completion], task: Task | None = None) -> Rol
     return group
 
 
-def four() -> RolloutGroup:
-    """Right, wrong, right again, cut off: rewards 1, 0, 1, 0."""
+def group_of_four() -> RolloutGroup:
+    """A right, a wrong, a right and a truncated response: rewards 1, 0, 1, 0."""
     return group_of([completion(text) for text in (RIGHT, WRONG, RIGHT, CUT_OFF)])
 
 
 def vine_samples(
     groups: list[RolloutGroup], sampler: Sampler, *, task: Task | None = None, max_states: int = 0
 ) -> tuple[list[TrainingSample], dict[str, float]]:
-    """VinePPO's credit as a run binds it."""
+    """Training samples and metrics of VinePPO."""
     settings = {"reuse": False, "num_mc_rollouts": K, "splitter": "newline", "max_states": max_states}
     return credit_of("vineppo", settings, sampler, task or chain())(groups, 1)
 
@@ -182,8 +182,8 @@ def credit_of(
     task: Task,
     predict_values: PredictValues | None = None,
 ) -> CreditFn:
-    """The credit function of an algorithm as a run builds it."""
-    found = find_algorithm(algorithm)
+    """Build the credit function of an algorithm from its settings."""
+    definition = find_algorithm(algorithm)
     parts = CreditParts(
         sampler=sampler,
         task=task,
@@ -195,7 +195,7 @@ def credit_of(
         temperature=1.0,
         stop=(),
     )
-    return found.build(found.settings(**settings), parts)
+    return definition.build(definition.settings(**settings), parts)
 
 
 def response_part(sample: TrainingSample) -> list[float]:
@@ -205,45 +205,45 @@ def response_part(sample: TrainingSample) -> list[float]:
 # --- VinePPO, worked by hand ---
 
 
-def test_the_script_is_what_it_says() -> None:
+def test_lengths_and_rewards_of_the_prepared_texts() -> None:
     lengths = [len(ids(text)) for text in (FIRST, SECOND, SECOND_SLIPS, THIRD, THIRD_OF_7, CUT_OFF)]
     assert lengths == [8, 9, 9, 14, 14, BUDGET]
     assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 17
     right = [RIGHT, CUT_OFF_AT_THE_ANSWER, FIRST + SECOND_SLIPS + CUT_OFF_AFTER_THE_SLIP]
     texts = [policy().codec.decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
     assert chain().grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
-    assert [rollout.reward for rollout in four().rollouts] == [1, 0, 1, 0]
+    assert [rollout.reward for rollout in group_of_four().rollouts] == [1, 0, 1, 0]
 
 
 def test_vine_credit_by_hand() -> None:
-    """Values .5, .75, then 1 on the right way and .25 after the slip; the last step ends in the reward itself."""
-    samples, _ = vine_samples([four()], scripted(CONTINUATIONS))
-    right, wrong, again, cut_off = samples
+    """Values .5, .75, then 1 after the right second step and .25 after the wrong one; the last step uses the reward."""
+    samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
+    right, wrong, duplicate, cut_off = samples
     assert response_part(right) == [0.25] * 8 + [0.25] * 9 + [0.0] * 14
     assert response_part(wrong) == [0.25] * 8 + [-0.5] * 9 + [-0.25] * 14
     assert response_part(cut_off) == [0.25] * 8 + [-0.75] * 32
-    assert again == right
-    for sample, rollout in zip(samples, four().rollouts, strict=True):
+    assert duplicate == right
+    for sample, rollout in zip(samples, group_of_four().rollouts, strict=True):
         assert sample.credit is not None
         assert sample.credit.values[0] + sum(sample.credit.step_advantages) == rollout.reward
         assert sample.returns is None and sample.values is None
 
 
-def test_the_record_says_what_the_credit_came_from() -> None:
-    samples, _ = vine_samples([four()], scripted(CONTINUATIONS))
-    record = samples[1].credit
-    assert record is not None
-    assert record.boundaries == (8, 17, 31)
-    assert record.values == (0.5, 0.75, 0.25)
-    assert record.num_mc_rollouts == (K, K, K)
-    assert record.step_advantages == (0.25, -0.5, -0.25)
+def test_step_credit_contains_boundaries_values_and_step_advantages() -> None:
+    samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
+    step_credit = samples[1].credit
+    assert step_credit is not None
+    assert step_credit.boundaries == (8, 17, 31)
+    assert step_credit.values == (0.5, 0.75, 0.25)
+    assert step_credit.num_mc_rollouts == (K, K, K)
+    assert step_credit.step_advantages == (0.25, -0.5, -0.25)
     assert samples[3].credit is not None and samples[3].credit.boundaries == (8, 40)
 
 
 def test_equal_states_are_sampled_once_and_cost_is_counted() -> None:
     """3 + 3 + 3 + 2 states, of which 4 are distinct. Tokens: 3 * 31 + 40, 4 * 23, 4 * 14, 5 + 23 + 2 * 14."""
     sampler = scripted(CONTINUATIONS)
-    _, metrics = vine_samples([four()], sampler)
+    _, metrics = vine_samples([group_of_four()], sampler)
     assert len(sampler.requests) == 4
     assert len({request.prompt_ids for request in sampler.requests}) == 4
     assert {request.num_samples for request in sampler.requests} == {K}
@@ -258,33 +258,33 @@ def test_equal_states_are_sampled_once_and_cost_is_counted() -> None:
 
 
 def test_states_are_shared_across_groups_of_a_problem_but_not_across_problems() -> None:
-    """The same tokens under another reference answer are another state: its continuations are graded differently."""
+    """States with equal tokens but different problems are different, because the reference answers differ."""
     sampler = scripted(CONTINUATIONS)
-    vine_samples([four(), four()], sampler)
+    vine_samples([group_of_four(), group_of_four()], sampler)
     assert len(sampler.requests) == 4
     other = replace(PROBLEM, id="train/1", answer="5")
-    group = RolloutGroup(other, four().rollouts)
+    group = RolloutGroup(other, group_of_four().rollouts)
     sampler = scripted(CONTINUATIONS)
-    samples, _ = vine_samples([four(), group], sampler)
+    samples, _ = vine_samples([group_of_four(), group], sampler)
     assert len(sampler.requests) == 8
     credit = samples[4].credit
     assert credit is not None and credit.values == (0.25, 0.25, 0.0)
 
 
-def test_trap_2_the_budget_of_a_continuation_is_what_the_prefix_left() -> None:
+def test_the_budget_of_a_continuation_is_reduced_by_its_prefix() -> None:
     sampler = scripted(CONTINUATIONS)
-    vine_samples([four()], sampler)
+    vine_samples([group_of_four()], sampler)
     prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
     budgets = {len(request.prompt_ids) - prompt: request.max_new_tokens for request in sampler.requests}
     assert budgets == {0: BUDGET, 8: BUDGET - 8, 17: BUDGET - 17}
 
 
-def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
-    """One token before the limit there is one token to sample; at the limit the outcome is known."""
+def test_a_state_at_the_length_limit_has_value_0_and_is_not_sampled() -> None:
+    """One token before the limit one token is sampled; at the limit the value is known."""
     prompt, cut_off = policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF)
     last_chance = [completion("</s>"), completion("1"), completion("</s>"), completion("\n")]
     sampler = ScriptedSampler({prompt + cut_off[:39]: last_chance})
-    task, graded = noting_task()
+    task, graded = recording_task()
     monte_carlo = MonteCarlo(sampler, task, policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0)
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
@@ -294,7 +294,7 @@ def test_trap_3_a_prefix_at_the_limit_is_worth_0_and_is_not_sampled() -> None:
     assert len(graded) == 2
 
 
-def test_only_known_outcomes_need_no_sampler_at_all() -> None:
+def test_the_sampler_is_not_called_if_all_values_are_known() -> None:
     monte_carlo = MonteCarlo(
         ScriptedSampler({}), chain(), policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0
     )
@@ -303,30 +303,30 @@ def test_only_known_outcomes_need_no_sampler_at_all() -> None:
     assert monte_carlo.evaluate([], 1)[0] == []
 
 
-def test_trap_1_and_truth_4_a_state_is_the_rollouts_own_tokens() -> None:
-    """A response of tokens that its text would not give: " = " is one token, this policy wrote it with three."""
-    apart = (*ids("b=7*3 by rote"), *ids(" "), *ids("="), *ids(" "), *ids("1\nc=1"), *ids("\n#### 4</s>"))
-    text = policy().codec.decode(apart)
-    assert ids(text) != apart and len(ids(text)) < len(apart)
+def test_the_ids_of_a_state_are_the_ids_of_the_rollout() -> None:
+    """The ids of this response differ from the tokenization of its text: " = " is one token, but here three."""
+    unusual = (*ids("b=7*3 by rote"), *ids(" "), *ids("="), *ids(" "), *ids("1\nc=1"), *ids("\n#### 4</s>"))
+    text = policy().codec.decode(unusual)
+    assert ids(text) != unusual and len(ids(text)) < len(unusual)
     prompt = policy().codec.encode_prompt(PROBLEM.prompt)
-    group = group_of([Completion(apart, (-0.5,) * len(apart), "stop")])
+    group = group_of([Completion(unusual, (-0.5,) * len(unusual), "stop")])
     cut = 10  # before the first newline
-    assert policy().codec.decode(apart[:cut]) == FIRST
+    assert policy().codec.decode(unusual[:cut]) == FIRST
     sampler = ScriptedSampler(
         {
             prompt: [completion(text) for text in CONTINUATIONS[""]],
-            prompt + apart[:cut]: [completion(text) for text in CONTINUATIONS[FIRST]],
+            prompt + unusual[:cut]: [completion(text) for text in CONTINUATIONS[FIRST]],
         }
     )
     (sample,), _ = vine_samples([group], sampler)
-    assert [request.prompt_ids for request in sampler.requests] == [prompt, prompt + apart[:cut]]
-    assert sample.token_ids == prompt + apart
-    assert sample.credit is not None and sample.credit.boundaries == (cut, len(apart))
+    assert [request.prompt_ids for request in sampler.requests] == [prompt, prompt + unusual[:cut]]
+    assert sample.token_ids == prompt + unusual
+    assert sample.credit is not None and sample.credit.boundaries == (cut, len(unusual))
 
 
-def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_off() -> None:
-    task, graded = noting_task()
-    vine_samples([four()], scripted(CONTINUATIONS), task=task)
+def test_continuations_are_graded_with_their_prefix_and_not_if_truncated() -> None:
+    task, graded = recording_task()
+    vine_samples([group_of_four()], scripted(CONTINUATIONS), task=task)
     finished = [
         policy().codec.decode(ids(prefix + text))
         for prefix, texts in CONTINUATIONS.items()
@@ -338,8 +338,8 @@ def test_continuations_are_graded_together_with_their_prefix_and_never_when_cut_
     assert all(text.startswith(FIRST) for text in graded)
 
 
-def test_a_rollout_that_was_cut_off_is_never_graded() -> None:
-    task, graded = noting_task()
+def test_a_truncated_rollout_is_not_graded() -> None:
+    task, graded = recording_task()
     group = group_of([completion(CUT_OFF_AT_THE_ANSWER), completion(RIGHT)], task)
     assert [rollout.reward for rollout in group.rollouts] == [0, 1]
     assert [rollout.finish_reason for rollout in group.rollouts] == ["length", "stop"]
@@ -360,18 +360,21 @@ def test_max_states_merges_steps_and_their_advantages(
     max_states: int, boundaries: tuple[int, ...], advantages: tuple[float, ...]
 ) -> None:
     sampler = scripted(CONTINUATIONS)
-    samples, _ = vine_samples([four()], sampler, max_states=max_states)
+    samples, _ = vine_samples([group_of_four()], sampler, max_states=max_states)
     credit = samples[1].credit
     assert credit is not None and (credit.boundaries, credit.step_advantages) == (boundaries, advantages)
     assert len(sampler.requests) == {0: 4, 3: 4, 2: 2, 1: 1}[max_states]
     assert response_part(samples[1])[-1] == advantages[-1]
 
 
-# --- randomness by address ---
+# --- addressed randomness ---
 
 
-def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
-    """By run, iteration, problem and prefix; and none is a rollout's, whose outcome would then be in its own value."""
+def test_every_state_has_a_different_seed() -> None:
+    """The seed depends on run, iteration, problem and prefix, and differs from the seeds of the rollouts.
+
+    With equal seeds a rollout would be one of the continuations that evaluate its own states.
+    """
     prompt = policy().codec.encode_prompt(PROBLEM.prompt)
     states = [State(PROBLEM, prompt, ids(prefix)) for prefix in CONTINUATIONS]
     seeds: list[int] = []
@@ -389,24 +392,24 @@ def test_trap_6_every_state_has_a_seed_of_its_own() -> None:
     assert len(seeds) == 4 * 4 + 2 * 2 == len(set(seeds))
 
 
-def test_truth_6_values_do_not_depend_on_the_order_or_the_company_of_states() -> None:
+def test_values_do_not_depend_on_the_order_of_states_or_on_other_states() -> None:
     w = build_world(4)
     monte_carlo = w.monte_carlo(3)
     states = [State(w.problem, w.prompt_ids, state) for state in w.states]
     together, _ = monte_carlo.evaluate(states, 7)
     assert len({value.mean for value in together}) > 20
-    backwards, _ = monte_carlo.evaluate(states[::-1], 7)
-    assert backwards[::-1] == together
+    reversed_values, _ = monte_carlo.evaluate(states[::-1], 7)
+    assert reversed_values[::-1] == together
     for state, value in list(zip(states, together, strict=True))[::9]:
         assert monte_carlo.evaluate([state], 7)[0] == [value]
     assert monte_carlo.evaluate(states, 8)[0] != together
 
 
-# --- what is trained ---
+# --- trained tokens ---
 
 
-def test_trap_4_eos_is_trained_if_and_only_if_it_was_sampled() -> None:
-    """Ended by EOS, by a stop string (no EOS), by the limit (no EOS): the tokens are those of the sampler, no more."""
+def test_eos_is_trained_if_and_only_if_it_was_sampled() -> None:
+    """Responses that end with EOS, with a stop string (no EOS) and at the length limit (no EOS)."""
     eos = policy().codec.eos_ids[0]
     completions = [completion(RIGHT), completion(FIRST, "stop"), completion(CUT_OFF)]
     group = group_of(completions)
@@ -423,14 +426,14 @@ def test_trap_4_eos_is_trained_if_and_only_if_it_was_sampled() -> None:
 
 
 def recorded_minibatches(learner: TorchLearner, samples: Sequence[TrainingSample]) -> list[list[tuple[int, ...]]]:
-    """The token rows of every training pass, unpadded, as the model itself sees them."""
+    """The token rows of every forward pass with gradients, without padding."""
     passes: list[list[tuple[int, ...]]] = []
 
-    def note(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+    def record(_module: torch.nn.Module, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
         if torch.is_grad_enabled():
             passes.append([tuple(t for t in row if t) for row in kwargs["input_ids"].tolist()])  # 0 is the padding
 
-    handle = learner.policy.model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = learner.policy.model.register_forward_pre_hook(record, with_kwargs=True)
     learner.update(samples, 1, len(samples))
     handle.remove()
     return passes
@@ -441,13 +444,13 @@ def no_values(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 
 def build_learner(critic: ValueNetwork | None = None, **options: Any) -> TorchLearner:
-    """A learner with a policy of its own that never moves."""
+    """A learner with a new policy and learning rate 0."""
     config = LearnerConfig(lr=0.0, **options)
     return TorchLearner(fresh_policy(), None, critic, config, None, temperature=1.0, total_updates=10, seed=0)
 
 
-def test_trap_8_a_short_batch_is_trained_as_it_is() -> None:
-    """Five rollouts, two a minibatch: three updates an epoch, each rollout once, nothing dropped, nothing twice."""
+def test_an_incomplete_minibatch_is_trained() -> None:
+    """Five rollouts in minibatches of two: three updates per epoch, in which every rollout is trained once."""
     texts = [RIGHT, WRONG, CUT_OFF, FIRST + "</s>", FIRST + SECOND + "</s>"]
     samples, _ = rloo_credit()([group_of([completion(text) for text in texts])], 1)
     learner = build_learner(minibatch_size=2, epochs=2)
@@ -460,21 +463,21 @@ def test_trap_8_a_short_batch_is_trained_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 150, 100_000])
-def test_trap_12_the_denominator_is_the_number_of_response_tokens(micro_batch_tokens: int) -> None:
+def test_the_denominator_is_the_number_of_response_tokens(micro_batch_tokens: int) -> None:
     """At a ratio of 1 the loss is minus the mean token advantage: 2 * 4.25 - 6 - 22 over 3 * 31 + 40 tokens.
 
-    In every epoch again: a mask that some step writes into would count differently the second time.
+    Several epochs are tested too, so the test fails if training modifies the mask.
     """
-    samples, _ = vine_samples([four()], scripted(CONTINUATIONS))
+    samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
     for epochs in (1, 3):
         learner = build_learner(minibatch_size=4, epochs=epochs, micro_batch_tokens=micro_batch_tokens)
         assert learner.update(samples, 1, len(samples))["policy/loss"] == pytest.approx(19.5 / 133, abs=1e-6)
 
 
-def test_trap_12_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
-    samples, _ = vine_samples([four()], scripted(CONTINUATIONS))
+def test_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
+    samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
     batch = collate(samples)
-    found = []
+    results = []
     for extra in (0, 37):
         token_ids, mask, advantages = (
             torch.nn.functional.pad(row, (0, extra)) for row in (batch.token_ids, batch.loss_mask, batch.advantages)
@@ -483,12 +486,12 @@ def test_trap_12_extra_padding_changes_neither_the_loss_nor_its_gradient() -> No
         assert len(logprobs) == 133
         loss, _ = clipped_policy_loss(logprobs, logprobs.detach() + 0.1, advantages[mask], 0.2, 0.2)
         gradients = torch.autograd.grad(loss, list(policy().model.parameters()))
-        found.append((loss.item(), torch.cat([gradient.reshape(-1) for gradient in gradients])))
-    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-4)
+        results.append((loss.item(), torch.cat([gradient.reshape(-1) for gradient in gradients])))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-4)
 
 
-# --- credit from other responses ---
+# --- credit relative to other responses ---
 
 
 def group_with(rewards: Sequence[float]) -> RolloutGroup:
@@ -503,7 +506,7 @@ def group_with(rewards: Sequence[float]) -> RolloutGroup:
 
 
 def test_group_credit_by_hand() -> None:
-    """Every token of a response has the response's number; groups are apart; a group of equals counts as undecided."""
+    """All tokens of a response have the same advantage; groups are independent; equal rewards give advantages of 0."""
     groups = [group_with([1, 0, 0]), group_with([1, 1, 1])]
     by_rloo, metrics = rloo_credit()(groups, 1)
     assert [response_part(s) for s in by_rloo[:3]] == [[1.0] * 2, [-0.5] * 3, [-0.5] * 4]
@@ -518,7 +521,7 @@ def test_group_credit_by_hand() -> None:
 
 
 def test_reinforce_by_hand() -> None:
-    """Against all others of the iteration, whichever problem they answer: 1 - 1/3 and 0 - 2/3."""
+    """The baseline is the mean of all other rollouts of the iteration, for any problem: 1 - 1/3 and 0 - 2/3."""
     samples, _ = reinforce_credit()([group_with([1, 0]), group_with([1, 0])], 1)
     assert [response_part(s) for s in samples] == [
         pytest.approx([2 / 3] * 2),
@@ -530,14 +533,14 @@ def test_reinforce_by_hand() -> None:
 
 @pytest.mark.parametrize("algorithm", BUILT_IN)
 def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -> None:
-    forms: dict[str, dict[str, Any]] = {
+    settings_by_algorithm: dict[str, dict[str, Any]] = {
         "vineppo": {"reuse": False, "num_mc_rollouts": K},
         "grpo": {"scale_by_std": False},
     }
-    settings = forms.get(algorithm, {})
+    settings = settings_by_algorithm.get(algorithm, {})
     values = build_learner(ValueNetwork(policy(), seed=0)).predict_values if algorithm == "ppo" else no_values
     credit = credit_of(algorithm, settings, scripted(CONTINUATIONS), chain(), values)
-    group = four()
+    group = group_of_four()
     samples, _ = credit([group], 1)
     assert [s.token_ids for s in samples] == [r.prompt_ids + r.response_ids for r in group.rollouts]
     for sample in samples:
@@ -560,7 +563,7 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
 
 def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
     predict_values = build_learner(ValueNetwork(policy(), seed=0)).predict_values
-    group = four()
+    group = group_of_four()
     samples, metrics = credit_of("ppo", {"gae_lambda": 1.0}, scripted({}), chain(), predict_values)([group], 1)
     predicted = predict_values(group.rollouts)
     prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
@@ -575,19 +578,19 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
 
 
 def test_a_value_is_of_the_state_before_its_token() -> None:
-    """Another t-th token changes the values behind it, and neither its own nor any before it."""
+    """Changing token t changes the values before later tokens, but not the value before token t or earlier values."""
     learner = build_learner(ValueNetwork(policy(), seed=0))
-    rollout = four().rollouts[0]
+    rollout = group_of_four().rollouts[0]
     for t in (0, 5, 29):
         changed = (*rollout.response_ids[:t], ids("9")[0], *rollout.response_ids[t + 1 :])
-        one, other = learner.predict_values([rollout, replace(rollout, response_ids=changed)])
-        differ = [abs(a - b) > 1e-6 for a, b in zip(one, other, strict=True)]
+        original_values, changed_values = learner.predict_values([rollout, replace(rollout, response_ids=changed)])
+        differ = [abs(a - b) > 1e-6 for a, b in zip(original_values, changed_values, strict=True)]
         assert differ == [False] * (t + 1) + [True] * (31 - t - 1)
 
 
 def test_predicted_values_do_not_depend_on_micro_batches() -> None:
     critic = ValueNetwork(policy(), seed=0)
-    rollouts = four().rollouts
+    rollouts = group_of_four().rollouts
     whole = build_learner(critic, micro_batch_tokens=100_000).predict_values(rollouts)
     assert [len(row) for row in whole] == [31, 31, 31, 40]
     for tokens in (1, 130):
@@ -607,7 +610,7 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance([0.0, 1.0], [0, 1]) == 1
     assert explained_variance([0.3, 0.3], [0, 1]) == 0
     assert explained_variance([0.25, 0.75], [0, 1]) == 0.75  # errors -.25 and .25 against a variance of .25
-    assert explained_variance([5.0, 6.0], [0, 1]) == 1  # about the mean: a constant offset is not its matter
+    assert explained_variance([5.0, 6.0], [0, 1]) == 1  # a constant offset does not count
     assert explained_variance([1.0, 0.0], [0, 1]) == -3
     assert math.isnan(explained_variance([0.1, 0.2], [1, 1]))
 
@@ -623,24 +626,24 @@ class Finite(ChainTask):
 
 
 def test_a_finite_task_is_drawn_in_shuffled_passes() -> None:
-    """Every seven draws in a row, from the first, hold each problem once; the order differs from pass to pass."""
+    """Draws 1 to 7, 8 to 14, ... contain each problem once, in a different order in each pass."""
     task = Finite("judgement", 3)
     drawn = [p.id for iteration in range(1, 8) for p in draw_problems(task, seed=3, iteration=iteration, count=4)]
     passes = [drawn[i : i + 7] for i in range(0, 28, 7)]
     assert all(sorted(one) == [f"train/{i}" for i in range(7)] for one in passes)
     assert len({tuple(one) for one in passes}) == 4
-    again = draw_problems(task, seed=3, iteration=5, count=4)  # an iteration needs no history
-    assert [p.id for p in again] == drawn[16:20]
+    fifth = draw_problems(task, seed=3, iteration=5, count=4)  # independent of earlier iterations
+    assert [p.id for p in fifth] == drawn[16:20]
     assert [p.id for p in draw_problems(task, seed=4, iteration=1, count=7)] != passes[0]
 
 
-def test_an_endless_task_is_drawn_fresh() -> None:
+def test_an_infinite_task_gives_new_problems_in_every_iteration() -> None:
     task = ChainTask("judgement", 6)
     drawn = [p.prompt for iteration in range(1, 9) for p in draw_problems(task, seed=0, iteration=iteration, count=8)]
     assert len(set(drawn)) == 64
 
 
-def test_a_prompt_without_room_for_its_response_is_refused_with_the_numbers() -> None:
+def test_a_prompt_that_leaves_too_few_tokens_for_the_response_is_refused() -> None:
     with pytest.raises(UserError, match=r"train/0 has 25 tokens; with rollouts.max_new_tokens 490 .* context of 512"):
         sample_groups(
             [PROBLEM],

@@ -1,9 +1,9 @@
-"""Truth 1, the ground-truth world: values and gradients against exact ones, with the real model, sampler, grading,
-credit and loss (tests/world.py).
+"""Values and gradients compared with exact ones in the enumerable world (tests/world.py).
 
-A credit function is right when the expectation of sum_t A_t grad log pi(a_t) is the gradient of the expected reward.
-The expectation is taken by enumerating every response, or every tuple of responses, with its probability; where
-Monte-Carlo values are random too, by a z-test with fixed seeds.
+Model, sampler, grading, credit and loss are those of the package. A credit function is correct if the expectation of
+sum_t A_t grad log pi(a_t) is the gradient of the expected reward. The expectation is computed by enumerating all
+responses, or all tuples of responses, with their probabilities. If Monte-Carlo values are random too, the mean over
+many iterations is tested with a z-test and fixed seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vineppo.types import Completion, CreditFn, Rollout, RolloutGroup, SampleReq
 from vineppo.values import MonteCarlo, State, Value, ValueCost
 
 ABSOLUTE = 1e-6
-"""Largest error of an expected gradient's component; the components themselves reach 0.1 to 1."""
+"""Largest accepted error of a component of an expected gradient; the largest components are 0.1 to 1."""
 SIGMAS = 4.5
 
 
@@ -53,7 +53,7 @@ def policy() -> Policy:
 
 @dataclass(frozen=True)
 class ExactValues:
-    """Stands where `values.MonteCarlo` stands, with the exact value of each state, or with a wrong one."""
+    """A value estimator that returns exact values, or values with a fixed pseudo-random error."""
 
     world: World
     error: float = 0.0
@@ -65,7 +65,7 @@ class ExactValues:
 
 @dataclass(frozen=True)
 class TableCritic:
-    """Stands where `Learner.predict_values` stands, with the exact value of each state, or with a wrong one."""
+    """A replacement for `Learner.predict_values` with exact values, or values with a fixed pseudo-random error."""
 
     world: World
     error: float = 0.0
@@ -78,7 +78,7 @@ class TableCritic:
 
 
 def value_with_error(world: World, response_ids: tuple[int, ...], error: float) -> float:
-    """V of the state, and a fixed pseudo-random error of up to `error`."""
+    """V of the state plus a fixed pseudo-random error of at most `error`."""
     return world.value(response_ids) + error * (derive_seed("error", *response_ids) / 2**63)
 
 
@@ -91,19 +91,19 @@ def ppo(critic: TableCritic, gae_lambda: float) -> CreditFn:
 
 
 def expected_gradient(world: World, credit: CreditFn, iteration: int = 0) -> torch.Tensor:
-    """Of a credit function that looks at one rollout at a time: over every response with its probability."""
+    """Expected gradient of a credit function that treats rollouts separately, by enumeration of all responses."""
     samples, _ = credit([world.group()], iteration)
     return policy_gradient(world.policy, world.temperature, zip(world.probabilities, samples, strict=True))
 
 
-def largest_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return (found - exact).abs().max().item()
+def largest_error(gradient: torch.Tensor, exact: torch.Tensor) -> float:
+    return (gradient - exact).abs().max().item()
 
 
 # --- the world itself ---
 
 
-def test_the_world_is_whole_and_its_truth_is_not_trivial() -> None:
+def test_the_world_is_complete_and_its_values_are_not_trivial() -> None:
     w = world(4)
     assert len(w.responses) == 1 + 4 + 16 + 64 + 256 and len(w.states) == 1 + 4 + 16 + 64
     assert sum(w.probabilities) == pytest.approx(1, abs=1e-9)
@@ -115,19 +115,19 @@ def test_the_world_is_whole_and_its_truth_is_not_trivial() -> None:
 
 
 def test_values_obey_the_bellman_equation() -> None:
-    """V(s) is the mean of what the next token leads to: the reward at EOS, 0 at the limit, else the next state's V."""
+    """V(s) is the mean over next tokens of the reward (EOS), 0 (length limit) or the value of the next state."""
     w = world(3)
     ends = {o.rollout.response_ids: o.rollout.reward for o in w.outcomes}
     for state in w.states:
         logits = policy().model(input_ids=torch.tensor([w.prompt_ids + state]), use_cache=False).logits[0, -1]
         probabilities = (logits.double() / w.temperature).softmax(-1).tolist()
         nexts = [(*state, token) for token in range(5)]
-        following = [ends[s] if s in ends else w.value(s) for s in nexts]
-        expected = sum(p * v for p, v in zip(probabilities, following, strict=True))
+        next_values = [ends[s] if s in ends else w.value(s) for s in nexts]
+        expected = sum(p * v for p, v in zip(probabilities, next_values, strict=True))
         assert w.value(state) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_truncated_response_has_reward_0_though_its_text_would_have_one() -> None:
+def test_a_truncated_response_has_reward_0_although_the_task_would_reward_its_text() -> None:
     w = world(4)
     cut_off = [o for o in w.outcomes if o.rollout.finish_reason == "length"]
     texts = [o.rollout.text for o in cut_off]
@@ -136,21 +136,21 @@ def test_a_truncated_response_has_reward_0_though_its_text_would_have_one() -> N
     assert {o.rollout.reward for o in cut_off} == {0.0}
 
 
-def test_the_trainer_gives_the_worlds_logprobs() -> None:
+def test_logprobs_of_the_trainer_are_those_of_the_world() -> None:
     w = world(4)
     samples, _ = vine(ExactValues(w), "tokens:1")([w.group()], 0)
     for sample in samples:
         ids, mask = torch.tensor([sample.token_ids]), torch.tensor([sample.loss_mask]).bool()
-        found, _ = token_logprobs(policy().model, ids, mask, w.temperature)
+        logprobs, _ = token_logprobs(policy().model, ids, mask, w.temperature)
         expected = torch.tensor(sample.sampler_logprobs)[len(w.prompt_ids) :]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
 
 
 # --- sampling and Monte-Carlo values ---
 
 
-def test_the_sampler_draws_every_response_as_often_as_its_probability_says() -> None:
-    """Pearson's chi-square over all 85 responses; its standard deviation is sqrt(2 * 84)."""
+def test_sampled_responses_have_the_frequencies_of_their_probabilities() -> None:
+    """Pearson's chi-square test over all 85 responses; the statistic's standard deviation is sqrt(2 * 84)."""
     w, n = world(3), 20_000
     request = SampleRequest(w.prompt_ids, n, w.max_new_tokens, seed=11, temperature=w.temperature)
     counts = Counter(completion.token_ids for completion in w.sampler().sample([request])[0])
@@ -158,14 +158,14 @@ def test_the_sampler_draws_every_response_as_often_as_its_probability_says() -> 
     common = [o for o in w.outcomes if n * o.probability >= 5]
     rare = n * (1 - sum(o.probability for o in common))
     expected = [n * o.probability for o in common] + [rare]
-    seen = [counts[o.rollout.response_ids] for o in common]
-    seen.append(n - sum(seen))
-    chi_square = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
+    observed = [counts[o.rollout.response_ids] for o in common]
+    observed.append(n - sum(observed))
+    chi_square = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
     degrees = len(common)
     assert len(common) > 40 and abs(chi_square - degrees) < SIGMAS * math.sqrt(2 * degrees)
 
 
-def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
+def test_sampled_rollouts_have_the_rewards_and_logprobs_of_the_world() -> None:
     w = world(4)
     truth = {o.rollout.response_ids: o.rollout for o in w.outcomes}
     (group,) = sample_groups(
@@ -186,22 +186,24 @@ def test_rollouts_carry_the_worlds_rewards_and_logprobs() -> None:
 
 
 def monte_carlo_errors(w: World, num_mc_rollouts: int, iterations: int) -> np.ndarray:
-    """Estimate minus truth of every state in every iteration, shape (iterations, states)."""
+    """Estimate minus exact value of every state in every iteration, shape (iterations, states)."""
     monte_carlo = w.monte_carlo(num_mc_rollouts)
     states = [State(w.problem, w.prompt_ids, state) for state in w.states]
     truth = np.array([w.value(state) for state in w.states])
-    found = []
+    means = []
     for iteration in range(iterations):
         values, cost = monte_carlo.evaluate(states, iteration)
         assert {value.num_mc_rollouts for value in values} == {num_mc_rollouts}
         assert cost.mc_rollouts == num_mc_rollouts * len(states)
-        found.append([value.mean for value in values])
-    return np.array(found) - truth
+        means.append([value.mean for value in values])
+    return np.array(means) - truth
 
 
 @pytest.mark.parametrize("num_mc_rollouts", [1, 4])
 def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
-    """The sum over states of z^2 is chi-square: too large is a bias, too small a dependence between iterations."""
+    """The sum of z^2 over states has a chi-square distribution: too large values show a bias, too small ones a
+    dependence between iterations.
+    """
     w, iterations = world(4), 100
     errors = monte_carlo_errors(w, num_mc_rollouts, iterations).mean(0)
     variances = np.array([w.moments[state][1] for state in w.states])
@@ -212,10 +214,10 @@ def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
 
 
 def test_the_error_falls_as_one_over_sqrt_k() -> None:
-    """16 times the continuations, a quarter of the error.
+    """With 16 times as many continuations the error is a quarter.
 
-    With 85 states x 20 iterations a root mean square is known to about 2%, and the ratio to 3%; both sizes must also be
-    those that the exact variances say.
+    With 85 states and 20 iterations the standard error of the root mean square is about 2%, and that of the ratio 3%.
+    Both errors must also agree with the exact variances.
     """
     w = world(4)
     variance = np.mean([w.moments[state][1] for state in w.states])
@@ -225,8 +227,8 @@ def test_the_error_falls_as_one_over_sqrt_k() -> None:
         assert error == pytest.approx(math.sqrt(variance / K), rel=0.08)
 
 
-def test_a_full_budget_for_late_states_would_be_seen() -> None:
-    """Trap 2: the values of a longer problem differ from ours by far more than the tests above allow."""
+def test_values_with_a_wrong_budget_are_detectably_wrong() -> None:
+    """If continuations got the full budget, values would differ by far more than the tests above accept."""
     short, long = world(3), world(4)
     prefix = max(short.states, key=lambda state: long.value(state) - short.value(state))
     state = State(short.problem, short.prompt_ids, prefix)
@@ -241,26 +243,26 @@ def test_a_full_budget_for_late_states_would_be_seen() -> None:
 
 
 @pytest.mark.parametrize("max_new_tokens", [3, 4])
-@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9", "tests.world:cut_behind_a"])
+@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3", "tokens:9", "tests.world:cut_after_a"])
 def test_vineppo_with_exact_values_has_the_exact_gradient(splitter: str, max_new_tokens: int) -> None:
     w = world(max_new_tokens)
-    found = expected_gradient(w, vine(ExactValues(w), splitter))
-    assert largest_error(found, w.exact_gradient()) < ABSOLUTE
+    gradient = expected_gradient(w, vine(ExactValues(w), splitter))
+    assert largest_error(gradient, w.exact_gradient()) < ABSOLUTE
 
 
-def test_two_problems_have_two_gradients() -> None:
-    """The worlds of two problems differ, and each is met; a mix-up of problems would be seen."""
+def test_the_gradient_of_a_second_problem_is_exact_too() -> None:
+    """The exact gradients of two problems differ, so the test fails if problems are mixed up."""
     first, second = world(4, 0), world(4, 1)
     assert largest_error(first.exact_gradient(), second.exact_gradient()) > 0.1
-    found = expected_gradient(second, vine(ExactValues(second), "tokens:1"))
-    assert largest_error(found, second.exact_gradient()) < ABSOLUTE
+    gradient = expected_gradient(second, vine(ExactValues(second), "tokens:1"))
+    assert largest_error(gradient, second.exact_gradient()) < ABSOLUTE
 
 
 def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
-    """The limit of the claim: a cut must be decided by the tokens before it.
+    """The gradient is exact only if each cut is decided by the tokens before it.
 
-    `max_states` spreads its cuts by the response's length, and a cut that is left out before an ending (the newline
-    splitter's rule for answer lines and for EOS) looks one token ahead. Both bend the gradient, neither turns it.
+    `max_states` places cuts by the length of the response. A splitter that makes no cut before EOS or before an answer
+    line (like `newline`) depends on the next token. Both change the gradient, but hardly its direction.
     """
     w = world(4)
     exact = w.exact_gradient()
@@ -269,21 +271,21 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
         return (*(i for i in range(1, len(tokens)) if tokens[i]), len(tokens))
 
     values = cast(MonteCarlo, ExactValues(w))
-    ahead = vine_credit(values, skips_the_cut_before_eos, policy().codec.token_texts, max_states=0)
-    for credit in (vine(ExactValues(w), "tokens:1", max_states=2), ahead):
-        found = expected_gradient(w, credit)
-        assert largest_error(found, exact) > 0.01
-        assert (found @ exact) / (found.norm() * exact.norm()) > 0.95
+    looks_ahead = vine_credit(values, skips_the_cut_before_eos, policy().codec.token_texts, max_states=0)
+    for credit in (vine(ExactValues(w), "tokens:1", max_states=2), looks_ahead):
+        gradient = expected_gradient(w, credit)
+        assert largest_error(gradient, exact) > 0.01
+        assert (gradient @ exact) / (gradient.norm() * exact.norm()) > 0.95
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
 def test_ppo_with_exact_values_has_the_exact_gradient_at_any_lambda(gae_lambda: float) -> None:
     w = world(4)
-    found = expected_gradient(w, ppo(TableCritic(w), gae_lambda))
-    assert largest_error(found, w.exact_gradient()) < ABSOLUTE
+    gradient = expected_gradient(w, ppo(TableCritic(w), gae_lambda))
+    assert largest_error(gradient, w.exact_gradient()) < ABSOLUTE
 
 
-def test_wrong_values_are_a_harmless_baseline_at_lambda_1_and_a_bias_at_lambda_0() -> None:
+def test_wrong_values_cause_no_bias_at_lambda_1_and_a_bias_at_lambda_0() -> None:
     w = world(4)
     exact = w.exact_gradient()
     assert largest_error(expected_gradient(w, ppo(TableCritic(w, error=0.5), 1.0)), exact) < ABSOLUTE
@@ -291,23 +293,23 @@ def test_wrong_values_are_a_harmless_baseline_at_lambda_1_and_a_bias_at_lambda_0
     assert largest_error(expected_gradient(w, vine(ExactValues(w, error=0.5), "tokens:1")), exact) > 0.01
 
 
-def test_one_step_credit_is_that_of_gae_at_lambda_0() -> None:
-    """VinePPO with a step per token and PPO with lambda 0 write the same numbers from the same values."""
+def test_vineppo_with_a_step_per_token_is_gae_at_lambda_0() -> None:
+    """Both give the same advantages if they use the same values."""
     w = world(4)
     by_vine, _ = vine(ExactValues(w), "tokens:1")([w.group()], 0)
     by_ppo, _ = ppo(TableCritic(w), 0.0)([w.group()], 0)
-    for one, other in zip(by_vine, by_ppo, strict=True):
-        assert one.advantages == pytest.approx(other.advantages, abs=1e-12)
+    for vine_sample, ppo_sample in zip(by_vine, by_ppo, strict=True):
+        assert vine_sample.advantages == pytest.approx(ppo_sample.advantages, abs=1e-12)
 
 
-# --- the expected gradient: credit from other responses ---
+# --- the expected gradient: credit relative to other responses ---
 
 
 def group_gradient(worlds: Sequence[World], credit: CreditFn, *, one_group: bool) -> torch.Tensor:
-    """Expected gradient over every tuple of responses, one from each world, with its probability.
+    """Expected gradient by enumeration of all tuples of responses, one from each world.
 
     Args:
-        one_group: the worlds are the same one and the tuple is a group; otherwise each response is a group of its own.
+        one_group: if true, the worlds are identical and a tuple is one group; otherwise each response is one group.
     """
 
     def weighted() -> Iterable[tuple[float, TrainingSample]]:
@@ -322,7 +324,7 @@ def group_gradient(worlds: Sequence[World], credit: CreditFn, *, one_group: bool
 
 
 @pytest.mark.parametrize(("group_size", "max_new_tokens"), [(2, 3), (3, 2)])
-def test_rloo_is_exact_and_grpo_without_std_is_shrunk_by_its_own_reward(group_size: int, max_new_tokens: int) -> None:
+def test_rloo_is_exact_and_grpo_without_std_is_too_small(group_size: int, max_new_tokens: int) -> None:
     w = world(max_new_tokens)
     exact = group_size * w.exact_gradient()
     by_rloo = group_gradient([w] * group_size, rloo_credit(), one_group=True)
@@ -334,22 +336,22 @@ def test_rloo_is_exact_and_grpo_without_std_is_shrunk_by_its_own_reward(group_si
 
 def test_reinforce_is_exact_for_an_iteration_of_two_problems() -> None:
     worlds = [world(3, 0), world(3, 1)]
-    found = group_gradient(worlds, reinforce_credit(), one_group=False)
-    assert largest_error(found, worlds[0].exact_gradient() + worlds[1].exact_gradient()) < 2 * ABSOLUTE
+    gradient = group_gradient(worlds, reinforce_credit(), one_group=False)
+    assert largest_error(gradient, worlds[0].exact_gradient() + worlds[1].exact_gradient()) < 2 * ABSOLUTE
 
 
 # --- the expected gradient with Monte-Carlo values ---
 
 
 class EverythingFinished(WrappedSampler):
-    """A sampler that calls cut-off completions finished, so that they are graded."""
+    """A sampler whose truncated completions have the finish reason "stop", so that they are graded."""
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
 
 def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[float]:
-    """Distance of the mean from the truth in standard errors, along the true gradient and eight fixed directions."""
+    """Error of the mean gradient in standard errors, along the exact gradient and eight fixed directions."""
     random = torch.randn(8, len(exact), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     directions = torch.cat([exact[None], random])
     errors = (torch.stack(list(gradients)) - exact) @ directions.T  # (iterations, 9)
@@ -358,23 +360,23 @@ def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[flo
 
 @pytest.mark.parametrize(("num_mc_rollouts", "splitter"), [(1, "tokens:1"), (2, "tokens:2")])
 def test_vineppo_with_few_continuations_is_unbiased(num_mc_rollouts: int, splitter: str) -> None:
-    """Responses are enumerated, values are sampled: K buys variance only."""
+    """Responses are enumerated and values are sampled, so K affects only the variance."""
     w = world(3)
     credit = vine(w.monte_carlo(num_mc_rollouts), splitter)
     gradients = [expected_gradient(w, credit, iteration) for iteration in range(100)]
     assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS
 
 
-def test_one_wrong_rule_shows_as_a_bias() -> None:
-    """The test above can fail: continuations that were cut off, graded all the same."""
+def test_grading_truncated_continuations_causes_a_bias() -> None:
+    """The previous test fails if truncated continuations are graded."""
     w = world(3)
     credit = vine(replace(w.monte_carlo(1), sampler=EverythingFinished(w.sampler())), "tokens:1")
     gradients = [expected_gradient(w, credit, iteration) for iteration in range(50)]
     assert max(map(abs, z_scores(gradients, w.exact_gradient()))) > 3 * SIGMAS
 
 
-def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
-    """Sampled groups, shared Monte-Carlo values with K = 2, the loss: their mean is the exact gradient."""
+def test_sampling_credit_and_loss_together_are_unbiased() -> None:
+    """The mean gradient of sampled groups, with Monte-Carlo values for K = 2, is the exact gradient."""
     w, group_size = world(3), 8
     credit = vine(w.monte_carlo(2), "tokens:1")
     gradients = []
@@ -395,7 +397,7 @@ def test_the_whole_chain_from_sampling_to_loss_is_unbiased() -> None:
 
 
 def test_more_continuations_have_less_variance() -> None:
-    """Every source of variance left is Monte-Carlo's, so K = 8 has an eighth of the variance of K = 1."""
+    """Only the values are random, so the variance for K = 8 is an eighth of that for K = 1."""
     w = world(3)
     variance = {}
     for K in (1, 8):

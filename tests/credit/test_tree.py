@@ -1,10 +1,11 @@
-"""A tree of two levels as an example of an algorithm whose training samples are not its rollouts.
+"""A tree of two levels: an example of an algorithm whose training samples are not its rollouts.
 
-P prefixes are sampled for a problem, then n continuations of each. The group has P * n rollouts, n neighbours share a
-prefix. The prefix's credit is the mean reward of its leaves minus that of the leaves of the *other* prefixes; a leaf's
-is its reward minus the mean of its n - 1 siblings. Both baselines are independent of the tokens that they judge, so the
-expected gradient is the policy gradient. The tree is written down in two ways: one sample per edge, where a prefix has
-weight n, or one sample per leaf with all its tokens. Both go through the real learner.
+P prefixes are sampled for a problem, and n continuations of each prefix. The group has P * n rollouts, of which n
+neighbouring ones share a prefix. The credit of a prefix is the mean reward of its leaves minus that of the leaves of
+the *other* prefixes. The credit of a leaf is its reward minus the mean reward of its n - 1 siblings. Each baseline is
+independent of the tokens whose credit it is part of, so the expected gradient is the policy gradient. The samples have
+two equivalent forms: one sample per edge, in which prefix tokens have the weight n, or one sample per leaf with all its
+tokens. The tests use the learner of the package for both.
 """
 
 from __future__ import annotations
@@ -37,21 +38,23 @@ SIGMAS = 4.5
 
 @dataclass(frozen=True)
 class Tree:
-    """The algorithm's settings, and mistakes that one could make in it."""
+    """Settings of the algorithm, and options that introduce mistakes."""
 
     num_leaves: int = 2
-    """n: continuations of a prefix."""
+    """n: number of continuations of a prefix."""
     prefix_tokens: int = 1
     """Length of a prefix; a response that ends within it is a prefix with n equal leaves."""
     as_edges: bool = True
     prefix_weight: float | None = None
-    """None is n, which is right."""
-    own_leaves_in_baseline: bool = False
-    own_reward_in_baseline: bool = False
+    """None: the correct weight n."""
+    biased_prefix_baseline: bool = False
+    """Include the prefix's leaves in the baseline of the prefix."""
+    biased_leaf_baseline: bool = False
+    """Include the leaf's reward in the baseline of the leaf."""
 
 
 def tree_credit(tree: Tree) -> CreditFn:
-    """The credit function."""
+    """Build the credit function."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         samples: list[TrainingSample] = []
@@ -60,7 +63,7 @@ def tree_credit(tree: Tree) -> CreditFn:
             families = [group.rollouts[i : i + n] for i in range(0, len(group.rollouts), n)]
             means = [fmean(rollout.reward for rollout in family) for family in families]
             for number, family in enumerate(families):
-                others = means if tree.own_leaves_in_baseline else means[:number] + means[number + 1 :]
+                others = means if tree.biased_prefix_baseline else means[:number] + means[number + 1 :]
                 samples += family_samples(tree, family, means[number] - fmean(others))
         return samples, {}
 
@@ -68,7 +71,7 @@ def tree_credit(tree: Tree) -> CreditFn:
 
 
 def family_samples(tree: Tree, family: Sequence[Rollout], prefix_advantage: float) -> Iterator[TrainingSample]:
-    """Of the leaves of one prefix."""
+    """Training samples of the leaves of one prefix."""
     n, d = tree.num_leaves, min(tree.prefix_tokens, len(family[0].response_ids))
     weight = n if tree.prefix_weight is None else tree.prefix_weight
     prefix = replace(
@@ -79,7 +82,7 @@ def family_samples(tree: Tree, family: Sequence[Rollout], prefix_advantage: floa
         yield replace(sample, rollout=family[0] if prefix == family[0] else None)
     for leaf in family:
         tokens = len(leaf.response_ids) - d
-        siblings = fmean(r.reward for r in family if r is not leaf or tree.own_reward_in_baseline)
+        siblings = fmean(r.reward for r in family if r is not leaf or tree.biased_leaf_baseline)
         advantages = [prefix_advantage] * d + [leaf.reward - siblings] * tokens
         if not tree.as_edges:
             yield training_sample(leaf, advantages)
@@ -93,7 +96,7 @@ def world(max_new_tokens: int) -> World:
 
 
 def build_learner(w: World, policy: Policy | None = None, reference: bool = False, **options: Any) -> TorchLearner:
-    """A learner whose minibatch is everything; it does not move the policy unless it gets a learning rate."""
+    """A learner with one minibatch. The learning rate is 0 by default, so the policy does not change."""
     config = LearnerConfig(**{"lr": 0.0, "epochs": 1, "minibatch_size": 1 << 20, "max_grad_norm": 0.0, **options})
     start = Reference(build_policy(seed=3)) if reference else None
     return TorchLearner(
@@ -102,41 +105,42 @@ def build_learner(w: World, policy: Policy | None = None, reference: bool = Fals
 
 
 def summed_gradient(w: World, samples: Sequence[TrainingSample], num_rollouts: int) -> torch.Tensor:
-    """Sum over tokens of weight * A_t * grad log pi(a_t): the learner's gradient times what it divided by."""
+    """Sum over tokens of weight * A_t * grad log pi(a_t): the learner's gradient times its denominator."""
     gradient, _ = update_with_gradient(build_learner(w), samples, num_rollouts)
     return -gradient * sum(sum(sample.trained_weights) for sample in samples)
 
 
-# --- exact: every tree that can be sampled, with its probability ---
+# --- exact expectations: all trees that can be sampled, with their probabilities ---
 
 
 def families(w: World, tree: Tree) -> list[tuple[float, tuple[Rollout, ...]]]:
-    """Every prefix with every tuple of its continuations, and the probability of both."""
+    """(probability, leaves) for every prefix and every tuple of its continuations."""
     by_prefix: dict[tuple[int, ...], list[tuple[float, Rollout]]] = defaultdict(list)
     for outcome in w.outcomes:
         by_prefix[outcome.rollout.response_ids[: tree.prefix_tokens]].append((outcome.probability, outcome.rollout))
-    found = []
+    result = []
     for leaves in by_prefix.values():
-        reached = sum(probability for probability, _ in leaves)
-        if len(leaves) == 1:  # the response ended within the prefix
-            found.append((reached, copies([leaves[0][1]] * tree.num_leaves)))
+        prefix_probability = sum(probability for probability, _ in leaves)
+        if len(leaves) == 1:  # the response ends within the prefix
+            result.append((prefix_probability, copies([leaves[0][1]] * tree.num_leaves)))
             continue
-        for chosen in itertools.product(leaves, repeat=tree.num_leaves):
-            probability = reached * math.prod(p / reached for p, _ in chosen)
-            found.append((probability, copies([rollout for _, rollout in chosen])))
-    return found
+        for family in itertools.product(leaves, repeat=tree.num_leaves):
+            probability = prefix_probability * math.prod(p / prefix_probability for p, _ in family)
+            result.append((probability, copies([rollout for _, rollout in family])))
+    return result
 
 
 def copies(rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
-    """An object for each, as a sampler makes them."""
+    """One new object per rollout, as in sampled groups."""
     return tuple(replace(rollout) for rollout in rollouts)
 
 
 def expected_gradient(w: World, tree: Tree) -> torch.Tensor:
-    """Over every pair of families, P = 2, per rollout.
+    """Expected gradient per rollout over all pairs of families (P = 2).
 
-    The samples of all trees go into one update: a token's weight is multiplied by its tree's probability, and samples
-    of the same tokens are added up. While the ratio is 1 the gradient is linear in weight * advantage.
+    The samples of all trees are trained in one update: the weight of a token is multiplied by the probability of its
+    tree, and samples with the same tokens are added up. This is exact because at a ratio of 1 the gradient is linear in
+    weight * advantage.
     """
     credit = tree_credit(tree)
     samples: dict[tuple[int, ...], TrainingSample] = {}
@@ -144,8 +148,8 @@ def expected_gradient(w: World, tree: Tree) -> torch.Tensor:
     for (p, one), (q, other) in itertools.product(families(w, tree), repeat=2):
         for sample in credit([RolloutGroup(w.problem, one + other)], 0)[0]:
             weights = p * q * np.array(sample.weights or sample.loss_mask, dtype=float)
-            known = sums.get(sample.token_ids, 0.0)
-            sums[sample.token_ids] = known + np.stack([weights, weights * np.array(sample.advantages)])
+            previous = sums.get(sample.token_ids, 0.0)
+            sums[sample.token_ids] = previous + np.stack([weights, weights * np.array(sample.advantages)])
             samples[sample.token_ids] = sample
     merged = []
     for token_ids, (weights, credits) in sums.items():
@@ -155,55 +159,56 @@ def expected_gradient(w: World, tree: Tree) -> torch.Tensor:
     return summed_gradient(w, merged, 1) / (2 * tree.num_leaves)
 
 
-def test_the_families_are_all_that_can_be_sampled() -> None:
+def test_families_enumerates_everything_that_can_be_sampled() -> None:
     w, tree = world(2), Tree()
-    found = families(w, tree)
-    assert len(found) == 1 + 4 * 5**2 and sum(p for p, _ in found) == pytest.approx(1, abs=1e-9)
-    expected = sum(p * fmean(r.reward for r in family) for p, family in found)
+    enumerated = families(w, tree)
+    assert len(enumerated) == 1 + 4 * 5**2 and sum(p for p, _ in enumerated) == pytest.approx(1, abs=1e-9)
+    expected = sum(p * fmean(r.reward for r in family) for p, family in enumerated)
     assert expected == pytest.approx(w.value(()), abs=1e-9)
 
 
 @pytest.mark.parametrize("as_edges", [True, False])
 def test_the_expected_gradient_is_the_policy_gradient(as_edges: bool) -> None:
     w = world(2)
-    found = expected_gradient(w, Tree(as_edges=as_edges))
-    assert (found - w.exact_gradient()).abs().max() < ABSOLUTE
+    gradient = expected_gradient(w, Tree(as_edges=as_edges))
+    assert (gradient - w.exact_gradient()).abs().max() < ABSOLUTE
 
 
 WRONG = {
-    "a prefix counts once": Tree(prefix_weight=1.0),
-    "a prefix counts once too often": Tree(prefix_weight=3.0),
-    "its own leaves are in the prefix's baseline": Tree(own_leaves_in_baseline=True),
-    "its own reward is in the leaf's baseline": Tree(own_reward_in_baseline=True),
+    "prefix weight 1 instead of 2": Tree(prefix_weight=1.0),
+    "prefix weight 3 instead of 2": Tree(prefix_weight=3.0),
+    "the prefix's leaves are in its baseline": Tree(biased_prefix_baseline=True),
+    "the leaf's reward is in its baseline": Tree(biased_leaf_baseline=True),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG)
-def test_a_mistake_shows_as_a_bias(mistake: str) -> None:
+def test_a_mistake_causes_a_bias(mistake: str) -> None:
     w = world(2)
     assert (expected_gradient(w, WRONG[mistake]) - w.exact_gradient()).abs().max() > 0.01
 
 
-# --- sampled: a larger tree, both ways of writing it down ---
+# --- sampled trees of a larger world, in both forms ---
 
 LARGE = Tree(num_leaves=3, prefix_tokens=2)
 
 
 def sampled_group(w: World, tree: Tree, num_prefixes: int, seed: int) -> RolloutGroup:
-    """P prefixes with n leaves each, drawn with the exact probabilities."""
+    """A group of P prefixes with n leaves each, drawn with the exact probabilities."""
     rng = np.random.default_rng(seed)
     rollouts = [outcome.rollout for outcome in w.outcomes]
     probabilities = np.array(w.probabilities) / sum(w.probabilities)
     leaves: list[Rollout] = []
     for first in rng.choice(len(rollouts), num_prefixes, p=probabilities):
         prefix = rollouts[first].response_ids[: tree.prefix_tokens]
-        behind = np.array([r.response_ids[: tree.prefix_tokens] == prefix for r in rollouts]) * probabilities
-        leaves += copies([rollouts[i] for i in rng.choice(len(rollouts), tree.num_leaves, p=behind / behind.sum())])
+        matching = np.array([r.response_ids[: tree.prefix_tokens] == prefix for r in rollouts]) * probabilities
+        drawn = rng.choice(len(rollouts), tree.num_leaves, p=matching / matching.sum())
+        leaves += copies([rollouts[i] for i in drawn])
     return RolloutGroup(w.problem, tuple(leaves))
 
 
 def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[float]:
-    """Distance of the mean from the truth in standard errors, along the true gradient and eight fixed directions."""
+    """Error of the mean gradient in standard errors, along the exact gradient and eight fixed directions."""
     random = torch.randn(8, len(exact), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     errors = (torch.stack(list(gradients)) - exact) @ torch.cat([exact[None], random]).T  # (iterations, 9)
     return (errors.mean(0) / (errors.std(0) / math.sqrt(len(errors)))).tolist()
@@ -211,14 +216,14 @@ def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[flo
 
 def sampled_gradients(tree: Tree, iterations: int) -> list[torch.Tensor]:
     w, P = world(4), 4
-    found = []
+    gradients = []
     for seed in range(iterations):
         samples, _ = tree_credit(tree)([sampled_group(w, tree, P, seed)], seed)
-        found.append(summed_gradient(w, samples, P * tree.num_leaves) / (P * tree.num_leaves))
-    return found
+        gradients.append(summed_gradient(w, samples, P * tree.num_leaves) / (P * tree.num_leaves))
+    return gradients
 
 
-def test_sampled_trees_are_unbiased_and_wrong_weights_are_not() -> None:
+def test_sampled_trees_are_unbiased_and_wrong_weights_cause_a_bias() -> None:
     exact = world(4).exact_gradient()
     assert max(map(abs, z_scores(sampled_gradients(LARGE, 200), exact))) < SIGMAS
     assert max(map(abs, z_scores(sampled_gradients(replace(LARGE, prefix_weight=1.0), 200), exact))) > 2 * SIGMAS
@@ -232,34 +237,34 @@ def test_sampled_trees_are_unbiased_and_wrong_weights_are_not() -> None:
         {"advantage_scaling": "whiten", "micro_batch_tokens": 16},
     ],
 )
-def test_edges_and_leaves_have_one_gradient_and_the_same_metrics(options: dict[str, Any]) -> None:
+def test_both_forms_have_the_same_gradient_and_metrics(options: dict[str, Any]) -> None:
     w = world(4)
     for seed in range(3):
         group = sampled_group(w, LARGE, 4, seed)
-        found = []
+        results = []
         for tree in (LARGE, replace(LARGE, as_edges=False)):
             samples, _ = tree_credit(tree)([group], 1)
-            first, _ = update_with_gradient(build_learner(w, **options), samples, len(group.rollouts))
-            moving = build_learner(w, build_policy(), **{**options, "lr": 3e-3, "epochs": 4})
-            metrics = moving.update(samples, 1, len(group.rollouts))
-            found.append((len(samples), first, metrics))
-        (edges, gradient, metrics), (leaves, other, other_metrics) = found
-        assert leaves == 12 != edges and gradient.abs().max() > 0.01
-        assert (gradient - other).abs().max() < ABSOLUTE
-        assert metrics["policy/kl_old"] > 1e-5
-        assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
+            gradient, _ = update_with_gradient(build_learner(w, **options), samples, len(group.rollouts))
+            learner = build_learner(w, build_policy(), **{**options, "lr": 3e-3, "epochs": 4})
+            metrics = learner.update(samples, 1, len(group.rollouts))
+            results.append((len(samples), gradient, metrics))
+        (num_edges, edge_gradient, edge_metrics), (num_leaves, leaf_gradient, leaf_metrics) = results
+        assert num_leaves == 12 != num_edges and edge_gradient.abs().max() > 0.01
+        assert (edge_gradient - leaf_gradient).abs().max() < ABSOLUTE
+        assert edge_metrics["policy/kl_old"] > 1e-5
+        assert edge_metrics == pytest.approx(leaf_metrics, rel=1e-4, abs=1e-6)
 
 
-def test_numbers_of_a_small_tree_by_hand() -> None:
+def test_a_small_tree_by_hand() -> None:
     """Two prefixes with two leaves of two and three tokens: rewards 1, 0 and 1, 1.
 
-    The prefixes have 1/2 - 1 and 1 - 1/2, the leaves 1, -1, 0, 0. Of the weights, 4 are the prefixes', 1 + 2 + 2 + 1
-    the leaves': (2 * -1/2 + 2 * 1/2 + 1 * 1 - 2 * 1) / 10 is the mean advantage.
+    The advantages of the prefixes are 1/2 - 1 and 1 - 1/2, those of the leaves 1, -1, 0, 0. The weights are 2 + 2 for
+    the prefixes and 1 + 2 + 2 + 1 for the leaves, so the mean advantage is (2 * -1/2 + 2 * 1/2 + 1 * 1 - 2 * 1) / 10.
     """
     w = world(4)
-    truth = {outcome.rollout.response_ids: outcome.rollout for outcome in w.outcomes}
+    rollouts = {outcome.rollout.response_ids: outcome.rollout for outcome in w.outcomes}
     chosen = {(1, 0): 1.0, (1, 2, 0): 0.0, (3, 3, 0): 1.0, (3, 0): 1.0}
-    group = RolloutGroup(w.problem, tuple(replace(truth[ids], reward=reward) for ids, reward in chosen.items()))
+    group = RolloutGroup(w.problem, tuple(replace(rollouts[ids], reward=reward) for ids, reward in chosen.items()))
     for as_edges in (True, False):
         samples, _ = tree_credit(Tree(as_edges=as_edges))([group], 1)
         metrics = build_learner(w).update(samples, 1, 4)

@@ -1,4 +1,4 @@
-"""Rearranged weights: the same products to within the rounding of 16 bits, and a model left as it was."""
+"""Packed weights give the same products up to 16-bit rounding, and the model is unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.sampler import TorchSampler
 
 ROUNDING = 2.0**-8
-"""Of one bfloat16 number, relative."""
+"""Relative rounding error of a bfloat16 number."""
 
 pytestmark = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no 16-bit products in oneDNN"
@@ -23,7 +23,7 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied-multi-query", "qwen2", "gpt-neox"])
-def test_every_product_is_exact_but_for_the_rounding_of_its_result(family: str) -> None:
+def test_every_product_is_exact_except_for_rounding_of_the_result(family: str) -> None:
     model = build_policy(family).model.to(torch.bfloat16)
     layers = linears(model)
     assert len(layers) > 8
@@ -42,7 +42,7 @@ def test_every_product_is_exact_but_for_the_rounding_of_its_result(family: str) 
     assert all("forward" not in layer.__dict__ for layer in layers)
 
 
-def test_a_layer_that_somebody_has_changed_is_left_alone_and_all_come_back_after_an_error(
+def test_patched_layers_are_not_packed_and_all_layers_are_restored_after_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = build_policy().model.to(torch.bfloat16)
@@ -56,13 +56,13 @@ def test_a_layer_that_somebody_has_changed_is_left_alone_and_all_come_back_after
     assert all("forward" not in layer.__dict__ for layer in others)
 
 
-def test_float32_is_not_touched() -> None:
+def test_float32_layers_are_not_packed() -> None:
     model = build_policy().model
     with packed_weights(model):
         assert all("forward" not in layer.__dict__ for layer in linears(model))
 
 
-def test_trap_13_a_sampler_in_16_bits_uses_new_weights_at_once() -> None:
+def test_a_16_bit_sampler_uses_new_weights_at_once() -> None:
     policy = build_policy()
     policy.model.to(torch.bfloat16)
     requests = prompts_and_states()
@@ -77,7 +77,7 @@ def test_trap_13_a_sampler_in_16_bits_uses_new_weights_at_once() -> None:
     assert tokens(after) == tokens(TorchSampler(policy).sample(requests))
 
 
-def test_the_model_gives_gradients_again_after_sampling() -> None:
+def test_the_model_has_gradients_after_sampling() -> None:
     policy = build_policy()
     policy.model.to(torch.bfloat16)
     TorchSampler(policy).sample(prompts_and_states())

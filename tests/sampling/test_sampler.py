@@ -1,4 +1,4 @@
-"""The sampler: what it says of its tokens is what the trainer says, and each sample is a function of its address."""
+"""The PyTorch sampler: its log-probabilities are those of the trainer, and a sample depends only on its request."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vineppo.types import Completion, SampleRequest, UserError
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id
 SPECIAL = 3
-"""The first ids are special tokens; prompts are made of the others."""
+"""Number of special tokens, which have the first ids; prompts are made of the other tokens."""
 WINDOW = 7
 LENGTH = 30
-"""Prefix and budget together; four windows."""
+"""Number of tokens of prefix and budget together, about four windows."""
 
 LLAMA: dict[str, Any] = {
     "vocab_size": len(TOKENIZER),
@@ -51,7 +51,7 @@ GPT: dict[str, Any] = {
 ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = {**LLAMA, **ALTERNATING, "query_pre_attn_scalar": 8}
 
-# Name -> (model type, configuration); all go through the attention interface.
+# Models with tree support: name -> (model type, configuration).
 TREE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-multi-query": ("llama", {**LLAMA, "tie_word_embeddings": True, "num_key_value_heads": 1}),
@@ -63,7 +63,7 @@ TREE: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT),
     "gpt-neox": ("gpt_neox", LLAMA),
 }
-# What the tree cannot do: no attention interface, sinks, convolutions, chunks, a window that only the mask knows.
+# Models without tree support: no attention interface, sinks, convolutions, chunks, a window that is only in the mask.
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neo": (
         "gpt_neo",
@@ -95,7 +95,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build_policy(family: str = "llama", **changes: Any) -> Policy:
-    """A random small model of a family, with the chain task's tokenizer."""
+    """A small random model of a family, with the tokenizer of the chain task."""
     model_type, options = {**TREE, **PLAIN}[family]
     ends = {"pad_token_id": TOKENIZER.pad_token_id, "bos_token_id": None, "eos_token_id": EOS}
     config = AutoConfig.for_model(model_type, **{**options, **ends, **changes})
@@ -115,7 +115,7 @@ def random_ids(length: int, seed: int) -> tuple[int, ...]:
 
 
 def prompts_and_states(temperature: float = 1.0) -> list[SampleRequest]:
-    """Plain prompts, and states of two responses to one problem: prefixes of one another, and of a common prompt."""
+    """A prompt, and states of two responses to another problem, some of which are prefixes of each other."""
     first, second, other = random_ids(20, 0), random_ids(20, 1), random_ids(5, 2)
     prefixes = [first[:n] for n in (4, 9, 14, 20)] + [first[:4] + second[:n] for n in (3, 12)] + [other]
     return [
@@ -124,7 +124,7 @@ def prompts_and_states(temperature: float = 1.0) -> list[SampleRequest]:
 
 
 def trainer_logprobs(policy: Policy, prompt_ids: Sequence[int], completion: Completion, T: float) -> torch.Tensor:
-    """What the trainer says of a completion's tokens, the sequence by itself; shape (T,)."""
+    """Log-probabilities of a completion's tokens as computed by the trainer, shape (T,)."""
     token_ids = torch.tensor([[*prompt_ids, *completion.token_ids]])
     mask = torch.arange(token_ids.shape[1])[None] >= len(prompt_ids)
     with torch.no_grad():
@@ -150,7 +150,7 @@ def flatten(results: list[list[Completion]]) -> list[Completion]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("family", list(TREE))
-def test_truth_5_sampler_logprobs_are_the_trainers(family: str, temperature: float) -> None:
+def test_sampler_logprobs_are_the_trainers(family: str, temperature: float) -> None:
     policy = build_policy(family)
     requests = prompts_and_states(temperature)
     with warnings.catch_warnings():
@@ -160,21 +160,21 @@ def test_truth_5_sampler_logprobs_are_the_trainers(family: str, temperature: flo
     results = sampler.sample(requests)
     assert max(len(c.token_ids) for c in flatten(results)) > 2 * WINDOW
     assert largest_gap(policy, requests, results, temperature) < 1e-4
-    # The other temperature is not good enough: the comparison above can see it.
+    # The comparison above would fail with the other temperature.
     assert largest_gap(policy, requests, results, 1.6 - temperature) > 0.1
 
 
 @pytest.mark.parametrize("family", list(PLAIN))
-def test_truth_5_models_the_tree_cannot_do_fall_back_with_one_warning(family: str) -> None:
+def test_models_without_tree_support_fall_back_with_one_warning(family: str) -> None:
     policy = build_policy(family)
     requests = prompts_and_states(0.6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sampler = TorchSampler(policy)
         results = sampler.sample(requests)
-    mine = [str(w.message) for w in caught if "sampling recomputes" in str(w.message)]
-    assert len(mine) == 1
-    assert type(policy.model).__name__ in mine[0]
+    messages = [str(w.message) for w in caught if "sampling recomputes" in str(w.message)]
+    assert len(messages) == 1
+    assert type(policy.model).__name__ in messages[0]
     assert not sampler.tree_attention
     assert largest_gap(policy, requests, results, 0.6) < 1e-4
 
@@ -190,11 +190,11 @@ def test_logprobs_in_bfloat16_differ_by_rounding_only() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2", "gpt2", "gpt-neo"])
 @pytest.mark.filterwarnings("ignore:.*sampling recomputes")
-def test_greedy_is_generate(family: str) -> None:
+def test_greedy_decoding_equals_generate(family: str) -> None:
     policy = build_policy(family)
     requests = [SampleRequest(random_ids(n, n), 1, 20, seed=n, temperature=0) for n in (3, 8, 15)]
     sampler = TorchSampler(policy)
-    # Let the first answer end in the middle: its fifth token is made an end of sequence.
+    # Make the fifth token of the first completion an end-of-sequence token, so that it ends early.
     policy.codec = replace(policy.codec, eos_ids=(EOS, sampler.sample(requests)[0][0].token_ids[4]))
     for request, (completion,) in zip(requests, sampler.sample(requests), strict=True):
         prompt = torch.tensor([request.prompt_ids])
@@ -211,14 +211,14 @@ def test_greedy_is_generate(family: str) -> None:
     assert len(sampler.sample(requests)[0][0].token_ids) <= 5
 
 
-def test_trap_6_and_truth_6_a_sample_is_a_function_of_its_request_alone(llama: Policy) -> None:
+def test_a_sample_depends_only_on_its_request(llama: Policy) -> None:
     requests = prompts_and_states()
     sampler = TorchSampler(llama)
     together = tokens(sampler.sample(requests))
     assert [tokens(sampler.sample([request]))[0] for request in requests] == together
     assert tokens(sampler.sample(requests[::-1]))[::-1] == together
-    strangers = [SampleRequest(random_ids(n, 50 + n), 2, 25, seed=n) for n in range(1, 12)]
-    assert tokens(sampler.sample(strangers + requests))[len(strangers) :] == together
+    others = [SampleRequest(random_ids(n, 50 + n), 2, 25, seed=n) for n in range(1, 12)]
+    assert tokens(sampler.sample(others + requests))[len(others) :] == together
     for max_rows in (1, 2, 5):
         assert tokens(TorchSampler(llama, max_rows=max_rows).sample(requests)) == together
     per_token = kv_bytes_per_token(llama.model)
@@ -226,31 +226,31 @@ def test_trap_6_and_truth_6_a_sample_is_a_function_of_its_request_alone(llama: P
     for kv_tokens in (70, 100, 200):
         small = TorchSampler(llama, kv_memory=kv_tokens * per_token)
         assert tokens(small.sample(requests)) == together
-    more = sampler.sample([replace(request, num_samples=6) for request in requests])
-    assert [completions[:3] for completions in tokens(more)] == together
+    six_samples = sampler.sample([replace(request, num_samples=6) for request in requests])
+    assert [completions[:3] for completions in tokens(six_samples)] == together
 
 
-def test_a_waves_keys_and_values_stay_within_their_memory(llama: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in the tensors themselves, at every token of every wave."""
-    held: list[int] = []
+def test_keys_and_values_of_a_wave_stay_within_kv_memory(llama: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured as the size of the tensors, at every token of every wave."""
+    sizes: list[int] = []
     append = KVTree.append
 
     def counting(tree: KVTree, *arguments: Any) -> Any:
         result = append(tree, *arguments)
-        kept = (tree.trunk_keys, tree.trunk_values, tree.branch_keys, tree.branch_values)
-        held.append(sum(tensor.nbytes for store in kept for tensor in store.values()))
+        stores = (tree.trunk_keys, tree.trunk_values, tree.branch_keys, tree.branch_values)
+        sizes.append(sum(tensor.nbytes for store in stores for tensor in store.values()))
         return result
 
     monkeypatch.setattr(KVTree, "append", counting)
     requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
     per_token = kv_bytes_per_token(llama.model)
     for kv_tokens in (40, 100, 300, 10_000):
-        held.clear()
+        sizes.clear()
         TorchSampler(llama, kv_memory=kv_tokens * per_token).sample(requests)
-        assert 0.5 < max(held) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
+        assert 0.5 < max(sizes) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
 
 
-def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy) -> None:
+def test_a_sequence_that_does_not_fit_into_kv_memory_is_refused(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(9, 0), 1, 20, seed=0), SampleRequest(random_ids(11, 1), 1, 20, seed=1)]
     small = TorchSampler(llama, kv_memory=30 * kv_bytes_per_token(llama.model))
     assert len(small.sample(requests[:1])) == 1
@@ -258,14 +258,14 @@ def test_a_sequence_that_does_not_fit_is_refused_with_its_numbers(llama: Policy)
         small.sample(requests)
 
 
-def test_trap_6_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None:
+def test_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None:
     request = SampleRequest(random_ids(6, 0), 50, 24, seed=3)
     sampler = TorchSampler(llama)
-    mine, other = tokens(sampler.sample([request, replace(request, seed=4)]))
-    assert len(set(mine)) > 45
-    assert len({ids[0] for ids in mine}) > 10
+    first_seed, second_seed = tokens(sampler.sample([request, replace(request, seed=4)]))
+    assert len(set(first_seed)) > 45
+    assert len({ids[0] for ids in first_seed}) > 10
     # At most a few short samples are equal by chance.
-    assert len(set(mine) & set(other)) < 5
+    assert len(set(first_seed) & set(second_seed)) < 5
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -296,7 +296,7 @@ def test_later_tokens_are_drawn_independently_of_the_first(llama: Policy) -> Non
 
 
 def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> float:
-    """Pearson's statistic; cells in which less than five are expected count as one."""
+    """Pearson's statistic; cells with expected counts below five are combined into one."""
     expected = counts.sum() * probabilities
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
@@ -340,14 +340,14 @@ def test_draw_inverts_the_cumulative_distribution() -> None:
     assert np.exp(logprobs) == pytest.approx(np.array([1, 4, 4, 9, 9, 16, 16, 16]) / 30)
 
 
-def test_draw_at_temperature_zero_takes_the_most_likely_token() -> None:
+def test_draw_at_temperature_zero_selects_the_most_likely_token() -> None:
     drawn, logprobs = draw(torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]]), 0, np.array([0.99, 0.0]))
     assert drawn.tolist() == [1, 0]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("tree_attention", [True, False])
-def test_trap_4_end_of_sequence_is_there_if_and_only_if_it_was_sampled(llama: Policy, tree_attention: bool) -> None:
+def test_completions_include_eos_if_and_only_if_it_was_sampled(llama: Policy, tree_attention: bool) -> None:
     sampler = TorchSampler(llama)
     sampler.tree_attention = tree_attention
     completions = sampler.sample([SampleRequest(random_ids(5, 3), 60, 24, seed=1)])[0]
@@ -371,7 +371,7 @@ def test_each_request_has_its_own_budget(llama: Policy) -> None:
     assert results[0] == [Completion((), (), "length")] * 4
 
 
-def test_nothing_asked_is_nothing_done(llama: Policy) -> None:
+def test_empty_requests_return_empty_results(llama: Policy) -> None:
     sampler = TorchSampler(llama)
     assert sampler.sample([]) == []
     assert sampler.sample([SampleRequest((5,), 0, 4, 0)]) == [[]]
@@ -379,7 +379,7 @@ def test_nothing_asked_is_nothing_done(llama: Policy) -> None:
 
 
 def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequence[int]], str]) -> tuple[int, ...]:
-    """The ids up to the first token with which the text contains a stop string, by looking at all of it every time."""
+    """The ids up to the first token with which the text contains a stop string, by decoding every prefix."""
     for end in range(1, len(ids) + 1):
         if any(text in decode(ids[:end]) for text in stop):
             return ids[:end]
@@ -389,9 +389,9 @@ def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequenc
 def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
     request = SampleRequest(random_ids(5, 5), 60, 24, seed=2)
     free = tokens(TorchSampler(llama).sample([request]))[0]
-    long = [llama.codec.token_texts(ids) for ids in free if len(ids) == 24]
-    across_three = "".join(long[0][4:7])
-    inside_two = "".join(long[1][9:11])[1:-1] or long[1][9]
+    full_length = [llama.codec.token_texts(ids) for ids in free if len(ids) == 24]
+    across_three = "".join(full_length[0][4:7])
+    inside_two = "".join(full_length[1][9:11])[1:-1] or full_length[1][9]
     for stop in [("a",), (across_three,), (inside_two,), (across_three, inside_two, "7"), ("\n",)]:
         completions = TorchSampler(llama).sample([replace(request, stop=stop)])[0]
         expected = [stopped(ids, stop, llama.codec.decode) for ids in free]
@@ -402,7 +402,7 @@ def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
             assert completion.finish_reason == ("stop" if ended or completion.token_ids[-1] == EOS else "length")
 
 
-def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
+def test_a_stop_string_in_the_prompt_has_no_effect(llama: Policy) -> None:
     prompt = llama.codec.encode_prompt("ab####\nab")
     request = SampleRequest(prompt, 40, 24, seed=2)
     free = tokens(TorchSampler(llama).sample([request]))[0]
@@ -411,7 +411,7 @@ def test_a_stop_string_in_the_prompt_stops_nothing(llama: Policy) -> None:
     assert max(len(c.token_ids) for c in completions) > 10
 
 
-def test_trap_13_new_weights_are_used_at_once() -> None:
+def test_new_weights_are_used_at_once() -> None:
     policy = build_policy()
     requests = prompts_and_states()
     sampler = TorchSampler(policy)
@@ -426,18 +426,18 @@ def test_trap_13_new_weights_are_used_at_once() -> None:
     assert largest_gap(policy, requests, after, 1.0) < 1e-4
 
 
-def test_completions_say_which_weights_they_were_sampled_with(llama: Policy) -> None:
-    """The engine shares the policy's memory, so it notes the version and does not ask for the tensors."""
+def test_completions_have_the_version_of_the_sampler(llama: Policy) -> None:
+    """The sampler shares the policy's memory, so `update_weights` stores the version and does not read the tensors."""
 
-    def unasked() -> Iterator[tuple[str, Any]]:
-        raise AssertionError("the tensors were asked for")
+    def unread_weights() -> Iterator[tuple[str, Any]]:
+        raise AssertionError("the tensors were read")
         yield
 
     requests = [*prompts_and_states(), SampleRequest((5,), 2, 0, 0)]
     sampler = TorchSampler(llama)
     assert sampler.version == 0
     before = flatten(sampler.sample(requests))
-    sampler.update_weights(3, unasked)
+    sampler.update_weights(3, unread_weights)
     after = flatten(sampler.sample(requests))
     assert sampler.version == 3
     assert {c.version for c in before} == {0} and {c.version for c in after} == {3}
@@ -445,8 +445,8 @@ def test_completions_say_which_weights_they_were_sampled_with(llama: Policy) -> 
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
-def test_samples_are_addressed_by_their_number(llama: Policy, temperature: float) -> None:
-    """Requests for samples 0 to 3 and 4 to 7 of a seed give what one request for 8 gives: together, to the bit."""
+def test_samples_depend_on_their_index(llama: Policy, temperature: float) -> None:
+    """Requests for samples 0 to 3 and 4 to 7 of a seed in one call give bit-identically the samples of one request."""
     sampler = TorchSampler(llama)
     whole = SampleRequest(random_ids(6, 0), 8, 24, seed=3, temperature=temperature)
     first, second = replace(whole, num_samples=4), replace(whole, num_samples=4, first_sample=4)
@@ -454,10 +454,10 @@ def test_samples_are_addressed_by_their_number(llama: Policy, temperature: float
     a, b = sampler.sample([first, second])
     assert a + b == expected
     assert sampler.sample([second, first]) == [b, a]
-    apart = [*sampler.sample([first]), *sampler.sample([second])]
-    assert tokens(apart) == tokens([a, b])
-    for one, other in zip(flatten(apart), expected, strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    separate = [*sampler.sample([first]), *sampler.sample([second])]
+    assert tokens(separate) == tokens([a, b])
+    for completion, expected_completion in zip(flatten(separate), expected, strict=True):
+        assert completion.logprobs == pytest.approx(expected_completion.logprobs, abs=1e-5)
     if temperature:
         assert len({c.token_ids for c in expected}) == 8
     (last,) = sampler.sample([replace(whole, num_samples=1, first_sample=7)])
@@ -465,43 +465,43 @@ def test_samples_are_addressed_by_their_number(llama: Policy, temperature: float
 
 
 def test_requests_of_different_kinds_in_one_call_equal_separate_calls(llama: Policy) -> None:
-    """Temperatures and stop strings, mixed up in one call: the same bits as a call for each kind."""
+    """One call with several temperatures and stop strings is bit-identical to one call per combination."""
     kinds: list[tuple[float, tuple[str, ...]]] = [(1.0, ()), (0.0, ()), (0.6, ()), (0.6, ("a", "7")), (1.0, ("\n",))]
-    asked = [replace(r, temperature=t, stop=stop) for r in prompts_and_states() for t, stop in kinds]
-    assert len({(r.temperature, r.stop) for r in asked[:5]}) == 5  # neighbours differ
+    requests = [replace(r, temperature=t, stop=stop) for r in prompts_and_states() for t, stop in kinds]
+    assert len({(r.temperature, r.stop) for r in requests[:5]}) == 5  # neighbouring requests differ
     for sampler in (TorchSampler(llama), TorchSampler(llama, max_rows=4)):
-        together = sampler.sample(asked)
+        together = sampler.sample(requests)
         for n, (temperature, stop) in enumerate(kinds):
-            own = asked[n :: len(kinds)]
-            assert {(r.temperature, r.stop) for r in own} == {(temperature, stop)}
-            assert together[n :: len(kinds)] == sampler.sample(own)
-            assert largest_gap(llama, own, together[n :: len(kinds)], temperature) < 1e-4 or not temperature
+            one_kind = requests[n :: len(kinds)]
+            assert {(r.temperature, r.stop) for r in one_kind} == {(temperature, stop)}
+            assert together[n :: len(kinds)] == sampler.sample(one_kind)
+            assert largest_gap(llama, one_kind, together[n :: len(kinds)], temperature) < 1e-4 or not temperature
     greedy = together[1 :: len(kinds)]
     assert all(len(set(ids)) == 1 for ids in tokens(greedy))
     assert {x for c in flatten(greedy) for x in c.logprobs} == {0.0}
     free, ended = tokens(together[2 :: len(kinds)]), tokens(together[3 :: len(kinds)])
     assert free != ended
-    for request, one, other in zip(prompts_and_states(), free, ended, strict=True):
+    for request, free_ids, ended_ids in zip(prompts_and_states(), free, ended, strict=True):
         assert request.response_tokens == 0
-        assert other == [stopped(ids, ("a", "7"), llama.codec.decode) for ids in one]
+        assert ended_ids == [stopped(ids, ("a", "7"), llama.codec.decode) for ids in free_ids]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gemma2"])
-def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_removing_finished_rows_does_not_change_the_others(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = build_policy(family)
     requests = [replace(r, max_new_tokens=1 + 5 * i, num_samples=2 + i) for i, r in enumerate(prompts_and_states())]
-    left: list[int] = []
+    num_rows: list[int] = []
     keep = KVTree.keep
 
     def counted(tree: KVTree, rows: torch.Tensor) -> None:
-        left.append(len(rows))
+        num_rows.append(len(rows))
         keep(tree, rows)
 
     monkeypatch.setattr(KVTree, "keep", counted)
     sampler = TorchSampler(policy)
     tree = sampler.sample(requests)
-    assert len(left) > 2
-    assert left == sorted(left, reverse=True)
+    assert len(num_rows) > 2
+    assert num_rows == sorted(num_rows, reverse=True)
     sampler.tree_attention = False
     plain = sampler.sample(requests)
     assert tokens(tree) == tokens(plain)
@@ -510,26 +510,26 @@ def test_rows_that_finish_leave_without_changing_the_others(family: str, monkeyp
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
-def test_a_request_for_no_samples_disturbs_nobody(llama: Policy) -> None:
+def test_a_request_for_no_samples_does_not_change_the_others(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(4, seed), 2, 6, seed) for seed in range(3)]
     sampler = TorchSampler(llama)
     alone = sampler.sample(requests)
-    for place in range(4):
-        nothing = SampleRequest(random_ids(5, 9), 0, 6, 9)
-        beside = sampler.sample([*requests[:place], nothing, *requests[place:]])
-        assert beside[place] == []
-        assert tokens([*beside[:place], *beside[place + 1 :]]) == tokens(alone)
+    for index in range(4):
+        empty = SampleRequest(random_ids(5, 9), 0, 6, 9)
+        results = sampler.sample([*requests[:index], empty, *requests[index:]])
+        assert results[index] == []
+        assert tokens([*results[:index], *results[index + 1 :]]) == tokens(alone)
 
 
-def test_a_branch_may_grow_past_its_first_block_of_memory(llama: Policy) -> None:
+def test_a_branch_can_exceed_its_first_memory_block(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(3, seed), 8, 60, seed, temperature=0.6) for seed in range(3)]
     results = TorchSampler(llama).sample(requests)
     assert max(len(c.token_ids) for c in flatten(results)) > 40
     assert largest_gap(llama, requests, results, 0.6) < 1e-4
 
 
-def test_a_finished_row_asks_for_no_position_beyond_the_context() -> None:
-    # One row ends at the last position the model has; the rows of a shorter prefix go on for long behind it.
+def test_a_finished_row_uses_no_position_beyond_the_context() -> None:
+    # One row ends at the last position of the model while rows with a shorter prefix are still decoded.
     policy = build_policy("gpt2", n_positions=LENGTH)
     state = random_ids(LENGTH - 2, 0)
     requests = [SampleRequest(state[:3], 12, LENGTH - 3, seed=0), SampleRequest(state, 1, 2, seed=1)]
@@ -538,7 +538,7 @@ def test_a_finished_row_asks_for_no_position_beyond_the_context() -> None:
     assert largest_gap(policy, requests, results, 1.0) < 1e-4
 
 
-def test_sampling_leaves_the_model_as_it_was(llama: Policy) -> None:
+def test_sampling_does_not_change_the_model(llama: Policy) -> None:
     token_ids = torch.tensor([random_ids(12, 9)])
     with torch.no_grad():
         before = llama.model(token_ids).logits

@@ -1,4 +1,4 @@
-"""A sampler with other weights than the learner's refuses to sample."""
+"""`CurrentSampler` refuses to sample with weights that are not the learner's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REQUEST = SampleRequest(W.prompt_ids, 4, 3, seed=0)
 
 @dataclass
 class Learner:
-    """Counts updates, as the learner does."""
+    """A learner with a settable number of updates."""
 
     updates: int = 0
 
@@ -29,18 +29,18 @@ class Learner:
 
 @dataclass(frozen=True)
 class Behind(WrappedSampler):
-    """Returns what it sampled with the weights before the last update, as an engine might that samples ahead."""
+    """A sampler that returns some completions with the previous version, like an engine that samples in advance."""
 
-    late: list[int] = field(default_factory=list)
+    stale: list[int] = field(default_factory=list)
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         groups = self.sampler.sample(requests)
-        for place in self.late:
-            groups[-1][place] = replace(groups[-1][place], version=self.version - 1)
+        for index in self.stale:
+            groups[-1][index] = replace(groups[-1][index], version=self.version - 1)
         return groups
 
 
-def test_a_sampler_that_was_not_told_of_an_update_refuses() -> None:
+def test_a_sampler_without_the_last_update_refuses() -> None:
     learner = Learner()
     sampler = CurrentSampler(W.sampler(), lambda: learner.updates)
     assert [c.version for c in sampler.sample([REQUEST])[0]] == [0] * 4
@@ -50,7 +50,7 @@ def test_a_sampler_that_was_not_told_of_an_update_refuses() -> None:
     sampler.update_weights(learner.updates, learner.weights)
     assert sampler.version == 2
     assert [c.version for c in sampler.sample([REQUEST])[0]] == [2] * 4
-    learner.updates = 1  # a resume from an older checkpoint: too new is as wrong as too old
+    learner.updates = 1  # after a resume from an older checkpoint the sampler's weights are too new
     with pytest.raises(StaleWeights, match="of update 2 and the learner those of update 1"):
         sampler.sample([REQUEST])
 
@@ -61,12 +61,12 @@ def test_one_completion_of_another_version_is_refused() -> None:
     sampler = CurrentSampler(behind, lambda: learner.updates)
     sampler.update_weights(5, learner.weights)
     assert len(sampler.sample([REQUEST, REQUEST])) == 2
-    behind.late.append(3)
+    behind.stale.append(3)
     with pytest.raises(StaleWeights, match=r"a completion was sampled with the weights of update 4 .* update 5"):
         sampler.sample([REQUEST, REQUEST])
 
 
-def test_what_it_can_do_is_what_the_inner_sampler_can_do() -> None:
+def test_capabilities_and_completions_are_those_of_the_wrapped_sampler() -> None:
     inner = W.sampler()
     sampler = CurrentSampler(inner, lambda: 0)
     assert sampler.capabilities == inner.capabilities

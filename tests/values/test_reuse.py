@@ -1,5 +1,7 @@
-"""Continuations that serve several states (reuse.py), in the enumerable world: unbiased, as precise as K fresh ones,
-and with exactly the smaller variance of differences that the theory says.
+"""Continuations that count for several states (values/reuse.py), compared with exact values of the enumerable world.
+
+The values are unbiased and as precise as those of K new continuations, and the variance of their differences is that of
+the formula in docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def reusing(w: World, num_mc_rollouts: int = K, sampler: Sampler | None = None) 
 
 
 def rollouts(w: World) -> list[Rollout]:
-    """Three responses: two that share a beginning, one cut off by the limit; and one of them twice."""
+    """Four responses: two that start with the same tokens, one of them truncated; another one; and a duplicate."""
     by_ids = {o.rollout.response_ids: o.rollout for o in w.outcomes}
     likely = sorted((o for o in w.outcomes if len(o.rollout.response_ids) == 4), key=lambda o: -o.probability)
     first = likely[0].rollout
@@ -57,7 +59,7 @@ def rollouts(w: World) -> list[Rollout]:
 
 
 def states_of(w: World, chosen: Sequence[Rollout]) -> list[State]:
-    """Every state of every rollout, one per token."""
+    """The state before every token of every rollout."""
     return [
         State(w.problem, w.prompt_ids, rollout.response_ids[:end], rollout)
         for rollout in chosen
@@ -66,43 +68,44 @@ def states_of(w: World, chosen: Sequence[Rollout]) -> list[State]:
 
 
 def estimates(w: World, chosen: Sequence[Rollout], iterations: int) -> tuple[np.ndarray, list[ValueCost]]:
-    """Values of the states in many iterations, shape (iterations, states), and what each took."""
+    """Values of the states in many iterations, shape (iterations, states), and the cost of each iteration."""
     monte_carlo, states = reusing(w), states_of(w, chosen)
-    found, costs = [], []
+    means, costs = [], []
     for iteration in range(iterations):
         values, cost = monte_carlo.evaluate(states, iteration)
         assert {value.num_mc_rollouts for value in values} == {K}
-        found.append([value.mean for value in values])
+        means.append([value.mean for value in values])
         costs.append(cost)
-    return np.array(found), costs
+    return np.array(means), costs
 
 
-def test_values_are_unbiased_and_as_precise_as_k_fresh_continuations() -> None:
+def test_values_are_unbiased_and_as_precise_as_k_new_continuations() -> None:
     w = world(4)
     chosen = rollouts(w)[:3]
-    found, costs = estimates(w, chosen, ITERATIONS)
+    means, costs = estimates(w, chosen, ITERATIONS)
     states = states_of(w, chosen)
     truth = np.array([w.value(state.response_ids) for state in states])
     variance = np.array([w.moments[state.response_ids][1] for state in states]) / K
-    z = (found.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
+    z = (means.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
     assert np.abs(z).max() < SIGMAS
-    # Single states have rare rewards, whose variance 800 iterations do not know well; together they do.
-    assert (found.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
-    assert found.var(0) == pytest.approx(variance, rel=0.5)
-    fresh = K * len({state.key for state in states})
-    assert 0.2 * fresh < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * fresh
-    assert {cost.distinct_states for cost in costs} == {fresh // K}
+    # The variance of a single state is not precisely known after 800 iterations; the mean over states is.
+    assert (means.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
+    assert means.var(0) == pytest.approx(variance, rel=0.5)
+    without_reuse = K * len({state.key for state in states})
+    assert 0.2 * without_reuse < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * without_reuse
+    assert {cost.distinct_states for cost in costs} == {without_reuse // K}
 
 
-def test_the_variance_of_an_advantage_is_what_those_who_leave_bring() -> None:
-    """Of K walkers at a state each leaves with probability q before the next one, and is replaced there.
+def test_the_variance_of_an_advantage_is_that_of_the_continuations_that_leave() -> None:
+    """Each of the K continuations of a state leaves the response before the next state with probability q.
 
-    D = V(b) - V(a) is a mean of K independent terms: 0 for who follows, F - L for who leaves, with L its own reward and
-    F that of the one that takes its place: Var D = (q E (F - L)^2 - (q (E F - E L))^2) / K.
+    There it is replaced by a new one. D = V(b) - V(a) is a mean of K independent terms: 0 if the continuation does not
+    leave, otherwise F - L, with L the reward of the continuation that leaves and F that of its replacement. So
+    Var D = (q E (F - L)^2 - (q (E F - E L))^2) / K.
     """
     w = world(4)
     chosen = rollouts(w)[:1]
-    found, _ = estimates(w, chosen, ITERATIONS)
+    means, _ = estimates(w, chosen, ITERATIONS)
     response = chosen[0].response_ids
     probability = np.exp(chosen[0].sampler_logprobs)
     for step in range(len(response) - 1):
@@ -112,16 +115,16 @@ def test_the_variance_of_an_advantage_is_what_those_who_leave_bring() -> None:
         square_left = (var_a + mean_a**2 - p * (var_b + mean_b**2)) / q
         square = var_b + mean_b**2 - 2 * mean_b * mean_left + square_left
         expected = (q * square - (q * (mean_b - mean_left)) ** 2) / K
-        differences = found[:, step + 1] - found[:, step]
+        differences = means[:, step + 1] - means[:, step]
         assert differences.mean() == pytest.approx(mean_b - mean_a, abs=SIGMAS * math.sqrt(expected / ITERATIONS))
         assert differences.var() == pytest.approx(expected, rel=0.2)
-        assert expected < (var_a + var_b) / K  # of two values sampled apart
+        assert expected < (var_a + var_b) / K  # the variance without reuse
 
 
-def test_a_tree_that_holds_every_response_needs_no_sampling() -> None:
+def test_a_tree_that_contains_all_responses_needs_no_sampling() -> None:
     w = world(3)
-    everything = [outcome.rollout for outcome in w.outcomes]
-    monte_carlo, states = reusing(w, 4096), states_of(w, everything)
+    all_rollouts = [outcome.rollout for outcome in w.outcomes]
+    monte_carlo, states = reusing(w, 4096), states_of(w, all_rollouts)
     values, cost = monte_carlo.evaluate(states, 0)
     assert (cost.mc_rollouts, cost.tokens) == (0, 0)
     for state, value in zip(states, values, strict=True):
@@ -131,7 +134,7 @@ def test_a_tree_that_holds_every_response_needs_no_sampling() -> None:
 
 @dataclass(frozen=True)
 class Recording(WrappedSampler):
-    """The world's sampler, with everything it was asked and answered."""
+    """A sampler that records its requests and completions."""
 
     seen: list[tuple[SampleRequest, Completion]] = field(default_factory=list)
 
@@ -141,7 +144,7 @@ class Recording(WrappedSampler):
         return completions
 
 
-def test_what_is_sampled_leaves_the_tree_at_its_first_token() -> None:
+def test_sampled_continuations_leave_the_tree_at_their_first_token() -> None:
     w = world(4)
     recording = Recording(w.sampler())
     chosen = rollouts(w)
@@ -157,7 +160,7 @@ def test_what_is_sampled_leaves_the_tree_at_its_first_token() -> None:
 
 @dataclass(frozen=True)
 class OnlyPlain(WrappedSampler):
-    """A sampler that cannot exclude first tokens, and is not asked to."""
+    """A sampler that cannot exclude first tokens, and fails if a request has excluded tokens."""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -168,44 +171,44 @@ class OnlyPlain(WrappedSampler):
         return self.sampler.sample(requests)
 
 
-def test_a_sampler_that_cannot_exclude_tokens_gives_fresh_continuations_with_one_warning() -> None:
-    w, many = world(4), 256
-    able = w.monte_carlo(many)
-    unable = replace(able, sampler=OnlyPlain(w.sampler()))
-    settings = VinePPOSettings(num_mc_rollouts=many, splitter="tokens:1")
+def test_a_sampler_that_cannot_exclude_tokens_gives_new_continuations_and_one_warning() -> None:
+    w, num_mc_rollouts = world(4), 256
+    monte_carlo = w.monte_carlo(num_mc_rollouts)
+    limited = replace(monte_carlo, sampler=OnlyPlain(w.sampler()))
+    settings = VinePPOSettings(num_mc_rollouts=num_mc_rollouts, splitter="tokens:1")
     groups = [RolloutGroup(w.problem, tuple(rollouts(w)))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        credit = build_vine_credit(settings, unable, w.policy.codec)
+        credit = build_vine_credit(settings, limited, w.policy.codec)
         samples, metrics = credit(groups, 0)
         assert credit(groups, 0) == (samples, metrics)
-    message = f"vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets {many} fresh"
+    message = (
+        f"vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets {num_mc_rollouts} new"
+    )
     assert [str(warning.message).startswith(message) for warning in caught] == [True]
-    assert "\n" not in str(caught[0].message) and "times the sampled tokens" in str(caught[0].message)
+    assert "\n" not in str(caught[0].message) and "times as many tokens" in str(caught[0].message)
 
-    fresh = build_vine_credit(
-        VinePPOSettings(num_mc_rollouts=many, splitter="tokens:1", reuse=False), able, w.policy.codec
-    )(groups, 0)
-    assert (samples, metrics) == fresh
+    without_reuse = build_vine_credit(settings.model_copy(update={"reuse": False}), monte_carlo, w.policy.codec)
+    assert (samples, metrics) == without_reuse(groups, 0)
     for rollout, sample in zip(groups[0].rollouts, samples, strict=True):
         assert sample.credit is not None
         for depth, value in enumerate(sample.credit.values):
             mean, variance = w.moments[rollout.response_ids[:depth]]
-            assert value == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / many) + 1e-4)
+            assert value == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / num_mc_rollouts) + 1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, reused = build_vine_credit(settings, able, w.policy.codec)(groups, 0)
+        _, reused = build_vine_credit(settings, monte_carlo, w.policy.codec)(groups, 0)
     assert reused["tokens/mc"] < 0.5 * metrics["tokens/mc"]
 
 
-def test_alternatives_are_refused_where_the_sampler_cannot_exclude_tokens() -> None:
+def test_alternatives_are_refused_if_the_sampler_cannot_exclude_tokens() -> None:
     w = world(3)
-    plain = replace(w.monte_carlo(2), sampler=OnlyPlain(w.sampler()))
+    monte_carlo = replace(w.monte_carlo(2), sampler=OnlyPlain(w.sampler()))
     with pytest.raises(UserError, match=r"vineppo.alternatives is true, but this sampler cannot exclude first tokens"):
-        build_vine_credit(VinePPOSettings(alternatives=True), plain, w.policy.codec)
+        build_vine_credit(VinePPOSettings(alternatives=True), monte_carlo, w.policy.codec)
 
 
-def test_an_excluded_token_leaves_the_others_in_proportion() -> None:
+def test_excluding_tokens_renormalizes_the_probabilities_of_the_others() -> None:
     w, n = world(3), 20_000
     probabilities = {
         token: sum(o.probability for o in w.outcomes if o.rollout.response_ids[0] == token) for token in range(5)
@@ -228,19 +231,19 @@ def test_neither_order_nor_repetition_nor_other_problems_change_a_value() -> Non
     states = states_of(w, rollouts(w))
     values, cost = reusing(w).evaluate(states, 3)
     assert cost.states == len(states) > cost.distinct_states
-    turned, _ = reusing(w).evaluate(states[::-1], 3)
-    assert turned[::-1] == values
-    beside = states_of(other, [other.outcomes[-1].rollout])
-    together, _ = reusing(w).evaluate([*beside, *states], 3)
-    assert together[len(beside) :] == values
+    reversed_values, _ = reusing(w).evaluate(states[::-1], 3)
+    assert reversed_values[::-1] == values
+    other_states = states_of(other, [other.outcomes[-1].rollout])
+    together, _ = reusing(w).evaluate([*other_states, *states], 3)
+    assert together[len(other_states) :] == values
     assert reusing(w).evaluate(states, 4)[0] != values
 
 
-# --- alternatives: what continuations did at each token of a rollout ---
+# --- alternatives: next tokens of continuations at each token of a rollout ---
 
 
-def test_nodes_hold_everyone_who_came_by() -> None:
-    """K at each state; behind a token those that chose it, until the next state fills up."""
+def test_nodes_contain_all_continuations_that_pass_through() -> None:
+    """At a state there are K continuations; at the next token those of them that follow the response."""
     w = world(4)
     chosen = rollouts(w)
     by_step = [s for s in states_of(w, chosen) if len(s.response_ids) % 2 == 0]
@@ -253,30 +256,30 @@ def test_nodes_hold_everyone_who_came_by() -> None:
             assert len(nodes_T) == len(rollout.response_ids)
             assert nodes_T == nodes[chosen.index(rollout)]
             for t, node in enumerate(nodes_T):
-                here = [*node.followed, *(reward for _, reward in node.left)]
-                assert rollout.response_ids[t] not in {token for token, _ in node.left}
+                rewards = [*node.followed, *(reward for _, reward in node.diverged)]
+                assert rollout.response_ids[t] not in {token for token, _ in node.diverged}
                 if t % 2 == 0:
-                    assert len(here) == K
+                    assert len(rewards) == K
                     mean = value_of[State(w.problem, w.prompt_ids, rollout.response_ids[:t]).key]
-                    assert sum(here) / K == pytest.approx(mean)
+                    assert sum(rewards) / K == pytest.approx(mean)
                 else:
-                    assert sorted(here) == sorted(nodes_T[t - 1].followed)
+                    assert sorted(rewards) == sorted(nodes_T[t - 1].followed)
 
 
-def test_a_node_chooses_as_the_policy_does() -> None:
-    """Of those that pass the first node, each token is chosen with its probability, and earns what it leads to."""
+def test_next_tokens_of_a_node_have_the_distribution_of_the_policy() -> None:
+    """At the first node each token has its probability, and its rewards have the right mean."""
     w = world(3)
-    rollout = rollouts(world(4))[0].response_ids[:1]
-    outcome = next(o.rollout for o in w.outcomes if o.rollout.response_ids[:1] == rollout)
-    chosen: dict[int, list[float]] = {}
+    first_token = rollouts(world(4))[0].response_ids[:1]
+    outcome = next(o.rollout for o in w.outcomes if o.rollout.response_ids[:1] == first_token)
+    rewards_by_token: dict[int, list[float]] = {}
     for iteration in range(ITERATIONS):
         _, nodes, _ = reusing(w).evaluate_nodes(states_of(w, [outcome]), [(w.problem, outcome)], iteration)
         first = nodes[0][0]
-        for token, reward in [*((outcome.response_ids[0], r) for r in first.followed), *first.left]:
-            chosen.setdefault(token, []).append(reward)
-    total = sum(map(len, chosen.values()))
+        for token, reward in [*((outcome.response_ids[0], r) for r in first.followed), *first.diverged]:
+            rewards_by_token.setdefault(token, []).append(reward)
+    total = sum(map(len, rewards_by_token.values()))
     assert total == K * ITERATIONS
-    for token, rewards in chosen.items():
+    for token, rewards in rewards_by_token.items():
         paths = [o for o in w.outcomes if o.rollout.response_ids[0] == token]
         p = sum(o.probability for o in paths)
         mean = sum(o.probability * o.rollout.reward for o in paths) / p
@@ -286,7 +289,7 @@ def test_a_node_chooses_as_the_policy_does() -> None:
 
 
 def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
-    """Gradients of sampled groups of eight, each response alone in its problem's tree or with others by chance."""
+    """Gradients of sampled groups of eight responses; `drop` removes the alternatives."""
     credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.codec.token_texts, 0)
     gradients = []
     for iteration in range(iterations):
@@ -315,7 +318,7 @@ def test_vineppo_with_alternatives_is_unbiased(splitter: str) -> None:
 
 
 def test_alternatives_are_part_of_the_gradient() -> None:
-    """The test above can fail: without them most of a place's choices are missing."""
+    """The previous test fails if the alternatives are missing."""
     w = world(3)
     z = z_scores(node_gradients(w, "tokens:2", 250, drop=True), w.exact_gradient())
     assert max(map(abs, z)) > 2 * SIGMAS
