@@ -1,4 +1,4 @@
-"""Shared pieces: small configurations of the embedded task, hashes, gradients, and where the public data sets lie."""
+"""Shared helpers: small configurations of the embedded task, hashes, gradients, and the public data sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class WrappedSampler:
-    """A sampler that passes everything on to another one; base class of samplers in tests."""
+    """A sampler that forwards all calls to another one. Base class of samplers in tests."""
 
     sampler: Sampler
 
@@ -50,7 +50,7 @@ class WrappedSampler:
 
 
 def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> Config:
-    """A run of seconds on short chains with the embedded model."""
+    """Return the configuration of a run of a few seconds: short chains with the embedded model."""
     values: dict[str, Any] = {
         "model": ModelConfig(path="embedded:judgement"),
         "task": TaskConfig(num_steps=3),
@@ -65,12 +65,15 @@ def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> 
 
 
 def weights_hash(directory: Path) -> str:
-    """Hash of the saved weights of a model directory."""
+    """Return the hash of the weights in a model directory."""
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
 def data_directory() -> Path | None:
-    """Where GSM8K and MATH lie as JSON lines, if they are here: VINEPPO_DATA, or ../shared/data beside the project."""
+    """Return the directory with GSM8K and MATH as JSON lines, or None if it does not exist.
+
+    The directory is VINEPPO_DATA, or by default ../shared/data next to the project.
+    """
     candidates = [Path(os.environ["VINEPPO_DATA"])] if "VINEPPO_DATA" in os.environ else [ROOT.parent / "shared/data"]
     return next((path for path in candidates if path.is_dir()), None)
 
@@ -78,16 +81,17 @@ def data_directory() -> Path | None:
 def update_with_gradient(
     learner: TorchLearner, samples: Sequence[TrainingSample], num_rollouts: int, iteration: int = 1
 ) -> tuple[torch.Tensor, Metrics]:
-    """The policy's gradient of the last update of an iteration, flat, in float64, and the iteration's metrics."""
-    optimizer, found = learner.optimizer, torch.zeros(0)
+    """Return the policy's gradient in the last update (flat, float64), and the metrics of the iteration."""
+    optimizer, gradient = learner.optimizer, torch.zeros(0)
 
-    def noted(lr: float, max_grad_norm: float) -> float:
-        nonlocal found
+    def recording_step(lr: float, max_grad_norm: float) -> float:
+        nonlocal gradient
         parameters = (p for p in optimizer.parameters)
-        found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        gradient = torch.cat([g.flatten().double() for g in gradients])
         return type(optimizer).step(optimizer, lr, max_grad_norm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizer, "step", noted)
+        patch.setattr(optimizer, "step", recording_step)
         metrics = learner.update(samples, iteration, num_rollouts)
-    return found, metrics
+    return gradient, metrics

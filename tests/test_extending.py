@@ -1,4 +1,4 @@
-"""docs/extending.md is true: its algorithm and its splitter work from outside the package, everywhere."""
+"""The examples of docs/extending.md: its algorithm and splitter work with every command and the trainer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SMALL = [
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The page, with its two modules as files of the current directory, which `compare`'s processes see too."""
+    """Write the two modules of the page to the current directory; returns the text of the page."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     modules = re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL)
     assert [name for name, _ in modules] == ["grpo_lambda.py", "clauses.py"]
@@ -50,8 +50,8 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
-    return found
+    table: list[dict[str, Any]] = pq.read_table(run / "rollouts" / "000001.parquet").to_pylist()
+    return table
 
 
 def test_the_algorithm_is_about_25_lines(page: str) -> None:
@@ -71,7 +71,7 @@ def test_train(page: str) -> None:
         assert len(advantages) == row["num_tokens"]
         for earlier, later in itertools.pairwise(advantages):
             assert earlier == pytest.approx(0.5 * later, rel=1e-6)
-    assert main(["train", "--resume", "runs/mine"]) == 2  # finished, which needs the algorithm to be found again
+    assert main(["train", "--resume", "runs/mine"]) == 2  # refused because the run is finished
 
 
 def test_compare(page: str) -> None:
@@ -128,7 +128,9 @@ def embedded() -> Path:
         ),
     ],
 )
-def test_mistakes_get_one_line(page: str, algorithm: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported_in_one_line(
+    page: str, algorithm: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["train", "judgement", "--algorithm", algorithm]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

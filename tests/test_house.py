@@ -1,4 +1,4 @@
-"""The house: imports only go down, functions stay short, what is public is explained, no file knows one machine."""
+"""Rules of the code: imports only go down, functions are short, public names have docstrings, no machine paths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vineppo"
 
-# The folders, lowest first. A folder imports from itself and from the folders below it. Folders of one row do not
-# import each other. The modules beside the folders are the vocabulary and pure mathematics.
+# The folders and top-level modules, lowest first. A folder imports only from itself and from the rows below it. Folders
+# of one row do not import each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "seeds"}),
     frozenset({"objects"}),
@@ -42,14 +42,17 @@ def source_files() -> list[Path]:
 
 
 def unit_of(path: Path) -> str:
-    """Name in the floor table: `losses` for losses.py, `credit` for credit/vine.py."""
+    """Return the name in FLOORS: `seeds` for seeds.py, `credit` for credit/ppo.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imported_units(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(line, unit) of every import of ours, inside functions too; `package` is that of the module, for relative ones.
+    """Yield (line, unit) of every import from vineppo, also inside functions.
 
-    `from vineppo import x` is the unit x where the table knows it, else the package's own door.
+    `from vineppo import x` yields the unit x if there is one, or else `__init__`.
+
+    Args:
+        package: the package of the module, to resolve relative imports.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -70,7 +73,7 @@ def imported_units(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[in
 
 
 def refusal(importer: str, imported: str) -> str | None:
-    """Why `importer` may not import `imported`, or None where it may."""
+    """Return why `importer` must not import `imported`, or None if it may."""
     for name in (importer, imported):
         if name not in FLOOR_OF:
             return f"{name} has no floor; give it one in FLOORS"
@@ -112,11 +115,11 @@ def test_imports_only_go_down() -> None:
         ("model", "unheard_of", False),
     ],
 )
-def test_the_import_rule_itself(importer: str, imported: str, allowed: bool) -> None:
+def test_a_unit_may_import_itself_and_lower_floors(importer: str, imported: str, allowed: bool) -> None:
     assert (refusal(importer, imported) is None) is allowed
 
 
-def test_every_form_of_import_is_seen() -> None:
+def test_every_form_of_import_is_found() -> None:
     source = """
 import vineppo
 import vineppo.learning.losses as losses
@@ -129,15 +132,15 @@ def inner():
     from vineppo.training.loop import train
 import numpy
 """
-    found = [unit for _, unit in imported_units(ast.parse(source), ("vineppo", "credit"))]
-    assert sorted(found) == ["__init__", "__init__", "credit", "credit", "learning", "model", "training", "values"]
+    units = [unit for _, unit in imported_units(ast.parse(source), ("vineppo", "credit"))]
+    assert sorted(units) == ["__init__", "__init__", "credit", "credit", "learning", "model", "training", "values"]
 
 
 def functions(tree: ast.AST) -> Iterator[FunctionNode]:
     return (node for node in ast.walk(tree) if isinstance(node, FunctionNode))
 
 
-def test_functions_stay_short() -> None:
+def test_functions_are_short() -> None:
     offenders = []
     for path in source_files():
         for node in functions(ast.parse(path.read_text())):
@@ -148,7 +151,7 @@ def test_functions_stay_short() -> None:
 
 
 def public_without_docstring(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[int, str]]:
-    """(line, name) of public functions, classes and methods that nothing explains; functions in functions are local."""
+    """Yield (line, name) of public functions, classes and methods without a docstring, except nested functions."""
     for node in body:
         if not isinstance(node, ast.ClassDef | FunctionNode) or node.name.startswith("_"):
             continue
@@ -158,7 +161,7 @@ def public_without_docstring(body: list[ast.stmt], prefix: str = "") -> Iterator
             yield from public_without_docstring(node.body, f"{prefix}{node.name}.")
 
 
-def test_public_names_are_explained() -> None:
+def test_public_names_have_docstrings() -> None:
     offenders = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in source_files()
@@ -167,7 +170,7 @@ def test_public_names_are_explained() -> None:
     assert not offenders, "public functions and classes without a docstring:\n" + "\n".join(offenders)
 
 
-# Put together from pieces, so that this file does not find itself.
+# Joined from pieces, so that the pattern does not match this file.
 MACHINE_PATH = re.compile(
     r"(?<![\w.~/-])/(?:" + "|".join(["ho" + "me", "ro" + "ot", "wo" + "rk", "Us" + "ers"]) + r")/\w"
 )
@@ -176,7 +179,7 @@ TEXT_NAMES = {"Makefile", "run", ".gitignore"}
 
 
 def text_files() -> Iterator[Path]:
-    """Every text file of the project: those of its folders, and those beside them."""
+    """Yield the text files in the project's folders and in its root directory."""
     folders = [ROOT / name for name in ("src", "tests", "docs", "dev", ".ci")]
     inside = (path for folder in folders for path in folder.rglob("*"))
     for path in sorted([*inside, *ROOT.iterdir()]):
@@ -184,7 +187,7 @@ def text_files() -> Iterator[Path]:
             yield path
 
 
-def test_no_file_names_a_path_of_one_machine() -> None:
+def test_no_file_contains_an_absolute_path_of_a_machine() -> None:
     offenders = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
         for path in text_files()
@@ -194,7 +197,7 @@ def test_no_file_names_a_path_of_one_machine() -> None:
     assert not offenders, "absolute paths of one machine:\n" + "\n".join(offenders)
 
 
-def test_the_path_rule_itself() -> None:
+def test_the_pattern_of_machine_paths() -> None:
     assert MACHINE_PATH.search('out = "' + "/ho" + 'me/someone/runs"')
     assert MACHINE_PATH.search("/wo" + "rk/main")
     assert not MACHINE_PATH.search("see docs" + "/ho" + "me/page and ~/wo" + "rk/x")

@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct, through the same path as the embedded one."""
+"""Tests with a real pretrained model, SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.real
 TEMPLATE = (
     "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n{prompt}"
 )
-OWN_PROBLEMS = [
+FALLBACK_PROBLEMS = [
     {
         "question": f"Ann has {a} apples and buys {b} bags of {c}. How many apples has she?",
         "answer": f"#### {a + b * c}",
@@ -53,23 +53,23 @@ OWN_PROBLEMS = [
 
 
 def problems_file(tmp_path: Path) -> Path:
-    """GSM8K's training problems where they are at hand, else a few of our own in the same form."""
+    """Return the file of GSM8K's training problems if it exists, or else a file of simple problems in the same form."""
     data = data_directory()
     if data is not None and (data / "gsm8k/train.jsonl").exists():
         return data / "gsm8k/train.jsonl"
     path = tmp_path / "problems.jsonl"
-    path.write_text("\n".join(json.dumps(problem) for problem in OWN_PROBLEMS))
+    path.write_text("\n".join(json.dumps(problem) for problem in FALLBACK_PROBLEMS))
     return path
 
 
-def brief_and_tidy(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """A reward that an untrained model earns now and then: how much of the text is on lines with a digit."""
+def share_of_lines_with_digits(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """A reward that an untrained model earns sometimes."""
     return [sum(any(c.isdigit() for c in line) for line in t.split("\n")) / (1 + t.count("\n")) for t in completions]
 
 
 def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
-    form: Any = config_class("vineppo")
-    config: Config = form(
+    config_type: Any = config_class("vineppo")
+    config: Config = config_type(
         model=ModelConfig(path=str(model), dtype="bfloat16"),
         task=TaskConfig(
             name="dataset",
@@ -90,7 +90,7 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
 
 
 def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
-    """Truth 5 in fp32, with grouped-query attention and a vocabulary of 49,152: for prompts and for states."""
+    """For prompts and for states, in float32, with grouped-query attention and a vocabulary of 49,152."""
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("What is 12 + 30? Think in steps."))
     for temperature in (1.0, 0.6):
@@ -115,16 +115,16 @@ def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
     prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("Name three primes."))
     request = SampleRequest(prompt, 1, 24, seed=0, temperature=0.0)
-    ours = TorchSampler(policy).sample([request])[0][0].token_ids
-    theirs = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
-    assert list(ours) == theirs.tolist()
+    sampled = TorchSampler(policy).sample([request])[0][0].token_ids
+    expected = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+    assert list(sampled) == expected.tolist()
 
 
 def test_vineppo_on_a_real_model(smollm2: Path, tmp_path: Path) -> None:
-    """Two iterations in bfloat16; what the Parquet says is recomputed from its own columns."""
+    """Two iterations in bfloat16. The columns of the Parquet files are consistent with each other."""
     run = tmp_path / "run"
     config = real_config(smollm2, problems_file(tmp_path), run)
-    summary = train(config, reward_fn=brief_and_tidy)
+    summary = train(config, reward_fn=share_of_lines_with_digits)
     assert summary["updates"] == 2 and summary["tokens"]["mc"] > 0
 
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
@@ -183,23 +183,25 @@ print("LOGS" + json.dumps([[line[name] for name in names] for line in logs]))
 """
 
 
-def test_defaults_are_trls_but_for_those_that_the_table_names() -> None:
+def test_defaults_equal_those_of_trl_except_for_the_documented_ones() -> None:
     trl = pytest.importorskip("trl")
-    theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
+    expected = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
     different = {
-        f.name for f in dataclasses.fields(VinePPOConfig) if f.name in theirs and f.default != theirs[f.name].default
+        f.name
+        for f in dataclasses.fields(VinePPOConfig)
+        if f.name in expected and f.default != expected[f.name].default
     }
     assert different == {"output_dir", "bf16"}
-    for name, own in theirs.items():  # every field of TRL's is accepted with TRL's default
-        if own.default is not dataclasses.MISSING:
-            VinePPOConfig(**{name: own.default})
+    for name, field in expected.items():  # every field of TRL is accepted with TRL's default
+        if field.default is not dataclasses.MISSING:
+            VinePPOConfig(**{name: field.default})
 
 
 @pytest.mark.parametrize(
     ("library", "config", "trainer"),
     [("trl", "GRPOConfig", "GRPOTrainer"), ("vineppo", "VinePPOConfig", "VinePPOTrainer")],
 )
-def test_one_script_runs_through_trl_and_through_us(
+def test_the_same_script_runs_with_trl_and_with_vineppo(
     smollm2: Path, tmp_path: Path, library: str, config: str, trainer: str
 ) -> None:
     pytest.importorskip("trl")

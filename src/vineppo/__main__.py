@@ -1,4 +1,4 @@
-"""`python -m vineppo`: the same as `vineppo`."""
+"""Runs the command line: `python -m vineppo` is the same as `vineppo`."""
 
 from __future__ import annotations
 

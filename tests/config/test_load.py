@@ -1,4 +1,4 @@
-"""Recipes, overrides and what the door says about mistakes in them."""
+"""Recipes, overrides, and the error messages for mistakes in them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ TUNED = {
 }
 
 
-def refusal(call: Any, *args: Any, **options: Any) -> str:
-    """The message of the UserError, which must be one line."""
+def error_message(call: Any, *args: Any, **options: Any) -> str:
+    """Return the message of the UserError that a call raises, which must be one line."""
     with pytest.raises(UserError) as caught:
         call(*args, **options)
     message = str(caught.value)
@@ -34,13 +34,13 @@ def refusal(call: Any, *args: Any, **options: Any) -> str:
     return message
 
 
-# --- what settings there are
+# --- the list of settings
 
 
-def test_every_setting_and_section_has_a_text() -> None:
+def test_every_setting_and_section_has_a_docstring() -> None:
     for cls in (every_section(), SFTConfig, EvalSpec):
         for setting in settings_of(cls).values():
-            assert len(setting.doc) > 10, f"{setting.key} has no text under it"
+            assert len(setting.doc) > 10, f"{setting.key} has no docstring"
         assert all(sections_of(cls).values())
 
 
@@ -62,7 +62,7 @@ def settings_in(config: Any, key: str) -> Any:
 # --- precedence
 
 
-def test_recipe_then_its_overrides_then_the_command_line() -> None:
+def test_precedence_of_recipe_overrides_and_command_line() -> None:
     plain = build_config(TUNED)
     assert (plain.algorithm, plain.learner.lr, plain.learner.epochs) == ("vineppo", 1e-4, 3)
     assert not hasattr(plain, "ppo")
@@ -72,27 +72,27 @@ def test_recipe_then_its_overrides_then_the_command_line() -> None:
     assert settings_in(ppo, "ppo.value_lr") == 3e-3 and not hasattr(ppo, "vineppo")
     assert build_config(TUNED, "grpo").learner.lr == 4e-4
 
-    given = build_config(TUNED, "ppo", {"learner.lr": "5e-4"})
-    assert (given.learner.lr, settings_in(given, "ppo.value_lr"), given.learner.kl.coefficient) == (5e-4, 3e-3, 0.5)
+    config = build_config(TUNED, "ppo", {"learner.lr": "5e-4"})
+    assert (config.learner.lr, settings_in(config, "ppo.value_lr"), config.learner.kl.coefficient) == (5e-4, 3e-3, 0.5)
 
 
-def test_the_chosen_algorithm_may_come_from_argument_overrides_or_recipe() -> None:
+def test_the_algorithm_is_that_of_argument_overrides_or_recipe() -> None:
     assert build_config(TUNED, None, {"algorithm": "ppo"}).learner.lr == 2e-4
     assert build_config({**TUNED, "algorithm": "grpo"}).learner.lr == 4e-4
     assert build_config(TUNED, "grpo", {"algorithm": "ppo"}).algorithm == "grpo"
 
 
-def test_defaults_stay_where_nothing_is_said() -> None:
+def test_missing_keys_keep_their_defaults() -> None:
     defaults = config_to_dict(Config())
     for recipe in ({}, {"learner": None, "overrides": None}):
         resolved = config_to_dict(build_config(recipe))
         assert resolved.pop("vineppo")["num_mc_rollouts"] == 9 and resolved == defaults
 
 
-def test_keys_may_be_nested_or_dotted_but_not_both_at_once() -> None:
+def test_keys_may_be_nested_or_dotted_but_not_both() -> None:
     assert build_config({"learner.kl": {"coefficient": 0.1}}) == build_config({"learner": {"kl.coefficient": 0.1}})
-    message = refusal(build_config, {"learner": {"lr": 1e-4}, "learner.lr": 1e-4})
-    assert message == "learner.lr is given twice in the recipe; leave one out"
+    message = error_message(build_config, {"learner": {"lr": 1e-4}, "learner.lr": 1e-4})
+    assert message == "learner.lr is given twice in the recipe; remove one"
 
 
 # --- unknown keys
@@ -118,42 +118,42 @@ def test_the_nearest_key(wrong: str, right: list[str]) -> None:
     assert nearest(wrong, settings_of(every_section())) == right
 
 
-def test_a_letter_of_the_papers_is_known() -> None:
+def test_letters_of_the_papers_are_recognised() -> None:
     assert suggestion(every_section(), "K") == "did you mean vineppo.num_mc_rollouts?"
     assert suggestion(Config, "rollouts.g", prefix="--") == "did you mean --rollouts.group_size?"
 
 
-def test_unknown_keys_say_where_they_stand() -> None:
-    assert refusal(build_config, {"lr": 1}, name="mine.yaml") == (
+def test_errors_of_unknown_keys_name_their_source() -> None:
+    assert error_message(build_config, {"lr": 1}, name="mine.yaml") == (
         "unknown key lr in recipe mine.yaml; did you mean learner.lr?"
     )
-    assert refusal(build_config, {"overrides": {"ppo": {"value_lr": 1}}}, name="mine.yaml") == (
+    assert error_message(build_config, {"overrides": {"ppo": {"value_lr": 1}}}, name="mine.yaml") == (
         "unknown key value_lr under overrides.ppo in recipe mine.yaml; did you mean ppo.value_lr?"
     )
-    assert refusal(build_config, {}, None, {"learner.kl.coef": 1}) == (
+    assert error_message(build_config, {}, None, {"learner.kl.coef": 1}) == (
         "unknown key learner.kl.coef on the command line; did you mean learner.kl.coefficient?"
     )
-    assert "known at the top: algorithm, model, task" in refusal(build_config, {"zzzzzz": 1})
-    assert "unknown key learner.kl.clmp in a/config.yaml; did you mean learner.kl.clamp?" in refusal(
+    assert "top-level keys: algorithm, model, task" in error_message(build_config, {"zzzzzz": 1})
+    assert "unknown key learner.kl.clmp in a/config.yaml; did you mean learner.kl.clamp?" in error_message(
         config_from_dict, Config, {"learner": {"kl": {"clmp": 1}}}, "in a/config.yaml"
     )
 
 
-def test_an_override_for_an_algorithm_that_is_not_chosen_is_checked_too() -> None:
-    assert "unknown key lr" in refusal(build_config, {"overrides": {"grpo": {"lr": 1}}}, "vineppo")
-    assert refusal(build_config, {"overrides": {"pppo": {}}}) == (
+def test_overrides_for_other_algorithms_are_checked_too() -> None:
+    assert "unknown key lr" in error_message(build_config, {"overrides": {"grpo": {"lr": 1}}}, "vineppo")
+    assert error_message(build_config, {"overrides": {"pppo": {}}}) == (
         "unknown algorithm 'pppo' under overrides in the recipe; did you mean ppo?"
     )
-    assert "overrides cannot change the algorithm" in refusal(
+    assert "overrides cannot change the algorithm" in error_message(
         build_config, {"overrides": {"grpo": {"algorithm": "ppo"}}}
     )
-    assert "it must map" in refusal(build_config, {"overrides": ["ppo"]})
-    assert "it must map" in refusal(build_config, {"overrides": {"ppo": 3}})
+    assert "it must map" in error_message(build_config, {"overrides": ["ppo"]})
+    assert "it must map" in error_message(build_config, {"overrides": {"ppo": 3}})
 
 
 def test_a_section_is_not_a_value() -> None:
-    assert refusal(build_config, {"learner": 3}) == (
-        "learner is 3 in the recipe; it is a section, give keys of it such as learner.lr"
+    assert error_message(build_config, {"learner": 3}) == (
+        "learner is 3 in the recipe; it is a section, so give its keys, such as learner.lr"
     )
 
 
@@ -161,7 +161,7 @@ def test_a_section_is_not_a_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "given", "expected"),
+    ("key", "value", "expected"),
     [
         ("learner.lr", "1e-4", 1e-4),
         ("learner.lr", 1, 1.0),
@@ -185,14 +185,14 @@ def test_a_section_is_not_a_value() -> None:
         ("algorithm", "rloo", "rloo"),
     ],
 )
-def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: Any) -> None:
+def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: Any) -> None:
     section = key.split(".")[0]
-    value = settings_in(build_config({}, section if section in BUILT_IN else None, {key: given}), key)
-    assert value == expected and type(value) is type(expected)
+    result = settings_in(build_config({}, section if section in BUILT_IN else None, {key: value}), key)
+    assert result == expected and type(result) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("key", "given", "message"),
+    ("key", "value", "message"),
     [
         ("learner.lr", "abc", "learner.lr is 'abc' in the recipe; it must be a number"),
         ("learner.lr", True, "learner.lr is True in the recipe; it must be a number"),
@@ -202,7 +202,7 @@ def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: 
         (
             "learner.lr",
             None,
-            "learner.lr has no value in the recipe; give one, or leave the key out to keep the default",
+            "learner.lr has no value in the recipe; give one, or remove the key to keep the default",
         ),
         ("learner.epochs", 2.5, "learner.epochs is 2.5 in the recipe; it must be a whole number"),
         ("learner.epochs", "two", "learner.epochs is 'two' in the recipe; it must be a whole number"),
@@ -228,14 +228,14 @@ def test_values_of_yaml_and_of_the_command_line(key: str, given: Any, expected: 
         ("algorithm", 3, "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object"),
     ],
 )
-def test_wrong_types(key: str, given: Any, message: str) -> None:
-    recipe = {"algorithm": "grpo", key: given} if key.startswith("grpo") else {key: given}
-    assert refusal(build_config, recipe) == message
+def test_wrong_types(key: str, value: Any, message: str) -> None:
+    recipe = {"algorithm": "grpo", key: value} if key.startswith("grpo") else {key: value}
+    assert error_message(build_config, recipe) == message
 
 
-def test_lists_that_are_cut_off_or_have_holes() -> None:
+def test_incomplete_lists_are_errors() -> None:
     for text in ("a,,b", "[a"):
-        assert "it must be a list such as [a, b]" in refusal(build_config, {"rollouts.stop": text})
+        assert "it must be a list such as [a, b]" in error_message(build_config, {"rollouts.stop": text})
 
 
 @pytest.mark.parametrize(
@@ -273,18 +273,18 @@ def test_lists_that_are_cut_off_or_have_holes() -> None:
         ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
         (
             {"algorithm": "grpo", "vineppo.reuse": "false"},
-            "vineppo.reuse on the command line is a setting of vineppo, and the algorithm is grpo; leave it out",
+            "vineppo.reuse on the command line is a setting of vineppo, but the algorithm is grpo; remove it",
         ),
     ],
 )
-def test_values_that_cannot_work(overrides: dict[str, str], message: str) -> None:
-    assert message in refusal(build_config, {}, None, overrides)
+def test_values_that_are_not_allowed(overrides: dict[str, str], message: str) -> None:
+    assert message in error_message(build_config, {}, None, overrides)
 
 
 # --- round trips
 
 
-def test_a_config_survives_its_yaml_file() -> None:
+def test_a_config_is_read_back_from_yaml() -> None:
     config = build_config(
         TUNED,
         "ppo",
@@ -296,10 +296,10 @@ def test_a_config_survives_its_yaml_file() -> None:
     assert config_from_dict(SFTConfig, yaml.safe_load(yaml.safe_dump(config_to_dict(sft)))) == sft
 
 
-def test_a_resolved_configuration_has_the_section_of_its_own_algorithm_only() -> None:
+def test_a_resolved_configuration_has_only_the_section_of_its_algorithm() -> None:
     sections = {name: set(config_to_dict(build_config(TUNED, name))) for name in BUILT_IN}
     shared = set(config_to_dict(Config()))
-    assert {name: found - shared for name, found in sections.items()} == {
+    assert {name: keys - shared for name, keys in sections.items()} == {
         "vineppo": {"vineppo"},
         "ppo": {"ppo"},
         "grpo": {"grpo"},
@@ -308,10 +308,10 @@ def test_a_resolved_configuration_has_the_section_of_its_own_algorithm_only() ->
     }
 
 
-def test_wrong_values_in_python_are_refused_in_one_line_too() -> None:
-    assert refusal(LearnerConfig, lr=-1) == "LearnerConfig.lr is -1; it must be at least 0"
-    assert refusal(LearnerConfig, kl={"clamp": 0}) == "KLConfig.clamp is 0; it must be above 0"
-    assert refusal(LearnerConfig, rate=1).startswith(
+def test_wrong_values_in_python_are_errors_in_one_line() -> None:
+    assert error_message(LearnerConfig, lr=-1) == "LearnerConfig.lr is -1; it must be at least 0"
+    assert error_message(LearnerConfig, kl={"clamp": 0}) == "KLConfig.clamp is 0; it must be above 0"
+    assert error_message(LearnerConfig, rate=1).startswith(
         "LearnerConfig has no field 'rate'; its fields: lr, warmup_updates"
     )
     with pytest.raises(Exception, match="frozen"):
@@ -342,7 +342,7 @@ def test_every_sft_recipe_loads(name: str) -> None:
     assert config_from_dict(SFTConfig, {**recipe, "out": "somewhere"}, name).updates >= 1
 
 
-def test_the_default_recipe_is_there() -> None:
+def test_the_default_recipe_exists() -> None:
     assert "judgement" in recipe_names()
 
 
@@ -366,14 +366,14 @@ def test_a_recipe_may_be_a_file(tmp_path: Path) -> None:
         (b"a: \x00", "is not valid YAML"),
     ],
 )
-def test_recipe_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_recipe_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
-    assert message in refusal(load_recipe, path)
+    assert message in error_message(load_recipe, path)
 
 
-def test_no_such_recipe(tmp_path: Path) -> None:
-    message = refusal(load_recipe, "judgment")
+def test_an_unknown_recipe_is_an_error(tmp_path: Path) -> None:
+    message = error_message(load_recipe, "judgment")
     assert "recipe 'judgment' is neither a recipe of the package nor a file; did you mean judgement?" in message
-    assert "is neither" in refusal(load_recipe, tmp_path / "absent.yaml")
-    assert "is a directory" in refusal(load_recipe, tmp_path)
+    assert "is neither" in error_message(load_recipe, tmp_path / "absent.yaml")
+    assert "is a directory" in error_message(load_recipe, tmp_path)

@@ -1,4 +1,4 @@
-"""The learner: updates are what the equations say, whatever the batch layout. And the seeds it draws its order from."""
+"""The learner: its updates follow the equations for any batch layout. Also tests of seeds and random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPERATURE = 0.7
 
 
 def build_policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
-    """A random two-layer Llama of width 32."""
+    """Build a random two-layer Llama of width 32."""
     config = LlamaConfig(
         vocab_size=len(TOKENIZER),
         hidden_size=32,
@@ -55,7 +55,7 @@ def build_policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
 def build_samples(
     lengths: list[tuple[int, int]], seed: int = 0, advantage: float | None = None
 ) -> list[TrainingSample]:
-    """Random samples with (prompt, response) tokens; advantages, returns and old values are random per token."""
+    """Build random samples of (prompt, response) tokens, with random advantages, returns and old values per token."""
     rng = np.random.default_rng(seed)
     samples = []
     for prompt, response in lengths:
@@ -81,7 +81,7 @@ TWO = [(3, 2), (4, 5)]
 def build_learner(
     policy: Policy, reference: Policy | None = None, critic: ValueNetwork | None = None, **options: Any
 ) -> TorchLearner:
-    """A learner whose minibatch is everything, in one epoch, unless told otherwise."""
+    """Build a learner; by default one epoch with a single minibatch."""
     ppo = options.pop("ppo", CriticConfig(value_lr=1e-3))
     total_updates = options.pop("total_updates", 100)
     config = LearnerConfig(**{"lr": 1e-3, "epochs": 1, "minibatch_size": 100, **options})
@@ -102,7 +102,7 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 
 
 def logprobs_of(policy: Policy, samples: list[TrainingSample]) -> list[torch.Tensor]:
-    """Of each sample's response tokens, one sequence at a time; with gradient."""
+    """Compute the log-probabilities of each sample's response tokens with gradient, one sequence at a time."""
     out = []
     for sample in samples:
         logits = policy.model(torch.tensor([sample.token_ids])).logits[0].float() / TEMPERATURE
@@ -112,7 +112,7 @@ def logprobs_of(policy: Policy, samples: list[TrainingSample]) -> list[torch.Ten
     return out
 
 
-def behind_prompt(prompt: int, row: torch.Tensor) -> tuple[float, ...]:
+def after_prompt(prompt: int, row: torch.Tensor) -> tuple[float, ...]:
     return (0.0,) * prompt + tuple(row.tolist())
 
 
@@ -129,10 +129,10 @@ def gradient_norm(loss: torch.Tensor, module: torch.nn.Module) -> float:
 def train(
     samples: list[TrainingSample], iterations: int = 1, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-    """Final weights of policy and critic, and the last metrics, of a training with everything switched on.
+    """Train with all terms of the objective; returns the final weights of policy and critic, and the last metrics.
 
-    In float64, because Adam divides by the gradient's size: where a gradient is nearly 0, its rounding error decides
-    the direction of a whole step, and float32 could not tell that from a mistake.
+    The training is in float64, because Adam divides by the size of the gradient: if a gradient is nearly 0, rounding
+    errors determine the direction of a whole step, and in float32 this would look like a mistake.
     """
     policy = build_policy(dtype=torch.float64)
     reference, critic = build_policy(seed=1, dtype=torch.float64), ValueNetwork(policy, seed=0)
@@ -157,7 +157,7 @@ def test_truth_3_and_trap_7_micro_batches_change_nothing(minibatch_size: int, pl
     whole = train(build_samples(RAGGED), micro_batch_tokens=100_000, **options)
     for micro_batch_tokens in (1, 60, 300):
         assert_same(train(build_samples(RAGGED), micro_batch_tokens=micro_batch_tokens, **options), whole)
-    # The result is not trivially the same: the updates moved the weights by far more than the tolerance.
+    # The updates changed the weights by much more than the tolerance.
     assert (whole[0] - weights(build_policy().model)).abs().max() > 1e-4
 
 
@@ -169,19 +169,19 @@ def test_truth_3_the_order_of_samples_changes_nothing() -> None:
 
 
 def test_truth_3_padding_changes_nothing() -> None:
-    # A long sample whose mask is empty adds no token and no credit. It only pads the others.
+    # A long sample with an empty mask trains no token. It only adds padding to the others.
     samples = build_samples(RAGGED)
-    nothing = (0.0,) * 60
-    padding = TrainingSample((5,) * 60, (0,) * 60, nothing, nothing, returns=nothing, values=nothing)
+    zeros = (0.0,) * 60
+    padding = TrainingSample((5,) * 60, (0,) * 60, zeros, zeros, returns=zeros, values=zeros)
     kl = KLConfig(coefficient=0.01, reduction="token_mean")
     plain = train(samples, kl=kl)
     padded = train([*samples, padding], kl=kl)
-    # The sum per rollout is a mean over one rollout more; all else stays.
+    # kl/ref is a mean over one more rollout. All other metrics are the same.
     padded[2]["kl/ref"] *= (len(samples) + 1) / len(samples)
     assert_same(padded, plain)
 
 
-def test_micro_batches_hold_every_index_once_and_keep_the_budget() -> None:
+def test_micro_batches_contain_every_index_once_and_respect_the_limit() -> None:
     lengths = np.random.default_rng(0).integers(1, 50, 200).tolist()
     for budget in (1, 60, 300, 10**6):
         groups = micro_batches(lengths, budget)
@@ -199,8 +199,8 @@ def test_loss_is_the_mean_over_the_tokens_of_the_minibatch() -> None:
         policy = build_policy(dtype=torch.float64)
         by_hand = copy.deepcopy(policy.model)
         metrics = build_learner(policy, micro_batch_tokens=micro_batch_tokens).update(samples, 1, len(samples))
-        # The ratio is 1 before the first update: the loss is minus the mean advantage of 2 + 5 tokens, 0.5 / 7. A mean
-        # of the two sequences' means would be (2 - 0.7) / 2.
+        # The ratio is 1 before the first update, so the loss is minus the mean advantage of 2 + 5 tokens, 0.5 / 7. The
+        # mean of the means of the two sequences would be (2 - 0.7) / 2.
         assert metrics["policy/loss"] == pytest.approx(-0.5 / 7, abs=1e-6)
         assert metrics["credit/advantage_abs_mean"] == pytest.approx(8.5 / 7)
 
@@ -219,7 +219,7 @@ def test_trap_7_advantages_are_scaled_over_the_iteration() -> None:
     rows = [response(s.advantages, s).double() for s in samples]
     flat = torch.cat(rows)
     for scaling, shift in (("whiten", flat.mean()), ("std", 0.0)):
-        # Minibatches of one response, and no learning, so that each loss is minus the mean of its scaled advantages.
+        # With minibatches of one response and learning rate 0, each loss is minus the mean of the scaled advantages.
         policy = build_policy()
         learner = build_learner(policy, minibatch_size=1, advantage_scaling=scaling, lr=0.0)
         expected = -sum(float(((row - shift) / flat.std(correction=0)).mean()) for row in rows) / 2
@@ -245,7 +245,7 @@ def test_kl_in_the_loss(estimator: str, reduction: str, count: int) -> None:
 
 
 def test_importance_weighted_kl_in_the_loss() -> None:
-    """On-policy the weights are 1 and change only the gradient: k3's becomes d, times that of the log-probability."""
+    """On-policy the ratios are 1 and change only the gradient: that of k3 becomes d times the gradient of logprob."""
     samples = build_samples(TWO, advantage=0.0)
     policy, reference = build_policy(), build_policy(seed=1)
     new, ref = torch.cat(logprobs_of(policy, samples)), torch.cat(logprobs_of(reference, samples)).detach()
@@ -265,7 +265,7 @@ def test_kl_in_the_reward_is_a_penalty_to_go(estimator: str) -> None:
     credited = []
     for sample, row, ref in zip(samples, logprobs, ref_logprobs, strict=True):
         penalties = kl_estimate(row.detach(), ref.detach(), estimator, 10.0)
-        # Each token answers for its own penalty and for all behind it.
+        # The credit of a token contains its own penalty and all later ones.
         to_go = torch.stack([penalties[t:].sum() for t in range(len(penalties))])
         credited.append(response(sample.advantages, sample) - 0.3 * to_go)
     loss = -sum((a * row).sum() for a, row in zip(credited, logprobs, strict=True)) / 7
@@ -288,7 +288,7 @@ def test_entropy_bonus_raises_the_entropy() -> None:
     assert entropies[-1] < math.log(len(TOKENIZER))
 
 
-def test_entropy_is_that_of_the_tempered_distribution() -> None:
+def test_entropy_is_computed_at_the_sampling_temperature() -> None:
     samples = build_samples(TWO)
     policy = build_policy()
     sums, count = 0.0, 0
@@ -301,7 +301,7 @@ def test_entropy_is_that_of_the_tempered_distribution() -> None:
     )
 
 
-def test_without_credit_nothing_moves() -> None:
+def test_advantages_of_zero_change_no_weights() -> None:
     policy = build_policy()
     before = weights(policy.model)
     metrics = build_learner(policy, epochs=3).update(build_samples(RAGGED, advantage=0.0), 1, len(RAGGED))
@@ -311,7 +311,7 @@ def test_without_credit_nothing_moves() -> None:
 
 
 def test_at_the_first_update_the_ratio_is_one() -> None:
-    # The sampler's log-probabilities are far off; the ratio is taken against the trainer's own.
+    # The sampler's log-probabilities of these samples are wrong; the ratio uses those of the trainer.
     policy = build_policy()
     metrics = build_learner(policy, micro_batch_tokens=60).update(build_samples(RAGGED), 1, len(RAGGED))
     assert metrics["policy/clip_share"] == 0
@@ -321,11 +321,11 @@ def test_at_the_first_update_the_ratio_is_one() -> None:
     assert later["policy/kl_old"] > 1e-4
 
 
-def test_credit_moves_probability_its_own_way() -> None:
+def test_advantages_change_probabilities_in_their_direction() -> None:
     samples = build_samples(TWO)
     signs = [torch.ones(2), -torch.ones(5)]
     samples = [
-        replace(s, advantages=behind_prompt(s.loss_mask.index(1), sign)) for s, sign in zip(samples, signs, strict=True)
+        replace(s, advantages=after_prompt(s.loss_mask.index(1), sign)) for s, sign in zip(samples, signs, strict=True)
     ]
     policy = build_policy()
     before = [row.sum().item() for row in logprobs_of(policy, samples)]
@@ -335,11 +335,11 @@ def test_credit_moves_probability_its_own_way() -> None:
     assert after[1] < before[1] - 0.01
 
 
-def test_sampler_logprob_gap_is_the_largest_of_any_token() -> None:
+def test_sampler_logprob_gap_is_the_largest_difference_of_a_token() -> None:
     policy = build_policy()
     samples = build_samples(RAGGED)
     exact = [
-        replace(s, sampler_logprobs=behind_prompt(s.loss_mask.index(1), row))
+        replace(s, sampler_logprobs=after_prompt(s.loss_mask.index(1), row))
         for s, row in zip(samples, logprobs_of(policy, samples), strict=True)
     ]
     assert build_learner(policy, lr=0.0).update(exact, 1, len(exact))["policy/sampler_logprob_gap"] < 1e-5
@@ -350,7 +350,7 @@ def test_sampler_logprob_gap_is_the_largest_of_any_token() -> None:
     assert gap == pytest.approx(0.25, abs=1e-5)
 
 
-def test_the_critic_learns_its_returns() -> None:
+def test_the_critic_learns_the_returns() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy()
     critic = ValueNetwork(policy, seed=0)
@@ -366,12 +366,12 @@ def test_value_loss_is_the_clipped_mean_over_tokens() -> None:
     samples = build_samples(TWO)
     batch = collate(samples)
     values = critic(batch.token_ids, batch.loss_mask)
-    # The first response's values have come nearly all the way from 1 below to their returns: clipping holds them back.
-    # The second's have gone 1 above their returns, on which they were: the unclipped error is the larger one.
+    # The first response's values were 1 lower and are now 0.1 below their returns: the clipped error is the larger one.
+    # The second's were equal to their returns and are now 1 above them: the unclipped error is the larger one.
     first, second = values.detach()[:2], values.detach()[2:]
     samples = [
-        replace(samples[0], values=behind_prompt(3, first - 1), returns=behind_prompt(3, first + 0.1)),
-        replace(samples[1], values=behind_prompt(4, second - 1), returns=behind_prompt(4, second - 1)),
+        replace(samples[0], values=after_prompt(3, first - 1), returns=after_prompt(3, first + 0.1)),
+        replace(samples[1], values=after_prompt(4, second - 1), returns=after_prompt(4, second - 1)),
     ]
     norm = gradient_norm(0.5 * (values[2:] - (second - 1)).square().sum() / 7, critic)
     metrics = build_learner(policy, critic=critic, micro_batch_tokens=1).update(samples, 1, len(samples))
@@ -379,7 +379,7 @@ def test_value_loss_is_the_clipped_mean_over_tokens() -> None:
     assert metrics["value/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_value_only_iterations_leave_the_policy_alone() -> None:
+def test_value_only_iterations_do_not_change_the_policy() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy()
     critic = ValueNetwork(policy, seed=0)
@@ -405,25 +405,25 @@ def test_gradients_are_cleared_after_each_update() -> None:
     first, second = (learner.update(samples, i, len(samples)) for i in (1, 2))
     for model in (policy.model, reference.model, critic):
         assert all(p.grad is None for p in model.parameters())
-    # Nothing has moved, so a gradient left over would make the second norm larger.
+    # The weights are unchanged, so a gradient that was not cleared would make the second norm larger.
     assert second["policy/grad_norm"] == pytest.approx(first["policy/grad_norm"], rel=1e-5)
     assert second["value/grad_norm"] == pytest.approx(first["value/grad_norm"], rel=1e-5)
 
 
-def test_every_sample_is_trained_once_an_epoch_in_an_order_of_its_own() -> None:
+def test_every_epoch_contains_every_sample_once_in_a_different_order() -> None:
     samples = build_samples([(3, 4)] * 7)
     seen: list[tuple[int, ...]] = []
     learner = build_learner(build_policy(), epochs=3, minibatch_size=3)
     original = learner._update
 
-    def recorded(minibatch: Any, train_policy: bool, num_rollouts: float) -> Metrics:
+    def recording_update(minibatch: Any, train_policy: bool, num_rollouts: float) -> Metrics:
         seen.append(tuple(samples.index(replace(e.sample)) for e in minibatch))
         assert num_rollouts == len(minibatch)
         return original(minibatch, train_policy, num_rollouts)
 
-    learner._update = recorded  # type: ignore[method-assign]
+    learner._update = recording_update  # type: ignore[method-assign]
     assert learner.update(samples, 1, len(samples))["updates"] == 9
-    # Trap 8: the short last minibatch is used as it is, not filled up.
+    # The short last minibatch is used without filling it up.
     assert [len(m) for m in seen] == [3, 3, 1] * 3
     epochs = [[i for m in seen[3 * e : 3 * e + 3] for i in m] for e in range(3)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -431,7 +431,7 @@ def test_every_sample_is_trained_once_an_epoch_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_is_an_error_and_changes_no_weights(bad: float) -> None:
     samples = build_samples(TWO)
     samples[0] = replace(samples[0], advantages=(0.0,) * 3 + (bad, 1.0))
     policy = build_policy()
@@ -445,7 +445,7 @@ def test_bfloat16_trains_with_float32_masters() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy(dtype=torch.bfloat16)
     reference, critic = policy.frozen_copy(), ValueNetwork(policy, seed=0)
-    # Steps of a millionth are below the resolution of nearly every weight in bfloat16; the masters add them up.
+    # Steps of 1e-6 are below the resolution of bfloat16 for nearly all weights. The masters accumulate them.
     learner = build_learner(policy, reference, critic, lr=1e-6, epochs=8, kl=KLConfig(coefficient=0.01))
     before = [p.detach().float().clone() for p in policy.model.parameters()]
     metrics = learner.update(samples, 1, len(samples))
@@ -459,7 +459,7 @@ def test_bfloat16_trains_with_float32_masters() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_truth_7_two_and_two_iterations_equal_four(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_truth_7_four_iterations_equal_two_and_two_after_loading(tmp_path: Path, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"epochs": 2, "minibatch_size": 3, "kl": KLConfig(coefficient=0.01)}
     options |= {"warmup_updates": 4, "decay": "linear", "total_updates": 24, "ppo": CriticConfig(value_lr=1e-3)}
 
@@ -467,27 +467,27 @@ def test_truth_7_two_and_two_iterations_equal_four(tmp_path: Path, dtype: torch.
         policy = build_policy(dtype=dtype)
         return build_learner(policy, policy.frozen_copy(), ValueNetwork(policy, seed=0), **options)
 
-    def go(learner: TorchLearner, iterations: range) -> list[Metrics]:
+    def run(learner: TorchLearner, iterations: range) -> list[Metrics]:
         return [learner.update(build_samples(RAGGED, seed=i), i, len(RAGGED)) for i in iterations]
 
     whole = fresh()
-    expected = go(whole, range(1, 5))
+    expected = run(whole, range(1, 5))
     first = fresh()
-    go(first, range(1, 3))
+    run(first, range(1, 3))
     first.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["learner.pt"]
     second = fresh()
     second.load(tmp_path)
-    assert go(second, range(3, 5)) == expected[2:]
+    assert run(second, range(3, 5)) == expected[2:]
     assert torch.equal(weights(second.policy.model), weights(whole.policy.model))
     assert whole.critic is not None
     assert second.critic is not None
     assert torch.equal(weights(second.critic), weights(whole.critic))
-    # Moments, masters and position matter: a fresh optimizer on the same weights goes elsewhere.
-    amnesiac = fresh()
-    amnesiac.policy.model.load_state_dict(first.policy.model.state_dict())
-    go(amnesiac, range(3, 5))
-    assert not torch.equal(weights(amnesiac.policy.model), weights(whole.policy.model))
+    # The optimizer's state matters: a new optimizer with the same weights gives another result.
+    weights_only = fresh()
+    weights_only.policy.model.load_state_dict(first.policy.model.state_dict())
+    run(weights_only, range(3, 5))
+    assert not torch.equal(weights(weights_only.policy.model), weights(whole.policy.model))
 
 
 def test_the_reference_never_changes() -> None:
@@ -515,13 +515,13 @@ def test_token_logprobs_are_of_the_masked_tokens_in_row_major_order() -> None:
     samples = build_samples(RAGGED)
     policy = build_policy()
     batch = collate(samples)
-    logprobs, none = token_logprobs(policy.model, batch.token_ids, batch.loss_mask, TEMPERATURE)
-    assert none is None
+    logprobs, entropies = token_logprobs(policy.model, batch.token_ids, batch.loss_mask, TEMPERATURE)
+    assert entropies is None
     assert torch.allclose(logprobs, torch.cat(logprobs_of(policy, samples)), rtol=0, atol=1e-5)
 
 
-def test_truth_6_seeds_are_known_numbers() -> None:
-    # Written down once: a change of any of these changes the result of every run with the same seed.
+def test_truth_6_seeds_do_not_change_between_versions() -> None:
+    # A change of any of these numbers changes the result of every run with the same seed.
     assert derive_seed() == 6510301506637419378
     assert derive_seed(0) == 3581690635855307741
     assert derive_seed(0, 1, "train/17", "rollouts") == 1690424261999679735
@@ -531,12 +531,12 @@ def test_truth_6_seeds_are_known_numbers() -> None:
     assert uniforms(keys, 1000).tolist() == [0.17569250689332405, 0.6186972209020031, 0.7051667993008943]
 
 
-def test_truth_6_neighbouring_addresses_have_unrelated_seeds() -> None:
+def test_truth_6_different_addresses_have_different_seeds() -> None:
     addresses = [(seed, i, purpose) for seed in range(10) for i in range(100) for purpose in ("rollouts", "mc")]
     seeds = {derive_seed(*address) for address in addresses}
     assert len(seeds) == len(addresses)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    # Parts do not run together, and a number is not its text.
+    # Parts of an address are separated, and a number differs from its text.
     assert (
         len({derive_seed(1, 23), derive_seed(12, 3), derive_seed(123), derive_seed("123"), derive_seed("1", "23")}) == 5
     )
@@ -548,12 +548,12 @@ def test_uniforms_are_uniform_within_and_between_streams() -> None:
     assert numbers.min() >= 0
     assert numbers.max() < 1
     for sample in (numbers.ravel(), numbers[:, 0], numbers[:, 99], numbers[0], numbers[:5].ravel()):
-        assert kolmogorov_smirnov(sample) < 1.95  # exceeded once in a thousand
+        assert kolmogorov_smirnov(sample) < 1.95  # exceeded with probability 0.001
     assert len(np.unique(numbers)) == numbers.size
 
 
 def kolmogorov_smirnov(sample: np.ndarray) -> float:
-    """Largest distance of the empirical distribution from the uniform one, times the square root of the count."""
+    """Return the largest distance of the empirical distribution from the uniform one, times sqrt(n)."""
     ordered, n = np.sort(sample), len(sample)
     above = np.arange(1, n + 1) / n - ordered
     below = ordered - np.arange(n) / n
@@ -586,7 +586,7 @@ def test_uniforms_are_independent_across_positions_samples_and_seeds() -> None:
 
 
 def with_alternatives(samples: list[TrainingSample], seed: int = 5) -> list[TrainingSample]:
-    """Up to four alternatives at random places of every sample."""
+    """Add up to four alternatives at random positions to every sample."""
     rng = np.random.default_rng(seed)
     changed = []
     for sample in samples:
@@ -615,7 +615,7 @@ def test_alternatives_do_not_depend_on_the_batch_layout(micro_batch_tokens: int)
 
 
 def test_an_alternative_trains_like_a_sequence_that_ends_with_it() -> None:
-    """The same prefix with the other token as its only trained one has the same gradient."""
+    """A sample that trains only the other token after the same prefix has the same gradient."""
     (sample,) = build_samples([(4, 9)])
     position, token, advantage = 5, 7, -1.3
     place = 4 + position
@@ -627,18 +627,18 @@ def test_an_alternative_trains_like_a_sequence_that_ends_with_it() -> None:
     )
     joined = replace(sample, alternatives=(Alternative(position, token, advantage),))
     options: dict[str, Any] = {"max_grad_norm": 0.0, "micro_batch_tokens": 1}
-    # Both have sums over the same ten entries; nine tokens are counted in one, ten in the other, which Adam's first
-    # step (a sign) does not see.
-    together, apart = trained([joined], **options), trained([sample, other], **options)
+    # Both sum over the same ten terms, but divide by nine and by ten tokens. Adam's first step depends only on the sign
+    # of the gradient, so the weights are equal.
+    together, separate = trained([joined], **options), trained([sample, other], **options)
     start = weights(build_policy().model)
     moved = (together - start).abs() > 1e-4
     assert moved.float().mean() > 0.9
-    assert torch.allclose(together, apart, atol=1e-5)
+    assert torch.allclose(together, separate, atol=1e-5)
     assert not torch.allclose(trained([sample], **options), together, atol=1e-4)
 
 
 def test_alternatives_are_scaled_with_the_advantages() -> None:
-    """Advantages ten times as large, alternatives too: `std` undoes it for both, for neither alone."""
+    """If all advantages, also those of alternatives, are ten times as large, `std` gives the same update."""
     samples = with_alternatives(build_samples(RAGGED))
     larger = [
         replace(
@@ -657,12 +657,12 @@ def test_alternatives_are_scaled_with_the_advantages() -> None:
 
 
 def sparse(samples: list[TrainingSample], share: float = 0.7, seed: int = 6) -> list[TrainingSample]:
-    """Most advantages 0, of tokens and of alternatives, and two samples without any."""
+    """Set most advantages of tokens and alternatives to 0, and all of them in two samples."""
     rng = np.random.default_rng(seed)
     changed = []
     for i, sample in enumerate(samples):
-        gone = rng.random(len(sample.token_ids)) < (1.0 if i in (1, 4) else share)
-        advantages = tuple(0.0 if zero else a for a, zero in zip(sample.advantages, gone, strict=True))
+        is_zero = rng.random(len(sample.token_ids)) < (1.0 if i in (1, 4) else share)
+        advantages = tuple(0.0 if zero else a for a, zero in zip(sample.advantages, is_zero, strict=True))
         alternatives = tuple(
             replace(a, advantage=0.0) if i in (1, 4) or rng.random() < share else a for a in sample.alternatives
         )
@@ -671,7 +671,7 @@ def sparse(samples: list[TrainingSample], share: float = 0.7, seed: int = 6) -> 
 
 
 @pytest.mark.parametrize("minibatch_size", [8, 3])
-def test_leaving_out_tokens_without_an_advantage_changes_nothing(
+def test_dropping_tokens_without_an_advantage_does_not_change_the_update(
     monkeypatch: pytest.MonkeyPatch, minibatch_size: int
 ) -> None:
     samples = sparse(with_alternatives(build_samples(RAGGED)))
@@ -699,7 +699,7 @@ def test_leaving_out_tokens_without_an_advantage_changes_nothing(
 
 
 def test_a_minibatch_without_any_advantage_is_a_step_of_gradient_zero() -> None:
-    """Adam's moments decay as for any gradient: the next update is not that of an optimizer that saw nothing."""
+    """Adam's moments decay as in any other update, so the weights still change."""
     policy = build_policy()
     learner = build_learner(policy, minibatch_size=8, lr=1e-2)
     learner.update(build_samples(RAGGED), 1, len(RAGGED))

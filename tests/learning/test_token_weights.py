@@ -1,4 +1,4 @@
-"""Weights of tokens: a tree of responses gives one update, however it is written down as samples; and few samples."""
+"""Weights of tokens: the update of a tree of responses does not depend on how it is split into samples."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy
 from vineppo.types import Alternative, TrainingSample, UserError
 
-# --- a small tree by hand: a prefix of one token, behind it one response of one token and one of two ---
+# --- a small tree by hand: a prefix of one token, followed by a response of one token and one of two ---
 
 
 def sample_of(token_ids: tuple[int, ...], advantages: tuple[float, ...], weight: float | None = None) -> TrainingSample:
-    """Trains the last tokens, as many as there are advantages."""
+    """Return a sample that trains the last len(advantages) tokens."""
     before, zeros = len(token_ids) - len(advantages), (0.0,) * (len(token_ids) - len(advantages))
     return TrainingSample(
         token_ids=token_ids,
@@ -55,7 +55,7 @@ def small_tree() -> list[TrainingSample]:
 
 
 def test_denominators_by_hand() -> None:
-    """Five tokens in all: the prefix counts twice. Advantages .5, .5, 1, -.25, -.25."""
+    """The tree has five tokens, because the prefix counts twice. Advantages: .5, .5, 1, -.25, -.25."""
     policy, reference = build_policy(dtype=torch.float64), build_policy(seed=1, dtype=torch.float64)
     learner = build_learner(policy, reference, kl=KLConfig(coefficient=0.0), lr=0.0)
     metrics = learner.update(small_tree(), 1, num_rollouts=2)
@@ -78,14 +78,14 @@ def test_denominators_by_hand() -> None:
         assert objective == pytest.approx(-0.3 + 0.3 * total / count, abs=1e-5)
 
 
-def test_penalties_behind_a_shared_prefix_are_the_mean_of_its_continuations() -> None:
+def test_penalties_after_a_shared_prefix_are_the_mean_over_its_continuations() -> None:
     tree = small_tree()
     assert penalties_to_go(tree, [[1.0], [4.0], [2.0, 3.0]]) == [[1 + (4 + 5) / 2], [4.0], [5.0, 3.0]]
     heavier = [tree[0], replace(tree[1], weights=(0.0, 0.0, 0.0, 3.0)), tree[2]]
     assert penalties_to_go(heavier, [[1.0], [4.0], [2.0, 3.0]])[0] == [1 + (3 * 4 + 5) / 4]
-    # A continuation that carries the prefix's tokens too, with weight 0, begins to train behind it all the same.
-    carried = replace(tree[2], loss_mask=(0, 0, 1, 1, 1), weights=(0.0, 0.0, 0.0, 1.0, 1.0))
-    assert penalties_to_go([tree[0], tree[1], carried], [[1.0], [4.0], [9.0, 2.0, 3.0]])[0] == [1 + (4 + 5) / 2]
+    # A continuation that contains the prefix's tokens with weight 0 counts as a continuation too.
+    with_prefix = replace(tree[2], loss_mask=(0, 0, 1, 1, 1), weights=(0.0, 0.0, 0.0, 1.0, 1.0))
+    assert penalties_to_go([tree[0], tree[1], with_prefix], [[1.0], [4.0], [9.0, 2.0, 3.0]])[0] == [1 + (4 + 5) / 2]
     assert penalties_to_go(build_samples(TWO), [[1.0, 2.0], [1.0] * 5]) == [[3.0, 2.0], [5.0, 4.0, 3.0, 2.0, 1.0]]
 
 
@@ -110,7 +110,7 @@ def test_weighted_sums_by_hand() -> None:
 
 @dataclass
 class Edge:
-    """Tokens between two nodes of a tree, with random credit, and the edges behind it."""
+    """Tokens between two nodes of a tree, with random credit, and the edges that follow."""
 
     token_ids: tuple[int, ...]
     rows: dict[str, tuple[float, ...]]
@@ -133,7 +133,7 @@ def random_edge(rng: np.random.Generator, levels: int) -> Edge:
 
 
 def as_sample(prompt: tuple[int, ...], path: list[Edge], first: int, weight: float | None) -> TrainingSample:
-    """Trains the tokens of the path from its edge number `first` on."""
+    """Return a sample that trains the tokens of the path from edge number `first` on."""
     before = len(prompt) + sum(len(edge.token_ids) for edge in path[:first])
     trained, alternatives, place = path[first:], [], 0
     for edge in trained:
@@ -152,14 +152,14 @@ def as_sample(prompt: tuple[int, ...], path: list[Edge], first: int, weight: flo
 
 
 def paths(path: list[Edge]) -> Iterator[list[Edge]]:
-    """Every way from the first edge to an edge of the tree."""
+    """Yield the path from the first edge to every edge of the tree."""
     yield path
     for child in path[-1].children:
         yield from paths([*path, child])
 
 
-def written_twice(seed: int = 0, trees: int = 2) -> tuple[list[TrainingSample], list[TrainingSample]]:
-    """The same random trees of three levels as (one sample per edge, one sample per leaf)."""
+def trees_as_edges_and_leaves(seed: int = 0, trees: int = 2) -> tuple[list[TrainingSample], list[TrainingSample]]:
+    """Return the same random trees of three levels as (one sample per edge, one sample per leaf)."""
     rng = np.random.default_rng(seed)
     edges, leaves = [], []
     for number in range(trees):
@@ -181,9 +181,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("micro_batch_tokens", [30, 100_000])
-def test_edges_with_weights_and_leaves_give_one_update(setting: str, micro_batch_tokens: int) -> None:
-    """Loss, gradients and every metric, also after the weights have moved and ratios are clipped."""
-    edges, leaves = written_twice()
+def test_weighted_edges_and_leaves_give_the_same_update(setting: str, micro_batch_tokens: int) -> None:
+    """Loss, gradients and all metrics are equal, also after updates with clipped ratios."""
+    edges, leaves = trees_as_edges_and_leaves()
     assert len(edges) > len(leaves) > 8 and max(max(edge.trained_weights) for edge in edges) > 3
     outcomes = []
     for samples in (edges, leaves):
@@ -202,21 +202,21 @@ def test_edges_with_weights_and_leaves_give_one_update(setting: str, micro_batch
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_first_gradient_of_edges_is_that_of_leaves(setting: str) -> None:
-    edges, leaves = written_twice()
-    found = {}
+def test_edges_and_leaves_have_the_same_first_gradient(setting: str) -> None:
+    edges, leaves = trees_as_edges_and_leaves()
+    gradients = {}
     for name, samples in (("edges", edges), ("leaves", leaves), ("wrong", [replace(e, weights=None) for e in edges])):
         policy, reference = build_policy(dtype=torch.float64), build_policy(seed=1, dtype=torch.float64)
         learner = build_learner(policy, reference, lr=0.0, **SETTINGS[setting])
-        found[name], _ = update_with_gradient(learner, samples, len(leaves))
-    assert (found["edges"] - found["leaves"]).abs().max() < 1e-6
-    assert (found["wrong"] - found["leaves"]).abs().max() > 1e-2
+        gradients[name], _ = update_with_gradient(learner, samples, len(leaves))
+    assert (gradients["edges"] - gradients["leaves"]).abs().max() < 1e-6
+    assert (gradients["wrong"] - gradients["leaves"]).abs().max() > 1e-2
 
 
 def test_kl_in_the_reward_is_the_same_for_edges_and_leaves() -> None:
-    """A prefix answers for the penalties of all its continuations."""
+    """The credit of a prefix contains the penalties of all its continuations."""
     kl = KLConfig(coefficient=0.3, place="reward")
-    edges, leaves = written_twice()
+    edges, leaves = trees_as_edges_and_leaves()
     (one, metrics), (other, other_metrics) = (
         update_with_gradient(
             build_learner(build_policy(dtype=torch.float64), build_policy(seed=1, dtype=torch.float64), lr=0.0, kl=kl),
@@ -230,23 +230,23 @@ def test_kl_in_the_reward_is_the_same_for_edges_and_leaves() -> None:
     assert metrics["kl/ref"] == pytest.approx(other_metrics["kl/ref"], rel=1e-6)
 
 
-def test_a_weight_is_a_number_of_copies_and_its_unit_does_not_matter() -> None:
+def test_a_weight_counts_copies_and_its_unit_does_not_matter() -> None:
     samples = with_alternatives(build_samples(RAGGED))
     weighted = [replace(s, weights=tuple(3.0 * m for m in s.loss_mask)) if i == 2 else s for i, s in enumerate(samples)]
     copies = [*samples, samples[2], samples[2]]
     tenfold = [replace(s, weights=tuple(10 * w for w in s.weights or s.loss_mask)) for s in weighted]
     options: dict[str, Any] = {"advantage_scaling": "whiten", "kl": KLConfig(coefficient=0.1, reduction="token_mean")}
-    found = [
-        update_with_gradient(build_learner(build_policy(), build_policy(seed=1), lr=0.0, **options), given, len(given))
-        for given in (weighted, copies, tenfold)
+    (first, first_metrics), *others = [
+        update_with_gradient(build_learner(build_policy(), build_policy(seed=1), lr=0.0, **options), batch, len(batch))
+        for batch in (weighted, copies, tenfold)
     ]
-    for gradient, metrics in found[1:]:
-        assert torch.allclose(gradient, found[0][0], rtol=0, atol=1e-6)
-        assert metrics["policy/objective"] == pytest.approx(found[0][1]["policy/objective"], abs=1e-6)
+    for gradient, metrics in others:
+        assert torch.allclose(gradient, first, rtol=0, atol=1e-6)
+        assert metrics["policy/objective"] == pytest.approx(first_metrics["policy/objective"], abs=1e-6)
 
 
-def test_tokens_of_weight_zero_are_left_out_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shortcut, which drops them, against all tokens, and against samples without them."""
+def test_dropping_tokens_of_weight_zero_does_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with keeping these tokens, and with masking them."""
     samples = with_alternatives(build_samples(RAGGED))
     halves = [tuple(float(m and i < 6) for i, m in enumerate(s.loss_mask)) for s in samples]
     weighted = [replace(s, weights=w) for s, w in zip(samples, halves, strict=True)]
@@ -260,33 +260,33 @@ def test_tokens_of_weight_zero_are_left_out_and_change_nothing(monkeypatch: pyte
     ]
     seen: list[int] = []
 
-    def gradient(given: list[TrainingSample]) -> torch.Tensor:
+    def gradient_of(batch: list[TrainingSample]) -> torch.Tensor:
         learner = build_learner(build_policy(dtype=torch.float64), lr=0.0, micro_batch_tokens=1)
         handle = learner.policy.model.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        found, _ = update_with_gradient(learner, given, len(given))
+        gradient, _ = update_with_gradient(learner, batch, len(batch))
         handle.remove()
-        return found
+        return gradient
 
-    short = gradient(weighted)
+    short = gradient_of(weighted)
     tokens = sum(seen)
-    assert torch.allclose(short, gradient(masked), rtol=0, atol=1e-7)
+    assert torch.allclose(short, gradient_of(masked), rtol=0, atol=1e-7)
     monkeypatch.setattr(TorchLearner, "_every_token_counts", True)
     seen.clear()
-    assert torch.allclose(short, gradient(weighted), rtol=0, atol=1e-7)
+    assert torch.allclose(short, gradient_of(weighted), rtol=0, atol=1e-7)
     lengths = [len(s.token_ids) for s in samples]
     assert sum(seen) == 2 * sum(lengths) and short.abs().max() > 1e-3
-    # Old log-probabilities need every token; the update those before the sixth, where a sample has a response there.
+    # Old log-probabilities need every token; the update needs those before the sixth, if the response begins there.
     assert tokens == sum(lengths) + sum(
         min(length, 6) for (prompt, _), length in zip(RAGGED, lengths, strict=True) if prompt < 6
     )
 
 
-# --- minibatches when samples are not one per rollout ---
+# --- minibatches if there is not one sample per rollout ---
 
 
-def test_minibatches_of_one_sample_per_rollout_are_plain_slices() -> None:
+def test_minibatches_with_one_sample_per_rollout_are_slices() -> None:
     for n in range(1, 40):
         for size in range(1, 45):
             order = list(range(n))
@@ -304,8 +304,8 @@ def test_the_number_of_minibatches_does_not_depend_on_the_number_of_samples() ->
     assert [len(part) for part in minibatches(range(1), 4, 16)] == [0, 0, 1, 0]  # at .25, .5 and .75
 
 
-def test_a_minibatch_stands_for_its_share_of_the_rollouts() -> None:
-    """Six samples of four rollouts in two minibatches: each of two rollouts, over which the KL term is a mean."""
+def test_a_minibatch_represents_its_share_of_the_rollouts() -> None:
+    """Six samples of four rollouts are two minibatches. In each the KL term is a mean over two rollouts."""
     samples = build_samples([(3, 4)] * 6, advantage=0.0)
     policy, reference = build_policy(), build_policy(seed=1)
     learner = build_learner(policy, reference, kl=KLConfig(coefficient=0.3), lr=0.0, minibatch_size=2)
@@ -314,11 +314,11 @@ def test_a_minibatch_stands_for_its_share_of_the_rollouts() -> None:
     rows = zip(logprobs_of(policy, samples), logprobs_of(reference, samples), strict=True)
     total = sum(kl_estimate(a.detach(), b.detach(), "k3", 10.0).sum().item() for a, b in rows)
     assert metrics["kl/ref"] == pytest.approx(total / 4, rel=1e-5)
-    assert metrics["policy/objective"] == pytest.approx(0.3 * total / 4, rel=1e-5)  # the mean of its two halves
+    assert metrics["policy/objective"] == pytest.approx(0.3 * total / 4, rel=1e-5)  # the mean over two minibatches
 
 
-def test_empty_minibatches_are_no_update_and_keep_their_place_in_the_schedule() -> None:
-    """Rates of a run of 12 planned updates in which the second iteration has no sample and the third a single one."""
+def test_empty_minibatches_make_no_update_but_advance_the_schedule() -> None:
+    """Learning rates of a run of 12 planned updates; iteration 2 has no samples and iteration 3 has one."""
     samples = build_samples([(3, 4)] * 8)
     learner = build_learner(build_policy(), lr=1e-3, decay="linear", minibatch_size=2, total_updates=12)
     expected = [1e-3 * lr_factor(u, 0, 12, "linear") for u in range(12)]
@@ -328,7 +328,7 @@ def test_empty_minibatches_are_no_update_and_keep_their_place_in_the_schedule() 
     assert torch.equal(weights(learner.policy.model), before) and learner.scheduled == 8
     metrics = learner.update(samples[:1], 3, 8)
     assert metrics["updates"] == 5 and learner.scheduled == 12
-    assert metrics["policy/lr"] == pytest.approx(expected[10])  # of four minibatches the third got it
+    assert metrics["policy/lr"] == pytest.approx(expected[10])  # the third of four minibatches contains the sample
     assert not torch.equal(weights(learner.policy.model), before)
 
 
@@ -353,10 +353,10 @@ def test_samples_without_any_weight_are_a_step_of_gradient_zero() -> None:
         ({"weights": (0.0,) * 8 + (-2.0,)}, r"sample 1 of the credit function has a weight of -2.0; allowed"),
         ({"weights": (0.0,) * 8 + (math.inf,)}, r"sample 1 of the credit function has a weight of inf; allowed"),
         ({"weights": (0.0,) * 8 + (math.nan,)}, r"sample 1 of the credit function has a weight of nan; allowed"),
-        ({"returns": None}, r"sample 1 of the credit function has no returns and values"),
+        ({"returns": None}, r"sample 1 of the credit function has no returns or no values"),
     ],
 )
-def test_samples_that_cannot_be_right_are_refused_in_one_line(change: dict[str, Any], message: str) -> None:
+def test_invalid_samples_are_reported_in_one_line(change: dict[str, Any], message: str) -> None:
     policy = build_policy()
     first, second = build_samples(TWO)
     with pytest.raises(UserError, match=message) as error:
@@ -364,22 +364,22 @@ def test_samples_that_cannot_be_right_are_refused_in_one_line(change: dict[str, 
     assert "\n" not in str(error.value)
 
 
-# --- weights for another engine, and the learner's file ---
+# --- weights for sampling engines, and the learner's checkpoint file ---
 
 
-def test_weights_are_those_of_a_model_without_adapters() -> None:
+def test_weights_without_adapters_are_those_of_the_model() -> None:
     policy = build_policy()
     other = build_policy(seed=1)
     other.model.load_state_dict(dict(build_learner(policy).weights()))
     assert torch.equal(weights(other.model), weights(policy.model))
-    # They are the current ones: after an update they are others.
+    # After an update, the weights are the new ones.
     learner = build_learner(policy)
     learner.update(build_samples(TWO), 1, 2)
     assert all(torch.equal(tensor, policy.model.state_dict()[name]) for name, tensor in learner.weights())
     assert not torch.equal(weights(other.model), weights(policy.model))
 
 
-def test_weights_have_adapters_merged_and_leave_the_model_as_it_was() -> None:
+def test_weights_have_merged_adapters_and_the_model_is_unchanged() -> None:
     pytest.importorskip("peft")
     policy = Policy.load(ModelConfig(lora=LoraConfig(r=4, targets=("q_proj", "down_proj"))))
     generator = torch.Generator().manual_seed(0)
@@ -387,16 +387,16 @@ def test_weights_have_adapters_merged_and_leave_the_model_as_it_was() -> None:
         if "lora_B" in name:
             p.data = torch.randn(p.shape, generator=generator)
     before = {name: p.clone() for name, p in policy.model.state_dict().items()}
-    given = list(build_learner(policy).weights())
+    merged = list(build_learner(policy).weights())
     expected = copy.deepcopy(policy.adapters).merge_and_unload().state_dict()
-    assert [name for name, _ in given] == list(expected)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in given)
+    assert [name for name, _ in merged] == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged)
     plain = Policy.load(ModelConfig()).model.state_dict()
-    changed = {name for name, tensor in given if not torch.equal(tensor, plain[name])}
+    changed = {name for name, tensor in merged if not torch.equal(tensor, plain[name])}
     assert changed and all("q_proj" in name or "down_proj" in name for name in changed)
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.model.state_dict().items())
 
 
-def test_a_checkpoint_without_the_learners_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_learners_file_is_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no learner.pt: another version of vineppo wrote it"):
         build_learner(build_policy()).load(tmp_path)

@@ -1,4 +1,4 @@
-"""A clone computes what its model computes and shares with it what was asked for, in several families of models."""
+"""Clones compute the same bits as the original, and share the requested tensors, for several model families."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vineppo.model.policy import Policy, Reference
 from vineppo.model.tiny import build_tokenizer
 from vineppo.types import UserError
 
-# peft's: GPT-2's layers are turned round, and it has no adapters for the experts of Mixtral by default.
+# Warnings of peft: GPT-2's layers are transposed, and the experts of Mixtral get no adapters by default.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word",
     "ignore:Setting `save_embedding",
@@ -76,7 +76,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def adapted(model: Any, **settings: Any) -> Any:
-    """The peft model around a model, with adapters that do something."""
+    """Add adapters with random weights to a model; returns the peft model."""
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -98,25 +98,25 @@ def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_state(clone: nn.Module, model: nn.Module) -> None:
-    """Names, bits, dtype, ties, what is trained and in which mode, as copy.deepcopy keeps them."""
-    ours, theirs, expected = tensors(clone), tensors(model), tensors(copy.deepcopy(model))
-    assert list(ours) == list(theirs)
-    for name, tensor in ours.items():
+    """The clone has the same names, bits, dtypes, tied weights, trained weights and modes as copy.deepcopy."""
+    cloned, original, expected = tensors(clone), tensors(model), tensors(copy.deepcopy(model))
+    assert list(cloned) == list(original)
+    for name, tensor in cloned.items():
         assert torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
         assert tensor.device == expected[name].device and tensor.is_leaf
-        assert tensor.requires_grad == theirs[name].requires_grad and type(tensor) is type(expected[name])
+        assert tensor.requires_grad == original[name].requires_grad and type(tensor) is type(expected[name])
 
     def ties(of: dict[str, torch.Tensor]) -> list[list[str]]:
         return [[other for other in of if of[other] is of[name]] for name in of]
 
-    assert ties(ours) == ties(expected)
+    assert ties(cloned) == ties(expected)
     assert list(clone.state_dict()) == list(model.state_dict())
     assert [module.training for module in clone.modules()] == [module.training for module in model.modules()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_clone_computes_the_same_bits_on_weights_of_its_own(family: str, dtype: torch.dtype) -> None:
+def test_a_clone_computes_the_same_bits_with_separate_weights(family: str, dtype: torch.dtype) -> None:
     model = build_model(family).to(dtype)
     expected, state = logits(model), torch.get_rng_state()
     clone = clone_model(model)
@@ -135,7 +135,7 @@ def test_a_clone_computes_the_same_bits_on_weights_of_its_own(family: str, dtype
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_adapters_are_copied_and_what_they_leave_alone_is_shared(family: str) -> None:
+def test_adapters_are_copied_and_frozen_weights_are_shared(family: str) -> None:
     model = build_model(family)
     adapters = adapted(model)
     expected, state = logits(model), torch.get_rng_state()
@@ -144,9 +144,9 @@ def test_adapters_are_copied_and_what_they_leave_alone_is_shared(family: str) ->
     clone = clone_model(model, share=[p for p in model.parameters() if not p.requires_grad])
     assert torch.equal(torch.get_rng_state(), state)
     assert_same_state(clone, model)
-    theirs = dict(model.named_parameters())
+    original = dict(model.named_parameters())
     for name, parameter in clone.named_parameters():
-        assert (parameter is theirs[name]) == ("lora_" not in name)
+        assert (parameter is original[name]) == ("lora_" not in name)
     assert torch.equal(logits(clone), expected) and not torch.equal(expected, without)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -166,7 +166,7 @@ def test_adapters_are_copied_and_what_they_leave_alone_is_shared(family: str) ->
     ],
     ids=str,
 )
-def test_other_forms_of_adapters_are_cloned_and_merged(settings: dict[str, Any]) -> None:
+def test_other_kinds_of_adapters_are_cloned_and_merged(settings: dict[str, Any]) -> None:
     model = build_model("llama-untied")
     adapters = adapted(model, **settings)
     assert_same_state(clone_model(model), model)
@@ -179,7 +179,7 @@ def test_other_forms_of_adapters_are_cloned_and_merged(settings: dict[str, Any])
     assert all(torch.equal(merged[name], expected[name]) for name in merged)
 
 
-def test_two_adapters_of_one_model_and_the_one_that_is_active() -> None:
+def test_the_active_one_of_two_adapters_is_cloned_and_merged() -> None:
     peft = pytest.importorskip("peft")
     model = build_model("llama-tied")
     adapters = adapted(model)
@@ -193,7 +193,7 @@ def test_two_adapters_of_one_model_and_the_one_that_is_active() -> None:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_policy_with_adapters_is_saved_as_peft_would_merge_it(family: str, tmp_path: Path) -> None:
+def test_a_policy_with_adapters_is_saved_as_peft_merges_it(family: str, tmp_path: Path) -> None:
     model = build_model(family)
     adapters = adapted(model)
     policy = Policy(model, Codec(build_tokenizer(), eos_ids=(1,)), adapters)
@@ -211,7 +211,7 @@ def test_a_policy_with_adapters_is_saved_as_peft_would_merge_it(family: str, tmp
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_and_recomputed_activations_stay_as_they_are(attention: str) -> None:
+def test_attention_and_gradient_checkpointing_are_preserved(attention: str) -> None:
     model = without_dropout(with_checkpointing(build_model("llama-tied", attn_implementation=attention)))
     clone = clone_model(model)
     assert clone.config._attn_implementation == attention
@@ -222,7 +222,7 @@ def test_attention_and_recomputed_activations_stay_as_they_are(attention: str) -
         one(input_ids=ids(), use_cache=False).logits.logsumexp(-1).sum().backward()
     assert calls == [2, 2]
     gradients = zip(model.parameters(), clone.parameters(), strict=True)
-    assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in gradients)
+    assert all(torch.equal(a.grad, b.grad) for a, b in gradients)
 
 
 def test_dropout_of_the_configuration_stays_off() -> None:
@@ -246,8 +246,8 @@ def test_reference_and_critic_are_clones() -> None:
     assert not {p.data_ptr() for p in critic.parameters()} & {p.data_ptr() for p in policy.model.parameters()}
 
 
-def test_a_head_that_is_tied_to_an_adapted_embedding_is_saved_as_it_was_trained(tmp_path: Path) -> None:
-    """peft's own merging would change the head with the embedding."""
+def test_a_head_tied_to_an_embedding_with_adapters_is_saved_as_trained(tmp_path: Path) -> None:
+    """The merging of peft would also change the head, because it is tied to the embedding."""
     model = build_model("llama-tied")
     adapters = adapted(model, target_modules=["embed_tokens"])
     Policy(model, Codec(build_tokenizer(), eos_ids=(1,)), adapters).save(tmp_path)
@@ -255,7 +255,7 @@ def test_a_head_that_is_tied_to_an_adapted_embedding_is_saved_as_it_was_trained(
     assert (logits(again) - logits(model)).abs().max() < 1e-4
 
 
-def test_a_sharded_model_is_cloned_and_merged_where_deepcopy_refuses(tmp_path: Path) -> None:
+def test_a_sharded_model_is_cloned_and_merged_although_deepcopy_fails(tmp_path: Path) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     model = build_model("llama-tied")
     adapted(model)
@@ -277,10 +277,10 @@ def test_a_sharded_model_is_cloned_and_merged_where_deepcopy_refuses(tmp_path: P
         torch.distributed.destroy_process_group()
 
 
-def test_a_model_with_a_replaced_layer_is_refused_in_one_line() -> None:
+def test_a_model_with_a_replaced_layer_is_an_error_in_one_line() -> None:
     model = build_model("llama-tied")
     model.model.layers[1].mlp.up_proj = nn.Sequential(model.model.layers[1].mlp.up_proj)
-    message = r"LlamaForCausalLM cannot be made: its layer 'model.layers.1.mlp.up_proj"
+    message = r"LlamaForCausalLM cannot be copied: its layer 'model.layers.1.mlp.up_proj"
     with pytest.raises(UserError, match=message) as caught:
         clone_model(model)
     assert "\n" not in str(caught.value)
@@ -291,8 +291,8 @@ class Doubling(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_a_layer_of_another_kind_under_the_same_name_is_refused() -> None:
+def test_a_layer_with_another_class_under_the_same_name_is_an_error() -> None:
     model = build_model("llama-tied")
     model.model.layers[0].mlp.up_proj.__class__ = Doubling
-    with pytest.raises(UserError, match=r"its layer 'model.layers.0.mlp.up_proj' is not the one"):
+    with pytest.raises(UserError, match=r"its layer 'model.layers.0.mlp.up_proj' differs from the one"):
         clone_model(model)

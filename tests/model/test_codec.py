@@ -1,4 +1,4 @@
-"""Text to token ids and back, without a model."""
+"""Encoding and decoding of text without a model."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_a_prompt_keeps_its_bos_and_loses_its_eos() -> None:
     assert eos not in body
 
 
-def test_an_empty_prompt_is_a_mistake(codec: Codec) -> None:
+def test_an_empty_prompt_is_an_error(codec: Codec) -> None:
     with pytest.raises(UserError, match="a prompt is empty"):
         codec.encode_prompt("")
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_chain_texts_come_back_as_they_were(codec: Codec, level: str) -> None:
+def test_chain_texts_are_encoded_and_decoded_without_loss(codec: Codec, level: str) -> None:
     task = ChainTask(level, 10)
     unknown = codec.tokenizer.unk_token_id
     for index in range(50):
@@ -62,7 +62,7 @@ def test_chain_texts_come_back_as_they_were(codec: Codec, level: str) -> None:
             assert unknown not in ids
             assert codec.decode(ids) == text
             assert "".join(codec.token_texts(ids)) == text
-        # A boundary between tokens falls between prompt and response.
+        # Tokenizing prompt and response separately or together gives the same tokens.
         assert codec.encode_prompt(prompt) + codec.encode_prompt(response) == codec.encode_prompt(prompt + response)
 
 
@@ -75,46 +75,46 @@ def test_special_tokens_have_no_text(codec: Codec) -> None:
     assert codec.token_texts([]) == []
 
 
-def test_every_end_of_sequence_id_is_known(codec: Codec) -> None:
-    own = codec.tokenizer.eos_token_id
+def test_eos_ids_combine_tokenizer_and_both_configs(codec: Codec) -> None:
+    tokenizer_eos = codec.tokenizer.eos_token_id
     model = build_model(codec.tokenizer, seed=0)
-    assert Codec.for_model(model, codec.tokenizer).eos_ids == (own,)
+    assert Codec.for_model(model, codec.tokenizer).eos_ids == (tokenizer_eos,)
     model.config.eos_token_id, model.generation_config.eos_token_id = [7, 9], 11
-    assert Codec.for_model(model, codec.tokenizer).eos_ids == (own, 7, 9, 11)
+    assert Codec.for_model(model, codec.tokenizer).eos_ids == (tokenizer_eos, 7, 9, 11)
 
 
-def test_the_longest_sequence_is_the_one_that_the_model_was_made_for(codec: Codec) -> None:
+def test_max_length_is_that_of_the_model(codec: Codec) -> None:
     model = build_model(codec.tokenizer, seed=0)
     assert Codec.for_model(model, codec.tokenizer).max_length == 512
     without_positions = SimpleNamespace(config=MambaConfig(), generation_config=GenerationConfig())
     assert Codec.for_model(without_positions, codec.tokenizer).max_length == 1 << 30
 
 
-def test_a_codec_goes_to_another_process(codec: Codec) -> None:
+def test_a_codec_can_be_pickled(codec: Codec) -> None:
     chat = build_codec()
     chat.tokenizer.chat_template = CHAT
-    there = pickle.loads(pickle.dumps(chat))
+    loaded = pickle.loads(pickle.dumps(chat))
     prompt, response = ChainTask("judgement", 10).demonstration("train", 0)
     ids = chat.encode_prompt(prompt + response)
-    assert there.encode_prompt(prompt + response) == ids
-    assert there.decode(ids) == chat.decode(ids) == prompt + response
-    assert there.token_texts(ids) == chat.token_texts(ids)
-    assert there.chat_prompt("2+3?") == chat.chat_prompt("2+3?")
-    assert (there.eos_ids, there.max_length) == (chat.eos_ids, chat.max_length) == ((1,), 99)
+    assert loaded.encode_prompt(prompt + response) == ids
+    assert loaded.decode(ids) == chat.decode(ids) == prompt + response
+    assert loaded.token_texts(ids) == chat.token_texts(ids)
+    assert loaded.chat_prompt("2+3?") == chat.chat_prompt("2+3?")
+    assert (loaded.eos_ids, loaded.max_length) == (chat.eos_ids, chat.max_length) == ((1,), 99)
 
 
-def test_the_module_needs_no_torch() -> None:
+def test_the_module_does_not_import_torch() -> None:
     code = "import sys, vineppo.model.codec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_saved_codec_is_a_tokenizer_for_transformers(codec: Codec, tmp_path: Path) -> None:
+def test_a_saved_codec_loads_as_a_transformers_tokenizer(codec: Codec, tmp_path: Path) -> None:
     codec.save(tmp_path)
     text = "a=7;b=a*3;b?\n"
     assert tuple(AutoTokenizer.from_pretrained(tmp_path)(text).input_ids) == codec.encode_prompt(text)
 
 
-def test_chat_prompt_ends_where_the_answer_begins() -> None:
+def test_chat_prompt_ends_at_the_start_of_the_answer() -> None:
     codec = build_codec()
     with pytest.raises(
         UserError, match=r"the model's tokenizer has no chat template; set task\.chat_template to false"

@@ -1,4 +1,4 @@
-"""What the machine does well or badly: its 16-bit instructions, its allocator."""
+"""16-bit instructions of the processor, and the memory allocator."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ print(faults())
 """
 
 
-def test_the_processor_is_asked_about_16_bits_alone() -> None:
+def test_cpu_multiplies_is_that_of_onednn_for_16_bit_dtypes() -> None:
     assert cpu_multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert cpu_multiplies(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
     assert not cpu_multiplies(torch.float32)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is another one than glibc's")
-def test_memory_that_was_freed_is_used_again_without_new_pages() -> None:
-    def second(mode: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
-        return int(done.stdout)
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_freed_memory_is_reused_without_page_faults() -> None:
+    def page_faults(mode: str) -> int:
+        process = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+        return int(process.stdout)
 
-    assert second("kept") < 100
-    assert second("returned") > 1000, "glibc keeps large blocks by itself now: keep_freed_memory has no use any more"
+    assert page_faults("kept") < 100
+    assert page_faults("returned") > 1000, "glibc now keeps large blocks by default: remove keep_freed_memory"

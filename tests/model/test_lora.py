@@ -1,4 +1,4 @@
-"""Training adapters: what moves and what does not, the reference, the critic, resume, and what is saved."""
+"""Training of adapters: trained and frozen weights, reference, critic, resuming, and saved files."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def samples() -> list[TrainingSample]:
     return build_samples([(3, 5), (7, 12), (2, 4), (5, 9)])
 
 
-def trained_a_little(config: ModelConfig = MODEL, updates: int = 2) -> Policy:
-    """A policy whose adapters do something."""
+def policy_with_trained_adapters(config: ModelConfig = MODEL, updates: int = 2) -> Policy:
+    """Return a policy whose adapters were trained for a few updates."""
     policy = Policy.load(config)
     settings = LearnerConfig(lr=3e-2, epochs=updates, minibatch_size=4)
     learner = TorchLearner(policy, None, None, settings, CriticConfig(), temperature=1.0, total_updates=9, seed=0)
@@ -53,20 +53,20 @@ def logprobs(policy: Policy) -> torch.Tensor:
         return token_logprobs(policy.model, torch.tensor([sample.token_ids]), mask, 1.0)[0]
 
 
-def test_fresh_adapters_change_nothing_and_only_they_learn() -> None:
+def test_new_adapters_do_not_change_the_model_and_only_they_are_trained() -> None:
     plain, policy = Policy.load(ModelConfig()), Policy.load(MODEL)
     assert torch.equal(logprobs(policy), logprobs(plain))
     trainable = {name for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     assert not any("lm_head" in name for name in trainable)
     before = frozen(policy)
-    moved = trained_a_little()
-    assert all(torch.equal(before[name], p) for name, p in frozen(moved).items())
-    assert (logprobs(moved) - logprobs(plain)).abs().max() > 0.1
+    trained = policy_with_trained_adapters()
+    assert all(torch.equal(before[name], p) for name, p in frozen(trained).items())
+    assert (logprobs(trained) - logprobs(plain)).abs().max() > 0.1
 
 
-def test_the_sampler_runs_on_merged_weights_and_equals_the_trainer() -> None:
-    policy, task = trained_a_little(), build_task(small_config(Path()).task)
+def test_the_sampler_uses_merged_weights_and_equals_the_trainer() -> None:
+    policy, task = policy_with_trained_adapters(), build_task(small_config(Path()).task)
     sampler = TorchSampler(policy)
     groups = sample_groups(
         problem_range(task, "train", 3),
@@ -82,17 +82,17 @@ def test_the_sampler_runs_on_merged_weights_and_equals_the_trainer() -> None:
         ids = rollout.prompt_ids + rollout.response_ids
         mask = torch.tensor([[0] * len(rollout.prompt_ids) + [1] * len(rollout.response_ids)], dtype=torch.bool)
         with torch.no_grad():
-            own = token_logprobs(policy.model, torch.tensor([ids]), mask, 1.0)[0]
-        assert torch.allclose(own, torch.tensor(rollout.sampler_logprobs), atol=1e-4)
+            expected = token_logprobs(policy.model, torch.tensor([ids]), mask, 1.0)[0]
+        assert torch.allclose(expected, torch.tensor(rollout.sampler_logprobs), atol=1e-4)
     assert not any("forward" in module.__dict__ for module in policy.model.modules())
 
 
 def test_the_reference_is_the_model_without_adapters() -> None:
     start = logprobs(Policy.load(ModelConfig()))
-    policy = trained_a_little()
+    policy = policy_with_trained_adapters()
     reference = Reference(policy)
-    with reference.active() as there:
-        assert there is policy and torch.equal(logprobs(there), start)
+    with reference.active() as active:
+        assert active is policy and torch.equal(logprobs(active), start)
     assert (logprobs(policy) - start).abs().max() > 0.1
     learner = TorchLearner(
         policy,
@@ -107,12 +107,12 @@ def test_the_reference_is_the_model_without_adapters() -> None:
     assert learner.update(samples(), 1, len(samples()))["kl/ref"] > 0.01
 
 
-def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
+def test_the_critic_has_separate_adapters_and_shares_the_other_weights() -> None:
     policy = Policy.load(MODEL)
     critic = ValueNetwork(policy, seed=0)
-    ours = dict(policy.model.base_model.named_parameters())
+    policy_body = dict(policy.model.base_model.named_parameters())
     for name, p in critic.body.named_parameters():
-        assert (p is ours[name]) == ("lora_" not in name)
+        assert (p is policy_body[name]) == ("lora_" not in name)
     before = {name: p.detach().clone() for name, p in critic.named_parameters()}
     ppo = CriticConfig(value_lr=1e-2)
     settings = LearnerConfig(lr=0.0)
@@ -128,18 +128,18 @@ def test_the_critic_has_adapters_of_its_own_and_shares_the_rest() -> None:
 
 
 def test_dropout_is_active_in_updates_only() -> None:
-    policy = trained_a_little(ModelConfig(lora=replace(LORA, dropout=0.5)))
+    policy = policy_with_trained_adapters(ModelConfig(lora=replace(LORA, dropout=0.5)))
     assert torch.equal(logprobs(policy), logprobs(policy))
     with policy.dropout(1):
-        one, other = logprobs(policy), logprobs(policy)
+        first, second = logprobs(policy), logprobs(policy)
     with policy.dropout(1):
         again = logprobs(policy)
-    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(first, again) and not torch.equal(first, second)
     assert torch.equal(logprobs(policy), logprobs(policy))
 
 
 @pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
-def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path, algorithm: str) -> None:
+def test_a_resumed_run_has_the_same_bits_and_saves_merged_and_separate_adapters(tmp_path: Path, algorithm: str) -> None:
     import peft
 
     run = RunConfig(dir=str(tmp_path / "whole"), iterations=3, checkpoint_every=1)
@@ -151,18 +151,18 @@ def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path
     with pytest.raises(Crash):
         train(cut, reporter=CrashAt(2))
     size = max(path.stat().st_size for path in (tmp_path / "cut/checkpoints").rglob("learner.pt"))
-    assert size < 1_000_000  # adapters and their moments, not the model's 900 kB four times over
+    assert size < 1_000_000  # adapters and their moments only; the model alone has 900 kB
     resume(cut)
     assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
 
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole/final")
     base = Policy.load(ModelConfig()).model
-    apart = peft.PeftModel.from_pretrained(base, tmp_path / "whole/final/adapter")
+    separate = peft.PeftModel.from_pretrained(base, tmp_path / "whole/final/adapter")
     ids = torch.tensor([samples()[1].token_ids])
     with torch.no_grad():
-        assert torch.allclose(merged(ids).logits, apart(ids).logits, atol=1e-4)
-        with apart.disable_adapter():
-            assert not torch.allclose(merged(ids).logits, apart(ids).logits, atol=1e-2)
+        assert torch.allclose(merged(ids).logits, separate(ids).logits, atol=1e-4)
+        with separate.disable_adapter():
+            assert not torch.allclose(merged(ids).logits, separate(ids).logits, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_killed_and_resumed_to_the_bit_and_saved_merged_and_apart(tmp_path: Path
         ({"targets": ()}, "model.lora.targets is empty"),
     ],
 )
-def test_mistakes_are_one_clear_line(settings: Any, message: str) -> None:
+def test_mistakes_are_reported_in_one_line(settings: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Policy.load(ModelConfig(lora=LoraConfig(**{"r": 4, **settings})))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Language models in and out: files, the two numbers asked of them per token, and the value network."""
+"""Loading and saving models, log-probabilities and entropies of tokens, and the value network."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ def some_ids(policy: Policy, batch: int = 3, length: int = 12) -> torch.Tensor:
     return torch.randint(3, len(policy.codec.tokenizer), (batch, length), generator=generator)
 
 
-def test_a_saved_policy_comes_back_to_the_bit(policy: Policy, tmp_path: Path) -> None:
+def test_a_saved_policy_loads_with_the_same_bits(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path / "final")
     ids = some_ids(policy)
     with torch.no_grad():
         expected = policy.model(ids).logits
-        ours = Policy.load(ModelConfig(path=str(tmp_path / "final")))
-        assert torch.equal(ours.model(ids).logits, expected)
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).eval()
-        assert torch.equal(theirs(ids).logits, expected)
-    assert ours.codec.eos_ids == policy.codec.eos_ids
-    assert ours.codec.max_length == 64
+        loaded = Policy.load(ModelConfig(path=str(tmp_path / "final")))
+        assert torch.equal(loaded.model(ids).logits, expected)
+        loaded_model = AutoModelForCausalLM.from_pretrained(tmp_path / "final", dtype=torch.float32).eval()
+        assert torch.equal(loaded_model(ids).logits, expected)
+    assert loaded.codec.eos_ids == policy.codec.eos_ids
+    assert loaded.codec.max_length == 64
     text = "a=7;b=a*3;b?\n"
-    assert ours.codec.encode_prompt(text) == policy.codec.encode_prompt(text)
+    assert loaded.codec.encode_prompt(text) == policy.codec.encode_prompt(text)
 
 
-def test_the_dtype_asked_for_is_the_dtype_loaded(policy: Policy, tmp_path: Path) -> None:
+def test_a_model_is_loaded_in_the_configured_dtype(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path)
     loaded = Policy.load(ModelConfig(path=str(tmp_path), dtype="bfloat16"))
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
@@ -86,22 +86,22 @@ def test_the_dtype_asked_for_is_the_dtype_loaded(policy: Policy, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "multiplies", "warned"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+    ("dtype", "multiplies", "num_warnings"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
 )
-def test_a_dtype_that_the_processor_has_no_instructions_for_is_told(
-    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, multiplies: bool, warned: int
+def test_a_dtype_without_instructions_of_the_processor_gives_a_warning(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, multiplies: bool, num_warnings: int
 ) -> None:
     monkeypatch.setattr("vineppo.model.loading.cpu_multiplies", lambda dtype: multiplies)
     policy.save(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Policy.load(ModelConfig(path=str(tmp_path), dtype=dtype))
-    told = [str(w.message) for w in caught if "model.dtype" in str(w.message)]
-    assert len(told) == warned
-    assert all("bfloat16: this CPU" in text and "use model.dtype float32" in text for text in told)
+    messages = [str(w.message) for w in caught if "model.dtype" in str(w.message)]
+    assert len(messages) == num_warnings
+    assert all("bfloat16: this CPU" in text and "use model.dtype float32" in text for text in messages)
 
 
-def test_a_fresh_tiny_model_is_a_function_of_its_seed() -> None:
+def test_a_new_tiny_model_depends_on_the_seed_only() -> None:
     tokenizer = build_tokenizer()
     first, same, other = (build_model(tokenizer, seed).state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -117,13 +117,13 @@ def test_a_fresh_tiny_model_is_a_function_of_its_seed() -> None:
         ("", "'' does not exist"),
     ],
 )
-def test_a_model_path_that_cannot_be_is_one_line(path: str, message: str) -> None:
+def test_an_invalid_model_path_is_an_error_in_one_line(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         resolve_model_path(path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json; give a directory saved by save_pretrained"):
         resolve_model_path(str(tmp_path))
     for content in ("{}", "not json", '{"model_type": "no-such-model"}'):
@@ -133,7 +133,7 @@ def test_a_directory_that_is_no_model_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_directory_without_weights_is_one_line(policy: Policy, tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_an_error_in_one_line(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"could not be loaded: \w") as caught:
@@ -141,7 +141,7 @@ def test_a_directory_without_weights_is_one_line(policy: Policy, tmp_path: Path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_directory_and_a_hub_id_are_taken_as_they_are(policy: Policy, tmp_path: Path) -> None:
+def test_a_model_directory_and_a_hub_id_are_returned_unchanged(policy: Policy, tmp_path: Path) -> None:
     policy.save(tmp_path)
     assert resolve_model_path(str(tmp_path)) == str(tmp_path)
     assert resolve_model_path("org/name") == "org/name"
@@ -156,7 +156,7 @@ def test_selected_logits_are_those_of_the_full_forward(family: str) -> None:
         full = policy.model(ids).logits
         chosen = selected_logits(policy.model, ids, select)
         assert torch.allclose(chosen, full[select], rtol=0, atol=1e-5)
-        # Whatever the selection put in the way is gone afterwards.
+        # Afterwards the model returns all logits again.
         assert torch.equal(policy.model(ids).logits, full)
         if family == "gemma2":
             uncapped = policy.model.lm_head(policy.model.model(ids).last_hidden_state)[select]
@@ -171,7 +171,7 @@ def test_the_selection_is_undone_when_the_model_fails(policy: Policy) -> None:
     assert policy.model(ids).logits.shape == (3, 12, len(policy.codec.tokenizer))
 
 
-def test_token_logprobs_belong_to_the_token_behind_the_position(policy: Policy) -> None:
+def test_token_logprobs_are_those_of_the_masked_tokens(policy: Policy) -> None:
     ids = some_ids(policy)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[0, 4:9] = mask[2, 1:3] = True
@@ -199,17 +199,17 @@ def test_values_are_of_the_states_before_the_masked_tokens(family: str) -> None:
     head = critic.head.weight[0]
     expected = [hidden[0, t - 1] @ head for t in range(4, 9)] + [hidden[2, 0] @ head, hidden[2, 1] @ head]
     assert values.tolist() == pytest.approx(torch.stack(expected).tolist(), abs=1e-5)
-    # The state before a token does not know the token.
+    # The value of the state before a token does not depend on the token.
     changed = ids.clone()
     changed[0, 8] = changed[2, 2] = 3 + (changed[0, 8] + 1) % 20
     assert torch.equal(critic(changed, mask), values)
 
 
-def test_the_value_head_starts_small_and_by_its_seed(policy: Policy) -> None:
+def test_the_initial_value_head_depends_on_seed_and_scale(policy: Policy) -> None:
     heads = [ValueNetwork(policy, seed=seed).head for seed in range(40)]
     assert all(head.bias is None and head.weight.shape == (1, 32) for head in heads)
     weights = torch.stack([head.weight.detach() for head in heads])
-    # 1280 normal numbers: their standard deviation is known within 2%, their mean within 0.005.
+    # The standard errors for 1280 normal numbers are 2% of the standard deviation, and 0.005 for the mean.
     assert float(weights.std()) == pytest.approx(33**-0.5, rel=0.07)
     assert abs(float(weights.mean())) < 0.02
     assert torch.equal(ValueNetwork(policy, seed=5).head.weight, heads[5].weight)
@@ -239,7 +239,7 @@ def test_values_of_a_bfloat16_body_are_float32() -> None:
     assert values.shape == (3 * 11,)
 
 
-def test_a_frozen_copy_stays_as_it_is() -> None:
+def test_a_frozen_copy_does_not_change_with_the_policy() -> None:
     policy = build_policy()
     reference = policy.frozen_copy()
     ids = some_ids(policy)
@@ -259,8 +259,8 @@ def test_dropout_is_never_active() -> None:
         assert torch.equal(model(some_ids(policy)).logits, model(some_ids(policy)).logits)
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path: Path) -> None:
-    """The layers' forward runs a second time in the backward pass, and the gradients are the same."""
+def test_gradient_checkpointing_recomputes_activations_with_equal_gradients(tmp_path: Path) -> None:
+    """The layers run a second time in the backward pass."""
     tokenizer = build_tokenizer()
     build_model(tokenizer, seed=0).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

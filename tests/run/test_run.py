@@ -1,4 +1,4 @@
-"""The run directory, checkpoints, records and trackers: what is on disk is whole, exact, and survives a crash."""
+"""Run directory, checkpoints, records and trackers: files are complete and exact, and survive crashes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CONFIG = Config(
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    """The message of a user's mistake, which must be a single line."""
+    """Return the message of a UserError, which must be a single line."""
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -56,7 +56,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def test_config_survives_the_yaml_file(tmp_path: Path) -> None:
-    """Every setting comes back with its value and type; tuples as lists."""
+    """Every setting is read back with its value and type; tuples become lists."""
     run = RunDirectory.create(tmp_path / "runs" / "a", CONFIG)
     config = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8"))
     assert config == config_to_dict(CONFIG) == RunDirectory.open(run.path).config
@@ -67,7 +67,7 @@ def test_config_survives_the_yaml_file(tmp_path: Path) -> None:
 
 
 def test_create_refuses_a_directory_with_content(tmp_path: Path) -> None:
-    """Results are never written over; an empty directory may be used."""
+    """Results are never overwritten; an empty directory may be used."""
     RunDirectory.create(tmp_path / "a", CONFIG)
     with pytest.raises(UserError) as error:
         RunDirectory.create(tmp_path / "a", CONFIG)
@@ -77,8 +77,8 @@ def test_create_refuses_a_directory_with_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["file", "file/run", "file/deep/run"])
-def test_create_below_a_file_is_one_line(tmp_path: Path, below: str) -> None:
-    """Root may write anywhere, so the test uses what even root cannot: a file is no directory."""
+def test_creating_a_run_below_a_file_is_an_error_in_one_line(tmp_path: Path, below: str) -> None:
+    """A path below a file fails for the user root too, who may write to any directory."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError) as error:
         RunDirectory.create(tmp_path / below, CONFIG)
@@ -87,13 +87,13 @@ def test_create_below_a_file_is_one_line(tmp_path: Path, below: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a /proc")
-def test_create_in_an_unwritable_directory_is_one_line() -> None:
+def test_creating_a_run_in_an_unwritable_directory_is_an_error_in_one_line() -> None:
     with pytest.raises(UserError) as error:
         RunDirectory.create("/proc/vineppo-run", CONFIG)
     assert "cannot be written" in one_line(error)
 
 
-def test_open_refuses_what_is_no_run_directory(tmp_path: Path) -> None:
+def test_open_refuses_other_directories(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         RunDirectory.open(tmp_path / "nowhere")
     assert "no run directory" in one_line(error)
@@ -107,8 +107,8 @@ def test_open_refuses_what_is_no_run_directory(tmp_path: Path) -> None:
         assert "config.yaml is damaged" in one_line(error)
 
 
-def test_open_finds_out_that_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed run must not find that out at its first checkpoint."""
+def test_open_checks_that_the_directory_is_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a resumed run would fail only at its first checkpoint."""
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     assert RunDirectory.open(run.path).path == run.path
 
@@ -138,11 +138,11 @@ def test_metrics_keep_full_precision_and_write_no_nan(tmp_path: Path) -> None:
 
 
 def test_truncate_metrics_cuts_later_and_half_written_lines(tmp_path: Path) -> None:
-    """After a resume the file continues as if the run had never been interrupted."""
+    """After a resume, the file is the same as that of an uninterrupted run."""
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     for iteration in range(6):
         run.append_metrics({"iteration": iteration, "x": 1 / (iteration + 3)})
-    undisturbed = run.metrics.read_bytes()
+    uninterrupted = run.metrics.read_bytes()
     with open(run.metrics, "ab") as file:
         file.write(b'{"iteration": 6, "x": 0.1')  # killed here
     assert [line["iteration"] for line in run.read_metrics()] == [0, 1, 2, 3, 4, 5]
@@ -150,10 +150,10 @@ def test_truncate_metrics_cuts_later_and_half_written_lines(tmp_path: Path) -> N
     assert [line["iteration"] for line in run.read_metrics()] == [0, 1, 2, 3]
     for iteration in (4, 5):
         run.append_metrics({"iteration": iteration, "x": 1 / (iteration + 3)})
-    assert run.metrics.read_bytes() == undisturbed
+    assert run.metrics.read_bytes() == uninterrupted
 
 
-def test_a_damaged_metrics_line_is_named(tmp_path: Path) -> None:
+def test_a_damaged_metrics_line_is_reported_with_its_number(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     run.metrics.write_text('{"iteration": 1}\n{"iterat\n{"iteration": 3}\n')
     with pytest.raises(UserError) as error:
@@ -161,7 +161,7 @@ def test_a_damaged_metrics_line_is_named(tmp_path: Path) -> None:
     assert "metrics.jsonl is damaged: line 2" in one_line(error)
 
 
-def test_summary_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     run.write_summary({"accuracy_after": {"mean": 0.1, "low": math.nan}, "tokens": [1, 2]})
     before = run.summary.read_text()
@@ -179,7 +179,7 @@ DECODE_TABLE = ["", "a=1", "\n", " b=2", "\n#", " 3", "<é>"]
 
 
 def _decode(ids: object) -> str:
-    """Like a SentencePiece tokenizer: the first space of what is decoded is lost."""
+    """Decode like a SentencePiece tokenizer: a space at the start is dropped."""
     text = "".join(DECODE_TABLE[i] for i in ids)  # type: ignore[attr-defined]
     return text[1:] if text.startswith(" ") else text
 
@@ -213,7 +213,7 @@ def _two_rollouts() -> tuple[list[RolloutGroup], list[TrainingSample]]:
     return [RolloutGroup(problem, (first, second))], samples
 
 
-def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
+def test_parquet_contains_the_exact_numbers(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     groups, samples = _two_rollouts()
     path = run.write_rollouts(12, groups, samples, _decode)
@@ -255,7 +255,7 @@ def test_parquet_holds_the_exact_numbers(tmp_path: Path) -> None:
     }
     assert second["token_advantages"] == [-0.5, -0.5] and second["finish_reason"] == "length"
     for column in ("step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages", "alternatives"):
-        assert second[column] == []  # an algorithm without steps
+        assert second[column] == []  # as for an algorithm without steps
 
 
 def test_parquet_refuses_a_sample_of_another_rollout(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_parquet_refuses_a_sample_of_another_rollout(tmp_path: Path) -> None:
     assert list(run.rollouts.iterdir()) == []
 
 
-def test_parquet_finds_the_sample_of_each_rollout_whatever_the_order(tmp_path: Path) -> None:
+def test_the_order_of_samples_does_not_change_the_parquet_file(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     groups, samples = _two_rollouts()
     in_order = pq.read_table(run.write_rollouts(1, groups, samples, _decode)).to_pylist()
@@ -278,19 +278,21 @@ def test_parquet_finds_the_sample_of_each_rollout_whatever_the_order(tmp_path: P
     credit = ("token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts")
     for column in (*credit, "step_advantages", "alternatives"):
         assert first.pop(column) == [] and in_order[0].pop(column) is not None
-    assert first == in_order[0]  # what was sampled is there without credit too
+    assert first == in_order[0]  # without credit, the other columns are the same
 
 
-def test_parquet_has_rows_for_samples_that_are_no_rollouts(tmp_path: Path) -> None:
-    """A tree of the two rollouts: they share `a=1`, which is a sample of its own with weight 2."""
+def test_parquet_has_rows_for_other_training_samples(tmp_path: Path) -> None:
+    """A tree of the two rollouts: they share `a=1`, which is a separate sample with weight 2."""
     run = RunDirectory.create(tmp_path / "a", CONFIG)
     groups, (whole, other) = _two_rollouts()
     leaf = replace(whole, weights=(0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0))
     prefix = TrainingSample((6, 6, 1), (0, 0, 1), (0.0, 0.0, -0.1), (0.0, 0.0, 0.25), weights=(0.0, 0.0, 2.0))
-    # Trains the last token only; its alternative is in the place of that one.
-    strange = TrainingSample((5, 4, 3), (0, 0, 1), (0.0,) * 3, (0.0, 0.0, 4.0), alternatives=(Alternative(0, 1, 0.5),))
+    # A sample with another prompt that trains only its last token; the alternative replaces this token.
+    unrelated = TrainingSample(
+        (5, 4, 3), (0, 0, 1), (0.0,) * 3, (0.0, 0.0, 4.0), alternatives=(Alternative(0, 1, 0.5),)
+    )
     again = replace(other, advantages=(0.0, 0.0, 1.0, 1.0), loss_mask=(0, 0, 0, 1))
-    path = run.write_rollouts(3, groups, [prefix, leaf, strange, other, again], _decode)
+    path = run.write_rollouts(3, groups, [prefix, leaf, unrelated, other, again], _decode)
     rows = pq.read_table(path).to_pylist()
     assert [row["kind"] for row in rows] == ["rollout", "rollout", "sample", "sample", "sample"]
     assert [row["token_weights"] for row in rows] == [[0, 1, 1, 1, 1], [], [2], [], [0, 1]]
@@ -306,7 +308,7 @@ def test_parquet_has_rows_for_samples_that_are_no_rollouts(tmp_path: Path) -> No
 
 
 def test_step_texts_joined_are_the_response() -> None:
-    """No space and no character is lost at a boundary, whatever the cut."""
+    """No space and no character is lost at any boundary."""
 
     def decode_bytes(ids: object) -> str:
         return bytes(ids).decode("utf-8", errors="replace")  # type: ignore[call-overload]
@@ -335,7 +337,7 @@ def test_rollouts_of_later_iterations_are_removed(tmp_path: Path) -> None:
 
 
 class Crash(BaseException):
-    """The power cut of the tests; no handler catches it."""
+    """Simulates a power failure. It is a BaseException, so that no handler catches it."""
 
 
 def _raise_crash(*_: object, **__: object) -> None:
@@ -361,7 +363,7 @@ def _assert_is_state_of(path: Path, iteration: int) -> None:
     assert state["optimizer"]["groups"] == [{"betas": (0.9, 0.95)}]
 
 
-def test_checkpoints_round_trip_and_only_the_newest_stay(tmp_path: Path) -> None:
+def test_checkpoints_are_loaded_as_saved_and_only_the_newest_are_kept(tmp_path: Path) -> None:
     for iteration in (10, 20, 30, 40):
         path = save_checkpoint(tmp_path, iteration, _state(iteration), keep=2)
         _assert_is_state_of(path, iteration)
@@ -378,8 +380,8 @@ def test_a_checkpoint_of_the_same_iteration_is_replaced(tmp_path: Path) -> None:
     _assert_is_state_of(tmp_path / "000005", 5)
 
 
-def test_what_could_not_be_loaded_again_is_refused_when_saved(tmp_path: Path) -> None:
-    """NumPy scalars pass for floats but torch.load(weights_only=True) refuses them."""
+def test_values_that_cannot_be_loaded_are_refused_when_saving(tmp_path: Path) -> None:
+    """For example, torch.load(weights_only=True) does not load NumPy scalars."""
     save_checkpoint(tmp_path, 1, _state(1))
     for value in (np.float64(1.0), np.zeros(2), Path("x"), {1, 2}):
         with pytest.raises(TypeError, match=r"state\['a'\]\[1\]"):
@@ -395,7 +397,7 @@ def _write_two_files(folder: Path) -> None:
     (folder / "shards" / "0.bin").write_bytes(b"abc")
 
 
-def test_files_of_other_writers_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+def test_files_of_writers_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 7, _state(7), writers=[_write_two_files])
     files = json.loads((path / "manifest.json").read_text())["files"]
     assert sorted(files) == ["learner.pt", "shards/0.bin", "state.pt"]
@@ -417,7 +419,7 @@ def test_files_of_other_writers_are_part_of_the_checkpoint(tmp_path: Path) -> No
     assert "has no learner.pt: another version" in one_line(error)
 
 
-def test_a_writer_that_fails_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+def test_if_a_writer_fails_the_older_checkpoint_is_kept(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, _state(1))
     with pytest.raises(TypeError, match=r"learner\['w'\] is a ndarray"):
         save_checkpoint(tmp_path, 2, {}, writers=[lambda at: write_state(at / "learner.pt", {"w": np.zeros(2)})])
@@ -448,9 +450,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (lambda path: os.truncate(path / "state.pt", 0), "state.pt (0 of "),
     "state missing": (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
     "manifest missing": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
-    "manifest truncated": (_write_manifest('{"files": {"state.pt"'), "manifest.json is no manifest"),
+    "manifest truncated": (_write_manifest('{"files": {"state.pt"'), "manifest.json is not a valid manifest"),
     "manifest of nothing": (_write_manifest('{"files": {}}'), "does not list state.pt"),
-    "manifest of another kind": (_write_manifest("[1]"), "manifest.json is no manifest"),
+    "manifest of another kind": (_write_manifest("[1]"), "manifest.json is not a valid manifest"),
 }
 
 
@@ -458,21 +460,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_trap_16_a_damaged_checkpoint_is_never_loaded(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The older one is used and a warning names the damaged one; without an older one it is a one-line error."""
+    """The older checkpoint is used with a warning. Without an older one, it is an error in one line."""
     for iteration in (10, 20):
         save_checkpoint(tmp_path, iteration, _state(iteration), keep=2)
-    spoil, named = DAMAGES[damage]
-    spoil(tmp_path / "000020")
+    apply_damage, message = DAMAGES[damage]
+    apply_damage(tmp_path / "000020")
 
     with pytest.raises(UserError) as error:
         load_checkpoint(tmp_path / "000020")
-    assert named in one_line(error) and "000020" in one_line(error)
+    assert message in one_line(error) and "000020" in one_line(error)
 
     path = latest_checkpoint(tmp_path)
     assert path.name == "000010"
     _assert_is_state_of(path, 10)
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: ") and warning.count("\n") == 1 and "000020" in warning and named in warning
+    assert warning.startswith("warning: ") and warning.count("\n") == 1 and "000020" in warning and message in warning
 
     shutil.rmtree(tmp_path / "000010")
     with pytest.raises(UserError) as error:
@@ -480,8 +482,8 @@ def test_trap_16_a_damaged_checkpoint_is_never_loaded(
     assert "none of the 1 checkpoints" in one_line(error)
 
 
-def test_trap_16_a_leftover_temporary_directory_is_no_checkpoint(tmp_path: Path) -> None:
-    """A killed run leaves one behind, perhaps with a whole state.pt; it is passed over; the next save removes it."""
+def test_trap_16_a_leftover_temporary_directory_is_ignored(tmp_path: Path) -> None:
+    """A killed run can leave a temporary directory, even with a complete state.pt. The next save removes it."""
     save_checkpoint(tmp_path, 10, _state(10))
     shutil.copytree(tmp_path / "000010", tmp_path / ".000020.tmp")
     assert latest_checkpoint(tmp_path).name == "000010"
@@ -490,8 +492,8 @@ def test_trap_16_a_leftover_temporary_directory_is_no_checkpoint(tmp_path: Path)
     _assert_is_state_of(tmp_path / "000020", 20)
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
-    """With keep=1: resumed from 10 because 20 is damaged, the checkpoint of 15 is the one that stays."""
+def test_a_damaged_newer_checkpoint_does_not_replace_an_undamaged_one(tmp_path: Path) -> None:
+    """With keep=1: after resuming from 10 because 20 is damaged, the checkpoint of 15 is kept."""
     for iteration in (10, 20):
         save_checkpoint(tmp_path, iteration, _state(iteration), keep=2)
     _flip_a_byte(tmp_path / "000020")
@@ -499,7 +501,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_a_whole_one(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["000015"]
 
 
-def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error_in_one_line(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError) as error:
             latest_checkpoint(directory)
@@ -507,10 +509,10 @@ def test_no_checkpoint_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("same_iteration", [False, True])
-def test_trap_16_a_crash_at_any_disk_operation_leaves_a_whole_checkpoint(
+def test_trap_16_a_crash_at_any_disk_operation_leaves_a_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_iteration: bool
 ) -> None:
-    """The process dies before its n-th fsync, rename or removal, for every n; the old state or the new one is there."""
+    """For every n, crash before the n-th fsync, rename or removal. Then the old or the new state can be loaded."""
     operations = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (torch, "save"), (shutil, "rmtree")]
     outcomes = []
     for deadline in range(100):
@@ -559,8 +561,8 @@ while True:
 """
 
 
-def test_a_killed_process_always_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL while checkpoints are written one after another; nothing that was reported as saved is lost."""
+def test_a_killed_process_always_leaves_a_complete_newest_checkpoint(tmp_path: Path) -> None:
+    """SIGKILL while checkpoints are written. No checkpoint that was reported as saved is lost."""
     source = str(Path(checkpoint_module.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
     for attempt, delay in enumerate((0.011, 0.037, 0.071)):
@@ -579,8 +581,8 @@ def test_a_killed_process_always_leaves_a_whole_newest_checkpoint(tmp_path: Path
         assert torch.equal(state["w"], torch.full((200_000,), float(state["iteration"])))
 
 
-def test_the_checksum_is_that_of_the_content(tmp_path: Path) -> None:
-    """Known answer: SHA-256 of `abc` (FIPS 180-2, appendix B.1)."""
+def test_sha256_of_a_known_content(tmp_path: Path) -> None:
+    """SHA-256 of `abc` is given in FIPS 180-2, appendix B.1."""
     (tmp_path / "abc").write_bytes(b"abc")
     assert files_module.sha256(tmp_path / "abc") == ("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
     verify_checkpoint(save_checkpoint(tmp_path, 1, {"a": 1}))
@@ -589,7 +591,7 @@ def test_the_checksum_is_that_of_the_content(tmp_path: Path) -> None:
 # --- timer and trackers ---
 
 
-def test_timer_adds_up_each_phase_and_starts_again() -> None:
+def test_timer_adds_up_each_phase_and_resets() -> None:
     times = iter([0.0, 1.5, 10.0, 10.25, 20.0, 23.0])
     timer = Timer(clock=lambda: next(times))
     with timer("sample"):
@@ -603,7 +605,7 @@ def test_timer_adds_up_each_phase_and_starts_again() -> None:
 
 
 def test_tensorboard_gets_every_finite_number(tmp_path: Path) -> None:
-    """A resumed run hides the points past its checkpoint."""
+    """A resumed run replaces the points after its checkpoint."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for start, steps in ((0, (1, 2, 3)), (1, (2,))):
         (tracker,) = build_trackers(("tensorboard",), tmp_path, config_to_dict(CONFIG), start=start)
@@ -619,8 +621,8 @@ def test_tensorboard_gets_every_finite_number(tmp_path: Path) -> None:
     assert "    learner.lr: 1e-05" in text
 
 
-def test_a_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory called wandb, as wandb leaves one, imports as an empty module and must not pass for the package."""
+def test_the_error_of_a_missing_tracker_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory named wandb, which wandb creates, can be imported and must not be taken for the package."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

@@ -1,4 +1,4 @@
-"""Whole runs of a credit function that returns fewer and other samples than one per rollout."""
+"""Runs with a credit function that does not return exactly one sample per rollout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEARNER = LearnerConfig(lr=1e-4, minibatch_size=8, epochs=3, decay="linear")
 
 
 def with_credit(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
-    """Let REINFORCE change its samples before it returns them."""
+    """Replace REINFORCE by a variant that changes its samples before it returns them."""
 
     def build(settings: Any, parts: CreditParts) -> CreditFn:
         credit = REINFORCE.build(settings, parts)
@@ -39,10 +39,10 @@ def with_credit(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     monkeypatch.setitem(BUILT_IN, "reinforce", replace(REINFORCE, build=build))
 
 
-def only_good_ones(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
-    """The last ones first; none at all in the second iteration."""
-    good = [sample for sample in reversed(samples) if sample.rollout and sample.rollout.reward > 0]
-    return good if iteration != 2 else []
+def only_rewarded(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
+    """Keep the samples with a reward, in reverse order; in the second iteration return none."""
+    rewarded = [sample for sample in reversed(samples) if sample.rollout and sample.rollout.reward > 0]
+    return rewarded if iteration != 2 else []
 
 
 def config_of(path: Path, **run: Any) -> Config:
@@ -50,9 +50,9 @@ def config_of(path: Path, **run: Any) -> Config:
     return small_config(path, "reinforce", learner=LEARNER, run=RunConfig(**settings))
 
 
-def test_a_run_on_its_good_rollouts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planned are 4 iterations of 3 epochs of 2 updates; the second iteration has none of its 6."""
-    with_credit(monkeypatch, only_good_ones)
+def test_a_run_that_trains_on_rewarded_rollouts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is 4 iterations with 3 epochs of 2 updates. The second iteration makes none of its 6 updates."""
+    with_credit(monkeypatch, only_rewarded)
     summary = train(config_of(tmp_path / "whole"))
     lines = read_lines(tmp_path / "whole")
     assert [line["updates"] for line in lines] == [0, 6, 6, 12, 18] and summary["updates"] == 18
@@ -61,20 +61,20 @@ def test_a_run_on_its_good_rollouts_only(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[4]["policy/lr"] == pytest.approx(sum(rates[18:]) / 6)
     assert "policy/lr" not in lines[2] and lines[2]["reward/mean"] > 0
 
-    good = [0]
+    trained_tokens = [0]
     for iteration in range(1, 5):
         rows = pq.read_table(tmp_path / f"whole/rollouts/{iteration:06d}.parquet").to_pylist()
         assert len(rows) == 16 and {row["kind"] for row in rows} == {"rollout"}
         for row in rows:
             trained = iteration != 2 and row["reward"] > 0
             assert len(row["token_advantages"]) == trained * row["num_tokens"] and row["token_weights"] == []
-        good.append(good[-1] + sum(len(row["token_advantages"]) for row in rows))
-    assert [line["tokens/trained"] for line in lines] == [3 * tokens for tokens in good]
+        trained_tokens.append(trained_tokens[-1] + sum(len(row["token_advantages"]) for row in rows))
+    assert [line["tokens/trained"] for line in lines] == [3 * tokens for tokens in trained_tokens]
     assert 0 < summary["tokens"]["trained"] < 3 * summary["tokens"]["rollouts"]
 
 
-def test_it_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_credit(monkeypatch, only_good_ones)
+def test_it_resumes_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_credit(monkeypatch, only_rewarded)
     train(config_of(tmp_path / "whole"))
     with pytest.raises(Crash):
         train(config_of(tmp_path / "cut"), reporter=CrashAt(3))
@@ -84,21 +84,19 @@ def test_it_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (newest / "state.pt").stat().st_size < 20_000 < (newest / "learner.pt").stat().st_size
     resume(config_of(tmp_path / "cut"))
     assert weights_hash(tmp_path / "cut/final") == weights_hash(tmp_path / "whole/final")
-    found, expected = (map(without_seconds, read_lines(tmp_path / name)) for name in ("cut", "whole"))
-    assert list(found) == list(expected)
+    lines, expected = (map(without_seconds, read_lines(tmp_path / name)) for name in ("cut", "whole"))
+    assert list(lines) == list(expected)
 
 
-def test_the_limit_of_updates_counts_those_that_fell_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a linear decay reaches 0 where the run ends."""
-    with_credit(monkeypatch, only_good_ones)
+def test_max_updates_counts_minibatches_without_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear decay then reaches 0 at the end of the run."""
+    with_credit(monkeypatch, only_rewarded)
     summary = train(config_of(tmp_path / "run", iterations=50, max_updates=18))
     assert (summary["finish_reason"], summary["iterations"], summary["updates"]) == ("updates", 3, 12)
 
 
-def test_a_sample_of_every_half_is_recorded_beside_the_rollouts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each response as two samples, of which the second one trains what the first one leaves."""
+def test_samples_in_addition_to_the_rollouts_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each response is two samples: the first trains its first half, the second the other half."""
 
     def halves(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
         out = []
@@ -117,9 +115,9 @@ def test_a_sample_of_every_half_is_recorded_beside_the_rollouts(
     with_credit(monkeypatch, halves)
     summary = train(config_of(tmp_path / "run", **settings))
     assert summary["updates"] == plain["updates"] == 6 and summary["tokens"] == plain["tokens"]
-    (_, expected), (_, found) = read_lines(tmp_path / "plain"), read_lines(tmp_path / "run")
+    (_, expected), (_, metrics) = read_lines(tmp_path / "plain"), read_lines(tmp_path / "run")
     for metric in ("policy/entropy", "credit/advantage_abs_mean", "policy/sampler_logprob_gap"):
-        assert found[metric] == pytest.approx(expected[metric], rel=1e-4)
+        assert metrics[metric] == pytest.approx(expected[metric], rel=1e-4)
     rows = pq.read_table(tmp_path / "run/rollouts/000001.parquet").to_pylist()
     before = pq.read_table(tmp_path / "plain/rollouts/000001.parquet").to_pylist()
     assert [row["kind"] for row in rows] == ["rollout"] * 16 + ["sample"] * 16

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, how they resume, and that every algorithm learns."""
+"""Complete runs: their files, resuming them, and learning with every algorithm."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from vineppo.types import Sampler, UserError, Weights
 
 
 class Crash(Exception):
-    """Stands for a power cut."""
+    """Simulates a crash of the machine."""
 
 
 class CrashAt:
-    """A reporter that crashes the run right after an iteration's line was logged, before its checkpoint."""
+    """A reporter that crashes the run after the metrics of an iteration are logged and before its checkpoint."""
 
     def __init__(self, iteration: int):
         self.at = iteration
@@ -77,7 +77,7 @@ def without_seconds(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", BUILT_IN)
-def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> None:
+def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str) -> None:
     run = tmp_path / "run"
     summary = train(small_config(run, algorithm), recipe="small")
     lines = read_lines(run)
@@ -99,7 +99,7 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> 
         if algorithm == "vineppo":
             assert "".join(row["step_texts"]) == row["response"]
             total = row["values"][0] + sum(row["step_advantages"])
-            assert math.isclose(total, row["reward"], abs_tol=1e-12)  # telescoping, on disk
+            assert math.isclose(total, row["reward"], abs_tol=1e-12)  # telescoping
 
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
@@ -107,16 +107,16 @@ def test_a_run_leaves_everything_it_promises(tmp_path: Path, algorithm: str) -> 
     assert sorted(path.suffix for path in (run / "plots").iterdir()) and (run / "config.yaml").exists()
 
 
-SAVINGS = {
+CHEAPER_SETTINGS = {
     "bisection": VinePPOSettings(num_mc_rollouts=3, reuse=False, bisection=True),
     "bisection-reuse": VinePPOSettings(num_mc_rollouts=3, bisection=True),
 }
 
 
-@pytest.mark.parametrize("saving", SAVINGS)
-def test_every_saving_trains_and_resumes_to_the_bit(tmp_path: Path, saving: str) -> None:
+@pytest.mark.parametrize("name", CHEAPER_SETTINGS)
+def test_bisection_trains_and_resumes_with_the_same_bits(tmp_path: Path, name: str) -> None:
     run = RunConfig(dir=str(tmp_path / "whole"), iterations=2, checkpoint_every=1)
-    whole = small_config(tmp_path / "whole", vineppo=SAVINGS[saving], run=run)
+    whole = small_config(tmp_path / "whole", vineppo=CHEAPER_SETTINGS[name], run=run)
     train(whole)
     cut = replace(whole, run=replace(run, dir=str(tmp_path / "cut")))
     with pytest.raises(Crash):
@@ -134,14 +134,14 @@ def test_every_saving_trains_and_resumes_to_the_bit(tmp_path: Path, saving: str)
 
 
 def telescopes(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether V(s_0) plus the advantages is the reward, everywhere."""
+    """Whether V(s_0) plus the step advantages equals the reward in every row."""
     return all(
         math.isclose(row["values"][0] + sum(row["step_advantages"]), row["reward"], abs_tol=1e-12) for row in rows
     )
 
 
 @pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
-def test_truth_7_resume_is_exact_to_the_bit(tmp_path: Path, algorithm: str) -> None:
+def test_truth_7_a_resumed_run_has_the_same_bits(tmp_path: Path, algorithm: str) -> None:
     learner = LearnerConfig(lr=1e-4, minibatch_size=8, decay="linear", warmup_updates=3, kl=KLConfig(coefficient=1e-3))
     whole = small_config(tmp_path / "whole", algorithm, learner=learner)
     train(whole)
@@ -158,8 +158,8 @@ def test_truth_7_resume_is_exact_to_the_bit(tmp_path: Path, algorithm: str) -> N
 
 
 @dataclass(frozen=True)
-class FarEngine(WrappedSampler):
-    """Samples from a copy of the policy, as an engine in another process does: only `update_weights` changes it."""
+class CopyingEngine(WrappedSampler):
+    """Samples from a copy of the policy that only `update_weights` changes, as an engine in another process does."""
 
     copy: Policy
 
@@ -169,15 +169,15 @@ class FarEngine(WrappedSampler):
         self.sampler.update_weights(version, weights)
 
 
-def far_engine(config: Config, policy: Policy) -> Sampler:
+def copying_engine(config: Config, policy: Policy) -> Sampler:
     copy = Policy(deepcopy(policy.model), policy.codec)
-    return FarEngine(TorchSampler(copy), copy)
+    return CopyingEngine(TorchSampler(copy), copy)
 
 
-def test_an_engine_with_weights_of_its_own_trains_and_resumes_to_the_bit(
+def test_an_engine_with_separate_weights_trains_and_resumes_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rollouts, continuations and evaluation use the learner's weights: after each update and after a resume."""
+    """Rollouts, MC rollouts and evaluation use the learner's weights after each update and after a resume."""
 
     def config(name: str) -> Config:
         return small_config(
@@ -186,27 +186,27 @@ def test_an_engine_with_weights_of_its_own_trains_and_resumes_to_the_bit(
             run=RunConfig(dir=str(tmp_path / name), iterations=3, checkpoint_every=1),
         )
 
-    near = train(config("near"))
-    monkeypatch.setattr(importlib.import_module("vineppo.training.parts"), "build_engine", far_engine)
+    expected = train(config("shared"))
+    monkeypatch.setattr(importlib.import_module("vineppo.training.parts"), "build_engine", copying_engine)
     with pytest.raises(Crash):
-        train(config("far"), reporter=CrashAt(2))
-    far = resume(config("far"))
-    assert [without_seconds(x) for x in read_lines(tmp_path / "far")] == [
-        without_seconds(x) for x in read_lines(tmp_path / "near")
+        train(config("copied"), reporter=CrashAt(2))
+    summary = resume(config("copied"))
+    assert [without_seconds(x) for x in read_lines(tmp_path / "copied")] == [
+        without_seconds(x) for x in read_lines(tmp_path / "shared")
     ]
-    assert weights_hash(tmp_path / "far/final") == weights_hash(tmp_path / "near/final")
-    assert far["accuracy_after"] == near["accuracy_after"] != near["accuracy_before"]
+    assert weights_hash(tmp_path / "copied/final") == weights_hash(tmp_path / "shared/final")
+    assert summary["accuracy_after"] == expected["accuracy_after"] != expected["accuracy_before"]
 
-    # Killed in the last evaluation, before the summary: the resumed run makes no update, it only measures.
-    (tmp_path / "far/summary.json").unlink()
-    assert resume(config("far"))["accuracy_after"] == near["accuracy_after"]
-    (tmp_path / "far/summary.json").unlink()
+    # If a run is killed in the last evaluation, the resumed run makes no update and only repeats the evaluation.
+    (tmp_path / "copied/summary.json").unlink()
+    assert resume(config("copied"))["accuracy_after"] == expected["accuracy_after"]
+    (tmp_path / "copied/summary.json").unlink()
     monkeypatch.setattr(importlib.import_module("vineppo.training.parts").Parts, "update_sampler", lambda parts: None)
     with pytest.raises(StaleWeights, match="the weights of update 0 and the learner those of update 6"):
-        resume(config("far"))
+        resume(config("copied"))
 
 
-def test_resume_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None:
+def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run")
     with pytest.raises(Crash):
         train(config, reporter=CrashAt(0))
@@ -214,7 +214,7 @@ def test_resume_before_the_first_checkpoint_starts_again(tmp_path: Path) -> None
     assert summary["updates"] == 8 and [line["iteration"] for line in read_lines(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
-def test_the_seed_decides_and_nothing_else(tmp_path: Path) -> None:
+def test_runs_with_the_same_seed_have_the_same_weights(tmp_path: Path) -> None:
     hashes = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run = RunConfig(dir=str(tmp_path / name), iterations=2, seed=seed, checkpoint_every=0)
@@ -253,7 +253,7 @@ SMALL = [
 ]
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_at_random_times_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     began = time.monotonic()
     assert start_cli(whole, *SMALL, "--run.dir", str(whole)).wait() == 0
@@ -274,7 +274,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) 
     assert weights_hash(cut / "final") == weights_hash(whole / "final")
 
 
-def test_ctrl_c_finishes_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start_cli(run, *SMALL, "--run.iterations", "1000", "--run.checkpoint_every", "0", "--run.dir", str(run))
     while not (run / "metrics.jsonl").exists() or len(read_lines(run)) < 3:
@@ -288,7 +288,7 @@ def test_ctrl_c_finishes_cleanly_with_a_checkpoint(tmp_path: Path) -> None:
     assert summary["iterations"] == last and (run / f"checkpoints/{last:06d}").is_dir()
 
 
-def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_does_not_start_leaves_no_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> list[object]:
         raise UserError("wandb did not start")
 
@@ -303,25 +303,25 @@ def test_a_tracker_that_does_not_start_leaves_nothing_behind(tmp_path: Path, mon
     assert summary["best_validation_accuracy"] is None or summary["best_validation_accuracy"] >= 0
 
 
-def test_resume_of_a_finished_run_says_so(tmp_path: Path) -> None:
+def test_resuming_a_finished_run_is_an_error(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", run=RunConfig(dir=str(tmp_path / "run"), iterations=1))
     train(config)
     with pytest.raises(UserError, match="finished"):
         resume(config)
 
 
-def test_budgets_end_a_run(tmp_path: Path) -> None:
+def test_limits_end_a_run(tmp_path: Path) -> None:
     tokens = RunConfig(dir=str(tmp_path / "tokens"), iterations=100, max_tokens=3000)
     summary = train(small_config(tmp_path / "tokens", run=tokens))
     lines = read_lines(tmp_path / "tokens")
     assert summary["finish_reason"] == "tokens" and summary["tokens"]["generated"] >= 3000
     assert lines[-2]["tokens/generated"] < 3000
-    assert "eval/accuracy" in lines[-1]  # the curve reaches the budget
+    assert "eval/accuracy" in lines[-1]  # the last iteration is evaluated
     updates = RunConfig(dir=str(tmp_path / "updates"), iterations=100, max_updates=3)
     assert train(small_config(tmp_path / "updates", run=updates))["updates"] == 4  # whole iterations of two updates
 
 
-def test_a_reward_function_of_the_users_is_what_is_trained(tmp_path: Path) -> None:
+def test_a_reward_function_replaces_the_graders(tmp_path: Path) -> None:
     seen: list[str] = []
 
     def shortness(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -335,14 +335,14 @@ def test_a_reward_function_of_the_users_is_what_is_trained(tmp_path: Path) -> No
     assert row["reward"] in (1.0 / (1 + len(row["response"])), 0.0)
 
 
-def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path) -> None:
+def test_a_prompt_that_is_too_long_for_the_context_is_an_error(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run")
     config = replace(config, rollouts=replace(config.rollouts, max_new_tokens=510))
     with pytest.raises(UserError, match="more than the model's context of 512"):
         train(config)
 
 
-def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
+def test_training_on_a_json_lines_file(tmp_path: Path) -> None:
     lines = [{"q": f"a={i % 10};b=a+2;c=b+5;c?\n", "a": f"#### {(i + 7) % 10}"} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = TaskConfig(
@@ -361,7 +361,7 @@ def test_a_json_lines_file_runs_through_the_same_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", BUILT_IN)
 def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
-    """One habit decides on this level: a run of seconds lifts accuracy beyond what chance allows."""
+    """On the level `habit`, a run of seconds raises accuracy significantly, because one habit decides most errors."""
     config = small_config(
         tmp_path / "run",
         algorithm,
@@ -378,8 +378,8 @@ def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
     assert after["low"] > before["high"], f"{algorithm}: {before} -> {after}"
 
 
-def test_the_embedded_models_start_where_the_readme_says() -> None:
-    """Accuracy on 10 steps is 10-35% at the start: errors are sampling's."""
+def test_the_accuracy_of_the_embedded_models_is_as_in_the_readme() -> None:
+    """Accuracy on chains of 10 steps is 10-35% before training."""
     from vineppo.training.evaluate import evaluate_model
 
     for level in ("judgement", "habit"):
@@ -396,7 +396,7 @@ def test_the_embedded_models_start_where_the_readme_says() -> None:
         assert result["truncated_share"] < 0.01 and "pass@4" not in result
 
 
-def test_config_yaml_is_the_whole_config(tmp_path: Path) -> None:
+def test_config_yaml_contains_the_whole_config(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", run=RunConfig(dir=str(tmp_path / "run"), iterations=1))
     train(config)
     import yaml

@@ -1,4 +1,4 @@
-"""From nested or dotted keys to checked settings, with one clear line for every mistake."""
+"""Builds checked settings from nested or dotted keys, and reports every mistake in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vineppo.types import UserError
 T = TypeVar("T", bound=Settings)
 COMMAND_LINE = "on the command line"
 Layer = tuple[Mapping[str, Any], str]
-"""(settings by nested or dotted keys, where they stand, such as "in recipe mine.yaml")."""
+"""(settings by nested or dotted keys, their source for error messages, such as "in recipe mine.yaml")."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Setting:
     type: Any
     default: Any
     doc: str
-    """The text under the field."""
+    """The docstring of the field."""
 
 
 @cache
 def settings_of(cls: type[Settings]) -> dict[str, Setting]:
-    """Every setting of nested settings by dotted key, in the order of the fields."""
+    """Return all settings of nested settings by dotted key, in the order of the fields."""
     return {setting.key: setting for setting in _walk(cls, "")}
 
 
@@ -46,48 +46,52 @@ def _walk(cls: type[Settings], prefix: str) -> Iterator[Setting]:
 
 @cache
 def sections_of(cls: type[Settings], prefix: str = "") -> dict[str, str]:
-    """First line of the docstring of every section by dotted key; the whole has the key ``."""
-    found = {prefix.rstrip("."): (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")}
+    """Return the first docstring line of every section by dotted key; the key of `cls` itself is the empty string."""
+    titles = {prefix.rstrip("."): (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")}
     for name, field in cls.model_fields.items():
         if is_section(field.annotation):
-            found |= sections_of(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return found
+            titles |= sections_of(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return titles
 
 
 def settings_from_layers(cls: type[T], layers: Iterable[Layer], unused: type[Settings] | None = None) -> T:
-    """Nested settings from several layers, in which later ones win; what no layer gives keeps its default.
+    """Build nested settings from several layers. Later layers override earlier ones; missing keys keep their defaults.
 
     Args:
         unused: a class with further sections whose keys are allowed and ignored (those of other algorithms).
     Raises:
-        UserError: for an unknown key (with the most similar known one), a key that is given twice in a layer, a wrong
-            type, or values that cannot work.
+        UserError: for an unknown key (suggests the most similar one), a key that occurs twice in a layer, a wrong type,
+            or values that are not allowed.
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for data, where in layers:
-        given = flat_values(unused or cls, data, where)
-        values |= given
-        places |= dict.fromkeys(given, where)
+        layer_values = flat_values(unused or cls, data, where)
+        values |= layer_values
+        places |= dict.fromkeys(layer_values, where)
     return _build(cls, values, places, "")
 
 
 def flat_values(cls: type[Settings], data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Dotted key -> value as given. Refuses unknown keys, sections with a value, and keys that are given twice."""
+    """Return a flat dictionary, dotted key -> value.
+
+    Raises:
+        UserError: for an unknown key, a section with a value, a key without a value, or a key that occurs twice.
+    """
     settings, sections, values = settings_of(cls), sections_of(cls), dict[str, Any]()
     for key, value in _flatten(data, "", settings):
         if key in sections:
-            if value is not None:  # `learner:` with nothing under it changes nothing
-                inside = next(known for known in settings if known.startswith(key + "."))
-                raise UserError(f"{key} is {value!r} {where}; it is a section, give keys of it such as {inside}")
+            if value is not None:  # `learner:` without keys changes nothing
+                example = next(known for known in settings if known.startswith(key + "."))
+                raise UserError(f"{key} is {value!r} {where}; it is a section, so give its keys, such as {example}")
         elif key not in settings:
-            tops = dict.fromkeys(known.split(".")[0] for known in settings)
-            hint = suggestion(cls, key) or f"known at the top: {', '.join(tops)}"
+            top_level = dict.fromkeys(known.split(".")[0] for known in settings)
+            hint = suggestion(cls, key) or f"top-level keys: {', '.join(top_level)}"
             raise UserError(f"unknown key {key} {where}; {hint}")
         elif key in values:
-            raise UserError(f"{key} is given twice {where}; leave one out")
+            raise UserError(f"{key} is given twice {where}; remove one")
         elif value is None:
-            raise UserError(f"{key} has no value {where}; give one, or leave the key out to keep the default")
+            raise UserError(f"{key} has no value {where}; give one, or remove the key to keep the default")
         else:
             values[key] = value
     return values
@@ -119,14 +123,17 @@ def _build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str], p
 
 
 def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), prefix: str = "") -> str:
-    """`did you mean learner.lr?` for an unknown key; the letters of the papers are known too (`K: ...` in a text)."""
+    """Return a hint such as `did you mean learner.lr?` for an unknown key.
+
+    Letters from papers are recognised too: `K` matches the setting whose docstring starts with `K: `.
+    """
     letters = {setting.doc[0]: key for key, setting in settings_of(cls).items() if setting.doc[1:3] == ": "}
     letter = letters.get(name.split(".")[-1].upper())
     return f"did you mean {prefix}{letter}?" if letter else did_you_mean(name, [*settings_of(cls), *others], prefix)
 
 
 def diff_configs(a: Settings, b: Settings) -> list[str]:
-    """The settings that differ, one line each: `learner.lr: 0.0001 -> 0.0002`; a dash where one side has none."""
+    """Return the settings that differ, as `learner.lr: 0.0001 -> 0.0002`; a dash stands for a missing setting."""
     keys = dict.fromkeys([*settings_of(type(a)), *settings_of(type(b))])
     return [f"{key}: {_at(a, key)} -> {_at(b, key)}" for key in keys if _at(a, key) != _at(b, key)]
 
@@ -138,5 +145,5 @@ def _at(settings: Any, key: str) -> Any:
 
 
 def config_to_dict(settings: Settings) -> dict[str, Any]:
-    """Settings as plain dictionaries, lists and scalars, as config.yaml holds them."""
+    """Convert settings to plain dictionaries, lists and scalars, as in config.yaml."""
     return settings.model_dump(mode="json")

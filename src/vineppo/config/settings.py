@@ -1,4 +1,4 @@
-"""The base class of all settings: pydantic models that convert texts and refuse a wrong value in one line."""
+"""The base class of all settings: a pydantic model that converts text and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class SettingError(UserError):
 
 
 class Settings(BaseModel):
-    """Immutable settings; the text under a field is its documentation.
+    """Immutable settings. The docstring under a field is its documentation.
 
-    Values may be written as on the command line or in YAML: numbers in any form in which the value fits (`3`, `3.0`,
-    `"1e-4"`; 3.5 is no integer, true is no number), `true`, `yes`, `on` and their opposites, lists as `a,b` or
+    Values may be written as on the command line or in YAML: numbers as numbers or text (`3`, `3.0`, `"1e-4"`; 3.5 is
+    not an integer and true is not a number), booleans as `true`, `yes`, `on` or their opposites, lists as `a,b` or
     `[a, b]`.
 
     Raises:
-        UserError: for a wrong type, a number out of range, an unknown field, or a combination that `check` refuses.
+        UserError: for a wrong type, a number out of range, an unknown field, or a combination that `check` rejects.
     """
 
     model_config = ConfigDict(
@@ -62,7 +62,7 @@ class Settings(BaseModel):
         return self
 
     def check(self) -> None:
-        """Refuse combinations of values that cannot work: raise UserError with one line."""
+        """Raise UserError for combinations of values that are not allowed. Subclasses override this method."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -72,26 +72,26 @@ def require(condition: bool, message: str) -> None:
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether a field holds further settings."""
+    """Whether a field contains nested settings."""
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 def replace(settings: Any, **changes: Any) -> Any:
-    """A copy with other values, which are checked.
+    """Return a copy with some values changed. The new values are checked.
 
     Raises:
-        UserError: for values that cannot work.
+        UserError: for values that are not allowed.
     """
     return type(settings)(**{name: getattr(settings, name) for name in type(settings).model_fields} | changes)
 
 
 def from_text(kind: Any, value: Any) -> Any:
-    """A value in the form in which pydantic reads it for a field of this type.
+    """Convert a value to a form that pydantic accepts for a field of this type.
 
-    Texts stand for numbers too (YAML takes `1e-4` for text, and on the command line everything is text).
+    Numbers may be text: YAML reads `1e-4` as text, and all values of the command line are text.
 
     Raises:
-        ValueError: for a value that pydantic would read as something else (true as a number, 1 as true).
+        ValueError: for a value that pydantic would convert to another type (true to a number, 1 to true).
     """
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, str) and not value.strip(" ").startswith("["):
@@ -102,14 +102,14 @@ def from_text(kind: Any, value: Any) -> Any:
         except yaml.YAMLError:
             raise ValueError(_ALLOWED[origin]) from None
     if origin is int and isinstance(value, str) and "e" in value.lower() and float(value).is_integer():
-        return int(float(value))  # "2e6", which pydantic refuses
+        return int(float(value))  # "2e6", which pydantic does not accept
     if origin in (int, float, bool) and isinstance(value, bool) is not (origin is bool):
         raise ValueError(_ALLOWED[origin])
     return list(value) if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
-    """The first of pydantic's errors as one line."""
+    """Convert the first of pydantic's errors to a UserError with one line."""
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -121,7 +121,7 @@ def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
 
 
 def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
-    """What the field of an error allows."""
+    """Describe the values that the field of an error allows."""
     kind, inner = typing.get_origin(field.annotation) or field.annotation, typing.get_args(field.annotation)
     if kind is Literal:
         return f"allowed: {', '.join(map(str, inner))}"
@@ -135,8 +135,8 @@ def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """The bounds of a number in words: `it must be at least 1`, `allowed: 0 to below 1`."""
-    bounds = {key: getattr(one, key) for one in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(one, key)}
+    """Describe the bounds of a number: `it must be at least 1`, `allowed: at least 0, below 1`."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = {key: getattr(item, key) for item in field.metadata for key in words if hasattr(item, key)}
     texts = [f"{words[key]} {bound:g}" for key, bound in bounds.items()]
     return f"allowed: {', '.join(texts)}" if len(texts) > 1 else f"it must be {texts[0]}"

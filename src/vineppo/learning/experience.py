@@ -1,4 +1,4 @@
-"""What an update is made from: training samples with the trainer's own log-probabilities, and how they are divided."""
+"""The data of an update: training samples with the trainer's log-probabilities, split into minibatches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Experience:
-    """A training sample with the trainer's log-probabilities of its trained tokens, shape (N,)."""
+    """A training sample with the trainer's log-probabilities of its trained tokens, each of shape (N,)."""
 
     sample: TrainingSample
     old_logprobs: tuple[float, ...]
@@ -24,23 +24,23 @@ class Experience:
 
 
 class Counts(NamedTuple):
-    """What sums over a minibatch are divided by."""
+    """The denominators of sums over a minibatch."""
 
     tokens: float
     """Sum of the weights of the trained tokens."""
     rollouts: float
-    """Rollouts that the minibatch stands for: its share of the samples, of the iteration's rollouts."""
+    """Number of rollouts in the iteration, times the minibatch's share of the samples."""
     seen: float
-    """Sum of the weights of the tokens in the forward pass, which `policy/kl_old` is a mean over."""
+    """Sum of the weights of the tokens in the forward pass. `policy/kl_old` is a mean over these tokens."""
 
 
 def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> None:
-    """Refuse what a credit function must not return.
+    """Check the training samples that a credit function returned.
 
     Args:
-        with_returns: whether there is a value network, which learns from returns.
+        with_returns: whether a value network is trained, which needs returns and values.
     Raises:
-        UserError: naming the first sample that is wrong.
+        UserError: for the first invalid sample.
     """
     for number, sample in enumerate(samples):
         T = len(sample.token_ids)
@@ -52,7 +52,7 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
             if row is not None and len(row) != T:
                 raise UserError(
                     f"training sample {number} of the credit function has {len(row)} {name} for {T} tokens; every list "
-                    "of a sample has one entry per token"
+                    "of a sample must have one entry per token"
                 )
         wrong = [weight for weight in sample.weights or () if not 0 <= weight < math.inf]
         if wrong:
@@ -62,16 +62,16 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
             )
         if with_returns and (sample.returns is None or sample.values is None):
             raise UserError(
-                f"training sample {number} of the credit function has no returns and values, from which the value "
-                "network learns; give both with every sample"
+                f"training sample {number} of the credit function has no returns or no values, which the "
+                "training of the value network needs; set both in every sample"
             )
 
 
 def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequence[T]]:
-    """The samples of an epoch cut into ceil(num_rollouts / size) minibatches, whatever the number of samples.
+    """Split the samples of an epoch into ceil(num_rollouts / size) minibatches, for any number of samples.
 
-    Minibatch i gets the samples from round(i * size * len(order) / num_rollouts) on: with one sample per rollout
-    `size` of them. Where samples are few, some minibatches are empty.
+    Minibatch i starts at sample round(i * size * len(order) / num_rollouts). With one sample per rollout, it has `size`
+    samples. If there are few samples, some minibatches are empty.
     """
     count = -(-num_rollouts // size)
     starts = [round(i * size * len(order) / num_rollouts) for i in range(count)]
@@ -79,40 +79,41 @@ def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequen
 
 
 def credited(minibatch: Sequence[Experience]) -> list[Experience]:
-    """What of a minibatch can move the policy: the tokens with an advantage and a weight, and what leads to them.
+    """Remove the tokens that do not contribute to the policy gradient.
 
-    A token whose advantage or weight is 0 has no gradient in the clipped objective, and no token sees those behind it.
-    So sequences without such a token are dropped, others end with their last one, and the rest of their tokens is left
-    out of the loss: the same gradient for less work. Credit per step makes most tokens such.
+    A token has no gradient in the clipped objective if its advantage or its weight is 0. Samples that consist of such
+    tokens are dropped. The others are cut after their last token with a gradient, which is possible because no token
+    depends on later ones, and their tokens without a gradient are masked. The gradient stays the same and needs less
+    computation: with credit per step, most tokens have no gradient.
     """
     parts = [part for part in map(_credited_part, minibatch) if any(part.sample.loss_mask)]
-    # With nothing to learn the step is still made, of gradient 0: moments decay as they would have.
+    # If no token has a gradient, the update is still made with gradient 0, so that Adam's moments decay as usual.
     return parts or [minibatch[0]]
 
 
-def _credited_part(whole: Experience) -> Experience:
-    sample, weights = whole.sample, whole.sample.trained_weights
-    places = [i for i, trained in enumerate(sample.loss_mask) if trained]  # of the trained tokens in the sequence
-    choices = [
+def _credited_part(experience: Experience) -> Experience:
+    sample, weights = experience.sample, experience.sample.trained_weights
+    positions = [i for i, trained in enumerate(sample.loss_mask) if trained]  # of the trained tokens in the sequence
+    alternatives = [
         (a, old)
-        for a, old in zip(sample.alternatives, whole.old_alternatives, strict=True)
+        for a, old in zip(sample.alternatives, experience.old_alternatives, strict=True)
         if a.advantage and weights[a.position]
     ]
-    own = {n for n, i in enumerate(places) if sample.advantages[i] and weights[n]}
-    kept = sorted(own | {a.position for a, _ in choices})
-    number, inside = {n: new for new, n in enumerate(kept)}, {places[n] for n in kept}
-    end = max(inside, default=0) + 1
+    with_advantage = {n for n, i in enumerate(positions) if sample.advantages[i] and weights[n]}
+    kept = sorted(with_advantage | {a.position for a, _ in alternatives})
+    new_number, kept_positions = {n: new for new, n in enumerate(kept)}, {positions[n] for n in kept}
+    end = max(kept_positions, default=0) + 1
     return Experience(
         TrainingSample(
             token_ids=sample.token_ids[:end],
-            loss_mask=tuple(int(i in inside) for i in range(end)),
+            loss_mask=tuple(int(i in kept_positions) for i in range(end)),
             sampler_logprobs=sample.sampler_logprobs[:end],
             advantages=sample.advantages[:end],
-            alternatives=tuple(replace(a, position=number[a.position]) for a, _ in choices),
+            alternatives=tuple(replace(a, position=new_number[a.position]) for a, _ in alternatives),
             weights=None if sample.weights is None else sample.weights[:end],
         ),
-        tuple(whole.old_logprobs[n] for n in kept),
-        tuple(old for _, old in choices),
+        tuple(experience.old_logprobs[n] for n in kept),
+        tuple(old for _, old in alternatives),
         None,
     )
 
@@ -123,23 +124,23 @@ def total_weight(experience: Sequence[Experience]) -> float:
 
 
 def trained_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
-    """Entries of a list over the sequence that belong to trained tokens, shape (N,)."""
+    """Return the entries of a list over the sequence that belong to trained tokens, shape (N,)."""
     return [x for x, trained in zip(row, sample.loss_mask, strict=True) if trained]
 
 
 def padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
-    """The inverse of `trained_part`: 0 for the other tokens, shape (T,)."""
+    """Invert `trained_part`: return a list over the sequence with 0 for untrained tokens, shape (T,)."""
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
 
 
 def divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Alternative, ...]:
-    """Alternatives with their advantages divided."""
+    """Return the alternatives with their advantages divided by `divisor`."""
     return tuple(replace(a, advantage=a.advantage / divisor) for a in alternatives)
 
 
 def largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:
-    """Largest difference between the sampler's and the trainer's log-probability of one token, in nats."""
+    """Largest absolute difference between the sampler's and the trainer's log-probability of a token, in nats."""
     gaps = [
         abs(a - b)
         for row, sample in zip(old, samples, strict=True)

@@ -1,8 +1,8 @@
-"""From credit to weights: training samples -> epochs, minibatches, micro-batches -> optimizer -> metrics.
+"""The learner: turns training samples into weight updates, by epochs, minibatches and micro-batches.
 
-The same for every algorithm: it sees per-token advantages and weights, never an algorithm's name. Every sum over tokens
-is weighted and divided by the minibatch's global sum of weights: micro-batches and their order cannot change an update,
-and neither can the way in which a tree of responses is written down as samples.
+The learner is the same for every algorithm: its inputs are advantages and weights of tokens. Every sum over tokens is
+weighted and divided by the sum of weights of the whole minibatch. So an update does not depend on the size or order of
+micro-batches, nor on the way in which a tree of responses is split into samples.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ STATE_FILE = "learner.pt"
 
 
 class TorchLearner:
-    """The learner (types.Learner) of one process: optimizers of the policy and, where there is one, the value network.
+    """A learner (`types.Learner`) in one process, with one optimizer for the policy and one for the value network.
 
     Args:
         policy: trained in place.
-        reference: frozen starting policy of the KL penalty; None where there is no penalty.
+        reference: the frozen starting policy for the KL penalty, or None if there is no penalty.
         critic: trained in place on the samples' returns; None for algorithms without a value network.
-        config: the objective.
-        critic_settings: of the critic's optimizer and loss; None without a critic.
-        temperature: of the rollouts; log-probabilities are those of the distribution that was sampled.
-        total_updates: where a linear decay ends.
-        seed: of the run; order of the samples and dropout are addressed by it.
+        config: settings of the objective and the optimizer.
+        critic_settings: settings of the critic's optimizer and loss; None without a critic.
+        temperature: sampling temperature of the rollouts; log-probabilities are computed at this temperature.
+        total_updates: planned number of updates, after which a linear decay of the learning rate reaches 0.
+        seed: seed of the run; determines the order of samples and the dropout.
     """
 
     def __init__(
@@ -79,45 +79,45 @@ class TorchLearner:
         )
         self.updates = 0
         self.scheduled = 0
-        """Minibatches so far, empty ones included: the place in the schedule of the learning rate."""
+        """Number of minibatches so far, including empty ones: the position in the learning-rate schedule."""
 
     def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """All epochs over one iteration's samples.
+        """Train on the samples of one iteration, for all epochs.
 
-        An epoch has ceil(num_rollouts / minibatch_size) minibatches. One that is empty, because samples are few, is no
-        update; it still takes its place in the learning rate's schedule, which therefore ends with the run.
+        An epoch has ceil(num_rollouts / minibatch_size) minibatches. If there are few samples, some minibatches are
+        empty. They make no update but advance the learning-rate schedule, so that it ends with the run.
 
         Returns:
-            Means over the iteration's updates: policy/*, kl/ref, value/loss, and `updates` (cumulative). Without any
-            sample only the last one.
+            Means over the iteration's updates (policy/*, kl/ref, value/*), and the cumulative number of `updates`.
+            Without samples, only `updates`.
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
         train_policy = self.critic is None or iteration > self.critic_settings.value_only_iterations
         totals: dict[str, float] = defaultdict(float)
-        begun = self.updates
+        updates_before = self.updates
         for epoch in range(self.config.epochs):
             order = list(range(len(experience)))
             random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
-            for chosen in minibatches(order, self.config.minibatch_size, num_rollouts):
-                if chosen:
-                    share = num_rollouts * len(chosen) / len(order)
-                    for key, value in self._update([experience[i] for i in chosen], train_policy, share).items():
+            for indices in minibatches(order, self.config.minibatch_size, num_rollouts):
+                if indices:
+                    share = num_rollouts * len(indices) / len(order)
+                    for key, value in self._update([experience[i] for i in indices], train_policy, share).items():
                         totals[key] += value
                 self.scheduled += 1
-        done = max(1, self.updates - begun)
-        return {**metrics, **{key: value / done for key, value in totals.items()}, "updates": self.updates}
+        num_updates = max(1, self.updates - updates_before)
+        return {**metrics, **{key: value / num_updates for key, value in totals.items()}, "updates": self.updates}
 
     @torch.no_grad()
     def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """The value network's value before each response token: one list of shape (T,) per rollout.
+        """Predict the value of the state before each response token; returns one list of shape (T,) per rollout.
 
         Raises:
-            UserError: where there is no value network.
+            UserError: if there is no value network.
         """
         if self.critic is None:
             raise UserError(
-                "the algorithm asks for values of a value network and has none; set needs_critic=True in its Algorithm"
+                "the algorithm calls predict_values but has no value network; set needs_critic=True in its Algorithm"
             )
         values: list[list[float]] = [[] for _ in rollouts]
         lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
@@ -132,11 +132,11 @@ class TorchLearner:
         return values
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor of each of the policy's current weights, adapters merged."""
+        """Return an iterator over (name, tensor) of the policy's current weights, with adapters merged."""
         return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write weights, moments and position into `learner.pt`."""
+        """Write weights, optimizer states and the number of updates to `learner.pt`."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
         state = {
             "policy": trained_state(self.policy.model),
@@ -149,10 +149,10 @@ class TorchLearner:
         write_state(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Take over what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
-            UserError: where the file is missing or cannot be read.
+            UserError: if the file is missing or cannot be read.
         """
         state: dict[str, Any] = read_state(folder / STATE_FILE)
         load_trained_state(self.policy.model, state["policy"])
@@ -163,7 +163,7 @@ class TorchLearner:
         self.updates, self.scheduled = state["updates"], state["scheduled"]
 
     def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
-        """Old and reference log-probabilities, the penalty in the reward, and the scaling of advantages."""
+        """Compute old and reference log-probabilities, apply the KL penalty in the reward, and scale the advantages."""
         old, old_alternatives, entropy = self.logprobs(self.policy, samples)
         ref = None
         if self.reference is not None:
@@ -207,8 +207,11 @@ class TorchLearner:
     def logprobs(
         self, policy: Policy, samples: Sequence[TrainingSample]
     ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Log-probability of each trained token, ragged (B, N), of each alternative, ragged (B, A), and the
-        weighted mean entropy in nats per token.
+        """Compute the log-probabilities of trained tokens and alternatives, and the entropy.
+
+        Returns:
+            (log-probabilities of the trained tokens, ragged (B, N); those of the alternatives, ragged (B, A); weighted
+            mean entropy in nats per token).
         """
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
@@ -235,11 +238,11 @@ class TorchLearner:
         return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Indices of the samples that go through the model together."""
+        """Group the indices of samples that are processed in one forward pass."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
-        """One optimizer step of the policy and of the critic on a minibatch that stands for so many rollouts."""
+        """Make one optimizer step of policy and critic on a minibatch that represents `num_rollouts` rollouts."""
         config = self.config
         metrics: Metrics = {}
         factor = lr_factor(self.scheduled, config.warmup_updates, self.total_updates, config.decay)
@@ -249,17 +252,17 @@ class TorchLearner:
             metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
         if self.critic is not None and self.critic_optimizer is not None:
             metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
-            warm = lr_factor(
+            critic_factor = lr_factor(
                 self.scheduled, self.critic_settings.value_warmup_updates, self.total_updates, config.decay
             )
             metrics["value/grad_norm"] = self.critic_optimizer.step(
-                self.critic_settings.value_lr * warm, config.max_grad_norm
+                self.critic_settings.value_lr * critic_factor, config.max_grad_norm
             )
         self.updates += 1
         return metrics
 
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
-        """Add up the gradient of the minibatch's policy loss."""
+        """Accumulate the gradient of the minibatch's policy loss; returns the metrics."""
         parts = minibatch if self._every_token_counts else credited(minibatch)
         counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
         seed = derive_seed(self.seed, "dropout", self.updates)
@@ -274,14 +277,14 @@ class TorchLearner:
 
     @property
     def _every_token_counts(self) -> bool:
-        """Whether tokens without an advantage have a gradient as well."""
+        """Whether tokens with an advantage of 0 have a gradient too, because of the entropy bonus or the KL term."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
     def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
-        """This micro-batch's share of the minibatch's loss, and of its metrics.
+        """Compute a micro-batch's share of the minibatch's loss and metrics.
 
         Args:
-            counts: of the whole minibatch.
+            counts: denominators of the whole minibatch.
         """
         config, device, tokens = self.config, self.policy.device, counts.tokens
         batch = collate([e.sample for e in chosen], device)
@@ -298,31 +301,32 @@ class TorchLearner:
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
         )  # (N + A,)
         advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
-        own = batch.weights[batch.loss_mask]  # (N,)
-        weights = torch.cat([own, own[batch.alternative_places]])  # (N + A,)
+        token_weights = batch.weights[batch.loss_mask]  # (N,)
+        weights = torch.cat([token_weights, token_weights[batch.alternative_places]])  # (N + A,)
         policy_loss, clipped = clipped_policy_loss(
             logprobs, old, advantages, config.clip_low, config.clip_high, weights
         )
         loss = policy_loss / tokens
+        kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
             "policy/loss": loss.item(),
             "policy/clip_share": float(clipped) / tokens,
-            "policy/kl_old": float((own * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()) / counts.seen,
+            "policy/kl_old": float(kl_old) / counts.seen,
         }
         if entropies is not None:
-            loss = loss - config.entropy_coefficient * (own * entropies).sum() / tokens
+            loss = loss - config.entropy_coefficient * (token_weights * entropies).sum() / tokens
         if self.reference is not None and config.kl.place == "loss":
             ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
             penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
             if config.kl.importance_weighted:
                 penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
-            loss = loss + config.kl.coefficient * (own * penalties).sum() / (
+            loss = loss + config.kl.coefficient * (token_weights * penalties).sum() / (
                 counts.rollouts if config.kl.reduction == "sequence_sum" else tokens
             )
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Add up the gradient of the minibatch's value loss, which is returned."""
+        """Accumulate the gradient of the minibatch's value loss; returns the loss."""
         tokens, total = total_weight(minibatch) or 1, 0.0
         for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
@@ -332,7 +336,7 @@ class TorchLearner:
         return total
 
     def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
-        assert batch.returns is not None and batch.values is not None, "a critic learns from returns and old values"
+        assert batch.returns is not None and batch.values is not None, "the value loss needs returns and old values"
         predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
         mask = batch.loss_mask
         return clipped_value_loss(
@@ -341,5 +345,5 @@ class TorchLearner:
 
 
 def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Sum of weight times entry over ragged rows."""
+    """Return the sum of weight times entry over ragged rows."""
     return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

@@ -1,5 +1,7 @@
-"""Losses as pure functions of tensors. Each returns a weighted *sum* over tokens; the caller divides by the global sum
-of weights, so that micro-batches and workers cannot change the result.
+"""Losses as pure functions of tensors.
+
+Each returns a weighted sum over tokens. The caller divides by the sum of weights of the whole minibatch, so that the
+result does not depend on micro-batches or workers.
 """
 
 from __future__ import annotations
@@ -21,21 +23,21 @@ def clipped_policy_loss(
 
     Args:
         logprobs, old_logprobs, advantages: shape (N,), one entry per trained token.
-        weights: of the tokens in both sums, shape (N,).
+        weights: weights of the tokens in both sums, shape (N,).
     Returns:
         (loss sum, sum of the weights of the tokens on which clipping removed the gradient).
     """
     ratio = (logprobs - old_logprobs).exp()  # (N,)
-    free = ratio * advantages  # (N,)
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (N,)
-    return -(weights * torch.minimum(free, bounded)).sum(), (weights * (bounded < free)).sum()
+    unclipped = ratio * advantages  # (N,)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages  # (N,)
+    return -(weights * torch.minimum(unclipped, clipped)).sum(), (weights * (clipped < unclipped)).sum()
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) on tokens the policy sampled (Schulman, "Approximating KL").
+    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy (Schulman, "Approximating KL").
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2 / 2 (biased, its gradient is the KL's), k3 =
-    exp(-d) - 1 + d (unbiased, never negative). Clamped to [-clamp, clamp].
+    exp(-d) - 1 + d (unbiased, never negative). The estimate is clamped to [-clamp, clamp].
 
     Returns:
         Shape (N,), in nats.
@@ -46,7 +48,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     elif estimator == "k2":
         estimate = d.square() / 2
     elif estimator == "k3":
-        # Far beyond any clamp exp(-d) would overflow, and 0 * inf make the clamped token's gradient nan.
+        # Without this clamp exp(-d) can overflow, and the gradient of the clamped estimate is then 0 * inf = nan.
         estimate = torch.expm1(-d.clamp_min(-80.0)) + d
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}")
@@ -67,7 +69,7 @@ def clipped_value_loss(
     Args:
         values, old_values, returns: shape (N,), in reward units.
         clip: 0 turns clipping off.
-        weights: of the tokens in the sum, shape (N,).
+        weights: weights of the tokens in the sum, shape (N,).
     """
     error = (values - returns).square()  # (N,)
     if clip > 0:

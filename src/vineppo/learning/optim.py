@@ -1,4 +1,4 @@
-"""The optimizer and its learning-rate schedule, for policy, value network and supervised fine-tuning alike."""
+"""The optimizer and the learning-rate schedule of policy, value network and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vineppo.types import UserError
 
 
 def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
-    """Share of the peak learning rate at an update (counted from 0).
+    """Return the learning rate at an update (counted from 0), as a fraction of the peak.
 
-    Rises linearly over `warmup` updates, reaching 1 at the last of them; then stays (`constant`) or falls linearly to
-    0 behind the last update (`linear`).
+    It rises linearly over `warmup` updates and is 1 at the last of them. Then it stays constant (`constant`), or falls
+    linearly and reaches 0 after the last update (`linear`).
     """
     if update < warmup:
         return (update + 1) / warmup
@@ -24,8 +24,10 @@ def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
 
 
 class Optimizer:
-    """AdamW with global-norm clipping. Weights in bfloat16 get float32 masters: at the small learning rates of
-    reinforcement learning, bfloat16's 8 bits would round most updates away.
+    """AdamW with gradient clipping by global norm.
+
+    bfloat16 weights get float32 master copies. With the small learning rates of reinforcement learning, most updates
+    are too small for the 8 bits of precision of bfloat16.
     """
 
     def __init__(
@@ -36,10 +38,10 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
 
     def step(self, lr: float, max_grad_norm: float) -> float:
-        """Clip (0: no clipping), step at this learning rate, clear the gradient; returns its norm before clipping.
+        """Clip the gradient (0: no clipping), make a step, clear the gradient; returns the norm before clipping.
 
         Raises:
-            UserError: when the gradient's norm is not finite; the weights are left as they were.
+            UserError: if the gradient's norm is not finite; the weights stay unchanged.
         """
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
@@ -60,13 +62,13 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, and the masters where they differ from the weights."""
+        """Return AdamW's state and the float32 master copies."""
         masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned."""
+        """Load what `state_dict` returned."""
         self.adamw.load_state_dict(state["adamw"])
-        held = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        for master, saved in zip(held, state["masters"], strict=True):
+        masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        for master, saved in zip(masters, state["masters"], strict=True):
             master.copy_(saved)

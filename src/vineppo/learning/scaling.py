@@ -1,4 +1,4 @@
-"""Scaling of token advantages over an iteration, and per-token penalties as credit. Pure mathematics."""
+"""Scaling of token advantages over an iteration, and penalties summed to the end of a response."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vineppo.types import TrainingSample
 def scale_advantages(
     rows: Sequence[Sequence[float]], scaling: str, weights: Sequence[Sequence[float]] | None = None
 ) -> list[list[float]]:
-    """Scale all token advantages of an iteration together, so that batch layout and worker count cannot matter.
+    """Scale all token advantages of an iteration together, so that batches and workers do not affect the result.
 
     Args:
         rows: one list of token advantages per response (response tokens only), ragged.
         scaling: `none`; `std` divides by the standard deviation (about the mean); `whiten` also subtracts the mean,
             which makes zero advantages non-zero.
-        weights: of the tokens in mean and deviation, shaped like `rows`; None is 1 for all.
+        weights: weights of the tokens in mean and deviation, shaped like `rows`; None means 1 for all.
     Returns:
-        The same shapes. Without any spread (all advantages equal) nothing is divided.
+        Scaled advantages, shaped like `rows`. If all advantages are equal, they are not divided.
     """
     shift, divisor = shift_and_divisor(rows, scaling, weights)
     return [[(a - shift) / divisor for a in row] for row in rows]
@@ -29,7 +29,7 @@ def scale_advantages(
 def shift_and_divisor(
     rows: Sequence[Sequence[float]], scaling: str, weights: Sequence[Sequence[float]] | None = None
 ) -> tuple[float, float]:
-    """What `scale_advantages` subtracts from every advantage, and what it then divides by; (0, 1) changes nothing."""
+    """Return (shift, divisor) of `scale_advantages`: the scaled advantage is (advantage - shift) / divisor."""
     flat = [a for row in rows for a in row]
     counts = [1.0] * len(flat) if weights is None else [w for row in weights for w in row]
     total = math.fsum(counts)
@@ -40,13 +40,13 @@ def shift_and_divisor(
     return (mean if scaling == "whiten" else 0.0), (std if std > 1e-8 else 1.0)
 
 
-def penalty_to_go(penalties_T: Sequence[float], behind: float = 0.0) -> list[float]:
-    """Sum of the penalties from each token to the end of its response, shape (T,): the credit of a per-token cost.
+def penalty_to_go(penalties_T: Sequence[float], later: float = 0.0) -> list[float]:
+    """Return the sum of penalties from each token to the end of its response, shape (T,).
 
     Args:
-        behind: penalties behind the last of these tokens.
+        later: sum of the penalties after the last of these tokens.
     """
-    out, total = [0.0] * len(penalties_T), behind
+    out, total = [0.0] * len(penalties_T), later
     for t in reversed(range(len(penalties_T))):
         total += penalties_T[t]
         out[t] = total
@@ -54,22 +54,22 @@ def penalty_to_go(penalties_T: Sequence[float], behind: float = 0.0) -> list[flo
 
 
 def penalties_to_go(samples: Sequence[TrainingSample], penalties: Sequence[Sequence[float]]) -> list[list[float]]:
-    """`penalty_to_go` of every sample, over its trained tokens, ragged (B, N).
+    """Return `penalty_to_go` of the trained tokens of every sample, ragged (B, N).
 
-    Where other samples begin to train at the end of a sample, such as the continuations of a shared prefix, the
-    penalties behind it are their weighted mean. Otherwise there are none.
+    If the trained tokens of other samples start where a sample ends, as for continuations of a shared prefix, the
+    weighted mean of their penalties is added to the sample's. Otherwise nothing is added.
     """
     followers: dict[tuple[int, ...], list[tuple[int, int, float]]] = defaultdict(list)
     for index, sample in enumerate(samples):
-        places = [place for place, trained in enumerate(sample.loss_mask) if trained]
-        counted = ((n, weight) for n, weight in enumerate(sample.trained_weights) if weight)
-        first, weight = next(counted, (-1, 0.0))
+        positions = [position for position, trained in enumerate(sample.loss_mask) if trained]
+        weighted = ((n, weight) for n, weight in enumerate(sample.trained_weights) if weight)
+        first, weight = next(weighted, (-1, 0.0))
         if weight:
-            followers[sample.token_ids[: places[first]]].append((index, first, weight))
+            followers[sample.token_ids[: positions[first]]].append((index, first, weight))
     out: list[list[float]] = [[] for _ in samples]
     for index in sorted(range(len(samples)), key=lambda i: len(samples[i].token_ids), reverse=True):
-        after = [(weight, out[i][first]) for i, first, weight in followers.get(samples[index].token_ids, ())]
-        total = sum(weight for weight, _ in after)
-        behind = sum(weight * cost for weight, cost in after) / total if after else 0.0
-        out[index] = penalty_to_go(penalties[index], behind)
+        continuations = [(weight, out[i][first]) for i, first, weight in followers.get(samples[index].token_ids, ())]
+        total = sum(weight for weight, _ in continuations)
+        later = sum(weight * penalty for weight, penalty in continuations) / total if continuations else 0.0
+        out[index] = penalty_to_go(penalties[index], later)
     return out

@@ -1,4 +1,4 @@
-"""Ragged sequences to padded tensors, always padded on the right: causal attention then never sees the padding."""
+"""Pads sequences to tensors. Padding is always on the right, so that causal attention never sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vineppo.types import TrainingSample
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples as tensors; entries past a sequence's end are 0 and have loss_mask False."""
+    """Training samples as tensors. Entries after the end of a sequence are 0 and have loss_mask False."""
 
     token_ids: torch.Tensor  # (B, T) int64
     loss_mask: torch.Tensor  # (B, T) bool
@@ -22,13 +22,13 @@ class Batch:
     returns: torch.Tensor | None  # (B, T) float32
     values: torch.Tensor | None  # (B, T) float32
     weights: torch.Tensor  # (B, T) float32, 0 where loss_mask is False
-    alternative_places: torch.Tensor  # (A,) int64: which of the N tokens under loss_mask each alternative replaces
+    alternative_places: torch.Tensor  # (A,) int64: index among the N masked tokens of the one it replaces
     alternative_ids: torch.Tensor  # (A,) int64
     alternative_advantages: torch.Tensor  # (A,) float32
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Rows of different lengths as one tensor, zeros on the right; shape (B, T) with T the longest row."""
+    """Pad rows with zeros on the right to one tensor of shape (B, T), where T is the length of the longest row."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)  # (B, T)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=dtype)
@@ -36,14 +36,14 @@ def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.devic
 
 
 def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu") -> Batch:
-    """One padded batch of training samples."""
+    """Collate training samples into one padded batch."""
 
     def optional(rows: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
         present = [row for row in rows if row is not None]
         return pad(present, torch.float32, device) if len(present) == len(rows) else None
 
-    firsts = accumulate((sum(s.loss_mask) for s in samples), initial=0)
-    alternatives = [(first + a.position, a) for first, s in zip(firsts, samples, strict=False) for a in s.alternatives]
+    offsets = accumulate((sum(s.loss_mask) for s in samples), initial=0)
+    alternatives = [(start + a.position, a) for start, s in zip(offsets, samples, strict=False) for a in s.alternatives]
     return Batch(
         token_ids=pad([s.token_ids for s in samples], torch.int64, device),
         loss_mask=pad([s.loss_mask for s in samples], torch.bool, device),
@@ -59,16 +59,16 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
 
 
 def _weights(sample: TrainingSample) -> Sequence[float]:
-    """Of every token of the sequence, 0 for those that are not trained."""
+    """Return the weight of every token of the sequence, 0 for untrained tokens."""
     if sample.weights is None:
         return sample.loss_mask
     return [weight * trained for weight, trained in zip(sample.weights, sample.loss_mask, strict=True)]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices cut into micro-batches of at most `max_tokens` padded tokens, neighbours in length together.
+    """Group indices into micro-batches of at most `max_tokens` padded tokens; similar lengths are grouped together.
 
-    One sequence longer than the budget is a micro-batch of its own. Every index occurs exactly once.
+    A sequence longer than `max_tokens` is alone in its micro-batch. Every index occurs exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []

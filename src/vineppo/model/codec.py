@@ -1,7 +1,7 @@
-"""Text to token ids and back: the tokenizer with its templates, and what a model's files say of sequences; no weights.
+"""Converts text to token ids and back: the tokenizer, its chat template, and the sequence limits of the model.
 
-Rollout, credit and record take a codec and never a model. A codec can be pickled, so that a process without a model can
-encode and decode.
+Functions that need no weights take a codec instead of a model. A codec can be pickled, so that processes without a
+model can encode and decode.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ _UNLIMITED = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """A tokenizer with its chat template, and the limits of the model that it belongs to."""
+    """A tokenizer with its chat template, and the sequence limits of its model."""
 
     tokenizer: Any
-    """A tokenizer of transformers."""
+    """A transformers tokenizer."""
     eos_ids: tuple[int, ...]
-    """Every token that ends a response, ascending."""
+    """All tokens that end a response, in ascending order."""
     max_length: int = _UNLIMITED
-    """Longest sequence in tokens that the model was made for."""
+    """Maximum sequence length of the model in tokens."""
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any) -> Codec:
-        """The codec of a transformers model, of which it reads the configurations only.
+        """Create the codec of a transformers model. Only the model's configurations are read.
 
-        A token ends a response if the generation config, the model's config or the tokenizer says so: the three often
-        disagree, and a chat model's end of turn may stand in one of them only.
+        `eos_ids` combines the EOS ids of the generation config, the model's config and the tokenizer. The three often
+        disagree, and a chat model's end-of-turn token may be in only one of them.
         """
         eos_ids: set[int] = set()
-        for owner in (model.generation_config, model.config, tokenizer):
-            ids = getattr(owner, "eos_token_id", None)
+        for source in (model.generation_config, model.config, tokenizer):
+            ids = getattr(source, "eos_token_id", None)
             eos_ids.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
         max_length = getattr(model.config, "max_position_embeddings", 0) or _UNLIMITED
         return cls(tokenizer, tuple(sorted(eos_ids)), int(max_length))
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt, with whatever the tokenizer puts in front (BOS) and nothing behind.
+        """Encode a prompt, with the tokens that the tokenizer puts first (BOS) and without EOS tokens at the end.
 
         Raises:
-            UserError: when the text has no tokens.
+            UserError: if the text has no tokens.
         """
         bos = self.tokenizer.bos_token
-        # A chat template may have written the BOS itself; the tokenizer would put a second one in front.
+        # If a chat template has already written the BOS, the tokenizer must not add a second one.
         ids = list(self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids)
         while ids and ids[-1] == self.tokenizer.eos_token_id and len(ids) > 1:
             ids.pop()
@@ -60,10 +60,10 @@ class Codec:
         return tuple(ids)
 
     def chat_prompt(self, text: str | Sequence[Mapping[str, str]]) -> str:
-        """A user's message, or a whole conversation, in the tokenizer's chat template, up to where the answer begins.
+        """Format a user's message or a conversation with the chat template, up to the start of the answer.
 
         Raises:
-            UserError: when the tokenizer has no chat template, or the template refuses the conversation.
+            UserError: if the tokenizer has no chat template, or the template does not accept the conversation.
         """
         if not self.tokenizer.chat_template:
             raise UserError(
@@ -74,25 +74,28 @@ class Codec:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except TemplateError as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
-            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from error
+            raise UserError(f"the chat template rejects a conversation with the roles {roles}: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens removed."""
+        """Decode token ids to text without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Text of each token as it stands inside of a text; special tokens are empty. For boundaries, not to join."""
+        """Return the text of each token inside a text, and "" for special tokens.
+
+        Use them to find boundaries. Joined, they can differ from the decoded text.
+        """
         for token in token_ids:
             if token not in self._token_texts:
                 self._token_texts[token] = self._text_inside(token)
         return [self._token_texts[token] for token in token_ids]
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer so that `AutoTokenizer.from_pretrained` loads it."""
+        """Save the tokenizer in the format of `AutoTokenizer.from_pretrained`."""
         self.tokenizer.save_pretrained(path)
 
     def _text_inside(self, token: int) -> str:
-        """A token's text behind another one: at the beginning of a text, decoders of SentencePiece drop the space."""
+        """Return a token's text after another token. SentencePiece decoders drop a space at the start of a text."""
         alone, twice = self.decode([token]), self.decode([token, token])
-        # What the second of two adds to the first; half a character may melt into one with itself.
+        # The text that a second copy of the token adds. Two copies of an incomplete character can merge.
         return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone

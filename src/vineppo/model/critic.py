@@ -12,11 +12,11 @@ from vineppo.model.policy import Policy
 
 
 class ValueNetwork(nn.Module):
-    """A full language model body with a linear head: the value of the state before each token.
+    """A full language model body with a linear head that predicts the value of the state before each token.
 
-    The body starts as a copy of the policy's, the head with standard deviation head_scale / sqrt(hidden + 1) and no
-    bias, as in the reference settings of PPO in the VinePPO paper (scale 1). Where the policy has adapters, the body
-    has its own of the same kind, and shares the frozen weights.
+    The body starts as a copy of the policy's body. The head has no bias, and its weights have standard deviation
+    head_scale / sqrt(hidden + 1), as in the PPO settings of the VinePPO paper (head_scale 1). If the policy has
+    adapters, the body has separate adapters of the same kind and shares the frozen weights.
     """
 
     def __init__(self, policy: Policy, seed: int, head_scale: float = 1.0):
@@ -32,14 +32,14 @@ class ValueNetwork(nn.Module):
         without_dropout(self)
 
     def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Values of the states before the masked tokens, shape (N,) in row-major order, float32, in reward units."""
+        """Return the values of the states before the masked tokens, shape (N,), row-major, float32, in reward units."""
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
         select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T)
         return self.head(hidden[select].float()).squeeze(-1)  # (N,)
 
 
 def _body_of(policy: Policy) -> nn.Module:
-    """A copy of the policy's body. What adapters leave alone is the policy's: a second copy would only cost memory."""
+    """Copy the policy's body. With adapters, the frozen weights are shared to save memory."""
     model, adapted = policy.model, policy.adapters is not None
     inside = {id(parameter) for parameter in model.base_model.parameters()}
     shared = [p for p in model.parameters() if id(p) not in inside or (adapted and not p.requires_grad)]

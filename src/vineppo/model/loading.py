@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a directory, the hub or the package."""
+"""Loads a causal language model and its tokenizer from a directory, the Hugging Face hub or the package."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EMBEDDED = "embedded:"
 
 
 def resolve_model_path(path: str) -> str:
-    """Directory or hub id of a model; `embedded:NAME` is a directory inside the package.
+    """Return the directory or hub id of a model. `embedded:NAME` is a directory inside the package.
 
     Raises:
-        UserError: for an unknown embedded name, or a path that looks local and is no model directory.
+        UserError: for an unknown embedded name, or a local path that is not a model directory.
     """
     if path.startswith(EMBEDDED):
         root = Path(str(importlib.resources.files("vineppo") / "models"))
@@ -44,12 +44,12 @@ def resolve_model_path(path: str) -> str:
 
 
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
-    """(model, tokenizer) of a directory or hub id, in the dtype and on the device asked for."""
+    """Load (model, tokenizer) from a directory or the hub, with the configured dtype and device."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    _warn_of_slow_numbers(config)
+    _warn_of_slow_dtype(config)
     path = resolve_model_path(config.path)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
@@ -66,7 +66,7 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def device_errors_in_one_line(device: str) -> Iterator[None]:
-    """Inside the block, PyTorch's error about a device that is not there becomes one line.
+    """Turn PyTorch's error about an unavailable device, raised inside the block, into one line.
 
     Raises:
         UserError: with the device and PyTorch's reason.
@@ -75,10 +75,10 @@ def device_errors_in_one_line(device: str) -> Iterator[None]:
         yield
     except (AssertionError, RuntimeError) as error:
         reason = (str(error).strip() or "not available").splitlines()[0]
-        raise UserError(f"model.device is {device!r}: {reason}; `vineppo doctor` lists what there is") from error
+        raise UserError(f"model.device is {device!r}: {reason}; `vineppo doctor` lists available devices") from error
 
 
-def _warn_of_slow_numbers(config: ModelConfig) -> None:
+def _warn_of_slow_dtype(config: ModelConfig) -> None:
     dtype = getattr(torch, config.dtype)
     if dtype.itemsize == 2 and config.device.startswith("cpu") and not cpu_multiplies(dtype):
         warnings.warn(

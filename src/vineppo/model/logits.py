@@ -1,4 +1,4 @@
-"""What a causal language model says of given tokens: logits and log-probabilities at chosen positions only."""
+"""Logits and log-probabilities of given tokens, computed at selected positions only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 
 def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Logits of the next token at the selected positions only, shape (N, V), rows in row-major order of `select`.
+    """Return next-token logits at the selected positions, shape (N, V), in row-major order of `select`.
 
-    The selection happens in front of the output layer, so that the other positions' V logits are never made, and
-    whatever the model does to logits afterwards (scaling, soft caps) still happens.
+    Positions are selected before the output layer, so that the V logits of other positions are never computed.
+    Operations that the model applies to its logits (scaling, soft caps) are still applied.
 
     Args:
         token_ids: right-padded, shape (B, T).
         select: positions whose next-token logits are wanted, bool, shape (B, T).
-        options: handed to the model's attention (the sampler's tree).
+        options: passed to the model, for example for the tree attention of the sampler.
     """
     with _positions_before_head(model, select):
         return model(input_ids=token_ids, use_cache=False, **options).logits[0]  # (N, V)
@@ -46,15 +46,16 @@ def token_logprobs(
     with_entropy: bool = False,
     alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities of the masked tokens under the distribution that sampling at `temperature` uses.
+    """Return log-probabilities of the masked tokens under the distribution of sampling at `temperature`.
 
     Args:
         token_ids: right-padded, shape (B, T).
-        loss_mask: tokens that are asked about, bool, shape (B, T); the first column must be False.
-        alternatives: (places, ids), both (A,): tokens that are asked about in the place of the N masked ones.
+        loss_mask: tokens to evaluate, bool, shape (B, T); the first column must be False.
+        alternatives: (places, ids), both (A,): other tokens to evaluate, and the index of the masked token that each
+            of them replaces. They need no additional forward pass.
     Returns:
         (logprobs, entropies), both (N,) in row-major order of the mask, in nats, float32; entropies is None unless
-        asked for. With alternatives logprobs is (N + A,), theirs at the end: they cost no forward pass of their own.
+        `with_entropy`. With alternatives, logprobs is (N + A,) and ends with those of the alternatives.
     """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each masked token
     logits = selected_logits(model, token_ids, select).float()  # (N, V)

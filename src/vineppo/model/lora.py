@@ -1,4 +1,4 @@
-"""Low-rank adapters (peft), and which weights of a module are trained."""
+"""Low-rank adapters (peft), and the trained weights of a module."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vineppo.types import UserError
 
 
 def with_adapters(model: Any, config: LoraConfig) -> Any:
-    """Put fresh adapters into a model, which changes it, and freeze its other weights; the peft model around it.
+    """Add new adapters to a model in place and freeze its other weights; returns the peft model around it.
 
     Raises:
-        UserError: where peft is not installed, or the model has no layers of those names.
+        UserError: if peft is not installed, or the model has no layers of these names.
     """
     try:
         import peft
@@ -28,7 +28,7 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # every run starts from the same adapters, whatever was drawn before
+        torch.manual_seed(0)  # every run starts with the same adapters
         try:
             return peft.get_peft_model(model, settings)
         except ValueError as error:
@@ -39,10 +39,10 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a model with adapters, as they would be without them: each merged into its layer.
+    """Iterate over (name, tensor) of a model with all adapters merged, under the names of the model without adapters.
 
-    The model stays as it is, and one layer at a time is copied. The numbers are those of peft's `merge_and_unload`, for
-    every kind of adapter. Tensors that no adapter changes are the model's own; without adapters, all of them.
+    The model is not changed; one layer at a time is copied. The numbers equal those of peft's `merge_and_unload`, for
+    every kind of adapter. Tensors that no adapter changes are returned without copying.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,7 +51,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     layers: dict[str, Any] = {}
-    for name, module in model.named_modules():  # from the outside in
+    for name, module in model.named_modules():  # outer modules come first
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
     for name, tensor in model.state_dict().items():
@@ -62,29 +62,29 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _inside(name: str, layers: dict[str, Any]) -> bool:
-    return any(name[:end] in layers for end, letter in enumerate(name) if letter == ".")
+    return any(name[:end] in layers for end, character in enumerate(name) if character == ".")
 
 
 def _merged_layer(layer: Any) -> nn.Module:
-    """A copy of the layer that adapters sit in, with their change; adapters can be merged in place only."""
-    own = copy.deepcopy(layer)
-    if hasattr(own, "unload_and_optionally_merge_module"):  # layers that peft trains as a whole, for instance
-        whole: nn.Module = own.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    """Return a merged copy of a layer with adapters. peft can merge adapters only in place, hence the copy."""
+    copied = copy.deepcopy(layer)
+    if hasattr(copied, "unload_and_optionally_merge_module"):  # for example layers that are trained completely
+        whole: nn.Module = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return whole
-    own.merge()
-    merged: nn.Module = own.get_base_layer()
+    copied.merge()
+    merged: nn.Module = copied.get_base_layer()
     return merged
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint must hold of a module: everything, or where some weights are frozen only the others."""
+    """Return the state that a checkpoint must contain: all of it, or only the trained weights if some are frozen."""
     state, frozen = module.state_dict(), _has_frozen(module)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained} if frozen else state
 
 
 def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Take over what `trained_state` returned."""
+    """Load what `trained_state` returned."""
     module.load_state_dict(state, strict=not _has_frozen(module))
 
 

@@ -1,4 +1,4 @@
-"""How a model runs: without dropout, and with or without recomputed activations."""
+"""Switches dropout of a model off, and recomputation of activations on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vineppo.types import UserError
 
 
 def with_checkpointing(model: Any) -> Any:
-    """The same model, which recomputes its activations in the backward pass."""
+    """Enable recomputation of activations in the backward pass; returns the model."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing to false")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -16,7 +16,11 @@ def with_checkpointing(model: Any) -> Any:
 
 
 def without_dropout(model: Any) -> Any:
-    """Evaluation mode, but for layers that recompute their activations: transformers does so in training mode only."""
+    """Switch dropout off; returns the model.
+
+    All layers are put into evaluation mode, except those that recompute activations, which transformers does only in
+    training mode.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.eval()
@@ -24,5 +28,5 @@ def without_dropout(model: Any) -> Any:
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # some families read their own flag
+                module.dropout = 0.0  # some model families pass this rate to F.dropout
     return model

@@ -1,4 +1,4 @@
-"""The language model that is trained, and its frozen reference."""
+"""The trained language model and its frozen reference."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vineppo.model.modes import without_dropout
 
 
 class Policy:
-    """A causal language model with its codec. Deterministic: dropout is never active outside of `dropout()`.
+    """A causal language model with its codec. It is deterministic: dropout is only active inside `dropout()`.
 
-    With adapters, `model` is the model that they sit in, and `adapters` the peft model around it.
+    With adapters, `adapters` is the peft model, and `model` is the model inside it.
     """
 
     def __init__(self, model: Any, codec: Codec, adapters: Any = None):
@@ -30,25 +30,25 @@ class Policy:
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
-        """The model at `config.path`, with fresh adapters where they are asked for."""
+        """Load the model at `config.path`, and add new adapters if `config.lora.r` is above 0."""
         model, tokenizer = load_pretrained(config)
         codec = Codec.for_model(model, tokenizer)
         return cls(model, codec, with_adapters(model, config.lora) if config.lora.r else None)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     def frozen_copy(self) -> Policy:
-        """The policy as it is now, with weights of its own that are never trained."""
+        """Return a copy of the current policy whose weights are never trained."""
         model = clone_model(self.model)
         model.requires_grad_(False)
         return Policy(model, self.codec)
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:
-        """Adapters' dropout is active inside the block, with random numbers from this seed."""
+        """Activate the adapters' dropout inside the block, with random numbers from this seed."""
         if self.adapters is None:
             yield
             return
@@ -64,9 +64,9 @@ class Policy:
                     layer.eval()
 
     def save(self, path: Path | str) -> None:
-        """Write weights, configuration and tokenizer so that `AutoModelForCausalLM.from_pretrained` loads them.
+        """Save weights, configuration and tokenizer in the format of `AutoModelForCausalLM.from_pretrained`.
 
-        With adapters, the weights are merged with them; the adapters alone go into the folder `adapter`, for peft.
+        With adapters, the merged weights are saved, and the adapters alone are saved in the folder `adapter` for peft.
         """
         if self.adapters is None:
             self.model.save_pretrained(path)
@@ -77,13 +77,13 @@ class Policy:
 
 
 class Reference:
-    """The starting policy for ever: a copy, or the same weights without their adapters."""
+    """The frozen starting policy: a copy of the policy, or the policy with its adapters disabled."""
 
     def __init__(self, policy: Policy):
         self._policy = policy if policy.adapters is not None else policy.frozen_copy()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Policy]:
-        """The policy as it was at the start, inside the block."""
+        """Provide the starting policy inside the block."""
         with self._policy.adapters.disable_adapter() if self._policy.adapters is not None else contextlib.nullcontext():
             yield self._policy

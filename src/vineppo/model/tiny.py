@@ -1,4 +1,4 @@
-"""A fresh tiny Llama and its tokenizer: the seed from which the embedded models are grown by `vineppo sft`."""
+"""A new tiny Llama and its tokenizer, from which `vineppo sft` trains the embedded models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PATTERN = r"####| by [a-z]+| in [a-z]+| with [a-z]+| is | -> | = |\n|."
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the chain task: a letter, a digit, a sign, a way or a link is one token each."""
+    """Build the word-level tokenizer of the chain task: each letter, digit, sign, way and link is one token."""
     ways = [way for level in chain.LEVELS for way in chain.WAYS[level]]
     letters = [chr(ord("a") + i) for i in range(26)]
     tokens = [*WORDS, *map(str, range(10)), *letters, *ways, *chain.LINKS]
@@ -31,7 +31,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised two-layer Llama of about 0.25 million parameters (1 MB in fp32)."""
+    """Build a randomly initialised two-layer Llama with about 0.25 million parameters (1 MB in fp32)."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

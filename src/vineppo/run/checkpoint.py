@@ -1,8 +1,8 @@
-"""Whole checkpoints: written aside, forced to disk, renamed into place, and verified before they are loaded.
+"""Checkpoints: written to a temporary directory, forced to disk, renamed, and verified before they are loaded.
 
 ```
-checkpoints/000020/state.pt       where the run stands
-checkpoints/000020/learner.pt     weights and moments, written by the learner
+checkpoints/000020/state.pt       progress of the run
+checkpoints/000020/learner.pt     weights and optimizer states, written by the learner
 checkpoints/000020/manifest.json  size and SHA-256 of every other file
 ```
 """
@@ -36,38 +36,38 @@ def save_checkpoint(
     keep: int = 1,
     writers: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write a checkpoint and then remove older ones, so that at any moment one whole checkpoint is there.
+    """Write a checkpoint and then remove older ones, so that a complete checkpoint exists at any time.
 
     Args:
         directory: the run's directory of checkpoints.
-        iteration: completed iterations; the checkpoint's name.
+        iteration: number of completed iterations; the checkpoint's name.
         state: nested dicts, lists and tuples of tensors and scalars.
-        keep: newest checkpoints that stay, this one among them. Checkpoints of later iterations go too: the run was
-            resumed from before them, so they are damaged.
-        writers: each writes files of its own into the checkpoint's folder, such as `Learner.save`.
+        keep: number of checkpoints to keep, including this one. Checkpoints of later iterations are removed: they are
+            damaged, because the run was resumed from an earlier one.
+        writers: functions that write further files into the checkpoint's directory, such as `Learner.save`.
     Returns:
         The checkpoint's path.
     Raises:
-        TypeError: if the state holds something that could not be loaded again.
+        TypeError: if the state contains a value that cannot be loaded again.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.tmp"):  # of a run that was killed
+    for leftover in directory.glob(".*.tmp"):  # left by a run that was killed
         shutil.rmtree(leftover)
-    aside = directory / f".{iteration:06d}.tmp"
-    aside.mkdir()
-    write_state(aside / STATE_FILE, state)
+    temporary = directory / f".{iteration:06d}.tmp"
+    temporary.mkdir()
+    write_state(temporary / STATE_FILE, state)
     for write in writers:
-        write(aside)
-    _write_manifest(aside, iteration)
+        write(temporary)
+    _write_manifest(temporary, iteration)
 
     path = directory / f"{iteration:06d}"
     old = directory / f"{iteration:06d}.old"
-    if path.exists():  # a directory cannot be renamed onto another; `latest_checkpoint` finds the old one in between
+    if path.exists():  # rename cannot replace a directory; `latest_checkpoint` also finds the old one
         if old.exists():
             shutil.rmtree(old)
         os.rename(path, old)
-    os.rename(aside, path)
+    os.rename(temporary, path)
     fsync_directory(directory)
 
     earlier = [other for number, other in _newest_first(directory) if number < iteration]
@@ -79,10 +79,10 @@ def save_checkpoint(
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare every file with the manifest.
+    """Compare size and checksum of every file with the manifest.
 
     Raises:
-        UserError: naming the first file that is missing or damaged.
+        UserError: for the first file that is missing or damaged.
     """
     path = Path(path)
     try:
@@ -91,7 +91,7 @@ def verify_checkpoint(path: str | Path) -> None:
     except OSError:
         raise UserError(f"checkpoint {path} is damaged: manifest.json is missing or unreadable") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"checkpoint {path} is damaged: manifest.json is no manifest") from None
+        raise UserError(f"checkpoint {path} is damaged: manifest.json is not a valid manifest") from None
     if STATE_FILE not in expected:
         raise UserError(f"checkpoint {path} is damaged: manifest.json does not list {STATE_FILE}")
     for name, (size, digest) in expected.items():
@@ -106,12 +106,12 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None = None) -> Path:
-    """The newest checkpoint that verifies.
+    """Return the newest undamaged checkpoint.
 
     Args:
-        warn: told about every damaged checkpoint that is passed over; by default one line on standard error.
+        warn: called with a message for every damaged checkpoint; by default it is printed to standard error.
     Raises:
-        UserError: if none is left.
+        UserError: if there is no undamaged checkpoint.
     """
     directory = Path(directory)
     candidates = _newest_first(directory)
@@ -119,44 +119,44 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
         try:
             verify_checkpoint(path)
         except UserError as error:
-            (warn or _warn)(f"{error}; an older one is tried")
+            (warn or _warn)(f"{error}; trying an older checkpoint")
         else:
             return path
-    what = f"none of the {len(candidates)} checkpoints in {directory} is whole" if candidates else None
-    raise UserError(f"{what or f'no checkpoint in {directory}'}; start the run anew with another run.dir")
+    what = f"none of the {len(candidates)} checkpoints in {directory} is undamaged" if candidates else None
+    raise UserError(f"{what or f'no checkpoint in {directory}'}; start a new run with another run.dir")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Verify a checkpoint and load its state, tensors on the CPU.
 
     Raises:
-        UserError: naming the file that is damaged.
+        UserError: for the first file that is missing or damaged.
     """
     verify_checkpoint(path)
     return read_state(Path(path) / STATE_FILE)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists and tuples of tensors and scalars into one file of a checkpoint.
+    """Write nested dicts, lists and tuples of tensors and scalars to a file of a checkpoint.
 
     Raises:
-        TypeError: if the state holds something that could not be loaded again.
+        TypeError: if the state contains a value that cannot be loaded again.
     """
     torch.save(_plain(state, path.stem), path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote, tensors on the CPU.
+    """Load what `write_state` wrote, with tensors on the CPU.
 
     Raises:
-        UserError: naming the checkpoint and the file, where it is missing or cannot be read.
+        UserError: if the file is missing or cannot be read.
     """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(
             f"checkpoint {path.parent} has no {path.name}: another version of vineppo wrote it; resume with "
-            "that version, or start the run anew"
+            "that version, or start a new run"
         ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         raise UserError(
@@ -166,7 +166,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _write_manifest(directory: Path, iteration: int) -> None:
-    """Force every file of the folder to disk, and list it with its size and checksum."""
+    """Force every file of a checkpoint to disk, and write its size and checksum to manifest.json."""
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         fsync_file(path)
@@ -179,9 +179,9 @@ def _write_manifest(directory: Path, iteration: int) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """The same state in the few types that `torch.load(weights_only=True)` accepts; tensors detached, on the CPU.
+    """Convert a state to types that `torch.load(weights_only=True)` accepts; tensors are detached and on the CPU.
 
-    Found out here and not when a run must be resumed: NumPy scalars, for one, pass for floats but cannot be loaded.
+    Other types are refused here, before a run depends on them. NumPy scalars, for example, can be saved but not loaded.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
@@ -190,12 +190,12 @@ def _plain(value: Any, where: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value))
     if type(value) not in _SCALARS:
-        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain Python values")
+        raise TypeError(f"{where} is a {type(value).__name__}; allowed: tensors and plain Python values")
     return value
 
 
 def _newest_first(directory: Path) -> list[tuple[int, Path]]:
-    """(iteration, path) of everything that has a checkpoint's name; of two with one iteration, the newer first."""
+    """Return (iteration, path) of all checkpoints, newest first; a replaced one (`.old`) follows its replacement."""
     paths = directory.iterdir() if directory.is_dir() else ()
     matches = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     matches.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)

@@ -1,12 +1,12 @@
-"""The run directory: resolved config, metrics, rollouts, summary; and the clock of an iteration's phases.
+"""The run directory: resolved config, metrics, rollouts, checkpoints, final model and summary.
 
 ```
 config.yaml             every setting of the run
 metrics.jsonl           one JSON object per iteration
-rollouts/000001.parquet one file per iteration, one row per rollout (and other training sample)
-checkpoints/000020/     whole checkpoints (see checkpoint.py)
+rollouts/000001.parquet one file per iteration, one row per rollout or other training sample
+checkpoints/000020/     checkpoints (see checkpoint.py)
 final/                  the trained model
-plots/, summary.json    made at the end
+plots/, summary.json    written at the end
 ```
 """
 
@@ -30,7 +30,7 @@ from vineppo.types import RolloutGroup, TrainingSample, UserError
 
 
 def _json_ready(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null. Numbers of NumPy and PyTorch become Python's."""
+    """Convert a value for JSON: NaN and infinity become None, NumPy and PyTorch numbers become Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): _json_ready(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,25 +42,27 @@ def _json_ready(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run on disk. Make it with `create` or `open`."""
+    """The directory of a run. Use `create` or `open` to get one."""
 
     path: Path
     config: Mapping[str, Any]
-    """What config.yaml holds: plain dicts, lists and scalars."""
+    """The content of config.yaml: plain dicts, lists and scalars."""
 
     @classmethod
     def create(cls, path: str | Path, config: Any) -> RunDirectory:
-        """Make a new run directory and write the resolved config (a dataclass) into it.
+        """Create a new run directory and write the resolved config to it.
 
+        Args:
+            config: a `vineppo.config.schema.Config`.
         Raises:
-            UserError: if something is there already, or if it cannot be written.
+            UserError: if the directory exists and is not empty, or cannot be written.
         """
         run = cls(Path(path), config_to_dict(config))
         try:
             if run.path.is_dir() and any(run.path.iterdir()):
                 raise UserError(
-                    f"run directory {path} exists already and is not empty; give another run.dir, or go on with that "
-                    f"run by --resume {path}"
+                    f"run directory {path} already exists and is not empty; give another run.dir, or continue that "
+                    f"run with --resume {path}"
                 )
             run.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
@@ -73,31 +75,31 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:
-        """Open an existing run directory, to go on with it or (`writable=False`) only to read it.
+        """Open an existing run directory, to continue the run or (`writable=False`) only to read it.
 
         Raises:
-            UserError: if it is no run directory, its config.yaml is no YAML mapping, or it cannot be written.
+            UserError: if it is not a run directory, config.yaml is not a YAML mapping, or it cannot be written.
         """
         run = Path(path)
         if not run.is_dir():
-            raise UserError(f"no run directory at {path}; give the directory that `vineppo train` made")
+            raise UserError(f"no run directory at {path}; give a directory that `vineppo train` created")
         try:
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
             if writable:
                 tempfile.TemporaryFile(dir=run).close()
         except FileNotFoundError:
-            raise UserError(f"{path} is no run directory: it has no config.yaml") from None
+            raise UserError(f"{path} is not a run directory: it has no config.yaml") from None
         except (yaml.YAMLError, UnicodeDecodeError):
-            raise UserError(f"{run / 'config.yaml'} is damaged: it is no YAML; start the run anew") from None
+            raise UserError(f"{run / 'config.yaml'} is damaged: it is not valid YAML; start a new run") from None
         except OSError as error:
             raise _unwritable(run, error) from error
         if not isinstance(config, dict):
-            raise UserError(f"{run / 'config.yaml'} is damaged: it holds no settings; start the run anew")
+            raise UserError(f"{run / 'config.yaml'} is damaged: it contains no settings; start a new run")
         return cls(run, config)
 
     @property
     def metrics(self) -> Path:
-        """One JSON object per iteration."""
+        """Path of the file with one JSON object per iteration."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -112,25 +114,25 @@ class RunDirectory:
 
     @property
     def final(self) -> Path:
-        """Directory of the trained model; not there before the end."""
+        """Directory of the trained model; it is created at the end of the run."""
         return self.path / "final"
 
     @property
     def plots(self) -> Path:
-        """Directory of the pictures."""
+        """Directory of the plots."""
         return self.path / "plots"
 
     @property
     def summary(self) -> Path:
-        """The figures of the finished run, as JSON."""
+        """Path of the JSON file with the results of the run."""
         return self.path / "summary.json"
 
     def rollouts_of(self, iteration: int) -> Path:
-        """The Parquet file of one iteration."""
+        """Return the path of an iteration's Parquet file."""
         return self.rollouts / f"{iteration:06d}.parquet"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, on disk when this returns. NaN and infinity are written as null."""
+        """Append a line to metrics.jsonl and force it to disk. NaN and infinity are written as null."""
         is_new = not self.metrics.exists()
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(_json_ready(metrics), allow_nan=False) + "\n")
@@ -140,32 +142,32 @@ class RunDirectory:
             fsync_directory(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in order; none where there is no file.
+        """Return the lines of metrics.jsonl in order, or an empty list if there is no file.
 
-        A last line that a crash cut short is left out.
+        An incomplete last line, as a crash can leave, is ignored.
 
         Raises:
-            UserError: if another line is no JSON object.
+            UserError: if another line is not a JSON object.
         """
         if not self.metrics.exists():
             return []
-        *lines, unfinished = self.metrics.read_bytes().split(b"\n")  # a whole file ends in a newline
+        *lines, unfinished = self.metrics.read_bytes().split(b"\n")  # a complete file ends with a newline
         del unfinished
         parsed = []
         for number, line in enumerate(lines, start=1):
             try:
                 parsed.append(_parse_object(line))
             except ValueError:
-                raise UserError(f"{self.metrics} is damaged: line {number} is no JSON object; remove it") from None
+                raise UserError(f"{self.metrics} is damaged: line {number} is not a JSON object; remove it") from None
         return parsed
 
     def truncate_metrics(self, after_iteration: int) -> None:
-        """Cut off the lines of later iterations, and a half-written one, atomically: before a resumed run goes on."""
+        """Remove the lines of later iterations and an incomplete last line, atomically. Used to resume a run."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= after_iteration]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def remove_rollouts(self, after_iteration: int) -> None:
-        """Remove the Parquet files of later iterations: a resumed run samples those iterations again."""
+        """Remove the Parquet files of later iterations, which a resumed run samples again."""
         for path in self.rollouts.glob("*.parquet"):
             if path.stem.isdigit() and int(path.stem) > after_iteration:
                 path.unlink()
@@ -173,8 +175,9 @@ class RunDirectory:
     def write_rollouts(
         self, iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
     ) -> Path:
-        """Write every rollout of an iteration with its credit, and every other training sample, as Parquet (columns:
-        `records.SCHEMA`), atomically.
+        """Write the rollouts of an iteration with their credit, and its other training samples, to Parquet, atomically.
+
+        The columns are those of `records.SCHEMA`.
         """
         path = self.rollouts_of(iteration)
         self.rollouts.mkdir(exist_ok=True)

@@ -1,6 +1,4 @@
-"""Rollouts and other training samples as rows of a Parquet file: what was asked, what was written, and which step
-earned the reward.
-"""
+"""Writes rollouts and other training samples to Parquet: prompt, response, reward, and the credit of each step."""
 
 from __future__ import annotations
 
@@ -24,28 +22,28 @@ _ALTERNATIVE = pa.struct(
 SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),  # 1-based
-        ("kind", pa.string()),  # "rollout", or "sample": a training sample that is no rollout
+        ("kind", pa.string()),  # "rollout", or "sample": a training sample that is not a rollout
         ("problem_id", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("response", pa.string()),
-        ("reward", pa.float64()),  # null where a sample is no rollout
-        ("finish_reason", pa.string()),  # likewise
+        ("reward", pa.float64()),  # null for a sample without a rollout
+        ("finish_reason", pa.string()),  # null for a sample without a rollout
         ("num_tokens", pa.int32()),  # T, of the response
         ("response_ids", pa.list_(pa.int32())),  # (T,)
         ("token_advantages", pa.list_(pa.float32())),  # (T,)
-        ("token_weights", pa.list_(pa.float32())),  # (T,), 0 for tokens that are not trained; empty where all are 1
+        ("token_weights", pa.list_(pa.float32())),  # (T,), 0 for untrained tokens; empty if all are 1
         ("sampler_logprobs", pa.list_(pa.float32())),  # (T,), nats
         ("step_texts", pa.list_(pa.string())),  # (S,)
         ("step_ends", pa.list_(pa.int32())),  # (S,), in response tokens, the last one is T
         ("values", pa.list_(pa.float64())),  # (S,), of the state before each step, or empty
         ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), or empty
         ("step_advantages", pa.list_(pa.float64())),  # (S,), or empty
-        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), in the order of their positions, or empty
+        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), ordered by position, or empty
     ]
 )
-"""Columns of a rollout file. The lists after `sampler_logprobs` are empty where an algorithm has no steps, and
-`alternatives` where it has none. All that credit writes is empty for a rollout without a training sample."""
+"""Columns of a rollout file. The step columns are empty if the algorithm has no steps, and `alternatives` is empty if
+it has no alternatives. All columns of the credit are empty for a rollout without a training sample."""
 _CREDIT_COLUMNS = (
     "token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages",
     "alternatives",
@@ -53,24 +51,24 @@ _CREDIT_COLUMNS = (
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
-    """Text of each step, shape (S,); joined they are the decoded response.
+    """Return the text of each step, shape (S,). Joined, the texts are the decoded response.
 
-    A step decoded alone can lose its leading space (SentencePiece) or be half a character (byte-level BPE). So each is
-    decoded behind the step before it and that step's text is cut off, and a character that a boundary splits belongs
-    to the step that completes it.
+    A step that is decoded alone can lose its leading space (SentencePiece) or end inside a character (byte-level BPE).
+    So each step is decoded after the previous one, whose text is then removed. A character that a boundary splits
+    belongs to the step that completes it.
 
     Args:
         boundaries: end of each step in response tokens, shape (S,).
     """
     texts = []
-    context, start = 0, 0  # tokens [context, start) are already told and decoded again as context
+    context, start = 0, 0  # tokens [context, start) are decoded again as context
     for end in boundaries:
-        known = decode(response_ids[context:start]) if start > context else ""
+        context_text = decode(response_ids[context:start]) if start > context else ""
         text = decode(response_ids[context:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end != boundaries[-1]:
             texts.append("")
             continue
-        texts.append(text[len(known) :])
+        texts.append(text[len(context_text) :])
         context, start = start, end
     return texts
 
@@ -78,27 +76,28 @@ def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: D
 def rollout_rows(
     iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
 ) -> list[dict[str, Any]]:
-    """One row per rollout in the order of the groups, then one per sample that is no rollout; keys as in `SCHEMA`.
+    """Return one row per rollout in the order of the groups, then one row per further sample; keys as in `SCHEMA`.
 
     Args:
-        samples: of the credit function, in any order. `TrainingSample.rollout` says whose credit a sample is; a rollout
-            without a sample has empty lists, and a second sample of a rollout has a row of its own.
+        samples: the samples of the credit function, in any order. `TrainingSample.rollout` is the rollout that a sample
+            belongs to. The first sample of a rollout is written to the rollout's row; all other samples get separate
+            rows. A rollout without a sample has empty lists.
         decode: token ids to text.
     Raises:
-        ValueError: if a sample does not belong to its rollout.
+        ValueError: if a sample has other token ids than its rollout.
     """
     rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
-    known = {id(rollout) for _, rollout in rollouts}
+    rollout_ids = {id(rollout) for _, rollout in rollouts}
     credit: dict[int, TrainingSample] = {}
-    others = []
+    other_samples = []
     for sample in samples:
-        if id(sample.rollout) in known and id(sample.rollout) not in credit:
+        if id(sample.rollout) in rollout_ids and id(sample.rollout) not in credit:
             credit[id(sample.rollout)] = sample
         else:
-            others.append(sample)
+            other_samples.append(sample)
     rows = [_rollout_row(problem, rollout, credit.get(id(rollout)), decode) for problem, rollout in rollouts]
     prompts = {rollout.prompt_ids: problem for problem, rollout in rollouts}
-    rows += [_sample_row(prompts, sample, decode) for sample in others]
+    rows += [_sample_row(prompts, sample, decode) for sample in other_samples]
     return [{"iteration": iteration, **row} for row in rows]
 
 
@@ -121,16 +120,16 @@ def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | No
 
 
 def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSample, decode: Decode) -> dict[str, Any]:
-    """Of a sample that is no rollout: its response is what follows the prompt of one of the problems.
+    """Return the row of a sample without a rollout row. Its response is what follows the prompt of one of the problems.
 
-    Where it begins with none of them, the prompt is all that comes before the first trained token.
+    If the sample starts with none of the prompts, its prompt is everything before the first trained token.
     """
     ids = tuple(sample.token_ids)
     start = max((len(prompt) for prompt in prompts if ids[: len(prompt)] == prompt), default=0)
     if start:
         problem = prompts[ids[:start]]
     else:
-        start = next((place for place, trained in enumerate(sample.loss_mask) if trained), len(ids))
+        start = next((i for i, trained in enumerate(sample.loss_mask) if trained), len(ids))
         problem = Problem(id="", prompt=decode(ids[:start]))
     return {
         "kind": "sample",
@@ -148,12 +147,12 @@ def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSamp
 
 
 def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -> dict[str, Any]:
-    """The columns that a credit function fills, for the tokens from `start` on; empty lists without a sample."""
+    """Return the columns of the credit for the tokens from `start` on; empty lists without a sample."""
     if sample is None:
         return {name: [] for name in _CREDIT_COLUMNS}
     credit = sample.credit or StepCredit(boundaries=())
     weights = [w * trained for w, trained in zip(sample.weights or sample.loss_mask, sample.loss_mask, strict=True)]
-    places = [place - start for place, trained in enumerate(sample.loss_mask) if trained]
+    positions = [i - start for i, trained in enumerate(sample.loss_mask) if trained]
     return {
         "token_advantages": sample.advantages[start:],
         "token_weights": [] if all(weight == 1 for weight in weights[start:]) else weights[start:],
@@ -163,7 +162,7 @@ def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -
         "num_mc_rollouts": credit.num_mc_rollouts,
         "step_advantages": credit.step_advantages,
         "alternatives": [
-            {**asdict(a), "position": places[a.position], "text": decode([a.token_id])} for a in sample.alternatives
+            {**asdict(a), "position": positions[a.position], "text": decode([a.token_id])} for a in sample.alternatives
         ],
     }
 
@@ -172,7 +171,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows with the columns of `SCHEMA`, atomically.
 
     Raises:
-        OSError: where the file cannot be written.
+        OSError: if the file cannot be written.
     """
-    with written_aside(path) as aside:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
+    with written_aside(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)

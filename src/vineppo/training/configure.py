@@ -16,10 +16,10 @@ from vineppo.types import UserError
 T = TypeVar("T", bound=Settings)
 
 
-def every_section(*more: Algorithm) -> type[Config]:
-    """The class of configurations with the sections of all built-in algorithms, and of further ones."""
-    algorithms = {**BUILT_IN, **{one.name: one for one in more}}
-    return with_sections(**{one.name: one.settings for one in algorithms.values()})
+def every_section(*extra: Algorithm) -> type[Config]:
+    """Return the `Config` class with a section for every built-in algorithm and for the `extra` ones."""
+    algorithms = {**BUILT_IN, **{algorithm.name: algorithm for algorithm in extra}}
+    return with_sections(**{algorithm.name: algorithm.settings for algorithm in algorithms.values()})
 
 
 def build_config(
@@ -29,37 +29,39 @@ def build_config(
     *,
     name: str = "",
 ) -> Config:
-    """The resolved configuration of a training run, with the section of its own algorithm only.
+    """Build the resolved configuration of a training run. It has the section of its own algorithm only.
 
-    Defaults, the recipe, the recipe's overrides for the chosen algorithm, and `overrides`: later ones win.
+    Each of these overrides the ones before it: the defaults, the recipe, the recipe's overrides for the chosen
+    algorithm, and `overrides`.
 
     Args:
-        recipe: what `load_recipe` returns: the keys of `Config`, `description` and `overrides`.
-        algorithm: the algorithm to train with; None takes that of `overrides`, else the recipe's.
+        recipe: the result of `load_recipe`: the keys of `Config`, `description` and `overrides`.
+        algorithm: the algorithm to train with; None uses the one in `overrides`, or else the recipe's.
         overrides: dotted key -> value, as on the command line; values may be text.
-        name: the recipe's name, for messages.
+        name: the recipe's name, used in error messages.
     Raises:
-        UserError: for unknown keys in any of the three, wrong types, and values that cannot work.
+        UserError: for an unknown key, a wrong type, or values that are not allowed.
     """
     where = f"in recipe {name}" if name else "in the recipe"
     base = {key: value for key, value in recipe.items() if key not in ("description", "overrides")}
-    line = dict(overrides or {})
+    command_line = dict(overrides or {})
     if algorithm is not None:
-        line["algorithm"] = algorithm
-    chosen = find_algorithm(_named({**base, **line}))
-    refuse_foreign(chosen, line, COMMAND_LINE)
-    return _resolved(chosen, [(base, where), *_tuned(recipe, chosen, where), (line, COMMAND_LINE)])
+        command_line["algorithm"] = algorithm
+    chosen = find_algorithm(_algorithm_spec({**base, **command_line}))
+    refuse_foreign(chosen, command_line, COMMAND_LINE)
+    layers = [(base, where), *_recipe_overrides(recipe, chosen, where), (command_line, COMMAND_LINE)]
+    return _resolved(chosen, layers)
 
 
 def config_from_dict(cls: type[T], data: Mapping[str, Any], where: str = "in the configuration") -> T:
-    """Settings from nested dictionaries, dotted keys, or both; what is left out keeps its default.
+    """Build settings from nested dictionaries, dotted keys, or both. Missing keys keep their defaults.
 
-    For `Config` the class of the result also has the section of the algorithm that `data` names.
+    If `cls` is `Config`, the result also has the section of the algorithm that `data` names.
 
     Args:
-        where: named in messages, for example "in runs/a/config.yaml".
+        where: the source of `data` in error messages, for example "in runs/a/config.yaml".
     Raises:
-        UserError: for an unknown key (with the most similar one), a wrong type, or a value that cannot work.
+        UserError: for an unknown key (suggests the most similar one), a wrong type, or a value that is not allowed.
     """
     if not issubclass(cls, Config):
         return settings_from_layers(cls, [(data, where)])
@@ -67,29 +69,28 @@ def config_from_dict(cls: type[T], data: Mapping[str, Any], where: str = "in the
 
 
 def config_from_layers(layers: Iterable[Layer]) -> Config:
-    """A training configuration from several (data, where), in which later ones win."""
+    """Build a training configuration from several layers; later layers override earlier ones."""
     layers = list(layers)
-    named = [_named(data) for data, _ in layers if "algorithm" in data]
-    return _resolved(find_algorithm(named[-1] if named else Config().algorithm), layers)
+    specs = [_algorithm_spec(data) for data, _ in layers if "algorithm" in data]
+    return _resolved(find_algorithm(specs[-1] if specs else Config().algorithm), layers)
 
 
 def with_own_section(config: Config) -> Config:
-    """The same configuration with the section of its algorithm, by default values if it had none."""
+    """Return the configuration with the section of its algorithm, which has default values if it was missing."""
     values = {name: getattr(config, name) for name in Config.model_fields}
     algorithm = find_algorithm(config.algorithm)
-    own = getattr(config, algorithm.name, None)
-    return _checked(
-        algorithm, config_class(config.algorithm)(**values, **({algorithm.name: own} if own is not None else {}))
-    )
+    section = getattr(config, algorithm.name, None)
+    sections = {algorithm.name: section} if section is not None else {}
+    return _checked(algorithm, config_class(config.algorithm)(**values, **sections))
 
 
 def own_settings(config: Config, algorithm: Algorithm) -> Any:
-    """The settings of the configuration's algorithm."""
+    """Return the settings of the configuration's algorithm."""
     return getattr(config, algorithm.name, None) or algorithm.settings()
 
 
 def with_run_dir(config: Config, recipe: str) -> Config:
-    """The same configuration; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`."""
+    """Return the configuration with `run.dir` set; the default is `runs/<recipe>-<algorithm>-seed<seed>`."""
     if config.run.dir:
         return config
     name = find_algorithm(config.algorithm).name
@@ -97,7 +98,7 @@ def with_run_dir(config: Config, recipe: str) -> Config:
     return replace(config, run=replace(config.run, dir=folder))
 
 
-def _named(data: Mapping[str, Any]) -> str:
+def _algorithm_spec(data: Mapping[str, Any]) -> str:
     spec = data.get("algorithm", Config.model_fields["algorithm"].default)
     if not isinstance(spec, str):
         raise UserError(f"algorithm is {spec!r}; allowed: {', '.join(BUILT_IN)}, or module:object")
@@ -105,7 +106,7 @@ def _named(data: Mapping[str, Any]) -> str:
 
 
 def config_class(spec: str) -> type[Config]:
-    """The class of an algorithm's configurations: `Config` with the section of the algorithm."""
+    """Return the `Config` class with the section of an algorithm."""
     algorithm = find_algorithm(spec)
     return with_sections(**{algorithm.name: algorithm.settings})
 
@@ -120,7 +121,7 @@ def _resolved(algorithm: Algorithm, layers: Iterable[Layer]) -> Config:
 
 
 def _checked(algorithm: Algorithm, config: Config) -> Config:
-    """Refuse what the algorithm cannot work with."""
+    """Check the configuration against the algorithm's requirements, and return it."""
     size, count = config.rollouts.group_size, config.rollouts.group_size * config.rollouts.num_problems
     if size < algorithm.min_group_size:
         raise UserError(
@@ -142,17 +143,17 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
 
 
 def refuse_foreign(algorithm: Algorithm, settings: Mapping[str, Any], where: str) -> None:
-    """Refuse settings, by dotted key, that belong to another algorithm and would have no effect."""
+    """Raise UserError for settings (by dotted key) of another algorithm, which would have no effect."""
     for key in settings:
         section = key.split(".")[0]
         if section in BUILT_IN and section != algorithm.name:
             raise UserError(
-                f"{key} {where} is a setting of {section}, and the algorithm is {algorithm.name}; leave it out"
+                f"{key} {where} is a setting of {section}, but the algorithm is {algorithm.name}; remove it"
             )
 
 
-def _tuned(recipe: Mapping[str, Any], chosen: Algorithm, where: str) -> list[Layer]:
-    """The recipe's overrides for the chosen algorithm. The keys of all overrides are checked, chosen or not."""
+def _recipe_overrides(recipe: Mapping[str, Any], chosen: Algorithm, where: str) -> list[Layer]:
+    """Return the recipe's overrides for the chosen algorithm. The overrides for other algorithms are checked too."""
     sections = recipe.get("overrides")
     sections = {} if sections is None else sections
     if not isinstance(sections, Mapping):
@@ -162,12 +163,12 @@ def _tuned(recipe: Mapping[str, Any], chosen: Algorithm, where: str) -> list[Lay
         if spec not in BUILT_IN and ":" not in str(spec) and spec != chosen.name:
             hint = did_you_mean(str(spec), BUILT_IN) or f"allowed: {', '.join(BUILT_IN)}, or module:object"
             raise UserError(f"unknown algorithm {spec!r} under overrides {where}; {hint}")
-        here = f"under overrides.{spec} {where}"
+        place = f"under overrides.{spec} {where}"
         if not isinstance(data, Mapping | None):
             raise UserError(f"overrides.{spec} is {data!r} {where}; it must map dotted keys to values")
         algorithm = chosen if spec == chosen.name else find_algorithm(str(spec))
-        if "algorithm" in flat_values(every_section(algorithm), data or {}, here):
-            raise UserError(f"algorithm stands {here}; overrides cannot change the algorithm they belong to")
+        if "algorithm" in flat_values(every_section(algorithm), data or {}, place):
+            raise UserError(f"algorithm is set {place}; overrides cannot change the algorithm")
         if algorithm is chosen:
-            layers.append((data or {}, here))
+            layers.append((data or {}, place))
     return layers

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: mean reward, pass@k, greedy, with intervals over problems."""
+"""Accuracy on held-out problems: mean reward, pass@k and greedy accuracy, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Measurement:
 
     @property
     def graded(self) -> bool:
-        """Whether some reward is partial: neither 0 nor 1."""
+        """Whether any reward is partial, that is, neither 0 nor 1."""
         return any(reward not in (0, 1) for row in self.rewards for reward in row)
 
     def mean_reward(self, seed: int) -> Interval:
-        """Mean reward over all responses, pass@1 where rewards are 0 or 1; the interval is over problems."""
+        """Mean reward over all responses, with an interval over problems. Rewards of 0 and 1 make it pass@1."""
         return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
-        """Chance that one of k responses is right (reward of at least 1), the unbiased estimate per problem."""
-        solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]  # weights add up with rounding
+        """Unbiased estimate of the probability that at least one of k responses is right (reward >= 1)."""
+        # The tolerance absorbs rounding errors of weighted rewards.
+        solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]
         values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
         return bootstrap_mean(values, seed=seed)
 
@@ -57,7 +58,7 @@ def measure(
     stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> Measurement:
-    """Sample and grade `num_samples` responses to each problem; the arguments are those of `sample_groups`."""
+    """Sample and grade `num_samples` responses to each problem. See `sample_groups` for the arguments."""
     groups = sample_groups(
         problems,
         codec,
@@ -78,10 +79,10 @@ def measure(
 
 
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
-    """Measure a model: `greedy`, `pass@1` and every other `pass@k`, each as {mean, low, high}, with what it took.
+    """Measure `greedy`, `pass@1` and the configured `pass@k` of a model, each as {mean, low, high}, and the cost.
 
-    These count responses with a reward of at least 1. Where some rewards are partial, `greedy reward` and `mean reward`
-    stand beside them.
+    A response counts as right if its reward is at least 1. If some rewards are partial, the result also contains
+    `greedy reward` and `mean reward`.
     """
     began = time.perf_counter()
     policy = Policy.load(spec.model)
@@ -89,7 +90,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     sampler = TorchSampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 
-    def measured(temperature: float, num_samples: int) -> Measurement:
+    def measure_at(temperature: float, num_samples: int) -> Measurement:
         return measure(
             policy.codec,
             sampler,
@@ -102,13 +103,13 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
             address=(spec.seed, "eval"),
         )
 
-    sampled, greedy = measured(spec.temperature, spec.num_samples), measured(0.0, 1)
+    sampled, greedy = measure_at(spec.temperature, spec.num_samples), measure_at(0.0, 1)
     seed = derive_seed(spec.seed, "bootstrap")
     rewards = {"greedy reward": greedy, "mean reward": sampled} if sampled.graded or greedy.graded else {}
     return {
         "greedy": greedy.pass_at_k(1, seed).as_dict(),
         **{f"pass@{k}": sampled.pass_at_k(k, seed).as_dict() for k in sorted({1, *(spec.k or (spec.num_samples,))})},
-        **{name: own.mean_reward(seed).as_dict() for name, own in rewards.items()},
+        **{name: measurement.mean_reward(seed).as_dict() for name, measurement in rewards.items()},
         "num_problems": len(problems),
         "num_samples": spec.num_samples,
         "split": spec.split,

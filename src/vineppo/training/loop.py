@@ -1,4 +1,4 @@
-"""The training loop, on one screen: draw, sample, credit, update, log, evaluate, save."""
+"""The training loop: draw problems, sample, compute credit, update, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def train(
 
     Args:
         config: all settings; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`.
-        recipe: name of the recipe, for the record.
-        reward_fn: one or several functions that grade responses instead of the task's graders, fn(prompts, completions,
-            completion_ids, **columns) -> list of numbers or None; they are called in this process.
+        recipe: name of the recipe; it is written to summary.json.
+        reward_fn: one or several functions that replace the task's graders: fn(prompts, completions, completion_ids,
+            **columns) -> list of numbers or None. They are called in this process.
         reporter: receives the progress of the run.
-        in_memory: a model or data in memory.
+        in_memory: a model or data that is already in memory.
     Returns:
         The content of summary.json.
     Raises:
-        UserError: for everything that the user can mend; nothing is lost.
+        UserError: if the settings, the model, the data or the graders cannot be used.
     """
     require_trackers(config.run.report_to)
     config = with_run_dir(with_own_section(config), recipe)
@@ -69,9 +69,10 @@ def resume(
     reporter: Reporter | None = None,
     in_memory: InMemory = NOTHING_IN_MEMORY,
 ) -> dict[str, Any]:
-    """Continue the run in `config.run.dir` from its newest whole checkpoint; bit-identical on a CPU.
+    """Continue the run in `config.run.dir` from its newest undamaged checkpoint.
 
-    A run that was stopped before its first checkpoint starts from the beginning. The arguments are those of `train`.
+    On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
+    starts from the beginning. See `train` for the other arguments.
     """
     config = with_own_section(config)
     run = RunDirectory.open(config.run.dir)
@@ -95,8 +96,8 @@ def _refuse_finished(run: RunDirectory) -> None:
         reason = json.loads(run.summary.read_text())["finish_reason"]
         if reason != "interrupted":
             raise UserError(
-                f"run {run.path} is finished (it ended by {reason}): there is nothing to resume; train on from "
-                f"{run.final} with --model.path and another run.dir"
+                f"run {run.path} is finished (finish_reason: {reason}) and cannot be resumed; to train its model "
+                f"further, start a new run with --model.path {run.final} and another run.dir"
             )
 
 
@@ -163,13 +164,13 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
 
 
 def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event) -> str:
-    """Why the loop ends here; empty to continue."""
+    """Return the reason to stop the loop, or an empty string to continue."""
     limits = session.limits
     if stop.is_set():
         return "interrupted"
     if progress.iteration >= limits.iterations:
         return "iterations"
-    # Counted in planned updates, as in the learning rate's schedule: a minibatch without samples makes no update.
+    # Counts planned updates, as the learning-rate schedule does, so that minibatches without samples count too.
     if limits.max_updates and progress.iteration * session.updates_per_iteration >= limits.max_updates:
         return "updates"
     if limits.max_tokens and progress.rollout_tokens + progress.mc_tokens >= limits.max_tokens:
@@ -181,20 +182,20 @@ def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event)
 
 @contextmanager
 def _graceful_stop() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM asks the loop to finish its iteration; a second one stops at once."""
+    """Let the loop finish its iteration on the first Ctrl-C or SIGTERM; stop at once on the second."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(signum: int, _frame: Any) -> None:
+    def request_stop(signum: int, _frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Build everything that a training needs from its configuration."""
+"""Builds the parts of a training run from its configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Sampler, Sp
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a training, by the names of the loop's stages."""
+    """The parts of a training run. `sample` and `credit` are named after the stages of the loop."""
 
     algorithm: Algorithm
     policy: Policy
@@ -33,21 +33,21 @@ class Parts:
     task: Task
     sampler: Sampler
     sample: SampleFn
-    """Problems to groups of graded rollouts."""
+    """Samples and grades a group of rollouts for each problem."""
     credit: CreditFn
     learner: TorchLearner
 
     def update_sampler(self) -> None:
-        """Pass the learner's weights and their version to the sampler."""
+        """Send the learner's weights and their version to the sampler."""
         self.sampler.update_weights(self.learner.updates, self.learner.weights)
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """A model or data in memory, which the configuration does not name."""
+    """A model or data that is already in memory, so that it is not loaded as configured."""
 
     policy: Policy | None = None
-    """Used instead of `config.model`; it is trained in place."""
+    """Used instead of `config.model`, and trained in place."""
     tables: Mapping[Split, Any] | None = None
     """Rows for the task `dataset`, by split."""
 
@@ -58,10 +58,10 @@ NOTHING_IN_MEMORY = InMemory()
 def build_parts(
     config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
 ) -> Parts:
-    """Load and build everything that can fail, before anything is written.
+    """Load and build all parts. Nothing is written to disk, so a failure leaves no files behind.
 
     Raises:
-        UserError: for a model, data or graders that cannot be used.
+        UserError: if the model, the data or the graders cannot be used.
     """
     algorithm = find_algorithm(config.algorithm)
     settings = own_settings(config, algorithm)
@@ -86,7 +86,7 @@ def build_parts(
 
 
 def build_learner(config: Config, policy: Policy) -> TorchLearner:
-    """The learner of a policy, with a reference and a value network where the configuration needs them."""
+    """Build the learner of a policy, with a reference and a value network if the configuration needs them."""
     algorithm = find_algorithm(config.algorithm)
     settings = own_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
@@ -105,12 +105,12 @@ def build_learner(config: Config, policy: Policy) -> TorchLearner:
 
 
 def build_engine(config: Config, policy: Policy) -> TorchSampler:
-    """The engine that samples from a policy in this process."""
+    """Build the engine that samples from a policy in this process."""
     return TorchSampler(policy, max_rows=config.rollouts.max_rows, kv_memory=int(config.rollouts.kv_memory * 2**30))
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
-    """G independent rollouts of each problem: how rollouts are sampled unless the algorithm has its own way."""
+    """Sample G independent rollouts of each problem. The default for algorithms that do not define `sample`."""
     return sample_groups(
         problems,
         parts.codec,
@@ -125,12 +125,12 @@ def sample_independently(parts: CreditParts, problems: Sequence[Problem], iterat
 
 
 def updates_per_iteration(config: Config) -> int:
-    """Optimizer updates per iteration, whatever the number of training samples."""
+    """Planned number of updates per iteration; it does not depend on the number of training samples."""
     rollouts = config.rollouts.num_problems * config.rollouts.group_size
     return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
 
 
 def total_updates(config: Config) -> int:
-    """Updates of a whole run, after which a linear decay ends."""
+    """Planned number of updates of a whole run, after which a linear decay of the learning rate reaches 0."""
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates

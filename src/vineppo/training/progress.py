@@ -1,4 +1,4 @@
-"""Where a run stands, and its line of metrics."""
+"""The progress of a run, and the metrics of an iteration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from vineppo.types import Metrics, RolloutGroup, TrainingSample
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; with the learner's state, all that a resumed run needs, since randomness is by address."""
+    """The progress of a run. With the learner's state, it is all that is needed to resume the run.
+
+    No state of a random number generator is needed, because every seed is derived from its address.
+    """
 
     recipe: str = ""
     iteration: int = 0
@@ -24,7 +27,7 @@ class Progress:
     seconds_train: float = 0.0
     seconds_eval: float = 0.0
     seconds_total: float = 0.0
-    """Of the starts before this one, up to the checkpoint."""
+    """Seconds of the earlier processes of this run, up to the checkpoint."""
     accuracy_before: dict[str, float | None] = field(default_factory=dict)
     best_validation_accuracy: float | None = None
 
@@ -37,7 +40,7 @@ def advance(
     seconds: Mapping[str, float],
     epochs: int,
 ) -> Progress:
-    """The progress after an iteration."""
+    """Return the progress after one more iteration."""
     return replace(
         progress,
         iteration=progress.iteration + 1,
@@ -51,7 +54,7 @@ def advance(
 def metrics_line(
     progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The line of metrics.jsonl of an iteration."""
+    """Return the line that an iteration adds to metrics.jsonl."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -70,7 +73,7 @@ def metrics_line(
 
 
 def cumulative(progress: Progress) -> dict[str, float]:
-    """The totals that every line of metrics.jsonl holds."""
+    """Return the totals that every line of metrics.jsonl contains."""
     return {
         "tokens/rollouts": progress.rollout_tokens,
         "tokens/mc": progress.mc_tokens,

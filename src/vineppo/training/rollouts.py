@@ -1,4 +1,4 @@
-"""Problems to groups of graded rollouts."""
+"""Draws problems, and samples and grades their rollouts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vineppo.types import (
 
 
 def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
-    """The training problems of an iteration: fresh ones of an endless task, shuffled passes over a finite one."""
+    """Return an iteration's training problems: new ones of an endless task, or shuffled passes over a finite one."""
     size = task.size("train")
     if size is None:
         return [task.problem("train", derive_seed(seed, iteration, "problem", i)) for i in range(count)]
@@ -43,20 +43,20 @@ def sample_groups(
     stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> list[RolloutGroup]:
-    """G graded rollouts of each problem.
+    """Sample and grade G rollouts of each problem.
 
     Args:
-        temperature: of sampling; 0 is greedy.
-        stop: strings that end a response, beside the end-of-sequence tokens.
-        address: what the randomness is for, for example (run seed, iteration, "rollouts"); the problem's id and how
-            often it came before are added.
+        temperature: sampling temperature; 0 is greedy.
+        stop: strings that end a response, in addition to the end-of-sequence tokens.
+        address: parts of the seeds, for example (run seed, iteration, "rollouts"). The problem's id and the number of
+            its earlier occurrences in `problems` are appended.
     Raises:
-        UserError: when a prompt and the response budget do not fit into the model's context.
+        UserError: if a prompt and the response budget do not fit into the model's context.
     """
     prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
-    # A small data set can give one problem twice in an iteration: its second group must not repeat the first.
+    # A problem of a small data set can occur twice in an iteration. Its second group must not repeat the first.
     seen: Counter[str] = Counter()
     requests = []
     for problem, prompt_ids in zip(problems, prompts, strict=True):
@@ -66,31 +66,31 @@ def sample_groups(
     owners: list[tuple[Problem, tuple[int, ...]]] = [(problem, ()) for problem in problems]
     graded = sampled_and_graded(sampler, task, codec.decode, requests, owners)
     return [
-        RolloutGroup(problem, tuple(_rollout(prompt_ids, *one) for one in group))
+        RolloutGroup(problem, tuple(_rollout(prompt_ids, *sample) for sample in group))
         for problem, prompt_ids, group in zip(problems, prompts, graded, strict=True)
     ]
 
 
 def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
-    """Refuse a prompt that leaves no room for its response budget in the model's context.
+    """Check that a prompt and its response budget fit into the model's context.
 
     Raises:
-        UserError: one line with the numbers and the setting to change.
+        UserError: if they do not fit.
     """
     if prompt_tokens + max_new_tokens > max_length:
         raise UserError(
             f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} "
-            f"that is more than the model's context of {max_length}; lower it or shorten the prompts"
+            f"that is more than the model's context of {max_length}; lower the budget or shorten the prompts"
         )
 
 
 def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
-    """Response tokens of all rollouts."""
+    """Return the number of response tokens of all rollouts."""
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
 
 
 def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem]:
-    """The first `count` problems of a split, fewer where it has fewer."""
+    """Return the first `count` problems of a split, or all of them if it has fewer."""
     size = task.size(split)
     return [task.problem(split, index) for index in range(count if size is None else min(count, size))]
 

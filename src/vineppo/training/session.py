@@ -1,4 +1,4 @@
-"""A running training: its parts, where it writes, and how its model is measured, logged and saved."""
+"""The state of a running training, and functions that evaluate, log and save it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reporter(Protocol):
         """Called after each iteration with its line of metrics.jsonl."""
 
     def wants_to_stop(self) -> bool:
-        """Whether the run should end now, as if it were finished; called between iterations."""
+        """Return whether the run should end now, with a final evaluation; called between iterations."""
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Called at the end with the content of summary.json."""
@@ -41,7 +41,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """A training and the places that it writes to."""
+    """A running training: its parts, its settings and its outputs."""
 
     parts: Parts
     run: RunDirectory
@@ -53,15 +53,15 @@ class Session:
     epochs: int
     updates_per_iteration: int
     began: float
-    """Start of this process's part of the run, on the performance counter."""
+    """Start of this process's part of the run, as a value of `time.perf_counter()`."""
 
     def seconds_total(self, progress: Progress) -> float:
-        """Seconds of this process and of earlier ones up to their last checkpoint."""
+        """Return the seconds of this process, plus those of earlier ones up to their last checkpoint."""
         return progress.seconds_total + time.perf_counter() - self.began
 
 
 def measured(session: Session, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
-    """Rewards of responses to the first problems of a split."""
+    """Sample and grade responses to the first `count` problems of a split."""
     parts = session.parts
     return measure(
         parts.codec,
@@ -77,10 +77,10 @@ def measured(session: Session, split: Split, count: int, address: tuple[int | st
 
 
 def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, float | None]]:
-    """Accuracy on the validation problems of the curve."""
+    """Measure the accuracy on the validation problems; returns the new progress and the metrics."""
     began = time.perf_counter()
-    found = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
-    interval = found.mean_reward(session.limits.seed)
+    measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
+    interval = measurement.mean_reward(session.limits.seed)
     seconds, best = time.perf_counter() - began, progress.best_validation_accuracy
     progress = replace(
         progress,
@@ -96,7 +96,7 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
-    """Accuracy of the starting model, and the first point of the curve (iteration 0)."""
+    """Measure the starting model, log it as iteration 0 and save a checkpoint."""
     began = time.perf_counter()
     progress = replace(progress, accuracy_before=_final_accuracy(session, "before"))
     progress = replace(progress, seconds_eval=time.perf_counter() - began)
@@ -110,7 +110,7 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
 
 
 def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
-    """Save the last checkpoint, measure and save the final model; returns the content of summary.json."""
+    """Save a last checkpoint; unless interrupted, measure and save the model. Returns the content of summary.json."""
     save(session, progress)
     after: dict[str, float | None] | None = None
     if reason != "interrupted":
@@ -144,7 +144,7 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
 
 
 def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
-    """Accuracy on the problems of the measurements before and after training; nulls where there are none."""
+    """Accuracy before or after training on `eval.final_num_problems` problems; None if that is 0."""
     settings = session.evaluation
     if not settings.final_num_problems:
         return {"mean": None, "low": None, "high": None}
@@ -152,7 +152,7 @@ def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
 
 
 def log(session: Session, line: dict[str, Any]) -> None:
-    """Write a line of metrics to metrics.jsonl, the trackers and the reporter."""
+    """Send a line of metrics to metrics.jsonl, the trackers and the reporter."""
     session.run.append_metrics(line)
     for tracker in session.trackers:
         tracker.log(with_trl_names(line), line["iteration"])

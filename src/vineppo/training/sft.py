@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: next-token likelihood of the response and its end-of-sequence token."""
+"""Supervised fine-tuning on demonstrations: cross-entropy of the response and its end-of-sequence token."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
 
     Returns:
         out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds; and
-        `left out`, the demonstrations longer than `max_length`, where there were any.
+        `left out`, the number of demonstrations longer than `max_length`, if there were any.
     Raises:
-        UserError: when `out` exists, the task has no demonstrations, or all of them are too long.
+        UserError: if `out` exists and is not an empty directory, the task has no demonstrations, or all demonstrations
+            of an update are too long.
     """
     out = _new_directory(config.out)
-    policy = _start(config)
+    policy = _starting_policy(config)
     task = build_task(config.task, policy.codec.chat_prompt)
     optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
     warmup = round(config.warmup_fraction * config.updates)
@@ -63,19 +64,19 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
 
 
 def _new_directory(out: str) -> Path:
-    """Made before the training that is to be saved there, so that what is wrong with it is told now."""
+    """Create the output directory and check that it is empty and writable, before the training starts."""
     path = Path(out)
     try:
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            raise UserError(f"out {out!r} exists already; name a new directory")
+            raise UserError(f"out {out!r} already exists and is not an empty directory; give a new one")
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"out {out!r} cannot be written ({error.strerror}); name a directory of yours") from None
+        raise UserError(f"out {out!r} cannot be written ({error.strerror}); give a writable directory") from None
     return path
 
 
-def _start(config: SFTConfig) -> Policy:
+def _starting_policy(config: SFTConfig) -> Policy:
     if config.model.path != NEW_TINY:
         return Policy.load(config.model)
     from vineppo.model.tiny import build_model, build_tokenizer
@@ -87,14 +88,17 @@ def _start(config: SFTConfig) -> Policy:
 
 
 def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstration:
-    """Token ids of prompt, response and EOS. The parts are tokenized apart, as in sampling the prompt stands alone."""
+    """Return (token ids of prompt + response + EOS, number of prompt tokens).
+
+    Prompt and response are tokenized separately, because in sampling the prompt is tokenized without a response.
+    """
     prompt_ids = codec.encode_prompt(prompt)
     response_ids = codec.tokenizer(response, add_special_tokens=False).input_ids
     return (*prompt_ids, *response_ids, codec.tokenizer.eos_token_id), len(prompt_ids)
 
 
 def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Demonstration]:
-    """The demonstrations of one update: new ones for ever in an endless task, shuffled passes over a finite one."""
+    """Return an update's demonstrations: new ones of an endless task, or shuffled passes over a finite one."""
     size = task.size("train")
     first = update * config.batch_size
     batch: list[Demonstration] = []
@@ -104,12 +108,14 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
         if len(item[0]) <= config.max_length:
             batch.append(item)
     if not batch:
-        raise UserError(f"all demonstrations of an update are longer than max_length {config.max_length}; raise it")
+        raise UserError(
+            f"all demonstrations of an update are longer than max_length {config.max_length}; raise max_length"
+        )
     return batch
 
 
 def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
-    """Gradient of the mean token loss of a batch, in micro-batches; (loss in nats per token, trained tokens)."""
+    """Accumulate the gradient of a batch's mean token loss; returns (loss in nats per token, trained tokens)."""
     total = sum(len(ids) - start for ids, start in batch)
     loss_sum = 0.0
     for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):
