@@ -49,7 +49,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
     policy, learner = parts.policy, parts.learner
     drawn = draw_problems(parts.task, config.run.seed, 1, few)
-    groups, sample_seconds = _timed(lambda: parts.sample(drawn, 1))
+    (groups, _), sample_seconds = _timed(lambda: parts.sample(drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
     _, update_seconds = _timed(lambda: learner.update(samples, 1, few * own.group_size))

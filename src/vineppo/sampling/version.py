@@ -12,17 +12,19 @@ class StaleWeights(RuntimeError):
     """The weights of a sampler are not those of the learner because `update_weights` was not called."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CurrentSampler:
     """Sampler (types.Sampler) that wraps another sampler and raises if its version is not the learner's.
 
     Attributes:
         sampler: the wrapped sampler.
         updates: returns the learner's number of updates; called once per call of `sample`.
+        tokens: number of tokens sampled so far.
     """
 
     sampler: Sampler
     updates: Callable[[], int]
+    tokens: int = 0
 
     @property
     def version(self) -> int:
@@ -55,6 +57,7 @@ class CurrentSampler:
                 f"a completion was sampled with the weights of update {stale[0]} and the learner has those of update "
                 f"{current}; the sampler must not return completions that it started before the last update_weights"
             )
+        self.tokens += sum(len(c.token_ids) for group in completions for c in group)
         return completions
 
     def update_weights(self, version: int, weights: Weights) -> None:

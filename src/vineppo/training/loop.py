@@ -141,7 +141,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         tally = parts.task.count_anew()
         with timer("sample"):
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
-            groups = parts.sample(problems, iteration)
+            groups, rollout_tokens = parts.sample(problems, iteration)
         reward_means = tally.means()
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)
@@ -149,7 +149,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
             metrics = parts.learner.update(samples, iteration, sum(len(group.rollouts) for group in groups))
             parts.update_sampler()
         seconds = timer.pop()
-        progress = advance(progress, groups, samples, credit_metrics, seconds, session.epochs)
+        progress = advance(progress, rollout_tokens, samples, credit_metrics, seconds, session.epochs)
         line = metrics_line(progress, groups, {**credit_metrics, **metrics, **reward_means, **tally.shares()}, seconds)
         is_last = _reason_to_stop(session, progress, stop) not in ("", "interrupted")
         if session.evaluation.every and (iteration % session.evaluation.every == 0 or is_last):

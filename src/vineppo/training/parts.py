@@ -20,7 +20,7 @@ from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import own_settings
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Sampler, Split, Task
+from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Split, Task, UserError
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,29 @@ class Parts:
     policy: Policy
     codec: Codec
     task: Task
-    sampler: Sampler
-    sample: SampleFn
-    """Samples and grades a group of rollouts for each problem."""
+    sampler: CurrentSampler
+    sample_groups: SampleFn
     credit: CreditFn
     learner: TorchLearner
+    group_size: int
+    """Number of rollouts that each group must have."""
+
+    def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
+        """Sample and grade a group of rollouts for each problem; returns the groups and the number of sampled tokens.
+
+        Raises:
+            UserError: if the algorithm's own sampling returns another number of groups or rollouts than configured.
+        """
+        before = self.sampler.tokens
+        groups = self.sample_groups(problems, iteration)
+        sizes = {len(group.rollouts) for group in groups}
+        if len(groups) != len(problems) or sizes != {self.group_size}:
+            raise UserError(
+                f"algorithm {self.algorithm.name} returned {len(groups)} groups of {sorted(sizes)} rollouts for "
+                f"{len(problems)} problems; it must return one group per problem, of rollouts.group_size "
+                f"{self.group_size} rollouts"
+            )
+        return groups, self.sampler.tokens - before
 
     def update_sampler(self) -> None:
         """Send the learner's weights and their version to the sampler."""
@@ -67,7 +85,7 @@ def build_parts(
     settings = own_settings(config, algorithm)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
-    learner = build_learner(config, policy)
+    learner = build_learner(config, algorithm, policy)
     sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
     parts = CreditParts(
         sampler=sampler,
@@ -82,12 +100,11 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = algorithm.build(settings, parts)
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size)
 
 
-def build_learner(config: Config, policy: Policy) -> TorchLearner:
-    """Build the learner of a policy, with a reference and a value network if the configuration needs them."""
-    algorithm = find_algorithm(config.algorithm)
+def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
+    """Build the learner of a policy, with a reference and a value network if they are needed."""
     settings = own_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
     if settings is not None:

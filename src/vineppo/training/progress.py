@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from vineppo.training.rollouts import generated_tokens
 from vineppo.types import Metrics, RolloutGroup, TrainingSample
 
 
@@ -34,17 +33,21 @@ class Progress:
 
 def advance(
     progress: Progress,
-    groups: list[RolloutGroup],
+    rollout_tokens: int,
     samples: Sequence[TrainingSample],
     credit: Metrics,
     seconds: Mapping[str, float],
     epochs: int,
 ) -> Progress:
-    """Return the progress after one more iteration."""
+    """Return the progress after one more iteration.
+
+    Args:
+        rollout_tokens: tokens that were sampled for the rollouts; a prefix that several rollouts share counts once.
+    """
     return replace(
         progress,
         iteration=progress.iteration + 1,
-        rollout_tokens=progress.rollout_tokens + generated_tokens(groups),
+        rollout_tokens=progress.rollout_tokens + rollout_tokens,
         mc_tokens=progress.mc_tokens + int(credit.get("tokens/mc", 0)),
         trained_tokens=progress.trained_tokens + epochs * sum(sum(sample.loss_mask) for sample in samples),
         seconds_train=progress.seconds_train + sum(seconds.values()),
