@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,3 +204,36 @@ def test_the_pattern_of_machine_paths() -> None:
     assert MACHINE_PATH.search('out = "' + "/ho" + 'me/someone/runs"')
     assert MACHINE_PATH.search("/wo" + "rk/main")
     assert not MACHINE_PATH.search("see docs" + "/ho" + "me/page and ~/wo" + "rk/x")
+
+
+ALGORITHM_NAMES = {"ppo", "grpo", "rloo", "reinforce"}  # not "vineppo", which is also the name of the package
+
+
+def test_only_credit_and_trl_contain_the_names_of_algorithms() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
+        for path in source_files()
+        if path.relative_to(PACKAGE).parts[0] not in ("credit", "trl")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value in ALGORITHM_NAMES
+    ]
+    assert not offenders, "names of algorithms; ask the Algorithm for what you need:\n" + "\n".join(offenders)
+
+
+def test_the_folders_of_tests_are_those_of_the_package() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    tested = {path.name for path in (ROOT / "tests").iterdir() if (path / "__init__.py").is_file()}
+    assert tested == folders
+
+
+def test_few_modules_are_at_the_top_of_the_package() -> None:
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
+
+
+def test_the_settings_of_algorithms_do_not_import_pytorch() -> None:
+    """`vineppo --help` and a user's mistake are answered without loading PyTorch."""
+    code = "import sys; import vineppo.cli.main; sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}).returncode
+        == 0
+    )

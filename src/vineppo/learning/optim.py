@@ -49,7 +49,7 @@ class Optimizer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm or float("inf")))
         if not norm < float("inf"):
             raise UserError(
-                f"the gradient's norm is {norm}; lower learner.lr or ppo.value_lr, or use model.dtype float32"
+                f"the gradient's norm is {norm}; lower the learning rate, or use model.dtype float32"
             )
         for group in self.adamw.param_groups:
             group["lr"] = lr
