@@ -1,16 +1,16 @@
-"""How wrong are the advantages after how many tokens? Fixed K against every way to save continuations.
+"""Measure the error of the advantages over the number of generated tokens, for fixed K and for cheaper methods.
 
     python benchmarks/budget.py --out runs/budget
 
-Two scenes. In the *world* (tests/world.py) every response of a tiny policy is enumerated, so the true values are exact
-and a cut is made after every token. On the *embedded* model the truth is the mean of 512 fresh continuations of every
-state, and the noise that it still has is subtracted from the errors. In each scene the rollouts are fixed; every method
-values their states again and again, with other random numbers each time.
+There are two kinds of scenes. In the *world* (tests/world.py) every response of a tiny policy is enumerated, so the
+true values are exact; every token is a step. On the *embedded* model the true value of a state is approximated by the
+mean of 512 new continuations, and the variance of this mean is subtracted from the errors. The rollouts of a scene are
+fixed. Every method evaluates their states several times, each time with other random numbers.
 
-Prints a table per scene and writes budget.json and budget.md. The figure to look at is `tokens_share_at_equal_mse`: the
-tokens that a method takes, as a share of those of fixed K = 9, when its mean squared error is the same; and the same at
-an equal cosine, since an estimate may have a small error by being near zero. Token counts do not depend on the machine
-or on what else it does.
+Prints a table per scene and writes budget.json and budget.md. The main result is `tokens_share_at_equal_mse`: the
+number of tokens that a method needs for the mean squared error of fixed K = 9, as a share of the tokens of fixed K = 9.
+`tokens_share_at_equal_cosine` is the same for the cosine, since an estimate near zero may also have a small error.
+Token counts do not depend on the machine or on its load.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.world
 
 from tests.world import build_world
 
@@ -52,22 +52,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "reuse": {"reuse": True},
     "reuse, bisection": {"reuse": True, "bisection": True},
 }
-"""Settings of `vineppo`, beside K."""
+"""Settings in the section `vineppo`, in addition to K."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """True token advantages of all rollouts in a row, and how sure they are."""
+    """True token advantages of all rollouts, concatenated, with the variance of their noise."""
 
     advantages: np.ndarray
     """Shape (tokens,)."""
     variance: np.ndarray
-    """Of the noise in them, shape (tokens,); 0 where they are exact."""
+    """Variance of the noise in `advantages`, shape (tokens,); 0 if they are exact."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Fixed rollouts with everything that values their states."""
+    """Fixed rollouts and everything that is needed to evaluate their states."""
 
     name: str
     policy: Policy
@@ -78,11 +78,11 @@ class Scene:
     max_new_tokens: int
     temperature: float
     value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
-    """True values of states, and the variance of the noise in them."""
+    """Returns the true values of states and the variance of the noise in each."""
 
     def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
-        """One of METHODS, bound to this scene."""
-        plain = MonteCarlo(
+        """The credit function of one of METHODS for this scene."""
+        estimator = MonteCarlo(
             self.sampler,
             self.task,
             self.policy.codec.decode,
@@ -91,12 +91,12 @@ class Scene:
             run_seed=seed,
             temperature=self.temperature,
         )
-        form = {"num_mc_rollouts": num_mc_rollouts, "splitter": self.splitter, "reuse": False, **METHODS[method]}
-        return build_vine_credit(VinePPOSettings(**form), plain, self.policy.codec)
+        settings = {"num_mc_rollouts": num_mc_rollouts, "splitter": self.splitter, "reuse": False, **METHODS[method]}
+        return build_vine_credit(VinePPOSettings(**settings), estimator, self.policy.codec)
 
 
 def world_scene(rollouts: int) -> Scene:
-    """Responses of up to six tokens over an alphabet of five, a step per token, exact values."""
+    """Responses of at most six tokens from an alphabet of five; every token is a step, and values are exact."""
     world = build_world(6)
     groups = sample_groups(
         [world.problem],
@@ -126,7 +126,7 @@ def world_scene(rollouts: int) -> Scene:
 
 
 def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
-    """Ten-step chains of the embedded model, one response to a problem, a step per line."""
+    """Chains of ten steps by the embedded model, one response per problem, one step per line."""
     policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
     task = build_task(TaskConfig(level=level, num_steps=10))
     sampler = TorchSampler(policy)
@@ -142,15 +142,15 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     )
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
-        fresh = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1, temperature=1.0)
-        values = [v.mean for v in fresh.evaluate(states, 0)[0]]
+        estimator = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1, temperature=1.0)
+        values = [v.mean for v in estimator.evaluate(states, 0)[0]]
         return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
 
     return Scene(f"embedded:{level}", policy, task, sampler, "newline", groups, 120, 1.0, value)
 
 
 def true_advantages(scene: Scene) -> Truth:
-    """Token advantages from the true values of every state."""
+    """Token advantages computed from the true value of every state."""
     advantages: list[float] = []
     variance: list[float] = []
     cut = build_splitter(scene.splitter)
@@ -167,24 +167,24 @@ def true_advantages(scene: Scene) -> Truth:
 
 
 def estimates(scene: Scene, method: str, num_mc_rollouts: int, repeats: int) -> tuple[np.ndarray, float]:
-    """(token advantages (repeats, tokens), mean tokens generated for one valuation of all rollouts)."""
+    """(token advantages (repeats, tokens), mean number of tokens generated to evaluate all states once)."""
     rows, tokens = [], []
     for repeat in range(repeats):
         samples, metrics = scene.credit(method, num_mc_rollouts, seed=repeat)(scene.groups, 1)
-        rows.append(np.concatenate([_response(sample) for sample in samples]))
+        rows.append(np.concatenate([_response_advantages(sample) for sample in samples]))
         tokens.append(metrics["tokens/mc"])
     return np.stack(rows), float(np.mean(tokens))
 
 
-def _response(sample: TrainingSample) -> np.ndarray:
+def _response_advantages(sample: TrainingSample) -> np.ndarray:
     return np.array(sample.advantages)[np.array(sample.loss_mask) == 1]
 
 
-def compared(found: np.ndarray, truth: Truth) -> dict[str, float]:
-    """Errors of estimates, shape (repeats, tokens), with the truth's own noise taken out."""
-    errors = found - truth.advantages
+def compared(estimated: np.ndarray, truth: Truth) -> dict[str, float]:
+    """Error measures of estimates, shape (repeats, tokens); the variance of the true values is subtracted."""
+    errors = estimated - truth.advantages
     per_repeat = (errors**2).mean(1) - truth.variance.mean()
-    repeats = len(found)
+    repeats = len(estimated)
     noise = errors.var(0, ddof=1) / repeats
     squared_bias = float((errors.mean(0) ** 2 - noise - truth.variance).mean())
     return {
@@ -193,37 +193,40 @@ def compared(found: np.ndarray, truth: Truth) -> dict[str, float]:
         "mean_error": float(errors.mean()),
         "mean_squared_bias": squared_bias,
         "mean_squared_bias_noise": float(noise.mean() * math.sqrt(2 / errors.shape[1])),
-        "cosine": float(_cosines(found, truth.advantages).mean()),
+        "cosine": float(_cosines(estimated, truth.advantages).mean()),
     }
 
 
-def _cosines(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between each estimate, shape (repeats, tokens), and the truth; 0 for an estimate of zeros."""
-    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(true)
-    return np.asarray(found @ true / np.maximum(lengths, np.finfo(float).tiny))
+def _cosines(estimated: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Cosine between each row of estimates, shape (repeats, tokens), and the true advantages; 0 for a row of zeros."""
+    lengths = np.linalg.norm(estimated, axis=1) * np.linalg.norm(true)
+    return np.asarray(estimated @ true / np.maximum(lengths, np.finfo(float).tiny))
 
 
-def tokens_at(level: float, what: str, rows: Sequence[dict[str, Any]]) -> float | None:
-    """Tokens at which a method has this error or cosine, between its measured K; None outside of them.
+def tokens_at(level: float, measure_name: str, rows: Sequence[dict[str, Any]]) -> float | None:
+    """Number of tokens at which a method has this error or cosine, or None if it is outside the measured range.
 
-    Straight lines between logarithms of tokens and of errors, or cosines as they are.
+    Interpolates log(tokens) linearly in log(error) or in the cosine, between the measured K.
+
+    Args:
+        measure_name: `mse` or `cosine`.
     """
-    scale = math.log if what == "mse" else float
-    points = sorted((scale(row[what]), row["tokens"]) for row in rows)
+    scale = math.log if measure_name == "mse" else float
+    points = sorted((scale(row[measure_name]), row["tokens"]) for row in rows)
     if not points[0][0] <= scale(level) <= points[-1][0]:
         return None
-    found, tokens = np.array(points).T
-    return float(np.exp(np.interp(scale(level), found, np.log(tokens))))
+    measured, tokens = np.array(points).T
+    return float(np.exp(np.interp(scale(level), measured, np.log(tokens))))
 
 
 def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
-    """All methods and K on one scene."""
+    """Measure all methods with all K on one scene."""
     truth = true_advantages(scene)
     rows = []
     for method in METHODS:
         for k in ks:
-            found, tokens = estimates(scene, method, k, repeats)
-            rows.append({"method": method, "k": k, "tokens": tokens, **compared(found, truth)})
+            estimated, tokens = estimates(scene, method, k, repeats)
+            rows.append({"method": method, "k": k, "tokens": tokens, **compared(estimated, truth)})
             print(_line(rows[-1]), flush=True)
     return {
         "rollouts": sum(len(group.rollouts) for group in scene.groups),
@@ -235,12 +238,12 @@ def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
     }
 
 
-def token_shares(rows: Sequence[dict[str, Any]], what: str) -> dict[str, float | None]:
-    """Tokens of each method at the error or the cosine of fixed K = 9, as a share of that one's tokens."""
+def token_shares(rows: Sequence[dict[str, Any]], measure_name: str) -> dict[str, float | None]:
+    """Tokens that each method needs for the error or cosine of fixed K = 9, as a share of the tokens of fixed K = 9."""
     reference = next(row for row in rows if (row["method"], row["k"]) == ("fixed K", REFERENCE_K))
     shares: dict[str, float | None] = {}
     for method in METHODS:
-        tokens = tokens_at(reference[what], what, [row for row in rows if row["method"] == method])
+        tokens = tokens_at(reference[measure_name], measure_name, [row for row in rows if row["method"] == method])
         shares[method] = None if tokens is None else tokens / float(reference["tokens"])
     return shares
 
@@ -254,13 +257,14 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of budget.md."""
+    """The text of budget.md."""
     lines = [
         "# Error of the advantages over tokens",
         "",
-        "Mean squared error of the token advantages against the true ones, and the cosine of the angle between the "
-        "two, for continuations generated to value all states of the rollouts once. An estimate of zeros has an error "
-        f"of the mean square of the true advantages, but no direction. Made by `{result['command']}`.",
+        "Mean squared error of the token advantages, and the cosine of the angle between estimated and true "
+        "advantages, by the number of tokens that were generated to evaluate all states of the rollouts once. For "
+        "comparison: if every estimate is 0, the mean squared error equals the mean square of the true advantages, and "
+        f"the cosine is undefined. Made by `{result['command']}`.",
     ]
     for name, scene in result["scenes"].items():
         lines += [
@@ -278,10 +282,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"{r['mean_squared_bias']:+.6f} ± {r['mean_squared_bias_noise']:.6f} | {r['cosine']:.3f} |"
             for r in scene["rows"]
         ]
-        for what, label in (("mse", "error"), ("cosine", "cosine")):
+        for measure_name, label in (("mse", "error"), ("cosine", "cosine")):
             shares = [
                 f"{method} {'-' if share is None else f'{share:.1%}'}"
-                for method, share in scene[f"tokens_share_at_equal_{what}"].items()
+                for method, share in scene[f"tokens_share_at_equal_{measure_name}"].items()
                 if method != "fixed K"
             ]
             lines += [
@@ -292,14 +296,16 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse, measure, write."""
+    """Parse the arguments, run the measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/budget"))
-    parser.add_argument("--ks", default="1,2,3,5,9,16,32", help="K of every method; must contain 9")
-    parser.add_argument("--rollouts", type=int, default=32, help="rollouts of each scene")
-    parser.add_argument("--truth", type=int, default=512, help="fresh continuations behind every true value")
-    parser.add_argument("--repeats", type=int, default=12, help="valuations of every method and K")
-    parser.add_argument("--scenes", default="world,judgement,habit")
+    parser.add_argument(
+        "--ks", default="1,2,3,5,9,16,32", help="values of K to measure with every method; must contain 9"
+    )
+    parser.add_argument("--rollouts", type=int, default=32, help="number of rollouts in each scene")
+    parser.add_argument("--truth", type=int, default=512, help="number of continuations for the true value of a state")
+    parser.add_argument("--repeats", type=int, default=12, help="number of repeated evaluations for every method and K")
+    parser.add_argument("--scenes", default="world,judgement,habit", help="any of world, judgement, habit")
     arguments = parser.parse_args()
     ks = [int(k) for k in arguments.ks.split(",")]
     if REFERENCE_K not in ks or arguments.repeats < 2 or arguments.truth < 2 or arguments.rollouts < 1:

@@ -1,14 +1,14 @@
-"""One sampling engine in a process of its own, for benchmarks/vines.py and benchmarks/length.py.
+"""Run one sampling engine in a separate process, for benchmarks/vines.py; benchmarks/length.py imports from it.
 
     python benchmarks/engines.py ENGINE WORK.json
 
-Loads the model, says `ready`, then samples the whole workload once for every line on standard input and answers with a
-line of JSON: seconds, tokens, and the process's peak memory so far. Only the engine asked for is imported, so that one
-of them may live in an environment without the others.
+Loads the model and prints `ready`. For every line on standard input it then samples the whole workload once and prints
+one line of JSON: seconds, number of tokens, and the peak memory of the process so far. Only the selected engine is
+imported, so each engine can be installed in its own environment.
 
-The workload (written by the driver): `model`, a directory; `dtype`; `threads`; `prefixes`, token ids; `lengths`, one
-list per prefix with the number of tokens of each of its continuations. End-of-sequence tokens are ignored, every
-continuation gets exactly its length: all engines do the same work.
+The workload is a JSON file: `model`, a directory; `dtype`; `threads`; `prefixes`, lists of token ids; `lengths`, one
+list per prefix with the number of tokens of each of its continuations. End-of-sequence tokens are ignored and every
+continuation has exactly its length, so all engines do the same work.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from typing import Any
 
 Work = dict[str, Any]
 Run = Callable[[], int]
-"""Samples everything once; the number of tokens generated."""
+"""Samples the whole workload once and returns the number of generated tokens."""
 
 GENERATE_ROWS = 64
-"""Sequences in a static batch of `generate`."""
+"""Number of sequences in a static batch of `generate`."""
 
 
 def native(work: Work) -> Run:
-    """vineppo's own sampler."""
+    """The sampler of this package."""
     from vineppo.config.schema import ModelConfig
     from vineppo.model.policy import Policy
     from vineppo.sampling.torch.sampler import TorchSampler
@@ -50,7 +50,7 @@ def native(work: Work) -> Run:
 
 
 def transformers_model(work: Work) -> Any:
-    """The model as `generate` users load it: fused attention, no gradient."""
+    """The model as users of `generate` load it: with fused attention, without gradients."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,9 +60,10 @@ def transformers_model(work: Work) -> Any:
 
 
 def generate(work: Work) -> Run:
-    """transformers' `generate` in static batches of GENERATE_ROWS rows, padded on the left, longest prefixes together.
+    """transformers' `generate` in static batches of GENERATE_ROWS rows, padded on the left, sorted by prefix length.
 
-    A row that has its length is done, as if it had sampled the end of the sequence; a batch runs until all rows are.
+    A row is finished when it has its length, as if it had sampled the end of the sequence. A batch runs until all its
+    rows are finished.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -71,8 +72,8 @@ def generate(work: Work) -> Run:
     pairs = zip(work["prefixes"], work["lengths"], strict=True)
     rows = sorted(((prefix, length) for prefix, lengths in pairs for length in lengths), key=lambda row: -len(row[0]))
 
-    class Done(StoppingCriteria):
-        """Each row stops at its own length."""
+    class LengthReached(StoppingCriteria):
+        """Stops each row at its own length."""
 
         def __init__(self, prompt: int, lengths: list[int]):
             self.ends = torch.tensor(lengths) + prompt
@@ -95,7 +96,7 @@ def generate(work: Work) -> Run:
             max_new_tokens=max(lengths),
             eos_token_id=None,
             pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([Done(longest, lengths)]),
+            stopping_criteria=StoppingCriteriaList([LengthReached(longest, lengths)]),
         )
         return sum(lengths)
 
@@ -104,24 +105,24 @@ def generate(work: Work) -> Run:
 
 
 def generate_batch(work: Work) -> Run:
-    """transformers' continuous batching (the engine of `generate_batch`), each request with its own length."""
+    """transformers' continuous batching (the engine of `generate_batch`); each request has its own length."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = transformers_model(work)
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
     pairs = sorted(zip(work["prefixes"], work["lengths"], strict=True), key=lambda pair: pair[0], reverse=True)
-    wanted = [(prefix, length) for prefix, lengths in pairs for length in lengths]
-    longest = max(len(prefix) + length for prefix, length in wanted)
-    blocks = -(-longest // 32) * 64  # room for 64 of the longest at once, in blocks of 32 tokens
+    pending = [(prefix, length) for prefix, lengths in pairs for length in lengths]
+    longest = max(len(prefix) + length for prefix, length in pending)
+    blocks = -(-longest // 32) * 64  # memory for 64 of the longest sequences, in blocks of 32 tokens
     batching = ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=512)
 
     def run() -> int:
         options = {"generation_config": settings, "continuous_batching_config": batching, "block": True}
         with model.continuous_batching_context_manager(**options, warmup=False) as manager:
-            for prefix, length in wanted:
+            for prefix, length in pending:
                 manager.add_request(prefix, max_new_tokens=length, eos_token_id=-1)
             tokens = done = 0
-            while done < len(wanted):
+            while done < len(pending):
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
                     if result.error:
@@ -129,14 +130,14 @@ def generate_batch(work: Work) -> Run:
                     done += 1
                     tokens += len(result.generated_tokens)
                 elif result is None and not manager.is_running():
-                    raise RuntimeError("generate_batch stopped before it was done")
+                    raise RuntimeError("generate_batch stopped before all requests were finished")
         return tokens
 
     return run
 
 
 def vllm(work: Work) -> Run:
-    """vLLM on the CPU with prefix caching; its cache is emptied before each run, as new weights would do it."""
+    """vLLM on the CPU with prefix caching; the cache is cleared before each run, as after an update of the weights."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
@@ -168,9 +169,9 @@ def vllm(work: Work) -> Run:
 
 
 def matmul(work: Work) -> Run:
-    """No engine: the matrix products of the model's linear layers alone, for the rows that each position needs.
+    """Only the matrix products of the model's linear layers, for the number of rows that each position needs.
 
-    In the fastest form that we know, with weights rearranged once, as the native engine has them.
+    This is not an engine. The weights are rearranged once, as in the native engine: the fastest form that we know.
     """
     import torch
 
@@ -193,7 +194,7 @@ def matmul(work: Work) -> Run:
             products(body, trunk_tokens)
             products([head], len(work["prefixes"]))
             for position, rows in enumerate(alive):
-                if position:  # the first token comes from the prefixes' own logits
+                if position:  # the logits of the prefixes give the first token
                     products([*body, head], rows)
         return sum(lengths)
 
@@ -210,7 +211,7 @@ ENGINES: dict[str, Callable[[Work], Run]] = {
 
 
 def peak_memory(root: int) -> int:
-    """Largest resident memory in bytes that a process and its living descendants have had, summed (Linux)."""
+    """Sum of the peak resident memory of a process and its running descendants, in bytes (Linux)."""
     parents, peaks = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -221,18 +222,18 @@ def peak_memory(root: int) -> int:
         parents[pid] = int(fields["PPid"])
         peaks[pid] = int(fields.get("VmHWM", "0 kB").split()[0]) * 1024
     family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
+    while children := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= children
     return sum(peaks.get(pid, 0) for pid in family)
 
 
 def main() -> None:
-    """Serve one engine."""
+    """Load one engine and run it once per line of standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("work", type=Path)
     arguments = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")  # engines may print
+    answers = os.fdopen(os.dup(1), "w")  # because engines may print to stdout
     os.dup2(2, 1)
     work = json.loads(arguments.work.read_text())
     os.environ["OMP_NUM_THREADS"] = str(work["threads"])

@@ -1,19 +1,18 @@
-"""What does a longer chain cost? Seconds, tokens and memory of the credit of one response, over its number of steps.
+"""Measure the seconds, tokens and memory that the credit of one response takes, over its number of steps.
 
     python benchmarks/length.py --out runs/length
 
-A model of the embedded one's shape, with random weights and a context that is long enough, writes responses of 10 to
-500 steps of a few tokens each. Two steps of each decide about the reward, a third and two thirds of the way through,
-whatever the length; the others change nothing. That is the case bisection is for. Every method values the same
-responses:
+A model with the shape of the embedded model, random weights and a longer context writes responses of 10 to 500 steps
+of a few tokens each. Two steps determine the reward, at one third and two thirds of every response; the other steps
+change nothing. Bisection is intended for this case. Every method evaluates the same responses:
 
-    fixed K      K fresh continuations of every state, as in the paper
-    reuse        continuations that serve several states
-    bisection    states where something was decided (vineppo.bisection), K fresh continuations of each
-    generate     fixed K through transformers' `generate` instead of the native sampler
+    fixed K      K new continuations of every state, as in the paper
+    reuse        continuations that count for several states (vineppo.reuse)
+    bisection    only states where the outcome was decided (vineppo.bisection), K new continuations of each
+    generate     fixed K with transformers' `generate` instead of the native sampler
 
-Tokens and seconds grow as (number of steps)^exponent; the exponent is fitted from 50 steps on. A method stops at the
-length before the one at which fixed K would take more than --max-tokens, bisection never. Writes length.json and
+Tokens and seconds grow as (number of steps)^exponent; the exponent is fitted to lengths of at least 50 steps. Lengths
+at which fixed K would generate more than --max-tokens are measured with bisection only. Writes length.json and
 length.md.
 """
 
@@ -35,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the world of the tests
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.world
 
 from benchmarks.engines import generate, peak_memory
 from tests.helpers import WrappedSampler
@@ -55,56 +54,57 @@ from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
 FIT_FROM = 50
+"""Smallest number of steps that is used to fit the exponents."""
 
 
 class EndlessCodec(Codec):
-    """No token ends a sequence, and every token has a letter."""
+    """A codec without end-of-sequence tokens; every token is decoded to one letter."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """A letter per token."""
+        """One letter per token."""
         return "".join(("x" + LETTERS)[token] for token in token_ids)
 
 
-class Whole(WrappedSampler):
-    """The sampler, but a response of full length counts as finished: there is no other end here."""
+class FullLengthSampler(WrappedSampler):
+    """Reports completions of full length as finished ("stop"), since no token ends a sequence in this benchmark."""
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
-        """As the sampler's."""
+        """See `Sampler.sample`."""
         return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
 
 @dataclass(frozen=True)
 class TwoDecisions:
-    """Problems whose reward is 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
+    """Problems with reward 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
 
     num_steps: int
     step_tokens: int
 
     def size(self, split: Split) -> int | None:
-        """Endless."""
+        """None, because the number of problems is unlimited."""
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The same prompt for all."""
+        """A problem; all have the same prompt."""
         return Problem(id=f"{split}/{index}", prompt="ab")
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """None is needed."""
+        """Not implemented, because this benchmark needs no demonstrations."""
         raise NotImplementedError
 
     def reward(self, completions: Sequence[str], **_: Any) -> list[float]:
-        """Look at the two steps."""
+        """1 for each completion in which neither of the two steps contains the last letter, else 0."""
         n = self.step_tokens
-        places = [self.num_steps * third // 3 * n for third in (1, 2)]
-        return [float(all(LETTERS[-1] not in text[place : place + n] for place in places)) for text in completions]
+        starts = [self.num_steps * third // 3 * n for third in (1, 2)]
+        return [float(all(LETTERS[-1] not in text[start : start + n] for start in starts)) for text in completions]
 
     def task(self) -> Task:
-        """The problems with their reward."""
+        """A task with these problems and their reward."""
         return Graded(self, InProcess((self.reward,)), ("reward",), (1.0,))
 
 
 def build_policy(max_tokens: int) -> Policy:
-    """The embedded model's shape over five letters, with random weights."""
+    """A model with the shape of the embedded model, random weights and a vocabulary of five letters."""
     config = AutoConfig.from_pretrained(resolve_model_path("embedded:judgement"))
     config.vocab_size, config.max_position_embeddings, config.eos_token_id = 1 + len(LETTERS), max_tokens + 16, None
     config.bos_token_id = config.pad_token_id = None
@@ -114,22 +114,22 @@ def build_policy(max_tokens: int) -> Policy:
 
 @dataclass(frozen=True)
 class Scene:
-    """Responses of one length with everything that values their states."""
+    """Responses of one length and everything that is needed to evaluate their states."""
 
     policy: Policy
     problems: TwoDecisions
-    sampler: Whole
+    sampler: FullLengthSampler
     groups: list[RolloutGroup]
     k: int
 
     @property
     def budget(self) -> int:
-        """Tokens of a response."""
+        """Number of tokens of a response."""
         return self.problems.num_steps * self.problems.step_tokens
 
     def credit(self, method: str) -> CreditFn:
-        """One of METHODS."""
-        plain = MonteCarlo(
+        """The credit function of one of METHODS."""
+        estimator = MonteCarlo(
             self.sampler, self.problems.task(), self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
         )
         settings = VinePPOSettings(
@@ -139,10 +139,10 @@ class Scene:
             reuse=method == "reuse",
             bisection=method == "bisection",
         )
-        return build_vine_credit(settings, plain, self.policy.codec)
+        return build_vine_credit(settings, estimator, self.policy.codec)
 
     def fixed_tokens(self) -> int:
-        """Tokens that K fresh continuations of every state take."""
+        """Number of tokens that K new continuations of every state need."""
         rollouts = sum(len(group.rollouts) for group in self.groups)
         return (
             self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.problems.step_tokens))
@@ -150,9 +150,9 @@ class Scene:
 
 
 def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -> Scene:
-    """Sample the responses."""
+    """Sample responses with this number of steps."""
     problems = TwoDecisions(num_steps, arguments.step_tokens)
-    sampler = Whole(TorchSampler(policy))
+    sampler = FullLengthSampler(TorchSampler(policy))
     groups = sample_groups(
         [problems.problem("train", index) for index in range(arguments.responses)],
         policy.codec,
@@ -167,7 +167,7 @@ def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
-    """Seconds and tokens of the credit of one response of the scene."""
+    """Seconds and tokens for the credit of one response, a mean over the responses of the scene."""
     responses = len(scene.groups)
     if method == "generate":
         work = generate_work(scene, folder)
@@ -186,7 +186,7 @@ def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
 
 
 def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
-    """The same states and lengths for `generate`."""
+    """A workload for `engines.generate` with the same states and lengths."""
     scene.policy.model.save_pretrained(folder / "model")
     rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
     cuts = range(0, scene.budget, scene.problems.step_tokens)
@@ -198,9 +198,9 @@ def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
     }
 
 
-def fitted(rows: Sequence[dict[str, Any]], what: str) -> float | None:
-    """Slope of log(what) over log(steps), from FIT_FROM steps on; None for fewer than two lengths."""
-    points = [(row["steps"], row[what]) for row in rows if row["steps"] >= FIT_FROM]
+def fitted(rows: Sequence[dict[str, Any]], column: str) -> float | None:
+    """Slope of log(column) over log(steps) for at least FIT_FROM steps, or None if there are fewer than two lengths."""
+    points = [(row["steps"], row[column]) for row in rows if row["steps"] >= FIT_FROM]
     if len(points) < 2:
         return None
     steps, values = np.log(np.array(points, dtype=float)).T
@@ -208,13 +208,13 @@ def fitted(rows: Sequence[dict[str, Any]], what: str) -> float | None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table of length.md."""
+    """The text of length.md."""
     lines = [
         "# Cost of the credit of one response over its length",
         "",
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads: K = {result['k']}, "
-        f"{result['step_tokens']} tokens a step, medians of {result['repeats']} runs. Peak memory is that of "
-        "the process so far, methods in the order of the table.",
+        f"{result['step_tokens']} tokens per step, medians of {result['repeats']} runs. Peak memory is the "
+        "process's largest so far; the methods ran in the order of the table.",
         "",
         "| method | steps | measured states | tokens | seconds | peak memory |",
         "|---|---|---|---|---|---|",
@@ -232,22 +232,22 @@ def markdown(result: dict[str, Any]) -> str:
         "| method | tokens | seconds |",
         "|---|---|---|",
     ]
-    for method, of in result["exponents"].items():
-        shown = ["-" if of[what] is None else f"{of[what]:.2f}" for what in ("tokens", "seconds")]
-        lines.append(f"| {method} | {shown[0]} | {shown[1]} |")
+    for method, exponents in result["exponents"].items():
+        cells = ["-" if exponents[name] is None else f"{exponents[name]:.2f}" for name in ("tokens", "seconds")]
+        lines.append(f"| {method} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Parse, measure, write."""
+    """Parse the arguments, run the measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default="10,50,100,200,500")
-    parser.add_argument("--step-tokens", type=int, default=4)
-    parser.add_argument("--responses", type=int, default=8)
-    parser.add_argument("--k", type=int, default=9)
+    parser.add_argument("--steps", default="10,50,100,200,500", help="numbers of steps per response")
+    parser.add_argument("--step-tokens", type=int, default=4, help="tokens per step")
+    parser.add_argument("--responses", type=int, default=8, help="number of responses per length")
+    parser.add_argument("--k", type=int, default=9, help="K: continuations per state")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--max-tokens", type=float, default=2e6, help="skip all but bisection above this")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max-tokens", type=float, default=2e6, help="above this, measure only bisection")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs per median")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/length"))
     arguments = parser.parse_args()
@@ -273,7 +273,7 @@ def main() -> None:
                     f"{method:10} {num_steps:4} steps {row['tokens']:12,.0f} tokens {row['seconds']:9.3f} s", flush=True
                 )
     exponents = {
-        method: {what: fitted([r for r in rows if r["method"] == method], what) for what in ("tokens", "seconds")}
+        method: {name: fitted([r for r in rows if r["method"] == method], name) for name in ("tokens", "seconds")}
         for method in methods
     }
     result = {

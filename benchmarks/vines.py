@@ -1,17 +1,18 @@
-"""How fast are the vines? One whole VinePPO sampling phase through every engine, in turn, in one run.
+"""Measure how long each engine takes to sample the MC rollouts of one VinePPO iteration.
 
     python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python .venv-vllm/bin/python \
         --out runs/vines
 
-Rollouts of P problems x G responses are sampled once, cut into steps, and K continuations of every state are sampled
-once to know how long they get. That is the workload: the same prefixes and the same number of tokens for every
-engine, in the same dtype and at the same temperature. Each engine lives in a process of its own and takes its turn,
-`--repeats` times; the others are idle meanwhile. Beside them `matmul`: the model's matrix products alone for the same
-rows, which no engine can beat on this machine with these weights. Reuse of continuations (`vineppo.reuse`) is off:
-it would save tokens for the native engine alone.
+Rollouts of P problems x G responses are sampled once and cut into steps, and K continuations of every state are sampled
+once to determine their lengths. This is the workload: every engine gets the same prefixes and the same numbers of
+tokens, in the same dtype and at the same temperature. Each engine runs in a separate process. The engines run in
+alternation, `--repeats` times each; the others are idle meanwhile. `matmul` measures only the model's matrix products
+for the same rows, a lower bound on the time of any engine with these weights on this machine. Reuse of continuations
+(`vineppo.reuse`) is off, because it would save tokens for the native engine only.
 
 Prints a table and writes vines.json and vines.md: seconds (median, lowest, highest), tokens per second, peak memory,
-how many times faster the native engine is, and which share of its time the matrix products alone would take.
+the time of each engine divided by that of the native engine, and the share of the matrix products in the native
+engine's time.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ WORD_PROBLEMS = (
 
 
 class WordProblems:
-    """The problems above, by address."""
+    """A problem source with the problems of WORD_PROBLEMS."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
@@ -66,28 +67,28 @@ class WordProblems:
         return len(WORD_PROBLEMS)
 
     def problem(self, split: str, index: int) -> Problem:
-        """One of them, in the model's chat template."""
+        """One of the problems, in the model's chat template."""
         return Problem(id=str(index), prompt=self.policy.codec.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
 
     def demonstration(self, split: str, index: int) -> tuple[str, str]:
-        """None is needed."""
+        """Not implemented, because this benchmark needs no demonstrations."""
         raise NotImplementedError
 
 
 def grade_nothing(completions: list[str], **_: Any) -> list[float]:
-    """0 for every response: this benchmark needs no grades."""
+    """0 for every response, because this benchmark needs no rewards."""
     return [0.0] * len(completions)
 
 
 def task_of(path: str, policy: Policy) -> Task:
-    """The chain task of the model's level for an embedded model, else the problems above."""
+    """The chain task at the model's level for an embedded model, otherwise WORD_PROBLEMS."""
     if path.startswith("embedded:"):
         return build_task(TaskConfig(level=path.split(":")[1], num_steps=10))
     return Graded(WordProblems(policy), InProcess((grade_nothing,)), ("nothing",), (1.0,))
 
 
 def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Prefixes of every distinct state and the lengths of its K continuations, as VinePPO would sample them."""
+    """The prefix of every distinct state and the lengths of its K continuations, sampled as in VinePPO."""
     embedded = path.startswith("embedded:")
     dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
@@ -117,11 +118,11 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class EngineError(RuntimeError):
-    """An engine does not run the model."""
+    """An engine cannot run the model."""
 
 
 class Worker:
-    """benchmarks/engines.py in a process of its own."""
+    """A process that runs benchmarks/engines.py."""
 
     def __init__(self, python: str, engine: str, work: Path, threads: int):
         command = [python, str(Path(__file__).with_name("engines.py")), engine, str(work)]
@@ -136,7 +137,7 @@ class Worker:
         """Sample the workload once.
 
         Raises:
-            EngineError: when the engine has stopped, with the last thing that it said.
+            EngineError: if the process has ended; contains the last error message in its log.
         """
         assert self.process.stdin is not None
         line = ""
@@ -145,9 +146,9 @@ class Worker:
             self.process.stdin.flush()
             line = self._line()
         if not line:
-            said = Path(self.log.name).read_text().strip().splitlines()
-            causes = [text for text in said if "Error" in text and "EngineCore" not in text.rsplit("]", 1)[-1]]
-            raise EngineError((causes or said or ["it stopped"])[-1].rsplit("]", 1)[-1].strip()[:300])
+            messages = Path(self.log.name).read_text().strip().splitlines()
+            causes = [text for text in messages if "Error" in text and "EngineCore" not in text.rsplit("]", 1)[-1]]
+            raise EngineError((causes or messages or ["the process ended"])[-1].rsplit("]", 1)[-1].strip()[:300])
         answer: dict[str, float] = json.loads(line)
         return answer
 
@@ -156,14 +157,14 @@ class Worker:
         return self.process.stdout.readline().strip()
 
     def close(self) -> None:
-        """End it."""
+        """Close standard input, which ends the process, and wait for it."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
 
 def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every engine in turn, `repeats` times after one round to warm up."""
+    """Run the engines in alternation, `repeats` times after one warm-up round."""
     tokens = sum(map(sum, work["lengths"]))
     print(f"\n{work['model']}: {len(work['prefixes'])} states, {tokens:,} tokens, {work['dtype']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +183,7 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
                     if engine == "native":
                         raise
                     refused[engine] = str(error)
-                    print(f"  {engine} does not run this model: {error}", flush=True)
+                    print(f"  {engine} cannot run this model: {error}", flush=True)
                     del workers[engine], runs[engine]
                     continue
                 assert answer["tokens"] == tokens, f"{engine} generated {answer['tokens']} of {tokens} tokens"
@@ -205,7 +206,7 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
 
 
 def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, Any]:
-    """Medians, and ratios to the native engine."""
+    """Median times, and their ratios to that of the native engine."""
     engines = {}
     for engine, answers in runs.items():
         seconds = [answer["seconds"] for answer in answers]
@@ -216,19 +217,20 @@ def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, A
             "tokens_per_second": tokens / median(seconds),
             "peak_memory_bytes": max(answer["bytes"] for answer in answers),
         }
-    own = engines["native"]["seconds"]
-    ratios = {engine: of["seconds"] / own for engine, of in engines.items() if engine not in ("native", "matmul")}
-    share = engines["matmul"]["seconds"] / own if "matmul" in engines else None
+    native = engines["native"]["seconds"]
+    ratios = {engine: r["seconds"] / native for engine, r in engines.items() if engine not in ("native", "matmul")}
+    share = engines["matmul"]["seconds"] / native if "matmul" in engines else None
     return {"engines": engines, "ratio_vs": ratios, "matmul_share": share}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables of vines.md."""
+    """The text of vines.md."""
     lines = [
-        "# The vines through every engine",
+        "# MC rollouts of one iteration with every engine",
         "",
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}; medians "
-        f"of {result['repeats']} runs in turn (lowest to highest).",
+        f"of {result['repeats']} runs (lowest to highest), the engines in alternation. `native` is the package's own "
+        "sampler.",
     ]
     for name, model in result["models"].items():
         lines += [
@@ -241,13 +243,13 @@ def markdown(result: dict[str, Any]) -> str:
             "| engine | seconds | tokens per second | peak memory | native is faster by |",
             "|---|---|---|---|---|",
         ]
-        for engine, of in model["engines"].items():
+        for engine, figures in model["engines"].items():
             ratio = model["ratio_vs"].get(engine)
             label = "matrix products alone" if engine == "matmul" else f"`{engine}`"
-            memory = "" if engine == "matmul" else f"{of['peak_memory_bytes'] / 2**30:.2f} GiB"
+            memory = "" if engine == "matmul" else f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"
             lines.append(
-                f"| {label} | {of['seconds']:.2f} ({of['lowest']:.2f} to {of['highest']:.2f}) | "
-                f"{of['tokens_per_second']:,.0f} | {memory} | {'' if ratio is None else f'{ratio:.2f}'} |"
+                f"| {label} | {figures['seconds']:.2f} ({figures['lowest']:.2f} to {figures['highest']:.2f}) | "
+                f"{figures['tokens_per_second']:,.0f} | {memory} | {'' if ratio is None else f'{ratio:.2f}'} |"
             )
         lines += [
             f"| `{engine}` | does not run this model: {reason} | | | |" for engine, reason in model["refused"].items()
@@ -258,32 +260,38 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Parse, measure, write."""
+    """Parse the arguments, run the measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="embedded:judgement", help="embedded:NAME or model directories")
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--vllm-python", help="interpreter of the environment with vLLM (make bench-vines makes it)")
-    parser.add_argument("--problems", type=int, default=4, help="P, for models that are not embedded")
-    parser.add_argument("--group", type=int, default=2, help="G, for models that are not embedded")
-    parser.add_argument("--k", type=int, default=9)
+    parser.add_argument("--engines", default=",".join(ENGINES), help="must contain native")
+    parser.add_argument(
+        "--vllm-python", help="interpreter of the environment with vLLM (`make bench-vines` creates it)"
+    )
+    parser.add_argument(
+        "--problems", type=int, default=4, help="P, number of problems, for models that are not embedded"
+    )
+    parser.add_argument(
+        "--group", type=int, default=2, help="G, responses per problem, for models that are not embedded"
+    )
+    parser.add_argument("--k", type=int, default=9, help="K: continuations per state")
     parser.add_argument(
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float32"),
-        help="of models that are not embedded (those are float32)",
+        help="dtype of models that are not embedded; embedded models use float32",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="number of measured runs per engine")
     parser.add_argument("--out", type=Path, default=Path("runs/vines"))
     arguments = parser.parse_args()
     engines = arguments.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"--engines has {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
     if "native" not in engines:
-        parser.error("--engines must contain native: the ratios are to it")
+        parser.error("--engines must contain native, because the ratios are relative to it")
     if "vllm" in engines and not arguments.vllm_python:
         parser.error(
-            "--engines has vllm: give --vllm-python (make bench-vines makes the environment), or leave vllm out"
+            "--engines has vllm: set --vllm-python (`make bench-vines` creates the environment), or leave vllm out"
         )
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -300,7 +308,7 @@ def main() -> None:
         "platform": platform.platform(),
         "models": models,
     }
-    # The names that a reader of the file looks for are one level up.
+    # The main results are also at the top level of the file.
     flat = {name: {"ratio_vs": m["ratio_vs"], "matmul_share": m["matmul_share"]} for name, m in models.items()}
     (arguments.out / "vines.json").write_text(json.dumps({**flat, **result}, indent=1))
     (arguments.out / "vines.md").write_text(markdown(result))

@@ -1,10 +1,11 @@
-"""Sweep settings of a recipe on validation problems: every combination of a grid, each run by `vineppo train`.
+"""Train a recipe with every combination of a grid of settings and compare them on validation problems.
 
     python dev/sweep.py judgement --algorithm ppo --grid learner.lr=5e-5,1e-4 --grid ppo.value_lr=1e-4,1e-3 \
         --seeds 100,101 --updates 120 --jobs 2 --out runs/sweep
 
-Seeds from 100 on are for sweeps, so that the published comparisons (seeds 0 to 4) are not tuned on. A finished run is
-not repeated. Prints accuracy at the end and the mean over the curve (area), both on validation problems.
+Each run is a `vineppo train`; finished runs are not repeated. Use seeds from 100 on, so that nothing is tuned on the
+seeds of the published comparisons (0 to 4). Prints for each combination the accuracy at the end (last) and the mean
+accuracy over the training curve (area), both on validation problems.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from statistics import mean
 
 
 def main() -> None:
+    """Parse the arguments, run the grid and print a line per combination."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--algorithm", required=True)
-    parser.add_argument("--grid", action="append", default=[], metavar="KEY=A,B")
-    parser.add_argument("--seeds", default="100")
-    parser.add_argument("--updates", type=int, default=120)
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=A,B", help="values of a setting; repeatable"
+    )
+    parser.add_argument("--seeds", default="100", help="seeds of every combination")
+    parser.add_argument("--updates", type=int, default=120, help="updates per run")
+    parser.add_argument("--jobs", type=int, default=2, help="number of runs at the same time")
     parser.add_argument("--out", default="runs/sweep")
     arguments = parser.parse_args()
     keys = [item.split("=")[0] for item in arguments.grid]
@@ -44,15 +48,15 @@ def main() -> None:
             curves = [futures[point, seed].result() for seed in seeds]
             name = " ".join(f"{key}={value}" for key, value in zip(keys, point))
             last, area = mean(c[-1][1] for c in curves), mean(mean(a for _, a in c) for c in curves)
-            shown = " ".join(f"{updates}:{100 * accuracy:.0f}" for updates, accuracy in curves[0])
+            first_curve = " ".join(f"{updates}:{100 * accuracy:.0f}" for updates, accuracy in curves[0])
             print(
-                f"{arguments.algorithm:9} {name:40} last {100 * last:5.1f}  area {100 * area:5.1f}   {shown}",
+                f"{arguments.algorithm:9} {name:40} last {100 * last:5.1f}  area {100 * area:5.1f}   {first_curve}",
                 flush=True,
             )
 
 
 def run_one(arguments: argparse.Namespace, settings: dict[str, str], seed: str) -> list[tuple[int, float]]:
-    """(updates, validation accuracy) along one run."""
+    """(updates, validation accuracy) at every evaluation of one run, which is trained first if it is not finished."""
     name = "-".join([arguments.recipe, arguments.algorithm, *(f"{k}={v}" for k, v in settings.items()), f"seed{seed}"])
     run = Path(arguments.out) / name.replace("/", "_")
     if not (run / "summary.json").exists():
