@@ -64,7 +64,7 @@ def test_help_contains_the_text_of_nested_fields(name: str, capsys: pytest.Captu
     assert "--learner.kl.coefficient X Weight of the penalty; 0 turns it off and the reference model" in words
     assert "--vineppo.num_mc_rollouts N K: continuations sampled from each state. (default: 9)" in words
     assert "--learner.decay {constant,linear}" in words
-    assert "learner.kl: Penalty on the divergence from the frozen starting model:" in words
+    assert "learner.kl: Penalty on the KL divergence from the frozen starting model:" in words
 
 
 def test_help_of_sft_contains_its_fields(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def test_fields_have_the_same_meaning_as_in_trl() -> None:
     grpo = VinePPOConfig(num_generations=8, algorithm="grpo", scale_rewards=False).to_config(num_train=40)
     assert config_to_dict(grpo)["grpo"] == {"scale_by_std": False}
     with pytest.raises(
-        UserError, match=r"vineppo.reuse in settings is a setting of vineppo, and the algorithm is grpo"
+        UserError, match=r"vineppo.reuse in settings is a setting of vineppo, but the algorithm is grpo"
     ):
         VinePPOConfig(algorithm="grpo", settings={"vineppo.reuse": False}).to_config(num_train=40)
     short = VinePPOConfig(num_generations=8, max_steps=5).to_config(num_train=1000, num_eval=300)
