@@ -135,3 +135,5 @@ def test_command_prints_the_plan_and_writes_json(tmp_path: Path, capsys: pytest.
     assert main(["plan", "sft-judgement"]) == 2
     assert main(["plan", "judgement", "--response_tokens", "40"]) == 2
     assert "--response_tokens is 40; it must be above 0 and needs --gpu" in capsys.readouterr().err
+    assert main(["plan", "paper/rho1b-math-vineppo", "--gpu", "h100", "--response_tokens", "0"]) == 2
+    assert "--response_tokens is 0; it must be above 0 and needs --gpu" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command `vineppo plan`: predict tokens, time and memory of a run."""
+"""The command `vineppo plan`: predict the tokens, time and memory of a training run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vineppo.types import UserError
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--gpu", metavar="NAME", help="plan from the data sheet of an accelerator, for example h100 or 8xh100"
+        "--gpu", metavar="NAME", help="plan for another accelerator, from its data sheet; for example h100 or 8xh100"
     )
-    parser.add_argument("--response_tokens", metavar="N", help="mean response length, only with --gpu")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--response_tokens", metavar="N", help="mean response length in tokens; needs --gpu")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
     add_settings(parser, every_section())
 
@@ -25,24 +25,26 @@ def _run(request: Request) -> int:
     from vineppo.plan.predict import plan
     from vineppo.plan.report import report
 
-    length = int_option(request, "response_tokens", 0)
-    if length < 0 or (length and not request.options["gpu"]):
-        raise UserError(f"--response_tokens is {length}; it must be above 0 and needs --gpu")
-    prediction = plan(config, gpu=request.options["gpu"], response_tokens=length or None)
+    response_tokens = None
+    if request.options["response_tokens"] is not None:
+        response_tokens = int_option(request, "response_tokens", 0)
+        if response_tokens < 1 or not request.options["gpu"]:
+            raise UserError(f"--response_tokens is {response_tokens}; it must be above 0 and needs --gpu")
+    prediction = plan(config, gpu=request.options["gpu"], response_tokens=response_tokens)
     print("\n".join(report(prediction, config)))
     write_json(target, prediction.as_dict())
     return 0
 
 
 COMMAND = Command(
-    purpose="Predict tokens, time and memory of a training run before it starts, from a short calibration.",
+    purpose="Predict the tokens, time and memory of a training run from a short calibration on this machine.",
     takes="RECIPE",
     usage="[RECIPE] [--KEY VALUE ...]",
     options=_options,
     run=_run,
     settings=every_section,
     examples=(
-        ("the default recipe on this machine", "vineppo plan"),
-        ("a recipe of the paper on one H100", "vineppo plan paper/rho1b-math-vineppo --gpu h100"),
+        ("plan the default recipe on this machine", "vineppo plan"),
+        ("plan a recipe of the VinePPO paper on one H100", "vineppo plan paper/rho1b-math-vineppo --gpu h100"),
     ),
 )
