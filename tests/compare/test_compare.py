@@ -374,8 +374,8 @@ def test_wrong_budget_raises_one_line(text: str, named: str) -> None:
         ({"jobs": 0}, "jobs is 0"),
         ({"recipe": ""}, "recipe is empty"),
         ({"out": ""}, "out is empty"),
-        ({"overrides": {"run.seed": "3"}}, "run.seed is set by compare itself"),
-        ({"overrides": {"run.max_updates": "9"}}, "run.max_updates is set by compare itself"),
+        ({"overrides": {"run.seed": "3"}}, "run.seed is set by `vineppo compare`"),
+        ({"overrides": {"run.max_updates": "9"}}, "run.max_updates is set by `vineppo compare`"),
         (
             {"overrides": {"grpo.scale_by_std": "false"}},
             "grpo.scale_by_std is a setting of grpo, which is not compared",

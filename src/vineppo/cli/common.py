@@ -1,4 +1,4 @@
-"""Functions shared by several commands: recipes, and figures as JSON."""
+"""Functions that several commands use: they load recipes and write results as JSON."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ DEFAULT_RECIPE = "judgement"
 
 
 def add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
-    """Add a paragraph to the help that lists the recipes of the package."""
+    """Add a paragraph to the help that lists the recipes included in the package."""
     names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
     add_note(
         parser,
         title,
-        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below apply to settings that are "
-        "neither in the recipe nor on the command line. Lists are written a,b or [a, b].",
+        f"Path of a YAML file, or one of: {', '.join(names)}. The defaults below apply to settings that are given "
+        "neither in the recipe nor on the command line. Write a list as a,b or [a, b].",
     )
 
 
 def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | None = None) -> Config:
-    """Build the configuration of a training run from a recipe and the options of the command line."""
+    """Build the configuration of a training run from a recipe and the command-line options."""
     check_kind(recipe, "train")
     return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
 
 
 def check_kind(recipe: str, command: str) -> None:
-    """Raise UserError if a recipe of the package is for another command (`train` or `sft`)."""
+    """Raise UserError if a recipe included in the package is for another command than `command` (`train` or `sft`)."""
     names = recipe_names()
-    owner = "sft" if is_sft_recipe(recipe) else "train"
-    if recipe in names and owner != command:
+    required = "sft" if is_sft_recipe(recipe) else "train"
+    if recipe in names and required != command:
         allowed = ", ".join(name for name in names if is_sft_recipe(name) is (command == "sft")) or "none"
-        raise UserError(f"{recipe} is a recipe of `vineppo {owner}`; recipes of `vineppo {command}`: {allowed}")
+        raise UserError(f"{recipe} is a recipe for `vineppo {required}`; recipes for `vineppo {command}`: {allowed}")
 
 
 def json_target(request: Request) -> Path | None:
-    """The file of `--json`, or None if it is not given.
+    """Return the path given with `--json`, or None if the option is not given.
 
     Raises:
-        UserError: if the file cannot be written; commands call this before they compute anything.
+        UserError: if the file cannot be written. Commands call this function first, so that the error comes early.
     """
     target = request.options["json"] and Path(request.options["json"])
     if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
@@ -57,7 +57,7 @@ def json_target(request: Request) -> Path | None:
 
 
 def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write figures as JSON to `target`, if it is not None."""
+    """Write results to the file `target` as JSON. Do nothing if `target` is None."""
     if target is None:
         return
     from vineppo.run.files import write_text
@@ -70,5 +70,5 @@ def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
 
 
 def training_recipes() -> list[str]:
-    """Names of the recipes of the package for `vineppo train`."""
+    """Return the names of the recipes for `vineppo train` that are included in the package."""
     return [name for name in recipe_names() if not is_sft_recipe(name)]

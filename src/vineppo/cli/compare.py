@@ -19,13 +19,23 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add(
         "--algorithms",
         metavar="A,B",
-        help="algorithms to compare; module:object names an algorithm of your own; the first is compared with the "
-        f"others, and the second is the reference of the table (default: {','.join(COMPARED)})",
+        help="algorithms to compare; write module:object for a user-defined algorithm; the first algorithm is compared "
+        "with the second one and with the best of all others; the table shows when each algorithm reaches the best "
+        "accuracy of the second one "
+        f"(default: {','.join(COMPARED)})",
     )
-    add("--seeds", metavar="N", help="number of runs per algorithm, with seeds 0 to N-1 (default: 5)")
+    add("--seeds", metavar="N", help="number of runs per algorithm; the runs use the seeds 0 to N-1 (default: 5)")
     add("--budget", metavar="KIND=N", help="limit of each run: updates=N, tokens=N or seconds=N (default: updates=96)")
-    add("--out", metavar="DIR", help="directory of the comparison; an unfinished comparison in it is continued")
-    add("--jobs", metavar="N", help="number of runs at the same time; seconds mean less if it is above 1 (default: 1)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="directory of the comparison; if it contains an unfinished comparison, that comparison is continued",
+    )
+    add(
+        "--jobs",
+        metavar="N",
+        help="number of runs that train at the same time; above 1, the measured seconds are less reliable (default: 1)",
+    )
     add_recipe_note(parser, "RECIPE", sft=False)
     add_settings(parser, every_section(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
@@ -49,13 +59,13 @@ def _run(request: Request) -> int:
         jobs=int_option(request, "jobs", 1),
         overrides=request.overrides,
     )
-    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # raise errors before the first run starts
+    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # report wrong settings before the first run starts
         training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
     return 1 if compare(spec)["missing"] else 0
 
 
 COMMAND = Command(
-    purpose="Train several algorithms with several seeds on the same problems and budget; write tables and plots.",
+    purpose="Train several algorithms with several seeds on the same problems and budget, and write tables and plots.",
     takes="RECIPE",
     usage="RECIPE --out DIR [--KEY VALUE ...]",
     options=_options,
@@ -63,11 +73,11 @@ COMMAND = Command(
     settings=every_section,
     examples=(
         (
-            "five seeds of four algorithms, 96 updates each",
+            "train the four default algorithms with five seeds each, for 96 updates per run",
             "vineppo compare judgement --seeds 5 --budget updates=96 --out runs/compare",
         ),
         (
-            "a budget of generated tokens, two runs at the same time",
+            "limit each run by its generated tokens, and train two runs at the same time",
             "vineppo compare habit --algorithms vineppo,grpo --budget tokens=2000000 --jobs 2 --out runs/tokens",
         ),
     ),

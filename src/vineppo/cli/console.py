@@ -1,4 +1,4 @@
-"""Terminal output of a training run: progress, and a report at the end."""
+"""Print the progress of a training run, and a report at its end."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vineppo.credit import find_algorithm
 class ConsoleReporter:
     """Print the progress of a run on standard output (implements `training.session.Reporter`).
 
-    On a terminal, a progress bar is updated below the lines of the evaluations. In a file or a pipe, each iteration is
-    printed as one line.
+    On a terminal, it shows a progress bar and prints a line above the bar for each evaluation. If standard output is a
+    file or a pipe, it prints one line per iteration.
     """
 
     def __init__(self, config: Config, live: bool | None = None) -> None:
-        """`live` turns the progress bar on or off; default: on if standard output is a terminal."""
+        """Create a reporter. `live` turns the progress bar on or off; None: on if standard output is a terminal."""
         self._live = sys.stdout.isatty() if live is None else live
         self._config = config
         self._bar: Any = None
         self._row: Any = None
 
     def start(self) -> None:
-        """Print the headline, and start the progress bar."""
+        """Print the first line of the output, and start the progress bar if there is one."""
         _print(headline(self._config))
         if not self._live:
             return
@@ -44,11 +44,11 @@ class ConsoleReporter:
         self._bar.start()
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Show the metrics of one iteration, a line of metrics.jsonl."""
+        """Show the metrics of one iteration. `metrics` is one line of metrics.jsonl as a dictionary."""
         iterations = self._config.run.iterations
         line = progress_line(metrics, iterations)
         if self._bar is None:
-            if metrics.get("iteration") or "accuracy" in line:  # the start has no line if it was not evaluated
+            if metrics.get("iteration") or "accuracy" in line:  # iteration 0 is printed only if it has an accuracy
                 _print(line)
             return
         if metrics.get("eval/accuracy") is not None:
@@ -58,7 +58,7 @@ class ConsoleReporter:
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
 
     def wants_to_stop(self) -> bool:
-        """Return False; a run in a terminal is stopped with Ctrl-C."""
+        """Return False: this reporter never stops a run. The user stops it with Ctrl-C."""
         return False
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
@@ -76,7 +76,7 @@ class ConsoleReporter:
 
 
 def headline(config: Config) -> str:
-    """One line with the algorithm, model, task, size and seed of a run."""
+    """Return one line with the algorithm, model, task, size and seed of a run."""
     task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
     if config.task.name != "chain":
         task = " ".join(filter(None, (config.task.name, config.task.train_path)))
@@ -94,7 +94,7 @@ def headline(config: Config) -> str:
 
 
 def share_done(metrics: Mapping[str, Any], config: Config) -> float:
-    """Share of the run that is done, from 0 to 1, by the limit that is reached first."""
+    """Return the completed share of the run, from 0 to 1. With several limits, return the largest share."""
     run = config.run
     pairs = [
         (metrics.get("iteration"), run.iterations),
@@ -106,7 +106,7 @@ def share_done(metrics: Mapping[str, Any], config: Config) -> float:
 
 
 def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
-    """One line for an iteration, without the metrics that were not measured."""
+    """Return one line about an iteration; metrics that were not measured are left out."""
     number = metrics.get("iteration", 0)
     width = len(str(iterations))
     parts = [f"iteration {number:>{width}}/{iterations}" if number else "start".ljust(11 + 2 * width)]
@@ -123,7 +123,7 @@ def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
 
 
 def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """The lines printed at the end of a run, from the content of summary.json."""
+    """Return the lines to print at the end of a run. `summary` is the content of summary.json."""
     before, after, tokens = (summary.get(key) or {} for key in ("accuracy_before", "accuracy_after", "tokens"))
     evaluation = duration(summary.get("seconds_eval"))
     amounts = f"{summary.get('iterations', 0):,} iterations, {summary.get('updates', 0):,} updates"

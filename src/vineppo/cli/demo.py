@@ -1,4 +1,4 @@
-"""The command `vineppo demo`: a short training of the embedded model."""
+"""The command `vineppo demo`: a short training run with the small model included in the package."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ def _run(request: Request) -> int:
     folder = request.overrides.get("run.dir") or _free_directory(Path("runs/demo"))
     config = training_config(DEFAULT_RECIPE, {**request.overrides, "run.dir": str(folder)})
     print(
-        "A tiny language model that ships with the package solves chains of arithmetic. It can write each step in a\n"
-        "reliable or in a risky way. Training teaches it, from the reward alone, which way to choose at each step.\n"
+        "This demo trains a small language model, which is included in the package, to solve chains of arithmetic\n"
+        "steps. The model can write each step in two ways. At some steps, one of the two ways always gives a fixed\n"
+        "wrong number. From the reward alone, the model learns which way to use at each step.\n"
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
         others = (arm.name for arm in BUILT_IN.values() if arm.name != config.algorithm and not arm.needs_critic)
-        print("\nNext:")
+        print("\nCommands to try next:")
         print(f"  vineppo eval {folder}")
         print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {next(others)}")
     return exit_code(summary)
 
 
 def _free_directory(first: Path) -> Path:
-    """The first of runs/demo, runs/demo-2, runs/demo-3, ... that does not exist."""
+    """Return the first path that does not exist among runs/demo, runs/demo-2, runs/demo-3 and so on."""
     number, path = 1, first
     while path.exists():
         number += 1
@@ -45,14 +46,15 @@ def _free_directory(first: Path) -> Path:
 
 
 COMMAND = Command(
-    purpose="Train the embedded model with VinePPO (five minutes on two cores), and print a short report.",
+    purpose="Train the small model included in the package with VinePPO (about five minutes on two CPU cores) and "
+    "print a short report.",
     takes="",
     usage="[--KEY VALUE ...]",
     options=_options,
     run=_run,
     settings=lambda: Config,
     examples=(
-        ("train into runs/demo, or runs/demo-2 if that exists", "vineppo demo"),
-        ("another algorithm on the same problems", "vineppo demo --algorithm grpo"),
+        ("write the run to runs/demo (or runs/demo-2 if runs/demo exists)", "vineppo demo"),
+        ("train with another algorithm on the same problems", "vineppo demo --algorithm grpo"),
     ),
 )

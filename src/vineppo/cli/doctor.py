@@ -1,4 +1,4 @@
-"""The command `vineppo doctor`: print package versions and the machine."""
+"""The command `vineppo doctor`: print package versions and facts about the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "r
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    """Add no options: the command has only --help."""
+    """Add no options. The only option of this command is `--help`."""
 
 
 def _run(request: Request) -> int:
@@ -48,7 +48,7 @@ def _devices() -> str:
 
 
 COMMAND = Command(
-    purpose="Print the package versions and the machine, for bug reports.",
+    purpose="Print package versions and facts about the machine, for bug reports.",
     takes="",
     usage="",
     options=_options,

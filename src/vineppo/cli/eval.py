@@ -22,20 +22,23 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_note(
         parser,
         "MODEL",
-        "A model directory, a hub id, embedded:judgement or embedded:habit. Or the directory of a run or the YAML file "
-        "of a recipe: then the final model of the run or the starting model of the recipe is measured with the task, "
-        "response budget and stop strings of that run or recipe. Greedy decoding is always measured too.",
+        "A model directory, a model id on the Hugging Face Hub, or one of the models included in the package: "
+        "embedded:judgement or embedded:habit. MODEL can also be the directory of a run, to measure its final model, "
+        "or the YAML file of a recipe, to measure its starting model. Task, response budget and stop strings are then "
+        "those of the run or recipe. Accuracy with greedy decoding is always measured.",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
+    parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     add_settings(parser, EvalSpec, hidden=("model.path",))
 
 
 def _run(request: Request) -> int:
     if request.positional is None:
-        raise UserError("no MODEL is given; give a model directory, a hub id, embedded:judgement, a run or a recipe")
+        raise UserError(
+            "no MODEL is given; give a model directory, a hub id, embedded:judgement, a run directory or a recipe file"
+        )
     target = json_target(request)
     if "model.path" in request.overrides:
-        raise UserError("--model.path is not an option of eval; give the model as the argument MODEL")
+        raise UserError("--model.path is not an option of `vineppo eval`; give the model as the argument MODEL")
     layers = [_settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
     spec = settings_from_layers(EvalSpec, layers)
     from vineppo.training.evaluate import evaluate_model
@@ -47,13 +50,16 @@ def _run(request: Request) -> int:
 
 
 def _run_of(path: Path) -> Path | None:
-    """The directory of the run that a MODEL belongs to, or None; MODEL is that directory or its folder `final`."""
+    """Return the run directory if `path` is a run directory or the `final` folder in one, else None."""
     run_dir = path.parent if path.name == "final" else path
     return run_dir if os.path.isfile(run_dir / "config.yaml") else None
 
 
 def _settings_of_model(model: str) -> Layer:
-    """The settings given by MODEL: the model's path, and for a run or recipe also its task and response budget."""
+    """Return the settings that the argument MODEL determines.
+
+    They are the path of the model and, if MODEL is a run or a recipe, its task, response budget and stop strings.
+    """
     run_dir = _run_of(Path(model))
     if run_dir:
         return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
@@ -73,7 +79,7 @@ def _config_of_finished(run_dir: Path) -> Config:
 
 
 def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
-    """The settings of EvalSpec from the configuration of a training run, with `model` as the path of the model."""
+    """Return settings for EvalSpec from the configuration of a training run. `model` is the path of the model."""
     settings = config_to_dict(config)
     return {
         "model": settings["model"] | {"path": model},
@@ -96,7 +102,7 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
     print(f"{model}")
     Console().print(table)
     cost = f"{result['tokens']:,} tokens in {duration(result['seconds'])}"
-    cut = f"{100 * result['truncated_share']:.1f}% of responses reached the token budget"
+    cut = f"{100 * result['truncated_share']:.1f}% of responses were cut off at the token budget"
     print(f"{result['num_samples']} samples per problem; {cut}; {cost}")
     if result.get("grader/error_share"):
         errors, timeouts = (f"{100 * result[f'grader/{kind}_share']:.1f}%" for kind in ("error", "timeout"))
@@ -104,16 +110,19 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
 
 
 COMMAND = Command(
-    purpose="Measure a model: greedy, pass@1 as a mean over samples, and pass@k, with 95% bootstrap intervals.",
+    purpose="Measure the accuracy of a model (greedy, mean pass@1 and pass@k) with 95% bootstrap intervals.",
     takes="MODEL",
     usage="MODEL [--KEY VALUE ...]",
     options=_options,
     run=_run,
     settings=lambda: EvalSpec,
     examples=(
-        ("the embedded model on its task", "vineppo eval embedded:judgement"),
-        ("the final model of a run, on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
-        ("the starting model of a recipe, on validation problems", "vineppo eval my.yaml --split validation"),
-        ("pass@1 and pass@4, also as JSON", "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json"),
+        ("measure the small model included in the package on its task", "vineppo eval embedded:judgement"),
+        ("measure the final model of a run on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+        ("measure the starting model of a recipe on validation problems", "vineppo eval my.yaml --split validation"),
+        (
+            "measure pass@1 and pass@4, and also write them as JSON",
+            "vineppo eval runs/demo --num_samples 8 --k 1,4 --json figures.json",
+        ),
     ),
 )

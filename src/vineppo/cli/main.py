@@ -1,7 +1,7 @@
-"""Entry point of the command line program `vineppo`.
+"""Entry point of the command-line program `vineppo`.
 
-Slow modules (PyTorch and those that import it) are imported inside the commands, so that `--help` and error messages
-appear at once.
+PyTorch and the modules that import it load slowly. The commands import them inside functions, so that `--help` and
+error messages appear at once.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from vineppo.types import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    The exit code is 0 on success, 1 for a comparison with missing runs, 2 for a user error (one line on stderr), 130 if
-    the command was interrupted, and 141 if standard output was closed.
+    The exit code is 0 on success, 1 if a comparison has missing runs, 2 after a user error (printed as one line on
+    standard error), 130 if the command was interrupted, and 141 if standard output was closed.
     """
     warnings.showwarning = _show_warning
     try:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # standard output was closed, for example by `| head`
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail
         return 141
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning in one line, without its source location."""
+    """Print a warning as one line, without the source file and line number."""
     print(f"warning: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
 
 
@@ -82,9 +82,9 @@ def _overview() -> str:
     purposes = "\n".join(f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items())
     return (
         "usage: vineppo COMMAND [...]\n\n"
-        "Fine-tune language models by reinforcement learning and give every reasoning step the credit it earned.\n\n"
+        "Fine-tune language models by reinforcement learning with an advantage for every reasoning step.\n\n"
         f"commands:\n{purposes}\n\n"
-        "  vineppo COMMAND --help   print the options and examples of a command\n"
+        "  vineppo COMMAND --help   print the options of a command, with examples\n"
         "  vineppo --version        print the version"
     )
 

@@ -1,4 +1,4 @@
-"""Parsing of command lines: one parser per command, settings as options, error messages in one line."""
+"""Parse command lines. Each command has a parser whose options include the settings; error messages have one line."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from vineppo.types import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """One command of the program."""
+    """A command of the program, such as `vineppo train`."""
 
     purpose: str
-    """Description in one line, for the overview and the help."""
+    """One-line description, shown in the overview and in the help of the command."""
     takes: str
-    """Name of the positional argument; empty if there is none."""
+    """Name of the positional argument; empty if the command has none."""
     usage: str
-    """The arguments after the name of the command, for the usage line."""
+    """Text of the usage line after the name of the command."""
     options: Callable[[argparse.ArgumentParser], None]
-    """Adds the options to the parser."""
+    """Adds the options of the command to a parser."""
     run: Callable[[Request], int]
-    """Runs the command; returns the exit code."""
+    """Runs the command and returns the exit code."""
     examples: tuple[tuple[str, str], ...]
     """Pairs of (description, command line)."""
     settings: Callable[[], type[Settings]] | None = None
-    """Returns the settings class whose dotted keys are options; None if the command has no settings."""
+    """Returns the settings class. Each of its dotted keys is an option. None if the command has no settings."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Request:
     """A parsed command line."""
 
     positional: str | None
-    """RECIPE or MODEL as given, or None if it is not given."""
+    """The positional argument (RECIPE or MODEL), or None if it is not given."""
     options: Mapping[str, Any]
-    """The options of the command that are not settings, by name without dashes; None for those not given."""
+    """Option name without dashes -> value, for the options that are not settings; the value is None if not given."""
     overrides: Mapping[str, str]
-    """Settings that were given: dotted key -> text."""
+    """Dotted key -> text, for the settings given on the command line."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,8 +78,8 @@ def parser_of(name: str, command: Command) -> argparse.ArgumentParser:
 def parse_request(parser: argparse.ArgumentParser, command: Command, argv: list[str]) -> Request:
     """Parse a command line.
 
-    Options of other sections than those of the command (`--my_algorithm.trace 0.9`) are accepted: they may be settings
-    of a user-defined algorithm, and are checked when that algorithm is loaded.
+    An option with an unknown section, such as `--my_algorithm.trace 0.9`, is accepted: it may be a setting of a
+    user-defined algorithm. It is checked when that algorithm is loaded.
 
     Raises:
         UserError: if an option is unknown or there are too many arguments.
@@ -100,7 +100,10 @@ def parse_request(parser: argparse.ArgumentParser, command: Command, argv: list[
 def _extra_options(
     parser: argparse.ArgumentParser, cls: type[Settings], arguments: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Split arguments that argparse did not recognise: (settings of sections that `cls` does not have, positionals)."""
+    """Split the arguments that argparse did not recognise into (settings of unknown sections, positional arguments).
+
+    A section is unknown if the settings class `cls` does not have it.
+    """
     extra, positionals, rest = dict[str, str](), list[str](), iter(arguments)
     for argument in rest:
         key, equals, value = argument.removeprefix("--").partition("=")
@@ -118,13 +121,16 @@ def _extra_options(
 
 
 def _may_be_of_an_algorithm(cls: type[Settings], key: str) -> bool:
-    """Whether a key may be a setting of a user's algorithm: `cls` has an algorithm and no section of this name."""
+    """Return whether a key may be a setting of a user-defined algorithm.
+
+    This is the case if the settings class `cls` has a setting `algorithm` and no section with the name in the key.
+    """
     section, dot, _ = key.partition(".")
     return bool(dot) and "algorithm" in cls.model_fields and section not in cls.model_fields
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type[Settings], hidden: Collection[str] = ()) -> None:
-    """Add every setting as an option, in one group per section; the help text is the docstring of the field."""
+    """Add every setting as an option, in one group per section. The help text is the docstring of the setting."""
     groups: dict[str, Any] = {
         key: parser.add_argument_group(f"{key}: {doc}" if key else "settings") for key, doc in sections_of(cls).items()
     }
@@ -148,7 +154,7 @@ def _metavar(kind: Any) -> str:
 
 
 def int_option(request: Request, name: str, default: int) -> int:
-    """The value of an option as an integer, or `default` if the option is not given."""
+    """Return the value of an option as an integer, or `default` if the option is not given."""
     text = request.options[name]
     try:
         return default if text is None else int(text)
@@ -157,6 +163,6 @@ def int_option(request: Request, name: str, default: int) -> int:
 
 
 def add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:
-    """Add a paragraph to the help."""
+    """Add a paragraph with a title to the help."""
     width = max(40, min(shutil.get_terminal_size().columns, 120) - 4)
     parser.add_argument_group(title, textwrap.fill(text, width))

@@ -42,16 +42,16 @@ def _format_value(name: str, value: Any) -> str:
 
 
 COMMAND = Command(
-    purpose="Fine-tune a model on demonstrations of a task or on the columns of a JSON-lines file.",
+    purpose="Fine-tune a model on a task's demonstrations, or on prompts and answers from a JSON Lines file.",
     takes="RECIPE",
     usage="[RECIPE] [--KEY VALUE ...]",
     options=_options,
     run=_run,
     settings=lambda: SFTConfig,
     examples=(
-        ("rebuild the embedded model", "vineppo sft sft-judgement --out models/judgement"),
+        ("train the included model `habit` again, from new weights", "vineppo sft sft-habit --out models/habit"),
         (
-            "train on the answer column of a file",
+            "train on the prompts and answers in a file",
             "vineppo sft --model.path org/name --task.name dataset --task.train_path demos.jsonl --out models/mine",
         ),
     ),

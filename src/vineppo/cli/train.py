@@ -24,7 +24,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="continue the run in this directory with its recorded settings, from its newest complete checkpoint",
+        help="continue the run in the directory RUN from its newest complete checkpoint, with its recorded settings",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
     add_settings(parser, every_section())
@@ -39,7 +39,7 @@ def _run(request: Request) -> int:
 
 
 def train_with(config: Config, recipe: str) -> dict[str, Any]:
-    """Train with a console reporter; return the content of summary.json."""
+    """Train, print the progress, and return the content of summary.json."""
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:
@@ -51,7 +51,7 @@ def _resume(request: Request) -> int:
 
     if request.positional is not None:
         raise UserError(
-            f"--resume uses the recorded settings of the run and takes no recipe; remove {request.positional}"
+            f"--resume uses the recorded settings of the run, so no recipe can be given; remove {request.positional}"
         )
     folder = request.options["resume"]
     run = RunDirectory.open(folder, writable=False)
@@ -60,8 +60,10 @@ def _resume(request: Request) -> int:
     changes = diff_configs(config, config_from_layers([*layers, (request.overrides, COMMAND_LINE)]))
     if changes:
         advice = "remove those options, or start a new run with them"
-        raise UserError(f"--resume {folder} cannot change the run's settings ({'; '.join(changes)}); {advice}")
-    config = replace(config, run=replace(config.run, dir=str(folder)))  # the directory may have been moved
+        raise UserError(f"--resume {folder} cannot change the settings of the run ({'; '.join(changes)}); {advice}")
+    config = replace(
+        config, run=replace(config.run, dir=str(folder))
+    )  # the recorded path is wrong if the directory was moved
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:
@@ -85,22 +87,25 @@ def _reporter(config: Config) -> Iterator[ConsoleReporter]:
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:
-    """The exit code of a run: 130 if it was interrupted, else 0."""
+    """Return the exit code of a run: 130 if the run was interrupted, else 0."""
     return 130 if summary.get("finish_reason") == "interrupted" else 0
 
 
 COMMAND = Command(
-    purpose="Train a language model by reinforcement learning; settings are read from a recipe and options.",
+    purpose="Train a language model by reinforcement learning, with settings from a recipe and from options.",
     takes="RECIPE",
     usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
     options=_options,
     run=_run,
     settings=every_section,
     examples=(
-        ("VinePPO on the default recipe", "vineppo train"),
-        ("the same problems with PPO and another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
+        ("train with the default recipe and VinePPO", "vineppo train"),
         (
-            "your own model and problems",
+            "train on the same problems with PPO and another seed",
+            "vineppo train judgement --algorithm ppo --run.seed 1",
+        ),
+        (
+            "train another model on problems from a file",
             "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
         ),
         ("continue a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),

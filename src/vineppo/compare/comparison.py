@@ -1,7 +1,7 @@
-"""Entry point of `vineppo compare`: train several algorithms with several seeds, then analyse the finished runs.
+"""Train several algorithms with several seeds, and analyse the finished runs (`vineppo compare`).
 
-`compare` calls the stages: `plan_runs` determines which runs are left, `run_all` trains each of them in a separate
-process, `analyse` computes the content of `compare.json`, and `write_reports` writes the files.
+`compare` calls four functions in this order: `plan_runs` determines which runs are not finished, `run_all` trains each
+of them in a separate process, `analyse` computes the content of `compare.json`, and `write_reports` writes the files.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from vineppo.types import UserError
 
 
 def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]:
-    """Run what is missing, analyse all finished runs, write tables and plots; return the content of `compare.json`.
+    """Train the missing runs, write tables and plots of all finished runs, and return the content of `compare.json`.
 
-    Failed runs are listed under `missing`; a command should exit with code 1 if that list is not empty.
+    Runs that did not finish are listed under the key `missing`. If this list is not empty, `vineppo compare` exits with
+    code 1.
 
     Raises:
-        UserError: if `out` cannot be written, is not the directory of a comparison, or contains a comparison with
-            other settings.
+        UserError: if the directory `spec.out` cannot be written, is in use, contains other files, or contains a
+            comparison with other settings.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running processes have saved their checkpoints.
     """
     console = console or Console()
@@ -49,7 +50,7 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
 
 
 def _open_directory(spec: CompareSpec, out: Path) -> None:
-    """Create or check the directory of the comparison, and write `compare-spec.json`."""
+    """Create the directory of the comparison, or check an existing one, and write `compare-spec.json`."""
     record = out / "compare-spec.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a directory")
@@ -66,13 +67,14 @@ def _open_directory(spec: CompareSpec, out: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive_lock(out: Path) -> Iterator[None]:
-    """Lock the directory against a second comparison.
+    """Lock the directory, so that a second comparison cannot use it at the same time.
 
-    The training processes inherit the lock: if the comparison is killed, the directory stays locked until they end.
+    The training processes inherit the lock. If the comparison is killed, the directory stays locked until these
+    processes end.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has no fcntl: no lock
+    except ImportError:  # Windows has no fcntl, so the directory is not locked
         yield
         return
     with open(out / ".lock", "w", encoding="utf-8") as lock:
@@ -80,14 +82,14 @@ def _exclusive_lock(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(
-                f"--out {out} is in use by another comparison or by a run that it started; wait for it, or stop it"
+                f"--out {out} is in use by another comparison or by one of its runs; wait until it ends, or stop it"
             ) from None
         os.set_inheritable(lock.fileno(), True)
         yield
 
 
 def _plan_line(plans: Sequence[PlannedRun]) -> str:
-    """Summary of the plans, for example `4 runs: 1 already finished, 3 to start`."""
+    """Return a summary of the plans, for example `4 runs: 1 already finished, 3 to start`."""
     labels: dict[Action, str] = {
         "keep": "already finished",
         "resume": "to resume",

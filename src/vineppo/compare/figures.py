@@ -1,8 +1,8 @@
-"""Analysis of finished runs: curves at common points, the first point that reaches an accuracy, ratios with intervals.
+"""Analyse finished runs: learning curves, when a curve first reaches an accuracy, and ratios of resources.
 
-Only `load_run` reads files; the other functions are pure. The curve of an algorithm is its mean accuracy over seeds as
-a function of the number of updates. The tokens and seconds of a point are the means over seeds at that number of
-updates, so the first point that reaches an accuracy is the same on every axis.
+Only `load_run` reads files; the other functions are pure. The curve of an algorithm is the mean accuracy over its seeds
+as a function of the number of updates. The tokens and seconds of a point are the means over the seeds at that number of
+updates. So the first point at which a curve reaches an accuracy is the same for updates, tokens and seconds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, interval_over_seeds
 
 AXES = ("updates", "tokens", "seconds")
-"""Resources that are compared: updates, generated tokens, seconds of training."""
+"""Resources that are compared: optimizer updates, generated tokens and seconds of training."""
 _TIE = 1e-9
-"""Accuracies that differ by less than this are equal: means of floats have rounding errors."""
+"""Accuracies that differ by less than this count as equal, because means of floats have rounding errors."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation during a run, and the resources that the run had used before it."""
+    """The accuracy at one evaluation during a run, and the resources that the run had used by then."""
 
     updates: float
     tokens: float
@@ -38,23 +38,25 @@ class Evaluation:
     """Seconds of training, without evaluation."""
     accuracy: float
     kl: float | None
-    """KL from the starting model (the metric `kl/ref`), or None if it was not measured."""
+    """KL divergence from the starting model (the metric `kl/ref`), or None if it was not measured."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The data of one finished run that the analysis uses."""
+    """Data of one finished run, as used by the analysis."""
 
     algorithm: str
     seed: int
     summary: dict[str, Any]
+    """The content of `summary.json`."""
     evaluations: tuple[Evaluation, ...]
+    """Evaluations in the order of their number of updates."""
     level: str = ""
-    """Name of the training problems in titles: the level of the chain task, or the name of another task."""
+    """Name of the problems, used in titles: the level if the task is `chain`, else the name of the task."""
 
 
 def load_run(directory: Path) -> RunRecord:
-    """Read a finished run's directory: `summary.json`, `metrics.jsonl` and `config.yaml`.
+    """Read the files `summary.json`, `metrics.jsonl` and `config.yaml` of a finished run.
 
     Raises:
         UserError: if a file is damaged.
@@ -64,7 +66,7 @@ def load_run(directory: Path) -> RunRecord:
     lines = run.read_metrics()
     has_kl = any(line.get("kl/ref") is not None for line in lines)
     evaluations = [_evaluation(line, has_kl) for line in lines if line.get("eval/accuracy") is not None]
-    # A curve has one accuracy per number of updates: keep the last evaluation.
+    # A curve has one accuracy per number of updates. If there are several evaluations, keep the last one.
     unique = {evaluation.updates: evaluation for evaluation in evaluations}
     task = run.config.get("task", {})
     level = task.get("level", "") if task.get("name") == "chain" else task.get("name", "")
@@ -75,7 +77,7 @@ def load_run(directory: Path) -> RunRecord:
 def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
     kl = record.get("kl/ref")
     if kl is None and has_kl and record["updates"] == 0:
-        kl = 0.0  # before the first update the policy is the reference
+        kl = 0.0  # before the first update, the policy is the reference model
     return Evaluation(
         updates=float(record["updates"]),
         tokens=float(record.get("tokens/generated", 0)),
@@ -87,30 +89,30 @@ def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
 
 @dataclass(frozen=True)
 class Curves:
-    """All runs of one algorithm at the same numbers of updates: N runs (rows), E points (columns)."""
+    """The curves of the N runs of one algorithm, interpolated at the same E numbers of updates."""
 
     updates: np.ndarray
-    """Numbers of updates at which any run was evaluated, within the range that every run covers, shape (E,)."""
+    """Numbers of updates, shape (E,): all at which some run was evaluated, within the range that every run covers."""
     accuracy: np.ndarray
-    """Shape (N, E)."""
+    """Accuracy, shape (N, E)."""
     tokens: np.ndarray
-    """Shape (N, E)."""
+    """Generated tokens, shape (N, E)."""
     seconds: np.ndarray
-    """Shape (N, E)."""
+    """Seconds of training, shape (N, E)."""
     kl: np.ndarray | None
-    """Shape (N, E), or None if an evaluation has no KL."""
+    """KL divergence, shape (N, E), or None if it is missing in an evaluation."""
 
     def resampled(self, rows: np.ndarray) -> Curves:
-        """The curves of a resample of the runs; `rows` are the indices of its runs, shape (N,)."""
+        """Return the curves of a bootstrap resample. `rows` are the indices of the resampled runs, shape (N,)."""
         kl = None if self.kl is None else self.kl[rows]
         return Curves(self.updates, self.accuracy[rows], self.tokens[rows], self.seconds[rows], kl)
 
 
 def align(runs: Sequence[RunRecord]) -> Curves | None:
-    """Interpolate the runs of one algorithm at common numbers of updates.
+    """Interpolate the runs of one algorithm at the same numbers of updates.
 
-    The points are all numbers of updates at which a run was evaluated. The mean of piecewise linear curves is linear
-    between these points, so the result does not depend on the choice of a grid. Curves are not extrapolated.
+    The curves are interpolated at all numbers of updates at which some run was evaluated. Between these points the mean
+    of the piecewise linear curves is linear, so more points would not change the result. Curves are not extrapolated.
 
     Returns:
         The curves, or None if a run has no evaluation or the runs have no common point.
@@ -134,7 +136,7 @@ def align(runs: Sequence[RunRecord]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Reach:
-    """Resources that an algorithm had used when its mean curve first reached an accuracy."""
+    """The resources that an algorithm had used when its mean curve first reached a given accuracy."""
 
     updates: float
     tokens: float
@@ -142,7 +144,10 @@ class Reach:
 
 
 def first_reach(curves: Curves, level: float) -> Reach | None:
-    """The first point at which the mean accuracy over seeds reaches `level`, or None; linear between evaluations."""
+    """Return the first point at which the mean accuracy over seeds reaches `level`, or None if it never does.
+
+    Between evaluations, the accuracy and the resources are interpolated linearly.
+    """
     mean = curves.accuracy.mean(axis=0)  # (E,)
     reached = np.flatnonzero(mean >= level - _TIE)
     if reached.size == 0:
@@ -159,10 +164,16 @@ def first_reach(curves: Curves, level: float) -> Reach | None:
 
 
 def _ratios(curves: Curves, baseline: Curves) -> tuple[Reach | None, Reach, dict[str, float | None]]:
-    """Resources to reach the baseline's best accuracy: (of `curves`, of `baseline`, baseline / curves on each axis)."""
+    """Compute the resources that two algorithms use to reach the best mean accuracy of the baseline.
+
+    Returns:
+        (resources of the algorithm with `curves`, or None if it never reaches the best accuracy;
+        resources of the baseline;
+        axis -> resources of the baseline divided by those of the algorithm, or None).
+    """
     level = float(baseline.accuracy.mean(axis=0).max())
     reach, baseline_reach = first_reach(curves, level), first_reach(baseline, level)
-    assert baseline_reach is not None, "a curve reaches its own maximum"
+    assert baseline_reach is not None, "a curve reaches its maximum"
     ratios: dict[str, float | None] = dict.fromkeys(AXES)
     if reach is not None:
         amounts = {axis: (getattr(baseline_reach, axis), getattr(reach, axis)) for axis in AXES}
@@ -175,24 +186,26 @@ def versus(
 ) -> dict[str, Any]:
     """Compare the resources that an algorithm and a baseline need to reach the baseline's best accuracy.
 
-    The best accuracy is the maximum of the baseline's mean curve over the evaluation points. A ratio is the amount that
-    the baseline needs to reach it, divided by the amount of the algorithm: 3 means that the algorithm needs a third. It
-    is None if the algorithm never reaches the best accuracy or starts at or above it.
+    The best accuracy is the maximum of the baseline's mean curve. A ratio is the amount of a resource that the baseline
+    needs to reach the best accuracy, divided by the amount that the algorithm needs. So a ratio of 3 means that the
+    algorithm needs a third of the baseline's amount. A ratio is None if the algorithm never reaches the best accuracy,
+    or if it starts at or above the best accuracy.
 
-    The intervals are bootstrap percentiles: the runs of both algorithms are resampled, and the best accuracy is found
-    again in each resample. A resample in which the algorithm never reaches the best accuracy counts as below every
-    ratio, so a `low` of None means that the ratio has no lower bound at this confidence. A resample in which only the
-    algorithm starts at the best accuracy counts as above every ratio. Without two runs of each there is no interval.
+    The intervals are bootstrap percentiles: the runs of both algorithms are resampled, and the best accuracy is
+    determined again in each resample. A resample in which the algorithm never reaches the best accuracy counts as a
+    ratio of minus infinity. A resample in which only the algorithm starts at the best accuracy counts as a ratio of
+    infinity. A bound that is infinite is None. If one of the algorithms has only one run, both bounds are None.
 
     Args:
         curves: runs of the algorithm.
         baseline: runs of the baseline.
         num_resamples: number of bootstrap resamples.
         seed: seed of the resamples.
-        level: confidence of the intervals, between 0 and 1.
+        level: confidence level of the intervals, between 0 and 1.
     Returns:
-        `baseline_best_accuracy`, `reach`, `baseline_reach`, `<axis>_ratio`, `<axis>_ratio_interval` for updates,
-        tokens and seconds, and `share_of_resamples_reached`.
+        A dictionary with the keys `baseline_best_accuracy`, `reach` (resources of the algorithm), `baseline_reach`
+        (resources of the baseline), `<axis>_ratio` and `<axis>_ratio_interval` for each of `AXES`, and
+        `share_of_resamples_reached` (share of the resamples in which the algorithm reaches the best accuracy).
     """
     reach, baseline_reach, ratios = _ratios(curves, baseline)
     result: dict[str, Any] = {
@@ -226,10 +239,10 @@ def versus(
 
 
 def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
-    """The ratio of a resample as a number that can be sorted.
+    """Return the ratio of a resample as a number that can be sorted.
 
-    It is -inf if the algorithm never reaches the best accuracy, inf if only the algorithm starts at it, and 1 if both
-    start at it.
+    The number is -inf if the algorithm never reaches the best accuracy. It is inf if only the algorithm starts at the
+    best accuracy, and 1 if both the algorithm and the baseline do.
     """
     if reach is None:
         return -math.inf
@@ -240,13 +253,15 @@ def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
-    """Accuracy of each algorithm at an equal amount of a resource: the smallest amount that any run used in total.
+    """Compute the accuracy of each algorithm at an equal amount of each resource.
 
-    The accuracy of a run is interpolated linearly between its evaluations. If the learning rate decays to the end of a
-    run, the run with the smallest amount is measured after its decay and the others before theirs, which favours it.
+    The amount is the smallest total amount of all runs. The accuracy of a run is interpolated linearly between its
+    evaluations. If the learning rate decays until the end of a run, the comparison favours the run with the smallest
+    amount: only this run has completed its decay at the compared amount.
 
     Returns:
-        axis -> `amount` and `accuracy` (name -> interval over seeds); empty if there are fewer than two curves.
+        axis -> dictionary with `amount` and `accuracy` (name of the algorithm -> mean and interval over seeds); empty
+        if fewer than two algorithms have a curve.
     """
     evaluated = {name: curve for name, curve in curves.items() if curve is not None}
     result = {}
@@ -266,15 +281,16 @@ def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
 
 
 def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, Any]:
-    """Compute the figures of `compare.json` from finished runs.
+    """Compute the results in `compare.json` from finished runs.
 
-    The first algorithm is compared with two baselines: the second algorithm, which is the reference of the tables, and
-    the algorithm with the highest final accuracy among all but the first.
+    The first algorithm is compared with two baselines. The first baseline is the second algorithm, which is the
+    reference in the tables. The second baseline is the algorithm with the highest final accuracy among all but the
+    first.
 
     Returns:
-        `algorithms` (name -> figures; None values if it has no finished run), `first` and `reference` (names),
-        `vs_reference` and `vs_best` (figures of the two comparisons), `equal` (all algorithms at equal updates, tokens
-        and seconds).
+        A dictionary with the keys `algorithms` (name -> results; the values are None if the algorithm has no finished
+        run), `first` and `reference` (names of the first and the second algorithm), `vs_reference` and `vs_best`
+        (results of the two comparisons), and `equal` (accuracies at equal updates, tokens and seconds).
     """
     labels = {arm.name: arm.label for arm in arms}
     grouped = {name: sorted((r for r in runs if r.algorithm == name), key=lambda r: r.seed) for name in labels}
@@ -304,7 +320,7 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, A
 
 
 def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict[str, Any]:
-    """The entry of one algorithm in `compare.json`."""
+    """Return the entry of one algorithm in `compare.json`."""
 
     def over_seeds(*keys: str) -> dict[str, float | None]:
         values = [number for run in runs if (number := number_in(run.summary, *keys)) is not None]
@@ -324,7 +340,7 @@ def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict
 
 
 def _curve_figures(curves: Curves) -> dict[str, Any]:
-    """The mean curve and its Student t interval as lists of E numbers; the bounds are None if there is a single run."""
+    """Return the mean curve and its Student t interval as lists. The bounds are None if there is only one run."""
     band = [interval_over_seeds(column).as_dict() for column in curves.accuracy.T]
     mean = curves.accuracy.mean(axis=0)
     return {
@@ -341,7 +357,7 @@ def _curve_figures(curves: Curves) -> dict[str, Any]:
 
 
 def _run_figures(run: RunRecord) -> dict[str, Any]:
-    """The figures of one run without nesting: an entry of `per_seed` and a row of `compare.csv`."""
+    """Return the results of one run as a flat dictionary, used as an entry of `per_seed` and a row of `compare.csv`."""
     figures: dict[str, Any] = {"algorithm": run.algorithm, "seed": run.seed}
     for key in ("accuracy_before", "accuracy_after"):
         for bound in ("mean", "low", "high"):
@@ -362,7 +378,10 @@ def _pair(
     curves: Mapping[str, Curves | None],
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Compare the first algorithm with a baseline; figures are None, with a `reason`, if one of them has no curve."""
+    """Compare the first algorithm with a baseline.
+
+    If one of them has no curve, the ratios are None and `reason` says why.
+    """
     first_curves = curves[first]
     baseline_curves = curves[baseline] if baseline else None
     if baseline is None or first_curves is None or baseline_curves is None:
@@ -381,8 +400,13 @@ def _pair(
 
 
 def _paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, float | None]:
-    """Difference in final accuracy, paired by seed: runs with the same seed use the same problems."""
-    after = [{run.seed: number_in(run.summary, "accuracy_after", "mean") for run in side} for side in (runs, baseline)]
+    """Return the mean difference in final accuracy between runs with the same seed, with its interval.
+
+    The difference is computed per seed because runs with the same seed use the same problems.
+    """
+    after = [
+        {run.seed: number_in(run.summary, "accuracy_after", "mean") for run in group} for group in (runs, baseline)
+    ]
     pairs = [(after[0][seed], after[1][seed]) for seed in sorted(after[0].keys() & after[1].keys())]
     values = [accuracy - other for accuracy, other in pairs if accuracy is not None and other is not None]
     interval = interval_over_seeds(values) if values else Interval(math.nan, math.nan, math.nan)
@@ -390,7 +414,7 @@ def _paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord])
 
 
 def number_in(record: dict[str, Any], *keys: str) -> float | None:
-    """The number at nested keys, or None if it is missing or not finite."""
+    """Return the number at nested keys of a dictionary, or None if it is missing or not finite."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""Plots of a comparison as PNG files, from the content of `compare.json`."""
+"""Plot the content of `compare.json` as PNG files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AXIS_LABELS = {
 
 
 class Style(NamedTuple):
-    """Style of the curve of an algorithm."""
+    """Style of an algorithm in all plots: the label, colour, marker and line style of its curve."""
 
     label: str
     colour: str
@@ -29,14 +29,14 @@ class Style(NamedTuple):
 
 
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
-"""Colours that are distinguishable with colour blindness (Okabe and Ito 2008), and a grey."""
+"""Colours that people with colour blindness can distinguish (Okabe and Ito 2008), and a grey."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "-", "--", "--", ":", "-.", "-.", ":")
-"""Line styles and markers distinguish the curves in print without colour."""
+"""Line styles. Together with the markers, they distinguish the curves if the plot is printed without colour."""
 
 
 def styles_of(result: dict[str, Any]) -> dict[str, Style]:
-    """Name -> style of every algorithm, with the colour that the algorithm defines or the next unused one."""
+    """Return name -> style. An algorithm that defines no colour gets the next unused colour of the palette."""
     algorithms = result["algorithms"]
     free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in algorithms.values()}]
     styles = {}
@@ -47,11 +47,11 @@ def styles_of(result: dict[str, Any]) -> dict[str, Style]:
 
 
 def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
-    """Plot the content of `compare.json` into a directory.
+    """Plot the content of `compare.json` and save the plots to the directory `out`.
 
     Returns:
-        The files written: `accuracy_over_updates.png`, `..._tokens.png`, `..._seconds.png`, `..._kl.png` (if KL was
-        measured) and `final_accuracy.png`.
+        Paths of the plots: `accuracy_over_updates.png`, `accuracy_over_tokens.png`, `accuracy_over_seconds.png`,
+        `accuracy_over_kl.png` (if the KL divergence was measured) and `final_accuracy.png`.
     """
     files = []
     for axis in _AXIS_LABELS:
@@ -63,7 +63,7 @@ def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _subtitle(result: dict[str, Any], band: bool) -> str:
-    """Subtitle, for example `Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
+    """Return a subtitle such as `Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
     spec = result["spec"]
     level = spec.get("level") or ""
     recipe = Path(spec["recipe"]).stem
@@ -87,7 +87,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     }
     if not curves:
         return None
-    # The mean KL can decrease, and a band around a curve that goes backwards in x is unreadable.
+    # The mean KL can decrease, so the curve can go backwards in x. A band around such a curve would be unreadable.
     has_band = axis != "kl" and any(bound is not None for curve in curves.values() for bound in curve["accuracy_low"])
     styles = styles_of(result)
     figure, axes = canvas(f"Accuracy over {_AXIS_LABELS[axis].split(' (')[0]}", _subtitle(result, has_band))
@@ -119,7 +119,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
 
 
 def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
-    """Draw a horizontal line at the best accuracy of the reference, which the ratios refer to."""
+    """Draw a horizontal line at the best accuracy of the reference algorithm."""
     best = result["vs_reference"].get("baseline_best_accuracy")
     if best is not None:
         style = styles_of(result)[result["reference"]]
@@ -128,7 +128,7 @@ def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _final_figure(result: dict[str, Any]) -> Figure | None:
-    """Plot one row per algorithm: the mean with its interval, and a small dot for each run."""
+    """Plot the final accuracy: for each algorithm the mean, its interval and a small dot for each run."""
     shown = {name: f for name, f in result["algorithms"].items() if f["final_accuracy"]["mean"] is not None}
     if not shown:
         return None

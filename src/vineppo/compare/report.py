@@ -1,4 +1,4 @@
-"""Reports of a comparison: JSON, CSV, Markdown, plots, and the table in the terminal."""
+"""Write the results of a comparison as JSON, CSV, Markdown and plots, and print a table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vineppo.run.files import write_text, written_aside
 
 
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The specification of the comparison in `compare.json`."""
+    """Return the entry `spec` of `compare.json`: the settings of the comparison."""
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
@@ -36,7 +36,7 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def environment_record() -> dict[str, Any]:
-    """The package versions and the machine in `compare.json`."""
+    """Return the entries of `compare.json` about package versions and the machine."""
     packages = {name: version_of(name) for name in ("vineppo", "torch", "transformers", "numpy")}
     installed = {name: version for name, version in packages.items() if version}
     versions = {"python": platform.python_version(), **installed}
@@ -44,7 +44,7 @@ def environment_record() -> dict[str, Any]:
 
 
 def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
-    """The entry of `compare.json` for a run that did not finish."""
+    """Return the entry of `compare.json` for a run that did not finish."""
     reason = failures.get(plan.name, "did not finish")
     return {"algorithm": plan.algorithm, "seed": plan.seed, "reason": reason, "log": str(plan.log)}
 
@@ -68,7 +68,7 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the table; if the terminal is too narrow for it, without the token columns."""
+    """Print the table and the lines below it. If the terminal is too narrow, the token columns are left out."""
     names = header(result)
     rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(result)]
     widths = [

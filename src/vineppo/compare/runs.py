@@ -1,4 +1,4 @@
-"""Runs of a comparison: determine which are left, and train each in a separate process."""
+"""Determine which runs of a comparison are not finished, and train each of them in a separate process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
 
 _STATUS_SECONDS = 2.0
-"""Seconds between updates of the status line, which reads the metrics of every running process."""
+"""Seconds between updates of the status line. Each update reads the metrics of all running processes."""
 
 RunState = Literal["absent", "finished", "resumable", "broken"]
 
@@ -41,28 +41,28 @@ _ACTIONS: dict[RunState, Action] = {
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison and the action that is left for it."""
+    """One run of a comparison, and the action that the comparison takes for it."""
 
     algorithm: str
     seed: int
     directory: Path
     log: Path
     action: Action
-    """`keep` a finished run, `resume` one with a checkpoint, `restart` one without, `start` one that does not exist."""
+    """`start` a new run, `keep` a finished run, `resume` a run with a checkpoint, or `restart` a run without one."""
     command: tuple[str, ...]
-    """Command line of the run; empty for `keep`."""
+    """Command line that starts or resumes the run; empty if the action is `keep`."""
 
     @property
     def name(self) -> str:
-        """Name in messages, for example `vineppo seed 0`."""
+        """Name of the run in messages, for example `vineppo seed 0`."""
         return f"{self.algorithm} seed {self.seed}"
 
 
 def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
-    """All runs of a comparison, each with the action that is left for it. Only reads the directory.
+    """Return all runs of a comparison with their actions. This function does not write to the directory.
 
-    Seeds are the outer loop and algorithms the inner one, so that a machine that slows down over hours affects all
-    algorithms alike.
+    The runs are ordered by seed and then by algorithm. If the machine becomes slower over hours, all algorithms are
+    affected alike.
     """
     return [
         _plan_run(spec, algorithm, arm, seed)
@@ -77,19 +77,19 @@ def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> P
     action = _ACTIONS[run_state(directory)]
     train = (sys.executable, "-m", "vineppo", "train")
     budget = tuple(text for key, amount in settings_of_budget(spec.budget).items() for text in (f"--{key}", amount))
-    address = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
+    identity = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
     commands: dict[Action, tuple[str, ...]] = {
         "keep": (),
         "resume": (*train, "--resume", str(directory)),
     }
     overrides = (f"--{key}={value}" for key, value in spec.overrides_of(arm).items())
-    fresh = (*train, spec.recipe, *address, *budget, *overrides)
+    fresh = (*train, spec.recipe, *identity, *budget, *overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
     return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh))
 
 
 def run_state(directory: Path) -> RunState:
-    """State of a run directory; `broken` means that it has neither a result nor a complete checkpoint."""
+    """Return the state of a run directory. A `broken` run has neither a result nor a complete checkpoint."""
     if not directory.exists():
         return "absent"
     summary = read_json(directory / "summary.json")
@@ -101,7 +101,7 @@ def run_state(directory: Path) -> RunState:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None if the file is missing or does not contain one."""
+    """Return the JSON object in a file, or None if the file is missing or contains no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -117,7 +117,11 @@ class _Child:
 
 
 def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) -> dict[str, str]:
-    """Run every plan that has a command, `jobs` at a time; return name -> last log line of the runs that failed."""
+    """Train all runs that have a command, at most `spec.jobs` at the same time.
+
+    Returns:
+        Name of the run -> last line of its log, for each failed run.
+    """
     waiting = [plan for plan in plans if plan.command]
     running: list[_Child] = []
     failures: dict[str, str] = {}
@@ -151,10 +155,13 @@ def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) ->
 
 
 def _start(plan: PlannedRun, jobs: int) -> _Child:
-    """Start a run in a separate process and session, so that Ctrl-C reaches it only once, through `_stop`."""
+    """Start a run in a separate process.
+
+    The process has a separate session, so that the terminal does not send it Ctrl-C. `_stop` interrupts it instead.
+    """
     if plan.action == "restart":
         shutil.rmtree(plan.directory)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log can be followed
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log is written without delay
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     log = open(plan.log, "a" if plan.action == "resume" else "w", encoding="utf-8")  # noqa: SIM115 (closed by run_all)
@@ -173,7 +180,7 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 
 
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
-    """Print how a run ended; if it failed, add it to `failures`."""
+    """Print the result of a run that ended. If the run failed, add it to `failures`."""
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
         run = load_run(plan.directory)
@@ -190,19 +197,19 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
 
 
 def _last_lines(log: Path, num_lines: int = 8) -> list[str]:
-    """Last non-empty lines of a log, without the command line at its top."""
+    """Return the last non-empty lines of a log, without the command line that the log starts with."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")][-num_lines:]
 
 
 def _progress(plan: PlannedRun) -> str:
-    """Progress of a run from its metrics, for example `vineppo seed 0 (16 updates)`."""
+    """Return the progress of a run, for example `vineppo seed 0 (16 updates)`, read from its metrics."""
     lines = RunDirectory(plan.directory, {}).read_metrics()
     return f"{plan.name} ({lines[-1].get('updates', 0) if lines else 0} updates)"
 
 
 def _stop(running: Sequence[_Child]) -> None:
-    """Interrupt the processes, so that they save and exit, and wait for them; a second Ctrl-C kills them."""
+    """Interrupt the processes and wait until they have saved their checkpoints. A second Ctrl-C kills them."""
     for child in running:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGINT)
@@ -212,7 +219,10 @@ def _stop(running: Sequence[_Child]) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP like Ctrl-C: the runs are in separate sessions and would otherwise continue."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C.
+
+    Otherwise the training processes would continue, because they are in separate sessions.
+    """
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -221,7 +231,7 @@ def _stop_signals() -> Iterator[None]:
     try:
         before = {number: signal.getsignal(number) for number in signals}
         for number in signals:
-            if before[number] != signal.SIG_IGN:  # keep the signals ignored that nohup ignores
+            if before[number] != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored; keep it so
                 signal.signal(number, stop)
     except ValueError:  # signal handlers can only be set in the main thread
         before = {}

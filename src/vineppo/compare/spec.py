@@ -1,4 +1,4 @@
-"""Specification of a comparison: recipe, algorithms, seeds and budget."""
+"""Classes and functions for the settings of a comparison: recipe, algorithms, seeds and budget."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from vineppo.types import UserError
 _BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
 
 _ENDLESS_ITERATIONS = "1000000"
-"""Number of iterations of a run, large enough that the budget ends it first."""
+"""Value of `run.iterations` for all runs, so large that the budget always ends a run earlier."""
 
 
 class Budget(NamedTuple):
-    """Amount of training of each run."""
+    """Limit on the training of each run."""
 
     kind: str
-    """`updates` (optimizer updates), `tokens` (generated for training, with MC rollouts) or `seconds` (of training,
-    without evaluation)."""
+    """`updates` (optimizer updates), `tokens` (tokens generated for training, including MC rollouts) or `seconds`
+    (seconds of training, without evaluation)."""
     amount: float
 
     def __str__(self) -> str:
-        """The text on the command line, for example `updates=96`."""
+        """Return the text on the command line, for example `updates=96`."""
         return f"{self.kind}={self.amount:.15g}"
 
 
@@ -37,7 +37,7 @@ def parse_budget(text: str) -> Budget:
     """Parse a budget that is written as `updates=N`, `tokens=N` or `seconds=N`.
 
     Raises:
-        UserError: if the text has another form, or the amount is not above 0, or updates or tokens are not whole.
+        UserError: if the text has another form, the amount is not above 0, or updates or tokens are not whole numbers.
     """
     kind, _, amount_text = text.partition("=")
     advice = "write --budget updates=N, tokens=N or seconds=N"
@@ -62,30 +62,32 @@ def _checked_budget(budget: Budget) -> Budget:
 
 
 def settings_of_budget(budget: Budget) -> dict[str, str]:
-    """The settings (key -> text) that make the budget the only limit of a run."""
+    """Return the settings (key -> text) with which the budget is the only limit of a run."""
     limits = {key: f"{budget.amount:.15g}" if kind == budget.kind else "0" for kind, key in _BUDGET_KEYS.items()}
     return {"run.iterations": _ENDLESS_ITERATIONS, **limits}
 
 
 @dataclass(frozen=True)
 class CompareSpec:
-    """Specification of a comparison."""
+    """The settings of a comparison."""
 
     recipe: str
-    """Name of a recipe, or path of a YAML file; all runs use it."""
+    """Name of the recipe that all runs use, or path of its YAML file."""
     algorithms: tuple[str, ...] = COMPARED
-    """Values of the setting `algorithm` to compare, without duplicates; the tables use this order. The first one is
-    compared with the others. The second one is the reference: the tables show when each reaches its best accuracy."""
+    """Values of the setting `algorithm` to compare, without duplicates, in the order of the tables. The first algorithm
+    is compared with the second one and with the best of all others. The second algorithm is the reference: the tables
+    show when each algorithm reaches the best accuracy of the reference."""
     seeds: int = 5
-    """Number of runs per algorithm; their `run.seed` is 0, 1, ..., seeds - 1."""
+    """Number of runs per algorithm. The runs have the seeds 0, 1, ..., seeds - 1."""
     budget: Budget = Budget("updates", 96)  # noqa: RUF009 (a named tuple is immutable)
     """Limit of each run."""
     out: str = ""
-    """Directory for runs, logs, tables and plots. An existing comparison in it is continued."""
+    """Directory for runs, logs, tables and plots. If it contains a comparison, that comparison is continued."""
     jobs: int = 1
-    """Number of runs at the same time. If it is above 1, the runs share the processor and seconds mean less."""
+    """Number of runs that train at the same time. Above 1, the runs share the processor, so their measured seconds are
+    less reliable."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """Other settings by dotted key, for all runs. The settings of an algorithm apply only to its own runs."""
+    """Dotted key -> text of other settings of all runs. The settings of an algorithm apply only to the runs with it."""
 
     def __post_init__(self) -> None:
         require(bool(self.recipe), "recipe is empty; give the name of a recipe or a YAML file")
@@ -99,7 +101,10 @@ class CompareSpec:
         _checked_budget(self.budget)
         reserved = ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
         for key in self.overrides:
-            require(key not in reserved, f"{key} is set by compare itself; use --algorithms, --seeds or --budget")
+            require(
+                key not in reserved,
+                f"{key} is set by `vineppo compare`; use --algorithms, --seeds, --budget or --out instead",
+            )
             section = key.split(".")[0]
             require(
                 section in names or section not in BUILT_IN,
@@ -108,16 +113,19 @@ class CompareSpec:
 
     @property
     def arms(self) -> tuple[Algorithm, ...]:
-        """The compared algorithms."""
+        """The algorithms to compare."""
         return tuple(find_algorithm(spec) for spec in self.algorithms)
 
     def overrides_of(self, algorithm: Algorithm) -> dict[str, str]:
-        """The overrides for an algorithm, without the settings of the other algorithms."""
+        """Return the overrides for the runs of an algorithm, without the settings of the other algorithms."""
         others = {arm.name for arm in self.arms} - {algorithm.name}
         return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that must be equal to continue a comparison; algorithms, seeds and jobs may change."""
+        """Return the settings that must not change when a comparison is continued.
+
+        Algorithms, seeds and jobs may change.
+        """
         return {
             "recipe": self.recipe,
             "recipe_sha256": _recipe_digest(self.recipe),
@@ -127,7 +135,7 @@ class CompareSpec:
 
 
 def _recipe_digest(recipe: str) -> str | None:
-    """SHA-256 of the recipe's text, which detects that it was edited, or None if there is no such file."""
+    """Return the SHA-256 hash of the recipe file, to detect changes of the recipe; None if there is no such file."""
     packaged = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     for path in (packaged, Path(recipe)):
         if path.is_file():
@@ -136,10 +144,10 @@ def _recipe_digest(recipe: str) -> str | None:
 
 
 def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> None:
-    """Check that the recorded comparison of a directory has the same settings as `spec`.
+    """Check that the comparison recorded in a directory has the same settings as `spec`.
 
     Raises:
-        UserError: with the first setting that differs from the recorded one.
+        UserError: if a setting differs. The message names the first one.
     """
     identity = spec.identity()
     for key in identity if recorded is not None else ():

@@ -1,4 +1,4 @@
-"""Results of a comparison as text: table rows, the sentences below the table, Markdown."""
+"""Format the results of a comparison as text: a table, and sentences below the table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COLUMNS = (
 
 
 def header(result: dict[str, Any]) -> tuple[str, ...]:
-    """Column names of the table; the last two are about the reference algorithm and exist only if there is one."""
+    """Return the column names of the table. The last two exist only if there is a reference algorithm."""
     if result["reference"] is None:
         return _COLUMNS
     label = result["algorithms"][result["reference"]]["label"]
@@ -27,7 +27,7 @@ def header(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the table as text, one per algorithm, with the columns of `header`."""
+    """Return the rows of the table as text, one per algorithm, with the columns that `header` returns."""
     rows: list[tuple[str, ...]] = []
     for name, figures in result["algorithms"].items():
         reach = figures["reach_reference_best"] or {}
@@ -48,7 +48,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
-    """The lines below the table: differences, ratios, accuracies at equal amounts, and missing runs."""
+    """Return the lines below the table: differences, ratios, accuracies at equal amounts, and missing runs."""
     spec = result["spec"]
     lines = [_pair_sentence(result, result["vs_reference"])]
     best = result["vs_best"]
@@ -57,14 +57,14 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     lines += _equal_sentences(result["equal"])
     lines.append(
         f"Budget of each run: {spec['budget']}. Accuracy after: mean over runs with its 95% Student t interval. "
-        f"Seconds of training, evaluation not counted, {result['cpu_count']} cores, {spec['jobs']} run(s) at a time."
+        f"Seconds: training without evaluation, on {result['cpu_count']} cores, {spec['jobs']} run(s) at a time."
     )
     lines += [f"MISSING: {gap['algorithm']} seed {gap['seed']}: {gap['reason']}" for gap in result["missing"]]
     return [line for line in lines if line]
 
 
 def _equal_sentences(equal: dict[str, Any]) -> list[str]:
-    """One sentence per axis: accuracy of each algorithm at the smallest amount that any run used in total."""
+    """Return one sentence per axis with the accuracy of each algorithm at the same amount of that resource."""
     return [
         f"At equal {axis} ({format_count(at['amount'])} a run), accuracy during training: "
         + ", ".join(f"{name} {_percent_interval(interval)}" for name, interval in at["accuracy"].items())
@@ -86,7 +86,7 @@ def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
     )
     share = pair["share_of_resamples_reached"]
     reached = "" if share is None else f" (95% bootstrap over seeds; reached in {share:.0%} of resamples)"
-    return f"{ends} {best}; to reach it, {name}'s amount over {first}'s: {ratios}{reached}."
+    return f"{ends} {best}. To reach it, {name} needs these multiples of {first}'s amounts: {ratios}{reached}."
 
 
 def _ratio_interval(interval: dict[str, float | None]) -> str:
@@ -105,7 +105,7 @@ def _points(difference: dict[str, float | None]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The content of `table.md`: the table and the lines below it."""
+    """Return the content of `table.md`: the table and the lines below it."""
     names = header(result)
     rows = [names, tuple("---" for _ in names), *table_rows(result)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,4 @@
-"""The amounts of one iteration (rollouts, tokens, updates) and the plan of a run."""
+"""Classes for the amounts of one iteration (rollouts, tokens, updates) and for the plan of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from vineppo.training.parts import total_updates, updates_per_iteration
 
 @dataclass(frozen=True)
 class Amounts:
-    """Amounts of one iteration."""
+    """Numbers of rollouts, tokens and updates in one iteration."""
 
     rollouts: int
     rollout_tokens: float
+    """Number of tokens in the responses of all rollouts."""
     prompt_tokens: float
-    """Mean length of a prompt."""
+    """Mean number of tokens in a prompt."""
     mc_tokens: float
+    """Number of tokens in all MC rollouts."""
     steps_per_response: float
+    """Mean number of reasoning steps in a response."""
     updates: int
+    """Number of optimizer updates."""
 
     @property
     def sequence_tokens(self) -> float:
-        """Mean length of a prompt and its response."""
+        """Mean number of tokens in a prompt together with its response."""
         return self.prompt_tokens + self.rollout_tokens / self.rollouts
 
 
@@ -36,33 +40,34 @@ class Plan:
     """The predicted amounts, seconds and memory of a run."""
 
     source: str
-    """How the figures were obtained."""
+    """Text that says how the plan was computed: by a calibration or from a data sheet."""
     amounts: Amounts
     seconds: Mapping[str, float]
-    """Seconds of one iteration by phase: sample, credit, update."""
+    """Phase (`sample`, `credit` or `update`) -> seconds of one iteration."""
     iterations: int
+    """Number of iterations of the run."""
     memory: Mapping[str, float]
-    """Bytes by kind, and `peak`."""
+    """Kind of memory -> bytes; the key `peak` has the peak of the whole run."""
     available: float
     """Available memory in bytes; 0 if unknown."""
     variants: Sequence[tuple[str, float, float]]
-    """(another setting, its MC tokens, its seconds) of one iteration."""
+    """List of (changed setting, MC tokens, seconds): the cost of one iteration if one setting is changed."""
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Seconds of one iteration over all phases."""
+        """Seconds of one iteration, summed over all phases."""
         return sum(self.seconds.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as a dictionary for JSON."""
+        """Return the plan as a dictionary that can be written as JSON."""
         return {**asdict(self), "seconds_per_iteration": self.seconds_per_iteration}
 
 
 def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
     """Estimate amounts without a calibration.
 
-    Prompts have 120 tokens, steps 30 tokens, and responses `response_tokens`, or a third of the token budget if it is
-    None.
+    The estimate assumes prompts of 120 tokens, steps of 30 tokens, and responses of `response_tokens` tokens. If
+    `response_tokens` is None, responses have a third of `rollouts.max_new_tokens`.
     """
     settings = config.rollouts
     length = response_tokens or max(1, settings.max_new_tokens // 3)
@@ -76,7 +81,7 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
 
 
 def iterations(config: Config, amounts: Amounts, seconds: Mapping[str, float]) -> int:
-    """Number of iterations until the run reaches its first limit."""
+    """Return the number of iterations after which the run reaches one of its limits."""
     limits = [config.run.iterations, -(-total_updates(config) // amounts.updates)]
     if config.run.max_tokens:
         limits.append(math.ceil(config.run.max_tokens / (amounts.rollout_tokens + amounts.mc_tokens)))

@@ -1,4 +1,4 @@
-"""Plans for this machine: run a small part of the first iteration and scale its counts and times up."""
+"""Plan a run on this machine: run a small part of the first iteration, and scale its token counts and times up."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
-from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
+from vineppo.plan.shape import count, count_trainable, shape_from_config, shape_of
 from vineppo.training.configure import own_settings
 from vineppo.training.parts import build_parts, updates_per_iteration
 from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
 _CALIBRATED_ROLLOUTS = 8
-"""Minimum number of responses in a calibration: fewer give unreliable response lengths and MC tokens."""
+"""Minimum number of responses in a calibration. With fewer, the mean response length and MC tokens are unreliable."""
 
 
 def calibrated_safely(config: Config, problems: int | None) -> Plan:
-    """Calibrate, or raise UserError if the memory is too small.
+    """Plan a run by a calibration.
 
-    A calibration needs as much memory as a run, so the parts with a known size are checked before the model is loaded.
+    A calibration needs about as much memory as the run, so the memory is checked before the model is loaded. This check
+    counts only the kinds of memory whose size is known before the calibration.
+
+    Raises:
+        UserError: if the memory is too small for the run.
     """
-    shape, available = shape_by_name(config), available_memory(config.model.device)
+    shape, available = shape_from_config(config), available_memory(config.model.device)
     amounts = guessed_amounts(config, None)
-    memory = memory_by_kind(config, shape, amounts, trainable=trainable(config, shape))
+    memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
     kinds = ("runtime", "weights", "optimizer", "gradients", "reference", "critic")
     if 0 < available < sum(memory[kind] for kind in kinds):
         raise UserError(does_not_fit(config, amounts, memory, available))
@@ -43,21 +47,25 @@ def calibrated_safely(config: Config, problems: int | None) -> Plan:
 
 
 def _calibrated(config: Config, problems: int | None) -> Plan:
-    own = config.rollouts
-    few = min(problems or max(2, -(-_CALIBRATED_ROLLOUTS // own.group_size)), own.num_problems)
-    quiet = replace(config.learner, lr=0.0, epochs=1, minibatch_size=few * own.group_size, weight_decay=0.0)
-    parts = build_parts(replace(config, rollouts=replace(own, num_problems=few), learner=quiet))
+    settings = config.rollouts
+    num_problems = min(problems or max(2, -(-_CALIBRATED_ROLLOUTS // settings.group_size)), settings.num_problems)
+    num_rollouts = num_problems * settings.group_size
+    # With learning rate 0, the timed update does not change the weights.
+    learner_settings = replace(config.learner, lr=0.0, epochs=1, minibatch_size=num_rollouts, weight_decay=0.0)
+    parts = build_parts(
+        replace(config, rollouts=replace(settings, num_problems=num_problems), learner=learner_settings)
+    )
     policy, learner = parts.policy, parts.learner
-    drawn = draw_problems(parts.task, config.run.seed, 1, few)
+    drawn = draw_problems(parts.task, config.run.seed, 1, num_problems)
     (groups, _), sample_seconds = _timed(lambda: parts.sample(drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)
-    _, update_seconds = _timed(lambda: learner.update(samples, 1, few * own.group_size))
+    _, update_seconds = _timed(lambda: learner.update(samples, 1, num_rollouts))
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
-    scale = own.num_problems / few
+    scale = settings.num_problems / num_problems
     amounts = _amounts(config, groups, metrics, scale)
     parts.update_sampler()
-    per_row = _seconds_per_row(parts.sampler, groups, own)
+    per_row = _seconds_per_row(parts.sampler, groups, settings)
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     passes = max(0.0, update_seconds - prepare - step)
@@ -67,17 +75,18 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
         "update": scale * (prepare + config.learner.epochs * passes) + amounts.updates * step,
     }
     memory = memory_by_kind(config, shape_of(policy.model), amounts, trainable=count(policy.model, trainable=True))
-    what = f"calibrated on {few} of {own.num_problems} problems: {tokens:,} tokens and their credit"
+    source = f"calibrated on {num_problems} of {settings.num_problems} problems: {tokens:,} tokens and their credit"
     return Plan(
-        what, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),
+        source, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),
         _variants(config, parts.codec, groups, amounts, seconds),
     )  # fmt: skip
 
 
 def _step_seconds(learner: TorchLearner) -> float:
-    """Seconds of one optimizer step with learning rate 0, which leaves the weights unchanged.
+    """Measure the seconds of one optimizer step, summed over the optimizers of the policy and the critic.
 
-    Each optimizer steps twice; the first step allocates memory and is not timed.
+    The learning rate is 0, so the weights do not change. Each optimizer makes two steps. Only the second one is timed,
+    because the first one also allocates memory.
     """
     seconds = 0.0
     for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):
@@ -88,21 +97,26 @@ def _step_seconds(learner: TorchLearner) -> float:
     return seconds
 
 
-def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], own: RolloutConfig) -> float:
-    """Seconds per additional row of a decoding step, measured as the slope between 16 and 96 rows."""
+def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], settings: RolloutConfig) -> float:
+    """Measure how many seconds a decoding step takes longer for each additional row (sequence) in the batch.
+
+    The result is the difference in time between batches of 96 and 16 rows, per additional token.
+    """
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
     times = []
     for rows in (few, many):
         requests = [
-            SampleRequest(ids, rows // len(prompts), positions, seed=i, temperature=own.temperature, stop=own.stop)
+            SampleRequest(
+                ids, rows // len(prompts), positions, seed=i, temperature=settings.temperature, stop=settings.stop
+            )
             for i, ids in enumerate(prompts)
         ]
         sampler.sample(requests)
         found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
         times.append((sum(len(c.token_ids) for group in found for c in group), seconds))
-    (n, a), (m, b) = times
-    return max(0.0, (b - a) / max(1, m - n))
+    (few_tokens, few_seconds), (many_tokens, many_seconds) = times
+    return max(0.0, (many_seconds - few_seconds) / max(1, many_tokens - few_tokens))
 
 
 def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, scale: float) -> Amounts:
@@ -121,7 +135,13 @@ def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, s
 def _variants(
     config: Config, codec: Codec, groups: Sequence[RolloutGroup], amounts: Amounts, seconds: Mapping[str, float]
 ) -> list[tuple[str, float, float]]:
-    """Estimates for other K, splitters and group sizes, in proportion to the tokens that they need."""
+    """Estimate MC tokens and seconds per iteration for other settings of the algorithm and for a doubled group size.
+
+    The estimates assume that the time is proportional to the number of tokens.
+
+    Returns:
+        List of (changed setting, MC tokens, seconds), empty if the algorithm samples no MC rollouts.
+    """
     algorithm, total = find_algorithm(config.algorithm), sum(seconds.values())
     if algorithm.plan is None:
         return []

@@ -1,4 +1,4 @@
-"""Plans for accelerators that are not in this machine, from their data sheets."""
+"""Plan a run on an accelerator that this machine does not have, from the data sheet of the accelerator."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.plan.amounts import Plan, guessed_amounts, iterations
 from vineppo.plan.memory import memory_by_kind
-from vineppo.plan.shape import GIB, Shape, kv_bytes, shape_by_name, trainable
+from vineppo.plan.shape import GIB, Shape, count_trainable, kv_bytes, shape_from_config
 from vineppo.types import UserError
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures from the data sheet of an accelerator."""
+    """Speed and memory of an accelerator according to its data sheet."""
 
     flops: float
-    """Dense 16-bit floating-point operations per second."""
+    """16-bit floating-point operations per second, without sparsity."""
     bandwidth: float
-    """Bytes per second."""
+    """Memory bandwidth in bytes per second."""
     memory: float
-    """Bytes."""
+    """Size of the memory in bytes."""
 
 
 GPUS = {
@@ -35,13 +35,13 @@ GPUS = {
 }
 
 _TRAINING, _DECODING = 0.12, 0.06
-"""Shares of the data sheet's `flops` that training and decoding reach, derived from the seconds per iteration in the
-VinePPO paper (dev/LOG.md)."""
+"""Assumed shares of the data sheet's `flops` that training and decoding reach. They are derived from the seconds per
+iteration that the VinePPO paper reports (see dev/LOG.md)."""
 
 
 def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
-    """Plan a run on an accelerator from its data sheet."""
-    gpu, shape = _gpu(name), shape_by_name(config)
+    """Plan a run on the accelerator `name`, such as `h100` or `8xh100`, from its data sheet."""
+    gpu, shape = _gpu(name), shape_from_config(config)
     amounts = guessed_amounts(config, response_tokens)
     length, mc_tokens, rows = (
         int(amounts.rollout_tokens / amounts.rollouts),
@@ -57,24 +57,30 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
         "credit": _decoding(shape, gpu, mc_tokens, length, rows) if mc_tokens else (networks - 1) * trained * per_token,
         "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
     }
-    memory = memory_by_kind(config, shape, amounts, trainable=trainable(config, shape))
+    memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
     source = f"rough estimate from the data sheet of {name}, {length} tokens per response"
     return Plan(source, amounts, seconds, iterations(config, amounts, seconds), memory, gpu.memory, ())
 
 
 def _gpu(name: str) -> Gpu:
-    """Figures of `h100`, or the sum of eight for `8xh100`, which assumes that parallelism has no cost."""
+    """Return the data of an accelerator such as `h100`, or of several in parallel such as `8xh100`.
+
+    Several accelerators are assumed to have the sum of the speeds and memories, without any cost of communication.
+    """
     count, _, kind = name.partition("x") if name.split("x")[0].isdigit() else ("1", "", name)
     if kind not in GPUS or int(count) < 1:
-        raise UserError(f"unknown --gpu {name}; allowed: {', '.join(GPUS)}, or several of a kind, for example 8xh100")
+        raise UserError(
+            f"unknown --gpu {name}; allowed: {', '.join(GPUS)}, or a number of one of them, for example 8xh100"
+        )
     gpu, n = GPUS[kind], int(count)
     return Gpu(gpu.flops * n, gpu.bandwidth * n, gpu.memory * n)
 
 
 def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
-    """Seconds to decode `tokens` in batches of `rows`: the larger of the times for arithmetic and for reading memory.
+    """Estimate the seconds to decode `tokens` tokens in responses of `length` tokens, `rows` responses at a time.
 
-    Each decoding step reads the weights, and each token reads the keys and values before it.
+    The result is the time for arithmetic or the time for reading memory, whichever is larger. Each decoding step reads
+    all weights once. For each token, the KV cache of the earlier tokens of its response is read.
     """
     batches = max(1.0, tokens / (rows * length))
     reading = batches * length * 2 * shape.parameters + tokens * length / 2 * kv_bytes(shape, 2)

@@ -1,4 +1,4 @@
-"""Memory that a run needs, by kind."""
+"""Estimate the memory that a run needs, separately for weights, optimizer, KV cache and other kinds."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from vineppo.plan.shape import GIB, Shape, kv_bytes
 
 
 def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
-    """Bytes by kind, and `peak`.
+    """Estimate the memory of a run.
 
-    Sampling and updating do not happen at the same time, so the peak contains only the larger of the two.
+    Sampling and updating do not happen at the same time, so the peak contains the memory of only one of them: the
+    larger.
+
+    Args:
+        trainable: number of trainable parameters.
+    Returns:
+        Kind of memory -> bytes; the key `peak` has the peak of the whole run.
     """
     size = 2 if config.model.dtype == "bfloat16" else 4
     lora, has_critic = config.model.lora.r > 0, find_algorithm(config.algorithm).needs_critic
     weights = shape.parameters * size
     trained_size = 4 if lora else size
-    # AdamW's two moments, a float32 copy of 16-bit weights, and the gradients (also in float32 if there is a copy).
+    # AdamW keeps two moments. For 16-bit weights there are also float32 copies of the weights and of the gradients.
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
     gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
@@ -51,23 +57,26 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
 
 
 def _micro_batch(config: Config, amounts: Amounts) -> float:
-    """Number of tokens in the largest forward and backward pass."""
+    """Return the number of tokens in the largest micro-batch."""
     return min(config.learner.micro_batch_tokens, amounts.rollouts * amounts.sequence_tokens)
 
 
 def _activations(config: Config, shape: Shape, size: int, tokens: float, trained_share: float) -> float:
-    """Bytes kept from the forward to the backward pass of a micro-batch: layers, and logits of trained tokens."""
+    """Estimate the bytes that the forward pass of a micro-batch keeps for the backward pass.
+
+    They are the activations of all layers, and the logits of the trained tokens.
+    """
     layer = (10 * shape.hidden + 4 * shape.intermediate + 4 * shape.heads * shape.head_dim) * size
     if config.model.gradient_checkpointing:
         layers = shape.hidden * size * shape.layers + layer
     else:
         layers = layer * shape.layers
-    # The logits, their float32 copy, its log-softmax, and the gradients of both.
+    # For each trained token: logits, a float32 copy of them, its log-softmax, and float32 gradients of these two.
     return tokens * layers + tokens * trained_share * shape.vocabulary * (size + 16)
 
 
 def available_memory(device: str) -> float:
-    """Memory of a device in bytes; 0 if unknown."""
+    """Return the memory of a device in bytes, or 0 if it is unknown."""
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[1])
     try:
@@ -75,14 +84,14 @@ def available_memory(device: str) -> float:
         total = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return 0.0
-    try:  # the limit of a container
+    try:  # the memory limit of a container
         return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no limit: the file is missing or contains `max`
         return total
 
 
 def does_not_fit(config: Config, amounts: Amounts, memory: Mapping[str, float], available: float) -> str:
-    """Error message in one line, with a setting that makes the run fit; the cheapest setting comes first."""
+    """Return a one-line error message with a setting to try. The setting that costs the least is preferred."""
     peak = memory["peak"]
     needs = f"the run needs about {peak / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are available"
     permanent = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])

@@ -1,8 +1,8 @@
-"""`vineppo plan`: predict the tokens, seconds by phase and memory of a run before it starts.
+"""Predict the tokens, the seconds of each phase and the memory of a run before it starts.
 
-On this machine, a small part of the first iteration is run (*calibration*) and its counts and times are scaled up:
-sampling by the time of an additional row, updates by the time of an additional token. For another accelerator
-(`--gpu`), the times are rough estimates from its arithmetic rate and memory bandwidth.
+To plan for this machine, a small part of the first iteration is run (the *calibration*), and its token counts and times
+are scaled up to a whole iteration. To plan for another accelerator (`--gpu`), the times are rough estimates from the
+operations per second and the memory bandwidth in its data sheet.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ def plan(
 
     Args:
         config: configuration of the run.
-        gpu: an accelerator of `datasheet.GPUS`, for example `h100` or `8xh100`; None plans for this machine by a
-            calibration.
-        response_tokens: mean response length, used only with `gpu`; default: a third of the token budget.
+        gpu: name of an accelerator in `datasheet.GPUS`, for example `h100` or `8xh100`. If it is None, the plan is for
+            this machine and uses a calibration.
+        response_tokens: mean number of tokens in a response, used only with `gpu`; default: a third of
+            `rollouts.max_new_tokens`.
         problems: number of problems in the calibration; default: two, or more if the groups are small.
     Raises:
         UserError: if the GPU is unknown, the size of the model cannot be determined, or the run does not fit into
-            memory; the message then has a setting that fits.
+            memory. In the last case, the message proposes a setting.
     """
     prediction = planned_for(config, gpu, response_tokens) if gpu else calibrated_safely(config, problems)
     if prediction.available and prediction.memory["peak"] > prediction.available:

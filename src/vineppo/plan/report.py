@@ -1,4 +1,4 @@
-"""The text that `vineppo plan` prints."""
+"""Format a plan as the text that `vineppo plan` prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vineppo.plan.shape import GIB
 
 
 def report(plan: Plan, config: Config) -> list[str]:
-    """Format a plan as the lines that `vineppo plan` prints."""
+    """Return the lines that `vineppo plan` prints for a plan."""
     amounts, n = plan.amounts, plan.iterations
     seconds = plan.seconds_per_iteration * n
     lines = [

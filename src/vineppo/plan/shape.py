@@ -1,4 +1,4 @@
-"""The size of a language model, from its configuration."""
+"""Read the size of a language model (parameters, layers, widths) from its configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = float(1 << 30)
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a language model."""
+    """The number of parameters of a language model and the sizes of its layers."""
 
     parameters: int
     layers: int
@@ -36,11 +36,12 @@ KNOWN = {
     "realtreetune/deepseekmath-7b-sft-GSM8K": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
     "realtreetune/deepseekmath-7b-sft-MATH-v2": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
 }
-"""Sizes of the paper's models, from their published configurations, for machines without access to the hub."""
+"""Sizes of the models in the VinePPO paper, from their published configurations. They make it possible to plan runs on
+machines without access to the Hugging Face Hub."""
 
 
-def shape_by_name(config: Config) -> Shape:
-    """Size of the configured model, read from its configuration without loading weights.
+def shape_from_config(config: Config) -> Shape:
+    """Return the size of the model at `config.model.path`, without loading its weights.
 
     Raises:
         UserError: if the configuration of the model cannot be read.
@@ -60,7 +61,7 @@ def shape_by_name(config: Config) -> Shape:
 
 
 def shape_of(model: Any) -> Shape:
-    """Size of a model that has been instantiated."""
+    """Return the size of an instantiated model."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return Shape(
@@ -76,20 +77,24 @@ def shape_of(model: Any) -> Shape:
 
 
 def count(model: Any, trainable: bool = False) -> int:
-    """Number of parameters, or only of trainable parameters."""
+    """Number of parameters; if `trainable` is true, count only the trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def trainable(config: Config, shape: Shape) -> int:
-    """Number of trained parameters. LoRA adapters are assumed on the seven linear layers of each block."""
+def count_trainable(config: Config, shape: Shape) -> int:
+    """Number of trained parameters: all of them, or with LoRA the adapter parameters.
+
+    LoRA adapters are assumed on all seven linear layers (q, k, v, o, gate, up, down) of each block.
+    """
     r = config.model.lora.r
     if not r:
         return shape.parameters
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sides = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys) + 3 * (shape.hidden + shape.intermediate)
-    return r * sides * shape.layers
+    attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
+    lora_dims_per_layer = attention + 3 * (shape.hidden + shape.intermediate)  # input + output width of each layer
+    return r * lora_dims_per_layer * shape.layers
 
 
 def kv_bytes(shape: Shape, size: int) -> float:
-    """Bytes of the keys and values of one token, with `size` bytes per number."""
+    """Return the bytes of the KV cache per token. `size` is the number of bytes of one number in the cache."""
     return 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size

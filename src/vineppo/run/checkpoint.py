@@ -1,4 +1,7 @@
-"""Checkpoints: written to a temporary directory, forced to disk, renamed, and verified before they are loaded.
+"""Write and read checkpoints.
+
+A checkpoint is written to a temporary directory, forced to disk and then renamed. It is verified before it is loaded.
+A checkpoint has these files:
 
 ```
 checkpoints/000020/state.pt       progress of the run
@@ -36,23 +39,23 @@ def save_checkpoint(
     keep: int = 1,
     writers: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write a checkpoint and then remove older ones, so that a complete checkpoint exists at any time.
+    """Write a checkpoint, and then remove older ones. At least one complete checkpoint exists at any time.
 
     Args:
-        directory: the run's directory of checkpoints.
-        iteration: number of completed iterations; the checkpoint's name.
+        directory: the directory that contains the checkpoints of the run.
+        iteration: number of completed iterations. It is also the name of the checkpoint.
         state: nested dicts, lists and tuples of tensors and scalars.
-        keep: number of checkpoints to keep, including this one. Checkpoints of later iterations are removed: they are
-            damaged, because the run was resumed from an earlier one.
-        writers: functions that write further files into the checkpoint's directory, such as `Learner.save`.
+        keep: number of checkpoints to keep, including the new one. Checkpoints of later iterations are always removed.
+            They exist only if they are damaged and the run was therefore resumed from an earlier checkpoint.
+        writers: functions such as `Learner.save`, which get the directory of the checkpoint and write files into it.
     Returns:
-        The checkpoint's path.
+        The path of the checkpoint.
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.tmp"):  # left by a run that was killed
+    for leftover in directory.glob(".*.tmp"):  # from a run that was killed while writing
         shutil.rmtree(leftover)
     temporary = directory / f".{iteration:06d}.tmp"
     temporary.mkdir()
@@ -63,7 +66,7 @@ def save_checkpoint(
 
     path = directory / f"{iteration:06d}"
     old = directory / f"{iteration:06d}.old"
-    if path.exists():  # rename cannot replace a directory; `latest_checkpoint` also finds the old one
+    if path.exists():  # `os.rename` cannot replace a directory; `latest_checkpoint` also finds `.old`
         if old.exists():
             shutil.rmtree(old)
         os.rename(path, old)
@@ -79,7 +82,7 @@ def save_checkpoint(
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare size and checksum of every file with the manifest.
+    """Compare the size and checksum of every file of a checkpoint with its manifest.
 
     Raises:
         UserError: for the first file that is missing or damaged.
@@ -109,7 +112,8 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
     """Return the newest undamaged checkpoint.
 
     Args:
-        warn: called with a message for every damaged checkpoint; by default it is printed to standard error.
+        warn: function that is called with a message for each damaged checkpoint. By default, the message is printed to
+            standard error.
     Raises:
         UserError: if there is no undamaged checkpoint.
     """
@@ -127,7 +131,7 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Verify a checkpoint and load its state, tensors on the CPU.
+    """Verify a checkpoint and load its state, with tensors on the CPU.
 
     Raises:
         UserError: for the first file that is missing or damaged.
@@ -137,7 +141,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists and tuples of tensors and scalars to a file of a checkpoint.
+    """Write a state (nested dicts, lists and tuples of tensors and scalars) to a file.
 
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
@@ -146,7 +150,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Load what `write_state` wrote, with tensors on the CPU.
+    """Load a state that `write_state` wrote, with tensors on the CPU.
 
     Raises:
         UserError: if the file is missing or cannot be read.
@@ -166,7 +170,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _write_manifest(directory: Path, iteration: int) -> None:
-    """Force every file of a checkpoint to disk, and write its size and checksum to manifest.json."""
+    """Force all files of a checkpoint to disk, and write their sizes and checksums to manifest.json."""
     files = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         fsync_file(path)
@@ -179,9 +183,10 @@ def _write_manifest(directory: Path, iteration: int) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Convert a state to types that `torch.load(weights_only=True)` accepts; tensors are detached and on the CPU.
+    """Convert a state to types that `torch.load(weights_only=True)` accepts. Tensors are detached and moved to the CPU.
 
-    Other types are refused here, before a run depends on them. NumPy scalars, for example, can be saved but not loaded.
+    Values of other types raise TypeError when they are saved. Otherwise the error would come only when they are loaded:
+    a NumPy scalar, for example, can be saved but not loaded. `where` names the value in the error message.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
@@ -195,7 +200,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _newest_first(directory: Path) -> list[tuple[int, Path]]:
-    """Return (iteration, path) of all checkpoints, newest first; a replaced one (`.old`) follows its replacement."""
+    """Return (iteration, path) of all checkpoints, newest first. A replaced checkpoint (`.old`) follows the new one."""
     paths = directory.iterdir() if directory.is_dir() else ()
     matches = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     matches.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)

@@ -1,4 +1,4 @@
-"""Measures the time of an iteration's phases and the peak memory of the process."""
+"""Measure the time of each phase of an iteration, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Timer:
-    """Seconds spent in each phase of an iteration: `with timer("sample"): ...`, then `timer.pop()`."""
+    """Measure the seconds spent in each phase of an iteration: `with timer("sample"): ...`, then `timer.pop()`."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -17,7 +17,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase, even if the block raises. Phases must not be nested."""
+        """Add the time of the `with` block to a phase, even if the block raises an exception. Do not nest phases."""
         start = self._clock()
         try:
             yield
@@ -25,19 +25,19 @@ class Timer:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def pop(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call, and reset them to 0."""
+        """Return the seconds of each phase since the last call of `pop`, and reset them to 0."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
 
 def peak_memory(device: Any) -> int:
-    """Peak memory of this process in bytes: GPU memory for a CUDA device, else main memory.
+    """Return the peak memory of this process in bytes: GPU memory for a CUDA device, else main memory.
 
     Args:
         device: a `torch.device`.
     """
     if device.type == "cuda":
-        import torch  # imported here, because it is slow to import and not needed to open a run directory
+        import torch  # imported here because the import is slow and reading a run directory does not need it
 
         return int(torch.cuda.max_memory_allocated(device))
     import resource

@@ -1,4 +1,4 @@
-"""The run directory: resolved config, metrics, rollouts, checkpoints, final model and summary.
+"""Read and write the directory of a run. It contains:
 
 ```
 config.yaml             every setting of the run
@@ -30,7 +30,7 @@ from vineppo.types import RolloutGroup, TrainingSample, UserError
 
 
 def _json_ready(value: Any) -> Any:
-    """Convert a value for JSON: NaN and infinity become None, NumPy and PyTorch numbers become Python numbers."""
+    """Convert a value for JSON. NaN and infinity become None; NumPy and PyTorch numbers become Python numbers."""
     if isinstance(value, Mapping):
         return {str(key): _json_ready(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -42,7 +42,7 @@ def _json_ready(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of a run. Use `create` or `open` to get one."""
+    """The directory of a run. Call `create` or `open` to get an instance."""
 
     path: Path
     config: Mapping[str, Any]
@@ -75,10 +75,11 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:
-        """Open an existing run directory, to continue the run or (`writable=False`) only to read it.
+        """Open an existing run directory. With `writable=False` the directory is only read.
 
         Raises:
-            UserError: if it is not a run directory, config.yaml is not a YAML mapping, or it cannot be written.
+            UserError: if `path` is not a run directory, config.yaml is not a YAML mapping, or the directory cannot be
+                written although `writable` is true.
         """
         run = Path(path)
         if not run.is_dir():
@@ -104,7 +105,7 @@ class RunDirectory:
 
     @property
     def rollouts(self) -> Path:
-        """Directory of the Parquet files."""
+        """Directory of the Parquet files with the rollouts."""
         return self.path / "rollouts"
 
     @property
@@ -132,7 +133,7 @@ class RunDirectory:
         return self.rollouts / f"{iteration:06d}.parquet"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl and force it to disk. NaN and infinity are written as null."""
+        """Append the metrics as a line to metrics.jsonl and force it to disk. NaN and infinity are written as null."""
         is_new = not self.metrics.exists()
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(_json_ready(metrics), allow_nan=False) + "\n")
@@ -142,32 +143,34 @@ class RunDirectory:
             fsync_directory(self.path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl in order, or an empty list if there is no file.
+        """Return the lines of metrics.jsonl as dictionaries, or an empty list if the file does not exist.
 
-        An incomplete last line, as a crash can leave, is ignored.
+        An incomplete last line, which a crash can leave behind, is ignored.
 
         Raises:
-            UserError: if another line is not a JSON object.
+            UserError: if any other line is not a JSON object with an iteration.
         """
         if not self.metrics.exists():
             return []
-        *lines, unfinished = self.metrics.read_bytes().split(b"\n")  # a complete file ends with a newline
+        *lines, unfinished = self.metrics.read_bytes().split(b"\n")  # empty if the file ends with a newline
         del unfinished
         parsed = []
         for number, line in enumerate(lines, start=1):
             try:
                 parsed.append(_parse_object(line))
             except ValueError:
-                raise UserError(f"{self.metrics} is damaged: line {number} is not a JSON object; remove it") from None
+                raise UserError(
+                    f"{self.metrics} is damaged: line {number} is not a JSON object; remove that line"
+                ) from None
         return parsed
 
     def truncate_metrics(self, after_iteration: int) -> None:
-        """Remove the lines of later iterations and an incomplete last line, atomically. Used to resume a run."""
+        """Remove later iterations and an incomplete last line from metrics.jsonl, atomically. Used to resume a run."""
         kept = [line for line in self.read_metrics() if line["iteration"] <= after_iteration]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def remove_rollouts(self, after_iteration: int) -> None:
-        """Remove the Parquet files of later iterations, which a resumed run samples again."""
+        """Remove the Parquet files of later iterations. Used to resume a run, which samples these iterations again."""
         for path in self.rollouts.glob("*.parquet"):
             if path.stem.isdigit() and int(path.stem) > after_iteration:
                 path.unlink()
@@ -175,9 +178,9 @@ class RunDirectory:
     def write_rollouts(
         self, iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
     ) -> Path:
-        """Write the rollouts of an iteration with their credit, and its other training samples, to Parquet, atomically.
+        """Write the rollouts of an iteration, their credit, and other training samples to a Parquet file, atomically.
 
-        The columns are those of `records.SCHEMA`.
+        The file has the columns of `records.SCHEMA`.
         """
         path = self.rollouts_of(iteration)
         self.rollouts.mkdir(exist_ok=True)

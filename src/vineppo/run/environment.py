@@ -1,4 +1,4 @@
-"""Versions of the package and of the libraries that results depend on."""
+"""Return the versions of this package and of other installed packages."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """Version of the installed package; 0.1.0 for a source tree that is not installed."""
+    """Return the version of vineppo, or 0.1.0 if it runs from a source tree without being installed."""
     return version_of("vineppo") or "0.1.0"
 
 
 def version_of(package: str) -> str | None:
-    """Version of an installed package, or None if it is not installed."""
+    """Return the version of a package, or None if the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

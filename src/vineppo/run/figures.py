@@ -1,4 +1,4 @@
-"""Functions that give all figures the same style: canvas, bands, axes, legend."""
+"""Functions that give all figures the same style. They draw titles, confidence bands, axes and legends."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 GREY = "#444444"
 
-_SUBTITLE_LETTERS = 92
-"""Number of characters that fit in one line at full font size; longer subtitles get a smaller font."""
+_SUBTITLE_CHARACTERS = 92
+"""Number of characters that fit in one line of a figure. A longer subtitle gets a smaller font, and a longer legend is
+split into rows."""
 
 
 def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
-    """A new figure with a title and a subtitle. It does not use pyplot, so it has no global state and needs no display.
+    """Return a new figure with a title and a subtitle. The figure is created without pyplot, so no display is needed.
 
     Args:
         title: bold text above the axes.
-        subtitle: one line between title and axes.
+        subtitle: one line of text between the title and the axes.
         height: height of the figure in inches; the width is 8 inches.
     """
     figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
@@ -33,7 +34,7 @@ def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes
         xytext=(0, 9),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=min(10.5, 10.5 * _SUBTITLE_LETTERS / max(1, len(subtitle))),
+        fontsize=min(10.5, 10.5 * _SUBTITLE_CHARACTERS / max(1, len(subtitle))),
         color=GREY,
     )
     note.set_in_layout(False)  # a long subtitle must not reduce the size of the axes
@@ -48,7 +49,7 @@ def band(
     colour: str,
     label: str | None,
 ) -> None:
-    """Shade the area between `low` and `high`; points with a bound of None are left out."""
+    """Shade the area between `low` and `high`. Points at which one of the bounds is None are left out."""
     known = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if b is not None and c is not None]
     if known:
         xs, lows, highs = zip(*known, strict=True)
@@ -56,7 +57,7 @@ def band(
 
 
 def finish(axes: Axes, x_label: str, y_label: str) -> None:
-    """Set labels, grid and ticks."""
+    """Set the axis labels, the grid, the ticks and the margins."""
     axes.set_xlabel(x_label, fontsize=12)
     axes.set_ylabel(y_label, fontsize=12)
     axes.tick_params(labelsize=11)
@@ -67,7 +68,7 @@ def finish(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Format the vertical axis as percent and limit it to 0 to 100, even if the bands of intervals exceed it."""
+    """Format the y axis as percent and clip its limits to 0-100%, even if confidence bands extend further."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(0.0, low), min(1.0, high) + 0.002)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
@@ -78,8 +79,8 @@ def legend_below(axes: Axes) -> None:
     """Place the legend below the axes, in as many rows as it needs."""
     handles, labels = axes.get_legend_handles_labels()
     if handles and axes.figure is not None:
-        width = sum(len(label) + 8 for label in labels)  # in characters; 8 for the handle and the gaps of each entry
-        rows = math.ceil(width / 92)
+        width = sum(len(label) + 8 for label in labels)  # in characters; the line sample and gaps of an entry need 8
+        rows = math.ceil(width / _SUBTITLE_CHARACTERS)
         columns = math.ceil(len(labels) / rows)
         axes.figure.legend(
             handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=11, columnspacing=1.6
@@ -87,7 +88,7 @@ def legend_below(axes: Axes) -> None:
 
 
 def short_number(value: float, position: int | None = None) -> str:
-    """Format a tick label: 1500000 -> 1.5M, 20000 -> 20k, 96 -> 96. `position` is not used; matplotlib passes it."""
+    """Format a tick label: 1500000 -> 1.5M, 20000 -> 20k, 96 -> 96. Matplotlib passes `position`, which is not used."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{suffix}"
@@ -95,6 +96,9 @@ def short_number(value: float, position: int | None = None) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Save the figure as PNG and return the path. Equal figures give equal files: no software version is written."""
+    """Save the figure as PNG and return the path.
+
+    The Matplotlib version is left out of the metadata, so the same figure always gives the same file.
+    """
     figure.savefig(path, metadata={"Software": None})
     return path

@@ -1,4 +1,4 @@
-"""Atomic writing of files: write a temporary file, force it to disk, rename it. Imports nothing from this package."""
+"""Write files atomically: write a temporary file, force it to disk, and rename it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Force the entries of a directory to disk; without this, a rename can be lost in a power failure."""
-    if os.name == "nt":  # Windows cannot open directories and does not need this
+    """Force the entries of a directory to disk. Otherwise a rename can be lost in a power failure."""
+    if os.name == "nt":  # Windows cannot open directories
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -31,9 +31,9 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory; when the block ends, the file written there replaces `path`.
+    """Yield a temporary path in the directory of `path`. When the block ends, the temporary file replaces `path`.
 
-    Readers see the old file or the complete new one, never a part. If the block raises, the old file is unchanged.
+    Other processes see either the old file or the complete new file. If the block raises, the old file is unchanged.
 
     Raises:
         OSError: if the directory is not writable.
@@ -50,13 +50,13 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to a file (UTF-8), atomically."""
+    """Write `text` to a file in UTF-8, atomically."""
     with written_aside(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 hash of a file's content, as 64 hexadecimal digits."""
+    """Return the SHA-256 hash of the content of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Plots the metrics of one run as PNG files."""
+"""Plot the metrics of one run as PNG files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECONDS = {
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Plot accuracy and reward, tokens per phase and seconds per phase of a run into `plots/` of its directory.
+    """Plot accuracy, reward, tokens and seconds of a run, and save the plots to `plots/` in the run directory.
 
     Returns:
         Paths of `accuracy.png`, `tokens.png` and `seconds.png`; empty if the run has no finished iteration.
@@ -45,7 +45,7 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def _run_title(run_dir: Path) -> str:
-    """`VinePPO, seed 0, judgement`, or the name of the directory if the run is not finished."""
+    """Return a title such as `VinePPO, seed 0, judgement`, or the directory's name if the run is not finished."""
     summary_path = run_dir / "summary.json"
     if not summary_path.exists():
         return run_dir.resolve().name
@@ -61,7 +61,7 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
     axes.plot(updates, rewards, color="#56B4E9", linewidth=1, alpha=0.6, label="mean reward of the rollouts")
     if len(rewards) >= 10:
         width = max(5, len(rewards) // 10)
-        axes.plot(updates, _trailing_mean(rewards, width), color="#0072B2", label=f"its mean over {width} iterations")
+        axes.plot(updates, _trailing_mean(rewards, width), color="#0072B2", label=f"mean reward of {width} iterations")
     measured = [record for record in records if record.get("eval/accuracy") is not None]
     if measured:
         x = [record["updates"] for record in measured]
@@ -79,7 +79,7 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
 
 
 def _trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and up to `width - 1` values before it."""
+    """Replace each value by the mean of itself and the `width - 1` values before it (fewer at the start)."""
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
@@ -99,7 +99,7 @@ def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
 
 
 def _seconds_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
-    figure, axes = canvas("Where the time went", name)
+    figure, axes = canvas("Time of each phase", name)
     updates = [record["updates"] for record in iterations]
     layers = {
         label: (_cumulative([record.get(key) or 0 for record in iterations]), colour)
@@ -120,7 +120,7 @@ def _cumulative(values: Sequence[float]) -> list[float]:
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, tuple[list[float], str]]) -> None:
-    """Draw stacked areas that start at 0. Layers whose values are all 0 are left out, also from the legend."""
+    """Draw stacked areas that start at 0. Layers whose values are all 0 are left out of the plot and the legend."""
     used = {label: layer for label, layer in layers.items() if any(layer[0])}
     if not used:
         return

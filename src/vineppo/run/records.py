@@ -1,4 +1,4 @@
-"""Writes rollouts and other training samples to Parquet: prompt, response, reward, and the credit of each step."""
+"""Write rollouts and other training samples to Parquet files, with rewards and the credit of each step."""
 
 from __future__ import annotations
 
@@ -22,28 +22,32 @@ _ALTERNATIVE = pa.struct(
 SCHEMA = pa.schema(
     [
         ("iteration", pa.int32()),  # 1-based
-        ("kind", pa.string()),  # "rollout", or "sample": a training sample that is not a rollout
+        ("kind", pa.string()),  # "rollout", or "sample" for a training sample that is not a rollout
         ("problem_id", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("response", pa.string()),
         ("reward", pa.float64()),  # null for a sample without a rollout
         ("finish_reason", pa.string()),  # null for a sample without a rollout
-        ("num_tokens", pa.int32()),  # T, of the response
+        ("num_tokens", pa.int32()),  # T, the number of response tokens
         ("response_ids", pa.list_(pa.int32())),  # (T,)
         ("token_advantages", pa.list_(pa.float32())),  # (T,)
-        ("token_weights", pa.list_(pa.float32())),  # (T,), 0 for untrained tokens; empty if all are 1
+        (
+            "token_weights",
+            pa.list_(pa.float32()),
+        ),  # (T,), 0 for tokens that are not trained; empty if all weights are 1
         ("sampler_logprobs", pa.list_(pa.float32())),  # (T,), nats
-        ("step_texts", pa.list_(pa.string())),  # (S,)
-        ("step_ends", pa.list_(pa.int32())),  # (S,), in response tokens, the last one is T
-        ("values", pa.list_(pa.float64())),  # (S,), of the state before each step, or empty
-        ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), or empty
+        ("step_texts", pa.list_(pa.string())),  # (S,), S is the number of steps
+        ("step_ends", pa.list_(pa.int32())),  # (S,), end of each step in response tokens; the last one is T
+        ("values", pa.list_(pa.float64())),  # (S,), value of the state before each step, or empty
+        ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), number of MC rollouts behind each value, or empty
         ("step_advantages", pa.list_(pa.float64())),  # (S,), or empty
-        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), ordered by position, or empty
+        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,) alternative tokens, ordered by position, or empty
     ]
 )
-"""Columns of a rollout file. The step columns are empty if the algorithm has no steps, and `alternatives` is empty if
-it has no alternatives. All columns of the credit are empty for a rollout without a training sample."""
+"""Columns of a Parquet file. The columns of steps are empty if the algorithm computes no credit for steps, and
+`alternatives` is empty if the algorithm gives no advantages to alternative tokens. All columns of credit are empty for
+a rollout without a training sample."""
 _CREDIT_COLUMNS = (
     "token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages",
     "alternatives",
@@ -51,17 +55,17 @@ _CREDIT_COLUMNS = (
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
-    """Return the text of each step, shape (S,). Joined, the texts are the decoded response.
+    """Return the text of each of the S steps. The texts joined together are the decoded response.
 
-    A step that is decoded alone can lose its leading space (SentencePiece) or end inside a character (byte-level BPE).
-    So each step is decoded after the previous one, whose text is then removed. A character that a boundary splits
-    belongs to the step that completes it.
+    If a step is decoded alone, it can lose its leading space (SentencePiece) or end inside a character (byte-level
+    BPE). So each step is decoded together with the previous step, and the text of the previous step is then removed.
+    If a boundary splits a character, the character belongs to the step that completes it.
 
     Args:
         boundaries: end of each step in response tokens, shape (S,).
     """
     texts = []
-    context, start = 0, 0  # tokens [context, start) are decoded again as context
+    context, start = 0, 0  # the tokens from `context` to `start` are decoded again
     for end in boundaries:
         context_text = decode(response_ids[context:start]) if start > context else ""
         text = decode(response_ids[context:end])
@@ -76,15 +80,15 @@ def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: D
 def rollout_rows(
     iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
 ) -> list[dict[str, Any]]:
-    """Return one row per rollout in the order of the groups, then one row per further sample; keys as in `SCHEMA`.
+    """Return rows with the keys of `SCHEMA`: one per rollout in the order of the groups, then one per other sample.
 
     Args:
-        samples: the samples of the credit function, in any order. `TrainingSample.rollout` is the rollout that a sample
-            belongs to. The first sample of a rollout is written to the rollout's row; all other samples get separate
-            rows. A rollout without a sample has empty lists.
-        decode: token ids to text.
+        samples: the samples that the credit function returned, in any order. `TrainingSample.rollout` is the rollout
+            that a sample belongs to. The first sample of each rollout is written to the row of the rollout. Every other
+            sample gets a separate row. A rollout without a sample has empty lists in the columns of credit.
+        decode: function that converts token ids to text.
     Raises:
-        ValueError: if a sample has other token ids than its rollout.
+        ValueError: if the first sample of a rollout has other token ids than the rollout.
     """
     rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
     rollout_ids = {id(rollout) for _, rollout in rollouts}
@@ -103,7 +107,9 @@ def rollout_rows(
 
 def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | None, decode: Decode) -> dict[str, Any]:
     if sample is not None and tuple(sample.token_ids) != tuple(rollout.prompt_ids) + tuple(rollout.response_ids):
-        raise ValueError(f"the training sample of a rollout of {problem.id} has other token ids")
+        raise ValueError(
+            f"the training sample of a rollout of problem {problem.id} has other token ids than the rollout"
+        )
     return {
         "kind": "rollout",
         "problem_id": problem.id,
@@ -120,9 +126,10 @@ def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | No
 
 
 def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSample, decode: Decode) -> dict[str, Any]:
-    """Return the row of a sample without a rollout row. Its response is what follows the prompt of one of the problems.
+    """Return a separate row for a sample.
 
-    If the sample starts with none of the prompts, its prompt is everything before the first trained token.
+    If the sample starts with the prompt of one of the problems, its response is everything after that prompt. Otherwise
+    its response starts at the first trained token. `prompts` maps the token ids of each prompt to the problem.
     """
     ids = tuple(sample.token_ids)
     start = max((len(prompt) for prompt in prompts if ids[: len(prompt)] == prompt), default=0)
@@ -147,7 +154,7 @@ def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSamp
 
 
 def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -> dict[str, Any]:
-    """Return the columns of the credit for the tokens from `start` on; empty lists without a sample."""
+    """Return the columns of credit for the tokens from position `start` on, or empty lists if `sample` is None."""
     if sample is None:
         return {name: [] for name in _CREDIT_COLUMNS}
     credit = sample.credit or StepCredit(boundaries=())
@@ -168,7 +175,7 @@ def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows with the columns of `SCHEMA`, atomically.
+    """Write rows to a Parquet file with the columns of `SCHEMA`, atomically.
 
     Raises:
         OSError: if the file cannot be written.

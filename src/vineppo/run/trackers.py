@@ -1,4 +1,4 @@
-"""Experiment trackers in addition to metrics.jsonl: TensorBoard, Weights & Biases and trackio."""
+"""Send metrics to experiment trackers: TensorBoard, Weights & Biases and trackio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vineppo.run.files import write_text
 from vineppo.types import UserError
 
 PROJECT = "vineppo"
-"""Default name of the project at Weights & Biases and trackio."""
+"""Default project name in Weights & Biases and trackio."""
 _MODULES = {
     "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
     "wandb": ("wandb", "init"),
@@ -23,14 +23,14 @@ _MODULES = {
 
 
 class Tracker(Protocol):
-    """Receives the metrics of each iteration."""
+    """An experiment tracker, which receives the metrics of each iteration."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record the metrics of an iteration (`step`); values that are not finite numbers are left out."""
+        """Record the metrics of iteration `step`. Values that are not finite numbers are left out."""
         ...
 
     def close(self) -> None:
-        """Send pending data and finish."""
+        """Write or send all pending data, and close the tracker."""
         ...
 
 
@@ -39,13 +39,13 @@ class TensorBoardTracker:
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], start: int) -> None:
         writer = _load("tensorboard").SummaryWriter
-        # After a resume, points later than the checkpoint are hidden, just as they are removed from metrics.jsonl.
+        # If the run is resumed, `purge_step` hides the points after the checkpoint. The resumed run writes them again.
         self._writer = writer(run_dir / "tensorboard", purge_step=start + 1 if start else None)
         if not start:
             self._writer.add_text("config", _config_table(config))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Add one point per metric with a finite number."""
+        """Add one point for each metric that is a finite number."""
         for name, value in _finite(metrics).items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -56,7 +56,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Logs to Weights & Biases; environment variables such as WANDB_PROJECT and WANDB_MODE have their usual meaning."""
+    """Logs to Weights & Biases. Environment variables such as WANDB_PROJECT and WANDB_MODE have their usual meaning."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         wandb = _load("wandb")
@@ -77,32 +77,32 @@ class WandbTracker:
             ) from None
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Send the finite numbers."""
+        """Send the metrics that are finite numbers."""
         self._run.log(_finite(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is pending."""
+        """Send all pending data and finish the run of the tracker."""
         self._run.finish()
 
 
 class TrackioTracker:
-    """Logs to trackio's local store."""
+    """Logs to the local database of trackio."""
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         name = f"{run_dir.name}-{_tracker_id(run_dir)}"
         self._run = _load("trackio").init(project=PROJECT, name=name, config=dict(config), resume="allow")
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Send the finite numbers."""
+        """Send the metrics that are finite numbers."""
         self._run.log(_finite(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is pending."""
+        """Send all pending data and finish the run of the tracker."""
         self._run.finish()
 
 
 def require_trackers(report_to: Iterable[str]) -> None:
-    """Check that the trackers can be imported, before a run directory is created.
+    """Check that the packages of the trackers can be imported. Called before a run directory is created.
 
     Raises:
         UserError: if a tracker is unknown or its package is not installed.
@@ -114,15 +114,15 @@ def require_trackers(report_to: Iterable[str]) -> None:
 def build_trackers(
     report_to: Iterable[str], run_dir: str | Path, config: Mapping[str, Any], start: int = 0
 ) -> list[Tracker]:
-    """Build the trackers of `run.report_to`, in the same order.
+    """Create the trackers that the setting `run.report_to` lists, in the same order.
 
     Args:
-        report_to: names of trackers.
+        report_to: names of the trackers.
         run_dir: directory of the run.
-        config: the resolved settings, as plain dicts, lists and scalars.
+        config: all settings of the run, as plain dicts, lists and scalars.
         start: number of completed iterations if the run is resumed, else 0.
     Raises:
-        UserError: if a tracker is unknown, its package is not installed, or it does not start.
+        UserError: if a tracker is unknown, its package is not installed, or the tracker does not start.
     """
     names = tuple(report_to)
     require_trackers(names)
@@ -143,7 +143,7 @@ def _load(name: str) -> Any:
     module_name, needed = _MODULES[name]
     try:
         module = importlib.import_module(module_name)
-        getattr(module, needed)  # a directory named wandb, which wandb creates for its logs, imports as an empty module
+        getattr(module, needed)  # fails for an empty module, such as the log directory `wandb` imported by name
     except (ImportError, AttributeError):
         raise UserError(
             f'run.report_to has {name}, which is not installed; install it with `pip install "vineppo[tracking]"`, or '
@@ -158,7 +158,7 @@ def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
-    """The settings as indented lines, which TensorBoard's Markdown renders verbatim."""
+    """Return the settings as indented lines, which TensorBoard shows as a Markdown code block."""
     lines = []
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -169,7 +169,10 @@ def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _tracker_id(run_dir: Path) -> str:
-    """A unique id, stored in the run directory so that trackers continue the same run after a resume."""
+    """Return a unique id of the run for the trackers.
+
+    The id is stored in the run directory, so that the trackers continue the same run if the run is resumed.
+    """
     path = run_dir / "tracker_id"
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:8])

@@ -1,4 +1,4 @@
-"""TRL's names for metrics of this package that have the same meaning; docs/metrics.md lists them."""
+"""Add the names that TRL uses for metrics with the same meaning. docs/metrics.md lists these names."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ TRL_NAMES = {
 
 
 def with_trl_names(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl with TRL's names added."""
+    """Return a line of metrics.jsonl with the metrics also under the names that TRL uses."""
     return {**line, **{trl_name: line[name] for name, trl_name in TRL_NAMES.items() if name in line}}
