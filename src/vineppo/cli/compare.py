@@ -20,7 +20,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--algorithms",
         metavar="A,B",
         help="algorithms to compare; write module:object for a user-defined algorithm; the first algorithm is compared "
-        "with the second one and with the best of all others; the table shows when each algorithm reaches the best accuracy of the second one "
+        "with the second one and with the best of all others; the table shows when each algorithm reaches the best "
+        "accuracy of the second one "
         f"(default: {','.join(COMPARED)})",
     )
     add("--seeds", metavar="N", help="number of runs per algorithm; the runs use the seeds 0 to N-1 (default: 5)")
