@@ -270,7 +270,7 @@ def test_a_closed_pool_grades_unanswered_responses_again(pool_of: Any) -> None:
 
 def test_a_grader_that_breaks_late_in_a_run_raises() -> None:
     class Breaking:
-        early = False
+        grades_in_background = False
         failing = False
 
         def expect(self, problems: Any, texts: Any, completion_ids: Any) -> None: ...

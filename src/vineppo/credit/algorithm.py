@@ -48,7 +48,7 @@ class PlanHints:
     mc_tokens: Callable[[Any, int, int, float], float]
     """(settings, rollouts, steps per response, tokens per response) -> expected number of MC tokens per iteration."""
     variants: Callable[[Any, Codec, Sequence[Rollout]], list[tuple[str, float]]]
-    """(settings, codec, rollouts) -> list of pairs (another setting, its number of MC tokens relative to `settings`)."""
+    """(settings, codec, rollouts) -> list of (other setting, its number of MC tokens relative to `settings`)."""
 
 
 def _no_check(settings: Any, config: Config) -> None:

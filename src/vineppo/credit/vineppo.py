@@ -51,8 +51,8 @@ class VinePPOSettings(Settings):
     separate advantage, instead of the advantage of its step. No additional sampling or forward pass is needed
     (docs/algorithms.md). Requires `reuse`."""
     bisection: bool = False
-    """Evaluate only the states around decisive steps. The search starts with the whole response as one stretch of steps,
-    and halves every stretch if the values at its two ends differ by more than their noise (docs/algorithms.md).
+    """Evaluate only the states around decisive steps. The search starts with the response as one stretch of steps, and
+    halves every stretch if the values at its two ends differ by more than their noise (docs/algorithms.md).
     Intended for long responses."""
     bisection_level: float = Field(0.7, gt=0, lt=1)
     """Confidence level at which the values at the ends of a stretch must differ for bisection to halve it."""

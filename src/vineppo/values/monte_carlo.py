@@ -1,9 +1,9 @@
 """Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
 
 A state is a prompt and the first tokens of a response to it. To evaluate a state, K continuations are sampled from it,
-each so long that prefix and continuation together do not exceed the maximum length of a response. Prefix and
-continuation together are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the state, which is the
-expected reward of responses that start with its tokens.
+each at most so long that prefix and continuation together have the maximum length of a response. Prefix and
+continuation together are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the
+state, which is the expected reward of responses that start with its tokens.
 """
 
 from __future__ import annotations
