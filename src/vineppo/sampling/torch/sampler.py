@@ -1,12 +1,14 @@
 """The PyTorch sampler, which is fast at sampling many continuations of few prefixes.
 
 The sampler uses the weights of a policy in the same process. The keys and values of each prefix are computed once for
-all samples. If a prefix begins another prefix, it is not computed separately. For example, the states of a response
-begin each other. Finished sequences are removed from the batch. Token t of sample j is drawn with one uniform random number that depends only on
-(request seed, j, t), so a sample does not depend on other sequences in the batch, except for rounding of the logits.
+all samples. If a longer prefix begins with a shorter one, as for the states of a response, only the longer prefix is
+computed. Finished sequences are removed from the batch. Token t of sample j is drawn with one uniform random number
+that depends only on (request seed, j, t), so a sample does not depend on other sequences in the batch, except for
+rounding of the logits.
 
-Terms used in this module: A *row* is one sample being decoded. A *trunk* is a prefix, or the longest of several
-prefixes that extend each other, and is computed once. A *wave* is a set of trunks whose rows are decoded in one batch.
+Terms used in this module: A *row* is one sample being decoded. A *trunk* is a token sequence that is computed
+once: a prefix that may begin with several shorter prefixes. A *wave* is a set of trunks whose rows are decoded in one
+batch.
 """
 
 from __future__ import annotations
@@ -203,7 +205,7 @@ class _Wave:
                 if active.mean() <= _KEEP_SHARE:
                     tree.keep(self._on_device(np.flatnonzero(active)))
                     rows = rows[active]
-                # A finished row in the tree stays at its last position, because the next position may exceed the context.
+                # A finished row in the tree stays at its last position: the next one may exceed the context.
                 ids = self.token_ids[rows, self.counts[rows] - 1]
                 positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
@@ -380,7 +382,7 @@ def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
 
 
 def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_Trunk]:
-    """Return the trunks, with rows, of the requests with these indices. The prefix of each request is a prefix of one trunk."""
+    """Return the trunks and rows of the requests at these indices. A trunk begins with the prefixes of its rows."""
     rows_by_prefix: dict[tuple[int, ...], list[_Row]] = {}
     for i in indices:
         request = requests[i]

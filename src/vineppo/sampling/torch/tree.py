@@ -79,8 +79,8 @@ class KVTree:
     def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
         """Return the attention bias of the trunk tokens, shape (M, 1, R * groups, L).
 
-        The bias is 0 for tokens that a row may attend to, and -inf for others. It is cached until rows are removed. With
-        a sliding window it is not cached, because the window moves with every token.
+        The bias is 0 for tokens that a row may attend to, and -inf for others. It is cached until rows are removed.
+        With a sliding window it is not cached, because the window moves with every token.
 
         Args:
             groups: number of query heads per key head.

@@ -44,7 +44,8 @@ class _Worker:
     """Jobs sent to the worker that have no verdict yet, in the order in which the worker processes them."""
     ready: bool = False
     busy_since: float = field(default_factory=time.monotonic)
-    """Time when the worker began its current job (`jobs[0]`), or when its process was launched if it is not ready yet."""
+    """Time when the worker began its current job (`jobs[0]`), or when its process was launched if it is not ready
+    yet."""
 
 
 class WorkerPool:
