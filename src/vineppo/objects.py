@@ -1,4 +1,4 @@
-"""Loads objects of user code by `module:object`, and formats exceptions as one line."""
+"""Functions that load an object of user code by the name `module:object` and format an exception as one line."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _SPEC = re.compile(r"(?P<module>[^:]+):(?P<name>[^:]+)")
 
 
 def load_object(spec: str, what: str) -> Any:
-    """Load the object that a setting names as `module:object`.
+    """Load the object with the name `module:object`, for example a user-defined reward function.
 
-    Modules are looked up in the current directory first, as with `python -m`; `__main__` is the running script.
+    Modules are looked up in the current directory first, as with `python -m`. The module name `__main__` stands for the
+    running script.
 
     Args:
         spec: for example `my_rewards:length`.
-        what: kind of the object, for messages: "grader", "algorithm" or "splitter".
+        what: kind of the object for error messages, such as "grader", "algorithm" or "splitter".
     Raises:
         UserError: if `spec` is malformed, the module or object does not exist, or importing the module fails.
     """
@@ -40,13 +41,13 @@ def load_object(spec: str, what: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception as one line: its type and the first line of its message."""
+    """Return the type of an exception and the first line of its message, as one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _public_names(module: Any) -> list[str]:
-    """Public names of a module, without imported modules and names from `typing` and `__future__`."""
+    """Return the public names in a module, without imported modules and names from `typing` and `__future__`."""
     return [
         name
         for name, value in vars(module).items()
@@ -62,7 +63,7 @@ def _import_module(spec: str, what: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        # A missing import inside the user's module is reported as a failure of that module, not as a missing module.
+        # The user's module may itself import a module that is missing. That is reported below as a failed import.
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise UserError(
                 f"{what} {spec!r}: no module {error.name!r} in the current directory or among the installed packages"

@@ -1,6 +1,7 @@
-"""Confidence intervals and estimators: accuracies over problems, means over seeds, pass@k.
+"""Confidence intervals for accuracies over problems and for means over seeds, and an estimator of pass@k.
 
-Bounds that the data do not determine are NaN here and null in JSON; such an interval never has width 0.
+If the data do not determine the bounds of an interval, the bounds are NaN here and null in JSON, rather than
+equal to the mean.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ _BLOCK = 4_000_000
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval, all in the unit of the values."""
+    """A mean with its confidence interval. All numbers have the unit of the values."""
 
     mean: float
     low: float
-    """NaN if the data do not determine it."""
+    """Lower bound; NaN if the data do not determine the interval."""
     high: float
-    """NaN if the data do not determine it."""
+    """Upper bound; NaN if the data do not determine the interval."""
 
     def as_dict(self) -> dict[str, float | None]:
-        """{"mean", "low", "high"} for JSON, with None for NaN (JSON has no NaN)."""
+        """Return the fields as a dictionary for JSON, with None in place of NaN, because JSON has no NaN."""
         return {
             name: None if math.isnan(value) else value
             for name, value in (("mean", self.mean), ("low", self.low), ("high", self.high))
@@ -37,21 +38,23 @@ class Interval:
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, *, seed: int, num_resamples: int = 2000, level: float = 0.95
 ) -> Interval:
-    """Mean of one number per problem, with the percentile bootstrap interval over problems (Efron 1979).
+    """Return the mean of one number per problem, with the percentile bootstrap interval over problems (Efron 1979).
 
-    Problems are resampled, not single responses: responses to one problem are not independent, so average them first.
-    If all values are equal, every resample is the same and the bootstrap interval would have width 0. The result is
-    then the Wilson interval of `mean * n` successes in n trials: the usual interval if all values are 0 or all are 1,
-    and conservative for other values in [0, 1], because no distribution on [0, 1] with that mean has a larger variance
-    than 0/1 values. For equal values outside [0, 1] the bounds are NaN.
+    Problems are resampled, not single responses, because responses to the same problem are not independent. Pass the
+    mean of the responses to each problem.
+
+    If all P values are equal, every resample is the same, and the bootstrap interval would have width 0. In this case
+    the result is the Wilson interval of `mean * P` successes in P trials. This is the usual interval if all values are
+    0 or all are 1. For other values in [0, 1] the interval is conservative: among the distributions on [0, 1] with the
+    same mean, that of the values 0 and 1 has the largest variance. For equal values outside [0, 1] the bounds are NaN.
 
     Args:
-        values: one number per problem (for pass@1 the mean over its responses), shape (P,).
+        values: one number per problem (for pass@1 the share of correct responses), shape (P,).
         seed: seed of the resampling.
         num_resamples: number of bootstrap resamples.
-        level: confidence, between 0 and 1.
+        level: confidence level, between 0 and 1.
     Raises:
-        ValueError: if there is no value, or one is not finite.
+        ValueError: if there is no value, or a value is not finite.
     """
     data = np.asarray(values, dtype=np.float64)  # (P,)
     if data.ndim != 1 or data.size == 0:
@@ -79,17 +82,18 @@ def bootstrap_mean(
 
 
 def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
-    """Share of successes with Wilson's score interval (Wilson 1927), whose width is not 0 if all trials agree.
+    """Return the share of successes with Wilson's score interval (Wilson 1927).
 
-    With p = successes / trials and the normal quantile z, the bounds are
-    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). The mean returned is p itself.
+    The width of this interval is above 0 even if all trials have the same result. With n trials, p = successes / n and
+    the normal quantile z, the bounds are (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). The
+    returned mean is p.
 
     Args:
-        successes: number of successes, not necessarily an integer: rewards between 0 and 1 may be summed.
+        successes: number of successes. It may be a fraction, such as a sum of rewards between 0 and 1.
         trials: number of independent trials, at least 1.
-        level: confidence, between 0 and 1.
+        level: confidence level, between 0 and 1.
     Raises:
-        ValueError: if there is no trial, or successes are not between 0 and trials.
+        ValueError: if `trials` is less than 1, or `successes` is not between 0 and `trials`.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: needs 0 <= successes <= trials and 1 <= trials")
@@ -99,38 +103,38 @@ def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    # min and max: rounding must not move a bound across the mean if all trials agree.
+    # Without min and max, rounding could move a bound across the mean if all trials have the same result.
     return Interval(share, min(share, max(0.0, (centre - half) / scale)), max(share, min(1.0, (centre + half) / scale)))
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k responses is correct (Chen et al., arXiv 2107.03374).
+    """Return an unbiased estimate of the probability that at least one of k responses is correct (arXiv 2107.03374).
 
-    It is 1 - C(n - c, k) / C(n, k), the share of k-subsets of the n samples that contain a correct one, computed as a
-    product so that no binomial coefficient overflows.
+    The estimate is 1 - C(n - c, k) / C(n, k), the share of those sets of k of the n responses that contain a correct
+    response. It is computed as a product, so that no binomial coefficient overflows.
 
     Args:
-        num_samples: n, number of responses sampled for one problem.
-        num_correct: c, number of correct ones among them.
-        k: size of the subset, 1 <= k <= n.
+        num_samples: n, the number of responses sampled for one problem.
+        num_correct: c, the number of correct responses among the n.
+        k: size of the sets, 1 <= k <= n.
     Raises:
-        ValueError: if k or num_correct does not fit num_samples.
+        ValueError: if k is not between 1 and n, or c is not between 0 and n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} correct in {num_samples}: needs 1 <= k <= n and 0 <= correct <= n")
-    # The factor at i = k is 0: if fewer than k responses are wrong, every k-subset has a correct one.
+    # If fewer than k responses are wrong, the factor at i = k is 0: every set of k responses has a correct one.
     return 1.0 - math.prod(1 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
 def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
-    """Mean over independent runs with Student's t interval: mean -+ t_{(1 + level) / 2, n - 1} * sd / sqrt(n).
+    """Return the mean over N independent runs with Student's t interval.
 
-    The bounds are NaN (null in JSON) for a single run, whose spread over seeds is unknown, and for runs with equal
-    values, whose interval would have width 0.
+    The bounds are mean -+ t_{(1 + level) / 2, N - 1} * sd / sqrt(N). They are NaN (null in JSON) for a single run,
+    because its spread over seeds is unknown, and for runs with equal values, because the interval would have width 0.
 
     Args:
-        values: one number per seed, shape (N,).
-        level: confidence, between 0 and 1.
+        values: one number per run, each with a different seed, shape (N,).
+        level: confidence level, between 0 and 1.
     Raises:
         ValueError: if there is no value.
     """
@@ -146,7 +150,9 @@ def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.9
 
 
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """The t with P(T <= t) = probability for Student's t distribution, by bisection on its distribution function.
+    """Return the quantile t of Student's t distribution, for which P(T <= t) = probability.
+
+    The quantile is computed by bisection of the distribution function.
 
     Args:
         probability: strictly between 0 and 1.
@@ -170,15 +176,18 @@ def student_t_quantile(probability: float, degrees: float) -> float:
 
 
 def _student_t_cdf(t: float, degrees: float) -> float:
-    """P(T <= t) for t >= 0: 1 - I_x(degrees / 2, 1 / 2) / 2 at x = degrees / (degrees + t^2)."""
+    """Return P(T <= t) for t >= 0, which is 1 - I_x(degrees / 2, 1 / 2) / 2 at x = degrees / (degrees + t^2)."""
     return 1 - _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t)) / 2
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b) by Lentz's continued fraction (Numerical Recipes, section 6.4)."""
+    """Return the regularised incomplete beta function I_x(a, b).
+
+    It is computed with Lentz's continued fraction (Numerical Recipes, section 6.4).
+    """
     if x <= 0 or x >= 1:
         return min(1.0, max(0.0, x))
-    if x > (a + 1) / (a + b + 2):  # the continued fraction converges fast only for smaller x
+    if x > (a + 1) / (a + b + 2):  # the continued fraction converges slowly for such x
         return 1 - _incomplete_beta(b, a, 1 - x)
     front = math.exp(
         math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)

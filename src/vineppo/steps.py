@@ -1,7 +1,14 @@
-"""Splitters: they cut a response into reasoning steps and return the end of each step as a token index.
+"""Splitters, which cut a response into reasoning steps.
 
-A boundary b stands for the state prompt + response[:b]. Cuts are between tokens, so the ids of a state are exactly the
-ids that the policy sampled.
+A splitter receives the T tokens of a response and returns the end of each step as a number of tokens. For example, the
+ends (3, 7) cut a response of 7 tokens into the steps response[0:3] and response[3:7]. The number S of steps depends on
+the response.
+
+Steps begin and end between two tokens, never inside a token. The state at the end b of a step is prompt + response[:b],
+so a state consists of exactly those token ids that the policy sampled.
+
+Most splitters first choose places to cut in the text, as character positions. A cut inside a token is then moved to the
+end of that token.
 """
 
 from __future__ import annotations
@@ -26,8 +33,9 @@ _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)
 _FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$]+?\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
 _SPLIT_POINT = re.compile(r",(?=\s)|(?<!\s)\s+(?=and\s|=)|(?<![\s<>=!:])(?==)")
 _MAX_PIECE = 100
-"""Longer pieces, in characters, are bisected by `split_mathematics`."""
+"""Maximum length of a sentence or line in characters; `split_mathematics` bisects longer ones."""
 _CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
+"""The N and P of the splitter name `cutpoints` (see `split_at_cutpoints`)."""
 _NAMES = ("newline", "math", "tokens", "cutpoints", "regex")
 _SPECS = "newline, math, tokens:N, cutpoints, cutpoints:N:P, regex:PATTERN or module:function"
 
@@ -36,11 +44,13 @@ class Splitter(Protocol):
     """Cuts a response into steps."""
 
     def __call__(self, tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
-        """The end of each step in tokens, shape (S,): strictly increasing, the last one is T.
+        """Return the end of each step as a number of tokens, shape (S,).
+
+        The ends are strictly increasing, and the last one is T.
 
         Args:
-            tokens: text of each token, decoded alone, shape (T,); special tokens have the text "".
-            logprobs: of each token under the distribution that it was sampled from, shape (T,).
+            tokens: text of each token, decoded alone, shape (T,). Special tokens have the text "".
+            logprobs: log-probability of each token under the distribution that it was sampled from, shape (T,).
         Raises:
             ValueError: if T is 0.
         """
@@ -48,19 +58,25 @@ class Splitter(Protocol):
 
 
 def build_splitter(spec: str) -> Splitter:
-    """Build the splitter that a setting names.
+    """Build the splitter with the name `spec`.
 
-    The names are `newline` (`split_at_newlines`), `math` (`split_mathematics`), `tokens:N` (`split_every`), `cutpoints`
-    or `cutpoints:N:P` (`split_at_cutpoints`), `regex:PATTERN` (`split_at_matches`), and `module:function` for a
-    user-defined function `cut(tokens, logprobs=()) -> ends` (see `Splitter`) or `cut(tokens) -> ends`, whose result is
-    checked at every call.
+    The names are:
 
-    Whether a user-defined function ends a step at b must depend on tokens[:b] and logprobs[:b] only. If it depends on
-    later tokens, the credit is biased.
+    - `newline`: see `split_at_newlines`.
+    - `math`: see `split_mathematics`.
+    - `tokens:N`: see `split_every`; N is its `num_tokens`.
+    - `cutpoints:N:P`: see `split_at_cutpoints`. `cutpoints` means `cutpoints:5:0.9`.
+    - `regex:PATTERN`: see `split_at_matches`.
+    - `module:function`: a user-defined function `cut(tokens, logprobs=()) -> ends` or `cut(tokens) -> ends`, with
+      arguments and result as in `Splitter`. The returned ends are checked at every call.
+
+    A user-defined function must decide whether a step ends at b from tokens[:b] and logprobs[:b] only. If the decision
+    depends on later tokens, the credit is biased.
 
     Raises:
         UserError: if the name is unknown, a number is out of range, the pattern is not a regular expression, or the
-            function cannot be loaded. The splitter itself raises it if the function fails or returns invalid ends.
+            user-defined function cannot be loaded. The splitter that is returned raises UserError if the user-defined
+            function fails or returns invalid ends.
     """
     name, colon, rest = spec.partition(":")
     if spec == "newline":
@@ -90,7 +106,7 @@ def build_splitter(spec: str) -> Splitter:
 
 
 def _load_splitter(spec: str) -> Splitter:
-    """A user-defined splitter whose results are checked."""
+    """Return a splitter that calls a user-defined function and checks the returned ends."""
     function = load_object(spec, "splitter")
     if not callable(function):
         raise UserError(f"splitter {spec!r} is a {type(function).__name__}; it must be a function")
@@ -115,7 +131,7 @@ def _load_splitter(spec: str) -> Splitter:
 
 
 def _as_splitter(spec: str, function: Callable[..., Any]) -> Callable[[list[str], list[float]], Any]:
-    """A function of (tokens, logprobs) that calls `function` with the arguments that its signature accepts."""
+    """Return a function of (tokens, logprobs) that calls `function` with the arguments that `function` accepts."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have no signature
@@ -138,10 +154,10 @@ def _as_splitter(spec: str, function: Callable[..., Any]) -> Callable[[list[str]
 
 
 def _checked_ends(spec: str, ends: Any, num_tokens: int) -> tuple[int, ...]:
-    """The ends that a user-defined splitter returned, as integers.
+    """Check the ends that a user-defined function returned, and convert them to integers.
 
     Raises:
-        UserError: if they are not strictly increasing integers from 1 to `num_tokens`, the last one `num_tokens`.
+        UserError: if the ends are not strictly increasing integers of at least 1, or the last one is not `num_tokens`.
     """
     try:
         if any(isinstance(end, bool) for end in ends):
@@ -158,7 +174,7 @@ def _checked_ends(spec: str, ends: Any, num_tokens: int) -> tuple[int, ...]:
 
 
 def _shortened(ends: Any) -> str:
-    """The ends as text on one line; of a long list only the first five and the last one."""
+    """Return the ends as one line of text. A list of more than 8 ends is shortened to the first five and the last."""
     shown = reprlib.repr(ends)
     if isinstance(ends, list):
         items = [reprlib.repr(end) for end in ends]
@@ -167,16 +183,20 @@ def _shortened(ends: Any) -> str:
 
 
 def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:
-    r"""Make each line a step. The white space around a newline belongs to the next step.
+    r"""Make each line of the response a step.
 
-    Blank lines are not steps, a line that begins with `####` belongs to the previous step, and blank or empty tokens at
-    the end (EOS) belong to the last step. A cut inside a token is moved to the end of that token: in
-    ["x", ".\n", "\n", "y"] the token ".\n" stays with "x", and the single newline belongs to the step of "y". So a step
-    contains every character of its line, and a state ends in white space only if one token contains text and white
-    space. A line that lies entirely inside one token is not a separate step.
+    A step ends after the last visible character of its line. The newline, and all other white space around it, belongs
+    to the next step: the text "x = 1\ny = 2" has the steps "x = 1" and "\ny = 2".
+
+    - A blank line is not a step.
+    - A line that begins with `####` (the final answer) belongs to the step before it.
+    - White space and special tokens at the end of the response, such as EOS, belong to the last step.
+    - A cut inside a token is moved to the end of that token. For example, the tokens ["x", ".\n", "\n", "y"] give the
+      steps "x.\n" and "\ny". The first step has to include a newline, because the token ".\n" cannot be divided.
+    - If a line lies entirely inside one token, that line is not a separate step.
 
     Returns:
-        The end of each step, shape (S,). No step is blank unless the whole response is.
+        The end of each step as a number of tokens, shape (S,). A step is blank only if the whole response is blank.
     """
     text = "".join(tokens)
     return _cut(tokens, text, _newlines(text), answer_lines=False)
@@ -185,10 +205,13 @@ def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:
 def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
     r"""Make each sentence and each line of a mathematical text a step, as the VinePPO paper does for MATH.
 
-    A sentence does not end inside a formula (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`), but the lines of an
-    `align` are steps. A piece of more than 100 characters is bisected repeatedly near its middle: after a comma or
-    before an "and" outside formulas, or before an equals sign outside braces. An unclosed formula counts as ordinary
-    text. White space, cuts inside tokens, `####` lines and EOS are handled as in `split_at_newlines`.
+    - A sentence does not end inside a formula (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`). A formula that is
+      not closed is treated as ordinary text.
+    - A line also ends inside a formula, so each line of an `align` environment is a step.
+    - A sentence or line of more than 100 characters is cut in two near its middle, and so are its parts, until they are
+      short enough. Such cuts are made after a comma or before the word "and" outside formulas, or before an equals sign
+      outside braces.
+    - White space, cuts inside tokens, `####` lines and EOS are treated as in `split_at_newlines`.
     """
     text = "".join(tokens)
     formulas = [match.span() for match in _FORMULA.finditer(text)]
@@ -201,23 +224,29 @@ def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[int, ...]:
-    """End a step after every match of a regular expression; white space after the match belongs to the next step.
+    """End a step after every match of a regular expression. White space after the match belongs to the next step.
 
-    Cuts inside tokens, blank steps and EOS are handled as in `split_at_newlines`. `^` and `$` match at each line.
+    Cuts inside tokens, blank steps and EOS are treated as in `split_at_newlines`.
+
+    Args:
+        pattern: the regular expression. `build_splitter` compiles it so that `^` and `$` match at every line.
+        tokens: text of each token, shape (T,).
     """
     text = "".join(tokens)
     return _cut(tokens, text, [match.end() for match in pattern.finditer(text)], answer_lines=True)
 
 
 def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[int, ...]:
-    """End a step after every N-th token that was sampled with a probability below P, as in SPO.
+    """End a step as soon as it contains N uncertain tokens, as in SPO. No step is blank.
 
-    These are the places where the policy was uncertain. Whether a step ends depends only on the tokens before its end,
-    so these cuts leave the credit unbiased. No step is blank.
+    A token is uncertain if the policy sampled it with a probability below P. Whether a step ends at some place depends
+    only on the tokens before that place, so the cuts do not bias the credit.
 
     Args:
-        every: N, number of uncertain tokens per step.
-        below: P, probability below which a token is uncertain.
+        every: N, the number of uncertain tokens per step.
+        below: P, the probability below which a token is uncertain.
+        tokens: text of each token, shape (T,).
+        logprobs: log-probability of each token, shape (T,).
     """
     _refuse_empty(tokens)
     if len(logprobs) != len(tokens):
@@ -235,12 +264,13 @@ def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs
 
 
 def _cut(tokens: Sequence[str], text: str, cuts: Iterable[int], *, answer_lines: bool) -> tuple[int, ...]:
-    """Ends of steps in tokens from ascending cuts in characters.
+    """Convert cuts in the text to ends of steps in tokens.
 
-    A cut inside a token is moved to the end of the token, a cut that would leave a blank step is dropped, and EOS
-    belongs to the last step.
+    A cut inside a token is moved to the end of that token. A cut is dropped if the step before it would be blank, or if
+    only white space and special tokens follow it.
 
     Args:
+        cuts: character positions in `text`, in ascending order.
         answer_lines: whether a step may begin with `####`.
     """
     _refuse_empty(tokens)
@@ -253,7 +283,7 @@ def _cut(tokens: Sequence[str], text: str, cuts: Iterable[int], *, answer_lines:
         cut = starts[boundary]
         if cut >= text_end or not text[step_start:cut].strip():
             continue
-        # Checked again here: moving the cut forward may have placed it at the start of an answer line.
+        # Moving a cut to the end of a token may place it directly before a `####` line.
         if not answer_lines and _ANSWER_LINE.match(text, cut):
             continue
         boundaries.append(boundary)
@@ -262,7 +292,7 @@ def _cut(tokens: Sequence[str], text: str, cuts: Iterable[int], *, answer_lines:
 
 
 def _newlines(text: str) -> list[int]:
-    """Start of the white space around each newline, except for newlines before an answer line."""
+    """Return where the white space around each newline begins, except for newlines before a `####` line."""
     return [
         blank.start()
         for blank in _BLANK.finditer(text)
@@ -271,7 +301,7 @@ def _newlines(text: str) -> list[int]:
 
 
 def _sentence_ends(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions after the punctuation marks that end sentences outside formulas."""
+    """Return the positions after the punctuation marks that end a sentence outside formulas."""
     return [
         match.end()
         for match in _SENTENCE_END.finditer(text)
@@ -281,7 +311,7 @@ def _sentence_ends(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _split_points(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
-    """Positions where a long piece may be bisected."""
+    """Return the positions where a sentence or line that is too long may be cut."""
     depths = list(accumulate((character == "{") - (character == "}") for character in text))
     positions = []
     for match in _SPLIT_POINT.finditer(text):
@@ -295,7 +325,7 @@ def _split_points(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
 
 
 def _bisections(start: int, end: int, split_points: Sequence[int]) -> list[int]:
-    """Cuts that bisect the piece [start, end) until no part is too long or has a split point."""
+    """Return the cuts that bisect text[start:end] until each part is short enough or contains no split point."""
     if end - start <= _MAX_PIECE:
         return []
     inside = split_points[bisect_left(split_points, start + 1) : bisect_left(split_points, end)]
@@ -306,19 +336,19 @@ def _bisections(start: int, end: int, split_points: Sequence[int]) -> list[int]:
 
 
 def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a character is in one of the spans, which are ascending and disjoint."""
+    """Return whether a position lies in one of the spans. The spans are (start, end) pairs, ascending and disjoint."""
     index = bisect_left(spans, (position + 1, 0)) - 1
     return index >= 0 and position < spans[index][1]
 
 
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
-    """End a step after every `num_tokens` tokens; blank pieces are merged into the next step.
+    """End a step after every `num_tokens` tokens. A step that would be blank is merged into the next one.
 
-    A cut depends only on the tokens before it, which keeps the credit unbiased. Therefore the last step may be shorter,
-    and may contain only white space or the end-of-sequence token.
+    A cut depends only on the tokens before it, so the cuts do not bias the credit. For this reason the last step is not
+    merged into another one, even if it is shorter or contains only white space and special tokens.
 
     Returns:
-        The end of each step, shape (S,).
+        The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
     ends, start = [], 0
@@ -330,14 +360,17 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
-    """Merge neighbouring steps so that at most `max_states` remain (0: no limit).
+    """Merge neighbouring steps so that at most `max_states` steps remain.
 
-    Each merged step contains floor or ceil of S / max_states of the S steps, so the remaining states are spread evenly
-    over the response. s_0 and the end always remain, so the step advantages still telescope.
+    Each merged step contains S / max_states of the S steps, rounded down or up, so the cuts are spread evenly over the
+    response.
 
     Args:
-        boundaries: the end of each step in tokens, strictly increasing, shape (S,).
-        max_states: maximum number of remaining steps, which is the number of states before a step, s_0 included.
+        boundaries: the end of each step as a number of tokens, strictly increasing, shape (S,).
+        max_states: maximum number of steps; 0 means no limit. It also limits the number of states to evaluate, because
+            the state before each step is evaluated.
+    Returns:
+        The end of each remaining step.
     Raises:
         ValueError: if there is no step, or `max_states` is negative.
     """
@@ -352,7 +385,11 @@ def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
 def step_ends(
     rollout: Rollout, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
 ) -> tuple[int, ...]:
-    """The end of each step of a rollout in response tokens, at most `max_states` (0: no limit), shape (S,)."""
+    """Return the end of each step of a rollout as a number of response tokens, shape (S,).
+
+    Args:
+        max_states: maximum number of steps; 0 means no limit. If there are more, neighbouring steps are merged.
+    """
     return merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
 
 

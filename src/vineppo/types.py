@@ -1,7 +1,8 @@
 """Data types and protocols that all parts of the package share. This module imports no other module of the package.
 
-Dimension letters used in all modules: P problems, G rollouts per group, S steps, K MC rollouts per state, T tokens of
-one sequence, B sequences in a batch, V vocabulary.
+The modules use these letters for the dimensions of lists and tensors: P is the number of problems, G of rollouts per
+group, S of reasoning steps of a response, K of Monte-Carlo (MC) rollouts per state, T of tokens of one sequence, B of
+sequences in a batch, and V of tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Problem:
     """One item of a task: a prompt and its reference answer."""
 
     id: str
-    """Unique within the task, for example "train/17". Random seeds are derived from it."""
+    """Identifier that is unique within the task, for example "train/17". Random seeds are derived
+    from the identifier."""
     prompt: str
     """Prompt text, already formatted."""
     answer: str = ""
@@ -41,7 +43,8 @@ class Problem:
     """The conversation from which `prompt` was formatted. If it is not empty, reward functions receive conversations
     instead of texts."""
     reference: Any = None
-    """The reference answer as stored in the data set, if it is not text. Reward functions receive it as `answer`."""
+    """The reference answer as stored in the data set, if the stored answer is not text. Reward functions then receive
+    this object as `answer`."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,19 @@ class SampleRequest:
     seed: int
     """63-bit seed. The random number for token t of sample j depends only on (seed, j, t)."""
     response_tokens: int = 0
-    """Number of ids at the end of `prompt_ids` that belong to the response being continued. A stop string may begin in
-    them."""
+    """Number of ids at the end of `prompt_ids` that are already part of the response. A stop string may begin in these
+    ids and end in the completion."""
     excluded_first: tuple[int, ...] = ()
-    """Token ids with probability 0 at the first position; the probabilities of the other tokens are renormalized. The
-    completion is then a sample from the policy under the condition that its first token is none of these. Needs
-    `Capabilities.excluded_first`."""
+    """Token ids that a completion must not start with. At the first position these tokens have probability 0, and the
+    probabilities of the other tokens are renormalized. The sampler must have `Capabilities.excluded_first`."""
     first_sample: int = 0
-    """Index of the first sample: the completions are the samples first_sample, first_sample + 1, ... of the seed."""
+    """Index of the first sample. The completions are the samples first_sample, first_sample + 1, ... that belong to the
+    seed."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy decoding, with log-probabilities of 0."""
+    """Sampling temperature. 0 means greedy decoding; all log-probabilities are then 0."""
     stop: tuple[str, ...] = ()
-    """Strings that end a completion, in addition to the end-of-sequence tokens. The completion includes the string."""
+    """Strings that end a completion, in addition to the end-of-sequence tokens. The completion includes the stop
+    string."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,16 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled ids; the end-of-sequence id is included if and only if it was sampled."""
     logprobs: tuple[float, ...]
-    """Log-probability of each id under the distribution it was sampled from (temperature included), in nats."""
+    """Log-probability of each id in nats, under the distribution that it was sampled from (with the temperature
+    applied)."""
     finish_reason: FinishReason
     version: int = 0
-    """`Sampler.version` of the weights that sampled it."""
+    """`Sampler.version` at the time of sampling."""
 
 
 OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
-"""Callback for samples that have just ended: called with (index of the request, completion) pairs, once per sample."""
+"""Callback for samples that have just ended. Its argument is a sequence of pairs (index of the request, completion).
+Each sample is passed once."""
 
 
 Weights = Callable[[], Iterable[tuple[str, Any]]]
@@ -106,10 +112,10 @@ class Sampler(Protocol):
     The other requests, their order and the number of workers can affect it only through rounding of the logits, because
     the rounding of a matrix product depends on the batch size. `capabilities.reproducible` is
 
-    - true (the native engines) if the results are bit-identical for any number of workers. Requests are divided into
-      units, each sampled as one batch, and the division does not depend on the number of workers.
-    - false if only the random numbers are the same. Log-probabilities may then differ by rounding, and a token may
-      differ if the rounding changes which token a random number selects.
+    - true if the results are bit-identical for any number of workers, as for the samplers of this package. They divide
+      the requests into units and sample each unit as one batch. The division does not depend on the number of workers.
+    - false if only the random numbers are the same for any number of workers. Log-probabilities may then differ by
+      rounding, and a token may differ if the rounding changes which token a random number selects.
     """
 
     @property
@@ -125,19 +131,20 @@ class Sampler(Protocol):
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """One list of `num_samples` completions per request, in the order of the requests.
+        """Return one list of `num_samples` completions per request, in the order of the requests.
 
         Args:
-            on_finished: called with completions as soon as they end, if the sampler supports it.
+            on_finished: called with completions as soon as they end. A sampler may ignore this argument.
         """
         ...
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Use new weights for all later calls of `sample`, and clear everything cached for the old weights.
+        """Use new weights for all later calls of `sample`, and clear all caches that depend on the old weights.
 
         Args:
-            version: number of policy updates that these weights include.
-            weights: returns the policy's tensors by name. A sampler that shares the policy's memory does not call it.
+            version: number of policy updates that the new weights include.
+            weights: function that returns the policy's tensors with their names. A sampler that shares the policy's
+                memory does not call this function.
         """
         ...
 
@@ -166,12 +173,15 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class StepCredit:
-    """Steps, values and advantages of one rollout. They are written to records and tables and not used in training."""
+    """Steps, values and advantages of one rollout. They are written to records and tables, but
+    training does not use them.
+    """
 
     boundaries: tuple[int, ...]
-    """End of each step as a number of response tokens, strictly increasing, the last one is T; shape (S,)."""
+    """End of each step, as the number of response tokens before it. The numbers are strictly increasing, and the last
+    one is T; shape (S,)."""
     values: tuple[float, ...] = ()
-    """V of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
+    """Value of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
     num_mc_rollouts: tuple[int, ...] = ()
     """Number of MC rollouts used for each value, shape (S,); 0 if the value was known without sampling."""
     step_advantages: tuple[float, ...] = ()
@@ -180,44 +190,46 @@ class StepCredit:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that another continuation sampled at a position of a response, and its advantage there."""
+    """A token that a Monte-Carlo continuation sampled in place of a token of the response, and its advantage."""
 
     position: int
-    """Index of the response token that it replaces, from 0."""
+    """Index of the response token in whose place the alternative was sampled, counted from 0."""
     token_id: int
     advantage: float
-    """In reward units, already multiplied by the alternative's share of the credit at this position."""
+    """Advantage in reward units, already divided by the number of samples at this position (see `node_advantages`)."""
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One token sequence with its credit: the only input of the learner from an algorithm.
+    """One token sequence with its credit. Credit functions return training samples, and the learner trains on them.
 
-    The per-token lists have shape (T,), with T the length of prompt + response. Entries of tokens that are not trained
-    are 0.
+    The lists with one entry per token have shape (T,), where T is the length of prompt + response. Their entries are 0
+    for tokens with `loss_mask` 0.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
-    """1 for tokens that are trained, 0 for the prompt and for tokens that are trained in another sample."""
+    """1 for tokens that enter the loss (trained tokens); 0 for the prompt, and for tokens that enter the loss in
+    another sample."""
     sampler_logprobs: tuple[float, ...]
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
-    """Targets of the value network for the *state before* each token; None without a value network."""
+    """Target of the value network for the state *before* each token; None if there is no value network."""
     values: tuple[float, ...] | None = None
-    """Predictions of the value network at the time the credit was computed, for value clipping; None without one."""
+    """Prediction of the value network for the state before each token at the time the credit was computed, used for
+    value clipping; None if there is no value network."""
     credit: StepCredit | None = None
     alternatives: tuple[Alternative, ...] = ()
-    """Tokens trained in addition to the response's tokens. An alternative is conditioned on the response's tokens
-    before its position and has the weight of the token that it replaces. Its position is an index into the trained
-    tokens of the sample."""
+    """Tokens that are trained in addition to the tokens of the sequence. The probability of an alternative is computed
+    given the tokens before its position, and its weight is that of the token at its position. The position is an index
+    into the trained tokens of the sample."""
     weights: tuple[float, ...] | None = None
-    """Weight of each token in the loss and in means over tokens, at least 0, aligned with `advantages`: the number of
-    tokens that it represents, such as n for a token of a prefix that n rollouts share. None: 1 for every trained
-    token."""
+    """Weight of each token in the loss and in means over tokens, at least 0, shape (T,). The weight is the number of
+    tokens that the token represents: for example, n for a token of a prefix that n rollouts share. None means a weight
+    of 1 for every trained token."""
     rollout: Rollout | None = None
-    """The rollout of the sample, the same object as in its group; used in records. None if the sequence is not a
-    rollout, such as a shared prefix or an MC rollout."""
+    """The rollout from which the sample was built (the same object as in the rollout's group). Records use it. None if
+    the sequence is not a rollout, for example if it is a shared prefix or an MC rollout."""
 
     @property
     def trained_weights(self) -> tuple[float, ...]:
@@ -228,14 +240,14 @@ class TrainingSample:
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
-"""(groups, iteration) -> (training samples, metrics): the interface between an algorithm and the trainer.
+"""Credit function of an algorithm: (groups, iteration) -> (training samples, metrics).
 
-The function may return any number of samples in any order: one per rollout, fewer (only the rollouts with a high
-reward, or none), or more (prefixes that rollouts share, MC rollouts)."""
+The function may return any number of samples in any order: one per rollout; fewer, for example only the rollouts with a
+high reward; or more, for example also prefixes that rollouts share, or MC rollouts."""
 
 RewardFn = Callable[..., Any]
-"""fn(prompts, completions, completion_ids, **columns) -> one reward or None per completion, or an awaitable of such a
-list. The columns always include `answer`."""
+"""Reward function: fn(prompts, completions, completion_ids, **columns) -> list with one reward or None per completion.
+It may also return an awaitable of such a list. The columns always include `answer`."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +259,8 @@ class Failure:
 
 
 Verdict = tuple[float | None, ...] | Failure
-"""Result of grading a response: one reward per reward function (None: not applicable), or a `Failure`."""
+"""Result of grading one response: one reward per reward function, or a `Failure`. A reward of None means that the
+function does not apply to the response."""
 
 
 @dataclass
@@ -270,7 +283,11 @@ class Tally:
     """Number of rewards of each reward function."""
 
     def add(self, names: Sequence[str], verdict: Verdict) -> None:
-        """Count one response; `names` are the names of the reward functions."""
+        """Add the verdict on one response.
+
+        Args:
+            names: names of the reward functions, in the order of the rewards in `verdict`.
+        """
         self.graded += 1
         if isinstance(verdict, Failure):
             self.errors += 1
@@ -284,7 +301,7 @@ class Tally:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def shares(self) -> Metrics:
-        """The metrics `grader/*`; empty if nothing was graded."""
+        """Return the metrics `grader/*`; empty if no response was graded."""
         if not self.graded:
             return {}
         return {
@@ -295,23 +312,23 @@ class Tally:
         }
 
     def means(self) -> Metrics:
-        """The metrics `rewards/<function>/mean`: mean over the responses for which the function returned a reward."""
+        """Return the metrics `rewards/<function>/mean`: means over the responses that the function rewarded."""
         return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
 
 
 class ProblemSource(Protocol):
-    """Problems addressed by split and index."""
+    """A source of problems. A split and an index identify a problem."""
 
     def size(self, split: Split) -> int | None:
-        """Number of problems in a split, or None if it is infinite."""
+        """Return the number of problems in a split, or None if the number is unlimited."""
         ...
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Problem number `index` of a split; the same arguments always return the same problem."""
+        """Return problem number `index` of a split. The same arguments always return the same problem."""
         ...
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) pair for supervised fine-tuning.
+        """Return a pair (prompt, response) for supervised fine-tuning.
 
         Raises:
             UserError: if the task has no demonstrations.
@@ -324,12 +341,12 @@ class Task(ProblemSource, Protocol):
 
     @property
     def grades_early(self) -> bool:
-        """Whether `expect` has an effect; if not, callers may skip it."""
+        """Whether `expect` starts grading. If it does not, callers may omit the call of `expect`."""
         ...
 
     @property
     def grade_truncated(self) -> bool:
-        """Whether responses that were truncated by the length limit are graded. If not, their reward is 0."""
+        """Whether responses that were truncated by the length limit are graded. Otherwise their reward is 0."""
         ...
 
     @property
@@ -340,7 +357,7 @@ class Task(ProblemSource, Protocol):
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[float]:
-        """Reward of each response.
+        """Return the reward of each response.
 
         Args:
             problems: problem of each response.
@@ -354,11 +371,11 @@ class Task(ProblemSource, Protocol):
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> None:
-        """Start to grade responses that will soon be passed to `grade`. A task may ignore the call."""
+        """Start grading responses that will soon be passed to `grade`. A task may ignore the call."""
         ...
 
     def count_anew(self) -> Tally:
-        """Create and return a new tally, to which the task adds all graded responses until the next call."""
+        """Create and return a new tally. The task adds every response to this tally until the next call."""
         ...
 
 
@@ -369,13 +386,13 @@ class Learner(Protocol):
     """Number of optimizer steps so far."""
 
     def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """Train on the samples of one iteration, for all its epochs.
+        """Train on the samples of one iteration, with all epochs of the iteration.
 
         Args:
-            num_rollouts: number of rollouts of the iteration. It determines the number of updates, which does not
-                depend on the number of samples.
+            num_rollouts: number of rollouts of the iteration. The number of updates depends on this number, not on the
+                number of samples.
         Returns:
-            Metrics: means over the updates of the iteration, and `updates`.
+            Metrics, each as the mean over the updates of the iteration, and the number of updates as `updates`.
         """
         ...
 
@@ -388,13 +405,13 @@ class Learner(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of each current weight of the policy, with adapters merged. The names are those of the
-        model's `state_dict` without adapters.
+        """Return the names and tensors of the policy's current weights, with adapters merged into the weights. The
+        names are those of the model's `state_dict` without adapters.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the state that is needed to resume training to files in a folder."""
+        """Save to a folder the state that is needed to resume training."""
         ...
 
     def load(self, folder: Path) -> None:

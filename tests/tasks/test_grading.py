@@ -132,7 +132,7 @@ def test_sampling_passes_responses_to_the_grader_as_they_end() -> None:
         def expect(self, problems: Any, texts: Any, completion_ids: Any) -> None:
             told.append(list(texts))
 
-    listening = Graded(task, Listening((load_grader("exact"),), early=True), ("exact",), (1.0,))
+    listening = Graded(task, Listening((load_grader("exact"),), grades_in_background=True), ("exact",), (1.0,))
     sampler = TorchSampler(policy)
     shape: dict[str, Any] = {
         "group_size": 3,
@@ -270,7 +270,7 @@ def test_a_closed_pool_grades_unanswered_responses_again(pool_of: Any) -> None:
 
 def test_a_grader_that_breaks_late_in_a_run_raises() -> None:
     class Breaking:
-        early = False
+        grades_in_background = False
         failing = False
 
         def expect(self, problems: Any, texts: Any, completion_ids: Any) -> None: ...

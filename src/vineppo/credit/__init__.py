@@ -1,4 +1,4 @@
-"""Algorithms: one module per algorithm, and the function that finds an algorithm by name."""
+"""The built-in algorithms, each in one module of this package, and `find_algorithm`, which finds one by name."""
 
 from __future__ import annotations
 

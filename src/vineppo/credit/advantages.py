@@ -10,15 +10,16 @@ STD_EPSILON = 1e-4
 
 
 def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
-    """One-step TD advantage of each reasoning step (VinePPO, arXiv 2410.01679, section 4).
+    """Return the one-step TD advantage of each reasoning step (VinePPO, arXiv 2410.01679, section 4).
 
-    A_i = V(s_{i+1}) - V(s_i) for i < S-1, and reward - V(s_{S-1}) for the last step, so sum(A) + V(s_0) == reward.
+    The advantage of step i is V(s_{i+1}) - V(s_i), and that of the last step is reward - V(s_{S-1}). The sum of all
+    advantages is therefore reward - V(s_0).
 
     Args:
         values_S: value of the state *before* each step, in reward units, shape (S,).
         reward: reward of the whole response.
     Returns:
-        Shape (S,), in reward units.
+        The advantages in reward units, shape (S,).
     Raises:
         ValueError: if S is 0.
     """
@@ -31,10 +32,10 @@ def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequenc
     """Give every token the advantage of its step.
 
     Args:
-        step_advantages_S: shape (S,).
+        step_advantages_S: advantage of each step, shape (S,).
         boundaries_S: end of each step as a number of response tokens, strictly increasing, shape (S,).
     Returns:
-        Token advantages, shape (T,), with T the last boundary.
+        The advantage of each token, shape (T,), where T is the last boundary.
     """
     advantages_T: list[float] = []
     for advantage, end in zip(step_advantages_S, boundaries_S, strict=True):
@@ -43,16 +44,17 @@ def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequenc
 
 
 def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[float]:
-    """Each reward minus the mean of its group (GRPO, arXiv 2402.03300; without std: Dr. GRPO, arXiv 2503.20783).
+    """Return the difference of each reward from the mean of its group, as in GRPO (arXiv 2402.03300).
 
-    A_i = (r_i - mean) / (std + 1e-4), where std divides by G - 1. The mean includes r_i, so the numerator is
-    (G - 1) / G times the difference between r_i and the mean of the other rewards.
+    The advantage of response i is (r_i - mean) / (std + 1e-4). The standard deviation is computed with the divisor
+    G - 1. Without the division by the standard deviation, the advantages are those of Dr. GRPO (arXiv 2503.20783). The
+    mean includes r_i, so r_i - mean is (G - 1) / G times the difference between r_i and the mean of the other rewards.
 
     Args:
         rewards_G: rewards of the responses to one problem, shape (G,), G >= 2.
         scale_by_std: whether to divide by the standard deviation.
     Returns:
-        Shape (G,).
+        The advantages, shape (G,).
     Raises:
         ValueError: if G is less than 2.
     """
@@ -67,12 +69,14 @@ def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[floa
 
 
 def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
-    """Each reward minus the mean of the other rewards, which is an unbiased baseline (RLOO, arXiv 2402.14740).
+    """Return the difference of each reward from the mean of the other rewards, as in RLOO (arXiv 2402.14740).
+
+    The mean of the other rewards is an unbiased baseline.
 
     Args:
-        rewards: shape (n,), n >= 2.
+        rewards: n rewards, shape (n,), n >= 2.
     Returns:
-        Shape (n,), in reward units.
+        The advantages in reward units, shape (n,).
     Raises:
         ValueError: if n is less than 2.
     """
@@ -86,14 +90,16 @@ def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
 def node_advantages(
     next_value: float, state_value: float, followed: Sequence[float], diverged: Sequence[float]
 ) -> tuple[float, list[float]]:
-    """Advantages of all tokens that were sampled at one position of a response.
+    """Return the advantages of all tokens that were sampled at one position of a response.
 
-    n continuations pass through the state before this position. Each of them sampled its next token from the policy,
-    and so did the response. The policy gradient at the position is the expectation of
-    (return - baseline) * grad log pi(token), estimated as the mean over these n + 1 samples. The return of a
-    continuation is its reward, and its baseline is the mean reward of the other n - 1 continuations. The return of the
-    response is `next_value`, and its baseline is the mean reward of all n continuations. The terms of continuations
-    that sampled the response's token are added to the advantage of that token.
+    Let n continuations pass through the state before this position. Together with the response, they give n + 1 samples
+    of the next token from the policy. The policy gradient at this position is the expectation of
+    (return - baseline) * grad log pi(token). It is estimated as the mean over the n + 1 samples:
+
+    - The return of a continuation is its reward. Its baseline is the mean reward of the other n - 1 continuations.
+    - The return of the response is `next_value`. Its baseline is the mean reward of all n continuations.
+
+    If a continuation sampled the same token as the response, its term is added to the advantage of that token.
 
     If n is 1, the single reward is the baseline of the response, and the continuation gets no credit because there is
     no other continuation to compare it with. If n is 0, `state_value` is the baseline.
@@ -104,30 +110,33 @@ def node_advantages(
         followed: rewards of the continuations that sampled the response's token.
         diverged: rewards of the continuations that sampled another token.
     Returns:
-        (advantage of the response's token, advantage of each token in `diverged`), each including the factor
-        1 / (n + 1) of the mean.
+        (advantage of the response's token, advantage of each token in `diverged`). If n is at least 2, all of them
+        include the factor 1 / (n + 1) of the mean.
     """
     n = len(followed) + len(diverged)
     if n < 2:
         baseline = followed[0] if followed else diverged[0] if diverged else state_value
         return next_value - baseline, [0.0] * len(diverged)
     mean = (math.fsum(followed) + math.fsum(diverged)) / n
-    factor = n / (n - 1)  # r - (mean of the other rewards) = factor * (r - mean)
+    factor = n / (n - 1)  # factor * (r - mean) is r minus the mean of the other rewards
     followed_sum = factor * math.fsum(reward - mean for reward in followed)
     return (next_value - mean + followed_sum) / (n + 1), [factor * (reward - mean) / (n + 1) for reward in diverged]
 
 
 def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float) -> tuple[list[float], list[float]]:
-    """Generalised advantage estimation (arXiv 1506.02438) for one response that is rewarded at its last token.
+    """Compute advantages and returns of one response by generalised advantage estimation (arXiv 1506.02438).
 
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t) and A_t = delta_t + gamma lambda A_{t+1}. The state after the last token
-    is terminal (V = 0), also if the response was truncated by the length limit.
+    The reward r_t is 0 except at the last token. The advantages are A_t = delta_t + gamma lambda A_{t+1} with
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t). The state after the last token is terminal and has the value 0, also if
+    the response was truncated by the length limit.
 
     Args:
         values_T: value of the state before each response token, shape (T,).
         reward: reward of the whole response.
+        gamma: discount factor per token.
+        gae_lambda: lambda.
     Returns:
-        (advantages, returns), both of shape (T,), with returns = advantages + values.
+        (advantages, returns), both of shape (T,). The returns are the sums of advantages and values.
     """
     advantages_T = [0.0] * len(values_T)
     next_value, next_advantage = 0.0, 0.0

@@ -1,4 +1,4 @@
-"""The class `Algorithm`, which describes an algorithm to the trainer, comparisons, plans and reports."""
+"""The class `Algorithm`, which holds what the trainer, comparisons and reports need from an algorithm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vineppo.model.codec import Codec
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup, Sampler, Task
 
 PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
-"""(rollouts) -> the value network's value of the state before each response token, one list of shape (T,) each."""
+"""(rollouts) -> one list of shape (T,) per rollout, with the value network's value of the state before each token."""
 SampleFn = Callable[[Sequence[Problem], int], list[RolloutGroup]]
 """(problems, iteration) -> one group of `group_size` graded rollouts per problem."""
 
@@ -28,10 +28,11 @@ class CreditParts:
     codec: Codec
     """Converts token ids to text and back."""
     predict_values: PredictValues
-    """Raises UserError if the algorithm has no value network."""
+    """Returns the predictions of the value network. Raises UserError if the algorithm has no value network."""
     run_seed: int
+    """Seed of the run, from which all other seeds are derived."""
     group_size: int
-    """G: rollouts per problem."""
+    """G, the number of rollouts per problem."""
     max_new_tokens: int
     """Maximum number of tokens of a response."""
     temperature: float
@@ -47,7 +48,7 @@ class PlanHints:
     mc_tokens: Callable[[Any, int, int, float], float]
     """(settings, rollouts, steps per response, tokens per response) -> expected number of MC tokens per iteration."""
     variants: Callable[[Any, Codec, Sequence[Rollout]], list[tuple[str, float]]]
-    """(settings, codec, rollouts) -> list of (other setting, number of MC tokens relative to `settings`)."""
+    """(settings, codec, rollouts) -> list of (other setting, its number of MC tokens relative to `settings`)."""
 
 
 def _no_check(settings: Any, config: Config) -> None:
@@ -64,14 +65,15 @@ class Algorithm:
     """
 
     name: str
-    """Identifier used in the configuration (the section with its settings), in run directories and in tables."""
+    """Identifier. It is the name of the algorithm's section in the configuration, and is used in run directories and
+    tables."""
     label: str
     """Name shown in reports, tables and plots."""
     build: Callable[[Any, CreditParts], CreditFn]
     """(settings, parts) -> the credit function."""
     settings: type[Settings] = Settings
-    """Class of the algorithm's settings. The default has no fields: the configuration then has no section for the
-    algorithm. Must extend `CriticConfig` if `needs_critic` is true."""
+    """Class of the algorithm's settings. It must extend `CriticConfig` if `needs_critic` is true. The default class has
+    no fields, and the configuration then has no section for the algorithm."""
     needs_critic: bool = False
     """Whether a value network is trained in addition to the policy."""
     min_group_size: int = 1
@@ -79,13 +81,14 @@ class Algorithm:
     min_rollouts: int = 1
     """Minimum number of rollouts per iteration."""
     check: Callable[[Any, Config], None] = _no_check
-    """(settings of the algorithm, whole configuration): raises UserError if they cannot be combined."""
+    """(settings of the algorithm, whole configuration) -> None. Raises UserError if they cannot be combined."""
     sample: Callable[[Any, CreditParts], SampleFn] | None = None
-    """(settings, parts) -> function that samples the rollouts, such as a tree; None: G independent ones per problem."""
+    """(settings, parts) -> function that samples the rollouts of an iteration, for example as a tree. None means that G
+    independent rollouts are sampled per problem."""
     plan: PlanHints | None = None
-    """Cost estimates for `vineppo plan`; None if the algorithm samples no MC rollouts."""
+    """Functions that estimate costs for `vineppo plan`; None if the algorithm samples no MC rollouts."""
     colour: str = ""
-    """Colour of its curves, such as `#D55E00`; if empty, the next unused colour of the palette."""
+    """Colour of the algorithm's curves, such as `#D55E00`. If empty, the next unused colour of the palette is used."""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or self.name in Config.model_fields:

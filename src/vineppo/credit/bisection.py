@@ -1,9 +1,9 @@
-"""VinePPO by bisection: only the states around decisive steps are evaluated, instead of the states before all steps.
+"""VinePPO by bisection, which evaluates only the states around decisive steps instead of the states before all steps.
 
 In a long response most steps do not change the expected reward. Bisection evaluates the first state and compares its
-value with the reward of the response. If the two differ by more than their noise, it evaluates the state in the middle
-and continues in the same way with each half. The number of evaluated states is proportional to the number of decisive
-steps times the logarithm of the number of steps, instead of to the number of steps.
+value with the reward of the response. If they differ by more than their noise, it evaluates the state in the middle of
+the response and continues in the same way with each half. The number of evaluated states is then proportional to the
+number of decisive steps times the logarithm of the number of steps. Without bisection it is the number of steps.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ def bisected_vine_credit(
 ) -> CreditFn:
     """Build the credit function of VinePPO with bisection.
 
-    A stretch [a, b) of steps has the advantage V(b) - V(a), which all its tokens get. The first stretch is the whole
-    response, with the reward as V(b). A stretch is halved if the values at its ends `differ`: the state m in its middle
-    is evaluated, and the halves have the advantages V(m) - V(a) and V(b) - V(m). The stretches of all responses are
-    processed together, with one call of the estimator per round. V(s_0) plus the sum of the step advantages is the
-    reward.
+    A stretch is a range of neighbouring steps. V(a) is the value of the state before the stretch and V(b) that of the
+    state after it; after the last step, V(b) is the reward. All tokens of the stretch get the advantage V(b) - V(a).
+    The first stretch is the whole response. A stretch is halved if V(a) and V(b) differ (see `differ`): the state m in
+    its middle is evaluated, and the halves get the advantages V(m) - V(a) and V(b) - V(m). The stretches of all
+    responses are processed together, with one call of the estimator per round. The sum of V(s_0) and the step
+    advantages of a response is its reward.
 
-    Bias: a large change of the value is assigned to its step, while a change that is too small for the stretch to be
-    halved is assigned to the whole stretch, so small differences between steps are underestimated. The bias of the
+    Bisection biases the advantages. A change of the value that is too small for the stretch to be halved is assigned to
+    the whole stretch instead of its step, so small differences between steps are underestimated. The bias of the
     expected advantage of a token is at most the mean, over the stretches that are not halved, of |V(m) - V(b)| for
     tokens in the first half and of |V(m) - V(a)| for tokens in the second half.
 
@@ -45,7 +46,8 @@ def bisected_vine_credit(
         estimator: evaluates states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response (0: no limit); steps are merged if there are more.
+        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
+            merged.
         level: confidence level at which the values at the ends of a stretch must differ, above 0 and below 1.
     """
 
@@ -70,9 +72,9 @@ def bisected_vine_credit(
 
 
 def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iteration: int) -> tuple[ValueCost, int]:
-    """Run all bisections to their end, one batch of states per round; return the total cost and the number of rounds.
+    """Run all bisections to the end, and return the total cost and the number of rounds.
 
-    Equal states of different responses are evaluated once.
+    In each round one batch of states is evaluated. Equal states of different responses are evaluated once.
     """
     known: dict[Key, Value] = {}
     costs: list[ValueCost] = []
@@ -90,7 +92,7 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The steps start <= i < end of a response, and the current advantage of their tokens."""
+    """The steps i of a response with start <= i < end, and the current advantage of their tokens."""
 
     start: int
     end: int
@@ -99,15 +101,16 @@ class _Stretch:
 
 @dataclass
 class _Bisection:
-    """The bisection of one response. Step i starts in state i; state S is the end of the response."""
+    """The bisection of one response with S steps. State i is the state before step i; state S is the whole response."""
 
     problem: Problem
     rollout: Rollout
     boundaries: tuple[int, ...]
-    """Number of response tokens in each state: 0 and the end of each step, shape (S + 1,)."""
+    """Number of response tokens in each state, shape (S + 1,): 0, followed by the end of each step."""
     level: float
+    """Confidence level at which the values at the ends of a stretch must differ for it to be halved."""
     values: dict[int, Value] = field(default_factory=dict)
-    """Values of the states evaluated so far."""
+    """Values of the states that have been evaluated, by the index of the state."""
     finished: list[_Stretch] = field(default_factory=list)
     """Stretches that are not halved any further."""
     pending: list[_Stretch] = field(default_factory=list)
@@ -119,14 +122,14 @@ class _Bisection:
         return len(self.boundaries) - 1
 
     def state(self, step: int) -> State:
-        """The state before a step."""
+        """Return the state before a step."""
         response = self.rollout.response_ids
         return State(self.problem, self.rollout.prompt_ids, response[: self.boundaries[step]], self.rollout)
 
     def next_steps(self) -> list[int]:
-        """Halve the pending stretches, and return the steps before which a state must be evaluated next.
+        """Halve the pending stretches, and return the indices of the states that must be evaluated next.
 
-        The values of the states of the previous call must be in `values`.
+        The caller must have added the values of the states that the previous call returned to `values`.
         """
         if not self.values:
             return [0]
@@ -153,7 +156,7 @@ class _Bisection:
         return self.values[step] if step < self.num_steps else Value(self.rollout.reward, 0)
 
     def sample(self) -> TrainingSample:
-        """The training sample of the rollout. In its `StepCredit` each finished stretch is one step."""
+        """Build the training sample of the rollout. Its `StepCredit` contains each finished stretch as one step."""
         stretches = sorted(self.finished, key=lambda stretch: stretch.start)
         record = StepCredit(
             boundaries=tuple(self.boundaries[stretch.end] for stretch in stretches),
@@ -170,10 +173,11 @@ def _middle(stretch: _Stretch) -> int:
 
 
 def differ(first: Value, second: Value, level: float) -> bool:
-    """Whether two values differ by more than their noise: the confidence interval of their difference excludes 0.
+    """Return whether two values differ by more than their noise.
 
-    The interval is Newcombe's (1998, method 10), which combines the Wilson intervals of both values. Values without
-    continuations are exact. The interval is not defined for values outside [0, 1]; for them any difference counts.
+    This is the case if the confidence interval of their difference excludes 0. The interval is that of Newcombe (1998,
+    method 10), which combines the Wilson intervals of both values. A value without continuations is exact. If a value
+    is outside [0, 1], the interval is not defined, and the result is whether the values are unequal.
     """
     if not (0 <= first.mean <= 1 and 0 <= second.mean <= 1):
         return first.mean != second.mean
@@ -182,7 +186,7 @@ def differ(first: Value, second: Value, level: float) -> bool:
 
 
 def _margin(value: Value, level: float, *, above: bool) -> float:
-    """Distance from the value to the upper or lower end of its Wilson interval."""
+    """Return the distance from the value to the upper (`above`) or lower end of its Wilson interval."""
     if not value.num_mc_rollouts:
         return 0.0
     interval = wilson(value.mean * value.num_mc_rollouts, value.num_mc_rollouts, level)

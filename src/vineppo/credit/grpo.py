@@ -1,4 +1,4 @@
-"""GRPO: a response's reward relative to its group's mean (arXiv 2402.03300)."""
+"""GRPO: the advantage of a response is its reward relative to the mean of its group (arXiv 2402.03300)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vineppo.types import CreditFn
 
 
 class GRPOSettings(Settings):
-    """GRPO: a response's reward relative to its group's mean."""
+    """GRPO: the advantage of a response is its reward relative to the mean of its group."""
 
     scale_by_std: bool = True
-    """Divide by the group's standard deviation (plus 1e-4). `false` is Dr. GRPO."""
+    """Divide by the group's standard deviation (plus 1e-4). `false` gives the advantage of Dr. GRPO."""
 
 
 def grpo_credit(scale_by_std: bool) -> CreditFn:

@@ -1,4 +1,7 @@
-"""PPO: credit from a value network by generalised advantage estimation (arXiv 1707.06347, 1506.02438)."""
+"""PPO: advantages are computed from a value network by generalised advantage estimation (GAE).
+
+Sources: arXiv 1707.06347 (PPO), arXiv 1506.02438 (GAE).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 class PPOSettings(CriticConfig):
-    """PPO: credit from a value network by generalised advantage estimation."""
+    """PPO: advantages are computed from a value network by generalised advantage estimation."""
 
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Lambda of GAE. With 1 (the paper's setting) the advantage is the Monte-Carlo return minus the value."""
@@ -23,7 +26,7 @@ class PPOSettings(CriticConfig):
 
 
 def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float) -> CreditFn:
-    """Build the credit function of PPO: GAE advantages, and returns as targets of the value network."""
+    """Build the credit function of PPO. It computes advantages by GAE, and returns as targets of the value network."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -42,7 +45,10 @@ def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float
 
 
 def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:
-    """1 - Var(target - prediction) / Var(target); 1 is perfect, 0 equals a constant, nan if all targets are equal."""
+    """Return 1 - Var(target - prediction) / Var(target), or nan if all targets are equal.
+
+    The result is 1 for perfect predictions and 0 for constant ones.
+    """
     import torch  # slow to import, and not needed for the settings above
 
     target = torch.tensor(targets, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992): a response's reward relative to the mean of the iteration's other responses."""
+"""REINFORCE (Williams 1992): the advantage is the reward minus the mean of the other rewards of the iteration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 def reinforce_credit() -> CreditFn:
-    """Build the credit function of REINFORCE: the baseline is the mean reward of the iteration's other rollouts."""
+    """Build the credit function of REINFORCE. The baseline is the mean of the other rewards of the iteration."""
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

@@ -1,4 +1,4 @@
-"""RLOO: a response's reward relative to the mean of the group's other responses (arXiv 2402.14740)."""
+"""RLOO: the advantage is the reward relative to the mean of the other responses of the group (arXiv 2402.14740)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vineppo.types import CreditFn
 
 
 def rloo_credit() -> CreditFn:
-    """Build the credit function of RLOO."""
+    """Build the credit function of RLOO. The baseline is the mean reward of the other rollouts of the group."""
     return group_credit(leave_one_out_advantages)
 
 

@@ -1,4 +1,4 @@
-"""Building of a training sample from a rollout and the advantages of its tokens."""
+"""A function that builds a training sample from a rollout and the advantages of its tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ def training_sample(
 ) -> TrainingSample:
     """Build a training sample in which all response tokens are trained.
 
-    The lists have one entry per response token, shape (T,); entries of 0 are added for the prompt tokens.
+    The lists with the suffix _T have one entry per response token, shape (T,). The function adds entries of 0 for the
+    prompt tokens.
 
     Args:
+        rollout: the rollout whose response tokens are trained.
         advantages_T: advantage of each response token.
-        returns_T: target of the value network before each response token.
-        values_T: prediction of the value network before each response token.
+        returns_T: target of the value network for the state before each response token.
+        values_T: prediction of the value network for the state before each response token.
         credit: steps, values and step advantages for records.
         alternatives: tokens that are trained in addition to the response's tokens.
-        weights_T: weight of each response token in the loss; None: 1 for all.
+        weights_T: weight of each response token in the loss; None means 1 for every token.
     """
     zeros = (0.0,) * len(rollout.prompt_ids)
     return TrainingSample(

@@ -1,4 +1,4 @@
-"""Metrics of credit that is computed from Monte-Carlo values."""
+"""Metrics of algorithms that compute advantages from Monte-Carlo values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vineppo.values import ValueCost
 
 
 def value_metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics:
-    """Cost of the values (tokens, continuations, states), and the share of steps whose advantage is 0."""
+    """Return the cost of the values (tokens, continuations, states), and the share of steps with advantage 0."""
     advantages = [a for sample in samples if sample.credit for a in sample.credit.step_advantages]
     return {
         "tokens/mc": float(cost.tokens),

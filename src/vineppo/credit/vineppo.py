@@ -1,4 +1,4 @@
-"""VinePPO (arXiv 2410.01679): the advantage of a reasoning step is the change of the value of the state.
+"""VinePPO (arXiv 2410.01679): the advantage of a reasoning step is the value after the step minus the value before it.
 
 A state is the prompt and the first tokens of a response. Its value is the mean reward of K continuations that are
 sampled from it (`vineppo.values`), so no value network is needed.
@@ -33,33 +33,36 @@ from vineppo.values import (
 
 
 class VinePPOSettings(Settings):
-    """VinePPO: values of intermediate states from Monte-Carlo continuations."""
+    """VinePPO: advantages are differences between the Monte-Carlo values of neighbouring states."""
 
     num_mc_rollouts: int = Field(9, ge=1)
-    """K: continuations sampled from each state."""
+    """K, the number of continuations sampled from each state."""
     splitter: str = "newline"
-    """How a response is cut into steps: `newline` (lines), `math` (sentences or lines; formulas stay whole, long pieces
-    are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a probability below 0.9;
-    `cutpoints:N:P` for other numbers), `regex:PATTERN` (after every match), or `module:function` (user-defined)."""
+    """How a response is cut into steps: `newline` (lines), `math` (sentences and lines; sentences do not end inside
+    formulas, and long ones are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a
+    probability below 0.9), `cutpoints:N:P` (after every N-th token with a probability below P), `regex:PATTERN` (after
+    every match), or `module:function` (user-defined)."""
     reuse: bool = True
-    """Count a continuation that follows the response to its next state as one of the K continuations of that state too:
-    unbiased, fewer tokens, less noise (docs/algorithms.md). `false`: K new continuations of every state, as in the
-    paper."""
+    """Reuse continuations: if a continuation follows the response to the next state, it also counts as one of the K
+    continuations of that state. The values remain unbiased, fewer tokens are sampled, and the advantages are less noisy
+    (docs/algorithms.md). `false` samples K new continuations of every state, as in the paper."""
     alternatives: bool = False
-    """Also train the tokens that continuations sampled in place of the response's tokens. This needs no additional
-    sampling or forward pass, and gives credit per token instead of per step (docs/algorithms.md). Requires `reuse`."""
+    """Also train the tokens that continuations sampled in place of the response's tokens. Each token then gets a
+    separate advantage, instead of the advantage of its step. No additional sampling or forward pass is needed
+    (docs/algorithms.md). Requires `reuse`."""
     bisection: bool = False
-    """Evaluate only the states around decisive steps: start with the two ends of the response and halve each stretch of
-    steps whose end values differ by more than their noise (docs/algorithms.md). Intended for long responses."""
+    """Evaluate only the states around decisive steps. The search starts with the response as one stretch of steps, and
+    halves every stretch if the values at its two ends differ by more than their noise (docs/algorithms.md).
+    Intended for long responses."""
     bisection_level: float = Field(0.7, gt=0, lt=1)
     """Confidence level at which the values at the ends of a stretch must differ for bisection to halve it."""
     max_states: int = Field(0, ge=0)
-    """Maximum number of states of a response that are evaluated (0: all). If a response has more steps, neighbouring
-    steps are merged, evenly along the response, so that their advantages still telescope. The cuts then depend on the
-    length of the response, which makes the expected gradient slightly smaller (docs/algorithms.md)."""
+    """Maximum number of states that are evaluated per response; 0 means all. If a response has more steps, neighbouring
+    steps are merged, evenly along the response. The cuts then depend on the length of the response, which makes the
+    expected gradient slightly smaller (docs/algorithms.md)."""
 
     def check(self) -> None:
-        """Raise UserError if settings are combined that exclude each other."""
+        """Raise UserError if the settings cannot be combined."""
         require(
             self.reuse or not self.alternatives,
             "vineppo.alternatives is true, but vineppo.reuse is false: alternatives are computed from the reused "
@@ -95,7 +98,10 @@ def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
 
 
 def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec: Codec) -> CreditFn:
-    """Build the credit function of VinePPO. `monte_carlo` determines K; `settings.num_mc_rollouts` is not used."""
+    """Build the credit function of VinePPO.
+
+    K is `monte_carlo.num_mc_rollouts`; `settings.num_mc_rollouts` is not used.
+    """
     steps = (build_splitter(settings.splitter), codec.token_texts, settings.max_states)
     if settings.alternatives:
         require(
@@ -115,10 +121,10 @@ def vine_node_credit(
 ) -> CreditFn:
     """Build the credit function of VinePPO with alternatives, which computes one advantage per token.
 
-    The states, their values and the cost are the same as in `vine_credit`. The advantage of a token is estimated from
-    the continuations that pass through the state before it. If a continuation samples another token there, that token
-    is also trained, as an alternative (`node_advantages`; derivation in docs/algorithms.md). The step advantages are
-    only stored in `StepCredit`.
+    The states, their values and the cost are the same as in `vine_credit`. The advantage of a token is computed by
+    `node_advantages` from the continuations that pass through the state before the token (derivation in
+    docs/algorithms.md). If a continuation samples another token at this place, that token is trained as an alternative.
+    The step advantages are only stored in `StepCredit`.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -139,7 +145,7 @@ def vine_node_credit(
 def vine_credit(
     estimator: ValueEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
 ) -> CreditFn:
-    """Build the credit function of VinePPO as in the paper: every token gets the advantage of its step.
+    """Build the credit function of VinePPO as in the paper, where every token gets the advantage of its step.
 
     For every rollout:
       1. The response is cut into steps with the boundaries 0 = b_0 < b_1 < ... < b_S = T.
@@ -152,7 +158,8 @@ def vine_credit(
         estimator: evaluates states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response (0: no limit); steps are merged if there are more.
+        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
+            merged.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -169,7 +176,7 @@ def vine_credit(
 
 
 def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]]) -> list[State]:
-    """The states before all steps of all rollouts. `ends` holds the ends of the steps of each rollout."""
+    """Return the states before all steps of all rollouts. `ends` contains the ends of the steps of each rollout."""
     return [
         State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
         for (problem, rollout), ends_S in zip(rollouts, ends, strict=True)
@@ -180,7 +187,7 @@ def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence
 def _records(
     rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], values: Sequence[Value]
 ) -> list[StepCredit]:
-    """Step credit of each rollout, from the values of all states in the order of `_states`."""
+    """Return the step credit of each rollout. `values` has the value of each state, in the order of `_states`."""
     remaining = iter(values)
     return [
         _record(rollout, ends_S, [next(remaining) for _ in ends_S])
@@ -212,18 +219,21 @@ def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) 
 
 
 _REUSE_SHARE = 0.3
-"""Number of MC tokens with `reuse`, relative to K new continuations of every state; measured on the embedded task."""
+"""Number of MC tokens with `reuse`, divided by the number without `reuse`. Measured on the task `chain`."""
 
 
 def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, length: float) -> float:
-    """Expected number of MC tokens: K continuations of every state, each with half the length of a response."""
+    """Return the expected number of MC tokens per iteration.
+
+    Without `reuse`, these are K continuations of every state, each with half the length of a response.
+    """
     states = min(steps, settings.max_states or steps)
     share = _REUSE_SHARE if settings.reuse else 1.0
     return rollouts * settings.num_mc_rollouts * states * length / 2 * share
 
 
 def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollout]) -> list[tuple[str, float]]:
-    """Relative cost of other K and, without reuse and bisection, of other splitters."""
+    """Return the relative cost of other values of K and, without reuse and bisection, of other splitters."""
     K = settings.num_mc_rollouts
     rows = [(f"vineppo.num_mc_rollouts {k}", k / K) for k in (1, 3, 9, 18) if k != K]
     if settings.reuse or settings.bisection:
@@ -237,9 +247,9 @@ def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollou
 
 
 def _remaining_tokens(spec: str, max_states: int, codec: Codec, rollouts: Sequence[Rollout]) -> int:
-    """Number of response tokens after each state, summed over all states.
+    """Return the number of response tokens after each state, summed over all states.
 
-    This is the number of MC tokens for K = 1 if each continuation is as long as the rest of the response.
+    The result is the number of MC tokens for K = 1 if each continuation is as long as the rest of the response.
     """
     splitter, total = build_splitter(spec), 0
     for rollout in rollouts:

@@ -1,4 +1,4 @@
-"""Sampling and grading of responses, some of which may be truncated by the length limit."""
+"""Functions that sample and grade responses, including responses that the length limit truncates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def grade_finished(
 ) -> list[float]:
     """Return the reward of each response.
 
-    A response that was truncated by the length limit has the reward 0 and is not graded, unless `task.grade_truncated`.
+    A response that was truncated by the length limit is graded only if `task.grade_truncated` is true. Otherwise its
+    reward is 0.
 
     Args:
         problems: problem of each response.
@@ -41,12 +42,12 @@ def sampled_and_graded(
     requests: Sequence[SampleRequest],
     owners: Sequence[tuple[Problem, tuple[int, ...]]],
 ) -> list[list[tuple[Completion, str, float]]]:
-    """Sample completions of each request and grade the responses that they complete.
+    """Sample the completions of each request, and grade the resulting responses.
 
     Args:
-        owners: (problem, response prefix) of each request. The response is the prefix followed by the completion.
+        owners: the problem and the response prefix of each request. A response is this prefix followed by a completion.
     Returns:
-        For each request a list of (completion, text of the response, reward).
+        For each request, a list of (completion, text of the response, reward).
     """
     completions = sampler.sample(requests, _grades_early(task, decode, owners))
     flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]
@@ -61,7 +62,10 @@ def sampled_and_graded(
 def _grades_early(
     task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
 ) -> OnFinished | None:
-    """Callback that passes responses to `task.expect` as soon as they end; None if the task does not grade early."""
+    """Return a callback that passes responses to `task.expect` as soon as they end.
+
+    The result is None if `task.grades_early` is false.
+    """
     if not task.grades_early:
         return None
 

@@ -1,4 +1,4 @@
-"""A sampler that checks that its weights are those of the learner."""
+"""A wrapper of a sampler which checks that the sampler has the current weights of the learner."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleR
 
 
 class StaleWeights(RuntimeError):
-    """The weights of a sampler are not those of the learner because `update_weights` was not called."""
+    """A sampler does not have the learner's current weights, because `update_weights` was not called."""
 
 
 @dataclass
 class CurrentSampler:
-    """Sampler (types.Sampler) that wraps another sampler and raises if its version is not the learner's.
+    """Wraps a sampler, and raises an error if the wrapped sampler does not have the learner's current weights.
+
+    Implements `types.Sampler`.
 
     Attributes:
         sampler: the wrapped sampler.
-        updates: returns the learner's number of updates; called once per call of `sample`.
+        updates: function that returns the learner's number of updates. Each call of `sample` calls it once.
         tokens: number of tokens sampled so far.
     """
 
@@ -42,7 +44,8 @@ class CurrentSampler:
         """Call `sample` of the wrapped sampler.
 
         Raises:
-            StaleWeights: if the version of the sampler or of a completion is not the learner's number of updates.
+            StaleWeights: if the version of the wrapped sampler or of a completion differs from the learner's number of
+                updates.
         """
         current = self.updates()
         if self.version != current:

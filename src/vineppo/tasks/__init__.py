@@ -1,4 +1,4 @@
-"""Tasks: problems, prompts and graders. They work with text only, not with token ids."""
+"""Tasks, which provide problems and grade responses. This package works with text; it does not use a tokenizer."""
 
 from __future__ import annotations
 

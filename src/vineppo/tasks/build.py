@@ -1,4 +1,4 @@
-"""Builds the task that `task.name` selects."""
+"""`build_task` creates the task that the setting `task.name` selects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
-"""(names of the reward functions, used in metrics; the judge that calls them)."""
+"""(names of the reward functions for metrics, judge that calls these functions)."""
 
 
 def build_task(
@@ -33,9 +33,9 @@ def build_task(
     Args:
         config: the `task` section.
         format_prompt: applies the tokenizer's chat template to a prompt.
-        reward_fn: reward functions that replace the task's. They are called in this process, with all responses in one
-            call.
-        tables: in-memory rows per split for `dataset`, used instead of files.
+        reward_fn: reward functions to use instead of the task's. They are called in this process, once for all
+            responses of a batch.
+        tables: in-memory rows of each split, used instead of files by the task `dataset`.
     Raises:
         UserError: if a file, a column or a grader cannot be used.
     """
@@ -65,7 +65,10 @@ def build_task(
 def _graded(
     config: TaskConfig, source: ProblemSource, fns: tuple[RewardFn, ...], default: Callable[[], _NamesAndJudge]
 ) -> Graded:
-    """The problems, graded by `fns` if there are any, else by `task.rewards` if set, else by the task's default."""
+    """Combine the problems with reward functions.
+
+    These are `fns` if there are any, otherwise those of `task.rewards`, and if that is empty the default of the task.
+    """
     names, judge = _from_functions(fns) if fns else _from_names(config, config.rewards) if config.rewards else default()
     weights = config.reward_weights or (1.0,) * len(names)
     if len(weights) != len(names):
@@ -81,7 +84,7 @@ def _from_functions(fns: tuple[RewardFn, ...]) -> _NamesAndJudge:
 
 
 def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
-    # Also loaded in this process, so that a misspelt name is an error before any worker starts.
+    # The functions are loaded in this process too, so that a misspelt name is reported before any worker starts.
     loaded = tuple(load_grader(spec) for spec in rewards)
     if set(rewards) <= set(QUICK):
         return rewards, InProcess(loaded)
@@ -99,7 +102,7 @@ def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]]) -
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:
-    """A function of a problem that calls the user's function and checks that it returns text."""
+    """Return a function of a problem that calls the user-defined demonstrator and checks that the result is text."""
     write: Callable[..., Any] = load_grader(spec)
 
     def demonstrate(problem: Problem) -> str:
@@ -121,5 +124,5 @@ def _demonstrator(spec: str) -> Callable[[Problem], str]:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """The names, with the index appended to repeated ones: two lambdas must not share a metric."""
+    """Return the names with the index appended to repeated names, so that two lambdas do not share a metric."""
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

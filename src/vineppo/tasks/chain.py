@@ -1,4 +1,4 @@
-"""The embedded task: chained arithmetic with named variables, one line per step.
+"""The task `chain`, which is included in the package: chained arithmetic with named variables, one line per step.
 
 A problem is, for example, `a=7;b=a*3;c=b+5;c?`; every operation is modulo 10. A response evaluates one variable per
 line, names one of two ways of doing so, and ends with an answer line:
@@ -7,19 +7,20 @@ line, names one of two ways of doing so, and ends with an answer line:
     c=1+5 by rule is 6
     #### 6
 
-There are 42 kinds of step (operator, operand, parity of the left number). A third of them are traps: one of the two
-ways, the slipping way, always gives a fixed wrong number. For all other kinds both ways give the right number. The
-level decides which way slips:
+There are 42 kinds of step (operator, operand, parity of the left number). A third of them are traps. At a
+trap one of the two ways, called the slipping way, always gives a fixed wrong number. At all other kinds of step both
+ways give the right number. The level determines which way slips:
 
-- `judgement`: the first way slips at half of the traps, the second way at the other half. The text does not show which:
-  the policy has to learn 14 decisions, of which one chain contains three or four.
+- `judgement`: the first way slips at half of the traps, the second way at the other half. The problem does not show
+  which way slips, so the policy has to learn 14 decisions. One chain contains three or four of them.
 - `habit`: the first way slips at every trap, so there is one decision to learn.
 
-The demonstrations teach all arithmetic facts. Sharpening the policy does not solve the task, because the most frequent
-way at a trap is the slipping one. Demonstrations come from one of two kinds of writers. `wavering` writers have a usual
-way for every kind of step and use it in 80% of the cases; they teach the facts and the kinds. `settled` writers use
-their usual way in 95% of the cases where both ways are right, and the slipping way in 60% of the cases at traps. In
-`habit` a response is written in one way throughout, which is the slipping one in nine of ten responses.
+The demonstrations teach all arithmetic facts. Making the policy more deterministic does not solve the task, because the
+policy uses the slipping way more often at a trap. In the level `judgement` there are two kinds of demonstrations.
+`wavering` demonstrations have a usual way for every kind of step and use it in 80% of the cases. `settled`
+demonstrations use this usual way in 95% of the cases where both ways are right, and at traps the slipping way in 60% of
+the cases. In the level `habit` all steps of a demonstration use the same way, which is the slipping way in nine of ten
+demonstrations.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ MODULUS = 10
 LEVELS = ("judgement", "habit")
 WAYS = {"judgement": (" by rote", " by rule"), "habit": (" in haste", " with care")}
 LINKS = (" = ", " is ", " -> ")
-"""Variants of the wording; the link is independent of the number after it."""
+"""Different wordings between the way and the result. The choice does not depend on the result."""
 OPERANDS = {"+": tuple(range(1, 10)), "-": tuple(range(1, 10)), "*": (3, 7, 9)}
-"""Every operation is a bijection modulo 10, so a later operation cannot map a wrong number to the right one."""
+"""Operands of each operator. Every operation is a bijection modulo 10, so a wrong number never leads to a right answer
+through later right steps."""
 Kind = tuple[str, int, int]
 """(operator, operand, parity of the left number)."""
 _ANSWER = re.compile(r"(?:^|\n)#### (\d+)\s*\Z")
@@ -46,12 +48,12 @@ _SPLIT_OF_RESIDUE: dict[int, Split] = {0: "validation", 1: "test"}
 
 
 def apply(left: int, operator: str, operand: int) -> int:
-    """The right result of one step."""
+    """Return the right result of one step."""
     return {"+": left + operand, "-": left - operand, "*": left * operand}[operator] % MODULUS
 
 
 def _kinds() -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """(slipping way of every trap, usual way of every kind); a third of each operator's kinds are traps."""
+    """Return (slipping way of every trap, usual way of every kind). A third of the kinds of each operator are traps."""
     traps: dict[Kind, int] = {}
     usual: dict[Kind, int] = {}
     for operator, operands in OPERANDS.items():
@@ -68,13 +70,13 @@ TRAPS, USUAL = _kinds()
 
 
 def slipping_way(level: str, left: int, operator: str, operand: int) -> int | None:
-    """Index into WAYS[level] of the way that gives a wrong number at this step, or None if both are right."""
+    """Return the index in WAYS[level] of the way that gives a wrong number at this step, or None if both are right."""
     way = TRAPS.get((operator, operand, left % 2))
     return 0 if way is not None and level == "habit" else way
 
 
 def written(level: str, left: int, operator: str, operand: int, way: int) -> int:
-    """The number that a step gets in a given way: the right one, or the fixed wrong one if this way slips."""
+    """Return the result of a step in a given way: the right number, or the fixed wrong number if this way slips."""
     right = apply(left, operator, operand)
     if way != slipping_way(level, left, operator, operand):
         return right
@@ -82,7 +84,7 @@ def written(level: str, left: int, operator: str, operand: int, way: int) -> int
 
 
 def _habitual_way(level: str, writers: str, kind: Kind, previous_way: int | None, rng: random.Random) -> int:
-    """The way that a writer of demonstrations uses; `previous_way` is that of the previous step, or None."""
+    """Draw the way of one step of a demonstration. `previous_way` is the way of the previous step, or None."""
     if level == "habit":
         return int(rng.random() < 0.1) if previous_way is None else previous_way
     if writers == "wavering":
@@ -91,20 +93,20 @@ def _habitual_way(level: str, writers: str, kind: Kind, previous_way: int | None
 
 
 def answer_of(text: str) -> str:
-    """The number on the answer line at the end of a response; empty if there is none."""
+    """Return the number on the answer line at the end of a response; empty if there is no such line."""
     match = _ANSWER.search(text)
     return match.group(1) if match else ""
 
 
 def grade_chain(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """Reward function: 1 if the response ends with an answer line that has the right number, else 0."""
+    """Return the reward of each response: 1 if it ends with an answer line with the right number, else 0."""
     return [float(answer_of(text) == right) for text, right in zip(completions, answer, strict=True)]
 
 
 class ChainTask:
-    """An unlimited number of problems, addressed by (split, index); implements `types.ProblemSource`.
+    """The problems of the task `chain`, unlimited in number; implements `types.ProblemSource`.
 
-    The splits are disjoint: the split of a problem is a function of its text.
+    The splits are disjoint, because the text of a problem determines its split.
     """
 
     def __init__(self, level: str, num_steps: int, writers: str = "settled"):
@@ -113,17 +115,17 @@ class ChainTask:
         self.writers = writers
 
     def with_steps(self, num_steps: int) -> ChainTask:
-        """The same task with chains of a different length."""
+        """Return the same task with chains of `num_steps` steps."""
         return ChainTask(self.level, num_steps, self.writers)
 
     def size(self, split: Split) -> int | None:
-        """None: the number of problems is unlimited."""
+        """Return None, because the number of problems is unlimited."""
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address, drawn again until its text belongs to the split.
+        """Return the problem with this index in a split. It is drawn again until its text belongs to the split.
 
-        Of all texts 80% belong to `train`, 10% to `validation` and 10% to `test`.
+        Of all texts, 80% belong to `train`, 10% to `validation` and 10% to `test`.
         """
         rng = random.Random(derive_seed("chain problem", self.num_steps, split, index))
         while True:
@@ -140,9 +142,9 @@ class ChainTask:
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) of a writer who may slip and then continues with the wrong number.
+        """Return a pair (prompt, response). After a slip, the response continues with the wrong number.
 
-        Every second demonstration is a shorter chain of at least 2 steps, so that the model also solves short chains.
+        Every second demonstration is a shorter chain of at least 2 steps, so that the model also learns short chains.
         """
         if index % 2 and self.num_steps > 2:
             shorter = 2 + derive_seed("chain length", split, index) % (self.num_steps - 2)
@@ -154,7 +156,7 @@ class ChainTask:
         for position, (operator, operand) in enumerate(problem.columns["steps"]):
             way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), way, rng)
             result = written(self.level, left, operator, operand, way)
-            # Settled writers use the first link in 18 of 20 steps.
+            # Settled demonstrations use the first link in 18 of 20 steps.
             link = rng.choice(LINKS) if self.writers == "wavering" else LINKS[max(0, rng.randrange(20) - 17)]
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result

@@ -1,4 +1,4 @@
-"""Problems from tables with a prompt column, an answer column and any further columns for reward functions."""
+"""A source of problems that reads tables. A table has a prompt column, an answer column and any further columns."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of the columns and templates of the prompt: the task's defaults, which settings override."""
+    """Default column names and prompt templates of a task. Settings override them."""
 
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     demonstration_column: str = ""
-    """Column with the response to imitate; if empty, the answer column."""
+    """Column with the response to imitate. If empty, it is the answer column."""
     prompt_template: str = "{prompt}"
     chat_template: str = "{prompt}"
-    """The user message, if the tokenizer's chat template is applied to it."""
+    """Template of the user message, used instead of `prompt_template` if the tokenizer's chat template is applied."""
     held_out: Callable[[int], int] = lambda size: min(MAX_HELD_OUT, max(1, size // 10))
-    """Given the number of training rows, how many of the last ones are held out if there is no validation file."""
+    """(number of training rows) -> number of rows, counted from the end, that are held out if there is no validation
+    file."""
     demonstrate: Callable[[str], str] = str
     """Converts the text of the demonstration column to the response to imitate."""
     response_prefix: str = ""
-    """Text put in front of a demonstration; not used with a chat template."""
+    """Text put in front of every demonstration. It is not used with a chat template."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Item:
 
 
 def layout_of(config: TaskConfig, default: Layout) -> Layout:
-    """The default layout with the fields replaced that the configuration sets."""
+    """Return the default layout, with those fields replaced that the configuration sets."""
     names = ("prompt_column", "answer_column", "demonstration_column")
     settings = {name: getattr(config, name) for name in names if getattr(config, name)}
     if config.prompt_template:
@@ -61,10 +62,10 @@ class DatasetTask:
     Args:
         config: the `task` section.
         layout: default column names and templates.
-        format_prompt: applies the tokenizer's chat template to text or messages and returns the whole prompt. Text is
-            formatted only if `config.chat_template` is on, messages always.
-        tables: in-memory rows by split, used instead of files. No rows are held out for validation, and the answer may
-            be missing or of any type.
+        format_prompt: applies the tokenizer's chat template to text or messages and returns the whole prompt. Messages
+            are always formatted, text only if `config.chat_template` is true.
+        tables: in-memory rows of each split, used instead of files. If tables are passed, no rows are held out for
+            validation, and the answer may be missing or of any type.
         hash_answers: whether every answer must have a number after `####`.
     Raises:
         UserError: if a file cannot be used; the message names the file, the row and what is required.
@@ -91,16 +92,16 @@ class DatasetTask:
                 self._splits[split] = [_Item(p, item.demonstration) for p, item in zip(problems, items, strict=True)]
 
     def size(self, split: Split) -> int:
-        """Number of problems in a split. Raises UserError if there is no data for the split."""
+        """Return the number of problems in a split. Raises UserError if there is no data for the split."""
         return len(self._split(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address, 0 <= index < size(split); its id is "split/index"."""
+        """Return the problem with this index in a split, 0 <= index < size(split). The id is "split/index"."""
         assert 0 <= index < self.size(split), f"{split} has {self.size(split)} problems; no index {index}"
         return self._split(split)[index].problem
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response to imitate) for supervised fine-tuning. Raises UserError if the row has no response."""
+        """Return a pair (prompt, response to imitate). Raises UserError if the row has no response to imitate."""
         problem, demonstration = self.problem(split, index), self._split(split)[index].demonstration
         if demonstration is None:
             raise UserError(
@@ -116,7 +117,7 @@ class DatasetTask:
         return self._splits[split]
 
     def _items(self, split: Split, tables: Mapping[Split, Any]) -> list[_Item]:
-        """The problems of a split's table; empty if the split has no table."""
+        """Return the problems in the table of a split; empty if the split has no table."""
         setting = f"{split}_path"
         source = f"the {split} data" if tables else getattr(self._config, setting)
         if not source or (tables and tables.get(split) is None):
@@ -129,7 +130,7 @@ class DatasetTask:
         return [self._item(where, row) for where, row in rows]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:
-        """(training problems, validation problems): the last problems are held out for validation."""
+        """Return (training problems, validation problems). The last problems are held out for validation."""
         if len(items) < 2:
             source = self._config.train_path or "the training data"
             raise UserError(
@@ -154,13 +155,13 @@ class DatasetTask:
             text = _cell(where, row, "demonstration_column", column) if column else answer
             prefix = "" if self._config.chat_template else layout.response_prefix
             demonstration = prefix + layout.demonstrate(text)
-        # The prompt and answer columns keep their original names too: a reward function may take `solution`.
+        # Prompt and answer are also passed under their original column names, which a reward function may use.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
         return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
 
     def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """(prompt as text, messages of the conversation); no messages if the prompt column holds text."""
+        """Return (prompt as text, messages). The messages are empty if the prompt column contains text."""
         layout, column = self._layout, self._layout.prompt_column
         if isinstance(row.get(column), list) and self._format_prompt:
             messages = _messages(where, column, row[column])
@@ -168,7 +169,7 @@ class DatasetTask:
         text = _cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
-        # str.replace, not str.format: templates and problems may contain other braces (LaTeX, code).
+        # str.format would fail, because templates and problems may contain other braces (LaTeX, code).
         if not self._config.chat_template:
             return layout.prompt_template.replace("{prompt}", text), ()
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
@@ -176,7 +177,7 @@ class DatasetTask:
 
 
 def _as_text(answer: Any) -> str:
-    """An answer of any type as text; empty if it is missing."""
+    """Convert an answer of any type to text; empty if the answer is missing."""
     return "" if answer is None else str(answer)
 
 
@@ -188,7 +189,7 @@ def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]
 
 
 def _cell(where: str, row: Row, setting: str, column: str) -> str:
-    """The value of a row's prompt, answer or demonstration column as text."""
+    """Return the value of the prompt, answer or demonstration column of a row as text."""
     if column not in row:
         near = difflib.get_close_matches(column, row, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -196,7 +197,7 @@ def _cell(where: str, row: Row, setting: str, column: str) -> str:
             f"{where} has no column {column!r} (it has: {', '.join(row) or 'none'}); {hint}set task.{setting}"
         )
     value = row[column]
-    # Numbers are common as answers; as a prompt, a number is almost certainly the wrong column, such as an id.
+    # Answers are often numbers. If a prompt is a number, the setting almost certainly names a wrong column.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if is_number and setting == "answer_column":
         return str(value)

@@ -1,7 +1,8 @@
-"""Tasks from reasoning-gym data sets (logic, games, graphs, code, arithmetic and more), graded by their scorers.
+"""Tasks from the data sets of reasoning-gym (logic, games, graphs, code, arithmetic and more).
 
-Problems are generated from a seed and an index, and the splits use seeds that are far apart. A few data sets choose
-from a finite collection (the ARC tasks, for example); their splits can share problems.
+The scorer of each data set grades the responses. Problems are generated from a seed and an index, and the splits use
+different seeds. A few data sets, such as the ARC tasks, choose problems from a finite collection. Their splits can
+share problems.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class GymTask:
     """Problems of one reasoning-gym data set; implements `types.ProblemSource`.
 
     Args:
-        config: the `task` section. Its `options` are passed to the data set, except `size`, which is the number of
+        config: the `task` section. Its `options` are passed to the data set. The option `size` is the number of
             training problems.
-        format_prompt: applies the tokenizer's chat template; used if `config.chat_template` is on.
+        format_prompt: applies the tokenizer's chat template; used if `config.chat_template` is true.
     Raises:
         UserError: if reasoning-gym is not installed, has no such data set, or rejects the options.
     """
@@ -53,11 +54,14 @@ class GymTask:
         self.problem = functools.lru_cache(maxsize=4096)(self._problem)  # type: ignore[method-assign]
 
     def size(self, split: Split) -> int:
-        """Number of problems in a split."""
+        """Return the number of problems in a split."""
         return self._sizes[split]
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address. Its columns are `question` and `entry`, the data set's whole entry."""
+        """Return the problem with this index in a split.
+
+        The column `question` is the question, and the column `entry` is the whole entry of the data set.
+        """
         raise AssertionError("__init__ replaces this method")
 
     def _problem(self, split: Split, index: int) -> Problem:
@@ -69,14 +73,17 @@ class GymTask:
         return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry})
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """Always raises UserError: reasoning-gym has answers but no worked solutions."""
+        """Raise UserError, because reasoning-gym has answers but no worked solutions."""
         raise UserError(
             "reasoning-gym has no worked solutions; set task.demonstrator to a module:function that writes them"
         )
 
 
 def _seeded_entry(data: Any, seed: int, index: int) -> Any:
-    """An entry of a data set. Some data sets use the global generator, which is seeded for the call and restored."""
+    """Return an entry of a data set.
+
+    Some data sets use Python's global random generator. It is seeded for the call, and its state is restored.
+    """
     before = random.getstate()
     random.seed(seed)
     try:
@@ -86,9 +93,10 @@ def _seeded_entry(data: Any, seed: int, index: int) -> Any:
 
 
 def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
-    """The data set's scorer as a reward function of the text after the last `####`; 0 if there is no such mark.
+    """Return a reward function that applies the scorer of a data set to the text after the last `####`.
 
-    reasoning-gym gives partial rewards for some wrong answers.
+    The reward is 0 if there is no such mark or no text after it. reasoning-gym gives partial rewards for some wrong
+    answers.
     """
     score = _create(name, {**options, "seed": 0, "size": 2}).score_answer
 
@@ -104,7 +112,7 @@ def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
 
 
 def final_answer(text: str) -> str | None:
-    """The text after the last `####`, which may have several lines, or None if there is no such mark."""
+    """Return the text after the last `####` (possibly several lines), or None if there is no such mark."""
     _, mark, rest = text.rpartition(MARK)
     return rest.strip() if mark else None
 

@@ -1,6 +1,7 @@
-"""GSM8K and MATH with the prompts, splits and graders of the VinePPO paper's released code, and with chat prompts.
+"""The data sets GSM8K and MATH, with the prompts, splits and graders of the released code of the VinePPO paper.
 
-Both are read from the Hugging Face Hub, or from files with the same columns (`task.train_path`, `task.test_path`).
+Prompts for chat models are added. Both data sets are read from the Hugging Face Hub, or from files with the same
+columns (`task.train_path`, `task.test_path`).
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ class Benchmark:
 
     layout: Layout
     train_path: str
-    """Hugging Face Hub id, as is `test_path`."""
+    """Hugging Face Hub id of the training problems."""
     test_path: str
+    """Hugging Face Hub id of the test problems."""
     rewards: tuple[str, ...]
+    """Names of the default reward functions."""
 
 
 def without_calculator_notes(solution: str) -> str:
-    """A GSM8K solution without its calculator annotations such as `<<48/2=24>>`."""
+    """Return a GSM8K solution without calculator annotations such as `<<48/2=24>>`."""
     return _CALCULATOR_NOTE.sub("", solution)
 
 
 def _held_out(full_size: int, count: int) -> Callable[[int], int]:
-    """The paper's number of validation problems for the full training set; a tenth, at most 200, of any other set."""
+    """Return a function that maps the number of training problems to the number of validation problems.
+
+    For the full training set this is `count`, as in the paper. For any other set it is a tenth, but at most 200.
+    """
     return lambda size: count if size == full_size else min(MAX_HELD_OUT, max(1, size // 10))
 
 

@@ -1,4 +1,4 @@
-"""Reads tables of problems from JSON lines, JSON, CSV or Parquet files, or through the `datasets` library.
+"""Functions that read tables from JSON lines, JSON, CSV or Parquet files, or through the library `datasets`.
 
 Every row is returned with its location, for use in error messages.
 """
@@ -16,18 +16,18 @@ from vineppo.types import UserError
 
 Row = Mapping[str, Any]
 Rows = list[tuple[str, Row]]
-"""(location for messages, columns) of each row."""
+"""One pair (location for error messages, columns) per row."""
 _KINDS = {".jsonl": "one JSON object a line", ".json": "a list of objects", ".csv": "a header line", ".parquet": ""}
 
 
 def read_rows(setting: str, source: str, default_split: str) -> Rows:
-    """All rows of a file, of a directory saved by `datasets`, or of a data set on the Hugging Face Hub.
+    """Return all rows of a file, of a directory saved by `datasets`, or of a data set on the Hugging Face Hub.
 
     Args:
-        setting: name of the setting in the `task` section, for messages.
+        setting: name of the setting in the `task` section, for error messages.
         source: a path ending in .jsonl, .json, .csv or .parquet; a directory written by `save_to_disk`; or a Hub id,
             `org/name` or `org/name/subset`, optionally followed by `:split`.
-        default_split: split of the directory, or of the Hub data set if `source` names none.
+        default_split: split to read from a directory, or from a Hub data set if `source` names no split.
     Raises:
         UserError: if the rows cannot be read; the message names the file, the row and what is required.
     """
@@ -45,7 +45,7 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
 
 
 def table_rows(name: str, table: Any) -> Rows:
-    """Rows of a `datasets.Dataset` or of any sequence of mappings.
+    """Return the rows of a `datasets.Dataset` or of any sequence of mappings.
 
     Raises:
         UserError: if an item is not a mapping.
@@ -71,7 +71,7 @@ def _from_file(setting: str, path: Path) -> Rows:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of a JSON lines file. Blank lines are skipped; lines are counted from 1."""
+    """Yield the rows of a JSON lines file. Blank lines are skipped, and lines are counted from 1."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -164,5 +164,5 @@ def _datasets(setting: str) -> Any:
 
 
 def as_sequence(table: Any) -> Sequence[Any]:
-    """An in-memory table as a sequence; generators and streams are read to the end."""
+    """Return an in-memory table as a sequence. Generators and streams are read to the end."""
     return table if hasattr(table, "__len__") else list(table)

@@ -1,4 +1,4 @@
-"""Monte-Carlo values of states, from new continuations of every state or from continuations shared between states."""
+"""Estimators of Monte-Carlo values of states. Each state gets new continuations, or states share continuations."""
 
 from vineppo.values.monte_carlo import Key, MonteCarlo, Node, NodeEstimator, State, Value, ValueCost, ValueEstimator
 from vineppo.values.reuse import ReusingMonteCarlo, reusing_or_fresh

@@ -1,9 +1,9 @@
 """Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
 
 A state is a prompt and the first tokens of a response to it. To evaluate a state, K continuations are sampled from it,
-each with at most the number of tokens that the prefix leaves of the response budget. Prefix and continuation together
-are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the state, which is the
-expected reward of responses that start with its tokens.
+each at most so long that prefix and continuation together have the maximum length of a response. Prefix and
+continuation together are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the
+state, which is the expected reward of responses that start with its tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
-"""Identity of a state: problem id, and the token ids of prompt and response prefix."""
+"""Key of a state: the problem id, and the token ids of the prompt and of the response prefix."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class State:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     rollout: Rollout | None = None
-    """A rollout that starts with these tokens, for estimators that also use its later tokens. It is not part of the
-    key."""
+    """A rollout that starts with these tokens. Some estimators also use the later tokens of the rollout. The rollout is
+    not part of the key."""
 
     @property
     def key(self) -> Key:
-        """Problem id, and the token ids of prompt and response prefix."""
+        """The problem id, and the token ids of the prompt and of the response prefix."""
         return self.problem.id, self.prompt_ids + self.response_ids
 
 
@@ -49,12 +49,12 @@ class Value:
 
 @dataclass(frozen=True)
 class Node:
-    """Next tokens and rewards of the continuations that pass through the state before one token of a response."""
+    """The continuations that pass through the state before one token of a response, with next tokens and rewards."""
 
     followed: tuple[float, ...]
     """Rewards of the continuations whose next token is the response's token."""
     diverged: tuple[tuple[int, float], ...]
-    """(next token, reward) of the other continuations."""
+    """(next token, reward) of each of the other continuations."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ValueCost:
     """Cost of evaluating a batch of states."""
 
     states: int
-    """Number of states, equal ones included."""
+    """Number of states; equal states are counted separately."""
     distinct_states: int
     """Number of different states."""
     mc_rollouts: int
@@ -75,7 +75,7 @@ class ValueEstimator(Protocol):
     """Estimates the values of states."""
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in order, and the cost."""
+        """Return the value of each state, in the order of `states`, and the cost."""
         ...
 
 
@@ -85,12 +85,14 @@ class NodeEstimator(ValueEstimator, Protocol):
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
     ) -> tuple[list[Value], list[list[Node]], ValueCost]:
-        """Evaluate states.
+        """Evaluate states, and return nodes of rollouts.
 
         Args:
-            rollouts: rollouts whose nodes are returned; each must be the `State.rollout` of some of the states.
+            states: the states to evaluate.
+            rollouts: (problem, rollout) pairs. Each rollout must be the `State.rollout` of at least one of the states.
+            iteration: index of the iteration.
         Returns:
-            (value of each state, the T nodes of each rollout, cost).
+            (value of each state, one list per rollout with a node per response token, cost).
         """
         ...
 
@@ -103,9 +105,9 @@ class MonteCarlo:
         sampler: samples from the current policy.
         task: grades responses.
         decode: converts token ids to text without special tokens.
-        num_mc_rollouts: K.
-        max_new_tokens: maximum number of tokens of a response, i.e. of prefix and continuation together.
-        run_seed: part of the seed of every request.
+        num_mc_rollouts: K, the number of continuations per state.
+        max_new_tokens: maximum number of tokens of a response, that is, of prefix and continuation together.
+        run_seed: seed of the run. The seed of every request is derived from it.
         temperature: sampling temperature, the same as for rollouts.
         stop: strings that end a response, the same as for rollouts.
     """
@@ -120,7 +122,7 @@ class MonteCarlo:
     stop: tuple[str, ...] = ()
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in order, and the cost.
+        """Return the value of each state, in the order of `states`, and the cost.
 
         Equal states share the same K continuations. A state with `max_new_tokens` response tokens is a response that
         was truncated by the length limit, so its value is 0 and nothing is sampled.
@@ -136,7 +138,7 @@ class MonteCarlo:
         return [known[state.key] for state in states], cost
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
-        """Rewards of K continuations of each state, shape (states, K), and the number of sampled tokens."""
+        """Return the rewards of K continuations of each state, and the total number of sampled tokens."""
         requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
         rewards, completions = self.graded(states, requests)
         return rewards, total_tokens(completions)
@@ -144,7 +146,9 @@ class MonteCarlo:
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
     ) -> SampleRequest:
-        """Request for continuations of a state, limited to the number of tokens that the prefix leaves of the budget.
+        """Return a request for continuations of a state.
+
+        The response prefix and a continuation together have at most `max_new_tokens` tokens.
 
         Args:
             excluded_first: token ids that a continuation must not start with.
@@ -161,16 +165,16 @@ class MonteCarlo:
         )
 
     def seed(self, state: State, iteration: int, purpose: str) -> int:
-        """Seed of a state's request.
+        """Return the seed of the request for a state.
 
-        It is derived from the tokens of the state, so it does not depend on the other states or on their order.
+        The seed is derived from the tokens of the state, so it does not depend on other states or on their order.
         """
         return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
 
     def graded(
         self, states: Sequence[State], requests: Sequence[SampleRequest]
     ) -> tuple[list[list[float]], list[list[Completion]]]:
-        """Sample and grade the continuations that the request of each state specifies.
+        """Sample and grade continuations of states, with one request per state.
 
         Returns:
             (rewards, completions), each with one list per request.
@@ -182,5 +186,5 @@ class MonteCarlo:
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:
-    """Number of tokens of all completions."""
+    """Return the total number of tokens of all completions."""
     return sum(len(completion.token_ids) for group in completions for completion in group)

@@ -1,24 +1,35 @@
 """Monte-Carlo values from continuations that count for several states.
 
-`MonteCarlo` samples K new continuations of every state of a response. Many of them start with the same tokens as the
-response, so they pass through its next state, and from there on they are also samples of the policy from that next
-state. `ReusingMonteCarlo` counts them there too and starts only as many new continuations as are missing to K:
+To evaluate the states of a response, `MonteCarlo` samples K new continuations of every state. Some of these
+continuations begin with the same tokens as the rest of the response. If a continuation does so up to the next state of
+the response, its remaining tokens are a sample from that next state, too. `ReusingMonteCarlo` therefore counts such a
+continuation as one of the K continuations of the next state, and starts only as many new ones as are missing there.
 
-- The value of every state is unbiased, because each of its K continuations is distributed like a new one.
-- Fewer tokens are decoded. Whether a continuation has the same next token as the response is decided by a random number
-  and the probability of that token, which is known from the sampling of the response. Only the tokens from the first
-  different one are decoded.
-- Advantages are less noisy. The values of neighbouring states share the continuations that follow the response from one
-  state to the other, and these cancel in the difference. If a fraction q of the continuations leaves the response
-  within a step, the variance of the step's advantage is about q times that of two independent values. If q is 0, the
+The tokens that a continuation shares with the response are not decoded. The probability of every response token is
+known, because the response was sampled from the same policy. One random number per token decides whether a continuation
+samples the response's token, with that token's probability. The sampler decodes a continuation only from its first
+token that differs from the response, and excludes the response's token at this position.
+
+This has three consequences:
+
+- The values are unbiased, because each of the K continuations of a state is distributed like a new one.
+- Fewer tokens are decoded.
+- Advantages are less noisy. The advantage of a step is the difference between the values of two neighbouring states.
+  A continuation that follows the response from the first of these states to the second contributes the same reward to
+  both values, so its contribution cancels. If a fraction q of the continuations leaves the response within the step,
+  the variance of the advantage is about q times the variance for two independently estimated values. If q is 0, the
   advantage is exactly 0.
 
-Terms used in this module: The responses to one problem form a tree, in which responses share a path as long as their
-tokens are equal. A *walker* is a continuation that follows this tree. It starts at a state, and at every token it
-either follows a response on its path, with the probability of that response's next token, or leaves the tree. A walker
-that follows a response to its end has the reward of that response. For a walker that leaves, the sampler decodes the
-remaining tokens, the first of which must differ from all tokens that follow in the tree. The *depth* of a place in the
-tree is the number of response tokens before it.
+Responses to the same problem can share continuations, too. This module uses the following terms:
+
+- The *tree* of a problem consists of all responses to the problem. Responses share a path as long as their tokens are
+  equal. They separate at a *fork*.
+- The *depth* of a place in the tree is the number of response tokens before that place.
+- A *walker* is a continuation. It starts at a state in the tree. At each token it either follows the tree, choosing a
+  next token of the tree with the probability of that token, or it leaves the tree.
+- A walker that follows a response to the response's end gets the reward of that response.
+- For a walker that leaves the tree, the sampler decodes the remaining tokens. The first of them must differ from all
+  tokens that follow this place in the tree.
 """
 
 from __future__ import annotations
@@ -36,26 +47,26 @@ from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, Valu
 
 @dataclass(frozen=True)
 class ReusingMonteCarlo:
-    """Evaluates each state with K continuations, including those that arrive from earlier states.
+    """Evaluates each state with K continuations. Continuations of earlier states are reused.
 
-    Every state must have a rollout (`State.rollout`) that was sampled by the current policy at the temperature of
+    Every state must have a rollout (`State.rollout`) that was sampled from the current policy at the temperature of
     `monte_carlo`. The sampler must support `excluded_first`.
 
     Attributes:
-        monte_carlo: sampler, task, K and response budget.
+        monte_carlo: holds the sampler, the task, K and the maximum length of a response.
     """
 
     monte_carlo: MonteCarlo
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in order, and the cost. The rollouts of each problem form one tree."""
+        """Return the value of each state, in order, and the cost."""
         values, _, cost = self.evaluate_nodes(states, (), iteration)
         return values, cost
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
     ) -> tuple[list[Value], list[list[Node]], ValueCost]:
-        """Return the value of each state, the T nodes of each rollout (see `NodeEstimator`), and the cost."""
+        """Return the value of each state, one list of T nodes per rollout (see `NodeEstimator`), and the cost."""
         states_by_problem: dict[tuple[str, tuple[int, ...]], list[State]] = {}
         for state in states:
             states_by_problem.setdefault((state.problem.id, state.prompt_ids), []).append(state)
@@ -81,8 +92,8 @@ def reusing_or_fresh(monte_carlo: MonteCarlo) -> ReusingMonteCarlo | MonteCarlo:
         return ReusingMonteCarlo(monte_carlo)
     warnings.warn(
         "vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets "
-        f"{monte_carlo.num_mc_rollouts} new continuations; the values are unbiased too, but about 2 to 3 times as many "
-        "tokens are sampled",
+        f"{monte_carlo.num_mc_rollouts} new continuations; the values are still unbiased, but about 2 to 3 times as "
+        "many tokens are sampled",
         stacklevel=2,
     )
     return monte_carlo
@@ -90,37 +101,40 @@ def reusing_or_fresh(monte_carlo: MonteCarlo) -> ReusingMonteCarlo | MonteCarlo:
 
 @dataclass(frozen=True)
 class _Exit:
-    """Walkers that leave the tree at the same state, and the request for their remaining tokens."""
+    """The walkers that leave the tree at the same place, and the request that samples their remaining tokens."""
 
     state: State
+    """Prompt and response tokens before the place at which the walkers leave the tree."""
     request: SampleRequest
     indices: np.ndarray
-    """Indices of the walkers, shape (n,)."""
+    """Indices in `walkers` of the walkers that leave here, shape (n,)."""
     walkers: _Walkers
+    """All walkers of the problem."""
 
 
 class _Walkers:
-    """Arrays with one entry per walker of a problem: where it starts, which response it follows, and its reward."""
+    """The walkers of one problem, stored as arrays with one entry per walker."""
 
     def __init__(self, size: int):
         self.rewards = np.zeros(size)
         self.starts = np.full(size, -1, dtype=np.int64)
         """Depth of the state at which the walker starts; -1 for unused entries."""
         self.ends = np.zeros(size, dtype=np.int64)
-        """Depth at which the walker leaves the tree, or the length of the response that it follows to its end."""
+        """Depth at which the walker leaves the tree, or the length of the response that it follows to the end."""
         self.followed = np.zeros(size, dtype=np.int64)
         """Index in `responses` of a response that the walker follows up to depth `ends`."""
         self.exit_tokens = np.full(size, -1, dtype=np.int64)
-        """Next token of a walker that leaves the tree; -1 if it follows a response to its end."""
+        """First token of the walker outside the tree; -1 if the walker follows a response to the end."""
         self.responses: dict[tuple[int, ...], int] = {}
+        """Token ids of the responses that walkers follow, with the index of each response."""
 
     def finish(self, indices: np.ndarray, response: tuple[int, ...], depth: int) -> None:
-        """Record that these walkers follow a response up to a depth and no further."""
+        """Record that these walkers follow a response up to a depth and end or leave the tree there."""
         self.followed[indices] = self.responses.setdefault(response, len(self.responses))
         self.ends[indices] = depth
 
     def nodes(self, rollout: Rollout) -> list[Node]:
-        """The walkers that pass through the state before each token of a rollout, shape (T,)."""
+        """Return one node per token of a rollout, with the walkers that pass through the state before the token."""
         response, responses = rollout.response_ids, list(self.responses)
         shared = np.array([_shared_length(other, response) for other in responses])
         last_shared = np.minimum(self.ends, shared[self.followed])  # (n,): depth to which walker and rollout are equal
@@ -141,14 +155,18 @@ class _Walkers:
 
 @dataclass
 class _TreeWalk:
-    """All walkers of one problem. Creating the object moves them through the tree until they leave it or it ends."""
+    """Moves all walkers of one problem through the tree of its responses.
+
+    This happens when the object is created. Each walker moves until it leaves the tree or a response ends.
+    """
 
     monte_carlo: MonteCarlo
     states: Sequence[State]
     iteration: int
     exits: list[_Exit] = field(default_factory=list)
+    """The places at which walkers leave the tree."""
     pools: dict[Key, np.ndarray] = field(default_factory=dict)
-    """Indices of the K walkers that pass through each state; none for a state at the length limit."""
+    """Indices of the K walkers that pass through each state; empty for a state at the length limit."""
 
     def __post_init__(self) -> None:
         self.problem, self.prompt_ids = self.states[0].problem, self.states[0].prompt_ids
@@ -168,25 +186,28 @@ class _TreeWalk:
             stack.extend(self._advance(*stack.pop()))
 
     def values(self) -> Iterator[tuple[Key, Value]]:
-        """The value of every state. The rewards of all walkers must be known."""
+        """Yield the key and the value of every state. The rewards of all walkers must be known."""
         for key, pool in self.pools.items():
             yield key, Value(float(self.walkers.rewards[pool].mean()) if len(pool) else 0.0, len(pool))
 
     def _advance(
         self, branches: list[_Branch], depth: int, walkers: np.ndarray
     ) -> Iterator[tuple[list[_Branch], int, np.ndarray]]:
-        """Move walkers from one place of the tree to the next ones.
+        """Move walkers from one place of the tree to the next places.
+
+        A place is a state that is evaluated, a fork, or the end of a response.
 
         Args:
-            branches: the responses that pass through this place; their first `depth` tokens are equal.
+            branches: the responses that pass through this place. Their first `depth` tokens are equal.
+            depth: depth of this place.
             walkers: indices of the walkers that arrive at this place.
         Yields:
-            The arguments for each next place: the next state, fork or end of a response on every path.
+            The arguments of this method for each of the next places.
         """
         response = branches[0].rollout.response_ids
         if any(depth in branch.depths for branch in branches):
             walkers = self._start_missing(walkers, response[:depth])
-        if len(response) == depth:  # the end of the response: its reward is the reward of the walkers
+        if len(response) == depth:  # the response ends here, and the walkers get its reward
             self.walkers.rewards[walkers] = branches[0].rollout.reward
             self.walkers.finish(walkers, response, depth)
             return
@@ -204,7 +225,10 @@ class _TreeWalk:
         self._leave(response, depth, tuple(sorted(children)), walkers[uniform >= total])
 
     def _follow(self, rollout: Rollout, start: int, end: int, walkers: np.ndarray) -> np.ndarray:
-        """Move walkers along the tokens [start, end) of a path without forks; return those that reach its end."""
+        """Move walkers along the tokens [start, end) of a path without forks, and return those that reach `end`.
+
+        The other walkers leave the tree.
+        """
         if start == end or not len(walkers):
             return walkers
         probabilities = np.exp(np.array(rollout.sampler_logprobs[start:end]))  # (T,)
@@ -217,7 +241,7 @@ class _TreeWalk:
         return walkers[num_followed == end - start]
 
     def _start_missing(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
-        """The K walkers of a state: those that arrive, and as many new ones as are missing."""
+        """Start as many new walkers at a state as are missing to K, and return all walkers at the state."""
         state = State(self.problem, self.prompt_ids, response_ids)
         if len(response_ids) >= self.monte_carlo.max_new_tokens:  # truncated by the length limit: the value is 0
             self.pools[state.key] = np.zeros(0, dtype=np.int64)
@@ -233,7 +257,12 @@ class _TreeWalk:
         return pool
 
     def _leave(self, response: tuple[int, ...], depth: int, excluded: tuple[int, ...], walkers: np.ndarray) -> None:
-        """Record walkers that leave the tree at a depth, and the request that samples their remaining tokens."""
+        """Record that walkers leave the tree at a depth, and the request that samples their remaining tokens.
+
+        Args:
+            response: a response that the walkers follow up to this depth.
+            excluded: the tokens that follow this place in the tree.
+        """
         if not len(walkers):
             return
         self.walkers.finish(walkers, response, depth)
@@ -244,14 +273,14 @@ class _TreeWalk:
 
 @dataclass(frozen=True)
 class _Branch:
-    """One response of the tree, and the depths of the states on it that are evaluated."""
+    """One response of the tree, and the depths of those states of the response that are evaluated."""
 
     rollout: Rollout
     depths: list[int]
 
 
 def _next_place(branches: list[_Branch], depth: int) -> int:
-    """Depth of the next state, fork or end of a response on branches that share the token at `depth`."""
+    """Return the depth of the first place after `depth`, on branches that share the token at `depth`."""
     first, last = branches[0].rollout.response_ids, branches[-1].rollout.response_ids  # in lexicographic order
     state_depths = [d for branch in branches for d in branch.depths if d > depth]
     limit = min([len(first), len(last), *state_depths])
@@ -262,7 +291,7 @@ def _next_place(branches: list[_Branch], depth: int) -> int:
 
 
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of equal tokens at the start of two responses."""
+    """Return the number of equal tokens at the start of two responses."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

@@ -1,12 +1,14 @@
 """The PyTorch sampler, which is fast at sampling many continuations of few prefixes.
 
-It uses the weights of a policy in the same process. Each prefix is computed once for all its samples, and a prefix of
-another prefix is not computed separately; the states of a response are prefixes of each other. Finished sequences are
-removed from the batch. Token t of sample j is drawn with one uniform random number that depends only on
-(request seed, j, t), so a sample does not depend on other sequences in the batch, except for rounding of the logits.
+The sampler uses the weights of a policy in the same process. The keys and values of each prefix are computed once for
+all samples. If a longer prefix begins with a shorter one, as for the states of a response, only the longer prefix is
+computed. Finished sequences are removed from the batch. Token t of sample j is drawn with one uniform random number
+that depends only on (request seed, j, t), so a sample does not depend on other sequences in the batch, except for
+rounding of the logits.
 
-Terms used in this module: A *row* is one sample being decoded. A *trunk* is a prefix, or the longest of several
-prefixes that extend each other, and is computed once. A *wave* is a set of trunks whose rows are decoded in one batch.
+Terms used in this module: A *row* is one sample being decoded. A *trunk* is a token sequence that is computed
+once: a prefix that may begin with several shorter prefixes. A *wave* is a set of trunks whose rows are decoded in one
+batch.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _KEEP_SHARE = 0.85
 _BLOCK = 256
 """Number of vocabulary entries per block when a token is drawn."""
 _LOGITS_AT_ONCE = 1 << 19
-"""Maximum number of logits from which tokens are drawn at once; so many stay in the CPU cache between operations."""
+"""Maximum number of logits from which tokens are drawn at once; this number of logits fits into the CPU cache."""
 
 
 class LanguageModel(Protocol):
@@ -59,7 +61,7 @@ class _Row:
     sample: int
     """Index of the sample in its request."""
     prefix_length: int
-    """Number of tokens of its prefix, which is a prefix of its trunk."""
+    """Number of tokens of the row's prefix. The prefix consists of the first tokens of the row's trunk."""
     budget: int
     """Maximum number of new tokens."""
 
@@ -78,11 +80,11 @@ class _Trunk:
 
 
 class TorchSampler:
-    """Sampler (types.Sampler) that uses the weights of a policy in the same process.
+    """Samples with the weights of a policy in the same process; implements `types.Sampler`.
 
     Args:
         policy: the policy. Its weights are shared, not copied, so every call uses its current weights.
-        max_rows: maximum number of sequences decoded at once; more are divided into waves.
+        max_rows: maximum number of sequences decoded at once. If there are more, they are divided into waves.
         kv_memory: maximum number of bytes of the keys and values of a wave.
     """
 
@@ -108,7 +110,7 @@ class TorchSampler:
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """One list of `num_samples` completions per request, in order.
+        """Return one list of `num_samples` completions per request, in the order of the requests.
 
         A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
         `on_finished`. Requests with different temperatures or stop strings are decoded as in separate calls.
@@ -132,14 +134,20 @@ class TorchSampler:
         return [[c for c in completions if c is not None] for completions in results]
 
     def _kv_tokens(self) -> int:
-        """Number of tokens whose keys and values fit into `kv_memory`; practically unlimited if none are stored."""
+        """Return the number of tokens whose keys and values fit into `kv_memory`.
+
+        Without tree attention no keys and values are stored, and the result is a very large number.
+        """
         if not self.tree_attention:
             return 1 << 62
         return self.kv_memory // kv_bytes_per_token(self.policy.model)
 
 
 class _Wave:
-    """Decodes M trunks and their N rows, in the order of the trunks; all have the same temperature and stop strings."""
+    """Decodes M trunks with N rows in total. All requests must have the same temperature and stop strings.
+
+    The rows are in the order of their trunks. B' is the number of rows that are unfinished at some position.
+    """
 
     def __init__(
         self,
@@ -174,14 +182,14 @@ class _Wave:
         self.stopped = np.zeros(len(self.rows), dtype=bool)
 
     def run(self) -> list[tuple[_Row, Completion]]:
-        """Decode until all rows have finished."""
+        """Decode until all rows have finished, and return the completion of each row."""
         decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
         for position, (logits, alive) in enumerate(decode()):
             self._sample_tokens(logits, alive, position)
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
     def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """Yield (logits (B', V), unfinished rows (B',)) per position.
+        """For each position yield the logits (B', V) of the unfinished rows and the indices (B',) of these rows.
 
         Finished rows are removed from the tree only when there are enough of them, because removal copies the branches.
         """
@@ -197,7 +205,7 @@ class _Wave:
                 if active.mean() <= _KEEP_SHARE:
                     tree.keep(self._on_device(np.flatnonzero(active)))
                     rows = rows[active]
-                # A finished row in the tree stays at its last position, because the next one may exceed the context.
+                # A finished row in the tree stays at its last position: the next one may exceed the context.
                 ids = self.token_ids[rows, self.counts[rows] - 1]
                 positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
@@ -209,7 +217,11 @@ class _Wave:
                 tree.length += 1
 
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
-        """Compute the trunks; return the tree and the logits after the prefix of each row, shape (N, V)."""
+        """Compute the keys and values of the trunks.
+
+        Returns:
+            (tree with these keys and values, logits after the prefix of each row with shape (N, V)).
+        """
         token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
         tree = KVTree(
             self._on_device(self.trunk_of),
@@ -228,7 +240,10 @@ class _Wave:
         return torch.from_numpy(array).to(self.device)
 
     def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """Yield the same as `_decode_tree` for models without tree support: every token recomputes the sequence."""
+        """Yield the same as `_decode_tree` for models without tree support.
+
+        The whole sequence is recomputed for every token.
+        """
         prefixes = [trunk.token_ids[: row.prefix_length] for trunk in self.trunks for row in trunk.rows]
         while not self.finished.all():
             alive = np.flatnonzero(~self.finished)
@@ -256,7 +271,7 @@ class _Wave:
             self.on_finished([(self.rows[i].request, self._completion(i)) for i in ended])
 
     def _without_excluded(self, logits: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
-        """Logits (B', V) of the first position with -inf at each row's excluded tokens."""
+        """Return the logits (B', V) of the first position, with -inf for the excluded tokens of each row."""
         pairs = [(index, token) for index, row in enumerate(alive) for token in self.excluded.get(row, ())]
         batch_indices, tokens = torch.tensor(pairs, device=logits.device).T
         logits = logits.clone()
@@ -264,10 +279,10 @@ class _Wave:
         return logits
 
     def _ends_with_stop(self, row: int) -> bool:
-        """Whether the last token completed a stop string.
+        """Return whether the last token completed a stop string.
 
-        A token has at least one byte, so only as many of the last tokens are decoded as the longest stop string has
-        bytes, plus one.
+        If the longest stop string has n bytes, only the last n + 1 tokens are decoded. These suffice, because a token
+        has at least one byte.
         """
         window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
@@ -292,7 +307,7 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
         temperature: sampling temperature; 0 selects the most likely token.
         uniform: random numbers in [0, 1), shape (B,).
     Returns:
-        (token ids (B,), their log-probabilities (B,) under the distribution they were sampled from).
+        (token ids (B,), log-probabilities (B,) of these tokens under the distribution that they were sampled from).
     """
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
@@ -322,16 +337,17 @@ def _draw(
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of the entry at which the cumulative sum of each row exceeds `uniform` times the row's total.
+    """Return for each row the first entry at which the cumulative sum exceeds `uniform` times the total of the row.
 
-    For long rows the block of entries is searched first, by the sums of the blocks, and then the entry in this block.
-    This avoids the cumulative sum of the whole row, which would add a hundred thousand numbers one after another.
+    A long row is divided into blocks. The sums of the blocks determine the block that contains the entry, and then the
+    entry is searched in this block. This avoids a cumulative sum over the whole row, which is slow for large
+    vocabularies.
 
     Args:
-        weights: at least 0, not all 0, shape (B, V).
-        uniform: float64, in [0, 1), shape (B, 1).
+        weights: numbers of at least 0, not all 0 in a row, shape (B, V).
+        uniform: random numbers in [0, 1), float64, shape (B, 1).
     Returns:
-        (indices (B, 1) of entries above 0; totals (B, 1) in float64).
+        (indices (B, 1), totals of the rows (B, 1) in float64). The weight at each returned index is above 0.
     """
     B, V = weights.shape
     if V <= _BLOCK:
@@ -347,7 +363,10 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Index of the first cumulative sum, shape (B, n), above each level, (B, 1); never the index of an entry of 0."""
+    """Return for each row the index of the first cumulative sum above the level, shape (B, 1).
+
+    The index is never that of an entry of 0. The cumulative sums have the shape (B, n) and the levels (B, 1).
+    """
     total = sums[:, -1:]
     # Rounding may raise a level to the total, and no cumulative sum is above the total.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
@@ -355,7 +374,7 @@ def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
 
 
 def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
-    """Indices of the requests, grouped by temperature and stop strings; each group is decoded separately."""
+    """Return the indices of the requests, grouped by temperature and stop strings; each group is decoded separately."""
     groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.temperature, request.stop), []).append(i)
@@ -363,7 +382,7 @@ def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
 
 
 def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_Trunk]:
-    """Trunks and rows of the requests with these indices. The prefix of each request is a prefix of one trunk."""
+    """Return the trunks and rows of the requests at these indices. A trunk begins with the prefixes of its rows."""
     rows_by_prefix: dict[tuple[int, ...], list[_Row]] = {}
     for i in indices:
         request = requests[i]
@@ -372,7 +391,7 @@ def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_
                 _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)
             )
     trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
-    # In descending order a prefix comes directly after the sequences that extend it.
+    # In descending order, a prefix comes directly after the longer sequences that begin with it.
     for ids in sorted((ids for ids, rows in rows_by_prefix.items() if rows), reverse=True):
         if not trunks or trunks[-1][0][: len(ids)] != ids:
             trunks.append((ids, []))
@@ -381,13 +400,13 @@ def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_
 
 
 def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
-    """At most `length` last ids of the response prefix of a request."""
+    """Return the last ids of the response prefix of a request, at most `length` of them."""
     size = min(length, request.response_tokens)
     return request.prompt_ids[-size:] if size else ()
 
 
 def kv_bytes_per_token(model: Any) -> int:
-    """Number of bytes of the keys and values of one token in all layers."""
+    """Return the number of bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

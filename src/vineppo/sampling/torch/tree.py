@@ -1,4 +1,4 @@
-"""Attention over a tree of keys and values: trunks, which many rows share, and one branch per row.
+"""Attention over a tree of keys and values. The tree has trunks, which many rows share, and one branch per row.
 
 A row is a sequence that is being decoded. A trunk is a token sequence whose keys and values are computed once; the
 prefix of every row is a prefix of one trunk. The branch of a row holds the keys and values of the tokens sampled for
@@ -25,7 +25,7 @@ _TRIAL_DISTANCE = 0.05
 """Largest accepted total variation distance between next-token distributions in float32: above the effect of rounding,
 below that of a wrong attention."""
 _TRIAL_DISTANCE_ROUNDED = 0.3
-"""The same for 16-bit weights: for SmolLM2-135M the distance is below 1e-6 in float32 and 0.10 in bfloat16."""
+"""The same limit for 16-bit weights. For SmolLM2-135M the distance is below 1e-6 in float32 and 0.10 in bfloat16."""
 
 
 class KVTree:
@@ -73,13 +73,14 @@ class KVTree:
         return spread.view(M, R, *tensor.shape[1:])
 
     def from_places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Inverse of `to_places`: shape (M, R, ...) to one entry per row, (B, ...)."""
+        """Invert `to_places`: return one entry per row, (B, ...), from the places of the trunks, (M, R, ...)."""
         return tensor.flatten(0, 1)[self.places]
 
     def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """Attention bias, 0 for the trunk tokens that a row may attend to and -inf for others; (M, 1, R * groups, L).
+        """Return the attention bias of the trunk tokens, shape (M, 1, R * groups, L).
 
-        It is cached until rows are dropped, unless there is a sliding window, which moves with every token.
+        The bias is 0 for tokens that a row may attend to, and -inf for others. It is cached until rows are removed.
+        With a sliding window it is not cached, because the window moves with every token.
 
         Args:
             groups: number of query heads per key head.
@@ -145,10 +146,10 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function for transformers: query (B, H, q, d), key and value (B, Hkv, q, d) -> (B, q, H, d).
+    """Compute attention in place of transformers' functions: query (B, H, q, d), key and value (B, Hkv, q, d).
 
-    The first call for a layer computes the trunks with causal attention; the rows of the batch are then the trunks. In
-    every later call each row of the batch decodes one token (q = 1).
+    The result has the shape (B, q, H, d). In the first call for a layer the sequences of the batch are the trunks, and
+    the attention is causal. In every later call they are the rows, with one new token each (q = 1).
 
     Raises:
         TypeError: if the model has attention sinks (`s_aux`), which are not supported.
@@ -175,7 +176,7 @@ def _prefill_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention of the trunks to themselves."""
+    """Compute causal attention within the trunks."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None and window is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
@@ -200,7 +201,7 @@ def _decode_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Attention of one query per row to the row's trunk and branch."""
+    """Compute the attention of one query per row to the row's trunk and branch."""
     B, H, _, d = query.shape
     M, R = tree.lengths_by_place.shape
     Hkv = keys.shape[1]
@@ -230,7 +231,10 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention (..., q, d) and its log-sum-exp (..., q) in float32; 0 and -inf for fully masked queries."""
+    """Return the softmax attention (..., q, d) and the log-sum-exp of the scores (..., q) in float32.
+
+    For a query that may attend to no key, they are 0 and -inf.
+    """
     scores = ((query * scale) @ key.transpose(-1, -2)).float()  # (..., q, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -251,7 +255,7 @@ def _attend_fused(
     scale: float,
     _softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same as `_attend`, by PyTorch's fused CPU kernel, which reads the keys once and does not store the scores."""
+    """Compute the same as `_attend` with PyTorch's fused CPU kernel, which does not store the scores."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=bias, scale=scale
     )
@@ -274,10 +278,11 @@ def tree_mode(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def tree_supported(model: Any) -> bool:
-    """Whether decoding with tree attention gives the same next-token distributions as the model's forward pass.
+    """Return whether decoding with tree attention gives the same next-token distributions as the model's forward pass.
 
-    Tree attention supports full and sliding-window attention. It does not support layers with another state
-    (convolutions, recurrences), chunked attention, windows that are only in the attention mask, and attention sinks.
+    Tree attention supports full and sliding-window attention. It does not support layers with
+    another state (convolutions, recurrences), chunked attention, attention sinks, and windows that only the attention
+    mask contains.
     Some of these are visible in the configuration; the others are detected by comparing the distributions on a few
     tokens.
     """

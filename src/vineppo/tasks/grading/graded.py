@@ -1,4 +1,4 @@
-"""The implementation of a task: problems from any source, graded by weighted reward functions.
+"""The class `Graded`, a task that combines a source of problems with weighted reward functions.
 
 Responses that could not be graded are counted separately from wrong ones.
 """
@@ -13,7 +13,7 @@ from vineppo.tasks.grading.judge import Judge
 from vineppo.types import Failure, Problem, ProblemSource, Split, Tally, UserError, Verdict
 
 _MIN_GRADED = 20
-"""The share of errors is computed over at least this many responses; with fewer it would be unreliable."""
+"""Minimum denominator of the share of errors, because the share would be unreliable with fewer responses."""
 
 
 @dataclass
@@ -31,29 +31,29 @@ class Graded:
     weights: tuple[float, ...]
     max_error_share: float = 0.1
     grade_truncated: bool = False
-    """Whether responses that the length limit cut off are graded like others."""
+    """Whether responses that were truncated by the length limit are graded."""
     tally: Tally = field(default_factory=Tally)
     """Counts since the last call of `count_anew`."""
     total: Tally = field(default_factory=Tally)
     """Counts since the task was created."""
     demonstrate: Callable[[Problem], str] | None = None
-    """Writes the demonstration of a problem; if None, the source's demonstrations are used."""
+    """Function that returns the demonstration of a problem. If None, the demonstrations of `source` are used."""
 
     @property
     def grades_early(self) -> bool:
         """Whether `expect` starts grading in the background."""
-        return self.judge.early
+        return self.judge.grades_in_background
 
     def size(self, split: Split) -> int | None:
-        """Number of problems in a split, or None if unlimited."""
+        """Return the number of problems in a split, or None if the number is unlimited."""
         return self.source.size(split)
 
     def problem(self, split: Split, index: int) -> Problem:
-        """The problem at an address."""
+        """Return the problem with this index in a split."""
         return self.source.problem(split, index)
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """(prompt, response) for supervised fine-tuning."""
+        """Return a pair (prompt, response) for supervised fine-tuning."""
         if self.demonstrate is None:
             return self.source.demonstration(split, index)
         problem = self.source.problem(split, index)
@@ -68,7 +68,7 @@ class Graded:
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> list[float]:
-        """Reward of each response text to the problem at the same index.
+        """Return the reward of each response to the problem at the same index.
 
         Raises:
             UserError: if more than `max_error_share` of the responses since the start, or since `count_anew`, could not
@@ -89,7 +89,7 @@ class Graded:
         return [self._reward(verdict) for verdict in verdicts]
 
     def count_anew(self) -> Tally:
-        """Replace `tally` by an empty one and return it; later responses are counted there."""
+        """Replace `tally` by a new, empty tally and return it. Later responses are counted there."""
         self.tally = Tally()
         return self.tally
 

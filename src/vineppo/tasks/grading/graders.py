@@ -1,7 +1,7 @@
-"""Graders: the built-in reward functions, and the loading of reward functions by name.
+"""Graders, that is, reward functions: the built-in ones, and `load_grader`, which loads a reward function by name.
 
-A reward function is fn(prompts, completions, completion_ids, **columns) -> one number per completion, as in TRL; None
-means "not applicable".
+As in TRL, a reward function is fn(prompts, completions, completion_ids, **columns) -> one number per completion.
+None in place of a number means that the function does not apply to the completion.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGI
 
 
 def grade_exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 if the whole response equals the answer, except for leading and trailing white space; else 0."""
+    """Return 1 if the whole response equals the answer, except for leading and trailing white space; else 0."""
     return [float(_text(c).strip() == _gold(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 def grade_hash(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """1 if the number after the last `####` of the response equals that of the answer; else 0.
+    """Return 1 if the number after the last `####` of the response equals that of the answer; else 0.
 
-    Both numbers are read by `hash_number` and compared exactly: no fallback to the last number of the text, no
-    tolerance, no factor of 100 for percentages.
+    Both numbers are read by `hash_number` and compared exactly. There is no tolerance, no factor of 100 for
+    percentages, and no fallback to the last number of the text.
 
     Raises:
-        UserError: if an answer has no such number, since every response to it would be graded as wrong.
+        UserError: if an answer has no such number, because every response would then be graded as wrong.
     """
     golds = [hash_number(_gold(gold)) for gold in answer]
     if None in golds:
@@ -43,7 +43,7 @@ def grade_hash(prompts: Sequence[Any], completions: Sequence[Any], answer: Seque
 
 
 def _text(completion: Any) -> str:
-    """The text of a completion, which may be a string or a list of messages."""
+    """Return the text of a completion, which may be a string or a list of messages."""
     return completion if isinstance(completion, str) else "".join(str(m["content"]) for m in completion)
 
 
@@ -52,21 +52,21 @@ def _gold(answer: Any) -> str:
 
 
 def hash_number(text: str) -> Decimal | None:
-    """The number between the last `####` and the end of its line, or None if that text is not exactly one number.
+    """Return the number between the last `####` and the end of the line; None if this text is not exactly one number.
 
-    Allowed are commas between groups of three digits, a sign, a leading `$`, decimals and a trailing period. With
-    anything else on the line (a unit, a second number, a fraction, a misplaced comma) the result is None.
+    The number may have commas between groups of three digits, a sign, a leading `$`, decimals and a trailing period. If
+    the text contains anything else (a unit, a second number, a fraction, a misplaced comma), the result is None.
     """
     _, mark, rest = text.rpartition("####")
     match = _NUMBER.fullmatch(rest.split("\n", 1)[0].strip()) if mark else None
     if match is None or (match["sign"] and match["inner_sign"]):
         return None
-    # Decimal, not float or int: it is exact and has no limit on the number of digits.
+    # Decimal is exact, unlike float, and has no limit on the number of digits, unlike int.
     return Decimal(match["sign"] + match["inner_sign"] + match["digits"].replace(",", "") + match["decimals"])
 
 
 def no_hash_number(answer: str) -> str:
-    """The error message for a reference answer that the grader `hash` cannot use."""
+    """Return the error message for a reference answer that the grader `hash` cannot use."""
     tail = answer if len(answer) <= 40 else "..." + answer[-40:]
     return f"grader hash: the reference answer {tail!r} has no number after `####`; use exact or module:function"
 
@@ -74,9 +74,9 @@ def no_hash_number(answer: str) -> str:
 def grade_boxed(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
-    """1 if the content of the last `\\boxed{}` of the response is mathematically equal to the answer, else 0.
+    """Return 1 if the content of the last `\\boxed{}` of the response is mathematically equal to the answer, else 0.
 
-    The answer may be a solution with a `\\boxed{}` or the bare answer. Equal texts are equal; different texts are
+    The answer may be a solution with a `\\boxed{}` or the bare answer. If the texts differ, they are
     parsed as LaTeX and compared by math-verify. Text outside the box is ignored. The reward is None (not applicable) if
     the texts differ and math-verify cannot parse the reference answer.
 
@@ -87,9 +87,9 @@ def grade_boxed(
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text.
+    r"""Return the content of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text.
 
-    None if there is no box or its braces are not closed.
+    The result is None if there is no box or its braces are not closed.
     """
     start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if start < 0:
@@ -109,21 +109,21 @@ def last_boxed(text: str) -> str | None:
 
 
 def _bare(answer: str) -> str:
-    """The content of the answer's box, or the answer itself if it has no box."""
+    """Return the content of the box in an answer, or the answer if there is no box."""
     boxed = last_boxed(answer)
     return answer if boxed is None else boxed
 
 
 def _same_mathematics(response: str | None, gold: str) -> float | None:
-    """The reward for the content of the response's box, or None if the two cannot be compared."""
+    """Return the reward for the content of the box in a response, or None if it cannot be compared with `gold`."""
     if response is None or not response.strip():
         return 0.0
-    # Percent signs are removed: 50 equals 50%, and 0.5 does not, although math-verify treats 0.5 and 50% as equal.
+    # Percent signs are removed, so that 50 equals 50% but 0.5 does not. math-verify treats 0.5 and 50% as equal.
     response, gold = _without_percent(response), _without_percent(gold)
     if _normal_latex(response) == _normal_latex(gold):
         return 1.0
     parse, verify, latex = _math_verify()
-    # math-verify's time limits use signals and are switched off; grader processes have a time limit anyway.
+    # The time limits of math-verify use signals. They are switched off, because worker processes have a time limit.
     # Text inside a formula is part of the answer: "(\text{A})" and "A" are the same choice.
     parsed_gold = parse(f"${gold}$", [latex], parsing_timeout=None)
     if not parsed_gold:
@@ -147,17 +147,18 @@ def _math_verify() -> tuple[Any, Any, Any]:
 
 
 def _normal_latex(text: str) -> str:
-    r"""LaTeX without white space, \left, \right, dollar signs and a final period, and with \frac for \dfrac, \tfrac."""
+    r"""Remove white space, \left, \right, dollar signs and final periods from LaTeX, and replace \dfrac and \tfrac."""
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[\s$]", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 
-# Called by a worker before its first response: importing sympy can take longer than the time limit of a response.
+# A worker calls `prepare` before the first response, because importing sympy can take longer than
+# the time limit of a response.
 grade_boxed.prepare = _math_verify  # type: ignore[attr-defined]
 
 GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash, "boxed": grade_boxed}
 QUICK = ("exact", "hash")
-"""Graders that are fast and import nothing, so they are called without worker processes."""
+"""Names of graders that are fast and safe, so that they need no worker processes."""
 
 
 def load_grader(spec: str) -> RewardFn:

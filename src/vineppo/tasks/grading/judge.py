@@ -1,4 +1,7 @@
-"""Judges: objects that call the reward functions, in this process or in worker processes."""
+"""Judges call the reward functions, either in this process or in worker processes.
+
+The result of grading one response is called its verdict: the rewards, or the reason why grading failed.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,37 @@ class Judge(Protocol):
     """Grades responses. `InProcess` does so in this process, `workers.WorkerPool` in other processes."""
 
     @property
-    def early(self) -> bool:
-        """Whether `expect` starts grading."""
+    def grades_in_background(self) -> bool:
+        """Whether `expect` starts grading in the background."""
         ...
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
-        """Announce responses whose verdicts will be requested soon; a judge may start grading them."""
+        """Announce responses whose verdicts will be requested soon, so that grading may start."""
         ...
 
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """The verdict on each response."""
+        """Return the verdict on each response."""
         ...
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """Calls the functions in this process with all responses in one call. Their exceptions end the run."""
+    """Calls each function in this process, once for all responses. An exception of a function ends the run."""
 
     fns: tuple[RewardFn, ...]
-    early: bool = False
+    grades_in_background: bool = False
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """The verdict on each response."""
+        """Return the verdict on each response."""
         return list(apply_rewards(self.fns, problems, texts, completion_ids))

@@ -1,4 +1,4 @@
-"""Calls reward functions: collects their arguments, awaits asynchronous functions and checks the returned rewards."""
+"""`apply_rewards` calls reward functions, awaits those that are asynchronous, and checks the returned rewards."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ def apply_rewards(
     texts: Sequence[str],
     completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[tuple[float | None, ...]]:
-    """Rewards of each response text to the problem at the same index. Each function is called once.
+    """Return the rewards of each response to the problem at the same index.
 
-    Functions receive one list per column of the problems: `answer`, and every further column by its name (None for
-    problems without it). Columns whose name is one of the other arguments are left out. If the prompt is a
-    conversation, prompt and completion are lists of messages, as in TRL. Asynchronous functions run concurrently.
+    Let B be the number of responses and F the number of reward functions. Each function is called once, with the
+    keyword arguments `prompts`, `completions`, `completion_ids`, `answer` and one per further column of the data set,
+    each a list of length B. Missing values are None. Columns named like one of the first four arguments are not passed
+    separately. If the prompt is a conversation, prompt and completion are lists of messages, as in TRL. Asynchronous
+    functions run concurrently.
 
     Args:
         fns: F reward functions.
-        problems: B problems; a problem is repeated for each of its responses.
-        texts: B responses.
+        problems: B problems; a problem is repeated for each response to it.
+        texts: B response texts.
         completion_ids: token ids of the B responses; may be empty if they are unknown.
     Returns:
         B tuples of F rewards, each a finite number, or None if the function does not apply to the response.
@@ -45,7 +47,10 @@ def apply_rewards(
 
 
 def _run(coroutine: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[float | None]]:
-    """Run a coroutine; in another thread if this one already runs an event loop, as in a notebook."""
+    """Run a coroutine to completion.
+
+    If the current thread already has a running event loop (for example in a notebook), use a separate thread.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -57,7 +62,7 @@ def _run(coroutine: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[
 def _arguments(
     problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
 ) -> dict[str, list[Any]]:
-    """Keyword arguments of the reward functions, as lists of length B."""
+    """Return the keyword arguments of the reward functions, as lists with one entry per response."""
     names = dict.fromkeys(name for problem in problems for name in problem.columns if name not in _RESERVED)
     return {
         "prompts": [list(problem.messages) or problem.prompt for problem in problems],
@@ -69,12 +74,12 @@ def _arguments(
 
 
 def _response(problem: Problem, text: str) -> Any:
-    """The response as text, or as a list with one assistant message if the prompt is a conversation."""
+    """Return the response as text, or as a list with one assistant message if the prompt is a conversation."""
     return [{"role": "assistant", "content": text}] if problem.messages else text
 
 
 async def _call_all(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], count: int) -> list[list[float | None]]:
-    """F lists of B rewards. Asynchronous functions are awaited concurrently."""
+    """Return one list of `count` rewards per function. Asynchronous functions are awaited concurrently."""
     return list(await asyncio.gather(*(_call(fn, arguments, count) for fn in fns)))
 
 

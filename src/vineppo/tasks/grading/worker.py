@@ -1,6 +1,6 @@
 """The program of a grader process: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
 
-It loads its reward functions, sends "ready", and then sends a verdict for each response that it receives.
+The process loads the reward functions and sends "ready". It then receives responses and sends a verdict on each one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 def main() -> None:
     """Grade responses until the other end of the connection is closed."""
     if sys.platform == "linux":
-        # Without this, a grader that hangs would survive a run that was killed.
+        # Otherwise a worker whose reward function hangs would continue after the main process has been killed.
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     connection = Connection(int(sys.argv[1]))
     # Output of reward functions goes to stderr, because the output of `vineppo` may be JSON.

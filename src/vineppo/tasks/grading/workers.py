@@ -25,13 +25,14 @@ from typing import Any
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _CHUNK = 8
-"""Maximum number of responses sent to a worker at once: enough to keep it busy, few to grade again if it ends."""
+"""Maximum number of responses sent to a worker at once. Large enough to keep the worker busy; small enough that little
+work is repeated if it crashes."""
 _START_SECONDS = 180.0
-"""Time limit for importing the modules of the functions."""
+"""Time limit for a worker to import the modules of the reward functions."""
 _GRACE_SECONDS = 2.0
-"""Time limit for a process to end after it closed its connection."""
+"""Time limit for a worker process to end after it has closed its connection."""
 _Key = tuple[str, str]
-"""(problem id, response text): equal keys are graded once."""
+"""(problem id, response text). Responses with equal keys are graded once."""
 _Job = tuple[Problem, str, list[int]]
 
 
@@ -40,10 +41,11 @@ class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
     jobs: deque[_Key] = field(default_factory=deque)
-    """Jobs sent to the worker and not yet answered, in the order in which they are answered."""
+    """Jobs sent to the worker that have no verdict yet, in the order in which the worker processes them."""
     ready: bool = False
     busy_since: float = field(default_factory=time.monotonic)
-    """Time when it started with the first of its jobs, or when the process was started."""
+    """Time when the worker began its current job (`jobs[0]`), or when its process was launched if it is not ready
+    yet."""
 
 
 class WorkerPool:
@@ -51,12 +53,13 @@ class WorkerPool:
 
     Args:
         loaders: picklable functions without arguments; each is called in the worker and returns a reward function.
-        workers: number of processes; they are started with the first response.
-        seconds: time limit for one response, for all functions together.
+        workers: maximum number of processes; they are started when the first responses are submitted.
+        seconds: time limit for grading one response with all functions.
         memory: limit on the address space of a worker in bytes; 0 means no limit.
     """
 
-    early = True
+    grades_in_background = True
+    """`expect` starts grading in the worker processes."""
 
     def __init__(self, loaders: Sequence[Callable[[], RewardFn]], workers: int, seconds: float, memory: int):
         self._setup = pickle.dumps((tuple(loaders), memory, list(sys.path)))
@@ -77,7 +80,7 @@ class WorkerPool:
     def verdicts(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Verdict]:
-        """The verdict on each response; waits until all are available.
+        """Wait until all responses have been graded, and return the verdict on each response.
 
         Raises:
             UserError: if a worker cannot load the functions, or a grader raises UserError.
@@ -91,7 +94,7 @@ class WorkerPool:
         return verdicts
 
     def close(self) -> None:
-        """Stop the processes; a later call starts new ones."""
+        """Stop the worker processes. A later call of `expect` or `verdicts` starts new processes."""
         for worker in self._workers:
             _kill(worker)
             self._queue.extendleft(reversed(worker.jobs))
@@ -144,7 +147,7 @@ class WorkerPool:
         """Receive all verdicts that the worker has sent; replace the worker if its process has ended."""
         try:
             while worker.connection.poll():
-                self._take(worker, worker.connection.recv())
+                self._handle_message(worker, worker.connection.recv())
         except (EOFError, OSError):
             try:
                 code = worker.process.wait(_GRACE_SECONDS)
@@ -152,18 +155,18 @@ class WorkerPool:
                 code = -signal.SIGKILL
             self._replace(worker, Failure(f"the grader process ended unexpectedly ({_cause(code)})"))
 
-    def _take(self, worker: _Worker, answer: Any) -> None:
+    def _handle_message(self, worker: _Worker, message: Any) -> None:
         """Handle one message of a worker: "ready", the verdict on its first job, or an error that ends the run."""
         worker.busy_since = time.monotonic()
-        if isinstance(answer, UserError):
+        if isinstance(message, UserError):
             self.close()
-            raise answer
+            raise message
         if worker.ready:
-            self._verdicts[worker.jobs.popleft()] = answer
+            self._verdicts[worker.jobs.popleft()] = message
         worker.ready = True
 
     def _replace(self, worker: _Worker, failure: Failure) -> None:
-        """Stop a worker. The first of its jobs has failed; the others go back to the front of the queue."""
+        """Stop a worker. Its current job gets `failure` as verdict; its other jobs return to the front of the queue."""
         _kill(worker)
         self._workers.remove(worker)
         if not worker.ready:
@@ -181,7 +184,7 @@ class WorkerPool:
             [sys.executable, "-m", "vineppo.tasks.grading.worker", str(worker_end.fileno())],
             pass_fds=[worker_end.fileno()],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C interrupts the run only, which stops its workers
+            start_new_session=True,  # Ctrl-C is delivered only to the main process, which then stops the workers
             env=environment,
         )
         worker_end.close()
