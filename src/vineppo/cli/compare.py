@@ -7,7 +7,7 @@ import argparse
 from vineppo.cli.common import add_recipe_note, training_config, training_recipes
 from vineppo.cli.options import Command, Request, add_settings, int_option
 from vineppo.credit import COMPARED
-from vineppo.training.configure import every_section
+from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
 
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help="directory of the comparison; an unfinished comparison in it is continued")
     add("--jobs", metavar="N", help="number of runs at the same time; seconds mean less if it is above 1 (default: 1)")
     add_recipe_note(parser, "RECIPE", sft=False)
-    add_settings(parser, every_section(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
+    add_settings(parser, config_class_with_all_sections(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
 
 def _run(request: Request) -> int:
@@ -60,7 +60,7 @@ COMMAND = Command(
     usage="RECIPE --out DIR [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    settings=every_section,
+    settings=config_class_with_all_sections,
     examples=(
         (
             "five seeds of four algorithms, 96 updates each",

@@ -16,7 +16,7 @@ from vineppo.config.load import COMMAND_LINE, Layer, diff_configs
 from vineppo.config.recipes import recipe_stem
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
-from vineppo.training.configure import config_from_layers, every_section, with_run_dir
+from vineppo.training.configure import config_class_with_all_sections, config_from_layers, with_run_dir
 from vineppo.types import UserError
 
 
@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="continue the run in this directory with its recorded settings, from its newest complete checkpoint",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    add_settings(parser, every_section())
+    add_settings(parser, config_class_with_all_sections())
 
 
 def _run(request: Request) -> int:
@@ -95,7 +95,7 @@ COMMAND = Command(
     usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
     options=_options,
     run=_run,
-    settings=every_section,
+    settings=config_class_with_all_sections,
     examples=(
         ("VinePPO on the default recipe", "vineppo train"),
         ("the same problems with PPO and another seed", "vineppo train judgement --algorithm ppo --run.seed 1"),
