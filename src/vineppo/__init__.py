@@ -1,4 +1,4 @@
-"""Reinforcement learning for language models, with credit for every reasoning step.
+"""Train language models by reinforcement learning, with credit for every reasoning step.
 
 ```
 import vineppo
@@ -6,7 +6,7 @@ config = vineppo.build_config(vineppo.load_recipe("judgement"), "vineppo", {"run
 summary = vineppo.train(config)
 ```
 
-Names are imported on first use, so that `import vineppo` is fast.
+The public names are imported from their modules on first use, so that `import vineppo` is fast.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vineppo.config.recipes import is_sft_recipe, load_recipe, recipe_names, rec
 from vineppo.config.schema import Config, EvalSpec, LearnerConfig, SFTConfig, TaskConfig
 from vineppo.config.settings import replace
 from vineppo.credit import BUILT_IN
-from vineppo.training.configure import build_config, config_from_dict, every_section
+from vineppo.training.configure import build_config, config_class_with_all_sections, config_from_dict
 from vineppo.types import UserError
 
 TUNED = {
@@ -38,7 +38,7 @@ def error_message(call: Any, *args: Any, **options: Any) -> str:
 
 
 def test_every_setting_and_section_has_a_docstring() -> None:
-    for cls in (every_section(), SFTConfig, EvalSpec):
+    for cls in (config_class_with_all_sections(), SFTConfig, EvalSpec):
         for setting in settings_of(cls).values():
             assert len(setting.doc) > 10, f"{setting.key} has no docstring"
         assert all(sections_of(cls).values())
@@ -92,7 +92,7 @@ def test_missing_keys_keep_their_defaults() -> None:
 def test_keys_may_be_nested_or_dotted_but_not_both() -> None:
     assert build_config({"learner.kl": {"coefficient": 0.1}}) == build_config({"learner": {"kl.coefficient": 0.1}})
     message = error_message(build_config, {"learner": {"lr": 1e-4}, "learner.lr": 1e-4})
-    assert message == "learner.lr is given twice in the recipe; remove one"
+    assert message == "learner.lr is set twice in the recipe; remove one of the two values"
 
 
 # --- unknown keys
@@ -115,11 +115,11 @@ def test_keys_may_be_nested_or_dotted_but_not_both() -> None:
     ],
 )
 def test_the_nearest_key(wrong: str, right: list[str]) -> None:
-    assert nearest(wrong, settings_of(every_section())) == right
+    assert nearest(wrong, settings_of(config_class_with_all_sections())) == right
 
 
 def test_letters_of_the_papers_are_recognised() -> None:
-    assert suggestion(every_section(), "K") == "did you mean vineppo.num_mc_rollouts?"
+    assert suggestion(config_class_with_all_sections(), "K") == "did you mean vineppo.num_mc_rollouts?"
     assert suggestion(Config, "rollouts.g", prefix="--") == "did you mean --rollouts.group_size?"
 
 
@@ -147,13 +147,13 @@ def test_overrides_for_other_algorithms_are_checked_too() -> None:
     assert "overrides cannot change the algorithm" in error_message(
         build_config, {"overrides": {"grpo": {"algorithm": "ppo"}}}
     )
-    assert "it must map" in error_message(build_config, {"overrides": ["ppo"]})
-    assert "it must map" in error_message(build_config, {"overrides": {"ppo": 3}})
+    assert "it must be a mapping" in error_message(build_config, {"overrides": ["ppo"]})
+    assert "it must be a mapping" in error_message(build_config, {"overrides": {"ppo": 3}})
 
 
 def test_a_section_is_not_a_value() -> None:
     assert error_message(build_config, {"learner": 3}) == (
-        "learner is 3 in the recipe; it is a section, so give its keys, such as learner.lr"
+        "learner is 3 in the recipe; it is a section, so set its keys, for example learner.lr"
     )
 
 
@@ -202,7 +202,7 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "learner.lr",
             None,
-            "learner.lr has no value in the recipe; give one, or remove the key to keep the default",
+            "learner.lr has no value in the recipe; give a value, or remove the key to use the default",
         ),
         ("learner.epochs", 2.5, "learner.epochs is 2.5 in the recipe; it must be a whole number"),
         ("learner.epochs", "two", "learner.epochs is 'two' in the recipe; it must be a whole number"),
@@ -273,7 +273,7 @@ def test_incomplete_lists_are_errors() -> None:
         ({"learner.minibatch_size": "33"}, "learner.minibatch_size is 33 but an iteration has 32 rollouts"),
         (
             {"algorithm": "grpo", "vineppo.reuse": "false"},
-            "vineppo.reuse on the command line is a setting of vineppo, but the algorithm is grpo; remove it",
+            "vineppo.reuse on the command line is a setting of vineppo, but the algorithm is grpo; remove vineppo.",
         ),
     ],
 )

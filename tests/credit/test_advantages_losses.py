@@ -24,7 +24,7 @@ from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_
 from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.learning.scaling import penalty_to_go, scale_advantages
 from vineppo.steps import build_splitter, merge_steps
-from vineppo.training.configure import with_own_section
+from vineppo.training.configure import with_algorithm_section
 from vineppo.types import UserError
 
 rewards = st.floats(-10, 10)
@@ -170,8 +170,8 @@ def test_a_group_of_one_is_refused() -> None:
     learner = LearnerConfig(minibatch_size=1)
     for algorithm in ("grpo", "rloo", "reinforce"):
         with pytest.raises(UserError, match="at least 2"):
-            with_own_section(Config(algorithm=algorithm, rollouts=one, learner=learner))
-    with_own_section(
+            with_algorithm_section(Config(algorithm=algorithm, rollouts=one, learner=learner))
+    with_algorithm_section(
         Config(algorithm="reinforce", rollouts=two, learner=learner)
     )  # the baseline is the reward of the other problem
 

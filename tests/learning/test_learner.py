@@ -436,7 +436,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_changes_no_weights(bad: f
     samples[0] = replace(samples[0], advantages=(0.0,) * 3 + (bad, 1.0))
     policy = build_policy()
     before = weights(policy.model)
-    with pytest.raises(UserError, match=r"gradient's norm is .*; lower learner\.lr"):
+    with pytest.raises(UserError, match=r"gradient's norm is .*; lower the learning rate"):
         build_learner(policy).update(samples, 1, len(samples))
     assert torch.equal(weights(policy.model), before)
 
@@ -689,7 +689,7 @@ def test_dropping_tokens_without_an_advantage_does_not_change_the_update(
 
     short, short_metrics = outcome()
     tokens = sum(seen)
-    monkeypatch.setattr(TorchLearner, "_every_token_counts", True)
+    monkeypatch.setattr(TorchLearner, "_all_tokens_have_gradients", True)
     seen.clear()
     whole, whole_metrics = outcome()
     assert tokens < 0.85 * sum(seen)

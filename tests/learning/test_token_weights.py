@@ -272,7 +272,7 @@ def test_dropping_tokens_of_weight_zero_does_not_change_the_gradient(monkeypatch
     short = gradient_of(weighted)
     tokens = sum(seen)
     assert torch.allclose(short, gradient_of(masked), rtol=0, atol=1e-7)
-    monkeypatch.setattr(TorchLearner, "_every_token_counts", True)
+    monkeypatch.setattr(TorchLearner, "_all_tokens_have_gradients", True)
     seen.clear()
     assert torch.allclose(short, gradient_of(weighted), rtol=0, atol=1e-7)
     lengths = [len(s.token_ids) for s in samples]

@@ -111,7 +111,7 @@ def test_a_new_tiny_model_depends_on_the_seed_only() -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("embedded:nothing", r"'embedded:nothing'; no such embedded model \(known: "),
+        ("embedded:nothing", r"'embedded:nothing', but the package does not include this model; allowed: "),
         ("./missing", r"'\./missing' does not exist; give a model directory or a hub id"),
         ("some/deep/missing", "does not exist; give a model directory or a hub id"),
         ("", "'' does not exist"),
@@ -124,7 +124,7 @@ def test_an_invalid_model_path_is_an_error_in_one_line(path: str, message: str) 
 
 
 def test_a_directory_without_a_model_is_an_error_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json; give a directory saved by save_pretrained"):
+    with pytest.raises(UserError, match=r"has no config\.json; give a directory written by save_pretrained"):
         resolve_model_path(str(tmp_path))
     for content in ("{}", "not json", '{"model_type": "no-such-model"}'):
         (tmp_path / "config.json").write_text(content)

@@ -184,7 +184,7 @@ def test_mistakes_in_reasoning_gym_settings_raise_one_line_messages() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no worked solutions; set task.demonstrator"):
         build_task(TaskConfig(name="reasoning_gym:maze")).demonstration("train", 0)
-    with pytest.raises(UserError, match=r"task.options is for reasoning_gym, but task.name is gsm8k"):
+    with pytest.raises(UserError, match=r"task.options is only for reasoning_gym tasks, but task.name is gsm8k"):
         TaskConfig(name="gsm8k", options={"size": 3})
 
 

@@ -7,7 +7,7 @@ import argparse
 from vineppo.cli.common import add_recipe_note, training_config, training_recipes
 from vineppo.cli.options import Command, Request, add_settings, int_option
 from vineppo.credit import COMPARED
-from vineppo.training.configure import every_section
+from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
 
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
@@ -37,7 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="number of runs that train at the same time; above 1, the measured seconds are less reliable (default: 1)",
     )
     add_recipe_note(parser, "RECIPE", sft=False)
-    add_settings(parser, every_section(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
+    add_settings(parser, config_class_with_all_sections(), hidden={*_SET_BY_COMPARE, *_BUDGETS})
 
 
 def _run(request: Request) -> int:
@@ -70,7 +70,7 @@ COMMAND = Command(
     usage="RECIPE --out DIR [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    settings=every_section,
+    settings=config_class_with_all_sections,
     examples=(
         (
             "train the four default algorithms with five seeds each, for 96 updates per run",

@@ -6,7 +6,7 @@ import argparse
 
 from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, json_target, training_config, write_json
 from vineppo.cli.options import Command, Request, add_settings, int_option
-from vineppo.training.configure import every_section
+from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
 
 
@@ -17,7 +17,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--response_tokens", metavar="N", help="mean response length in tokens; needs --gpu")
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    add_settings(parser, every_section())
+    add_settings(parser, config_class_with_all_sections())
 
 
 def _run(request: Request) -> int:
@@ -42,7 +42,7 @@ COMMAND = Command(
     usage="[RECIPE] [--KEY VALUE ...]",
     options=_options,
     run=_run,
-    settings=every_section,
+    settings=config_class_with_all_sections,
     examples=(
         ("plan the default recipe on this machine", "vineppo plan"),
         ("plan a recipe of the VinePPO paper on one H100", "vineppo plan paper/rho1b-math-vineppo --gpu h100"),

@@ -16,7 +16,7 @@ from vineppo.config.load import COMMAND_LINE, Layer, diff_configs
 from vineppo.config.recipes import recipe_stem
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
-from vineppo.training.configure import config_from_layers, every_section, with_run_dir
+from vineppo.training.configure import config_class_with_all_sections, config_from_layers, with_run_dir
 from vineppo.types import UserError
 
 
@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="continue the run in the directory RUN from its newest complete checkpoint, with its recorded settings",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
-    add_settings(parser, every_section())
+    add_settings(parser, config_class_with_all_sections())
 
 
 def _run(request: Request) -> int:
@@ -97,7 +97,7 @@ COMMAND = Command(
     usage="[RECIPE] [--KEY VALUE ...]  |  --resume RUN",
     options=_options,
     run=_run,
-    settings=every_section,
+    settings=config_class_with_all_sections,
     examples=(
         ("train with the default recipe and VinePPO", "vineppo train"),
         (

@@ -1,4 +1,4 @@
-"""Builds checked settings from nested or dotted keys, and reports every mistake in one line."""
+"""Build checked settings from nested or dotted keys. Every error message is one line."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vineppo.types import UserError
 T = TypeVar("T", bound=Settings)
 COMMAND_LINE = "on the command line"
 Layer = tuple[Mapping[str, Any], str]
-"""(settings by nested or dotted keys, their source for error messages, such as "in recipe mine.yaml")."""
+"""(dictionary from nested or dotted keys to values, its source in error messages, such as "in recipe mine.yaml")."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of nested settings."""
+    """One field of a settings class or of one of its sections."""
 
     key: str
-    """Dotted, for example `learner.kl.coefficient`."""
+    """The dotted key, for example `learner.kl.coefficient`."""
     type: Any
     default: Any
     doc: str
@@ -31,7 +31,7 @@ class Setting:
 
 @cache
 def settings_of(cls: type[Settings]) -> dict[str, Setting]:
-    """Return all settings of nested settings by dotted key, in the order of the fields."""
+    """Return a dictionary from dotted keys to all settings of a class and its sections, in the order of the fields."""
     return {setting.key: setting for setting in _walk(cls, "")}
 
 
@@ -46,7 +46,10 @@ def _walk(cls: type[Settings], prefix: str) -> Iterator[Setting]:
 
 @cache
 def sections_of(cls: type[Settings], prefix: str = "") -> dict[str, str]:
-    """Return the first docstring line of every section by dotted key; the key of `cls` itself is the empty string."""
+    """Return a dictionary from the dotted key of every section to the first line of the section's docstring.
+
+    The key of `cls` is the empty string.
+    """
     titles = {prefix.rstrip("."): (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")}
     for name, field in cls.model_fields.items():
         if is_section(field.annotation):
@@ -55,13 +58,16 @@ def sections_of(cls: type[Settings], prefix: str = "") -> dict[str, str]:
 
 
 def settings_from_layers(cls: type[T], layers: Iterable[Layer], unused: type[Settings] | None = None) -> T:
-    """Build nested settings from several layers. Later layers override earlier ones; missing keys keep their defaults.
+    """Build nested settings from several layers.
+
+    Later layers override earlier layers. Missing keys get their default values.
 
     Args:
-        unused: a class with further sections whose keys are allowed and ignored (those of other algorithms).
+        unused: a subclass of `cls` with additional sections, such as those of other algorithms. Keys of the additional
+            sections are allowed and ignored.
     Raises:
-        UserError: for an unknown key (suggests the most similar one), a key that occurs twice in a layer, a wrong type,
-            or values that are not allowed.
+        UserError: for an unknown key (the message suggests a similar one), a key that occurs twice in a layer, a wrong
+            type, or values that are not allowed.
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -73,7 +79,7 @@ def settings_from_layers(cls: type[T], layers: Iterable[Layer], unused: type[Set
 
 
 def flat_values(cls: type[Settings], data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a flat dictionary, dotted key -> value.
+    """Convert nested or dotted keys to a flat dictionary from dotted keys to values. Check that `cls` has the keys.
 
     Raises:
         UserError: for an unknown key, a section with a value, a key without a value, or a key that occurs twice.
@@ -83,15 +89,15 @@ def flat_values(cls: type[Settings], data: Mapping[str, Any], where: str) -> dic
         if key in sections:
             if value is not None:  # `learner:` without keys changes nothing
                 example = next(known for known in settings if known.startswith(key + "."))
-                raise UserError(f"{key} is {value!r} {where}; it is a section, so give its keys, such as {example}")
+                raise UserError(f"{key} is {value!r} {where}; it is a section, so set its keys, for example {example}")
         elif key not in settings:
             top_level = dict.fromkeys(known.split(".")[0] for known in settings)
             hint = suggestion(cls, key) or f"top-level keys: {', '.join(top_level)}"
             raise UserError(f"unknown key {key} {where}; {hint}")
         elif key in values:
-            raise UserError(f"{key} is given twice {where}; remove one")
+            raise UserError(f"{key} is set twice {where}; remove one of the two values")
         elif value is None:
-            raise UserError(f"{key} has no value {where}; give one, or remove the key to keep the default")
+            raise UserError(f"{key} has no value {where}; give a value, or remove the key to use the default")
         else:
             values[key] = value
     return values
@@ -123,9 +129,13 @@ def _build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str], p
 
 
 def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), prefix: str = "") -> str:
-    """Return a hint such as `did you mean learner.lr?` for an unknown key.
+    """Return a hint such as `did you mean learner.lr?` for an unknown key, or an empty string.
 
-    Letters from papers are recognised too: `K` matches the setting whose docstring starts with `K: `.
+    The letters of the papers are recognised too: `K` matches the setting whose docstring starts with `K: `.
+
+    Args:
+        others: further names that the hint can suggest.
+        prefix: text before the suggested name, for example "--".
     """
     letters = {setting.doc[0]: key for key, setting in settings_of(cls).items() if setting.doc[1:3] == ": "}
     letter = letters.get(name.split(".")[-1].upper())
@@ -133,17 +143,22 @@ def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), pr
 
 
 def diff_configs(a: Settings, b: Settings) -> list[str]:
-    """Return the settings that differ, as `learner.lr: 0.0001 -> 0.0002`; a dash stands for a missing setting."""
+    """Return one text such as `learner.lr: 0.0001 -> 0.0002` for each setting that differs.
+
+    The value of a missing setting is shown as `-`.
+    """
     keys = dict.fromkeys([*settings_of(type(a)), *settings_of(type(b))])
-    return [f"{key}: {_at(a, key)} -> {_at(b, key)}" for key in keys if _at(a, key) != _at(b, key)]
+    return [
+        f"{key}: {_value_at(a, key)} -> {_value_at(b, key)}" for key in keys if _value_at(a, key) != _value_at(b, key)
+    ]
 
 
-def _at(settings: Any, key: str) -> Any:
+def _value_at(settings: Any, key: str) -> Any:
     for name in key.split("."):
         settings = getattr(settings, name, "-")
     return settings
 
 
 def config_to_dict(settings: Settings) -> dict[str, Any]:
-    """Convert settings to plain dictionaries, lists and scalars, as in config.yaml."""
+    """Convert settings to nested dictionaries, lists and scalars, as written to config.yaml."""
     return settings.model_dump(mode="json")

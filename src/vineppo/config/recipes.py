@@ -1,7 +1,7 @@
-"""Loads recipes: YAML files with the settings of a training run, from the package by name or from a path.
+"""Load recipes. A recipe is a YAML file with the settings of a training run, in the package or at a path.
 
-A recipe has the keys of `Config` and two more at the top level: `description` (text) and `overrides` (settings per
-algorithm, applied if that algorithm is selected):
+A recipe has the keys of `Config` and two more keys at the top level. `description` is a text. `overrides` contains
+settings for each algorithm, which are only applied if that algorithm is selected:
 
 ```
 description: What this recipe is for.
@@ -26,18 +26,18 @@ from vineppo.types import UserError
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes in the package; `folder/name` for a recipe in a folder."""
+    """Return the names of the recipes in the package. A recipe in a folder has the name `folder/name`."""
     root = Path(str(importlib.resources.files("vineppo") / "recipes"))
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
 def is_sft_recipe(name: str) -> bool:
-    """Whether a recipe in the package is for `vineppo sft`."""
+    """Return whether a recipe in the package is for `vineppo sft`."""
     return name.startswith("sft-") or name.endswith("-sft")
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """Load a recipe of the package by name, or a YAML file by path.
+    """Load a recipe from the package by its name, or from a YAML file by its path.
 
     Raises:
         UserError: if the recipe or file does not exist, cannot be read, or is not a YAML mapping.
@@ -46,7 +46,7 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
     if name in names:
         text = (importlib.resources.files("vineppo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         return _parse_recipe(text, name)
-    if not os.path.isfile(path):  # unlike Path.is_file, os.path.isfile never raises
+    if not os.path.isfile(path):  # Path.is_file can raise; os.path.isfile returns False instead.
         what = "is a directory" if os.path.isdir(path) else "is neither a recipe of the package nor a file"
         hint = did_you_mean(name, names)
         raise UserError(f"recipe {name!r} {what}; {hint + ' ' if hint else ''}recipes: {', '.join(names)}")
@@ -59,15 +59,15 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def recipe_stem(name_or_path: str | Path) -> str:
-    """The name of a recipe in run directories: `judgement`, or `mine` for conf/mine.yaml."""
+    """Return the name of a recipe for run directories: `judgement` for `judgement`, and `mine` for `conf/mine.yaml`."""
     return Path(name_or_path).stem
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that rejects repeated keys; PyYAML silently keeps the last one."""
+    """A safe YAML loader that rejects repeated keys. PyYAML would use the last value without an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Raise ConstructorError for repeated keys; merge keys (`<<`) may be repeated and overridden."""
+        """Construct a mapping. Raise ConstructorError for a repeated key, except for the merge key `<<`."""
         seen: set[Any] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
@@ -82,7 +82,7 @@ def _parse_recipe(text: str, name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "special characters are not allowed"
+        reason = getattr(error, "problem", None) or "the file contains special characters, which are not allowed"
         raise UserError(f"recipe {name} is not valid YAML{line}: {reason}") from None
     if data is None:
         return {}

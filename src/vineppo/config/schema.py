@@ -1,8 +1,8 @@
-"""The settings that all algorithms share, as nested pydantic models with bounds and checks.
+"""Define the settings that all algorithms share, as nested pydantic models with bounds and checks.
 
-The defaults are the tested settings of the embedded default task. The docstring under a field gives its meaning, unit
-and reduction; `vineppo train --help` prints it. The settings of an algorithm are defined in its file in `credit/`, and
-`with_sections` adds them to the configuration under the algorithm's name.
+The defaults are tested with the default task. The docstring under a field gives the meaning and the unit of the field;
+`vineppo train --help` prints these docstrings. The settings of an algorithm are defined in the file of the algorithm in
+`credit/`, and `with_sections` adds them to the configuration under the name of the algorithm.
 """
 
 from __future__ import annotations
@@ -20,112 +20,123 @@ class LoraConfig(Settings):
     """Low-rank adapters (peft) that are trained instead of all weights."""
 
     r: int = Field(0, ge=0)
-    """Rank of the adapters; 0 trains all weights without adapters. With adapters, the reference of the KL penalty is
-    the model with disabled adapters and needs no memory."""
+    """Rank of the adapters; 0 trains all weights without adapters. With adapters, the reference model of
+    the KL penalty is the same model with disabled adapters, which needs no additional memory."""
     alpha: float = Field(32.0, gt=0)
-    """Scale of the adapters: their product is multiplied by alpha / r."""
+    """Scale of the adapters: the product of the two low-rank matrices is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout before the adapters, in the forward passes of updates only."""
+    """Dropout rate of the input of the adapters. Dropout is only active in the forward passes of updates."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the layers that get adapters, such as `q_proj`; `all-linear`: all but the output layer."""
+    """Names of the layers that get adapters, such as `q_proj`. `all-linear` means all linear layers except the output
+    layer."""
 
     def check(self) -> None:
-        """Require at least one name of a layer."""
-        require(bool(self.targets) and all(self.targets), "model.lora.targets is empty; give names of layers")
+        """Check that at least one layer is named."""
+        require(
+            bool(self.targets) and all(self.targets),
+            "model.lora.targets is empty or contains an empty name; give names of layers",
+        )
 
 
 class ModelConfig(Settings):
     """The language model that is trained, and how it is loaded."""
 
     path: str = "embedded:judgement"
-    """A Hugging Face model directory or hub id, or `embedded:judgement` / `embedded:habit` for the tiny models in the
-    package."""
+    """A Hugging Face model directory or hub id, or one of the small models included in the package:
+    `embedded:judgement`, `embedded:habit`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation."""
     device: str = "cpu"
-    """A torch device: `cpu`, `cuda`, `cuda:0`."""
+    """A PyTorch device, such as `cpu`, `cuda` or `cuda:0`."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory and takes more time."""
     trust_remote_code: bool = False
-    """Allow a hub model to run its own Python code."""
+    """Allow the Python code of a hub model to run."""
     attn_implementation: str = ""
-    """Attention implementation of transformers for training: `sdpa`, `eager`, `flash_attention_2`; empty: the default
-    of transformers. The native sampler does not use it."""
+    """Attention implementation of transformers for training: `sdpa`, `eager`, `flash_attention_2`. Empty: the default
+    of transformers. The sampler does not use this setting."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
 GYM = "reasoning_gym:"
-"""Prefix of the names of reasoning-gym data sets."""
+"""Prefix of `task.name` for the data sets of reasoning-gym."""
 
 
 class GradingConfig(Settings):
-    """Limits of graders that run in separate processes: `boxed`, `module:function`, reasoning-gym's scorers."""
+    """Limits of graders that run in separate processes: `boxed`, `module:function` and the scorers of reasoning-gym."""
 
     workers: int = Field(2, ge=1)
-    """Number of grader processes; they run during sampling."""
+    """Number of grader processes. They grade responses while the sampler generates others."""
     seconds: float = Field(10.0, gt=0)
-    """Time limit for grading one response. After it the process is killed and the response counts as an error."""
+    """Time limit for grading one response. When it is exceeded, the grader process is killed and
+    the response counts as not graded."""
     memory: float = Field(4.0, ge=0)
-    """Limit of the address space of each process in gibibytes; 0 means no limit."""
+    """Limit of the address space of each grader process in gibibytes; 0 means no limit."""
     truncated: bool = False
-    """Also grade responses that were cut off by the length limit. `false`: their reward is 0, as in the VinePPO paper.
-    Not for the chain task."""
+    """Also grade responses that were cut off by the length limit. `false`: the reward of these responses is 0, as in
+    the VinePPO paper. Not allowed for the chain task."""
     max_error_share: float = Field(0.1, ge=0, le=1)
-    """The run stops when more than this share of all responses could not be graded (their reward is 0 until then)."""
+    """The run stops when the share of responses that could not be graded exceeds this value. Until then, such responses
+    get the reward 0."""
 
 
 class TaskConfig(Settings):
-    """The problems, and how responses are graded."""
+    """The data set of problems, and how responses are graded."""
 
     name: str = "chain"
-    """`chain`: the embedded chained arithmetic. `gsm8k`, `math`: the benchmarks, from the hub or from files.
-    `dataset`: your own table. `reasoning_gym:NAME`: a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
+    """`chain`: chained arithmetic, included in the package. `gsm8k`, `math`: the benchmarks, from the hub or from
+    files. `dataset`: a user's table. `reasoning_gym:NAME`: a data set of reasoning-gym, such as
+    `reasoning_gym:chain_sum`."""
     level: Literal["judgement", "habit"] = "judgement"
-    """chain: `judgement` (the reliable way to write a step depends on that step) or `habit` (one way is reliable
-    everywhere)."""
+    """chain: `judgement` (the reliable way to write a step depends on the step) or `habit` (the same way is reliable
+    for all steps)."""
     num_steps: int = Field(10, ge=1)
-    """chain: number of reasoning steps of each problem, which sets the difficulty."""
+    """chain: number of reasoning steps of each problem. More steps are more difficult."""
     writers: Literal["settled", "wavering"] = "settled"
-    """chain: writers of the demonstrations for `vineppo sft` (see `vineppo.tasks.chain`)."""
+    """chain: kind of writers whose demonstrations `vineppo sft` imitates. `vineppo.tasks.chain` describes both
+    kinds."""
     train_path: str = ""
     """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv or .parquet file, a directory saved by
     `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: for gsm8k and math the data set
     on the hub."""
     validation_path: str = ""
-    """Validation problems, in the same forms. Empty: the last training problems are held out (a tenth, at most 200; for
-    GSM8K 373 and for MATH 500, as in the paper)."""
+    """Validation problems, in the same forms as `train_path`. Empty: the last training problems are used for validation
+    instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH, as in the VinePPO paper)."""
     test_path: str = ""
-    """Test problems, in the same forms; empty: there is no test split."""
+    """Test problems, in the same forms as `train_path`. Empty: there is no test split."""
     prompt_column: str = ""
-    """dataset, gsm8k, math: column with the problem's text, or with a conversation as a list of messages. Empty: the
-    task's default, which is `prompt` for `dataset`."""
+    """dataset, gsm8k, math: column with the text of the problem, or with a conversation as a list of messages. Empty:
+    the default of the task, which is `prompt` for `dataset`."""
     answer_column: str = ""
-    """Column with the reference answer. Empty: the task's default, which is `answer` for `dataset`."""
+    """Column with the reference answer. Empty: the default of the task, which is `answer` for `dataset`."""
     demonstration_column: str = ""
-    """Column with the response to imitate in `vineppo sft`. Empty: the task's default; for `dataset` the answer."""
+    """Column with the response to imitate in `vineppo sft`. Empty: the default of the task, which is the answer column
+    for `dataset`."""
     demonstrator: str = ""
-    """`module:function`, a function fn(prompt, answer, **columns) that returns the response to imitate."""
+    """`module:function`: a function fn(prompt, answer, **columns) that returns the response to imitate in `vineppo
+    sft`."""
     prompt_template: str = ""
-    """Text of the prompt, in which `{prompt}` stands for the problem's text. Empty: the task's default; for `dataset`
-    the problem's text alone."""
+    """Text of the prompt, in which `{prompt}` is replaced by the text of the problem. Empty: the default of the
+    task, which is the text of the problem alone for `dataset`."""
     chat_template: bool = False
     """Format the prompt as a user message with the tokenizer's chat template."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """reasoning_gym: settings of the data set, such as `{min_terms: 2, max_terms: 4}`; `size` is the number of training
-    problems (10000)."""
+    """reasoning_gym: settings of the data set, such as `{min_terms: 2, max_terms: 4}`. `size` is the number of training
+    problems, 10000 by default."""
     rewards: tuple[str, ...] = ()
-    """Reward functions: `exact` (the whole response equals the answer, outer white space ignored), `hash` (the numbers
-    after the last `####` of both are equal), `boxed` (the content of the last `\\boxed{}` is mathematically equal), or
-    `module:function`, a function fn(prompts, completions, completion_ids, **columns) -> list of numbers or None, which
-    is called with one response at a time in a separate process. Empty: the task's default, which is `exact` for
+    """Reward functions: `exact` (the whole response equals the reference answer, except for white space at both ends),
+    `hash` (the numbers after the last `####` of the response and of the reference answer are equal), `boxed` (the
+    content of the last `\\boxed{}` is mathematically equal to the reference answer), or `module:function`. The latter
+    is a function fn(prompts, completions, completion_ids, **columns) -> list with a number or None for each completion;
+    it is called with one response at a time in a separate process. Empty: the default of the task, which is `exact` for
     `dataset`."""
     reward_weights: tuple[float, ...] = ()
-    """Weight of each reward function; empty: 1 each."""
+    """Weight of each reward function. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)
 
     def check(self) -> None:
-        """Reject settings of another task, and lists of different lengths."""
+        """Reject settings that the task does not have, and different numbers of reward functions and weights."""
         require(
             self.num_steps <= 25, f"task.num_steps is {self.num_steps}; it must be at most 25 (variables are letters)"
         )
@@ -135,24 +146,27 @@ class TaskConfig(Settings):
         )
         require(
             not self.prompt_template or "{prompt}" in self.prompt_template,
-            f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}",
+            f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}, which is replaced by the "
+            "text of the problem",
         )
         require(
             not self.grading.truncated or self.name != "chain",
-            "task.grading.truncated is true, but task.name is chain, where a truncated response is never right",
+            "task.grading.truncated is true, but task.name is chain, and a truncated response to a chain problem is "
+            "never right; set task.grading.truncated to false",
         )
         require(
             not self.demonstrator or self.name != "chain",
-            "task.demonstrator is set, but task.name is chain, which generates its own demonstrations (task.writers)",
+            "task.demonstrator is set, but task.name is chain, which generates its demonstrations (task.writers); "
+            "remove task.demonstrator",
         )
         require(
             not self.options or self.name.startswith(GYM),
-            f"task.options is for reasoning_gym, but task.name is {self.name}",
+            f"task.options is only for reasoning_gym tasks, but task.name is {self.name}; remove task.options",
         )
         require(
             not (self.rewards and self.reward_weights) or len(self.reward_weights) == len(self.rewards),
             f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
-            "one for each, or none",
+            "one number for each reward function, or no numbers",
         )
 
 
@@ -164,16 +178,17 @@ class RolloutConfig(Settings):
     group_size: int = Field(4, ge=1)
     """G: number of responses per problem."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of sampling (rollouts and MC rollouts) and of the log-probabilities in the loss. There is no top_p or
-    top_k in training, because the sampled distribution would differ from the trained one."""
+    """Temperature of sampling (rollouts and MC rollouts) and of the log-probabilities in the loss. Training has no
+    top_p or top_k, because the sampling distribution would then differ from the distribution that is trained."""
     max_new_tokens: int = Field(120, ge=1)
-    """Response budget in tokens. A response that reaches it has reward 0 and no end-of-sequence token."""
+    """Maximum length of a response in tokens. A response that is cut off at this length has no end-of-sequence token,
+    and its reward is 0 unless `task.grading.truncated` is true."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, in addition to the end-of-sequence token; the string stays in the response."""
+    """Strings that end a response, in addition to the end-of-sequence token. The string stays in the response."""
     max_rows: int = Field(2048, ge=1)
-    """Maximum number of sequences that the sampler decodes at once; more sequences are split into several batches."""
+    """Maximum number of sequences in a batch of the sampler. More sequences are split into several batches."""
     kv_memory: float = Field(4.0, gt=0)
-    """Memory for the sampler's keys and values in gibibytes; batches that need more are split."""
+    """Memory for the KV cache of the sampler in gibibytes. Batches that need more memory are split."""
 
     def check(self) -> None:
         """Reject empty stop strings."""
@@ -181,15 +196,16 @@ class RolloutConfig(Settings):
 
 
 class CriticConfig(Settings):
-    """Settings of the value network. Algorithms that need one extend this class."""
+    """Settings of the value network. The settings of algorithms with a value network extend this class."""
 
     value_lr: float = Field(1e-4, gt=0)
     """Learning rate of the value network, which starts as a copy of the policy with a new linear head."""
     value_warmup_updates: int = Field(0, ge=0)
-    """Updates over which the value network's learning rate rises from 0."""
+    """Number of updates over which the learning rate of the value network rises linearly from 0."""
     value_head_scale: float = Field(1.0, ge=0)
-    """Standard deviation of the head's initial weights, in units of 1 / sqrt(hidden size + 1). With 0 all values start
-    at 0; use it for models with large last hidden states, if `value/explained_variance` starts far below 0."""
+    """Standard deviation of the head's initial weights, in units of 1 / sqrt(hidden size + 1). If it is 0,
+    all values start at 0. Use 0 for models with large last hidden states, if `value/explained_variance` starts far
+    below 0."""
     value_only_iterations: int = Field(0, ge=0)
     """Number of iterations at the start in which only the value network is trained."""
     value_clip: float = Field(0.2, ge=0)
@@ -200,80 +216,86 @@ class KLConfig(Settings):
     """Penalty on the KL divergence from the frozen starting model."""
 
     coefficient: float = Field(0.0, ge=0)
-    """Weight of the penalty; 0 turns it off and the reference model is not loaded."""
+    """Weight of the penalty. If it is 0, there is no penalty and no reference model."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token estimate from d = logprob - ref_logprob: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d."""
+    """Estimate of the KL divergence for each token, with d = logprob - ref_logprob: k1 = d, k2 = d^2 / 2,
+    k3 = exp(-d) - 1 + d."""
     place: Literal["loss", "reward"] = "loss"
     """`loss`: the penalty is a differentiable term of the loss. `reward`: the advantage of a token is reduced by the
     penalties of this token and of all later ones."""
     reduction: Literal["sequence_sum", "token_mean"] = "sequence_sum"
-    """For `place: loss`. `sequence_sum`: sum over a response's tokens and mean over responses, as in the reference
-    code. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length."""
+    """For `place: loss`. `sequence_sum`: sum over the tokens of a response and mean over responses, as in the code of
+    the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length."""
     clamp: float = Field(10.0, gt=0)
-    """Per-token estimates are clamped to [-clamp, clamp]."""
+    """The estimate of each token is clamped to [-clamp, clamp]."""
     importance_weighted: bool = False
-    """For `place: loss`: multiply every estimate by the token's probability ratio to the old policy, with gradient. The
-    expected gradient of k1 and k3 is then that of KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; TRL's
-    `use_bias_correction_kl`). Otherwise the expected gradient of k3 is that of KL(reference || policy)."""
+    """For `place: loss`: multiply the estimate of each token by the probability ratio between the current and the old
+    policy. The gradient flows through the ratio. If true, the expected gradient of k1 and k3 is that of
+    KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; `use_bias_correction_kl` of TRL). If false, the expected
+    gradient of k3 is that of KL(reference || policy)."""
 
     def check(self) -> None:
         """Reject the estimator k1 in the loss, where its expected gradient is 0."""
         require(
             not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0) or self.importance_weighted,
-            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; use k2 or k3, learner.kl.place "
-            "reward, or learner.kl.importance_weighted true",
+            "learner.kl.estimator is k1, whose expected gradient in the loss is 0; set learner.kl.estimator to k2 or "
+            "k3, learner.kl.place to reward, or learner.kl.importance_weighted to true",
         )
 
 
 class LearnerConfig(Settings):
-    """PPO's clipped objective and the optimizer, the same for every algorithm."""
+    """Settings of PPO's clipped objective and of the optimizer, which all algorithms share."""
 
     lr: float = Field(1e-4, ge=0)
-    """Peak learning rate of the policy (AdamW)."""
+    """Peak learning rate of the policy (optimizer AdamW)."""
     warmup_updates: int = Field(0, ge=0)
-    """Updates over which the learning rate rises linearly from 0."""
+    """Number of updates over which the learning rate of the policy rises linearly from 0."""
     decay: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or falling linearly to 0 at the end of the run."""
+    """Learning rate after the warm-up: `constant`, or `linear`, which falls linearly to 0 at the end of the run."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of the first and second moments of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradient clipping by global norm, for policy and value network separately; 0 turns it off."""
+    """Maximum global norm of the gradient, for the policy and the value network separately. Larger gradients are
+    clipped; 0 turns clipping off."""
     epochs: int = Field(2, ge=1)
-    """Passes over each iteration's rollouts."""
+    """Number of passes over the rollouts of each iteration."""
     minibatch_size: int = Field(32, ge=1)
     """Number of rollouts per update. The number of updates per epoch does not depend on how many training samples the
     algorithm creates from the rollouts."""
     micro_batch_tokens: int = Field(8192, ge=1)
-    """Maximum number of padded tokens per forward and backward pass. Affects memory and speed, not the result."""
+    """Maximum number of padded tokens per forward and backward pass. It affects memory and speed, not the
+    result."""
     clip_low: float = Field(0.2, gt=0, le=1)
     """The probability ratio is clipped from below at 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
     """The probability ratio is clipped from above at 1 + clip_high."""
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
-    """Scaling of advantages over all response tokens of an iteration: `none`, `std` (divide by the standard deviation),
-    or `whiten` (also subtract the mean)."""
+    """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
+    deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""
     entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus (mean over tokens)."""
+    """Weight of the entropy bonus. The bonus is the mean entropy over tokens."""
     kl: KLConfig = Field(default_factory=KLConfig)
 
 
 class EvalConfig(Settings):
-    """Measurements of accuracy on held-out problems."""
+    """Settings of the evaluation on held-out problems."""
 
     every: int = Field(10, ge=0)
-    """Number of iterations between measurements on the validation split; 0 measures only before and after training."""
+    """Number of iterations between evaluations on the validation split. If it is 0, the model is evaluated only before
+    and after training."""
     num_problems: int = Field(64, ge=1)
-    """Number of problems of each measurement during training (validation split, always the same problems)."""
+    """Number of problems of each evaluation during training. They are always the same problems of the validation
+    split."""
     final_num_problems: int = Field(256, ge=0)
-    """Number of problems of the measurements before and after training; 0 skips these measurements."""
+    """Number of problems of the evaluations before and after training; 0 skips these evaluations."""
     num_samples: int = Field(1, ge=1)
-    """Number of responses per problem; accuracy is the mean of their rewards."""
+    """Number of responses per problem. The accuracy is the mean reward of all responses."""
     temperature: float = Field(1.0, ge=0)
-    """Sampling temperature of evaluation; 0 is greedy."""
+    """Sampling temperature of the evaluation; 0 means greedy decoding."""
     split: Literal["validation", "test"] = "validation"
-    """Split of the measurements before and after training."""
+    """Split of the evaluations before and after training."""
 
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -283,26 +305,28 @@ class RunConfig(Settings):
     """Run directory, length of the run, and output files."""
 
     dir: str = ""
-    """Run directory, created by the run; empty: `runs/<recipe>-<algorithm>-seed<seed>`."""
+    """Run directory, which the run creates. Empty: `runs/<recipe>-<algorithm>-seed<seed>`."""
     seed: int = Field(0, ge=0)
     """Seed of all random numbers of the run."""
     iterations: int = Field(60, ge=1)
-    """Number of iterations of sampling, credit and updates."""
+    """Number of iterations. Each iteration samples responses, computes credit and updates the weights."""
     max_updates: int = Field(0, ge=0)
-    """Stop after the iteration that reaches this number of updates; 0 means no limit. Minibatches without a training
-    sample count too, as in the learning-rate schedule."""
+    """Stop after the iteration that reaches this number of updates; 0 means no limit. Minibatches without
+    training samples count as updates here and in the learning-rate schedule."""
     max_tokens: int = Field(0, ge=0)
     """Stop after the iteration in which the tokens generated for training reach this number; 0 means no limit."""
     max_seconds: float = Field(0.0, ge=0)
-    """Stop after the iteration in which the training time (without evaluation) reaches this; 0 means no limit."""
+    """Stop after the iteration in which the training time in seconds, without evaluation, reaches this number; 0 means
+    no limit."""
     checkpoint_every: int = Field(20, ge=0)
-    """Number of iterations between checkpoints; 0 saves only at the start and at the end."""
+    """Number of iterations between checkpoints. If it is 0, checkpoints are saved only at the start and at the end."""
     keep_checkpoints: int = Field(1, ge=1)
-    """Number of checkpoints to keep; older ones are removed."""
+    """Number of checkpoints to keep. Older checkpoints are removed."""
     save_rollouts: bool = True
-    """Write every rollout with its steps, values and advantages as Parquet."""
+    """Write every rollout with its steps, values and advantages to a Parquet file."""
     report_to: tuple[str, ...] = ()
-    """Trackers that get the metrics in addition to metrics.jsonl: any of `tensorboard`, `wandb`, `trackio`."""
+    """Trackers to which the metrics are sent, in addition to the file metrics.jsonl. Any of `tensorboard`, `wandb`,
+    `trackio`."""
 
     def check(self) -> None:
         """Reject unknown trackers."""
@@ -313,12 +337,13 @@ class RunConfig(Settings):
 class Config(Settings):
     """The settings of a training run.
 
-    A resolved configuration also has a section with the settings of its algorithm, under the algorithm's name.
+    A resolved configuration also has a section with the settings of the chosen algorithm. The name of the section is
+    the name of the algorithm.
     """
 
     algorithm: str = "vineppo"
-    """Algorithm that computes the credit: `vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for your
-    own algorithm. The rest of the training is the same for all algorithms."""
+    """Algorithm that computes the credit: `vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a
+    user-defined algorithm. The rest of the training is the same for all algorithms."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -332,13 +357,13 @@ class Config(Settings):
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,
             f"learner.decay is linear and {' and '.join(open_ended)} may end the run, so it is unknown at which update "
-            "the rate should reach 0; give run.max_updates as well, or use learner.decay constant",
+            "the learning rate should reach 0; set run.max_updates too, or set learner.decay to constant",
         )
 
 
 @functools.cache
 def with_sections(**sections: type[Settings]) -> type[Config]:
-    """Return the `Config` class with additional sections: that of one algorithm, or several for a help text."""
+    """Return the `Config` class with additional sections, given as name of the section and class of its settings."""
     fields: dict[str, Any] = {
         name: (section, Field(default_factory=section)) for name, section in sections.items() if section.model_fields
     }
@@ -346,58 +371,61 @@ def with_sections(**sections: type[Settings]) -> type[Config]:
 
 
 class SFTConfig(Settings):
-    """Supervised fine-tuning on a task's demonstrations, or on columns of prompts and responses."""
+    """Supervised fine-tuning on the demonstrations of a task, or on columns of prompts and responses."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
-    """The model to start from; `model.path` may be `new:tiny`, a new tiny Llama with the chain task's tokenizer."""
+    """The model to start from. `model.path` may be `new:tiny`, a tiny Llama with random weights and the tokenizer of
+    the chain task."""
     task: TaskConfig = Field(default_factory=TaskConfig)
     out: str = ""
-    """Directory for the trained model; it must be new or empty."""
+    """Directory for the trained model. It must not exist yet or must be empty."""
     updates: int = Field(1000, ge=1)
     """Number of optimizer updates."""
     batch_size: int = Field(64, ge=1)
     """Number of demonstrations per update."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Maximum number of padded tokens per forward and backward pass. Affects memory and speed, not the result."""
+    """Maximum number of padded tokens per forward and backward pass. It affects memory and speed, not the
+    result."""
     lr: float = Field(1e-3, gt=0)
-    """Peak learning rate (AdamW); it falls linearly to 0 after the warm-up."""
+    """Peak learning rate (optimizer AdamW). After the warm-up, the learning rate falls linearly to 0."""
     warmup_fraction: float = Field(0.03, ge=0)
-    """Fraction of the updates in which the learning rate rises."""
+    """Fraction of the updates in which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     max_length: int = Field(2048, ge=1)
-    """Maximum length of a demonstration in tokens; longer ones are skipped and counted."""
+    """Maximum length of a demonstration in tokens. Longer demonstrations are skipped and counted (`left out`)."""
     seed: int = Field(0, ge=0)
-    """Seed of the weights (for `new:`) and of the order of demonstrations."""
+    """Seed of the order of the demonstrations, and of the initial weights of `new:tiny`."""
 
     def check(self) -> None:
-        """Require an output directory."""
+        """Check that an output directory is set."""
         require(bool(self.out), "out is empty; give the directory for the trained model (--out DIR)")
 
 
 class EvalSpec(Settings):
-    """Settings of `vineppo eval`, which measures pass@1 as a mean over samples, pass@k, and greedy decoding."""
+    """Settings of `vineppo eval`, which measures pass@1 (a mean over samples), pass@k and the greedy accuracy."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     split: Split = "test"
     """Split of the problems: `train`, `validation` or `test`."""
     num_problems: int = Field(256, ge=1)
-    """Number of problems: the first ones of the split, or all of them if it has fewer."""
+    """Number of problems. The first problems of the split are used, or all problems if the split has fewer."""
     num_samples: int = Field(4, ge=1)
     """Number of responses per problem."""
     temperature: float = Field(1.0, gt=0)
-    """Sampling temperature of pass@1 and pass@k; greedy decoding is always measured too."""
+    """Sampling temperature of pass@1 and pass@k. Greedy decoding is always measured in addition."""
     max_new_tokens: int = Field(160, ge=1)
-    """Response budget in tokens; a response that reaches it counts as wrong."""
+    """Maximum length of a response in tokens. A response that is cut off at this length counts as wrong, unless
+    `task.grading.truncated` is true."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the end-of-sequence token."""
     k: tuple[int, ...] = ()
-    """Values of k for pass@k, each at most num_samples; empty: num_samples."""
+    """Values of k for pass@k, each at most `num_samples`. Empty: only k = `num_samples`."""
     seed: int = 0
-    """Seed of sampling and of the intervals."""
+    """Seed of sampling and of the confidence intervals."""
 
     def check(self) -> None:
-        """Require at least k samples for pass@k."""
+        """Check that every k is at least 1 and at most `num_samples`."""
         wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
         require(not wrong, f"k is {wrong[:1]}; pass@k needs 1 <= k <= num_samples, which is {self.num_samples}")

@@ -1,4 +1,4 @@
-"""The base class of all settings: a pydantic model that converts text and reports errors in one line."""
+"""Define the base class of all settings: a pydantic model that converts text and reports each error in one line."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class SettingError(UserError):
 
 
 class Settings(BaseModel):
-    """Immutable settings. The docstring under a field is its documentation.
+    """Base class of immutable settings. The docstring under a field is the documentation of the field.
 
-    Values may be written as on the command line or in YAML: numbers as numbers or text (`3`, `3.0`, `"1e-4"`; 3.5 is
-    not an integer and true is not a number), booleans as `true`, `yes`, `on` or their opposites, lists as `a,b` or
-    `[a, b]`.
+    Values may be written as on the command line or in YAML. A number may be a number or a text (`3`, `3.0`, `"1e-4"`);
+    3.5 is not an integer, and true is not a number. A boolean may be a boolean or one of the texts `true`, `yes`, `on`,
+    `false`, `no`, `off`. A list may be a list or one of the texts `a,b` and `[a, b]`.
 
     Raises:
         UserError: for a wrong type, a number out of range, an unknown field, or a combination that `check` rejects.
@@ -66,18 +66,18 @@ class Settings(BaseModel):
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise UserError with this message unless the condition holds."""
+    """Raise UserError with `message` if the condition is false."""
     if not condition:
         raise UserError(message)
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether a field contains nested settings."""
+    """Return whether the type of a field is a subclass of `Settings`."""
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
 def replace(settings: Any, **changes: Any) -> Any:
-    """Return a copy with some values changed. The new values are checked.
+    """Return a copy of the settings with some values changed. The copy is checked.
 
     Raises:
         UserError: for values that are not allowed.
@@ -86,12 +86,13 @@ def replace(settings: Any, **changes: Any) -> Any:
 
 
 def from_text(kind: Any, value: Any) -> Any:
-    """Convert a value to a form that pydantic accepts for a field of this type.
+    """Convert a value to a form that pydantic accepts for a field of type `kind`.
 
     Numbers may be text: YAML reads `1e-4` as text, and all values of the command line are text.
 
     Raises:
-        ValueError: for a value that pydantic would convert to another type (true to a number, 1 to true).
+        ValueError: for values that pydantic would accept but that are probably mistakes (true for a number, 1 for a
+            boolean).
     """
     origin = typing.get_origin(kind) or kind
     if origin is tuple and isinstance(value, str) and not value.strip(" ").startswith("["):
@@ -102,14 +103,14 @@ def from_text(kind: Any, value: Any) -> Any:
         except yaml.YAMLError:
             raise ValueError(_ALLOWED[origin]) from None
     if origin is int and isinstance(value, str) and "e" in value.lower() and float(value).is_integer():
-        return int(float(value))  # "2e6", which pydantic does not accept
+        return int(float(value))  # pydantic does not accept "2e6" for an integer
     if origin in (int, float, bool) and isinstance(value, bool) is not (origin is bool):
         raise ValueError(_ALLOWED[origin])
     return list(value) if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
-    """Convert the first of pydantic's errors to a UserError with one line."""
+    """Convert the first error of a pydantic ValidationError to a UserError with a message of one line."""
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -121,7 +122,7 @@ def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
 
 
 def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
-    """Describe the values that the field of an error allows."""
+    """Return a text that describes the values allowed for a field, after pydantic rejected a value with `error`."""
     kind, inner = typing.get_origin(field.annotation) or field.annotation, typing.get_args(field.annotation)
     if kind is Literal:
         return f"allowed: {', '.join(map(str, inner))}"
@@ -135,7 +136,7 @@ def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """Describe the bounds of a number: `it must be at least 1`, `allowed: at least 0, below 1`."""
+    """Return a text with the bounds of a number, such as `it must be at least 1` or `allowed: at least 0, below 1`."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = {key: getattr(item, key) for item in field.metadata for key in words if hasattr(item, key)}
     texts = [f"{words[key]} {bound:g}" for key, bound in bounds.items()]

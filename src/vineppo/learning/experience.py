@@ -1,4 +1,4 @@
-"""The data of an update: training samples with the trainer's log-probabilities, split into minibatches."""
+"""Prepare the data of an update: training samples with the learner's log-probabilities, split into minibatches."""
 
 from __future__ import annotations
 
@@ -14,33 +14,37 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Experience:
-    """A training sample with the trainer's log-probabilities of its trained tokens, each of shape (N,)."""
+    """A training sample with log-probabilities computed by the learner before the first update of the iteration.
+
+    `old_logprobs` and `ref_logprobs` have one entry for each of the N trained tokens, shape (N,).
+    """
 
     sample: TrainingSample
     old_logprobs: tuple[float, ...]
     old_alternatives: tuple[float, ...]
-    """Log-probabilities of the sample's alternatives, shape (A,)."""
+    """Log-probabilities of the sample's A alternatives, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
+    """Log-probabilities under the reference model; None without a reference model."""
 
 
 class Counts(NamedTuple):
-    """The denominators of sums over a minibatch."""
+    """The numbers by which sums over a minibatch are divided."""
 
     tokens: float
     """Sum of the weights of the trained tokens."""
     rollouts: float
-    """Number of rollouts in the iteration, times the minibatch's share of the samples."""
+    """Number of rollouts in the iteration, multiplied by the fraction of the samples that are in the minibatch."""
     seen: float
-    """Sum of the weights of the tokens in the forward pass. `policy/kl_old` is a mean over these tokens."""
+    """Sum of the weights of the trained tokens that the forward pass contains. `policy/kl_old` is a mean over them."""
 
 
 def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> None:
     """Check the training samples that a credit function returned.
 
     Args:
-        with_returns: whether a value network is trained, which needs returns and values.
+        with_returns: whether the samples must have returns and values, because a value network is trained.
     Raises:
-        UserError: for the first invalid sample.
+        UserError: if a sample is invalid. The message describes the first invalid sample.
     """
     for number, sample in enumerate(samples):
         T = len(sample.token_ids)
@@ -52,7 +56,7 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
             if row is not None and len(row) != T:
                 raise UserError(
                     f"training sample {number} of the credit function has {len(row)} {name} for {T} tokens; every list "
-                    "of a sample must have one entry per token"
+                    "of a sample must have one entry for each token of the sequence"
                 )
         wrong = [weight for weight in sample.weights or () if not 0 <= weight < math.inf]
         if wrong:
@@ -62,16 +66,20 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
             )
         if with_returns and (sample.returns is None or sample.values is None):
             raise UserError(
-                f"training sample {number} of the credit function has no returns or no values, which the "
-                "training of the value network needs; set both in every sample"
+                f"training sample {number} of the credit function has no returns or no values, but the training "
+                "of the value network needs both; set returns and values in every sample"
             )
 
 
 def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequence[T]]:
     """Split the samples of an epoch into ceil(num_rollouts / size) minibatches, for any number of samples.
 
-    Minibatch i starts at sample round(i * size * len(order) / num_rollouts). With one sample per rollout, it has `size`
-    samples. If there are few samples, some minibatches are empty.
+    Minibatch i starts at sample round(i * size * len(order) / num_rollouts). With one sample per rollout, a minibatch
+    has `size` samples; the last one can have fewer. If there are few samples, some minibatches are empty.
+
+    Args:
+        order: samples, or their indices, in the order of the epoch.
+        size: number of rollouts per minibatch.
     """
     count = -(-num_rollouts // size)
     starts = [round(i * size * len(order) / num_rollouts) for i in range(count)]
@@ -81,19 +89,21 @@ def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequen
 def credited(minibatch: Sequence[Experience]) -> list[Experience]:
     """Remove the tokens that do not contribute to the policy gradient.
 
-    A token has no gradient in the clipped objective if its advantage or its weight is 0. Samples that consist of such
-    tokens are dropped. The others are cut after their last token with a gradient, which is possible because no token
-    depends on later ones, and their tokens without a gradient are masked. The gradient stays the same and needs less
-    computation: with credit per step, most tokens have no gradient.
+    A token has no gradient in the clipped objective if its advantage or its weight is 0. Samples without any token that
+    has a gradient are removed. Every other sample is cut after its last token with a gradient, and `loss_mask` becomes
+    0 for its remaining tokens without a gradient. The result of the update stays the same, because no token depends on
+    later tokens. The computation is cheaper, because with credit per step most tokens have no gradient.
     """
-    parts = [part for part in map(_credited_part, minibatch) if any(part.sample.loss_mask)]
-    # If no token has a gradient, the update is still made with gradient 0, so that Adam's moments decay as usual.
+    parts = [part for part in map(_part_with_gradient, minibatch) if any(part.sample.loss_mask)]
+    # If no token has a gradient, the optimizer still makes a step with gradient 0, so that Adam's moments decay as
+    # usual.
     return parts or [minibatch[0]]
 
 
-def _credited_part(experience: Experience) -> Experience:
+def _part_with_gradient(experience: Experience) -> Experience:
     sample, weights = experience.sample, experience.sample.trained_weights
-    positions = [i for i, trained in enumerate(sample.loss_mask) if trained]  # of the trained tokens in the sequence
+    # The position in the sequence of each trained token.
+    positions = [i for i, trained in enumerate(sample.loss_mask) if trained]
     alternatives = [
         (a, old)
         for a, old in zip(sample.alternatives, experience.old_alternatives, strict=True)
@@ -119,17 +129,27 @@ def _credited_part(experience: Experience) -> Experience:
 
 
 def total_weight(experience: Sequence[Experience]) -> float:
-    """Sum of the weights of all trained tokens."""
+    """Return the sum of the weights of all trained tokens."""
     return sum(sum(e.sample.trained_weights) for e in experience)
 
 
 def trained_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
-    """Return the entries of a list over the sequence that belong to trained tokens, shape (N,)."""
+    """Return the entries of the trained tokens.
+
+    Args:
+        row: list with one entry per token of the sequence, shape (T,).
+    Returns:
+        List with one entry for each of the N trained tokens, shape (N,).
+    """
     return [x for x, trained in zip(row, sample.loss_mask, strict=True) if trained]
 
 
 def padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
-    """Invert `trained_part`: return a list over the sequence with 0 for untrained tokens, shape (T,)."""
+    """Return a list with one entry per token of the sequence, shape (T,), which is 0 for tokens that are not trained.
+
+    Args:
+        row: list with one entry for each of the N trained tokens, shape (N,).
+    """
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
 
@@ -140,7 +160,12 @@ def divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Altern
 
 
 def largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:
-    """Largest absolute difference between the sampler's and the trainer's log-probability of a token, in nats."""
+    """Return the largest absolute difference between two log-probabilities of the same token, in nats.
+
+    Args:
+        old: log-probabilities of the trained tokens, computed by the learner before the first update.
+        samples: training samples with the log-probabilities that the sampler returned.
+    """
     gaps = [
         abs(a - b)
         for row, sample in zip(old, samples, strict=True)

@@ -1,8 +1,9 @@
-"""The learner: turns training samples into weight updates, by epochs, minibatches and micro-batches.
+"""Define the learner, which updates the weights of the policy and the value network from training samples.
 
-The learner is the same for every algorithm: its inputs are advantages and weights of tokens. Every sum over tokens is
-weighted and divided by the sum of weights of the whole minibatch. So an update does not depend on the size or order of
-micro-batches, nor on the way in which a tree of responses is split into samples.
+All algorithms use the same learner. Its inputs are advantages and weights of tokens. Each epoch is split into
+minibatches (one optimizer step each), and each minibatch into micro-batches (one forward and backward pass each). Every
+sum over tokens is weighted and divided by the sum of the weights of the whole minibatch. Therefore an update does not
+depend on the size or order of the micro-batches, nor on the way in which a tree of responses is split into samples.
 """
 
 from __future__ import annotations
@@ -45,17 +46,18 @@ STATE_FILE = "learner.pt"
 
 
 class TorchLearner:
-    """A learner (`types.Learner`) in one process, with one optimizer for the policy and one for the value network.
+    """Implementation of `types.Learner` in one process, with one optimizer each for the policy and the value network.
 
     Args:
-        policy: trained in place.
+        policy: the policy, which is trained in place.
         reference: the frozen starting policy for the KL penalty, or None if there is no penalty.
-        critic: trained in place on the samples' returns; None for algorithms without a value network.
+        critic: the value network, which is trained in place on the returns of the samples, or None for algorithms
+            without a value network.
         config: settings of the objective and the optimizer.
-        critic_settings: settings of the critic's optimizer and loss; None without a critic.
-        temperature: sampling temperature of the rollouts; log-probabilities are computed at this temperature.
-        total_updates: planned number of updates, after which a linear decay of the learning rate reaches 0.
-        seed: seed of the run; determines the order of samples and the dropout.
+        critic_settings: settings of the optimizer and the loss of the value network; None without a value network.
+        temperature: sampling temperature of the rollouts; log-probabilities are computed with the same temperature.
+        total_updates: planned number of updates. A linear decay of the learning rate reaches 0 after the last update.
+        seed: seed of the run, from which the seeds of the order of the samples and of dropout are derived.
     """
 
     def __init__(
@@ -79,17 +81,20 @@ class TorchLearner:
         )
         self.updates = 0
         self.scheduled = 0
-        """Number of minibatches so far, including empty ones: the position in the learning-rate schedule."""
+        """Number of minibatches so far, including empty minibatches. It is the position in the learning-rate
+        schedule."""
 
     def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
         """Train on the samples of one iteration, for all epochs.
 
         An epoch has ceil(num_rollouts / minibatch_size) minibatches. If there are few samples, some minibatches are
-        empty. They make no update but advance the learning-rate schedule, so that it ends with the run.
+        empty. An empty minibatch makes no update but advances the learning-rate schedule, so that the schedule ends
+        with the run.
 
         Returns:
-            Means over the iteration's updates (policy/*, kl/ref, value/*), and the cumulative number of `updates`.
-            Without samples, only `updates`.
+            Metrics of the iteration: metrics of its samples (policy/entropy, kl/ref and others), means over its updates
+            (policy/loss, value/loss and others), and `updates`, the number of updates since the start of the run. If
+            there are no samples, the only metric is `updates`.
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
@@ -110,8 +115,10 @@ class TorchLearner:
 
     @torch.no_grad()
     def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Predict the value of the state before each response token; returns one list of shape (T,) per rollout.
+        """Predict the value of the state before each response token.
 
+        Returns:
+            One list per rollout, with one value for each of the T response tokens, shape (T,).
         Raises:
             UserError: if there is no value network.
         """
@@ -132,11 +139,11 @@ class TorchLearner:
         return values
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return an iterator over (name, tensor) of the policy's current weights, with adapters merged."""
+        """Return an iterator over (name, tensor) of the current weights of the policy. Adapters are merged."""
         return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer states and the number of updates to `learner.pt`."""
+        """Write the weights, the optimizer states and the number of updates to `learner.pt` in `folder`."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
         state = {
             "policy": trained_state(self.policy.model),
@@ -149,10 +156,10 @@ class TorchLearner:
         write_state(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote.
+        """Load the state that `save` wrote to `folder`.
 
         Raises:
-            UserError: if the file is missing or cannot be read.
+            UserError: if `learner.pt` is missing or cannot be read.
         """
         state: dict[str, Any] = read_state(folder / STATE_FILE)
         load_trained_state(self.policy.model, state["policy"])
@@ -163,7 +170,11 @@ class TorchLearner:
         self.updates, self.scheduled = state["updates"], state["scheduled"]
 
     def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
-        """Compute old and reference log-probabilities, apply the KL penalty in the reward, and scale the advantages."""
+        """Build the experience of an iteration from its samples, and compute metrics.
+
+        The old and reference log-probabilities are computed. The advantages are reduced by the KL penalty if its place
+        is the reward, and are scaled.
+        """
         old, old_alternatives, entropy = self.logprobs(self.policy, samples)
         ref = None
         if self.reference is not None:
@@ -207,11 +218,12 @@ class TorchLearner:
     def logprobs(
         self, policy: Policy, samples: Sequence[TrainingSample]
     ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Compute the log-probabilities of trained tokens and alternatives, and the entropy.
+        """Compute the log-probabilities of the trained tokens and of the alternatives, and the mean entropy.
 
         Returns:
-            (log-probabilities of the trained tokens, ragged (B, N); those of the alternatives, ragged (B, A); weighted
-            mean entropy in nats per token).
+            A tuple of three entries. First, the log-probabilities of the trained tokens, one list per sample. Second,
+            the log-probabilities of the alternatives, one list per sample. Third, the weighted mean entropy in nats per
+            token.
         """
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
@@ -238,11 +250,17 @@ class TorchLearner:
         return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Group the indices of samples that are processed in one forward pass."""
+        """Split the indices of the samples into groups that are processed in one forward pass each."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
-        """Make one optimizer step of policy and critic on a minibatch that represents `num_rollouts` rollouts."""
+        """Make one optimizer step of the policy and one of the value network.
+
+        Args:
+            train_policy: whether the policy is trained; False trains only the value network.
+            num_rollouts: number of rollouts in the iteration, multiplied by the fraction of the samples that are in the
+                minibatch.
+        """
         config = self.config
         metrics: Metrics = {}
         factor = lr_factor(self.scheduled, config.warmup_updates, self.total_updates, config.decay)
@@ -262,8 +280,8 @@ class TorchLearner:
         return metrics
 
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
-        """Accumulate the gradient of the minibatch's policy loss; returns the metrics."""
-        parts = minibatch if self._every_token_counts else credited(minibatch)
+        """Accumulate the gradient of the policy loss of a minibatch. Return the metrics."""
+        parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
         counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
         seed = derive_seed(self.seed, "dropout", self.updates)
         totals: dict[str, float] = defaultdict(float)
@@ -276,15 +294,16 @@ class TorchLearner:
         return dict(totals)
 
     @property
-    def _every_token_counts(self) -> bool:
-        """Whether tokens with an advantage of 0 have a gradient too, because of the entropy bonus or the KL term."""
+    def _all_tokens_have_gradients(self) -> bool:
+        """Whether tokens with advantage 0 have a gradient too, due to an entropy bonus or a KL penalty in the loss."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
     def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
-        """Compute a micro-batch's share of the minibatch's loss and metrics.
+        """Compute the contribution of a micro-batch to the loss and the metrics of its minibatch.
 
         Args:
-            counts: denominators of the whole minibatch.
+            chosen: the samples of the micro-batch.
+            counts: sums over the whole minibatch, by which the sums over the micro-batch are divided.
         """
         config, device, tokens = self.config, self.policy.device, counts.tokens
         batch = collate([e.sample for e in chosen], device)
@@ -295,7 +314,7 @@ class TorchLearner:
             self.temperature,
             config.entropy_coefficient > 0,
             (batch.alternative_places, batch.alternative_ids),
-        )  # logprobs (N + A,)
+        )  # logprobs (N + A,): N trained tokens, then A alternatives
         N = int(batch.loss_mask.sum())
         old = torch.tensor(
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
@@ -326,7 +345,7 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Accumulate the gradient of the minibatch's value loss; returns the loss."""
+        """Accumulate the gradient of the value loss of a minibatch. Return the loss."""
         tokens, total = total_weight(minibatch) or 1, 0.0
         for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
@@ -336,7 +355,9 @@ class TorchLearner:
         return total
 
     def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
-        assert batch.returns is not None and batch.values is not None, "the value loss needs returns and old values"
+        assert batch.returns is not None and batch.values is not None, (
+            "the value loss needs returns and the values predicted before the update"
+        )
         predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
         mask = batch.loss_mask
         return clipped_value_loss(
@@ -345,5 +366,5 @@ class TorchLearner:
 
 
 def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Return the sum of weight times entry over ragged rows."""
+    """Return the sum of weight times entry over all rows. The rows can have different lengths."""
     return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

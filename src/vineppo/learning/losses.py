@@ -1,7 +1,7 @@
-"""Losses as pure functions of tensors.
+"""Compute the policy loss, the value loss and KL estimates as pure functions of tensors.
 
-Each returns a weighted sum over tokens. The caller divides by the sum of weights of the whole minibatch, so that the
-result does not depend on micro-batches or workers.
+Each loss is a weighted sum over tokens. The caller divides the loss by the sum of the weights of the whole minibatch,
+so that the result does not depend on the micro-batches or on the number of workers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ def clipped_policy_loss(
     clip_high: float,
     weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PPO's clipped surrogate (arXiv 1707.06347), to be minimised, summed over tokens.
+    """Compute the loss of PPO's clipped objective (arXiv 1707.06347), summed over tokens.
 
-    -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) with ratio = exp(logprobs - old_logprobs).
+    The loss of a token with advantage A is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), with
+    ratio = exp(logprob - old_logprob).
 
     Args:
-        logprobs, old_logprobs, advantages: shape (N,), one entry per trained token.
-        weights: weights of the tokens in both sums, shape (N,).
+        logprobs, old_logprobs, advantages: one entry for each of N trained tokens, shape (N,).
+        weights: weight of each token in both returned sums, shape (N,), or one number for all tokens.
     Returns:
-        (loss sum, sum of the weights of the tokens on which clipping removed the gradient).
+        (weighted sum of the losses, sum of the weights of the tokens for which clipping set the gradient to 0).
     """
     ratio = (logprobs - old_logprobs).exp()  # (N,)
     unclipped = ratio * advantages  # (N,)
@@ -34,13 +35,16 @@ def clipped_policy_loss(
 
 
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference) on tokens sampled from the policy (Schulman, "Approximating KL").
+    """Estimate KL(policy || reference) for each token. The tokens must be sampled from the policy.
 
-    With d = logprobs - ref_logprobs: k1 = d (unbiased, signed), k2 = d^2 / 2 (biased, its gradient is the KL's), k3 =
-    exp(-d) - 1 + d (unbiased, never negative). The estimate is clamped to [-clamp, clamp].
+    Source: Schulman, "Approximating KL Divergence".
+
+    With d = logprobs - ref_logprobs, the estimators are k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, but
+    its expected gradient is that of the KL divergence), and k3 = exp(-d) - 1 + d (unbiased, never negative). The
+    estimate is clamped to [-clamp, clamp].
 
     Returns:
-        Shape (N,), in nats.
+        One estimate for each of N tokens, shape (N,), in nats.
     """
     d = logprobs - ref_logprobs  # (N,)
     if estimator == "k1":
@@ -48,7 +52,7 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: s
     elif estimator == "k2":
         estimate = d.square() / 2
     elif estimator == "k3":
-        # Without this clamp exp(-d) can overflow, and the gradient of the clamped estimate is then 0 * inf = nan.
+        # Without clamp_min, exp(-d) can overflow, and the gradient of the clamped estimate would be 0 * inf = nan.
         estimate = torch.expm1(-d.clamp_min(-80.0)) + d
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}")
@@ -62,14 +66,15 @@ def clipped_value_loss(
     clip: float,
     weights: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Half the squared error of the value network, summed over tokens; with clip > 0 the pessimistic clipped form.
+    """Compute half the squared error of the value network, summed over tokens, with the value clipping of PPO.
 
-    0.5 * max((V - R)^2, (V_old + clip(V - V_old, -clip, clip) - R)^2)
+    The loss of a token with value V and return R is
+    0.5 * max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2).
 
     Args:
-        values, old_values, returns: shape (N,), in reward units.
-        clip: 0 turns clipping off.
-        weights: weights of the tokens in the sum, shape (N,).
+        values, old_values, returns: one entry for each of N trained tokens, shape (N,), in reward units.
+        clip: clipping range in reward units; 0 turns clipping off, so that the loss is 0.5 * (V - R)^2.
+        weights: weight of each token in the sum, shape (N,), or one number for all tokens.
     """
     error = (values - returns).square()  # (N,)
     if clip > 0:

@@ -1,4 +1,7 @@
-"""Scaling of token advantages over an iteration, and penalties summed to the end of a response."""
+"""Normalize token advantages with statistics of the whole iteration, and compute penalties-to-go.
+
+The penalty-to-go of a token is the sum of the penalties from that token to the end of its response.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,17 @@ from vineppo.types import TrainingSample
 def scale_advantages(
     rows: Sequence[Sequence[float]], scaling: str, weights: Sequence[Sequence[float]] | None = None
 ) -> list[list[float]]:
-    """Scale all token advantages of an iteration together, so that batches and workers do not affect the result.
+    """Scale token advantages.
+
+    Scale with statistics of the whole iteration, so that the result does not depend on the minibatch size or the number
+    of workers.
 
     Args:
-        rows: one list of token advantages per response (response tokens only), ragged.
-        scaling: `none`; `std` divides by the standard deviation (about the mean); `whiten` also subtracts the mean,
-            which makes zero advantages non-zero.
-        weights: weights of the tokens in mean and deviation, shaped like `rows`; None means 1 for all.
+        rows: one list per sample with the advantages of its trained tokens. The lists can have different lengths.
+        scaling: `none` changes nothing, `std` divides by the standard deviation, and `whiten` subtracts the mean and
+            divides by the standard deviation. `whiten` can make advantages of 0 non-zero.
+        weights: weight of each token in the mean and the standard deviation, shaped like `rows`; None weights all
+            tokens equally.
     Returns:
         Scaled advantages, shaped like `rows`. If all advantages are equal, they are not divided.
     """
@@ -29,7 +36,7 @@ def scale_advantages(
 def shift_and_divisor(
     rows: Sequence[Sequence[float]], scaling: str, weights: Sequence[Sequence[float]] | None = None
 ) -> tuple[float, float]:
-    """Return (shift, divisor) of `scale_advantages`: the scaled advantage is (advantage - shift) / divisor."""
+    """Return (shift, divisor) for `scale_advantages`, where the scaled advantage is (advantage - shift) / divisor."""
     flat = [a for row in rows for a in row]
     counts = [1.0] * len(flat) if weights is None else [w for row in weights for w in row]
     total = math.fsum(counts)
@@ -41,10 +48,13 @@ def shift_and_divisor(
 
 
 def penalty_to_go(penalties_T: Sequence[float], later: float = 0.0) -> list[float]:
-    """Return the sum of penalties from each token to the end of its response, shape (T,).
+    """Return, for each token, the sum of the penalties from that token to the end of its response.
 
     Args:
-        later: sum of the penalties after the last of these tokens.
+        penalties_T: penalty of each of T tokens, shape (T,).
+        later: sum of the penalties after the last of the T tokens.
+    Returns:
+        List of shape (T,).
     """
     out, total = [0.0] * len(penalties_T), later
     for t in reversed(range(len(penalties_T))):
@@ -54,10 +64,16 @@ def penalty_to_go(penalties_T: Sequence[float], later: float = 0.0) -> list[floa
 
 
 def penalties_to_go(samples: Sequence[TrainingSample], penalties: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return `penalty_to_go` of the trained tokens of every sample, ragged (B, N).
+    """Return one list per sample with the penalties-to-go of its trained tokens.
 
-    If the trained tokens of other samples start where a sample ends, as for continuations of a shared prefix, the
-    weighted mean of their penalties is added to the sample's. Otherwise nothing is added.
+    A sample can be the prefix of other samples (its continuations). In that case the mean penalty-to-go of the
+    continuations, weighted by the training weight of their first token, is added to every trained token of the prefix.
+    A sample is a continuation of the prefix if all tokens before its first trained token with a positive weight are the
+    tokens of the prefix. "First token" means this token.
+
+    Args:
+        samples: the training samples of an iteration.
+        penalties: one list per sample with the penalties of its trained tokens.
     """
     followers: dict[tuple[int, ...], list[tuple[int, int, float]]] = defaultdict(list)
     for index, sample in enumerate(samples):

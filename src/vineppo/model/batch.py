@@ -1,4 +1,7 @@
-"""Pads sequences to tensors. Padding is always on the right, so that causal attention never sees it."""
+"""Pad sequences to tensors.
+
+Padding is always on the right, so that with causal attention no token attends to padding.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from vineppo.types import TrainingSample
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples as tensors. Entries after the end of a sequence are 0 and have loss_mask False."""
+    """Training samples as tensors for B sequences, T tokens of the longest sequence, and A alternatives.
+
+    At padding, all entries are 0 and `loss_mask` is False.
+    """
 
     token_ids: torch.Tensor  # (B, T) int64
     loss_mask: torch.Tensor  # (B, T) bool
@@ -21,14 +27,14 @@ class Batch:
     advantages: torch.Tensor  # (B, T) float32
     returns: torch.Tensor | None  # (B, T) float32
     values: torch.Tensor | None  # (B, T) float32
-    weights: torch.Tensor  # (B, T) float32, 0 where loss_mask is False
-    alternative_places: torch.Tensor  # (A,) int64: index among the N masked tokens of the one it replaces
+    weights: torch.Tensor  # (B, T) float32, 0 for tokens with loss_mask False
+    alternative_places: torch.Tensor  # (A,) int64: index of the replaced token among those that loss_mask selects
     alternative_ids: torch.Tensor  # (A,) int64
     alternative_advantages: torch.Tensor  # (A,) float32
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Pad rows with zeros on the right to one tensor of shape (B, T), where T is the length of the longest row."""
+    """Return a tensor of shape (B, T) with the B rows, padded on the right with zeros to the longest length T."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)  # (B, T)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=dtype)
@@ -36,7 +42,7 @@ def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.devic
 
 
 def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu") -> Batch:
-    """Collate training samples into one padded batch."""
+    """Combine training samples into one padded batch."""
 
     def optional(rows: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
         present = [row for row in rows if row is not None]
@@ -59,16 +65,17 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
 
 
 def _weights(sample: TrainingSample) -> Sequence[float]:
-    """Return the weight of every token of the sequence, 0 for untrained tokens."""
+    """Return the weight of every token of the sequence. The weight of tokens that are not trained is 0."""
     if sample.weights is None:
         return sample.loss_mask
     return [weight * trained for weight, trained in zip(sample.weights, sample.loss_mask, strict=True)]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices into micro-batches of at most `max_tokens` padded tokens; similar lengths are grouped together.
+    """Group the indices of sequences into micro-batches of at most `max_tokens` tokens, including padding.
 
-    A sequence longer than `max_tokens` is alone in its micro-batch. Every index occurs exactly once.
+    Sequences of similar lengths are grouped together. A sequence longer than `max_tokens` is alone in its micro-batch.
+    Every index occurs exactly once.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []

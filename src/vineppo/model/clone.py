@@ -1,4 +1,4 @@
-"""Copies a model. The copy can share some tensors with the original."""
+"""Copy a model. The copy can share some tensors with the original model."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import nn
 from vineppo.types import UserError
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training", "_non_persistent_buffers_set"}
-"""Attributes that PyTorch manages in every module: parameters, buffers, children and hooks."""
+"""Names of the attributes that PyTorch manages in every module, such as parameters, buffers, children and hooks."""
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
-    """Copy a transformers model. The clone computes the same bits and has separate weights.
+    """Copy a transformers model. The clone computes bit-identical results and has separate weights.
 
     The clone is built from the model's configuration on the meta device, with the same adapters (peft) if the model has
-    any. Then parameters, buffers and plain attributes are copied, module by module. `copy.deepcopy` would work for a
-    plain model, but fails for one that FSDP2 has sharded. Tied weights, dtype, device, `requires_grad`, evaluation mode
-    and gradient checkpointing are preserved. Hooks are not copied: the clone of a sharded model has the shards
-    (DTensor), but no hooks that gather them. No random numbers are drawn.
+    any. Then parameters, buffers, and attributes that contain only numbers and texts are copied for each module.
+    `copy.deepcopy` is not used, because it fails for a model that FSDP2 has sharded. Tied weights, dtype, device,
+    `requires_grad`, evaluation mode and gradient checkpointing are preserved. Hooks are not copied: the clone of a
+    sharded model has the shards (DTensor), but no hooks that gather the shards. The state of the random number
+    generator is not changed.
 
     Args:
         model: a transformers model; if it has adapters, the model inside the peft model.
-        share: parameters and buffers of `model` that the clone shares instead of copying.
+        share: parameters and buffers of `model` that are not copied, so that the clone and `model` share them.
     Raises:
-        UserError: if the model differs from what its configuration builds, because layers were replaced.
+        UserError: if layers were replaced, so that the model differs from a model built from its configuration.
     """
     clone = _skeleton(model)
     sources = dict(model.named_modules(remove_duplicate=False))
@@ -38,9 +39,9 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
     for name in (*sources, *targets):
         if name not in sources or name not in targets or not _same_class(sources[name], targets[name]):
             raise UserError(
-                f"{type(model).__name__} cannot be copied: its layer {name!r} differs from the one that its "
-                "configuration builds; use the model as from_pretrained loads it, or use no value network and no KL "
-                "penalty (learner.kl.coefficient 0; beta 0 of VinePPOTrainer)"
+                f"{type(model).__name__} cannot be copied: its layer {name!r} differs from the one that the "
+                "model's configuration describes; use the model as from_pretrained loads it, or use an algorithm "
+                "without a value network and no KL penalty (learner.kl.coefficient 0; for VinePPOTrainer beta 0)"
             )
     tensors = {id(tensor): tensor for tensor in share}
     for name, source in sources.items():
@@ -51,16 +52,16 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
 
 
 def _skeleton(model: Any) -> Any:
-    """Build the same modules and adapters on the meta device, without memory for weights."""
+    """Build the same modules and adapters as in `model` on the meta device, where weights need no memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # creating the original model showed these warnings already
+        warnings.simplefilter("ignore")  # The same warnings were shown when the original model was created.
         skeleton = type(model)(copy.deepcopy(model.config))
         adapters = getattr(model, "peft_config", None) or {}
         wrapper = None
         for name, settings in copy.deepcopy(adapters).items():
             import peft
 
-            # Some initialisations compute with the weights, which the meta device does not have.
+            # Some initialisations of adapters compute with the weights, but weights on the meta device have no values.
             if hasattr(settings, "init_lora_weights"):
                 settings.init_lora_weights = True
             if wrapper is None:
@@ -73,7 +74,10 @@ def _skeleton(model: Any) -> Any:
 
 
 def _same_class(source: nn.Module, target: nn.Module) -> bool:
-    """Whether the modules have the same class and `forward`. FSDP2 replaces a module's class by a subclass."""
+    """Return whether two modules have the same class and the same `forward` method.
+
+    FSDP2 replaces the class of a module by a subclass, which counts as the same class.
+    """
     return (
         isinstance(source, type(target))
         and type(source).__name__.removeprefix("FSDP") == type(target).__name__
@@ -82,11 +86,11 @@ def _same_class(source: nn.Module, target: nn.Module) -> bool:
 
 
 def _copy_state(source: nn.Module, target: nn.Module, tensors: dict[int, torch.Tensor]) -> None:
-    """Copy the state of a module to another module, without its children.
+    """Copy the parameters, buffers and attributes of a module to another module. Child modules are not copied.
 
     Args:
-        tensors: `id` of a tensor of the model -> the clone's tensor. Missing tensors are copied and added, so that
-            weights that are tied in the model are tied in the clone.
+        tensors: dictionary from the `id` of a tensor of the model to the tensor of the clone. A tensor that is missing
+            in the dictionary is copied and added, so that weights that are tied in the model are tied in the clone.
     """
 
     def clone_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,12 +110,12 @@ def _copy_state(source: nn.Module, target: nn.Module, tensors: dict[int, torch.T
             setattr(target, name, clone_of(value))
         elif name == "_gradient_checkpointing_func":
             setattr(target, name, value)
-        elif _is_plain(value) and hasattr(target, name):  # not those that only FSDP2 adds
+        elif _is_plain(value) and hasattr(target, name):  # FSDP2 adds attributes that the clone does not have
             setattr(target, name, copy.deepcopy(value))
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, a dtype or None, or a collection of these."""
+    """Return whether a value is a number, a text, a dtype, None, or a collection of such values."""
     if isinstance(value, dict):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
     return all(map(_is_plain, value)) if type(value) in (list, tuple, set) else isinstance(value, _PLAIN)

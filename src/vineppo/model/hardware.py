@@ -1,6 +1,6 @@
-"""Properties of the machine that affect settings and memory.
+"""Query the arithmetic of the processor, and set how the memory allocator works.
 
-PyTorch is imported inside the functions, because the command line imports this module before it needs PyTorch.
+PyTorch is imported inside the functions, so that an import of this module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPE_CHECKS = {"torch.bfloat16": "_is_mkldnn_bf16_supported", "torch.float16": "_is_mkldnn_fp16_supported"}
-"""Operations of oneDNN that return whether this processor multiplies in a dtype."""
+"""For each dtype, the operation of oneDNN that returns whether this processor has instructions for the dtype."""
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt(3)."""
+"""Numbers of two parameters of mallopt(3) in glibc."""
 
 
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is available and has vector instructions for this 16-bit dtype; False for other dtypes.
+    """Return whether oneDNN is available and this processor has vector instructions for a 16-bit dtype.
 
-    Without them (for example on processors with AVX2 only), PyTorch multiplies 16-bit numbers one at a time, which is
-    much slower than float32.
+    The result is False for other dtypes. Without such instructions (for example on processors with AVX2 only), PyTorch
+    multiplies 16-bit numbers one at a time, which is much slower than float32.
     """
     import torch
 
@@ -33,14 +33,19 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's allocator keep freed memory for the rest of the process; returns False without glibc.
+    """Make the memory allocator of glibc keep freed memory for the rest of the process.
 
-    By default glibc returns every freed large block to the system. The next large block is then new memory, which costs
-    one page fault per 4 KiB, and a backward pass allocates hundreds of them: a fifth of the time of training 135M
-    parameters. Keeping the memory raises the peak of the process by a few per cent. Call this before threads start.
+    By default, glibc returns every freed large block to the operating system. The next large block is then new memory,
+    which costs one page fault per 4 KiB. A backward pass allocates hundreds of large blocks, and the page faults took a
+    fifth of the training time of a model with 135M parameters. Keeping the memory raises the peak memory of the process
+    by a few per cent. Call this function before threads start.
+
+    Returns:
+        Whether the settings were changed; False without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # These settings take large blocks from the heap too, and never shrink the heap. mallopt returns 1 on success.
+    # With these settings glibc allocates large blocks on the heap too, and never shrinks it. mallopt returns 1 on
+    # success.
     return mallopt is not None and mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1

@@ -1,4 +1,4 @@
-"""Loads a causal language model and its tokenizer from a directory, the Hugging Face hub or the package."""
+"""Load a causal language model and its tokenizer from a directory, the Hugging Face hub or the package."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ EMBEDDED = "embedded:"
 
 
 def resolve_model_path(path: str) -> str:
-    """Return the directory or hub id of a model. `embedded:NAME` is a directory inside the package.
+    """Return the directory or hub id of a model.
+
+    For `embedded:NAME`, a small model included in the package, the result is its directory in the package.
 
     Raises:
-        UserError: for an unknown embedded name, or a local path that is not a model directory.
+        UserError: for an unknown NAME, or a local path that is not a model directory.
     """
     if path.startswith(EMBEDDED):
         root = Path(str(importlib.resources.files("vineppo") / "models"))
         names = sorted(p.name for p in root.glob("*/") if (p / "config.json").exists())
         name = path[len(EMBEDDED) :]
         if name not in names:
-            known = ", ".join(EMBEDDED + n for n in names) or "none is installed"
-            raise UserError(f"model.path is {path!r}; no such embedded model (known: {known})")
+            known = ", ".join(EMBEDDED + n for n in names) or "none, the package contains no models"
+            raise UserError(f"model.path is {path!r}, but the package does not include this model; allowed: {known}")
         return str(root / name)
     local = Path(path).expanduser()
     if path and local.is_dir():
         if not (local / "config.json").exists():
-            raise UserError(f"model.path {path!r} has no config.json; give a directory saved by save_pretrained")
+            raise UserError(f"model.path {path!r} has no config.json; give a directory written by save_pretrained")
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
         raise UserError(f"model.path {path!r} does not exist; give a model directory or a hub id such as org/name")
     return str(local) if local.is_dir() else path
@@ -66,23 +68,25 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def device_errors_in_one_line(device: str) -> Iterator[None]:
-    """Turn PyTorch's error about an unavailable device, raised inside the block, into one line.
+    """Convert a PyTorch error about an unavailable device, raised inside the block, to a message of one line.
 
     Raises:
-        UserError: with the device and PyTorch's reason.
+        UserError: with the device and the reason that PyTorch gives.
     """
     try:
         yield
     except (AssertionError, RuntimeError) as error:
         reason = (str(error).strip() or "not available").splitlines()[0]
-        raise UserError(f"model.device is {device!r}: {reason}; `vineppo doctor` lists available devices") from error
+        raise UserError(
+            f"model.device is {device!r}: {reason}; `vineppo doctor` lists the available devices"
+        ) from error
 
 
 def _warn_of_slow_dtype(config: ModelConfig) -> None:
     dtype = getattr(torch, config.dtype)
     if dtype.itemsize == 2 and config.device.startswith("cpu") and not cpu_multiplies(dtype):
         warnings.warn(
-            f"model.dtype {config.dtype}: this CPU has no instructions for it and multiplies several times slower than "
-            "with float32; use model.dtype float32 unless memory is short",
+            f"model.dtype is {config.dtype}, but this CPU has no instructions for {config.dtype} and computes several "
+            "times slower than with float32; use model.dtype float32 unless memory is short",
             stacklevel=3,
         )

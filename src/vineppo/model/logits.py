@@ -1,4 +1,4 @@
-"""Logits and log-probabilities of given tokens, computed at selected positions only."""
+"""Compute logits and log-probabilities at selected positions only."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch.nn import functional as F
 
 
 def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, **options: Any) -> torch.Tensor:
-    """Return next-token logits at the selected positions, shape (N, V), in row-major order of `select`.
+    """Return the next-token logits at the positions selected by `select`.
 
-    Positions are selected before the output layer, so that the V logits of other positions are never computed.
+    Positions are selected before the output layer, so that the logits of other positions are never computed.
     Operations that the model applies to its logits (scaling, soft caps) are still applied.
 
     Args:
-        token_ids: right-padded, shape (B, T).
-        select: positions whose next-token logits are wanted, bool, shape (B, T).
-        options: passed to the model, for example for the tree attention of the sampler.
+        token_ids: B sequences, right-padded to T tokens, shape (B, T).
+        select: True at the positions whose next-token logits are returned, bool, shape (B, T).
+        options: further arguments of the model, for example for the tree attention of the sampler.
+    Returns:
+        Logits of shape (N, V) for N selected positions and vocabulary size V, ordered by row and then by position.
     """
     with _positions_before_head(model, select):
         return model(input_ids=token_ids, use_cache=False, **options).logits[0]  # (N, V)
@@ -29,7 +31,7 @@ def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, *
 @contextlib.contextmanager
 def _positions_before_head(model: Any, select: torch.Tensor) -> Iterator[None]:
     def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][select].unsqueeze(0),)  # (1, N, H)
+        return (inputs[0][select].unsqueeze(0),)  # (1, N, H) with H the hidden size
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
@@ -46,18 +48,21 @@ def token_logprobs(
     with_entropy: bool = False,
     alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return log-probabilities of the masked tokens under the distribution of sampling at `temperature`.
+    """Compute the log-probabilities of the tokens selected by `loss_mask`, when sampling at `temperature`.
 
     Args:
-        token_ids: right-padded, shape (B, T).
-        loss_mask: tokens to evaluate, bool, shape (B, T); the first column must be False.
-        alternatives: (places, ids), both (A,): other tokens to evaluate, and the index of the masked token that each
-            of them replaces. They need no additional forward pass.
+        token_ids: B sequences, right-padded to T tokens, shape (B, T).
+        loss_mask: True for the N tokens to evaluate, bool, shape (B, T); the first column must be False.
+        with_entropy: whether to compute the entropy of each distribution, too.
+        alternatives: (places, ids), each of shape (A,), for A further tokens to evaluate. Each further token has the id
+            `ids[a]` and replaces the selected token with index `places[a]`. The further tokens need no additional
+            forward pass.
     Returns:
-        (logprobs, entropies), both (N,) in row-major order of the mask, in nats, float32; entropies is None unless
-        `with_entropy`. With alternatives, logprobs is (N + A,) and ends with those of the alternatives.
+        (logprobs, entropies), in nats, float32. Both have shape (N,), ordered by row and then by position. With
+        alternatives, logprobs has shape (N + A,), and the last A entries belong to the alternatives. Without
+        `with_entropy`, entropies is None.
     """
-    select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each masked token
+    select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
     logits = selected_logits(model, token_ids, select).float()  # (N, V)
     if temperature != 1:
         logits = logits / temperature

@@ -1,4 +1,4 @@
-"""Low-rank adapters (peft), and the trained weights of a module."""
+"""Add and merge low-rank adapters (peft), and save and load the trained weights of a module."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from vineppo.types import UserError
 
 
 def with_adapters(model: Any, config: LoraConfig) -> Any:
-    """Add new adapters to a model in place and freeze its other weights; returns the peft model around it.
+    """Add new adapters to a model in place and freeze its other weights. Return the peft model that contains the model.
 
     Raises:
-        UserError: if peft is not installed, or the model has no layers of these names.
+        UserError: if peft is not installed, or if the model has no layers with the names in `config.targets`.
     """
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise UserError("model.lora needs peft: pip install 'vineppo[lora]'") from error
+        raise UserError("model.lora needs the package peft; install it with pip install 'vineppo[lora]'") from error
     targets: Any = "all-linear" if config.targets == ("all-linear",) else list(config.targets)
     settings = peft.LoraConfig(
         r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # every run starts with the same adapters
+        torch.manual_seed(0)  # The initial adapters are the same in every run.
         try:
             return peft.get_peft_model(model, settings)
         except ValueError as error:
             linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise UserError(
-                f"model.lora.targets {', '.join(config.targets)} are not in this model; its layers: {', '.join(linear)}"
+                f"model.lora.targets is {', '.join(config.targets)}, which this model does not have; layers of "
+                f"the model: {', '.join(linear)}"
             ) from error
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over (name, tensor) of a model with all adapters merged, under the names of the model without adapters.
+    """Iterate over (name, tensor) of a model with all adapters merged.
 
-    The model is not changed; one layer at a time is copied. The numbers equal those of peft's `merge_and_unload`, for
-    every kind of adapter. Tensors that no adapter changes are returned without copying.
+    The names are those of the model without adapters. The model is not changed, because one layer at a time is copied
+    and merged. The values equal those of `merge_and_unload` of peft, for every kind of adapter. Tensors that no adapter
+    changes are not copied.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,7 +53,7 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     layers: dict[str, Any] = {}
-    for name, module in model.named_modules():  # outer modules come first
+    for name, module in model.named_modules():  # named_modules yields a module before its submodules
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
     for name, tensor in model.state_dict().items():
@@ -66,9 +68,9 @@ def _inside(name: str, layers: dict[str, Any]) -> bool:
 
 
 def _merged_layer(layer: Any) -> nn.Module:
-    """Return a merged copy of a layer with adapters. peft can merge adapters only in place, hence the copy."""
+    """Return a copy of a layer with its adapters merged. The layer is copied because peft merges adapters in place."""
     copied = copy.deepcopy(layer)
-    if hasattr(copied, "unload_and_optionally_merge_module"):  # for example layers that are trained completely
+    if hasattr(copied, "unload_and_optionally_merge_module"):  # for example a layer of which all weights are trained
         whole: nn.Module = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return whole
     copied.merge()
@@ -77,14 +79,17 @@ def _merged_layer(layer: Any) -> nn.Module:
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state that a checkpoint must contain: all of it, or only the trained weights if some are frozen."""
+    """Return the state of a module for a checkpoint.
+
+    If some weights are frozen, the state contains only the trained weights. Otherwise it is the complete state.
+    """
     state, frozen = module.state_dict(), _has_frozen(module)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained} if frozen else state
 
 
 def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load what `trained_state` returned."""
+    """Load a state that `trained_state` returned."""
     module.load_state_dict(state, strict=not _has_frozen(module))
 
 

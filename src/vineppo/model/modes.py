@@ -1,4 +1,4 @@
-"""Switches dropout of a model off, and recomputation of activations on."""
+"""Switch the dropout of a model off, and switch gradient checkpointing on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from vineppo.types import UserError
 
 
 def with_checkpointing(model: Any) -> Any:
-    """Enable recomputation of activations in the backward pass; returns the model."""
+    """Enable gradient checkpointing, which recomputes activations in the backward pass. Return the model.
+
+    Raises:
+        UserError: if the model does not support gradient checkpointing.
+    """
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(f"{type(model).__name__} cannot recompute activations; set gradient_checkpointing to false")
+        raise UserError(
+            f"{type(model).__name__} does not support gradient checkpointing; set gradient_checkpointing to false"
+        )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
 def without_dropout(model: Any) -> Any:
-    """Switch dropout off; returns the model.
+    """Switch dropout off. Return the model.
 
-    All layers are put into evaluation mode, except those that recompute activations, which transformers does only in
-    training mode.
+    All layers are put into evaluation mode, except for layers with gradient checkpointing. These stay in training mode,
+    because transformers recomputes activations only in training mode; their dropout rates are set to 0.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,5 +34,5 @@ def without_dropout(model: Any) -> Any:
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # some model families pass this rate to F.dropout
+                module.dropout = 0.0  # Some models pass this rate to F.dropout.
     return model

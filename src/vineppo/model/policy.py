@@ -1,4 +1,4 @@
-"""The trained language model and its frozen reference."""
+"""Define the language model that is trained (the policy), and its frozen copy for the KL penalty (the reference)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from vineppo.model.modes import without_dropout
 
 
 class Policy:
-    """A causal language model with its codec. It is deterministic: dropout is only active inside `dropout()`.
+    """A causal language model with its codec. Dropout is only active in a `with policy.dropout(seed)` block.
 
-    With adapters, `adapters` is the peft model, and `model` is the model inside it.
+    If the model has adapters, `adapters` is the peft model, and `model` is the transformers model that the peft model
+    contains. Otherwise `adapters` is None.
     """
 
     def __init__(self, model: Any, codec: Codec, adapters: Any = None):
@@ -37,18 +38,18 @@ class Policy:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     def frozen_copy(self) -> Policy:
-        """Return a copy of the current policy whose weights are never trained."""
+        """Return a copy of the policy with frozen weights."""
         model = clone_model(self.model)
         model.requires_grad_(False)
         return Policy(model, self.codec)
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:
-        """Activate the adapters' dropout inside the block, with random numbers from this seed."""
+        """Activate the dropout of the adapters inside the block, with random numbers from `seed`."""
         if self.adapters is None:
             yield
             return
@@ -84,6 +85,6 @@ class Reference:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Policy]:
-        """Provide the starting policy inside the block."""
+        """Yield the starting policy. If the policy has adapters, they are disabled inside the block."""
         with self._policy.adapters.disable_adapter() if self._policy.adapters is not None else contextlib.nullcontext():
             yield self._policy

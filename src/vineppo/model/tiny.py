@@ -1,4 +1,7 @@
-"""A new tiny Llama and its tokenizer, from which `vineppo sft` trains the embedded models."""
+"""Build a tiny Llama with random weights and its tokenizer.
+
+The small models included in the package were trained from such a model by `vineppo sft`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _PATTERN = r"####| by [a-z]+| in [a-z]+| with [a-z]+| is | -> | = |\n|."
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the word-level tokenizer of the chain task: each letter, digit, sign, way and link is one token."""
+    """Build the tokenizer of `tasks.chain`. Each letter, digit, sign, way and link of the task is one token."""
     ways = [way for level in chain.LEVELS for way in chain.WAYS[level]]
     letters = [chr(ord("a") + i) for i in range(26)]
     tokens = [*WORDS, *map(str, range(10)), *letters, *ways, *chain.LINKS]

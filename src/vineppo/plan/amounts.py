@@ -9,7 +9,7 @@ from typing import Any
 
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
-from vineppo.training.configure import own_settings
+from vineppo.training.configure import algorithm_settings
 from vineppo.training.parts import total_updates, updates_per_iteration
 
 
@@ -76,7 +76,7 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
     algorithm = find_algorithm(config.algorithm)
     mc_tokens = 0.0
     if algorithm.plan:
-        mc_tokens = algorithm.plan.mc_tokens(own_settings(config, algorithm), rollouts, steps, length)
+        mc_tokens = algorithm.plan.mc_tokens(algorithm_settings(config, algorithm), rollouts, steps, length)
     return Amounts(rollouts, rollouts * length, 120.0, mc_tokens, steps, updates_per_iteration(config))
 
 

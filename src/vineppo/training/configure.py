@@ -1,4 +1,7 @@
-"""Configurations of training runs: recipe, command line and the settings of the chosen algorithm."""
+"""Build the configuration of a training run.
+
+Its sources are the recipe, the command line and the settings of the chosen algorithm.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from vineppo.types import UserError
 T = TypeVar("T", bound=Settings)
 
 
-def every_section(*extra: Algorithm) -> type[Config]:
-    """Return the `Config` class with a section for every built-in algorithm and for the `extra` ones."""
+def config_class_with_all_sections(*extra: Algorithm) -> type[Config]:
+    """Return the `Config` class with a section for every built-in algorithm and for every algorithm in `extra`."""
     algorithms = {**BUILT_IN, **{algorithm.name: algorithm for algorithm in extra}}
     return with_sections(**{algorithm.name: algorithm.settings for algorithm in algorithms.values()})
 
@@ -29,16 +32,16 @@ def build_config(
     *,
     name: str = "",
 ) -> Config:
-    """Build the resolved configuration of a training run. It has the section of its own algorithm only.
+    """Build the resolved configuration of a training run.
 
-    Each of these overrides the ones before it: the defaults, the recipe, the recipe's overrides for the chosen
-    algorithm, and `overrides`.
+    Of the algorithms' sections, the result contains only that of the chosen algorithm. Sources, from lowest to highest
+    priority: defaults, recipe, the recipe's overrides for the chosen algorithm, `overrides`.
 
     Args:
-        recipe: the result of `load_recipe`: the keys of `Config`, `description` and `overrides`.
-        algorithm: the algorithm to train with; None uses the one in `overrides`, or else the recipe's.
-        overrides: dotted key -> value, as on the command line; values may be text.
-        name: the recipe's name, used in error messages.
+        recipe: dictionary returned by `load_recipe`, with the keys of `Config` plus `description` and `overrides`.
+        algorithm: the algorithm to train with; None uses `algorithm` from `overrides` or, if missing, from the recipe.
+        overrides: dictionary from dotted keys to values, as on the command line; values may be text.
+        name: name of the recipe, used in error messages.
     Raises:
         UserError: for an unknown key, a wrong type, or values that are not allowed.
     """
@@ -48,20 +51,21 @@ def build_config(
     if algorithm is not None:
         command_line["algorithm"] = algorithm
     chosen = find_algorithm(_algorithm_spec({**base, **command_line}))
-    refuse_foreign(chosen, command_line, COMMAND_LINE)
+    refuse_settings_of_other_algorithms(chosen, command_line, COMMAND_LINE)
     layers = [(base, where), *_recipe_overrides(recipe, chosen, where), (command_line, COMMAND_LINE)]
     return _resolved(chosen, layers)
 
 
 def config_from_dict(cls: type[T], data: Mapping[str, Any], where: str = "in the configuration") -> T:
-    """Build settings from nested dictionaries, dotted keys, or both. Missing keys keep their defaults.
+    """Build settings from a dictionary with nested keys, dotted keys, or both. Missing keys get their default values.
 
-    If `cls` is `Config`, the result also has the section of the algorithm that `data` names.
+    If `cls` is `Config`, the result also contains the section of the algorithm that `data` selects.
 
     Args:
         where: the source of `data` in error messages, for example "in runs/a/config.yaml".
     Raises:
-        UserError: for an unknown key (suggests the most similar one), a wrong type, or a value that is not allowed.
+        UserError: for an unknown key (the message suggests a similar one), a wrong type, or a value that is not
+            allowed.
     """
     if not issubclass(cls, Config):
         return settings_from_layers(cls, [(data, where)])
@@ -75,8 +79,11 @@ def config_from_layers(layers: Iterable[Layer]) -> Config:
     return _resolved(find_algorithm(specs[-1] if specs else Config().algorithm), layers)
 
 
-def with_own_section(config: Config) -> Config:
-    """Return the configuration with the section of its algorithm, which has default values if it was missing."""
+def with_algorithm_section(config: Config) -> Config:
+    """Return the configuration with the section of its algorithm.
+
+    If the section is missing, it is added with default values.
+    """
     values = {name: getattr(config, name) for name in Config.model_fields}
     algorithm = find_algorithm(config.algorithm)
     section = getattr(config, algorithm.name, None)
@@ -84,13 +91,13 @@ def with_own_section(config: Config) -> Config:
     return _checked(algorithm, config_class(config.algorithm)(**values, **sections))
 
 
-def own_settings(config: Config, algorithm: Algorithm) -> Any:
-    """Return the settings of the configuration's algorithm."""
+def algorithm_settings(config: Config, algorithm: Algorithm) -> Any:
+    """Return the section of `algorithm` in the configuration, or its default settings if the section is missing."""
     return getattr(config, algorithm.name, None) or algorithm.settings()
 
 
 def with_run_dir(config: Config, recipe: str) -> Config:
-    """Return the configuration with `run.dir` set; the default is `runs/<recipe>-<algorithm>-seed<seed>`."""
+    """Return the configuration with `run.dir` set. An empty one becomes `runs/<recipe>-<algorithm>-seed<seed>`."""
     if config.run.dir:
         return config
     name = find_algorithm(config.algorithm).name
@@ -106,7 +113,7 @@ def _algorithm_spec(data: Mapping[str, Any]) -> str:
 
 
 def config_class(spec: str) -> type[Config]:
-    """Return the `Config` class with the section of an algorithm."""
+    """Return the `Config` class with the section of one algorithm, given by its name or as `module:object`."""
     algorithm = find_algorithm(spec)
     return with_sections(**{algorithm.name: algorithm.settings})
 
@@ -115,7 +122,9 @@ def _resolved(algorithm: Algorithm, layers: Iterable[Layer]) -> Config:
     return _checked(
         algorithm,
         settings_from_layers(
-            with_sections(**{algorithm.name: algorithm.settings}), layers, unused=every_section(algorithm)
+            with_sections(**{algorithm.name: algorithm.settings}),
+            layers,
+            unused=config_class_with_all_sections(algorithm),
         ),
     )
 
@@ -126,7 +135,7 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
     if size < algorithm.min_group_size:
         raise UserError(
             f"rollouts.group_size is {size}; {algorithm.name} compares the responses to one problem and needs at "
-            f"least {algorithm.min_group_size}"
+            f"least {algorithm.min_group_size}; raise rollouts.group_size"
         )
     if count < algorithm.min_rollouts:
         raise UserError(
@@ -136,28 +145,28 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
     if config.learner.minibatch_size > count:
         raise UserError(
             f"learner.minibatch_size is {config.learner.minibatch_size} but an iteration has {count} rollouts "
-            "(rollouts.num_problems x rollouts.group_size); lower it"
+            "(rollouts.num_problems x rollouts.group_size); lower learner.minibatch_size or sample more rollouts"
         )
-    algorithm.check(own_settings(config, algorithm), config)
+    algorithm.check(algorithm_settings(config, algorithm), config)
     return config
 
 
-def refuse_foreign(algorithm: Algorithm, settings: Mapping[str, Any], where: str) -> None:
-    """Raise UserError for settings (by dotted key) of another algorithm, which would have no effect."""
+def refuse_settings_of_other_algorithms(algorithm: Algorithm, settings: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a dotted key in `settings` belongs to another algorithm, because it would have no effect."""
     for key in settings:
         section = key.split(".")[0]
         if section in BUILT_IN and section != algorithm.name:
             raise UserError(
-                f"{key} {where} is a setting of {section}, but the algorithm is {algorithm.name}; remove it"
+                f"{key} {where} is a setting of {section}, but the algorithm is {algorithm.name}; remove {key}"
             )
 
 
 def _recipe_overrides(recipe: Mapping[str, Any], chosen: Algorithm, where: str) -> list[Layer]:
-    """Return the recipe's overrides for the chosen algorithm. The overrides for other algorithms are checked too."""
+    """Return the recipe's overrides for the chosen algorithm. Check the overrides for the other algorithms too."""
     sections = recipe.get("overrides")
     sections = {} if sections is None else sections
     if not isinstance(sections, Mapping):
-        raise UserError(f"overrides is {sections!r} {where}; it must map algorithms to settings")
+        raise UserError(f"overrides is {sections!r} {where}; it must be a mapping from algorithms to settings")
     layers: list[Layer] = []
     for spec, data in sections.items():
         if spec not in BUILT_IN and ":" not in str(spec) and spec != chosen.name:
@@ -165,10 +174,12 @@ def _recipe_overrides(recipe: Mapping[str, Any], chosen: Algorithm, where: str) 
             raise UserError(f"unknown algorithm {spec!r} under overrides {where}; {hint}")
         place = f"under overrides.{spec} {where}"
         if not isinstance(data, Mapping | None):
-            raise UserError(f"overrides.{spec} is {data!r} {where}; it must map dotted keys to values")
+            raise UserError(f"overrides.{spec} is {data!r} {where}; it must be a mapping from dotted keys to values")
         algorithm = chosen if spec == chosen.name else find_algorithm(str(spec))
-        if "algorithm" in flat_values(every_section(algorithm), data or {}, place):
-            raise UserError(f"algorithm is set {place}; overrides cannot change the algorithm")
+        if "algorithm" in flat_values(config_class_with_all_sections(algorithm), data or {}, place):
+            raise UserError(
+                f"the key algorithm is set {place}, but overrides cannot change the algorithm; remove the key"
+            )
         if algorithm is chosen:
             layers.append((data or {}, place))
     return layers

@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems: mean reward, pass@k and greedy accuracy, with confidence intervals."""
+"""Measure the mean reward, pass@k and greedy accuracy on held-out problems, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ from vineppo.types import Problem, Sampler, Task
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rewards of `num_samples` responses to each of P problems."""
+    """Rewards of `num_samples` responses to each of P problems, and the cost of sampling them."""
 
     rewards: tuple[tuple[float, ...], ...]
     """Shape (P, num_samples)."""
     tokens: int
+    """Number of sampled response tokens."""
     truncated_share: float
+    """Share of the responses that were cut off by the length limit."""
 
     @property
     def graded(self) -> bool:
-        """Whether any reward is partial, that is, neither 0 nor 1."""
+        """Return whether any reward is partial, that is, neither 0 nor 1."""
         return any(reward not in (0, 1) for row in self.rewards for reward in row)
 
     def mean_reward(self, seed: int) -> Interval:
-        """Mean reward over all responses, with an interval over problems. Rewards of 0 and 1 make it pass@1."""
+        """Return the mean reward over all responses, with a confidence interval from resampled problems.
+
+        If all rewards are 0 or 1, the mean reward equals pass@1.
+        """
         return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
-        """Unbiased estimate of the probability that at least one of k responses is right (reward >= 1)."""
+        """Return an unbiased estimate of the probability that at least one of k responses is right (reward >= 1)."""
         # The tolerance absorbs rounding errors of weighted rewards.
         solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]
         values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
@@ -79,10 +84,11 @@ def measure(
 
 
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
-    """Measure `greedy`, `pass@1` and the configured `pass@k` of a model, each as {mean, low, high}, and the cost.
+    """Measure `greedy`, `pass@1` and the configured `pass@k` of a model, each as {mean, low, high}.
 
-    A response counts as right if its reward is at least 1. If some rewards are partial, the result also contains
-    `greedy reward` and `mean reward`.
+    A response counts as right if its reward is at least 1. If some rewards are partial, that is, neither 0 nor 1, the
+    result also contains `greedy reward` and `mean reward`. The result contains the number of sampled tokens and the
+    seconds too.
     """
     began = time.perf_counter()
     policy = Policy.load(spec.model)

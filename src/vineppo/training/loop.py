@@ -1,4 +1,8 @@
-"""The training loop: draw problems, sample, compute credit, update, log, evaluate, save."""
+"""The training loop.
+
+Each iteration draws problems, samples responses, computes credit, updates the weights and logs the metrics. Some
+iterations also evaluate the model or save a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
-from vineppo.training.configure import with_own_section, with_run_dir
+from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, metrics_line
 from vineppo.training.rollouts import draw_problems
@@ -40,22 +44,23 @@ def train(
     Args:
         config: all settings; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`.
         recipe: name of the recipe; it is written to summary.json.
-        reward_fn: one or several functions that replace the task's graders: fn(prompts, completions, completion_ids,
-            **columns) -> list of numbers or None. They are called in this process.
+        reward_fn: one or several functions that replace the task's graders. Signature: fn(prompts, completions,
+            completion_ids, **columns) -> list with a number or None for each completion. The functions are called in
+            this process.
         reporter: receives the progress of the run.
-        in_memory: a model or data that is already in memory.
+        in_memory: a model or data sets that are used instead of loading the configured ones.
     Returns:
         The content of summary.json.
     Raises:
         UserError: if the settings, the model, the data or the graders cannot be used.
     """
     require_trackers(config.run.report_to)
-    config = with_run_dir(with_own_section(config), recipe)
+    config = with_run_dir(with_algorithm_section(config), recipe)
     parts = build_parts(config, reward_fn, in_memory)
     run = RunDirectory.create(config.run.dir, config)
     try:
         session = _session(config, parts, run, reporter, 0)
-    except UserError:  # a tracker did not start: remove the directory, so that the same command works later
+    except UserError:  # A tracker did not start. Without the directory, the same command can be run again.
         shutil.rmtree(run.path)
         raise
     return _run(session, Progress(recipe=recipe))
@@ -72,11 +77,11 @@ def resume(
     """Continue the run in `config.run.dir` from its newest undamaged checkpoint.
 
     On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
-    starts from the beginning. See `train` for the other arguments.
+    starts from the beginning. See `train` for the arguments.
     """
-    config = with_own_section(config)
+    config = with_algorithm_section(config)
     run = RunDirectory.open(config.run.dir)
-    _refuse_finished(run)
+    _check_unfinished(run)
     parts = build_parts(config, reward_fn, in_memory)
     progress = Progress(recipe=recipe)
     if any(run.checkpoints.glob("*/")):
@@ -91,7 +96,8 @@ def resume(
     return _run(_session(config, parts, run, reporter, progress.iteration), progress)
 
 
-def _refuse_finished(run: RunDirectory) -> None:
+def _check_unfinished(run: RunDirectory) -> None:
+    """Raise UserError if the run is finished. An interrupted run can be resumed."""
     if run.summary.exists():
         reason = json.loads(run.summary.read_text())["finish_reason"]
         if reason != "interrupted":
@@ -170,7 +176,8 @@ def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event)
         return "interrupted"
     if progress.iteration >= limits.iterations:
         return "iterations"
-    # Counts planned updates, as the learning-rate schedule does, so that minibatches without samples count too.
+    # The limit applies to planned updates, which include minibatches without samples. The learning-rate schedule counts
+    # in the same way.
     if limits.max_updates and progress.iteration * session.updates_per_iteration >= limits.max_updates:
         return "updates"
     if limits.max_tokens and progress.rollout_tokens + progress.mc_tokens >= limits.max_tokens:
@@ -182,7 +189,10 @@ def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event)
 
 @contextmanager
 def _graceful_stop() -> Iterator[threading.Event]:
-    """Let the loop finish its iteration on the first Ctrl-C or SIGTERM; stop at once on the second."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets, so that the loop stops after the current iteration.
+
+    The second signal raises KeyboardInterrupt.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""Builds the parts of a training run from its configuration."""
+"""Build the parts of a training run from its configuration."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
-from vineppo.training.configure import own_settings
+from vineppo.training.configure import algorithm_settings
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Split, Task, UserError
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a training run. `sample` and `credit` are named after the stages of the loop."""
+    """The parts of a training run. The training loop calls `sample`, `credit` and `learner.update` in this order."""
 
     algorithm: Algorithm
     policy: Policy
@@ -39,10 +39,10 @@ class Parts:
     """Number of rollouts that each group must have."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
-        """Sample and grade a group of rollouts for each problem; returns the groups and the number of sampled tokens.
+        """Sample and grade a group of rollouts for each problem. Return the groups and the number of sampled tokens.
 
         Raises:
-            UserError: if the algorithm's own sampling returns another number of groups or rollouts than configured.
+            UserError: if `sample` of the algorithm returns a different number of groups or rollouts than configured.
         """
         before = self.sampler.tokens
         groups = self.sample_groups(problems, iteration)
@@ -50,8 +50,8 @@ class Parts:
         if len(groups) != len(problems) or sizes != {self.group_size}:
             raise UserError(
                 f"algorithm {self.algorithm.name} returned {len(groups)} groups of {sorted(sizes)} rollouts for "
-                f"{len(problems)} problems; it must return one group per problem, of rollouts.group_size "
-                f"{self.group_size} rollouts"
+                f"{len(problems)} problems; it must return one group per problem, with {self.group_size} rollouts each "
+                "(rollouts.group_size)"
             )
         return groups, self.sampler.tokens - before
 
@@ -62,12 +62,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A model or data that is already in memory, so that it is not loaded as configured."""
+    """A model and data sets that are already in memory and are used instead of loading the configured ones."""
 
     policy: Policy | None = None
-    """Used instead of `config.model`, and trained in place."""
+    """The policy to train in place, instead of loading `config.model`; None loads the configured model."""
     tables: Mapping[Split, Any] | None = None
-    """Rows for the task `dataset`, by split."""
+    """The rows of each split for the task `dataset`; None loads the configured data."""
 
 
 NOTHING_IN_MEMORY = InMemory()
@@ -76,13 +76,13 @@ NOTHING_IN_MEMORY = InMemory()
 def build_parts(
     config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
 ) -> Parts:
-    """Load and build all parts. Nothing is written to disk, so a failure leaves no files behind.
+    """Load and build all parts of a training run. This function writes no files.
 
     Raises:
         UserError: if the model, the data or the graders cannot be used.
     """
     algorithm = find_algorithm(config.algorithm)
-    settings = own_settings(config, algorithm)
+    settings = algorithm_settings(config, algorithm)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
     learner = build_learner(config, algorithm, policy)
@@ -104,8 +104,11 @@ def build_parts(
 
 
 def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
-    """Build the learner of a policy, with a reference and a value network if they are needed."""
-    settings = own_settings(config, algorithm) if algorithm.needs_critic else None
+    """Build the learner of a policy.
+
+    The learner gets a reference model if the KL penalty is on, and a value network if the algorithm needs one.
+    """
+    settings = algorithm_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
     if settings is not None:
         critic = ValueNetwork(policy, derive_seed(config.run.seed, "value head"), settings.value_head_scale)
@@ -122,12 +125,15 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
 
 
 def build_engine(config: Config, policy: Policy) -> TorchSampler:
-    """Build the engine that samples from a policy in this process."""
+    """Build the sampler that generates responses with a policy in this process."""
     return TorchSampler(policy, max_rows=config.rollouts.max_rows, kv_memory=int(config.rollouts.kv_memory * 2**30))
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
-    """Sample G independent rollouts of each problem. The default for algorithms that do not define `sample`."""
+    """Sample `group_size` independent rollouts of each problem.
+
+    Algorithms that do not define `sample` use this function.
+    """
     return sample_groups(
         problems,
         parts.codec,
@@ -142,12 +148,12 @@ def sample_independently(parts: CreditParts, problems: Sequence[Problem], iterat
 
 
 def updates_per_iteration(config: Config) -> int:
-    """Planned number of updates per iteration; it does not depend on the number of training samples."""
+    """Return the planned number of updates per iteration, which does not depend on the number of training samples."""
     rollouts = config.rollouts.num_problems * config.rollouts.group_size
     return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
 
 
 def total_updates(config: Config) -> int:
-    """Planned number of updates of a whole run, after which a linear decay of the learning rate reaches 0."""
+    """Return the planned number of updates of a run. A linear learning-rate decay reaches 0 after the last update."""
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates

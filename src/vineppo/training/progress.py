@@ -13,9 +13,10 @@ from vineppo.types import Metrics, RolloutGroup, TrainingSample
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run. With the learner's state, it is all that is needed to resume the run.
+    """The progress of a run. A run can be resumed from its progress and the state of its learner.
 
-    No state of a random number generator is needed, because every seed is derived from its address.
+    The state of a random number generator is not needed, because every seed is derived from the run's seed and names
+    such as the iteration.
     """
 
     recipe: str = ""
@@ -42,7 +43,10 @@ def advance(
     """Return the progress after one more iteration.
 
     Args:
-        rollout_tokens: tokens that were sampled for the rollouts; a prefix that several rollouts share counts once.
+        rollout_tokens: number of tokens sampled for the rollouts; a prefix that several rollouts share counts once.
+        credit: metrics of the credit function.
+        seconds: duration of each phase of the iteration.
+        epochs: number of passes over the samples.
     """
     return replace(
         progress,
@@ -57,7 +61,7 @@ def advance(
 def metrics_line(
     progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the line that an iteration adds to metrics.jsonl."""
+    """Return the metrics that an iteration writes to metrics.jsonl as one line."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -76,7 +80,7 @@ def metrics_line(
 
 
 def cumulative(progress: Progress) -> dict[str, float]:
-    """Return the totals that every line of metrics.jsonl contains."""
+    """Return the numbers of tokens and seconds since the start of the run, for every line of metrics.jsonl."""
     return {
         "tokens/rollouts": progress.rollout_tokens,
         "tokens/mc": progress.mc_tokens,

@@ -1,4 +1,4 @@
-"""Draws problems, and samples and grades their rollouts."""
+"""Draw problems, and sample and grade rollouts of these problems."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from vineppo.types import (
 
 
 def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
-    """Return an iteration's training problems: new ones of an endless task, or shuffled passes over a finite one."""
+    """Return the training problems of an iteration.
+
+    An endless task generates new problems. The problems of a finite task are used in shuffled passes.
+    """
     size = task.size("train")
     if size is None:
         return [task.problem("train", derive_seed(seed, iteration, "problem", i)) for i in range(count)]
@@ -43,20 +46,21 @@ def sample_groups(
     stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> list[RolloutGroup]:
-    """Sample and grade G rollouts of each problem.
+    """Sample and grade `group_size` rollouts of each problem.
 
     Args:
-        temperature: sampling temperature; 0 is greedy.
+        max_new_tokens: maximum length of a response in tokens.
+        temperature: sampling temperature; 0 means greedy decoding.
         stop: strings that end a response, in addition to the end-of-sequence tokens.
-        address: parts of the seeds, for example (run seed, iteration, "rollouts"). The problem's id and the number of
-            its earlier occurrences in `problems` are appended.
+        address: values from which the seeds are derived, for example (run seed, iteration, "rollouts"). For each
+            problem, the id of the problem and the number of its earlier occurrences in `problems` are appended.
     Raises:
-        UserError: if a prompt and the response budget do not fit into the model's context.
+        UserError: if the tokens of a prompt plus `max_new_tokens` exceed the model's context.
     """
     prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
-    # A problem of a small data set can occur twice in an iteration. Its second group must not repeat the first.
+    # A problem of a small data set can occur twice in an iteration. The two groups must have different seeds.
     seen: Counter[str] = Counter()
     requests = []
     for problem, prompt_ids in zip(problems, prompts, strict=True):
@@ -72,25 +76,26 @@ def sample_groups(
 
 
 def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
-    """Check that a prompt and its response budget fit into the model's context.
+    """Check that a prompt and a response of the maximum length fit into the model's context.
 
     Raises:
-        UserError: if they do not fit.
+        UserError: if `prompt_tokens + max_new_tokens` exceeds `max_length`.
     """
     if prompt_tokens + max_new_tokens > max_length:
         raise UserError(
             f"the prompt of {problem_id} has {prompt_tokens} tokens; with rollouts.max_new_tokens {max_new_tokens} "
-            f"that is more than the model's context of {max_length}; lower the budget or shorten the prompts"
+            f"that is more than the model's context of {max_length}; lower rollouts.max_new_tokens or shorten "
+            "the prompts"
         )
 
 
 def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
-    """Return the number of response tokens of all rollouts."""
+    """Return the total number of response tokens of all rollouts."""
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
 
 
 def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem]:
-    """Return the first `count` problems of a split, or all of them if it has fewer."""
+    """Return the first `count` problems of a split, or all problems of the split if there are fewer."""
     size = task.size(split)
     return [task.problem(split, index) for index in range(count if size is None else min(count, size))]
 

@@ -1,4 +1,4 @@
-"""The state of a running training, and functions that evaluate, log and save it."""
+"""Evaluate, log and save a running training."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vineppo.types import Split
 
 
 class Reporter(Protocol):
-    """Receives the progress of a run, for example to print it."""
+    """An object that receives the progress of a run, for example to print the progress."""
 
     def start(self) -> None:
-        """Called before the first iteration."""
+        """Start the report. The loop calls this method once, before the first iteration."""
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Called after each iteration with its line of metrics.jsonl."""
+        """Report an iteration. `metrics` are the content of the iteration's line in metrics.jsonl."""
 
     def wants_to_stop(self) -> bool:
-        """Return whether the run should end now, with a final evaluation; called between iterations."""
+        """Return whether the run should end now, with a final evaluation. It is called between iterations."""
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """Called at the end with the content of summary.json."""
+        """Report the end of the run. `summary` is the content of summary.json."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,19 @@ class Session:
     epochs: int
     updates_per_iteration: int
     began: float
-    """Start of this process's part of the run, as a value of `time.perf_counter()`."""
+    """Value of `time.perf_counter()` when this process started or resumed the run."""
 
     def seconds_total(self, progress: Progress) -> float:
-        """Return the seconds of this process, plus those of earlier ones up to their last checkpoint."""
+        """Return the duration of the run in seconds, including earlier processes up to their last checkpoint."""
         return progress.seconds_total + time.perf_counter() - self.began
 
 
 def measured(session: Session, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
-    """Sample and grade responses to the first `count` problems of a split."""
+    """Sample and grade responses to the first `count` problems of a split.
+
+    Args:
+        address: values from which the sampling seeds are derived, after the seed of the run.
+    """
     parts = session.parts
     return measure(
         parts.codec,
@@ -77,7 +81,7 @@ def measured(session: Session, split: Split, count: int, address: tuple[int | st
 
 
 def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, float | None]]:
-    """Measure the accuracy on the validation problems; returns the new progress and the metrics."""
+    """Measure the accuracy on the validation problems. Return the new progress and the metrics."""
     began = time.perf_counter()
     measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
     interval = measurement.mean_reward(session.limits.seed)
@@ -96,7 +100,7 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
-    """Measure the starting model, log it as iteration 0 and save a checkpoint."""
+    """Measure the accuracy of the starting model, log metrics as iteration 0 and save a checkpoint."""
     began = time.perf_counter()
     progress = replace(progress, accuracy_before=_final_accuracy(session, "before"))
     progress = replace(progress, seconds_eval=time.perf_counter() - began)
@@ -110,7 +114,10 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
 
 
 def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
-    """Save a last checkpoint; unless interrupted, measure and save the model. Returns the content of summary.json."""
+    """Save a last checkpoint and return the content of summary.json.
+
+    If the run was not interrupted, the accuracy of the trained model is measured and the model is saved, too.
+    """
     save(session, progress)
     after: dict[str, float | None] | None = None
     if reason != "interrupted":
@@ -144,7 +151,10 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
 
 
 def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
-    """Accuracy before or after training on `eval.final_num_problems` problems; None if that is 0."""
+    """Measure the accuracy before or after training on `eval.final_num_problems` problems.
+
+    If `eval.final_num_problems` is 0, nothing is measured and the values are None.
+    """
     settings = session.evaluation
     if not settings.final_num_problems:
         return {"mean": None, "low": None, "high": None}
@@ -161,7 +171,7 @@ def log(session: Session, line: dict[str, Any]) -> None:
 
 
 def save(session: Session, progress: Progress) -> None:
-    """Write a checkpoint."""
+    """Write a checkpoint of the progress and the learner."""
     state = {
         "progress": asdict(replace(progress, seconds_total=session.seconds_total(progress))),
         "torch_rng": torch.get_rng_state(),

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations: cross-entropy of the response and its end-of-sequence token."""
+"""Supervised fine-tuning on demonstrations, with the cross-entropy of the response and its end-of-sequence token."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
     """Train `config.model` on the task's demonstrations and save it to `config.out`.
 
     Returns:
-        out (directory), loss (nats per token, mean of the last tenth of the updates), updates, tokens, seconds; and
-        `left out`, the number of demonstrations longer than `max_length`, if there were any.
+        A dictionary with `out` (the directory), `loss` (in nats per token, mean over the last tenth of the updates),
+        `updates`, `tokens` (number of trained tokens) and `seconds`. If demonstrations were longer than `max_length`,
+        `left out` is their number.
     Raises:
-        UserError: if `out` exists and is not an empty directory, the task has no demonstrations, or all demonstrations
-            of an update are too long.
+        UserError: if `out` exists and is not an empty directory, if the task has no demonstrations, or if all
+            demonstrations of an update are too long.
     """
     out = _new_directory(config.out)
     policy = _starting_policy(config)
@@ -64,11 +65,11 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
 
 
 def _new_directory(out: str) -> Path:
-    """Create the output directory and check that it is empty and writable, before the training starts."""
+    """Create the output directory. Check that the directory is empty and writable."""
     path = Path(out)
     try:
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            raise UserError(f"out {out!r} already exists and is not an empty directory; give a new one")
+            raise UserError(f"out {out!r} already exists and is not an empty directory; give a new or empty directory")
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
@@ -90,7 +91,7 @@ def _starting_policy(config: SFTConfig) -> Policy:
 def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstration:
     """Return (token ids of prompt + response + EOS, number of prompt tokens).
 
-    Prompt and response are tokenized separately, because in sampling the prompt is tokenized without a response.
+    Prompt and response are tokenized separately, because the sampler tokenizes prompts without a response.
     """
     prompt_ids = codec.encode_prompt(prompt)
     response_ids = codec.tokenizer(response, add_special_tokens=False).input_ids
@@ -98,7 +99,10 @@ def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstrat
 
 
 def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Demonstration]:
-    """Return an update's demonstrations: new ones of an endless task, or shuffled passes over a finite one."""
+    """Return the demonstrations of an update, without those longer than `config.max_length`.
+
+    An endless task generates new demonstrations. The demonstrations of a finite task are used in shuffled passes.
+    """
     size = task.size("train")
     first = update * config.batch_size
     batch: list[Demonstration] = []
@@ -115,7 +119,11 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
 
 
 def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
-    """Accumulate the gradient of a batch's mean token loss; returns (loss in nats per token, trained tokens)."""
+    """Accumulate the gradient of the mean loss per token of a batch.
+
+    Returns:
+        (loss in nats per token, number of trained tokens).
+    """
     total = sum(len(ids) - start for ids, start in batch)
     loss_sum = 0.0
     for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):

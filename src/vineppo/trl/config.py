@@ -1,6 +1,6 @@
-"""`VinePPOConfig`: the settings with the names, meanings and defaults of TRL's GRPOConfig.
+"""Define `VinePPOConfig`, which has the names, meanings and defaults of the fields of TRL's GRPOConfig.
 
-`to_config` converts them to `Config`. docs/from-trl.md lists the names on both sides.
+`VinePPOConfig.to_config` converts the settings to `Config`. docs/from-trl.md lists the corresponding names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from vineppo.config.messages import did_you_mean
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
-from vineppo.training.configure import config_from_dict, refuse_foreign
+from vineppo.training.configure import config_from_dict, refuse_settings_of_other_algorithms
 from vineppo.types import UserError
 
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -33,7 +33,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "scale_rewards": ("group", True, "none", False),
     "eval_strategy": ("no", "steps", "epoch"),
 }
-"""Fields of GRPOConfig for which only these values are supported; the first one is the default."""
+"""Fields of GRPOConfig for which only the listed values are supported. The first value is the default."""
 _NEUTRAL: dict[str, Any] = {
     "router_aux_loss_coef": None,
     "cast_lm_head_to_fp32": False,
@@ -48,7 +48,8 @@ _NEUTRAL: dict[str, Any] = {
     "transformers_continuous_batching_config": None,
     "use_transformers_paged": False,
 }
-"""Fields of GRPOConfig that are not supported: accepted only with these values, the defaults that switch them off."""
+"""Fields of GRPOConfig that are not supported. Only the listed value is accepted, which is the default in TRL and
+switches the feature off."""
 _WITHOUT_EFFECT: dict[str, Any] = {
     "log_completions": False,
     "num_completions_to_print": None,
@@ -64,8 +65,8 @@ _WITHOUT_EFFECT: dict[str, Any] = {
     "ref_model_sync_steps": 512,
     "logging_dir": None,
 }
-"""Fields of GRPOConfig, with their defaults, that are accepted with any value and have no effect: their feature is
-always on, always off, or part of an unsupported feature."""
+"""Fields of GRPOConfig that are accepted with any value and have no effect, with their defaults. The feature of such a
+field is always on, always off, or part of an unsupported feature."""
 _WITHOUT_EFFECT_BEGINNINGS = (
     "vllm_",
     "sapo_",
@@ -100,37 +101,39 @@ _WITHOUT_EFFECT_OF_TRANSFORMERS = (
 
 @dataclass
 class VinePPOConfig:
-    """Settings of `VinePPOTrainer`, with TRL's names and defaults for the fields that GRPOConfig has.
+    """Settings of `VinePPOTrainer`. Fields that GRPOConfig has too have the same names and defaults.
 
-    `algorithm`, `num_mc_rollouts`, `splitter` and `settings` exist only here. A field of GRPOConfig that is not
-    supported raises UserError unless it has its neutral value. Every accepted field can be read as an attribute, with
-    its default in TRL or transformers if it was not set, as callbacks expect of their `args`.
+    `algorithm`, `num_mc_rollouts`, `splitter` and `settings` do not exist in GRPOConfig. A field of GRPOConfig that is
+    not supported raises UserError unless it has the value that switches its feature off. Every accepted field can be
+    read as an attribute, because callbacks read the attributes of their `args`. A field that was not set has its
+    default value in TRL or transformers.
     """
 
     output_dir: str = "vineppo-output"
-    """Run directory."""
+    """The run directory, to which checkpoints, metrics and the trained model are written."""
     algorithm: str = "vineppo"
     """`vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a user-defined algorithm."""
     num_mc_rollouts: int = 9
-    """K, number of continuations sampled from each intermediate state."""
+    """K: number of continuations that are sampled from each state between two steps."""
     splitter: str = "newline"
-    """How a response is cut into steps (`vineppo.splitter`)."""
+    """Name of the method that splits a response into steps, see the setting `vineppo.splitter`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Other settings of `vineppo train` by dotted key, such as `{"vineppo.alternatives": True}`. They override the
-    fields. Keys of `model` are not allowed, because the trainer gets the model."""
+    fields of this class. Keys of the section `model` are not allowed, because the model is an argument of the
+    trainer."""
     learning_rate: float = 1e-6
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     steps_per_generation: int | None = None
     generation_batch_size: int | None = None
     num_generations: int = 8
-    """G, number of responses per prompt. 1 is allowed for vineppo and ppo."""
+    """G: number of responses per prompt. The value 1 is allowed for `vineppo` and `ppo`."""
     num_generations_eval: int | None = None
-    """Number of responses per prompt of `eval_dataset`; None means `num_generations`."""
+    """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
     num_train_epochs: float = 3.0
     max_steps: int = -1
-    """Number of optimizer updates; -1 means that `num_train_epochs` decides."""
+    """Number of optimizer updates; -1 means that `num_train_epochs` determines the number."""
     num_iterations: int = 1
     """Number of passes over each batch of rollouts."""
     temperature: float = 1.0
@@ -139,7 +142,8 @@ class VinePPOConfig:
     epsilon: float = 0.2
     epsilon_high: float | None = None
     scale_rewards: str | bool = "group"
-    """GRPO divides by the group's standard deviation if this is `group` or True, and not if it is `none` or False."""
+    """For `grpo`: `group` or True divides advantages by the standard deviation of the rewards of the group; `none` or
+    False does not divide."""
     reward_weights: Sequence[float] | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -162,12 +166,12 @@ class VinePPOConfig:
     save_total_limit: int | None = None
     eval_strategy: str = "no"
     eval_steps: float | None = None
-    """None means `logging_steps`, as in transformers."""
+    """Number of updates between evaluations; None means `logging_steps`, as in transformers."""
     logging_steps: float = 10
-    """Only the default of `eval_steps`; every iteration is logged."""
+    """Used only as the default of `eval_steps`. Every iteration is logged."""
     report_to: str | Sequence[str] = "none"
     optim: str = "adamw_torch_fused"
-    """Any name of AdamW, the only optimizer."""
+    """Any name that contains `adamw`. AdamW is the only optimizer."""
     top_p: float = 1.0
     top_k: int | None = 0
     min_p: float | None = None
@@ -184,13 +188,15 @@ class VinePPOConfig:
     def __post_init__(self) -> None:
         for name, allowed in _FIXED.items():
             value = getattr(self, name)
-            if getattr(value, "value", value) not in allowed:  # enumerations of transformers have the name as value
+            if (
+                getattr(value, "value", value) not in allowed
+            ):  # transformers allows enumerations, whose value is the name
                 raise UserError(f"{name} is {value!r}; allowed: {allowed[0]!r} (docs/from-trl.md gives the reason)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
             raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
         if any(key.startswith("model.") for key in self.settings):
             raise UserError(
-                "settings has a key of model; pass VinePPOTrainer the configured model, and peft_config for adapters"
+                "settings has a key of the section model; pass the model to VinePPOTrainer (peft_config adds adapters)"
             )
         self._check_batches()
 
@@ -212,7 +218,7 @@ class VinePPOConfig:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """The default of a field of TRL or transformers that was not set."""
+        """Return the default value of a field of TRL or transformers that was not set."""
         if not name.startswith("_"):
             for table in (_WITHOUT_EFFECT, _NEUTRAL, _transformers_defaults()):
                 if name in table:
@@ -226,19 +232,21 @@ class VinePPOConfig:
 
     @property
     def rollouts_per_iteration(self) -> int:
-        """Number of responses that are sampled before the updates of an iteration."""
+        """Number of responses that are sampled in each iteration, before its updates."""
         if self.generation_batch_size is not None:
             return self.generation_batch_size
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     def to_config(self, num_train: int, num_eval: int = 0) -> Config:
-        """Convert to the settings of `vineppo train`, without those of the model.
+        """Convert to the settings of `vineppo train`. The section `model` has default values.
 
         Args:
             num_train: number of training problems.
             num_eval: number of evaluation problems.
+        Raises:
+            UserError: if a setting is unknown or has a value that is not allowed.
         """
-        refuse_foreign(find_algorithm(self.algorithm), self.settings, "in settings")
+        refuse_settings_of_other_algorithms(find_algorithm(self.algorithm), self.settings, "in settings")
         num_problems = self.rollouts_per_iteration // self.num_generations
         per_iteration = self.num_iterations * -(-self.rollouts_per_iteration // self.minibatch_size)
         iterations = max(1, round(self.num_train_epochs * num_train / num_problems))
@@ -249,10 +257,10 @@ class VinePPOConfig:
         values = {
             "rollouts.num_problems": num_problems,
             "learner.minibatch_size": self.minibatch_size,
-            "learner.warmup_updates": _share(warmup, updates),
+            "learner.warmup_updates": _num_updates(warmup, updates),
             "run.iterations": iterations,
             "run.max_updates": max(0, self.max_steps),
-            "run.checkpoint_every": max(1, -(-_share(self.save_steps, updates) // per_iteration)),
+            "run.checkpoint_every": max(1, -(-_num_updates(self.save_steps, updates) // per_iteration)),
         }
         epoch = per_iteration * max(1, num_train // num_problems)
         evaluation = self._evaluation(num_eval, updates, per_iteration, epoch)
@@ -261,16 +269,16 @@ class VinePPOConfig:
         )
 
     def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
-        """Evaluation on all rows, sampled like the rollouts, as in TRL.
+        """Return the settings of the evaluation, which uses all rows and samples like the rollouts, as in TRL.
 
-        It takes place as often as `eval_strategy` and `eval_steps` set, and before and after training.
+        The model is evaluated before and after training, and as often as `eval_strategy` and `eval_steps` determine.
         """
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         samples = self.num_generations_eval or self.num_generations
         like_training = {"eval.num_samples": samples, "eval.temperature": self.temperature}
         if strategy == "no" or not num_eval:
             return {"eval.every": 0, "eval.final_num_problems": 0, **like_training}
-        steps = epoch if strategy == "epoch" else _share(self.eval_steps or self.logging_steps, updates)
+        steps = epoch if strategy == "epoch" else _num_updates(self.eval_steps or self.logging_steps, updates)
         return {
             "eval.every": max(1, -(-steps // per_iteration)),
             "eval.num_problems": num_eval,
@@ -279,7 +287,7 @@ class VinePPOConfig:
         }
 
     def _renamed(self) -> dict[str, Any]:
-        """Settings that are copied under the name that `Config` has for them."""
+        """Return the settings that `Config` has under another name, by their dotted key in `Config`."""
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
@@ -288,7 +296,7 @@ class VinePPOConfig:
             "rollouts.group_size": self.num_generations,
             "rollouts.temperature": self.temperature,
             "rollouts.max_new_tokens": self.max_completion_length,
-            **self._of_algorithm(),
+            **self._algorithm_fields(),
             "learner.lr": self.learning_rate,
             "learner.epochs": self.num_iterations,
             "learner.clip_low": self.epsilon,
@@ -307,8 +315,8 @@ class VinePPOConfig:
             "run.report_to": self._trackers(),
         }
 
-    def _of_algorithm(self) -> dict[str, Any]:
-        """Settings of the selected algorithm that are fields of this class."""
+    def _algorithm_fields(self) -> dict[str, Any]:
+        """Return the settings of the selected algorithm that are fields of this class, by dotted key in `Config`."""
         algorithm = find_algorithm(self.algorithm)
         fields = {
             "num_mc_rollouts": self.num_mc_rollouts,
@@ -331,14 +339,14 @@ class VinePPOConfig:
         return [name for name in names if name not in ("none", "all")]
 
 
-def _share(steps: float, updates: int) -> int:
-    """A number of updates; values below 1 are a share of all updates, as in transformers."""
+def _num_updates(steps: float, updates: int) -> int:
+    """Return a number of updates. Values of `steps` below 1 are a fraction of all updates, as in transformers."""
     return round(steps * updates) if steps < 1 else int(steps)
 
 
 @functools.cache
 def _transformers_defaults() -> Mapping[str, Any]:
-    """The fields of transformers' TrainingArguments, which GRPOConfig inherits, with their defaults."""
+    """Return the default values of the fields of TrainingArguments in transformers, which GRPOConfig inherits."""
     from transformers import TrainingArguments
 
     factories = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
@@ -350,26 +358,29 @@ def _transformers_defaults() -> Mapping[str, Any]:
 
 
 def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
-    """Extend `__init__` to accept fields of TRL that have no effect; they become attributes, all others are errors."""
+    """Extend `__init__` to accept further fields of TRL if their value has no effect. The fields become attributes.
+
+    A field that is unknown or has another value raises UserError.
+    """
 
     @functools.wraps(init)
     def checked(self: VinePPOConfig, *args: Any, **kwargs: Any) -> None:
         known = {f.name for f in dataclasses.fields(VinePPOConfig)}
-        foreign = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
-        for name, value in foreign.items():
-            _check_foreign(name, value, known)
+        other_fields = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
+        for name, value in other_fields.items():
+            _check_other_field(name, value, known)
         init(self, *args, **kwargs)
-        for name, value in foreign.items():
+        for name, value in other_fields.items():
             setattr(self, name, value)
 
     return checked
 
 
-def _check_foreign(name: str, value: Any, known: set[str]) -> None:
-    """Check a field that VinePPOConfig does not have: TRL must have it, and the value must have no effect.
+def _check_other_field(name: str, value: Any, known: set[str]) -> None:
+    """Check that TRL has a field and that its value needs no support. The field is not a field of VinePPOConfig.
 
     Raises:
-        UserError: if the name is unknown, or the value would have an effect in TRL.
+        UserError: if TRL has no field with this name, or if the value requires a feature that is not supported.
     """
     if name in _WITHOUT_EFFECT or name in _WITHOUT_EFFECT_OF_TRANSFORMERS:
         return

@@ -1,4 +1,6 @@
-"""An interface like TRL's: use `VinePPOTrainer` and `VinePPOConfig` instead of `GRPOTrainer` and `GRPOConfig`.
+"""Train with an interface like that of TRL.
+
+`VinePPOTrainer` and `VinePPOConfig` are used instead of `GRPOTrainer` and `GRPOConfig`:
 
     from vineppo import VinePPOConfig, VinePPOTrainer
 
@@ -10,8 +12,8 @@
     )
     trainer.train()
 
-The training is that of `vineppo train`; `VinePPOConfig.to_config` returns its settings. docs/from-trl.md has the table
-of names.
+The trainer runs the same training as `vineppo train`, with the settings that `VinePPOConfig.to_config` returns.
+docs/from-trl.md lists the corresponding names of TRL and vineppo.
 """
 
 from __future__ import annotations
@@ -50,12 +52,12 @@ __all__ = ["TrainOutput", "VinePPOConfig", "VinePPOTrainer"]
 
 
 class TrainOutput(NamedTuple):
-    """The result of `VinePPOTrainer.train`, with the names of transformers."""
+    """The result of `VinePPOTrainer.train`. The fields have the same names as in transformers."""
 
     global_step: int
     """Number of updates."""
     training_loss: float
-    """Mean policy loss over the run; a clipped objective is not a measure of progress."""
+    """Mean policy loss over the run. The loss does not measure the progress of the training."""
     metrics: dict[str, Any]
     """The content of summary.json."""
 
@@ -64,19 +66,22 @@ class VinePPOTrainer:
     """Trains a model by reinforcement learning on verifiable rewards, with credit for every step.
 
     Args:
-        model: path, Hugging Face Hub id, a transformers causal language model, or a peft model of one. A model object
-            is trained in place.
-        reward_funcs: fn(prompts, completions, completion_ids, **columns) -> one number or None per completion, possibly
-            asynchronous; or the name of a grader (`hash`, `boxed`, `exact` or `module:function`); or a list of those.
-            Functions are called in this process and, as in TRL, also get `trainer_state` and `log_metric(name, value)`
-            if their signature accepts them. If all are names, they run in separate processes with limits.
-        args: settings.
-        train_dataset: rows with a `prompt` (text or messages) and any further columns.
-        eval_dataset: rows for measuring the mean reward, before and after training and as often as
-            `args.eval_strategy` sets. With "no" they are only used by `evaluate()`.
-        processing_class: the tokenizer; required if `model` is an object whose configuration does not name one.
+        model: a path, a Hugging Face Hub id, a transformers causal language model, or a peft model that contains one. A
+            model object is trained in place.
+        reward_funcs: a reward function, the name of a grader (`hash`, `boxed`, `exact` or `module:function`), or a list
+            of functions and names. A reward function fn(prompts, completions, completion_ids, **columns) returns one
+            number or None per completion, and can be asynchronous. Functions are called in this process. As in TRL,
+            they also get `trainer_state` and `log_metric(name, value)` if their signature accepts these arguments. If
+            `reward_funcs` contains only names, the graders run in separate processes with limits of time and memory.
+        args: the settings; None means `VinePPOConfig()`.
+        train_dataset: rows with a column `prompt` (text or messages). Further columns are passed to the reward
+            functions.
+        eval_dataset: rows for measuring the mean reward before and after training, and as often as
+            `args.eval_strategy` determines. If `args.eval_strategy` is "no", only `evaluate()` uses the rows.
+        processing_class: the tokenizer. It is required if `model` is an object and its tokenizer cannot be loaded from
+            the path in its configuration.
         callbacks: `TrainerCallback` objects or classes of transformers.
-        peft_config: a `peft.LoraConfig`; the adapters are trained instead of the weights.
+        peft_config: a `peft.LoraConfig`, with which adapters are added to the model and trained instead of its weights.
     Raises:
         UserError: if an argument is missing or not supported.
     """
@@ -101,26 +106,29 @@ class VinePPOTrainer:
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.config = replace(config, model=_model_config(self.policy, self.args))
         if all(isinstance(function, str) for function in self.reward_funcs):
-            # Graders given by name run in separate processes, where they can be stopped.
+            # Graders given by name run in separate processes, so that a grader that exceeds its time limit can be
+            # stopped.
             names, self.reward_funcs = tuple(self.reward_funcs), []
             self.config = replace(self.config, task=replace(self.config.task, rewards=names))
-        self.reward_funcs = [load_grader(own) if isinstance(own, str) else own for own in self.reward_funcs]
-        self._listener = _Listener(self, [one() if isinstance(one, type) else one for one in callbacks or ()])
+        self.reward_funcs = [load_grader(reward) if isinstance(reward, str) else reward for reward in self.reward_funcs]
+        self._listener = _Listener(self, [entry() if isinstance(entry, type) else entry for entry in callbacks or ()])
         self.state = self._listener.state
         more = {"trainer_state": self.state, "log_metric": self._listener.note, "log_extra": _ignore}
-        self.reward_funcs = [_told(own, more) for own in self.reward_funcs]
-        self._began = False
+        self.reward_funcs = [_with_extra_arguments(reward, more) for reward in self.reward_funcs]
+        self._train_called = False
 
     def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
-        """Train; with `resume_from_checkpoint`, continue the run in `output_dir`, bit for bit the same on a CPU.
+        """Train the model. With `resume_from_checkpoint`, continue the run in `output_dir`.
+
+        On a CPU, a resumed run gives results that are bit-identical to those of an uninterrupted run.
 
         Raises:
-            UserError: if `output_dir` already has a run and it is not resumed, or if the run to resume has different
-                settings.
+            UserError: if `output_dir` already contains a run and `resume_from_checkpoint` is False, or if the run to
+                resume has different settings.
         """
         if resume_from_checkpoint:
             self._check_resume()
-        self._began = True
+        self._train_called = True
         tables: dict[Split, Any] = {"train": self.train_dataset}
         if self.eval_dataset is not None:
             tables["validation"] = _rows("eval_dataset", self.eval_dataset)
@@ -144,17 +152,18 @@ class VinePPOTrainer:
                 f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); restore the "
                 "old settings, or start a new run in another output_dir"
             )
-        if self._began and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
+        if self._train_called and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
             raise UserError(
                 "the model of this trainer is already trained, but beta needs the model that the run started from; "
-                "create a new VinePPOTrainer and resume with it"
+                "create a new VinePPOTrainer and call its train(resume_from_checkpoint=True)"
             )
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Measure the mean reward on `eval_dataset`, by default the trainer's.
+        """Measure the mean reward on `eval_dataset`; None uses the `eval_dataset` of the trainer.
 
         Returns:
-            `eval_reward`, and the bounds of its 95% interval as `eval_reward_low` and `eval_reward_high`.
+            A dictionary with `eval_reward`, and with the bounds of its 95% confidence interval, `eval_reward_low` and
+            `eval_reward_high`.
         """
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
@@ -173,16 +182,19 @@ class VinePPOTrainer:
         return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
-        """Save the model, merged with its adapters, and the tokenizer. The adapters are also saved in `adapter/`.
+        """Save the model and the tokenizer.
+
+        If the model has adapters, the merged weights are saved, and the adapters alone are saved in the folder
+        `adapter`.
 
         Args:
-            output_dir: directory to write to, by default `final` in the run directory.
+            output_dir: directory to write to; None means the folder `final` in the run directory.
         """
         self.policy.save(output_dir or Path(self.args.output_dir) / "final")
 
 
 class _Listener:
-    """Calls the callbacks of transformers during a run; implements `Reporter` of `vineppo.training`."""
+    """Implementation of `vineppo.training.session.Reporter` that calls the callbacks of transformers during a run."""
 
     def __init__(self, trainer: VinePPOTrainer, callbacks: Sequence[Any]):
         from transformers import TrainerControl, TrainerState
@@ -192,16 +204,19 @@ class _Listener:
         self._noted: dict[str, list[float]] = defaultdict(list)
 
     def note(self, name: str, value: float) -> None:
-        """Record a number from a reward function; the logs have its mean over the calls of an iteration."""
+        """Record a number from a reward function. The logs contain the mean of the numbers of an iteration."""
         self._noted[name].append(float(value))
 
     def start(self) -> None:
-        """Call on_train_begin."""
+        """Call `on_train_begin`."""
         self.state.max_steps = total_updates(self.trainer.config)
-        self._tell("on_train_begin")
+        self._call_callbacks("on_train_begin")
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Call on_step_end, on_evaluate and on_log, in this order. A step of the callbacks is an iteration."""
+        """Call `on_step_end`, `on_evaluate` and `on_log`, in this order.
+
+        Each iteration is one step for the callbacks.
+        """
         logs = with_trl_names(metrics)
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
         self._noted.clear()
@@ -211,27 +226,27 @@ class _Listener:
         self.state.epoch = logs["epoch"] = problems / len(self.trainer.train_dataset)
         self.state.log_history.append(logs)
         if metrics["iteration"]:
-            self._tell("on_step_end")
+            self._call_callbacks("on_step_end")
         if "eval/accuracy" in metrics:
-            self._tell("on_evaluate", metrics=logs)
-        self._tell("on_log", logs=logs)
+            self._call_callbacks("on_evaluate", metrics=logs)
+        self._call_callbacks("on_log", logs=logs)
         print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
 
     def wants_to_stop(self) -> bool:
-        """Whether a callback has set `control.should_training_stop`."""
+        """Return whether a callback has set `control.should_training_stop`."""
         return bool(self.control.should_training_stop)
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """Call on_train_end."""
-        self._tell("on_train_end")
+        """Call `on_train_end`."""
+        self._call_callbacks("on_train_end")
 
-    def _tell(self, event: str, **more: Any) -> None:
+    def _call_callbacks(self, event: str, **more: Any) -> None:
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 given = {"model": self.trainer.model, "processing_class": self.trainer.processing_class, **more}
                 changed = method(self.trainer.args, self.state, self.control, **given)
-                self.control = self.control if changed is None else changed  # callbacks may return a control or None
+                self.control = self.control if changed is None else changed  # callbacks may return a TrainerControl
 
 
 def _reward_functions(given: Any) -> list[Any]:
@@ -242,29 +257,29 @@ def _reward_functions(given: Any) -> list[Any]:
         if not isinstance(function, str) and (isinstance(function, torch.nn.Module) or not callable(function)):
             raise UserError(
                 f"reward_funcs has a {type(function).__name__}; allowed: functions and names of graders (hash, boxed, "
-                "exact, module:function); to use a reward model, call it in a function"
+                "exact, module:function); to use a reward model, pass a function that calls the model"
             )
     return functions
 
 
 def _rows(name: str, dataset: Any) -> Any:
     if dataset is None:
-        raise UserError(f"{name} is missing; pass rows with a column prompt")
+        raise UserError(f"{name} is missing; pass rows with a column named prompt")
     rows = as_sequence(dataset)
     if not len(rows):
-        raise UserError(f"{name} is empty; pass rows with a column prompt")
+        raise UserError(f"{name} is empty; pass rows with a column named prompt")
     return rows
 
 
 def _ignore(*_: Any) -> None:
-    """Does nothing: replaces TRL's `log_extra`, which adds a column to a table of completions."""
+    """Do nothing. In TRL, `log_extra` adds a column to a table of completions, which does not exist here."""
 
 
-def _told(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[..., Any]:
-    """Bind the extra arguments `more` that TRL passes to reward functions, if the function's signature accepts them."""
+def _with_extra_arguments(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[..., Any]:
+    """Bind those of the arguments `more` that the signature of the reward function accepts."""
     try:
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # the signature of some callables cannot be read
+    except (TypeError, ValueError):  # The signature of some callables cannot be read.
         return function
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     chosen = {name: value for name, value in more.items() if takes_all or name in parameters}
@@ -280,14 +295,14 @@ def _told(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[...
 def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOConfig) -> Policy:
     """Build the policy from the model, with new adapters if `peft_config` is not None."""
     if isinstance(model, str | Path):
-        model, own = _loaded(str(model), args)
-        tokenizer = processing_class or own
+        model, loaded_tokenizer = _loaded(str(model), args)
+        tokenizer = processing_class or loaded_tokenizer
     else:
         tokenizer = processing_class or _tokenizer_of(model)
         model = _placed(model, args)
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         if peft_config is not None:
-            raise UserError("model already has adapters, so peft_config must be None; pass only one of them")
+            raise UserError("model already has adapters, so peft_config must be None; pass only one of the two")
         if args.beta > 0 and any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name):
             raise UserError(
                 "model has trained adapters, but the reference model of the KL penalty (beta) has none; merge them "
@@ -298,10 +313,10 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
     codec = Codec.for_model(model, tokenizer)
     if peft_config is None:
         return Policy(model, codec)
-    import peft  # which made peft_config
+    import peft  # installed, because peft_config is an object of peft
 
     with torch.random.fork_rng():
-        torch.manual_seed(args.seed)  # equal seeds give equal adapters, independent of earlier random numbers
+        torch.manual_seed(args.seed)  # The initial adapters depend only on args.seed.
         try:
             return Policy(model, codec, peft.get_peft_model(model, peft_config))
         except ValueError as error:
@@ -313,19 +328,19 @@ def _device(args: VinePPOConfig) -> str:
 
 
 def _placed(model: Any, args: VinePPOConfig) -> Any:
-    """Move a model to the device on which TRL would train it. Its dtype is not changed."""
+    """Move a model to the device on which TRL would train the model. The dtype is not changed."""
     if not getattr(model, "hf_device_map", None):
         model = model.to(_device(args))
     return with_checkpointing(model) if args.gradient_checkpointing else model
 
 
 def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
-    """A description of the model for the run's config.yaml. The model cannot always be loaded from it."""
+    """Return a description of the model for config.yaml. The model cannot always be loaded from the description."""
     lora = LoraConfig()
     if policy.adapters is not None:
-        own = next(iter(policy.adapters.peft_config.values()))
-        rank, alpha, dropout = (getattr(own, name, 0) for name in ("r", "lora_alpha", "lora_dropout"))
-        lora = LoraConfig(r=rank or 0, alpha=alpha or 1.0, dropout=dropout or 0.0, targets=_targets(own))
+        adapter_config = next(iter(policy.adapters.peft_config.values()))
+        rank, alpha, dropout = (getattr(adapter_config, name, 0) for name in ("r", "lora_alpha", "lora_dropout"))
+        lora = LoraConfig(r=rank or 0, alpha=alpha or 1.0, dropout=dropout or 0.0, targets=_targets(adapter_config))
     return ModelConfig(
         path=getattr(policy.model.config, "_name_or_path", "") or "in memory",
         dtype="bfloat16" if next(policy.model.parameters()).dtype == torch.bfloat16 else "float32",
@@ -347,7 +362,7 @@ def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
     trusted = init.pop("trust_remote_code", args.trust_remote_code)
     values = {
         "path": path,
-        "dtype": str(_own_dtype(path, trusted) if dtype == "auto" else dtype).removeprefix("torch."),
+        "dtype": str(_training_dtype(path, trusted) if dtype == "auto" else dtype).removeprefix("torch."),
         "device": _device(args),
         "gradient_checkpointing": args.gradient_checkpointing,
         "trust_remote_code": trusted,
@@ -361,13 +376,13 @@ def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
     return load_pretrained(config_from_dict(Config, {f"model.{k}": v for k, v in values.items()}, "in args").model)
 
 
-def _own_dtype(path: str, trusted: bool) -> str:
-    """The dtype for training a checkpoint: bfloat16 if it is stored in bfloat16, else float32."""
+def _training_dtype(path: str, trusted: bool) -> str:
+    """Return the dtype for training a model: bfloat16 if the weights are stored in bfloat16, otherwise float32."""
     from transformers import AutoConfig
 
     try:
         stored = AutoConfig.from_pretrained(path, trust_remote_code=trusted).dtype
-    except (OSError, ValueError):  # loading the model raises a better message for the same problem
+    except (OSError, ValueError):  # Loading the model raises an error with a better message.
         return "float32"
     return "bfloat16" if str(stored).endswith("bfloat16") else "float32"
 
