@@ -15,13 +15,8 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
-<<<<<<< HEAD
 from vineppo.plan.shape import count, count_trainable, shape_from_config, shape_of
-from vineppo.training.configure import own_settings
-=======
-from vineppo.plan.shape import count, shape_by_name, shape_of, trainable
 from vineppo.training.configure import algorithm_settings
->>>>>>> r2
 from vineppo.training.parts import build_parts, updates_per_iteration
 from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
