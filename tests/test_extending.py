@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import re
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from pydantic import Field
 
 import vineppo
 from tests.helpers import ROOT
 from vineppo.cli.main import main
+from vineppo.config.load import settings_from_layers
+from vineppo.config.schema import Config, LearnerConfig, with_sections
+from vineppo.config.settings import Settings
+from vineppo.training.configure import build_config
+from vineppo.types import UserError
 
 SMALL = [
     "--task.num_steps",
@@ -83,6 +93,154 @@ def test_compare(page: str) -> None:
     assert result["algorithms"]["grpo_lambda"]["label"] == "GRPO-lambda"
     assert Path("runs/compared/accuracy_over_updates.png").exists()
     assert "| grpo_lambda | 1 of 1 |" in Path("runs/compared/table.md").read_text()
+
+
+RECIPE = """
+algorithm: grpo_lambda:grpo_lambda
+rollouts: {group_size: 4}
+grpo_lambda: {decay: 0.9}
+overrides:
+  grpo_lambda: {learner.lr: 2.0e-4}
+  other:algorithm: {learner.lr: 5.0e-4}
+  grpo: {learner.lr: 3.0e-4}
+"""
+SHARED_RECIPE = """
+rollouts: {group_size: 4}
+overrides:
+  grpo_lambda:grpo_lambda: {grpo_lambda.decay: 0.9, learner.lr: 2.0e-4}
+"""
+
+
+def test_a_recipe_of_a_users_algorithm_serves_other_algorithms_too(page: str) -> None:
+    recipe = yaml.safe_load(RECIPE)
+    own: Any = build_config(recipe)
+    assert own.grpo_lambda.decay == 0.9 and own.learner.lr == 2e-4
+    other = build_config(recipe, "grpo")
+    assert not hasattr(other, "grpo_lambda") and other.learner.lr == 3e-4
+    shared: Any = build_config(yaml.safe_load(SHARED_RECIPE), "grpo_lambda:grpo_lambda")
+    assert shared.grpo_lambda.decay == 0.9 and shared.learner.lr == 2e-4
+    assert build_config(yaml.safe_load(SHARED_RECIPE), "grpo").learner.lr == LearnerConfig().lr
+
+
+def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
+    Path("mine.yaml").write_text(RECIPE)
+    arguments = ["--algorithms", "grpo,grpo_lambda:grpo_lambda", "--grpo_lambda.decay", "0.7", "--seeds", "1"]
+    command = ["compare", "mine.yaml", *SMALL, *arguments, "--budget", "updates=1", "--out", "out"]
+    assert main(command) == 0
+    assert "decay: 0.7" in Path("out/runs/grpo_lambda-seed0/config.yaml").read_text()
+    assert "decay" not in Path("out/runs/grpo-seed0/config.yaml").read_text().replace("weight_decay", "").replace(
+        "  decay: constant", ""
+    )
+
+
+def test_evaluation_of_a_run_does_not_need_its_algorithm(page: str) -> None:
+    arguments = ["--algorithm", "grpo_lambda:grpo_lambda", "--run.dir", "mine", "--run.iterations", "1"]
+    assert main(["train", "judgement", *SMALL, *arguments]) == 0
+    Path("grpo_lambda.py").unlink()
+    sys.modules.pop("grpo_lambda", None)
+    assert main(["eval", "mine", "--num_problems", "4", "--num_samples", "1"]) == 0
+
+
+def test_a_configuration_with_a_users_section_can_be_pickled(page: str) -> None:
+    config = build_config({}, "grpo_lambda:grpo_lambda", {"rollouts.group_size": "4", "grpo_lambda.decay": "0.9"})
+    for original in (config, build_config({}, "reinforce"), Config()):
+        copied = pickle.loads(pickle.dumps(original))
+        assert copied == original and type(copied) is type(original)
+
+
+def test_a_resumed_run_of_a_users_algorithm_continues_to_the_same_bit(page: str) -> None:
+    common = ["train", "judgement", *SMALL, "--algorithm", "grpo_lambda:grpo_lambda", "--run.checkpoint_every", "1"]
+    assert main([*common, "--run.iterations", "2", "--run.dir", "whole"]) == 0
+    shutil.copytree("whole", "part")
+    for path in ("part/summary.json", "part/final"):
+        shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+    shutil.rmtree("part/checkpoints/000002", ignore_errors=True)
+    assert main(["train", "--resume", "part"]) == 0
+    weights = [Path(run, "final", "model.safetensors").read_bytes() for run in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+class Odd(Settings):
+    """Settings with every kind of field that a user may choose."""
+
+    width: int = Field(gt=0)
+    """A setting without a default."""
+    limit: float | None = None
+    names: list[str] = []
+    pair: tuple[float, float] = (0.0, 1.0)
+    on: bool = False
+
+
+def test_settings_of_every_kind() -> None:
+    cls = with_sections(odd=Odd)
+    build: Any = lambda **values: settings_from_layers(cls, [({"odd": values}, "in mine.yaml")])  # noqa: E731
+    made = build(width=1, limit=None, names="a,b", pair=[1, 2]).odd
+    assert (made.limit, made.names, made.pair) == (None, ["a", "b"], (1.0, 2.0))
+    assert build(width=1, limit="0.5").odd.limit == 0.5
+    for values, message in {
+        "{}": "odd.width is not set; it must be a whole number",
+        "{width: 1, pair: [true, 1]}": "it must be a number",
+        "{width: 1, limit: true}": "odd.limit is True in mine.yaml; it must be a number",
+        "{width: null}": "odd.width has no value in mine.yaml",
+        "{width: 1, names: [1]}": "it must be text; put it in quotes",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            build(**yaml.safe_load(values))
+    with pytest.raises(UserError, match="unknown key "):
+        settings_from_layers(cls, [({"": {"x": 1}, "odd": {"width": 1}}, "in mine.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "check"}, "algorithm name 'check': it must be an identifier"),
+        ({"name": "overrides"}, "algorithm name 'overrides'"),
+        ({"name": "_mine"}, "algorithm name '_mine'"),
+        ({"name": "copy"}, "algorithm name 'copy'"),
+        ({"label": ""}, "label is ''; it must be a text that is not empty"),
+        ({"colour": "red"}, "colour is 'red'; it must be of the form #RRGGBB, or empty"),
+        ({"build": 3}, "build is 3; it must be a function"),
+        ({"settings": dict}, "settings must be a subclass of Settings"),
+        ({"needs_critic": True}, "settings must be a subclass of CriticConfig because needs_critic is true"),
+    ],
+)
+def test_algorithms_that_cannot_be_built(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arguments: dict[str, Any] = {"name": "mine", "label": "Mine", "build": print, **values}
+        vineppo.Algorithm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[]", "the credit function of bad returned a list; it must return a pair"),
+        ("([1], {})", "the credit function of bad returned a int among its training samples"),
+        (
+            "([training_sample(r, [float('nan')] * len(r.response_ids)) for g in groups for r in g.rollouts], {})",
+            "training sample 0 of the credit function has nan in advantages; allowed: finite numbers",
+        ),
+    ],
+)
+def test_what_a_credit_function_returns_is_checked(
+    page: str, returned: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"""
+from vineppo import Algorithm, training_sample
+bad = Algorithm("bad", "Bad | $ bad", lambda settings, parts: lambda groups, iteration: {returned})
+"""
+    Path("bad_credit.py").write_text(source)
+    sys.modules.pop("bad_credit", None)
+    assert main(["train", "judgement", *SMALL, "--algorithm", "bad_credit:bad", "--run.iterations", "1"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_labels_with_special_characters(page: str) -> None:
+    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{"')
+    Path("odd_label.py").write_text(source)
+    arguments = ["--algorithms", "grpo,odd_label:grpo_lambda", "--seeds", "1", "--budget", "updates=1", "--out", "odd"]
+    assert main(["compare", "judgement", *SMALL, *arguments]) == 0
+    assert r"updates to a\|b $x{'s best" in Path("odd/table.md").read_text().splitlines()[0]
 
 
 def test_the_splitter(page: str) -> None:

@@ -126,7 +126,7 @@ def test_every_form_of_import_is_found() -> None:
     source = """
 import vineppo
 import vineppo.learning.losses as losses
-from vineppo.credit.vine import vine
+from vineppo.credit.vineppo import VINEPPO
 from vineppo.model import policy
 from vineppo import version
 from . import group

@@ -174,7 +174,7 @@ def test_a_section_is_not_a_value() -> None:
         ("grpo.scale_by_std", "Yes", True),
         ("grpo.scale_by_std", True, True),
         ("learner.betas", "0.8,0.99", (0.8, 0.99)),
-        ("learner.betas", ["0.8", 1], (0.8, 1.0)),
+        ("learner.betas", ["0.8", 0], (0.8, 0.0)),
         ("run.report_to", "tensorboard, wandb", ("tensorboard", "wandb")),
         ("run.report_to", "", ()),
         ("run.report_to", "[trackio]", ("trackio",)),

@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from vineppo.cli.common import json_target, write_json
 from vineppo.cli.console import duration, interval_text
 from vineppo.cli.options import Command, Request, add_note, add_settings
 from vineppo.config.load import COMMAND_LINE, Layer, config_to_dict, settings_from_layers
 from vineppo.config.recipes import load_recipe
-from vineppo.config.schema import Config, EvalSpec
-from vineppo.training.configure import build_config, config_from_dict
+from vineppo.config.schema import Config, EvalSpec, ModelConfig, RolloutConfig, TaskConfig
+from vineppo.config.settings import Settings
+from vineppo.training.configure import build_config
 from vineppo.types import UserError
 
 
@@ -62,24 +65,33 @@ def _settings_of_model(model: str) -> Layer:
     """
     run_dir = _run_of(Path(model))
     if run_dir:
-        return _evaluation_of(_config_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
+        return _evaluation_of(_settings_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
     if Path(model).suffix in (".yaml", ".yml"):
         recipe = build_config(load_recipe(model), name=model)
         return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
     return {"model.path": model}, COMMAND_LINE
 
 
-def _config_of_finished(run_dir: Path) -> Config:
+class _EvaluationSettings(Settings):
+    """The sections of config.yaml that an evaluation uses. The algorithm of the run is not needed."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
+
+
+def _settings_of_finished(run_dir: Path) -> _EvaluationSettings:
     from vineppo.run.directory import RunDirectory
 
     run = RunDirectory.open(run_dir, writable=False)
     if not run.final.is_dir():
         raise UserError(f"{run_dir} has no final model yet; finish it with `vineppo train --resume {run_dir}`")
-    return config_from_dict(Config, run.config, f"in {run_dir}/config.yaml")
+    sections = {name: run.config[name] for name in _EvaluationSettings.model_fields if name in run.config}
+    return settings_from_layers(_EvaluationSettings, [(sections, f"in {run_dir}/config.yaml")])
 
 
-def _evaluation_of(config: Config, model: str) -> dict[str, Any]:
-    """Return settings for EvalSpec from the configuration of a training run. `model` is the path of the model."""
+def _evaluation_of(config: Config | _EvaluationSettings, model: str) -> dict[str, Any]:
+    """Return settings for EvalSpec from the settings of a training run. `model` is the path of the model."""
     settings = config_to_dict(config)
     return {
         "model": settings["model"] | {"path": model},

@@ -16,9 +16,7 @@ from typing import Any
 
 from vineppo.cli import compare, demo, doctor, eval, plan, sft, train
 from vineppo.cli.options import Command, parse_request, parser_of
-from vineppo.config.load import (
-    did_you_mean,
-)
+from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
 from vineppo.run.environment import package_version
 from vineppo.types import UserError

@@ -104,13 +104,16 @@ def _extra_options(
 
     A section is unknown if the settings class `cls` does not have it.
     """
-    extra, positionals, rest = dict[str, str](), list[str](), iter(arguments)
-    for argument in rest:
+    extra, positionals, rest = dict[str, str](), list[str](), list(arguments)
+    while rest:
+        argument = rest.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("-") or argument == "-":
             positionals.append(argument)
         elif argument.startswith("--") and _may_be_of_an_algorithm(cls, key):
-            extra[key] = value if equals else next(rest, "true")
+            if not equals:  # an option without a value is a boolean
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            extra[key] = value
         else:
             names = [option.lstrip("-") for option in parser._option_string_actions]
             hint = (

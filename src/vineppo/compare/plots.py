@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from vineppo.run.figures import GREY, band, canvas, finish, legend_below, percent_axis, save, short_number
+from vineppo.run.figures import GREY, band, canvas, finish, legend_below, percent_axis, plain_text, save, short_number
 
 _AXIS_LABELS = {
     "updates": "updates",
@@ -42,7 +42,7 @@ def styles_of(result: dict[str, Any]) -> dict[str, Style]:
     styles = {}
     for i, (name, figures) in enumerate(algorithms.items()):
         colour = figures["colour"] or (free.pop(0) if free else _PALETTE[i % len(_PALETTE)])
-        styles[name] = Style(figures["label"], colour, _MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)])
+        styles[name] = Style(plain_text(figures["label"]), colour, _MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)])
     return styles
 
 

@@ -52,6 +52,7 @@ def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
 def write_reports(result: dict[str, Any], out: Path) -> None:
     """Write `compare.json`, `compare.csv`, `table.md` and the plots."""
     write_text(out / "compare.json", to_json(result))
+    write_text(out / "table.md", markdown(result))
     rows = [row for figures in result["algorithms"].values() for row in figures["per_seed"]]
     if rows:
         with written_aside(out / "compare.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
@@ -59,7 +60,6 @@ def write_reports(result: dict[str, Any], out: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
         plot_comparison(result, out)
-    write_text(out / "table.md", markdown(result))
 
 
 def to_json(content: dict[str, Any]) -> str:

@@ -108,7 +108,8 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the content of `table.md`: the table and the lines below it."""
     names = header(result)
     rows = [names, tuple("---" for _ in names), *table_rows(result)]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    escaped_bar = r"\|"
+    table = "\n".join(f"| {' | '.join(cell.replace('|', escaped_bar) for cell in row)} |" for row in rows)
     return "\n\n".join([table, *conclusions(result)]) + "\n"
 
 

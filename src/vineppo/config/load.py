@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from vineppo.config.messages import did_you_mean
-from vineppo.config.settings import SettingError, Settings, is_section
+from vineppo.config.settings import SettingError, Settings, accepts_none, is_section
 from vineppo.types import UserError
 
 T = TypeVar("T", bound=Settings)
@@ -25,6 +25,7 @@ class Setting:
     """The dotted key, for example `learner.kl.coefficient`."""
     type: Any
     default: Any
+    """The default value; an empty text if the field has none and must be set."""
     doc: str
     """The docstring of the field."""
 
@@ -41,7 +42,8 @@ def _walk(cls: type[Settings], prefix: str) -> Iterator[Setting]:
             yield from _walk(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
         else:
             doc = " ".join((field.description or "").split())
-            yield Setting(prefix + name, field.annotation, field.get_default(call_default_factory=True), doc)
+            default = "" if field.is_required() else field.get_default(call_default_factory=True)
+            yield Setting(prefix + name, field.annotation, default, doc)
 
 
 @cache
@@ -86,7 +88,7 @@ def flat_values(cls: type[Settings], data: Mapping[str, Any], where: str) -> dic
     """
     settings, sections, values = settings_of(cls), sections_of(cls), dict[str, Any]()
     for key, value in _flatten(data, "", settings):
-        if key in sections:
+        if key and key in sections:
             if value is not None:  # `learner:` without keys changes nothing
                 example = next(known for known in settings if known.startswith(key + "."))
                 raise UserError(f"{key} is {value!r} {where}; it is a section, so set its keys, for example {example}")
@@ -96,7 +98,7 @@ def flat_values(cls: type[Settings], data: Mapping[str, Any], where: str) -> dic
             raise UserError(f"unknown key {key} {where}; {hint}")
         elif key in values:
             raise UserError(f"{key} is set twice {where}; remove one of the two values")
-        elif value is None:
+        elif value is None and not accepts_none(settings[key].type):
             raise UserError(f"{key} has no value {where}; give a value, or remove the key to use the default")
         else:
             values[key] = value
@@ -125,7 +127,7 @@ def _build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str], p
         return cls(**arguments)
     except SettingError as error:
         key = prefix + error.name
-        raise UserError(f"{key} is {error.value!r} {places[key]}; {error.allowed}") from None
+        raise UserError(f"{key} {error.problem} {places.get(key, '')}".rstrip() + f"; {error.allowed}") from None
 
 
 def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), prefix: str = "") -> str:

@@ -278,6 +278,13 @@ class LearnerConfig(Settings):
     """Weight of the entropy bonus. The bonus is the mean entropy over tokens."""
     kl: KLConfig = Field(default_factory=KLConfig)
 
+    def check(self) -> None:
+        """Reject decay rates that AdamW does not accept."""
+        require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"learner.betas is {list(self.betas)}; each value must be at least 0 and below 1",
+        )
+
 
 class EvalConfig(Settings):
     """Settings of the evaluation on held-out problems."""
@@ -351,6 +358,13 @@ class Config(Settings):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make configurations with the section of an algorithm picklable: `with_sections` creates their class again."""
+        sections = {
+            name: type(getattr(self, name)) for name in type(self).model_fields if name not in Config.model_fields
+        }
+        return _rebuilt, (sections, {name: getattr(self, name) for name in type(self).model_fields})
+
     def check(self) -> None:
         """Reject a linear decay of the learning rate if the number of updates is unknown."""
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
@@ -367,7 +381,13 @@ def with_sections(**sections: type[Settings]) -> type[Config]:
     fields: dict[str, Any] = {
         name: (section, Field(default_factory=section)) for name, section in sections.items() if section.model_fields
     }
+    if not fields:
+        return Config
     return create_model("Config", __base__=Config, __doc__=Config.__doc__, __module__=__name__, **fields)
+
+
+def _rebuilt(sections: dict[str, type[Settings]], values: dict[str, Any]) -> Config:
+    return with_sections(**sections)(**values)
 
 
 class SFTConfig(Settings):

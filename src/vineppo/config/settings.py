@@ -18,16 +18,17 @@ _ALLOWED: dict[Any, str] = {
     bool: "it must be true or false",
     str: "it must be text; put it in quotes",
     dict: "it must map names to values, such as {a: 1, b: [2, 3]}",
+    list: 'it must be a list such as [a, b], or ["[a", ","] for texts with brackets and commas',
     tuple: 'it must be a list such as [a, b], or ["[a", ","] for texts with brackets and commas',
 }
 
 
 class SettingError(UserError):
-    """A value that a setting does not allow."""
+    """A value that a setting does not allow, or a setting without a value that has no default."""
 
-    def __init__(self, owner: str, name: str, value: Any, allowed: str) -> None:
-        super().__init__(f"{owner}.{name} is {value!r}; {allowed}")
-        self.name, self.value, self.allowed = name, value, allowed
+    def __init__(self, owner: str, name: str, problem: str, allowed: str) -> None:
+        super().__init__(f"{owner}.{name} {problem}; {allowed}")
+        self.name, self.problem, self.allowed = name, problem, allowed
 
 
 class Settings(BaseModel):
@@ -85,6 +86,11 @@ def replace(settings: Any, **changes: Any) -> Any:
     return type(settings)(**{name: getattr(settings, name) for name in type(settings).model_fields} | changes)
 
 
+def accepts_none(kind: Any) -> bool:
+    """Return whether None is a value of a field of type `kind`, such as `float | None`."""
+    return type(None) in typing.get_args(kind)
+
+
 def from_text(kind: Any, value: Any) -> Any:
     """Convert a value to a form that pydantic accepts for a field of type `kind`.
 
@@ -94,10 +100,12 @@ def from_text(kind: Any, value: Any) -> Any:
         ValueError: for values that pydantic would accept but that are probably mistakes (true for a number, 1 for a
             boolean).
     """
+    if accepts_none(kind):
+        return None if value in (None, "null", "none") else from_text(_without_none(kind), value)
     origin = typing.get_origin(kind) or kind
-    if origin is tuple and isinstance(value, str) and not value.strip(" ").startswith("["):
+    if origin in (tuple, list) and isinstance(value, str) and not value.strip(" ").startswith("["):
         return [item.strip(" ") or None for item in value.split(",")] if value else []
-    if origin in (bool, dict, tuple) and isinstance(value, str):
+    if origin in (bool, dict, tuple, list) and isinstance(value, str):
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -106,7 +114,18 @@ def from_text(kind: Any, value: Any) -> Any:
         return int(float(value))  # pydantic does not accept "2e6" for an integer
     if origin in (int, float, bool) and isinstance(value, bool) is not (origin is bool):
         raise ValueError(_ALLOWED[origin])
-    return list(value) if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str) else value
+    if origin in (tuple, list) and isinstance(value, Sequence) and not isinstance(value, str):
+        numbers = not {int, float}.isdisjoint(typing.get_args(kind))
+        return [
+            "true" if numbers and item is True else "false" if numbers and item is False else item for item in value
+        ]
+    return value
+
+
+def _without_none(kind: Any) -> Any:
+    """Return `X` for `X | None`, and Any for other unions."""
+    kinds = [item for item in typing.get_args(kind) if item is not type(None)]
+    return kinds[0] if len(kinds) == 1 else Any
 
 
 def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
@@ -118,19 +137,23 @@ def _first_error(cls: type[Settings], error: ValidationError) -> UserError:
     name = str(first["loc"][0])
     if name not in cls.model_fields:
         return UserError(f"{cls.__name__} has no field {name!r}; its fields: {', '.join(cls.model_fields)}")
-    return SettingError(cls.__name__, name, first["input"], _allowed(cls.model_fields[name], first))
+    field = cls.model_fields[name]
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return SettingError(cls.__name__, name, "is not set", _allowed(field, first))
+    return SettingError(cls.__name__, name, f"is {first['input']!r}", _allowed(field, first))
 
 
 def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
     """Return a text that describes the values allowed for a field, after pydantic rejected a value with `error`."""
-    kind, inner = typing.get_origin(field.annotation) or field.annotation, typing.get_args(field.annotation)
+    annotation = _without_none(field.annotation) if accepts_none(field.annotation) else field.annotation
+    kind, inner = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
     if kind is Literal:
         return f"allowed: {', '.join(map(str, inner))}"
     if error["type"].startswith(("greater", "less")):
         return _range(field)
-    if kind is tuple and error["type"] in ("missing", "too_long"):
+    if kind is tuple and error["type"] in ("missing", "too_long") and ... not in inner:
         return f"it must have {len(inner)} values"
-    if kind is tuple and len(error["loc"]) > 1 and error["input"] is not None:
+    if kind in (tuple, list) and len(error["loc"]) > 1 and error["input"] is not None:
         kind = inner[0]
     return _ALLOWED.get(kind, str(error["msg"]))
 

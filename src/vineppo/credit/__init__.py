@@ -27,6 +27,8 @@ def find_algorithm(spec: str) -> Algorithm:
         UserError: if the name is unknown, the module cannot be imported, the object is not an `Algorithm`, or it has
             the name of a built-in algorithm.
     """
+    if not isinstance(spec, str):
+        raise UserError(f"algorithm is {spec!r}; allowed: {', '.join(BUILT_IN)}, or module:object")
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if ":" not in spec:

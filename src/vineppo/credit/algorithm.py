@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vineppo.config.schema import Config, CriticConfig
-from vineppo.config.settings import Settings
+from vineppo.config.settings import Settings, is_section
 from vineppo.model.codec import Codec
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup, Sampler, Task
 
+_RECIPE_KEYS = ("description", "overrides")
 PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
 """(rollouts) -> one list of shape (T,) per rollout, with the value network's value of the state before each token."""
 SampleFn = Callable[[Sequence[Problem], int], list[RolloutGroup]]
@@ -60,8 +62,8 @@ class Algorithm:
     """An algorithm: its credit function, its settings and its requirements.
 
     Raises:
-        ValueError: if the name cannot be a section of the configuration, or `needs_critic` is true and `settings` does
-            not extend `CriticConfig`.
+        ValueError: if the name cannot be a section of the configuration, the label is empty, the colour is not of the
+            form `#RRGGBB`, `build` cannot be called, or `settings` has the wrong base class.
     """
 
     name: str
@@ -91,8 +93,26 @@ class Algorithm:
     """Colour of the algorithm's curves, such as `#D55E00`. If empty, the next unused colour of the palette is used."""
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier() or self.name in Config.model_fields:
-            reserved = ", ".join(Config.model_fields)
-            raise ValueError(f"algorithm name {self.name!r}: it must be an identifier other than {reserved}")
-        if self.needs_critic and not issubclass(self.settings, CriticConfig):
-            raise ValueError(f"algorithm {self.name} needs a critic, so its settings must extend CriticConfig")
+        if not _can_be_a_section(self.name):
+            reserved = ", ".join([*Config.model_fields, *_RECIPE_KEYS])
+            raise ValueError(
+                f"algorithm name {self.name!r}: it must be an identifier without a leading underscore that is not "
+                f"reserved ({reserved}, and the attributes of Config)"
+            )
+        if not self.label or not isinstance(self.label, str):
+            raise ValueError(f"algorithm {self.name}: label is {self.label!r}; it must be a text that is not empty")
+        if self.colour and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.colour):
+            raise ValueError(
+                f"algorithm {self.name}: colour is {self.colour!r}; it must be of the form #RRGGBB, or empty"
+            )
+        if not callable(self.build):
+            raise ValueError(f"algorithm {self.name}: build is {self.build!r}; it must be a function")
+        base = CriticConfig if self.needs_critic else Settings
+        if not is_section(self.settings) or not issubclass(self.settings, base):
+            why = " because needs_critic is true" if self.needs_critic else ""
+            raise ValueError(f"algorithm {self.name}: settings must be a subclass of {base.__name__}{why}")
+
+
+def _can_be_a_section(name: str) -> bool:
+    reserved = hasattr(Config, name) or name in Config.model_fields or name in _RECIPE_KEYS
+    return name.isidentifier() and not name.startswith("_") and not reserved

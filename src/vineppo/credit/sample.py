@@ -32,15 +32,19 @@ def training_sample(
         weights_T: weight of each response token in the loss; None means 1 for every token.
     """
     zeros = (0.0,) * len(rollout.prompt_ids)
+
+    def of_sequence(values_T: Sequence[float]) -> tuple[float, ...]:
+        return zeros + tuple(map(float, values_T))  # also converts the numbers of numpy arrays and tensors
+
     return TrainingSample(
         token_ids=rollout.prompt_ids + rollout.response_ids,
         loss_mask=(0,) * len(rollout.prompt_ids) + (1,) * len(rollout.response_ids),
         sampler_logprobs=zeros + rollout.sampler_logprobs,
-        advantages=zeros + tuple(advantages_T),
-        returns=None if returns_T is None else zeros + tuple(returns_T),
-        values=None if values_T is None else zeros + tuple(values_T),
+        advantages=of_sequence(advantages_T),
+        returns=None if returns_T is None else of_sequence(returns_T),
+        values=None if values_T is None else of_sequence(values_T),
         credit=credit,
         alternatives=tuple(alternatives),
-        weights=None if weights_T is None else zeros + tuple(weights_T),
+        weights=None if weights_T is None else of_sequence(weights_T),
         rollout=rollout,
     )

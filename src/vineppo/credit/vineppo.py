@@ -36,7 +36,7 @@ class VinePPOSettings(Settings):
     """VinePPO: advantages are differences between the Monte-Carlo values of neighbouring states."""
 
     num_mc_rollouts: int = Field(9, ge=1)
-    """K, the number of continuations sampled from each state."""
+    """K: number of continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into steps: `newline` (lines), `math` (sentences and lines; sentences do not end inside
     formulas, and long ones are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a

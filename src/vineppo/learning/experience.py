@@ -64,6 +64,13 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
                 f"training sample {number} of the credit function has a weight of {wrong[0]}; allowed: finite numbers "
                 "of at least 0"
             )
+        for name in ("advantages", "returns", "values"):
+            infinite = [entry for entry in lists[name] or () if not math.isfinite(entry)]
+            if infinite:
+                raise UserError(
+                    f"training sample {number} of the credit function has {infinite[0]} in {name}; allowed: finite "
+                    "numbers"
+                )
         if with_returns and (sample.returns is None or sample.values is None):
             raise UserError(
                 f"training sample {number} of the credit function has no returns or no values, but the training "

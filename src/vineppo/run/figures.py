@@ -95,6 +95,11 @@ def short_number(value: float, position: int | None = None) -> str:
     return f"{value:g}"
 
 
+def plain_text(text: str) -> str:
+    """Return a text in which Matplotlib shows `$` as it is, instead of reading it as the start of a formula."""
+    return text.replace("$", r"\$")
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Save the figure as PNG and return the path.
 

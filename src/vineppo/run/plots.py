@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from vineppo.run.directory import RunDirectory
-from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, save, short_number
+from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, plain_text, save, short_number
 
 _PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
 _SECONDS = {
@@ -50,7 +50,7 @@ def _run_title(run_dir: Path) -> str:
     if not summary_path.exists():
         return run_dir.resolve().name
     summary = json.loads(summary_path.read_text(encoding="utf-8"))
-    parts = [summary.get("label", ""), f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
+    parts = [plain_text(summary.get("label", "")), f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
     return ", ".join(part for part in parts if part)
 
 

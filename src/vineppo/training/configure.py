@@ -39,7 +39,8 @@ def build_config(
 
     Args:
         recipe: dictionary returned by `load_recipe`, with the keys of `Config` plus `description` and `overrides`.
-        algorithm: the algorithm to train with; None uses `algorithm` from `overrides` or, if missing, from the recipe.
+        algorithm: the algorithm to train with. The section of the recipe's own algorithm is ignored if another one is
+            chosen. None uses `algorithm` from `overrides` or, if missing, from the recipe.
         overrides: dictionary from dotted keys to values, as on the command line; values may be text.
         name: name of the recipe, used in error messages.
     Raises:
@@ -50,10 +51,12 @@ def build_config(
     command_line = dict(overrides or {})
     if algorithm is not None:
         command_line["algorithm"] = algorithm
-    chosen = find_algorithm(_algorithm_spec({**base, **command_line}))
+    specs = [_algorithm_spec({**base, **command_line}), _algorithm_spec(base)]
+    known = {spec: find_algorithm(spec) for spec in specs}
+    chosen = known[specs[0]]
     refuse_settings_of_other_algorithms(chosen, command_line, COMMAND_LINE)
-    layers = [(base, where), *_recipe_overrides(recipe, chosen, where), (command_line, COMMAND_LINE)]
-    return _resolved(chosen, layers)
+    layers = [(base, where), *_recipe_overrides(recipe, chosen, known, where), (command_line, COMMAND_LINE)]
+    return _resolved(chosen, layers, others=known.values())
 
 
 def config_from_dict(cls: type[T], data: Mapping[str, Any], where: str = "in the configuration") -> T:
@@ -118,13 +121,13 @@ def config_class(spec: str) -> type[Config]:
     return with_sections(**{algorithm.name: algorithm.settings})
 
 
-def _resolved(algorithm: Algorithm, layers: Iterable[Layer]) -> Config:
+def _resolved(algorithm: Algorithm, layers: Iterable[Layer], others: Iterable[Algorithm] = ()) -> Config:
     return _checked(
         algorithm,
         settings_from_layers(
             with_sections(**{algorithm.name: algorithm.settings}),
             layers,
-            unused=config_class_with_all_sections(algorithm),
+            unused=config_class_with_all_sections(algorithm, *others),
         ),
     )
 
@@ -161,21 +164,32 @@ def refuse_settings_of_other_algorithms(algorithm: Algorithm, settings: Mapping[
             )
 
 
-def _recipe_overrides(recipe: Mapping[str, Any], chosen: Algorithm, where: str) -> list[Layer]:
-    """Return the recipe's overrides for the chosen algorithm. Check the overrides for the other algorithms too."""
+def _recipe_overrides(
+    recipe: Mapping[str, Any], chosen: Algorithm, known: Mapping[str, Algorithm], where: str
+) -> list[Layer]:
+    """Return the recipe's overrides for the chosen algorithm. Check the overrides for other known algorithms too.
+
+    A user-defined algorithm that is neither chosen nor known is not imported, so its overrides are not checked.
+
+    Args:
+        known: the chosen algorithm and the recipe's own algorithm, by the value of the setting `algorithm`.
+    """
+    by_name = BUILT_IN | {algorithm.name: algorithm for algorithm in known.values()}
     sections = recipe.get("overrides")
     sections = {} if sections is None else sections
     if not isinstance(sections, Mapping):
         raise UserError(f"overrides is {sections!r} {where}; it must be a mapping from algorithms to settings")
     layers: list[Layer] = []
     for spec, data in sections.items():
-        if spec not in BUILT_IN and ":" not in str(spec) and spec != chosen.name:
+        if spec not in by_name and ":" not in str(spec):
             hint = did_you_mean(str(spec), BUILT_IN) or f"allowed: {', '.join(BUILT_IN)}, or module:object"
             raise UserError(f"unknown algorithm {spec!r} under overrides {where}; {hint}")
         place = f"under overrides.{spec} {where}"
         if not isinstance(data, Mapping | None):
             raise UserError(f"overrides.{spec} is {data!r} {where}; it must be a mapping from dotted keys to values")
-        algorithm = chosen if spec == chosen.name else find_algorithm(str(spec))
+        algorithm = by_name.get(spec) or known.get(spec)
+        if algorithm is None:
+            continue
         if "algorithm" in flat_values(config_class_with_all_sections(algorithm), data or {}, place):
             raise UserError(
                 f"the key algorithm is set {place}, but overrides cannot change the algorithm; remove the key"

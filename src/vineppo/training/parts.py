@@ -20,7 +20,17 @@ from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import CreditFn, Problem, RewardFn, RolloutGroup, Split, Task, UserError
+from vineppo.types import (
+    CreditFn,
+    Metrics,
+    Problem,
+    RewardFn,
+    RolloutGroup,
+    Split,
+    Task,
+    TrainingSample,
+    UserError,
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,30 @@ def build_parts(
         stop=config.rollouts.stop,
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
-    credit = algorithm.build(settings, parts)
+    credit = checked_credit(algorithm, algorithm.build(settings, parts))
     return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size)
+
+
+def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
+    """Return the credit function of an algorithm with a check of the types that it returns."""
+
+    def checked(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        result: Any = credit(groups, iteration)
+        samples, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
+        if not isinstance(metrics, Mapping) or not isinstance(samples, Sequence):
+            raise UserError(
+                f"the credit function of {algorithm.name} returned a {type(result).__name__}; it must return a pair "
+                "(list of training samples, dictionary of metrics)"
+            )
+        wrong = [sample for sample in samples if not isinstance(sample, TrainingSample)]
+        if wrong:
+            raise UserError(
+                f"the credit function of {algorithm.name} returned a {type(wrong[0]).__name__} among its training "
+                "samples; build each sample with vineppo.training_sample"
+            )
+        return samples, metrics  # type: ignore[return-value]
+
+    return checked
 
 
 def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
