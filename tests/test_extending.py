@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 import vineppo
 from tests.helpers import ROOT
@@ -117,9 +117,18 @@ def test_a_recipe_of_a_users_algorithm_serves_other_algorithms_too(page: str) ->
     assert own.grpo_lambda.decay == 0.9 and own.learner.lr == 2e-4
     other = build_config(recipe, "grpo")
     assert not hasattr(other, "grpo_lambda") and other.learner.lr == 3e-4
+    with pytest.raises(UserError, match=r"grpo_lambda.decay on the command line is a setting of grpo_lambda"):
+        build_config(recipe, "grpo", {"grpo_lambda.decay": "0.5"})
     shared: Any = build_config(yaml.safe_load(SHARED_RECIPE), "grpo_lambda:grpo_lambda")
     assert shared.grpo_lambda.decay == 0.9 and shared.learner.lr == 2e-4
     assert build_config(yaml.safe_load(SHARED_RECIPE), "grpo").learner.lr == LearnerConfig().lr
+
+
+def test_two_algorithms_of_the_same_name(page: str) -> None:
+    source = Path("grpo_lambda.py").read_text()
+    Path("second.py").write_text(source.replace("    decay: float", "    extra: int = 0\n    decay: float"))
+    second: Any = build_config(yaml.safe_load(RECIPE), "second:grpo_lambda", {"grpo_lambda.extra": "5"})
+    assert (second.grpo_lambda.extra, second.grpo_lambda.decay, second.learner.lr) == (5, 0.9, 2e-4)
 
 
 def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
@@ -168,6 +177,7 @@ class Odd(Settings):
     limit: float | None = None
     names: list[str] = []
     pair: tuple[float, float] = (0.0, 1.0)
+    sizes: list[PositiveInt] = []
     on: bool = False
 
 
@@ -182,6 +192,7 @@ def test_settings_of_every_kind() -> None:
         "{width: 1, pair: [true, 1]}": "it must be a number",
         "{width: 1, limit: true}": "odd.limit is True in mine.yaml; it must be a number",
         "{width: null}": "odd.width has no value in mine.yaml",
+        "{width: 1, sizes: [0]}": "odd.sizes is 0 in mine.yaml; Input should be greater than 0",
         "{width: 1, names: [1]}": "it must be text; put it in quotes",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
@@ -197,7 +208,11 @@ def test_settings_of_every_kind() -> None:
         ({"name": "overrides"}, "algorithm name 'overrides'"),
         ({"name": "_mine"}, "algorithm name '_mine'"),
         ({"name": "copy"}, "algorithm name 'copy'"),
-        ({"label": ""}, "label is ''; it must be a text that is not empty"),
+        ({"name": 3}, "algorithm name 3"),
+        ({"label": ""}, "label is ''; it must be a text of one line that is not empty"),
+        ({"label": "_mine"}, "label is '_mine'"),
+        ({"colour": 3}, "colour is 3"),
+        ({"check": 3}, "check is 3; it must be a function"),
         ({"colour": "red"}, "colour is 'red'; it must be of the form #RRGGBB, or empty"),
         ({"build": 3}, "build is 3; it must be a function"),
         ({"settings": dict}, "settings must be a subclass of Settings"),
@@ -213,7 +228,11 @@ def test_algorithms_that_cannot_be_built(values: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ("[]", "the credit function of bad returned a list; it must return a pair"),
+        ("[]", "the credit function of bad returned (list); it must return a pair"),
+        (
+            "([training_sample(r, 1.0) for g in groups for r in g.rollouts], {})",
+            "training_sample got 1.0; it needs a list",
+        ),
         ("([1], {})", "the credit function of bad returned a int among its training samples"),
         (
             "([training_sample(r, [float('nan')] * len(r.response_ids)) for g in groups for r in g.rollouts], {})",
@@ -236,11 +255,11 @@ bad = Algorithm("bad", "Bad | $ bad", lambda settings, parts: lambda groups, ite
 
 
 def test_labels_with_special_characters(page: str) -> None:
-    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{"')
+    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{[/x]"')
     Path("odd_label.py").write_text(source)
     arguments = ["--algorithms", "grpo,odd_label:grpo_lambda", "--seeds", "1", "--budget", "updates=1", "--out", "odd"]
     assert main(["compare", "judgement", *SMALL, *arguments]) == 0
-    assert r"updates to a\|b $x{'s best" in Path("odd/table.md").read_text().splitlines()[0]
+    assert r"updates to a\|b $x{[/x]'s best" in Path("odd/table.md").read_text().splitlines()[0]
 
 
 def test_the_splitter(page: str) -> None:

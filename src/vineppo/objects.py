@@ -18,8 +18,8 @@ _SPEC = re.compile(r"(?P<module>[^:]+):(?P<name>[^:]+)")
 def load_object(spec: str, what: str) -> Any:
     """Load the object with the name `module:object`, for example a user-defined reward function.
 
-    Modules are looked up in the current directory first, as with `python -m`. The module name `__main__` stands for the
-    running script.
+    The current directory is put first on sys.path if it is not there yet. The module name `__main__` stands for the
+    running script. `object` is a name at the top level of the module.
 
     Args:
         spec: for example `my_rewards:length`.
@@ -47,13 +47,13 @@ def first_line(error: BaseException) -> str:
 
 
 def _public_names(module: Any) -> list[str]:
-    """Return the public names in a module, without imported modules and names from `typing` and `__future__`."""
+    """Return the public names in a module, without modules and what was imported from `typing` and `__future__`."""
     return [
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
         and not inspect.ismodule(value)
-        and type(value).__module__ not in ("__future__", "typing")
+        and not {getattr(value, "__module__", ""), type(value).__module__} & {"__future__", "typing"}
     ]
 
 

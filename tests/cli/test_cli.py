@@ -61,7 +61,7 @@ def test_help_has_purpose_options_and_examples(name: str, capsys: pytest.Capture
 def test_help_contains_the_text_of_nested_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "--learner.kl.coefficient X Weight of the penalty; 0 turns it off and the reference model" in words
+    assert "--learner.kl.coefficient X Weight of the penalty. If it is 0, there is no penalty and no reference model." in words
     assert "--vineppo.num_mc_rollouts N K: continuations sampled from each state. (default: 9)" in words
     assert "--learner.decay {constant,linear}" in words
     assert "learner.kl: Penalty on the KL divergence from the frozen starting model:" in words
@@ -71,7 +71,7 @@ def test_help_of_sft_contains_its_fields(capsys: pytest.CaptureFixture[str]) -> 
     main(["sft", "-h"])
     words = " ".join(capsys.readouterr().out.split())
     assert "--out TEXT Directory for the trained model" in words
-    assert "--task.prompt_column TEXT dataset, gsm8k, math: column with the problem's text" in words
+    assert "--task.prompt_column TEXT dataset, gsm8k, math: column with the text of the problem" in words
 
 
 def test_the_examples_in_help_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,7 +180,7 @@ def test_wrong_keys_in_a_recipe_file(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_resume_refuses_changed_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", Config())
     message = user_error(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "0")
-    assert "cannot change the run's settings (learner.lr: 0.0001 -> 0.0002)" in message
+    assert "cannot change the settings of the run (learner.lr: 0.0001 -> 0.0002)" in message
     assert "run.seed" not in message  # given with the same value
 
 

@@ -430,7 +430,7 @@ def test_every_epoch_contains_every_sample_once_in_a_different_order() -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [3e38, -3e38])  # finite, but the norm of the gradient overflows
 def test_a_gradient_that_is_not_finite_is_an_error_and_changes_no_weights(bad: float) -> None:
     samples = build_samples(TWO)
     samples[0] = replace(samples[0], advantages=(0.0,) * 3 + (bad, 1.0))

@@ -170,7 +170,7 @@ def test_a_resumed_run_has_the_same_bits_and_saves_merged_and_separate_adapters(
     [
         (
             {"targets": ("nothing_proj",)},
-            r"targets is nothing_proj, which this model does not have; layers of the model: .*q_proj",
+            r"targets is nothing_proj; the model has no layers with these names; its linear layers: .*q_proj",
         ),
         ({"alpha": 0.0}, "LoraConfig.alpha is 0.0; it must be above 0"),
         ({"dropout": 1.0}, "LoraConfig.dropout is 1.0; allowed: at least 0, below 1"),

@@ -210,6 +210,7 @@ def test_resume_before_the_first_checkpoint_starts_from_the_beginning(tmp_path: 
     config = small_config(tmp_path / "run")
     with pytest.raises(Crash):
         train(config, reporter=CrashAt(0))
+    (tmp_path / "run" / "checkpoints" / ".000000.tmp").mkdir(parents=True)  # killed while writing its first checkpoint
     summary = resume(config)
     assert summary["updates"] == 8 and [line["iteration"] for line in read_lines(tmp_path / "run")] == [0, 1, 2, 3, 4]
 

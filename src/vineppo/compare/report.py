@@ -84,7 +84,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
     )
     shown = [i for i, name in enumerate(names) if fits or not name.endswith("tokens")]
     for i in shown:
-        table.add_column(names[i], justify="left" if i == 0 else "right", width=widths[i])
+        table.add_column(escape(names[i]), justify="left" if i == 0 else "right", width=widths[i])
     for row in rows:
         table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)

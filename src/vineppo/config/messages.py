@@ -10,9 +10,10 @@ from collections.abc import Iterable
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """Return the known dotted keys that are most similar to `name`. The list is empty if no key is similar.
 
-    `name` is also compared to the endings of the keys (`lr` is similar to `learner.lr`). The initials of `name` are
-    compared too (`learning_rate` is similar to `learner.lr`). If several keys are equally similar, up to `limit` of
-    them are returned.
+    A key is similar if its similarity is at least 0.6 (1 means equal). `name` is also compared to the endings of the
+    keys (`lr` is similar to `learner.lr`). The last part of `name` and its initials are compared too (`foo.lr` and
+    `learning_rate` are similar to `learner.lr`). If several keys are equally similar, up to `limit` of them are
+    returned.
     """
     head, _, last = name.rpartition(".")
     initials = "".join(word[:1] for word in re.split(r"[_-]+", last))
@@ -28,7 +29,8 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
 def _similarity(name: str, key: str) -> float:
     """Return the highest similarity of a name to the endings of a key (for a.b.c: a.b.c, b.c and c).
 
-    The similarity is 1 if the name equals an ending, and at least 0.95 if the name is a prefix of an ending.
+    Case is ignored, and `.`, `-` and `_` are equal. The similarity is 1 if the name equals an ending, and at least 0.95
+    if the name has at least 3 characters and an ending starts with it.
     """
     parts, normal_name = key.split("."), _normal(name)
     endings = [_normal(".".join(parts[i:])) for i in range(len(parts))]

@@ -1,7 +1,8 @@
 """Load recipes. A recipe is a YAML file with the settings of a training run, in the package or at a path.
 
-A recipe has the keys of `Config` and two more keys at the top level. `description` is a text. `overrides` contains
-settings for each algorithm, which are only applied if that algorithm is selected:
+A recipe for `vineppo sft` has the keys of `SFTConfig`. A recipe for reinforcement learning has the keys of `Config`, a
+section for each algorithm whose settings it changes, and two more keys at the top level. `description` is a text.
+`overrides` contains settings for each algorithm, which are only applied if that algorithm is selected:
 
 ```
 description: What this recipe is for.
@@ -32,21 +33,22 @@ def recipe_names() -> list[str]:
 
 
 def is_sft_recipe(name: str) -> bool:
-    """Return whether a recipe in the package is for `vineppo sft`."""
+    """Return whether a recipe is for `vineppo sft`: its name starts with `sft-` or ends with `-sft`."""
     return name.startswith("sft-") or name.endswith("-sft")
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """Load a recipe from the package by its name, or from a YAML file by its path.
+    """Load a recipe from the package by its name, or from a YAML file by its path. An empty file gives {}.
 
     Raises:
-        UserError: if the recipe or file does not exist, cannot be read, or is not a YAML mapping.
+        UserError: if the recipe or file does not exist, cannot be read, is not a YAML mapping, or has a description
+            that is not text.
     """
     name, path, names = str(name_or_path), Path(name_or_path), recipe_names()
     if name in names:
         text = (importlib.resources.files("vineppo") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         return _parse_recipe(text, name)
-    if not os.path.isfile(path):  # Path.is_file can raise; os.path.isfile returns False instead.
+    if not os.path.isfile(path):  # For a name that is too long, Path.is_file raises; os.path.isfile returns False.
         what = "is a directory" if os.path.isdir(path) else "is neither a recipe of the package nor a file"
         hint = did_you_mean(name, names)
         raise UserError(f"recipe {name!r} {what}; {hint + ' ' if hint else ''}recipes: {', '.join(names)}")
@@ -59,7 +61,10 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def recipe_stem(name_or_path: str | Path) -> str:
-    """Return the name of a recipe for run directories: `judgement` for `judgement`, and `mine` for `conf/mine.yaml`."""
+    """Return the last part of a recipe's name or path, without the suffix: `mine` for `conf/mine.yaml`.
+
+    It is part of the name of the run directory.
+    """
     return Path(name_or_path).stem
 
 
@@ -82,7 +87,7 @@ def _parse_recipe(text: str, name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "the file contains special characters, which are not allowed"
+        reason = getattr(error, "problem", None) or "the file contains control characters, which are not allowed"
         raise UserError(f"recipe {name} is not valid YAML{line}: {reason}") from None
     if data is None:
         return {}

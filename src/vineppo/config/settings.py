@@ -1,4 +1,4 @@
-"""Define the base class of all settings: a pydantic model that converts text and reports each error in one line."""
+"""Define the base class of all settings: a pydantic model that converts text and reports one error in one line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from pydantic.fields import FieldInfo
 
 from vineppo.types import UserError
 
+_LIST = 'it must be a list such as [a, b]; put items with brackets or commas in quotes, such as ["[a]", "b,c"]'
 _ALLOWED: dict[Any, str] = {
     int: "it must be a whole number",
     float: "it must be a number",
     bool: "it must be true or false",
     str: "it must be text; put it in quotes",
     dict: "it must map names to values, such as {a: 1, b: [2, 3]}",
-    list: 'it must be a list such as [a, b], or ["[a", ","] for texts with brackets and commas',
-    tuple: 'it must be a list such as [a, b], or ["[a", ","] for texts with brackets and commas',
+    list: _LIST,
+    tuple: _LIST,
 }
 
 
 class SettingError(UserError):
-    """A value that a setting does not allow, or a setting without a value that has no default."""
+    """Error for a value that is not allowed, or for a missing value of a setting that has no default."""
 
     def __init__(self, owner: str, name: str, problem: str, allowed: str) -> None:
         super().__init__(f"{owner}.{name} {problem}; {allowed}")
@@ -36,10 +37,11 @@ class Settings(BaseModel):
 
     Values may be written as on the command line or in YAML. A number may be a number or a text (`3`, `3.0`, `"1e-4"`);
     3.5 is not an integer, and true is not a number. A boolean may be a boolean or one of the texts `true`, `yes`, `on`,
-    `false`, `no`, `off`. A list may be a list or one of the texts `a,b` and `[a, b]`.
+    `false`, `no`, `off`. A list may be a list or a text such as `a,b` or `[a, b]`.
 
     Raises:
-        UserError: for a wrong type, a number out of range, an unknown field, or a combination that `check` rejects.
+        UserError: for a wrong type, a number out of range, an unknown field, a missing value of a field that has no
+            default, or a combination that `check` rejects.
     """
 
     model_config = ConfigDict(
@@ -88,7 +90,7 @@ def replace(settings: Any, **changes: Any) -> Any:
 
 def accepts_none(kind: Any) -> bool:
     """Return whether None is a value of a field of type `kind`, such as `float | None`."""
-    return type(None) in typing.get_args(kind)
+    return kind is Any or not {None, type(None)}.isdisjoint(typing.get_args(kind))
 
 
 def from_text(kind: Any, value: Any) -> Any:
@@ -97,11 +99,13 @@ def from_text(kind: Any, value: Any) -> Any:
     Numbers may be text: YAML reads `1e-4` as text, and all values of the command line are text.
 
     Raises:
-        ValueError: for values that pydantic would accept but that are probably mistakes (true for a number, 1 for a
-            boolean).
+        ValueError: if text is not valid YAML or not a number, if a field for a number gets a boolean, or if a field for
+            a boolean gets anything else.
     """
     if accepts_none(kind):
-        return None if value in (None, "null", "none") else from_text(_without_none(kind), value)
+        inner = _without_none(kind)
+        is_none = value is None or (value in ("null", "none") and inner in (int, float, bool))
+        return None if is_none else from_text(inner, value)
     origin = typing.get_origin(kind) or kind
     if origin in (tuple, list) and isinstance(value, str) and not value.strip(" ").startswith("["):
         return [item.strip(" ") or None for item in value.split(",")] if value else []
@@ -150,7 +154,7 @@ def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
     if kind is Literal:
         return f"allowed: {', '.join(map(str, inner))}"
     if error["type"].startswith(("greater", "less")):
-        return _range(field)
+        return _range(field) or str(error["msg"])
     if kind is tuple and error["type"] in ("missing", "too_long") and ... not in inner:
         return f"it must have {len(inner)} values"
     if kind in (tuple, list) and len(error["loc"]) > 1 and error["input"] is not None:
@@ -159,8 +163,13 @@ def _allowed(field: FieldInfo, error: Mapping[str, Any]) -> str:
 
 
 def _range(field: FieldInfo) -> str:
-    """Return a text with the bounds of a number, such as `it must be at least 1` or `allowed: at least 0, below 1`."""
+    """Return a text with the bounds of a field, such as `it must be at least 1` or `allowed: at least 0, below 1`.
+
+    The text is empty if the field itself has no bounds, for example because they belong to the items of a list.
+    """
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = {key: getattr(item, key) for item in field.metadata for key in words if hasattr(item, key)}
     texts = [f"{words[key]} {bound:g}" for key, bound in bounds.items()]
+    if not texts:
+        return ""
     return f"allowed: {', '.join(texts)}" if len(texts) > 1 else f"it must be {texts[0]}"

@@ -99,20 +99,27 @@ class Algorithm:
                 f"algorithm name {self.name!r}: it must be an identifier without a leading underscore that is not "
                 f"reserved ({reserved}, and the attributes of Config)"
             )
-        if not self.label or not isinstance(self.label, str):
-            raise ValueError(f"algorithm {self.name}: label is {self.label!r}; it must be a text that is not empty")
-        if self.colour and not re.fullmatch(r"#[0-9a-fA-F]{6}", self.colour):
+        if not isinstance(self.label, str) or not self.label.strip() or "\n" in self.label or self.label[0] == "_":
+            raise ValueError(
+                f"algorithm {self.name}: label is {self.label!r}; it must be a text of one line that is not empty and "
+                "does not start with an underscore"
+            )
+        if not isinstance(self.colour, str) or not re.fullmatch(r"(#[0-9a-fA-F]{6})?", self.colour):
             raise ValueError(
                 f"algorithm {self.name}: colour is {self.colour!r}; it must be of the form #RRGGBB, or empty"
             )
-        if not callable(self.build):
-            raise ValueError(f"algorithm {self.name}: build is {self.build!r}; it must be a function")
+        for name in ("build", "check", "sample"):
+            function = getattr(self, name)
+            if not callable(function) and not (name == "sample" and function is None):
+                raise ValueError(f"algorithm {self.name}: {name} is {function!r}; it must be a function")
         base = CriticConfig if self.needs_critic else Settings
         if not is_section(self.settings) or not issubclass(self.settings, base):
             why = " because needs_critic is true" if self.needs_critic else ""
             raise ValueError(f"algorithm {self.name}: settings must be a subclass of {base.__name__}{why}")
 
 
-def _can_be_a_section(name: str) -> bool:
+def _can_be_a_section(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
     reserved = hasattr(Config, name) or name in Config.model_fields or name in _RECIPE_KEYS
     return name.isidentifier() and not name.startswith("_") and not reserved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vineppo.types import Alternative, Rollout, StepCredit, TrainingSample
+from vineppo.types import Alternative, Rollout, StepCredit, TrainingSample, UserError
 
 
 def training_sample(
@@ -30,11 +30,18 @@ def training_sample(
         credit: steps, values and step advantages for records.
         alternatives: tokens that are trained in addition to the response's tokens.
         weights_T: weight of each response token in the loss; None means 1 for every token.
+    Raises:
+        UserError: if a list contains something other than numbers.
     """
     zeros = (0.0,) * len(rollout.prompt_ids)
 
     def of_sequence(values_T: Sequence[float]) -> tuple[float, ...]:
-        return zeros + tuple(map(float, values_T))  # also converts the numbers of numpy arrays and tensors
+        try:
+            return zeros + tuple(map(float, values_T))  # also converts the numbers of numpy arrays and tensors
+        except (TypeError, ValueError):
+            raise UserError(
+                f"training_sample got {str(values_T)[:80]}; it needs a list with one number for each response token"
+            ) from None
 
     return TrainingSample(
         token_ids=rollout.prompt_ids + rollout.response_ids,

@@ -58,14 +58,16 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
                     f"training sample {number} of the credit function has {len(row)} {name} for {T} tokens; every list "
                     "of a sample must have one entry for each token of the sequence"
                 )
-        wrong = [weight for weight in sample.weights or () if not 0 <= weight < math.inf]
+        weights = () if sample.weights is None else sample.weights
+        wrong = [weight for weight in weights if not 0 <= weight < math.inf]
         if wrong:
             raise UserError(
                 f"training sample {number} of the credit function has a weight of {wrong[0]}; allowed: finite numbers "
                 "of at least 0"
             )
         for name in ("advantages", "returns", "values"):
-            infinite = [entry for entry in lists[name] or () if not math.isfinite(entry)]
+            row = lists[name]
+            infinite = [] if row is None else [entry for entry in row if entry is None or not math.isfinite(entry)]
             if infinite:
                 raise UserError(
                     f"training sample {number} of the credit function has {infinite[0]} in {name}; allowed: finite "

@@ -1,4 +1,4 @@
-"""Add and merge low-rank adapters (peft), and save and load the trained weights of a module."""
+"""Add and merge low-rank adapters (peft), and collect and restore the trained weights of a module."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
         except ValueError as error:
             linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
             raise UserError(
-                f"model.lora.targets is {', '.join(config.targets)}, which this model does not have; layers of "
-                f"the model: {', '.join(linear)}"
+                f"model.lora.targets is {', '.join(config.targets)}; the model has no layers with these names; its "
+                f"linear layers: {', '.join(linear)}"
             ) from error
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Iterate over (name, tensor) of a model with all adapters merged.
 
-    The names are those of the model without adapters. The model is not changed, because one layer at a time is copied
-    and merged. The values equal those of `merge_and_unload` of peft, for every kind of adapter. Tensors that no adapter
-    changes are not copied.
+    The names are those of the model without adapters. The values equal those of `merge_and_unload` of peft, for every
+    kind of adapter. The model is not changed: each layer with adapters is copied and merged, one at a time to save
+    memory. Other layers are not copied.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,7 +53,10 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     layers: dict[str, Any] = {}
-    for name, module in model.named_modules():  # named_modules yields a module before its submodules
+    for (
+        name,
+        module,
+    ) in model.named_modules():  # outer layers come first, so that adapter layers inside them are skipped
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
     for name, tensor in model.state_dict().items():
@@ -70,7 +73,9 @@ def _inside(name: str, layers: dict[str, Any]) -> bool:
 def _merged_layer(layer: Any) -> nn.Module:
     """Return a copy of a layer with its adapters merged. The layer is copied because peft merges adapters in place."""
     copied = copy.deepcopy(layer)
-    if hasattr(copied, "unload_and_optionally_merge_module"):  # for example a layer of which all weights are trained
+    if hasattr(
+        copied, "unload_and_optionally_merge_module"
+    ):  # such as peft's ModulesToSaveWrapper: a layer that is trained without an adapter
         whole: nn.Module = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return whole
     copied.merge()

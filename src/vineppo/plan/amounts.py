@@ -1,4 +1,4 @@
-"""Classes for the amounts of one iteration (rollouts, tokens, updates) and for the plan of a run."""
+"""The amounts of one iteration (rollouts, tokens, updates), the plan of a run, and rough estimates of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Amounts:
     prompt_tokens: float
     """Mean number of tokens in a prompt."""
     mc_tokens: float
-    """Number of tokens in all MC rollouts."""
+    """Number of tokens in all MC rollouts, which are the continuations that the algorithm samples for its values."""
     steps_per_response: float
     """Mean number of reasoning steps in a response."""
     updates: int
@@ -37,7 +37,7 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Plan:
-    """The predicted amounts, seconds and memory of a run."""
+    """Predicted amounts and seconds of one iteration, and predicted iterations and memory of the run."""
 
     source: str
     """Text that says how the plan was computed: by a calibration or from a data sheet."""
@@ -67,7 +67,7 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
     """Estimate amounts without a calibration.
 
     The estimate assumes prompts of 120 tokens, steps of 30 tokens, and responses of `response_tokens` tokens. If
-    `response_tokens` is None, responses have a third of `rollouts.max_new_tokens`.
+    `response_tokens` is None, responses have a third of `rollouts.max_new_tokens` tokens.
     """
     settings = config.rollouts
     length = response_tokens or max(1, settings.max_new_tokens // 3)
@@ -81,7 +81,10 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
 
 
 def iterations(config: Config, amounts: Amounts, seconds: Mapping[str, float]) -> int:
-    """Return the number of iterations after which the run reaches one of its limits."""
+    """Return the number of iterations after which the run reaches the first of its limits.
+
+    The limits are iterations, updates, tokens and seconds. Tokens and seconds are predicted by `amounts` and `seconds`.
+    """
     limits = [config.run.iterations, -(-total_updates(config) // amounts.updates)]
     if config.run.max_tokens:
         limits.append(math.ceil(config.run.max_tokens / (amounts.rollout_tokens + amounts.mc_tokens)))

@@ -39,14 +39,16 @@ def save_checkpoint(
     keep: int = 1,
     writers: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write a checkpoint, and then remove older ones. At least one complete checkpoint exists at any time.
+    """Write a checkpoint, and then remove checkpoints that are no longer needed.
+
+    No checkpoint is removed before the new one is complete.
 
     Args:
         directory: the directory that contains the checkpoints of the run.
         iteration: number of completed iterations. It is also the name of the checkpoint.
-        state: nested dicts, lists and tuples of tensors and scalars.
-        keep: number of checkpoints to keep, including the new one. Checkpoints of later iterations are always removed.
-            They exist only if they are damaged and the run was therefore resumed from an earlier checkpoint.
+        state: nested dicts, lists and tuples of tensors and of values of type bool, int, float, str, bytes or None.
+        keep: number of checkpoints to keep, including the new one; at least 1. Checkpoints of later iterations are
+            removed too: they are damaged, and the run was resumed from an earlier one.
         writers: functions such as `Learner.save`, which get the directory of the checkpoint and write files into it.
     Returns:
         The path of the checkpoint.
@@ -66,7 +68,7 @@ def save_checkpoint(
 
     path = directory / f"{iteration:06d}"
     old = directory / f"{iteration:06d}.old"
-    if path.exists():  # `os.rename` cannot replace a directory; `latest_checkpoint` also finds `.old`
+    if path.exists():  # os.rename cannot replace it. If the process is killed here, latest_checkpoint finds `.old`.
         if old.exists():
             shutil.rmtree(old)
         os.rename(path, old)
@@ -108,6 +110,11 @@ def verify_checkpoint(path: str | Path) -> None:
             raise UserError(f"checkpoint {path} is damaged: {name} ({what})")
 
 
+def has_checkpoint(directory: str | Path) -> bool:
+    """Return whether a directory contains a complete checkpoint, damaged or not."""
+    return bool(_newest_first(Path(directory)))
+
+
 def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None = None) -> Path:
     """Return the newest undamaged checkpoint.
 
@@ -123,10 +130,10 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
         try:
             verify_checkpoint(path)
         except UserError as error:
-            (warn or _warn)(f"{error}; trying an older checkpoint")
+            (warn or _warn)(f"{error}; this checkpoint is skipped")
         else:
             return path
-    what = f"none of the {len(candidates)} checkpoints in {directory} is undamaged" if candidates else None
+    what = f"all checkpoints in {directory} are damaged ({len(candidates)})" if candidates else None
     raise UserError(f"{what or f'no checkpoint in {directory}'}; start a new run with another run.dir")
 
 
@@ -134,14 +141,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Verify a checkpoint and load its state, with tensors on the CPU.
 
     Raises:
-        UserError: for the first file that is missing or damaged.
+        UserError: if a file is missing or damaged, or if PyTorch cannot read the state.
     """
     verify_checkpoint(path)
     return read_state(Path(path) / STATE_FILE)
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state (nested dicts, lists and tuples of tensors and scalars) to a file.
+    """Write a state to a file. See `save_checkpoint` for the types that a state may contain.
 
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
@@ -195,7 +202,10 @@ def _plain(value: Any, where: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_plain(inner, f"{where}[{i}]") for i, inner in enumerate(value))
     if type(value) not in _SCALARS:
-        raise TypeError(f"{where} is a {type(value).__name__}; allowed: tensors and plain Python values")
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; allowed: tensors, dict, list, tuple, bool, int, float, str, bytes "
+            "and None"
+        )
     return value
 
 

@@ -52,9 +52,9 @@ def build_config(
     if algorithm is not None:
         command_line["algorithm"] = algorithm
     specs = [_algorithm_spec({**base, **command_line}), _algorithm_spec(base)]
-    known = {spec: find_algorithm(spec) for spec in specs}
+    known = {spec: find_algorithm(spec) for spec in reversed(specs)}
     chosen = known[specs[0]]
-    refuse_settings_of_other_algorithms(chosen, command_line, COMMAND_LINE)
+    refuse_settings_of_other_algorithms(chosen, command_line, COMMAND_LINE, known.values())
     layers = [(base, where), *_recipe_overrides(recipe, chosen, known, where), (command_line, COMMAND_LINE)]
     return _resolved(chosen, layers, others=known.values())
 
@@ -127,7 +127,7 @@ def _resolved(algorithm: Algorithm, layers: Iterable[Layer], others: Iterable[Al
         settings_from_layers(
             with_sections(**{algorithm.name: algorithm.settings}),
             layers,
-            unused=config_class_with_all_sections(algorithm, *others),
+            unused=config_class_with_all_sections(*others, algorithm),
         ),
     )
 
@@ -154,11 +154,18 @@ def _checked(algorithm: Algorithm, config: Config) -> Config:
     return config
 
 
-def refuse_settings_of_other_algorithms(algorithm: Algorithm, settings: Mapping[str, Any], where: str) -> None:
-    """Raise UserError if a dotted key in `settings` belongs to another algorithm, because it would have no effect."""
+def refuse_settings_of_other_algorithms(
+    algorithm: Algorithm, settings: Mapping[str, Any], where: str, known: Iterable[Algorithm] = ()
+) -> None:
+    """Raise UserError if a dotted key in `settings` belongs to another algorithm, because it would have no effect.
+
+    Args:
+        known: further algorithms to check for, in addition to the built-in ones.
+    """
+    others = {*BUILT_IN, *(other.name for other in known)} - {algorithm.name}
     for key in settings:
         section = key.split(".")[0]
-        if section in BUILT_IN and section != algorithm.name:
+        if section in others:
             raise UserError(
                 f"{key} {where} is a setting of {section}, but the algorithm is {algorithm.name}; remove {key}"
             )
@@ -174,7 +181,7 @@ def _recipe_overrides(
     Args:
         known: the chosen algorithm and the recipe's own algorithm, by the value of the setting `algorithm`.
     """
-    by_name = BUILT_IN | {algorithm.name: algorithm for algorithm in known.values()}
+    by_name = BUILT_IN | {algorithm.name: algorithm for algorithm in [*known.values(), chosen]}
     sections = recipe.get("overrides")
     sections = {} if sections is None else sections
     if not isinstance(sections, Mapping):

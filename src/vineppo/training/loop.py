@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import Config
-from vineppo.run.checkpoint import latest_checkpoint, load_checkpoint
+from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint, load_checkpoint
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.plots import plot_run
@@ -42,17 +42,20 @@ def train(
     """Train a model in a new run directory.
 
     Args:
-        config: all settings; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`.
+        config: all settings; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`. Without a recipe, the
+            name of the task is used in its place.
         recipe: name of the recipe; it is written to summary.json.
         reward_fn: one or several functions that replace the task's graders. Signature: fn(prompts, completions,
-            completion_ids, **columns) -> list with a number or None for each completion. The functions are called in
-            this process.
+            completion_ids, **columns) -> list with a number for each completion, or None where the function does not
+            apply. `columns` are the other columns of the problems, each a list with one entry per completion. The
+            functions are called in this process.
         reporter: receives the progress of the run.
         in_memory: a model or data sets that are used instead of loading the configured ones.
     Returns:
         The content of summary.json.
     Raises:
-        UserError: if the settings, the model, the data or the graders cannot be used.
+        UserError: if the settings, the model, the data or the graders cannot be used, or if the run directory exists
+            and is not empty.
     """
     require_trackers(config.run.report_to)
     config = with_run_dir(with_algorithm_section(config), recipe)
@@ -60,7 +63,7 @@ def train(
     run = RunDirectory.create(config.run.dir, config)
     try:
         session = _session(config, parts, run, reporter, 0)
-    except UserError:  # A tracker did not start. Without the directory, the same command can be run again.
+    except UserError:  # A tracker did not start. Remove the directory, so that the same command can be run again.
         shutil.rmtree(run.path)
         raise
     return _run(session, Progress(recipe=recipe))
@@ -77,14 +80,18 @@ def resume(
     """Continue the run in `config.run.dir` from its newest undamaged checkpoint.
 
     On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
-    starts from the beginning. See `train` for the arguments.
+    starts from the beginning. See `train` for the arguments and the result.
+
+    Raises:
+        UserError: if the run is finished, all its checkpoints are damaged, or the model, the data or the graders cannot
+            be used.
     """
     config = with_algorithm_section(config)
     run = RunDirectory.open(config.run.dir)
     _check_unfinished(run)
     parts = build_parts(config, reward_fn, in_memory)
     progress = Progress(recipe=recipe)
-    if any(run.checkpoints.glob("*/")):
+    if has_checkpoint(run.checkpoints):
         checkpoint = latest_checkpoint(run.checkpoints)
         state = load_checkpoint(checkpoint)
         parts.learner.load(checkpoint)
@@ -191,7 +198,8 @@ def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event)
 def _graceful_stop() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C or SIGTERM sets, so that the loop stops after the current iteration.
 
-    The second signal raises KeyboardInterrupt.
+    The second signal raises KeyboardInterrupt. Outside the main thread, Python cannot handle signals, and nothing sets
+    the event.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -66,7 +66,7 @@ class Parts:
         return groups, self.sampler.tokens - before
 
     def update_sampler(self) -> None:
-        """Send the learner's weights and their version to the sampler."""
+        """Send the learner's weights to the sampler, with the number of updates as their version."""
         self.sampler.update_weights(self.learner.updates, self.learner.weights)
 
 
@@ -77,7 +77,8 @@ class InMemory:
     policy: Policy | None = None
     """The policy to train in place, instead of loading `config.model`; None loads the configured model."""
     tables: Mapping[Split, Any] | None = None
-    """The rows of each split for the task `dataset`; None loads the configured data."""
+    """Split -> table of the task `dataset`, with one column for prompts and one for answers; None loads the configured
+    data."""
 
 
 NOTHING_IN_MEMORY = InMemory()
@@ -89,7 +90,7 @@ def build_parts(
     """Load and build all parts of a training run. This function writes no files.
 
     Raises:
-        UserError: if the model, the data or the graders cannot be used.
+        UserError: if the algorithm, the model, the data or the graders cannot be used.
     """
     algorithm = find_algorithm(config.algorithm)
     settings = algorithm_settings(config, algorithm)
@@ -114,15 +115,21 @@ def build_parts(
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
-    """Return the credit function of an algorithm with a check of the types that it returns."""
+    """Wrap a credit function so that it raises UserError unless it returns (training samples, metrics)."""
+    if not callable(credit):
+        raise UserError(
+            f"the function build of algorithm {algorithm.name} returned a {type(credit).__name__}; it must return the "
+            "credit function"
+        )
 
     def checked(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         result: Any = credit(groups, iteration)
         samples, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
         if not isinstance(metrics, Mapping) or not isinstance(samples, Sequence):
+            types = [type(item).__name__ for item in (result if isinstance(result, tuple) else [result])]
             raise UserError(
-                f"the credit function of {algorithm.name} returned a {type(result).__name__}; it must return a pair "
-                "(list of training samples, dictionary of metrics)"
+                f"the credit function of {algorithm.name} returned ({', '.join(types)}); it must return a pair (list "
+                "of training samples, dictionary of metrics)"
             )
         wrong = [sample for sample in samples if not isinstance(sample, TrainingSample)]
         if wrong:
@@ -186,6 +193,10 @@ def updates_per_iteration(config: Config) -> int:
 
 
 def total_updates(config: Config) -> int:
-    """Return the planned number of updates of a run. A linear learning-rate decay reaches 0 after the last update."""
+    """Return the planned number of updates of a run, at most `run.max_updates`.
+
+    A linear learning-rate decay reaches 0 after this number of updates. The run may make more updates, because it
+    finishes its last iteration; they have a learning rate of 0.
+    """
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates
