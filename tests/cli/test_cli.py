@@ -61,7 +61,7 @@ def test_help_has_purpose_options_and_examples(name: str, capsys: pytest.Capture
 def test_help_contains_the_text_of_nested_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "--learner.kl.coefficient X Weight of the penalty. If it is 0, there is no penalty and no reference model." in words
+    assert "--learner.kl.coefficient X Weight of the penalty. If it is 0, there is no penalty" in words
     assert "--vineppo.num_mc_rollouts N K: number of continuations sampled from each state. (default: 9)" in words
     assert "--learner.decay {constant,linear}" in words
     assert "learner.kl: Penalty on the KL divergence from the frozen starting model:" in words
