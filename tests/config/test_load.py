@@ -217,8 +217,8 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "learner.betas",
             0.9,
-            "learner.betas is 0.9 in the recipe; it must be a list such as [a, b]; put items with brackets or commas in "
-            'quotes, such as ["[a]", "b,c"]',
+            "learner.betas is 0.9 in the recipe; it must be a list such as [a, b]; put items with brackets or commas "
+            'in quotes, such as ["[a]", "b,c"]',
         ),
         (
             "algorithm",
