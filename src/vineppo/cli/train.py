@@ -61,9 +61,8 @@ def _resume(request: Request) -> int:
     if changes:
         advice = "remove those options, or start a new run with them"
         raise UserError(f"--resume {folder} cannot change the settings of the run ({'; '.join(changes)}); {advice}")
-    config = replace(
-        config, run=replace(config.run, dir=str(folder))
-    )  # the recorded path is wrong if the directory was moved
+    # the recorded path is wrong if the directory was moved
+    config = replace(config, run=replace(config.run, dir=str(folder)))
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:

@@ -53,10 +53,8 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     layers: dict[str, Any] = {}
-    for (
-        name,
-        module,
-    ) in model.named_modules():  # outer layers come first, so that adapter layers inside them are skipped
+    # named_modules yields outer layers first, so that adapter layers inside them are skipped
+    for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
     for name, tensor in model.state_dict().items():
@@ -73,9 +71,8 @@ def _inside(name: str, layers: dict[str, Any]) -> bool:
 def _merged_layer(layer: Any) -> nn.Module:
     """Return a copy of a layer with its adapters merged. The layer is copied because peft merges adapters in place."""
     copied = copy.deepcopy(layer)
-    if hasattr(
-        copied, "unload_and_optionally_merge_module"
-    ):  # such as peft's ModulesToSaveWrapper: a layer that is trained without an adapter
+    # The method exists in peft's ModulesToSaveWrapper, a layer that is trained without an adapter, and similar wrappers
+    if hasattr(copied, "unload_and_optionally_merge_module"):
         whole: nn.Module = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return whole
     copied.merge()
