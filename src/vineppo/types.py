@@ -20,10 +20,24 @@ Split = Literal["train", "validation", "test"]
 Metrics = dict[str, float]
 
 
+def printable(text: str) -> str:
+    r"""Return a text in which characters that can control a terminal are escaped, for example ESC as `\x1b`.
+
+    Newlines and tabs are kept. All other characters that cannot be printed are escaped: control characters, marks that
+    change the direction of the text, and unpaired surrogates, which many streams cannot encode.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """An error that the user can correct. The message is one line: what is wrong, where, what is allowed, and how to
     correct it.
+
+    `str` of the error is printable: the message may contain what a model wrote, or the text of an exception.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vineppo.tasks.grading.judge import Judge
+from vineppo.tasks.grading.rewards import MAX_REWARD
 from vineppo.types import Failure, Problem, ProblemSource, Split, Tally, UserError, Verdict
 
 _MIN_GRADED = 20
@@ -72,7 +73,8 @@ class Graded:
 
         Raises:
             UserError: if more than `max_error_share` of the responses since the start, or since `count_anew`, could not
-                be graded (the share is computed over at least 20 responses). The message has the first error.
+                be graded (the share is computed over at least 20 responses), with the first error in the message; or
+                if a weighted sum of rewards is too large.
         """
         verdicts = self.judge.verdicts(problems, texts, completion_ids)
         for verdict in verdicts:
@@ -97,4 +99,9 @@ class Graded:
         if isinstance(verdict, Failure):
             return 0.0
         # math.fsum is exact: weights of 0.7, 0.2 and 0.1 sum to exactly 1.
-        return math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
+        total = math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
+        if not abs(total) <= MAX_REWARD:
+            raise UserError(
+                f"the weighted sum of the rewards is {total:g}; allowed: -1e12 to 1e12; use smaller task.reward_weights"
+            )
+        return total

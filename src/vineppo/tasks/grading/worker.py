@@ -1,64 +1,184 @@
-"""The program of a grader process: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
+"""The program of a grader process, started by `workers.WorkerPool`: `python -m vineppo.tasks.grading.worker PID FD`.
 
-The process loads the reward functions and sends "ready". It then receives responses and sends a verdict on each one.
+PID is the process id of the trainer, and FD the file descriptor of the connection with it.
+
+The program consists of two processes. The first one, the guard, only waits: when the trainer has ended for whatever
+reason, it kills the whole process group, and so also the processes that reward functions have started. The second one
+loads the reward functions, receives responses, and sends a verdict on each one.
+
+The trainer sends pickled objects. The worker sends one line of JSON per message, because the trainer must not unpickle
+what a process sends that handles the text of a model. The messages are
+
+- `{"ready": [notice, ...]}`, once the functions are loaded;
+- `{"job": number, "rewards": [...]}` or `{"job": number, "failure": text}`. If `"full": true` is added, the process
+  has reached its memory limit and ends;
+- `{"error": text}`: a mistake of the user that ends the run.
 """
 
 from __future__ import annotations
 
 import ctypes
+import io
+import json
+import math
 import os
 import pickle
+import resource
 import signal
+import socket
 import sys
-from multiprocessing.connection import Connection
+import threading
+import time
+from typing import Any
 
 from vineppo.tasks.grading.rewards import apply_rewards
-from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
+from vineppo.tasks.grading.sandbox import Protection, enter_sandbox, missing_protection
+from vineppo.types import Failure, Problem, RewardFn, UserError, printable
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_WATCH_SECONDS = 0.5
+"""How often the guard checks whether the trainer is alive."""
+_MAX_TEXT = 2_000
+"""Maximum number of characters of the text of a failure."""
+_FULL_SHARE = 0.5
+"""A process ends when its responses have used up this share of the memory that was free after loading."""
 
 
 def main() -> None:
     """Grade responses until the other end of the connection is closed."""
-    if sys.platform == "linux":
-        # Otherwise a worker whose reward function hangs would continue after the main process has been killed.
-        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    connection = Connection(int(sys.argv[1]))
+    trainer, descriptor = int(sys.argv[1]), int(sys.argv[2])
+    _start_guard(trainer, descriptor)
+    os.set_inheritable(descriptor, False)
+    channel = socket.socket(fileno=descriptor)
     # Output of reward functions goes to stderr, because the output of `vineppo` may be JSON.
     os.dup2(2, 1)
+    sys.stdout = sys.stderr = _PrintableStream(2)
     try:
-        loaders, memory, path = pickle.loads(connection.recv_bytes())
-        sys.path[:] = path
-        fns = tuple(load() for load in loaders)
-        for fn in fns:
-            getattr(fn, "prepare", lambda: None)()
-        _limit_memory(memory)
-        connection.send("ready")
-        while True:
-            for problem, text, token_ids in connection.recv():
-                connection.send(_verdict(fns, problem, text, token_ids))
+        _serve(channel)
     except UserError as error:
-        connection.send(error)
-    except (EOFError, BrokenPipeError):
+        _send(channel, {"error": str(error)})
+    except (EOFError, OSError):  # the trainer closed the connection, or a reward function did
         pass
 
 
-def _verdict(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int]) -> Verdict | UserError:
+class _PrintableStream(io.TextIOWrapper):
+    """Escapes control characters, because reward functions print what a model wrote."""
+
+    def __init__(self, descriptor: int) -> None:
+        raw = io.FileIO(descriptor, "wb", closefd=False)
+        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+def _start_guard(trainer: int, descriptor: int) -> None:
+    """Fork. The parent, which is the leader of the process group, becomes the guard and does not return."""
+    child = os.fork()
+    if child == 0:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+        return
+    os.close(descriptor)
+    threading.Thread(target=_kill_group_after, args=(trainer,), daemon=True).start()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    os._exit(code if code >= 0 else 128 - code)
+
+
+def _kill_group_after(trainer: int) -> None:
+    while os.getppid() == trainer:
+        time.sleep(_WATCH_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _serve(channel: socket.socket) -> None:
+    requests = channel.makefile("rb")
+    loaders, memory, path, protection = pickle.load(requests)
+    sys.path[:] = path
+    fns = tuple(load() for load in loaders)
+    for fn in fns:
+        getattr(fn, "prepare", lambda: None)()
+    limit, notices = _limit_memory(memory)
+    notices += _protect(protection)
+    loaded = _address_space()
+    most = loaded + _FULL_SHARE * max(limit - loaded, 0) if limit else math.inf
+    _send(channel, {"ready": notices})
+    while True:
+        for number, problem, text, token_ids in pickle.load(requests):
+            reply, full = _grade(fns, problem, text, token_ids)
+            if full or _address_space() > most:
+                _send(channel, {"job": number, **reply, "full": True})
+                os._exit(0)  # without cleaning up, for which the memory may not be sufficient
+            _send(channel, {"job": number, **reply})
+
+
+def _send(channel: socket.socket, message: dict[str, Any]) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _grade(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int]) -> tuple[dict[str, Any], bool]:
+    """Return the verdict on a response as fields of a message, and whether the process ran out of memory."""
+    process = os.getpid()
     try:
-        return apply_rewards(fns, [problem], [text], [token_ids])[0]
+        [verdict] = apply_rewards(fns, [problem], [text], [token_ids])
+    except MemoryError:
+        return {"failure": "a reward function ran out of memory (task.grading.memory)"}, True
     except UserError as error:
         # A UserError without a cause (raised by the grader, or about the returned rewards) ends the run. Any other
         # exception of a reward function is a failure of this response.
-        return error if error.__cause__ is None else Failure(str(error))
-    except MemoryError:
-        return Failure("a reward function ran out of memory (task.grading.memory)")
+        if error.__cause__ is None:
+            raise
+        return {"failure": str(error)[:_MAX_TEXT]}, isinstance(error.__cause__, MemoryError)
+    finally:
+        if os.getpid() != process:
+            os._exit(0)  # a reward function forked and returned in the new process too
+    if isinstance(verdict, Failure):
+        return {"failure": verdict.text[:_MAX_TEXT]}, False
+    return {"rewards": verdict}, False
 
 
-def _limit_memory(limit: int) -> None:
-    if limit:
-        import resource
+def _limit_memory(limit: int) -> tuple[int, list[str]]:
+    """Limit the address space to `limit` bytes, or to the hard limit of the system if that is lower; 0: no limit.
 
+    Returns:
+        The limit, and notices: one if the system refuses a limit, which is then 0; otherwise none.
+    """
+    if not limit:
+        return 0, []
+    try:
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (ValueError, OSError) as error:
+        return 0, [
+            f"the system refuses a limit on the memory of grader processes ({error}); they run without one; set "
+            "task.grading.memory to 0 to hide this warning"
+        ]
+    return limit, []
+
+
+def _protect(protection: Protection) -> list[str]:
+    """Enter the sandbox if `protection` asks for it. Return a notice if that fails and the sandbox is not required."""
+    if protection == "none" or (protection == "available" and missing_protection()):
+        return []
+    try:
+        enter_sandbox()
+    except OSError as error:
+        if protection == "required":
+            raise UserError(f"{error}; set task.grading.trust_scorer to true to run the scorer without it") from error
+        return [f"grader processes run without a sandbox: {error}"]
+    return []
+
+
+def _address_space() -> int:
+    """Return the size of the address space in bytes; 0 where the system does not tell it in /proc."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 if __name__ == "__main__":
