@@ -1,6 +1,6 @@
 """Hostile text through every grader and splitter: nothing is executed, hangs, exceeds its limits or is left running.
 
-`make test` tries 300 strings, of which `boxed` gets 50 (several of them take its whole time limit). `make test-faults`
+`make test` tries 300 strings, of which `boxed` gets 30 (several of them take its whole time limit). `make test-faults`
 tries all 5,000.
 """
 
@@ -42,7 +42,7 @@ CODE = (
     "$(touch {file}) `touch {file}` && touch {file}; touch {file}",
     "<script>alert(1)</script>' OR 1=1 --",
 )
-HUGE = (
+HUGE: tuple[str, ...] = (
     "9**9**9",
     "9^{9^{9}}",
     "10^{10^{10}}",
@@ -53,7 +53,7 @@ HUGE = (
     "9" * 5000,
 )
 HUGE += ("\\sum_{n=1}^{10^{12}} \\frac{1}{n}", "\\int_0^1 x^{x^{x^x}} dx", "\\binom{10^8}{10^7}", "range(10**12)")
-UNICODE = (
+UNICODE: tuple[str, ...] = (
     "\u202e",
     "\u200b",
     "\ufeff",
@@ -88,7 +88,14 @@ BACKTRACKING = (
 )
 
 
-PAIRS = (("(", ")"), ("[", "]"), ("{", "}"), ("\\frac{1}{", "}"), ("\\sqrt{", "}"), ("\\begin{a}", "\\end{a}"))
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("(", ")"),
+    ("[", "]"),
+    ("{", "}"),
+    ("\\frac{1}{", "}"),
+    ("\\sqrt{", "}"),
+    ("\\begin{a}", "\\end{a}"),
+)
 PAIRS += (("\\[", "\\]"), ("\\boxed{", "}"), ("\\left(", "\\right)"), ("-", ""), ("not ", ""), ("$", "$"))
 
 
@@ -184,7 +191,7 @@ def test_the_grader_of_mathematics(count: int, owned: Path) -> None:
     task = build_task(TaskConfig(num_steps=3, rewards=("boxed",), grading=limits))
     assert isinstance(task, Graded) and isinstance(task.judge, WorkerPool)
     problem = Problem("train/0", "?", "\\boxed{\\frac{1234567}{89}}")
-    texts = hostile_texts(count, owned) if count == 5000 else hostile_texts(50, owned)
+    texts = hostile_texts(count, owned) if count == 5000 else hostile_texts(30, owned)
     verdicts = task.judge.verdicts([problem] * len(texts), texts, [])
     failures = [verdict.text for verdict in verdicts if isinstance(verdict, Failure)]
     assert {verdict for verdict in verdicts if not isinstance(verdict, Failure)} == {(0.0,)}

@@ -1,4 +1,4 @@
-"""`apply_rewards` calls reward functions, awaits those that are asynchronous, and checks the returned rewards."""
+"""Call reward functions for the judges, await the asynchronous ones, and check the rewards that they return."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 MAX_REWARD = 1e12
 """Largest magnitude of a reward. Squares and sums of rewards must not overflow in single precision."""
 _RESERVED = ("prompts", "completions", "completion_ids", "answer")
+"""Arguments that every reward function gets. A column of the data set with one of these names is not passed."""
 
 
 def apply_rewards(
@@ -27,13 +28,13 @@ def apply_rewards(
     """Return the verdict on each response to the problem at the same index.
 
     Let B be the number of responses and F the number of reward functions. Each function is called once, with the
-    keyword arguments `prompts`, `completions`, `completion_ids`, `answer` and one per further column of the data set,
-    each a list of length B. Missing values are None. Columns named like one of the first four arguments are not passed
-    separately. If the prompt is a conversation, prompt and completion are lists of messages, as in TRL.
+    keyword arguments `prompts`, `completions`, `completion_ids` and `answer`, and one more for each other column of the
+    data set. Every argument is a list of length B. If a problem has no value in a column, the list contains None. If
+    the prompt is a conversation, prompt and completion are lists of messages, as in TRL.
 
-    Plain functions are called in the current thread and outside any event loop, so they may call `asyncio.run`. Only if
-    the current thread already runs an event loop (for example in a notebook), a separate thread is used. Asynchronous
-    functions run after them, concurrently.
+    Plain functions are called in the current thread and outside any event loop, so they may call `asyncio.run`. If an
+    event loop is already running in this thread, as in a notebook, they are called in another thread. Asynchronous
+    functions run after the plain ones, concurrently.
 
     Args:
         fns: F reward functions.
@@ -68,7 +69,10 @@ _Columns = list[list[float | Failure | None]]
 
 
 def _outside_event_loops(call: Callable[[], _Columns]) -> _Columns:
-    """Call a function in this thread, or in a separate thread if this one already runs an event loop."""
+    """Call a function and return its result.
+
+    If an event loop is already running in this thread, as in a notebook, the function is called in another thread.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -118,6 +122,7 @@ def _call_all(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], count: i
 
 
 def _is_asynchronous(fn: RewardFn) -> bool:
+    """Return whether a call of the function returns a coroutine."""
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
@@ -139,6 +144,7 @@ def _failures_of(fn: RewardFn, arguments: dict[str, list[Any]]) -> Iterator[None
 def _checked_rewards(
     fn: RewardFn, returned: Any, arguments: dict[str, list[Any]], count: int
 ) -> list[float | Failure | None]:
+    """Return the rewards that a function returned, after checking their number and each of them."""
     with _failures_of(fn, arguments):
         rewards = list(returned)
     if len(rewards) != count:
@@ -147,10 +153,19 @@ def _checked_rewards(
 
 
 def _label(fn: RewardFn) -> str:
+    """Return the name of a reward function in error messages, such as `my_rewards:length`."""
     return f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
 
 
 def _checked_reward(name: str, index: int, reward: Any) -> float | Failure | None:
+    """Convert a returned reward to a float, or keep None. NaN and too large numbers become a Failure.
+
+    Raise UserError if the reward is not a number.
+
+    Args:
+        name: name of the reward function in the error message.
+        index: index of the response in the error message.
+    """
     if reward is None:
         return None
     try:
@@ -170,6 +185,7 @@ def _checked_reward(name: str, index: int, reward: Any) -> float | Failure | Non
 
 
 def _shown(reward: Any) -> str:
+    """Return at most 60 characters of the `repr` of a reward, as one line."""
     try:
         return " ".join(repr(reward).split())[:60]
     except Exception:  # for example an integer of more than 4,300 digits

@@ -1,18 +1,20 @@
-"""The program of a grader process, started by `workers.WorkerPool`: `python -m vineppo.tasks.grading.worker PID FD`.
+"""Run a grader process, which grades responses for `workers.WorkerPool` in the main process.
 
-PID is the process id of the trainer, and FD the file descriptor of the connection with it.
+`WorkerPool` starts it with `python -m vineppo.tasks.grading.worker PID FD`. PID is the process id of the main process,
+and FD the number of the file descriptor of a connection to it.
 
-The program consists of two processes. The first one, the guard, only waits: when the trainer has ended for whatever
-reason, it kills the whole process group, and so also the processes that reward functions have started. The second one
-loads the reward functions, receives responses, and sends a verdict on each one.
+The program forks. The first process, the guard, only waits: when the main process has ended for whatever reason, the
+guard kills the whole process group, and so also the processes that reward functions have started. The second process
+receives functions that load the reward functions, calls them, and sends "ready". It then receives lists of responses,
+and sends a verdict on each response.
 
-The trainer sends pickled objects. The worker sends one line of JSON per message, because the trainer must not unpickle
-what a process sends that handles the text of a model. The messages are
+The main process sends pickled objects. The grader process sends one line of JSON per message, because unpickling can
+execute code, and a message may have been written by the text of a model. The messages are
 
-- `{"ready": [notice, ...]}`, once the functions are loaded;
-- `{"job": number, "rewards": [...]}` or `{"job": number, "failure": text}`. If `"full": true` is added, the process
-  has reached its memory limit and ends;
-- `{"error": text}`: a mistake of the user that ends the run.
+- `{"ready": [notice, ...]}`: the functions are loaded. The notices are shown to the user;
+- `{"job": number, "rewards": [...]}` or `{"job": number, "failure": text}`: the verdict on a response. With
+  `"full": true`, the process has reached its memory limit and ends;
+- `{"error": text}`: a mistake of the user, which ends the run.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from vineppo.tasks.grading.rewards import apply_rewards
 from vineppo.tasks.grading.sandbox import Protection, enter_sandbox, missing_protection
 from vineppo.types import Failure, Problem, RewardFn, UserError, printable
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux: an option of `prctl` that sends a signal to this process when its parent ends."""
 _WATCH_SECONDS = 0.5
 """How often the guard checks whether the trainer is alive."""
 _MAX_TEXT = 2_000
@@ -50,7 +53,7 @@ def main() -> None:
     _start_guard(trainer, descriptor)
     os.set_inheritable(descriptor, False)
     channel = socket.socket(fileno=descriptor)
-    # Output of reward functions goes to stderr, because the output of `vineppo` may be JSON.
+    # Output of reward functions goes to stderr, because stdout belongs to `vineppo`, whose output may be JSON.
     os.dup2(2, 1)
     sys.stdout = sys.stderr = _PrintableStream(2)
     try:
@@ -88,12 +91,14 @@ def _start_guard(trainer: int, descriptor: int) -> None:
 
 
 def _kill_group_after(trainer: int) -> None:
+    """Wait until the process `trainer` is no longer the parent of this process, then kill the process group."""
     while os.getppid() == trainer:
         time.sleep(_WATCH_SECONDS)
     os.killpg(0, signal.SIGKILL)
 
 
 def _serve(channel: socket.socket) -> None:
+    """Load the reward functions and grade responses until the connection is closed, or the memory is used up."""
     requests = channel.makefile("rb")
     loaders, memory, path, protection = pickle.load(requests)
     sys.path[:] = path
@@ -115,6 +120,7 @@ def _serve(channel: socket.socket) -> None:
 
 
 def _send(channel: socket.socket, message: dict[str, Any]) -> None:
+    """Send a message as one line of JSON."""
     channel.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -126,8 +132,9 @@ def _grade(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: li
     except MemoryError:
         return {"failure": "a reward function ran out of memory (task.grading.memory)"}, True
     except UserError as error:
-        # A UserError without a cause (raised by the grader, or about the returned rewards) ends the run. Any other
-        # exception of a reward function is a failure of this response.
+        # `apply_rewards` converts other exceptions of a reward function to a UserError with a cause. They concern only
+        # this response. A UserError without a cause was raised by the reward function itself, or is about a returned
+        # value that is not allowed. It ends the run.
         if error.__cause__ is None:
             raise
         return {"failure": str(error)[:_MAX_TEXT]}, isinstance(error.__cause__, MemoryError)

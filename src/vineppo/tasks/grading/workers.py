@@ -1,12 +1,13 @@
-"""Grading in separate processes, with limits on time and memory, while sampling continues.
+"""Grade responses in separate processes, with limits on time and memory, while sampling continues.
 
-A reward function can hang in C code, use up the memory or crash the interpreter; only a separate process can be stopped
-safely. Each worker receives a few responses and grades them one after another. A response that exceeds the time limit
-or ends the process is a failure; the worker is then replaced, and its other responses are graded again. A worker whose
-memory has been used up by earlier responses is replaced too.
+A reward function can hang in C code, use up the memory or crash the interpreter. Only a separate process can then be
+stopped safely. A worker is such a process. It receives a few responses at a time and grades them one after another. If
+a response exceeds the time limit, or its grading ends the process, its verdict is a `Failure`. Another worker then
+grades the responses that the first worker had received but not graded. A
+worker whose memory has been used up by earlier responses is replaced too.
 
-`worker` describes the processes and their messages. What a worker sends is not trusted, because a reward function, or
-the text of a model, may have written it.
+The module `worker` describes the processes and their messages. The main process checks every message, because a reward
+function, or the text of a model, may have written it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from vineppo.tasks.grading.sandbox import Protection
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _CHUNK = 8
-"""Maximum number of responses sent to a worker at once. Large enough to keep the worker busy; small enough that little
-work is repeated if it crashes."""
+"""Maximum number of responses that are sent to a worker at once. A small number would leave the worker idle between two
+messages. With a large number, many responses would have to be sent again if the worker ends."""
 _START_SECONDS = 180.0
 """Time limit for a worker to import the modules of the reward functions."""
 _GRACE_SECONDS = 2.0
@@ -49,12 +50,15 @@ _WROTE_TO_CONNECTION = (
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Environment variables of the workers. There are several workers, and the sandbox needs processes of one thread."""
 _Key = tuple[str, str]
-"""(problem id, response text). Responses with equal keys are graded once."""
+"""(problem id, response text). Responses with equal keys are one job and are graded once."""
 _Job = tuple[Problem, str, list[int]]
+"""(problem, response text, token ids of the response): a response to grade."""
 
 
 @dataclass
 class _Worker:
+    """A grader process and the jobs that were sent to it."""
+
     process: subprocess.Popen[bytes]
     channel: socket.socket
     jobs: deque[tuple[int, _Key]] = field(default_factory=deque)
@@ -65,16 +69,17 @@ class _Worker:
     graded: int = 0
     """Number of verdicts that the worker has sent."""
     ready: bool = False
+    """Whether the process has loaded the reward functions and has sent "ready"."""
     busy_since: float = field(default_factory=time.monotonic)
-    """Time when the worker began its current job (`jobs[0]`), or when its process was launched if it is not ready
-    yet."""
+    """Value of `time.monotonic()` when the worker began its current job, `jobs[0]`. If the worker is not ready yet, the
+    value when its process was started."""
 
 
 class WorkerPool:
     """Grades responses in worker processes; implements `judge.Judge`. Equal responses to a problem are graded once.
 
     Args:
-        loaders: picklable functions without arguments; each is called in the worker and returns a reward function.
+        loaders: picklable functions without arguments. Each is called in the worker and returns a reward function.
         workers: maximum number of processes; they are started when the first responses are submitted.
         seconds: time limit for grading one response with all functions.
         memory: limit on the address space of a worker in bytes; 0 means no limit.
@@ -82,7 +87,7 @@ class WorkerPool:
     """
 
     grades_in_background = True
-    """`expect` starts grading in the worker processes."""
+    """True, because `expect` starts grading in the worker processes."""
 
     def __init__(
         self,
@@ -99,8 +104,9 @@ class WorkerPool:
         """Notices of workers that were shown as a warning."""
         self._workers: list[_Worker] = []
         self._queue: deque[_Key] = deque()
+        """Keys of the jobs that have not been sent to a worker."""
         self._jobs: dict[_Key, _Job] = {}
-        """Jobs that wait, are being graded, or have a verdict that has not been returned yet."""
+        """Jobs in the queue, jobs that were sent to a worker, and jobs whose verdict has not been returned yet."""
         self._verdicts: dict[_Key, Verdict] = {}
 
     def expect(
@@ -116,7 +122,8 @@ class WorkerPool:
         """Wait until all responses have been graded, and return the verdict on each response.
 
         Raises:
-            UserError: if a worker cannot load the functions, or a grader raises UserError.
+            UserError: if a worker cannot load the reward functions, if a reward function raises UserError or returns a
+                value that is not allowed, or if a problem cannot be pickled.
         """
         keys = self._submit(problems, texts, completion_ids)
         while any(key not in self._verdicts for key in keys):
@@ -139,6 +146,7 @@ class WorkerPool:
     def _submit(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[_Key]:
+        """Queue a job for each response that does not have one yet. Return the key of each response."""
         keys = [(problem.id, text) for problem, text in zip(problems, texts, strict=True)]
         for i, (key, problem) in enumerate(zip(keys, problems, strict=True)):
             if key not in self._jobs:
@@ -147,7 +155,11 @@ class WorkerPool:
         return keys
 
     def _serve(self, timeout: float) -> None:
-        """Receive verdicts, replace workers that exceeded their time limit, and send waiting jobs."""
+        """Start workers, send queued jobs, receive verdicts, and replace workers that exceeded their time limit.
+
+        Args:
+            timeout: maximum time in seconds to wait for a message from a worker.
+        """
         while self._queue and len(self._workers) < min(self._size, len(self._jobs)):
             self._workers.append(self._start())
         self._send_jobs()
@@ -163,6 +175,7 @@ class WorkerPool:
         self._send_jobs()
 
     def _send_jobs(self) -> None:
+        """Send queued jobs to the workers that have none, in equal shares of at most _CHUNK jobs."""
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for index, worker in enumerate(idle):
             share = -(-len(self._queue) // (len(idle) - index))
@@ -184,7 +197,7 @@ class WorkerPool:
         if not data:
             try:
                 code = worker.process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:  # other threads keep the process alive
+            except subprocess.TimeoutExpired:  # Threads of a reward function keep the process alive.
                 code = -signal.SIGKILL
             self._replace(worker, Failure(f"the grader process ended unexpectedly ({_cause(code)})"))
             return
@@ -240,6 +253,7 @@ class WorkerPool:
     def _start(self) -> _Worker:
         trainer_end, worker_end = socket.socketpair()
         environment = {**os.environ, **_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
+        # With the source folder of this module in PYTHONPATH, the worker imports the same copy of vineppo.
         root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         with worker_end:
@@ -247,8 +261,8 @@ class WorkerPool:
                 [sys.executable, "-m", "vineppo.tasks.grading.worker", str(os.getpid()), str(worker_end.fileno())],
                 pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                # Ctrl-C is delivered only to the main process, which then stops the workers. The worker's processes are
-                # one process group, which is killed as a whole.
+                # In a new session, Ctrl-C does not reach the worker. The main process gets it and stops the workers.
+                # The session is also a process group, which is killed as a whole.
                 start_new_session=True,
                 env=environment,
             )
@@ -262,6 +276,7 @@ class _InvalidMessage(Exception):
 
 
 def _parsed(line: bytes) -> Mapping[str, Any]:
+    """Return the message in a line. Raise _InvalidMessage if it is not an object of JSON."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -272,6 +287,7 @@ def _parsed(line: bytes) -> Mapping[str, Any]:
 
 
 def _notices(message: Mapping[str, Any]) -> list[str]:
+    """Return the notices of a "ready" message."""
     notices = message.get("ready")
     if not isinstance(notices, list) or not all(isinstance(notice, str) for notice in notices):
         raise _InvalidMessage
@@ -279,6 +295,7 @@ def _notices(message: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(message: Mapping[str, Any], num_rewards: int) -> Verdict:
+    """Return the verdict in a message. Raise _InvalidMessage if it does not have `num_rewards` rewards."""
     failure, rewards = message.get("failure"), message.get("rewards")
     if isinstance(failure, str):
         return Failure(failure)
@@ -290,9 +307,11 @@ def _verdict(message: Mapping[str, Any], num_rewards: int) -> Verdict:
 
 
 def _kill(worker: _Worker) -> None:
+    """Close the connection to a worker and stop its processes."""
     worker.channel.close()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.process.pid, signal.SIGKILL)  # also ends processes that a reward function started
+        # killpg also ends the processes that a reward function started.
+        os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
 
 
