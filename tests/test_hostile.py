@@ -221,8 +221,8 @@ def test_scorers_that_evaluate_text(name: str, owned: Path) -> None:
     limits = GradingConfig(workers=2, seconds=1.0, memory=2.0, max_error_share=1.0)
     task = build_task(TaskConfig(name=f"reasoning_gym:{name}", grading=limits))
     assert isinstance(task, Graded) and isinstance(task.judge, WorkerPool)
-    texts = [f"#### {text}" for text in hostile_texts(100, owned)]
-    verdicts = task.judge.verdicts([task.problem("train", 0)] * 100, texts, [])
+    texts = [f"#### {text}" for text in hostile_texts(40, owned)]
+    verdicts = task.judge.verdicts([task.problem("train", 0)] * len(texts), texts, [])
     rewards = [verdict[0] for verdict in verdicts if not isinstance(verdict, Failure)]
-    assert max(reward or 0.0 for reward in rewards) <= 0.05 and len(rewards) > 50
+    assert max(reward or 0.0 for reward in rewards) <= 0.05 and len(rewards) > 20
     task.judge.close()
