@@ -385,12 +385,19 @@ class Learner(Protocol):
     updates: int
     """Number of optimizer steps so far."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        iteration: int,
+        num_rollouts: int,
+        check: Callable[[Metrics], None] | None = None,
+    ) -> Metrics:
         """Train on the samples of one iteration, with all epochs of the iteration.
 
         Args:
             num_rollouts: number of rollouts of the iteration. The number of updates depends on this number, not on the
                 number of samples.
+            check: called before the first optimizer step with the metrics of the samples; it may raise an error.
         Returns:
             Metrics, each as the mean over the updates of the iteration, and the number of updates as `updates`.
         """

@@ -47,6 +47,8 @@ class Parts:
     learner: TorchLearner
     group_size: int
     """Number of rollouts that each group must have."""
+    stop: tuple[str, ...]
+    """Strings that end a response, in addition to the end-of-sequence tokens."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
         """Sample and grade a group of rollouts for each problem. Return the groups and the number of sampled tokens.
@@ -111,7 +113,7 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, parts.stop)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:

@@ -20,6 +20,7 @@ from vineppo.training.evaluate import Measurement, measure
 from vineppo.training.parts import Parts
 from vineppo.training.progress import Progress, cumulative
 from vineppo.training.rollouts import problem_range
+from vineppo.training.watch import Watch
 from vineppo.types import Split
 
 
@@ -50,6 +51,7 @@ class Session:
     limits: RunConfig
     rollouts: RolloutConfig
     evaluation: EvalConfig
+    watch: Watch
     epochs: int
     updates_per_iteration: int
     began: float
@@ -146,6 +148,7 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
             "trained": progress.trained_tokens,
         },
         "peak_memory_bytes": peak_memory(session.parts.policy.device),
+        "warnings": list(session.watch.given.values()),
         "final": "final" if reason != "interrupted" else None,
     }
 
