@@ -218,6 +218,7 @@ def states_off_by_one() -> AbstractContextManager[Any]:
 
 
 LORA = ("model.lora.r=8", "model.lora.dropout=0.2", "learner.lr=3e-3")
+KL = ("learner.kl.coefficient=0.001",)
 VINES = ("vineppo.alternatives=false", "vineppo.reuse=false", "vineppo.num_mc_rollouts=3")
 FAULTS = {
     "stale weights": Fault("The sampler ignores new weights and reports their version.", engine(StaleSampler)),
@@ -233,7 +234,7 @@ FAULTS = {
     "shifted mask": Fault("The loss mask is shifted by one token.", changed_samples(shifted)),
     "dropout in scoring": Fault("Dropout is active when tokens are scored.", dropout_in_scoring, settings=LORA),
     "optimizer without effect": Fault("The optimizer does not change the weights.", no_step),
-    "shared reference": Fault("The reference model shares the policy's weights.", shared_reference),
+    "shared reference": Fault("The reference model shares the policy's weights.", shared_reference, settings=KL),
     "advantages negated": Fault("The advantages have the wrong sign.", changed_samples(negated)),
     "reward always 0": Fault(
         "The grader gives every response the reward 0.",

@@ -15,15 +15,18 @@ from dataclasses import dataclass, field
 import torch
 
 from vineppo.config.schema import GuardConfig
+from vineppo.learning.experience import trained_part
 from vineppo.training.parts import Parts
 from vineppo.training.probe import Agreement, Probe, ProbeResult, agreement, repeated
 from vineppo.types import Completion, Metrics, RolloutGroup, TrainingSample, UserError
 
 _FLOAT32_GAP, _LOW_PRECISION_GAP = 0.01, 1.0
 """Default bounds of the log-probability gap in nats. Without a fault it is about 3e-5 in float32, and up to about 0.3
-in bfloat16."""
+in bfloat16 at temperature 1."""
 _STANDARD_ERRORS = 6.0
 """A mean that differs from its expectation by more than this number of standard errors counts as a fault."""
+_SAMPLES = 32
+"""Maximum number of samples whose log-probabilities are compared before and after an update."""
 _SMALLEST_EXCESS = 0.02
 """Mean of log-probability plus entropy, in nats per token, below which a difference can be rounding."""
 
@@ -78,11 +81,14 @@ class Guards:
     """Completions that repeat the one before them, minus the expected number."""
     first_probe: ProbeResult | None = None
     last_probe: ProbeResult | None = None
+    direction: float | None = None
+    """Correlation of the advantages with the changes of the log-probabilities in the last checked iteration."""
     other_temperatures: set[float] = field(default_factory=set)
     """Temperatures above 0 other than that of the rollouts, with which completions were sampled for training."""
 
     def __post_init__(self) -> None:
         self.probe = Probe(self.parts, self.run_seed)
+        self._is_due = False
 
     @property
     def max_gap(self) -> float:
@@ -90,7 +96,8 @@ class Guards:
         if self.settings.max_logprob_gap is not None:
             return self.settings.max_logprob_gap
         is_float32 = next(self.parts.policy.model.parameters()).dtype == torch.float32
-        return _FLOAT32_GAP if is_float32 else _LOW_PRECISION_GAP
+        # Dividing the logits by the temperature multiplies the rounding errors of the log-probabilities.
+        return (_FLOAT32_GAP if is_float32 else _LOW_PRECISION_GAP) / min(1.0, self.temperature)
 
     def before_iteration(self, iteration: int) -> None:
         """Run the probe, if it is due before this iteration. The completions of the iteration are then checked too.
@@ -100,9 +107,9 @@ class Guards:
                 has changed.
         """
         every = self.settings.probe_every
-        is_due = every and (iteration - 1) % every == 0
-        self.parts.sampler.kept = [] if is_due else None
-        if not is_due:
+        self._is_due = bool(every and (iteration - 1) % every == 0)
+        self.parts.sampler.kept = [] if self._is_due else None
+        if not self._is_due:
             return
         result = self.probe.run(iteration, self.temperature, self.max_new_tokens)
         where = f"the probe before iteration {iteration}"
@@ -181,6 +188,25 @@ class Guards:
             self._check_kept(where)
 
         return check
+
+    def after_update(self, samples: Sequence[TrainingSample]) -> None:
+        """Compare the advantages with the changes of the log-probabilities, if this iteration had a probe.
+
+        Tokens with a positive advantage should become more likely, and tokens with a negative one less likely.
+        """
+        if not self._is_due or not samples:
+            return
+        chosen = samples[:_SAMPLES]
+        new = self.parts.learner.logprobs(self.parts.policy, chosen).logprobs
+        pairs = [
+            (advantage, after - before)
+            for sample, row in zip(chosen, new, strict=True)
+            for advantage, before, after in zip(
+                trained_part(sample.advantages, sample), trained_part(sample.sampler_logprobs, sample), row, strict=True
+            )
+        ]
+        norms = [math.sqrt(sum(pair[i] ** 2 for pair in pairs)) for i in (0, 1)]
+        self.direction = sum(a * b for a, b in pairs) / (norms[0] * norms[1]) if all(norms) else None
 
     def _check_kept(self, where: str) -> None:
         """Check the completions of this iteration that the sampler kept: rollouts and Monte-Carlo continuations."""

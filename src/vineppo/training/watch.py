@@ -15,6 +15,8 @@ _IN_A_ROW = 3
 """Number of iterations in a row that show a sign before the warning is given."""
 _ENDS = 5
 """Number of iterations at the start and at the end of the run whose mean rewards are compared."""
+_WRONG_DIRECTION = -0.1
+"""Correlation of advantages with changes of log-probabilities below which the update has the wrong direction."""
 _KL_STEP = 0.5
 """KL divergence of one iteration, in nats per token, above which the steps are too large."""
 _KL_TOTAL = 1.0
@@ -58,6 +60,7 @@ class Watch:
             "equal rewards": self._equal_rewards(),
             "no signal": self._no_signal(),
             "frozen": self._frozen(),
+            "direction": self._direction(),
             "entropy": self._entropy(),
             "step": self._kl_step(),
             "reference": self._kl_total(),
@@ -110,6 +113,15 @@ class Watch:
                 "the updates do not change the policy: the log-probabilities of the probe's known tokens are the same "
                 "as at the start; check that the optimizer has the model's parameters, and that learner.lr is not too "
                 "small for the model's dtype"
+            )
+        return ""
+
+    def _direction(self) -> str:
+        direction = self.guards.direction
+        if direction is not None and direction < _WRONG_DIRECTION:
+            return (
+                "the update made tokens with positive advantages less likely and those with negative advantages more "
+                f"likely (correlation {direction:.2f}); check the sign of the loss"
             )
         return ""
 
