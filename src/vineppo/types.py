@@ -46,6 +46,10 @@ class UserError(ValueError):
     """
 
 
+class TrainingWarning(UserWarning):
+    """A sign in the metrics of a run that training does not work."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One item of a task: a prompt and its reference answer."""

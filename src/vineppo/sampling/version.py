@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleRequest, Weights
+from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleRequest, UserError, Weights
 
 _REMEMBERED_UPDATES = 64
 """Number of updates for which the seeds of requests are remembered."""
@@ -16,7 +16,7 @@ _KEPT_PER_CALL = 16
 """Maximum number of completions of one call that are kept for a check."""
 
 
-class RepeatedSeeds(RuntimeError):
+class RepeatedSeeds(UserError):
     """Two requests would use the same random numbers, so their completions would not be independent."""
 
 

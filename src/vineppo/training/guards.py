@@ -204,6 +204,7 @@ class Guards:
             for advantage, before, after in zip(
                 trained_part(sample.advantages, sample), trained_part(sample.sampler_logprobs, sample), row, strict=True
             )
+            if advantage
         ]
         norms = [math.sqrt(sum(pair[i] ** 2 for pair in pairs)) for i in (0, 1)]
         self.direction = sum(a * b for a, b in pairs) / (norms[0] * norms[1]) if all(norms) else None

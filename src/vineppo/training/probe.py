@@ -16,6 +16,8 @@ _SAMPLES = 8
 """Number of completions per state."""
 _TOKENS = 16
 """Maximum number of tokens of a completion."""
+_MAX_EXCLUDED = 0.99
+"""Probability of excluded tokens above which the first token is not compared."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,14 @@ def _gap(pairs: Sequence[tuple[SampleRequest, Completion]], scores: Scores) -> f
     """Return the largest difference between the log-probabilities of the sampler and of the trainer.
 
     At the first token of a completion with excluded tokens, the trainer's log-probability is renormalized over the
-    other tokens.
+    other tokens. Such a token is left out if the excluded tokens have almost the whole probability, because the rest
+    is then a difference of nearly equal numbers.
     """
     gap = 0.0
     for (_, completion), row, excluded in zip(pairs, scores.logprobs, scores.alternatives, strict=True):
-        share = min(1 - 1e-9, sum(exp(logprob) for logprob in excluded))
-        expected = [logprob - (log1p(-share) if i == 0 else 0.0) for i, logprob in enumerate(row)]
-        gap = max([gap, *(abs(a - b) for a, b in zip(completion.logprobs, expected, strict=True))])
+        share = sum(exp(logprob) for logprob in excluded)
+        first = 1 if share > _MAX_EXCLUDED else 0
+        expected = [logprob - (log1p(-share) if i == 0 and not first else 0.0) for i, logprob in enumerate(row)]
+        pairs_of_logprobs = list(zip(completion.logprobs, expected, strict=True))[first:]
+        gap = max([gap, *(abs(a - b) for a, b in pairs_of_logprobs)])
     return gap

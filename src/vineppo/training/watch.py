@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vineppo.training.guards import Guards
-from vineppo.types import RolloutGroup, TrainingSample
+from vineppo.types import RolloutGroup, TrainingSample, TrainingWarning
 
 _IN_A_ROW = 3
 """Number of iterations in a row that show a sign before the warning is given."""
@@ -53,7 +53,7 @@ class Watch:
         self.lines.append(line)
         if len(self.lines) > 2 * _ENDS:
             del self.lines[_ENDS]
-        self.problems = len(groups)
+        self.problems = max(1, len(groups))
         self.value_error += _value_errors(groups, samples)
         signs = {
             "truncated": self._truncated(),
@@ -72,7 +72,7 @@ class Watch:
         for name, text in signs.items():
             if text and name not in self.given:
                 self.given[name] = f"iteration {line['iteration']}: {text}"
-                warnings.warn(self.given[name], RuntimeWarning, stacklevel=2)
+                warnings.warn(self.given[name], TrainingWarning, stacklevel=2)
 
     def _last(self, key: str, count: int = _IN_A_ROW, missing: float = math.nan) -> list[float]:
         """Return a metric of the last iterations, oldest first; empty if there are fewer than `count` iterations."""
@@ -215,5 +215,5 @@ def _value_errors(groups: Sequence[RolloutGroup], samples: Sequence[TrainingSamp
     return [
         sum(values[id(rollout)] - rollout.reward for rollout in group.rollouts) / len(group.rollouts)
         for group in groups
-        if all(id(rollout) in values for rollout in group.rollouts)
+        if group.rollouts and all(id(rollout) in values for rollout in group.rollouts)
     ]
