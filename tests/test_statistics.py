@@ -9,7 +9,15 @@ import math
 import numpy as np
 import pytest
 
-from vineppo.statistics import Interval, bootstrap_mean, interval_over_seeds, pass_at_k, student_t_quantile, wilson
+from vineppo.statistics import (
+    Interval,
+    bootstrap_mean,
+    interval_over_seeds,
+    log_ratio_interval,
+    pass_at_k,
+    student_t_quantile,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +151,56 @@ def test_pass_at_k_raises_if_k_exceeds_the_number_of_samples() -> None:
 
 def test_interval_as_dict() -> None:
     assert Interval(0.5, 0.25, 0.75).as_dict() == {"mean": 0.5, "low": 0.25, "high": 0.75}
+
+
+# --- ratios
+
+
+def ratio_of_means(first: np.ndarray, second: np.ndarray) -> tuple[float, list[np.ndarray]]:
+    """Return mean(first) / mean(second), and this ratio without each run of the first and of the second group."""
+    means = [(values.sum() - values) / (values.size - 1) for values in (first, second)]
+    return first.mean() / second.mean(), [means[0] / second.mean(), first.mean() / means[1]]
+
+
+def test_log_ratio_interval_by_hand() -> None:
+    """Without a run, the ratio is 2 or 8 in one group and always 4 in the other: v = 1/2 * 2 * log(2)^2, 1 degree."""
+    interval = log_ratio_interval(4.0, [[2.0, 8.0], [4.0, 4.0, 4.0]])
+    factor = math.exp(12.706205 * math.log(2))
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((4.0, 4 / factor, 4 * factor), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "without_one"),
+    [
+        (2.0, [[2.0], [1.0, 3.0]]),
+        (2.0, [[2.0, 2.0], [2.0, 2.0]]),
+        (2.0, [[1.0, math.nan], [1.0, 3.0]]),
+        (2.0, [[1.0, math.inf], [1.0, 3.0]]),
+        (0.0, [[1.0, 2.0], [1.0, 3.0]]),
+    ],
+)
+def test_log_ratio_interval_without_bounds(ratio: float, without_one: list[list[float]]) -> None:
+    interval = log_ratio_interval(ratio, without_one)
+    assert math.isnan(interval.low) and math.isnan(interval.high)
+
+
+@pytest.mark.parametrize("num_runs", [3, 5, 10])
+@pytest.mark.parametrize("kind", ["log-normal", "skewed", "discrete"])
+def test_log_ratio_interval_covers(kind: str, num_runs: int) -> None:
+    """The share of 2000 simulated comparisons whose interval contains the true ratio, 2, is near 95%."""
+    draw = np.random.default_rng(num_runs)
+    sample = {
+        "log-normal": lambda: np.exp(0.4 * draw.standard_normal(num_runs)) / math.exp(0.08),
+        "skewed": lambda: 0.6 + 0.4 * draw.exponential(size=num_runs),
+        "discrete": lambda: draw.choice([0.8, 1.0, 1.2], size=num_runs),  # as if evaluated at few points
+    }[kind]
+    covered, percentile = [], []
+    for _ in range(2000):
+        first, second = 2 * sample(), sample()
+        interval = log_ratio_interval(*ratio_of_means(first, second))
+        covered.append(math.isnan(interval.low) or interval.low <= 2 <= interval.high)
+        rows = draw.integers(0, num_runs, (2, 100, num_runs))
+        low, high = np.quantile(first[rows[0]].mean(1) / second[rows[1]].mean(1), [0.025, 0.975])
+        percentile.append(low <= 2 <= high)
+    assert 0.93 <= np.mean(covered) <= 0.985
+    assert np.mean(percentile) < np.mean(covered) - (0.005 if num_runs == 10 else 0.03)

@@ -7,6 +7,7 @@ to the mean, because an interval of width 0 would mean that the mean is known ex
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,6 +157,46 @@ def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.9
     return Interval(mean, mean - half, mean + half)
 
 
+def log_ratio_interval(ratio: float, without_one: Sequence[Sequence[float]], level: float = 0.95) -> Interval:
+    """Return a ratio of two quantities with its log-ratio t interval, from runs of two groups with different seeds.
+
+    The ratio may be any function of the runs of both groups, for example a ratio of means. The variance of its
+    logarithm is that of the jackknife (Efron & Stein 1981): v = v_1 + v_2, where group j with n_j runs contributes
+    v_j = (n_j - 1) / n_j * (sum of squared deviations of the n_j logarithms, each computed without one run of the
+    group). The bounds are exp(log(ratio) -+ t sqrt(v)). Here t is the quantile of Student's t distribution for the
+    probability (1 + level) / 2 with v^2 / (v_1^2 / (n_1 - 1) + v_2^2 / (n_2 - 1)) degrees of freedom, rounded down
+    (Welch 1947, Satterthwaite 1946).
+
+    The percentile bootstrap is too narrow for few runs: with five, its 95% intervals cover the ratio in 86 to 90% of
+    simulated comparisons. The intervals of this function cover it in 94 to 97% (tests/test_statistics.py).
+
+    The bounds are NaN if a group has a single run, if a ratio is not a finite number above 0, or if the ratios without
+    a run are all equal, because the interval would have width 0.
+
+    Args:
+        ratio: the ratio from all runs.
+        without_one: for each of the two groups, the ratios without the first, the second, ... run of the group. The
+            other group is complete.
+        level: confidence level, above 0 and below 1.
+    Raises:
+        ValueError: if `level` is out of range.
+    """
+    _check_level(level)
+    unknown = Interval(ratio, math.nan, math.nan)
+    groups = [np.asarray(values, dtype=np.float64) for values in without_one]
+    values = np.concatenate([[ratio], *groups])
+    if min(group.size for group in groups) < 2 or not (np.isfinite(values).all() and (values > 0).all()):
+        return unknown
+    parts = [((group.size - 1) * float(np.log(group).var()), group.size - 1) for group in groups]
+    variance = sum(part for part, _ in parts)
+    if variance < 1e-18:
+        return unknown
+    degrees = math.floor(variance**2 / sum(part**2 / freedom for part, freedom in parts) + 1e-9)
+    factor = math.exp(student_t_quantile((1 + level) / 2, degrees) * math.sqrt(variance))
+    return Interval(ratio, ratio / factor, ratio * factor)
+
+
+@functools.lru_cache(maxsize=256)
 def student_t_quantile(probability: float, degrees: float) -> float:
     """Return the number t for which P(T <= t) = probability, where T has Student's t distribution.
 

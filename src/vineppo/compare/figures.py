@@ -22,7 +22,7 @@ import numpy as np
 
 from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
-from vineppo.statistics import Interval, interval_over_seeds
+from vineppo.statistics import Interval, interval_over_seeds, log_ratio_interval
 
 AXES = ("updates", "tokens", "seconds")
 """Names of the resources: optimizer updates, generated tokens and seconds of training. Each resource is an attribute of
@@ -118,14 +118,11 @@ class Curves:
     kl: np.ndarray | None
     """KL divergence from the starting model in nats, shape (N, E), or None if an evaluation has no KL divergence."""
 
-    def resampled(self, rows: np.ndarray) -> Curves:
-        """Return the curves of a bootstrap resample, in which a run can occur several times or not at all.
-
-        Args:
-            rows: indices of the resampled runs, shape (N,).
-        """
-        kl = None if self.kl is None else self.kl[rows]
-        return Curves(self.updates, self.accuracy[rows], self.tokens[rows], self.seconds[rows], kl)
+    def without(self, run: int) -> Curves:
+        """Return the curves without one run, given by its index, 0 <= run < N."""
+        kept = np.arange(len(self.accuracy)) != run
+        kl = None if self.kl is None else self.kl[kept]
+        return Curves(self.updates, self.accuracy[kept], self.tokens[kept], self.seconds[kept], kl)
 
 
 def align(runs: Sequence[RunRecord]) -> Curves | None:
@@ -220,9 +217,7 @@ def _ratios(curves: Curves, baseline: Curves) -> tuple[Reach | None, Reach, dict
     return reach, baseline_reach, ratios
 
 
-def versus(
-    curves: Curves, baseline: Curves, *, num_resamples: int = 2000, seed: int = 0, level: float = 0.95
-) -> dict[str, Any]:
+def versus(curves: Curves, baseline: Curves, *, level: float = 0.95) -> dict[str, Any]:
     """Compare the resources that an algorithm and a baseline need to reach the baseline's best accuracy.
 
     The best accuracy is the maximum of the baseline's mean curve. The ratio of a resource is the amount that the
@@ -230,21 +225,20 @@ def versus(
     the algorithm needs a third of the baseline's amount. The ratio is None if the algorithm never reaches the accuracy,
     or if it starts at or above the accuracy.
 
-    The intervals of the ratios are bootstrap percentiles: the runs of both algorithms are resampled, and the best
-    accuracy is determined again in each resample. The ratio counts as minus infinity in a resample in which the
-    algorithm never reaches the best accuracy, and as infinity in a resample in which only the algorithm starts at the
-    best accuracy. A bound that is infinite is None. If one of the two has only one run, both bounds are None.
+    The intervals of the ratios are log-ratio t intervals (`log_ratio_interval`): the comparison is repeated without
+    each run in turn, and the best accuracy is determined again each time. Both bounds are None if one of the two has
+    only one run, or if there is no ratio without one of the runs, for example because the algorithm then never reaches
+    the accuracy.
 
     Args:
         curves: curves of the algorithm.
         baseline: curves of the baseline.
-        num_resamples: number of bootstrap resamples.
-        seed: seed of the resampling.
         level: confidence level of the intervals, between 0 and 1.
     Returns:
         A dictionary with the keys `baseline_best_accuracy`, `reach` (resources of the algorithm), `baseline_reach`
         (resources of the baseline), `<axis>_ratio` and `<axis>_ratio_interval` for each of `AXES`, and
-        `share_of_resamples_reached` (share of the resamples in which the algorithm reaches the best accuracy).
+        `share_reached_without_one_run` (share of the repetitions without one run in which the algorithm reaches the
+        best accuracy; None if one of the two has only one run).
     """
     reach, baseline_reach, ratios = _ratios(curves, baseline)
     result: dict[str, Any] = {
@@ -256,43 +250,23 @@ def versus(
     num_runs, num_baseline_runs = len(curves.accuracy), len(baseline.accuracy)
     if min(num_runs, num_baseline_runs) < 2:
         unknown = {f"{axis}_ratio_interval": {"low": None, "high": None} for axis in AXES}
-        return {**result, **unknown, "share_of_resamples_reached": None}
-    generator = np.random.default_rng(seed)
-    resamples = [
-        _ratios(
-            curves.resampled(generator.integers(0, num_runs, num_runs)),
-            baseline.resampled(generator.integers(0, num_baseline_runs, num_baseline_runs)),
-        )
-        for _ in range(num_resamples)
-    ]
+        return {**result, **unknown, "share_reached_without_one_run": None}
+    groups = (
+        [_ratios(curves.without(run), baseline) for run in range(num_runs)],
+        [_ratios(curves, baseline.without(run)) for run in range(num_baseline_runs)],
+    )
     for axis in AXES:
-        values = np.array([_extended_ratio(*resample, axis) for resample in resamples])
-        low = float(np.quantile(values, (1 - level) / 2, method="lower"))
-        high = float(np.quantile(values, (1 + level) / 2, method="higher"))
-        result[f"{axis}_ratio_interval"] = {
-            "low": low if math.isfinite(low) else None,
-            "high": high if math.isfinite(high) else None,
-        }
-    reached = sum(resample[0] is not None for resample in resamples)
-    return {**result, "share_of_resamples_reached": reached / num_resamples}
+        # A missing ratio is NaN, and the bounds are then NaN, too.
+        without_one = [[_number(ratios[axis]) for _, _, ratios in group] for group in groups]
+        interval = log_ratio_interval(_number(ratios[axis]), without_one, level).as_dict()
+        result[f"{axis}_ratio_interval"] = {"low": interval["low"], "high": interval["high"]}
+    reached = [reach is not None for group in groups for reach, _, _ in group]
+    return {**result, "share_reached_without_one_run": sum(reached) / len(reached)}
 
 
-def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
-    """Return the ratio of a bootstrap resample as a number, so that quantiles of all resamples can be computed.
-
-    The number is -inf if the algorithm never reaches the best accuracy of the baseline. It is inf if only the algorithm
-    starts at the best accuracy, and 1 if both the algorithm and the baseline start at it.
-
-    Args:
-        reach, baseline_reach, ratios: the entries of the tuple that `_ratios` returned for the resample.
-        axis: name of the resource.
-    """
-    if reach is None:
-        return -math.inf
-    ratio = ratios[axis]
-    if ratio is None:
-        return math.inf if getattr(baseline_reach, axis) > 0 else 1.0
-    return ratio
+def _number(ratio: float | None) -> float:
+    """Return NaN for a missing ratio."""
+    return math.nan if ratio is None else ratio
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:

@@ -107,9 +107,12 @@ def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
     ratios = ", ".join(
         f"{axis} {pair[f'{axis}_ratio']:.2f}{_ratio_interval(pair[f'{axis}_ratio_interval'])}" for axis in AXES
     )
-    share = pair["share_of_resamples_reached"]
-    reached = "" if share is None else f" (95% bootstrap over seeds; reached in {share:.0%} of resamples)"
-    return f"{ends} {best}. To reach it, {name} needs these multiples of {first}'s amounts: {ratios}{reached}."
+    share, form = pair["share_reached_without_one_run"], ""
+    if share is not None:
+        form = " (95% log-ratio t interval over seeds)"
+        if share < 1:
+            form = f" (no interval: without one of the runs, {first} reaches it in only {share:.0%} of the cases)"
+    return f"{ends} {best}. To reach it, {name} needs these multiples of {first}'s amounts: {ratios}{form}."
 
 
 def _ratio_interval(interval: dict[str, float | None]) -> str:
