@@ -44,7 +44,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.model.codec import Codec
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.location import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.tasks.grading.graded import Graded

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 
 from vineppo.config.schema import ModelConfig, TaskConfig
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.location import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter

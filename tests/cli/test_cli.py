@@ -135,7 +135,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--algorithm", "grpo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; grpo"),
         (["demo", "--algorithm", "rloo", "--rollouts.group_size", "1"], "rollouts.group_size is 1; rloo"),
         (["train", "judgment"], "recipe 'judgment' is neither"),
-        (["train", "absent.yaml"], "recipe 'absent.yaml' is neither a recipe of the package nor a file; recipes: "),
+        (["train", "absent.yaml"], "recipe 'absent.yaml' does not exist (a relative path starts at "),
         (["eval", "x" * 300], "is too long for a file name"),
         (["train", "judgement", "habit"], "unexpected argument habit; usage: vineppo train [RECIPE]"),
         (["train", "--resume", "absent"], "no run directory at absent"),
@@ -143,7 +143,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "judgement"], "unexpected argument judgement"),
         (["sft"], "out is empty"),
         (["sft", "--model.path", "new:tiny", "--out", "/dev/null/x"], "out '/dev/null/x' cannot be written (Not a dir"),
-        (["train", "--model.device", "tpu:0"], "model.device is 'tpu:0': "),
+        (["train", "--model.device", "tpu:0"], "model.device is 'tpu:0'; "),
         (["compare", "judgement", "--out", "x", "--learner.decay", "linear", "--budget", "seconds=9"], "learner.decay"),
         (["sft", "--learner.lr", "1", "--out", "x"], "unknown option --learner.lr; did you mean --lr?"),
         (["sft", "judgement", "--out", "x"], "judgement is a recipe for `vineppo train`"),
@@ -200,6 +200,7 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
     config = build_config({}, None, {"task.num_steps": "7", "rollouts.max_new_tokens": "33", "rollouts.stop": "X"})
     run = RunDirectory.create(tmp_path / "run", config)
     run.final.mkdir()
+    (run.final / "config.json").write_text("{}")
     specs: list[Any] = []
 
     class Stop(Exception):
@@ -218,13 +219,18 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
         assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
 
     recipe = tmp_path / "mine.yaml"
-    content = "model: {path: a/start}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
+    content = "model: {path: 'embedded:habit'}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
     recipe.write_text(content, encoding="utf-8")
     with pytest.raises(Stop):
         main(["eval", str(recipe), "--task.level", "habit"])
     spec = specs.pop()
     assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (5, "habit", 21)
-    assert spec.model.path == "a/start"
+    assert spec.model.path == "embedded:habit"
+
+    with pytest.raises(Stop):
+        main(["eval", "habit"])
+    spec = specs.pop()
+    assert (spec.model.path, spec.task.level) == ("embedded:habit", "habit"), "case 21: the recipe's starting model"
 
 
 # --- processes

@@ -375,5 +375,5 @@ def test_invalid_recipe_files(tmp_path: Path, content: bytes, message: str) -> N
 def test_an_unknown_recipe_is_an_error(tmp_path: Path) -> None:
     message = error_message(load_recipe, "judgment")
     assert "recipe 'judgment' is neither a recipe of the package nor a file; did you mean judgement?" in message
-    assert "is neither" in error_message(load_recipe, tmp_path / "absent.yaml")
+    assert "does not exist" in error_message(load_recipe, tmp_path / "absent.yaml")
     assert "is a directory" in error_message(load_recipe, tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vineppo.config.schema import ModelConfig
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.location import resolve_model_path
 from vineppo.model.logits import selected_logits, token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_model, build_tokenizer

@@ -16,7 +16,7 @@ from tests.helpers import ROOT, weights_hash
 from vineppo import VinePPOConfig, VinePPOTrainer
 from vineppo.config.load import config_to_dict, settings_of
 from vineppo.config.schema import TaskConfig
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.location import resolve_model_path
 from vineppo.run.trl_names import TRL_NAMES, with_trl_names
 from vineppo.tasks import build_task
 from vineppo.training.configure import config_class_with_all_sections

@@ -47,6 +47,7 @@ def _run(request: Request) -> int:
     """Run the comparison. Return the exit code: 1 if a run did not finish, else 0."""
     from vineppo.compare.comparison import compare
     from vineppo.compare.spec import CompareSpec, parse_budget, settings_of_budget
+    from vineppo.training.preflight import check_model_and_task
 
     recipe, options = request.positional, request.options
     if recipe is None:
@@ -65,7 +66,8 @@ def _run(request: Request) -> int:
     )
     # Build the configuration of each algorithm without using it, to report wrong settings before the first run starts.
     for algorithm, arm in zip(algorithms, spec.arms, strict=True):
-        training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
+        config = training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
+        check_model_and_task(config.model, config.task)
     return 1 if compare(spec)["missing"] else 0
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 from pydantic import Field
 
-from vineppo.cli.common import json_target, write_json
+from vineppo.cli.common import json_target, training_config, write_json
 from vineppo.cli.console import duration, interval_text
 from vineppo.cli.options import Command, Request, add_note, add_settings
 from vineppo.config.load import COMMAND_LINE, Layer, config_to_dict, settings_from_layers
-from vineppo.config.recipes import load_recipe
+from vineppo.config.recipes import recipe_names
 from vineppo.config.schema import Config, EvalSpec, ModelConfig, RolloutConfig, TaskConfig
 from vineppo.config.settings import Settings
-from vineppo.training.configure import build_config
 from vineppo.types import UserError
 
 
@@ -28,8 +27,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "MODEL",
         "A model directory, a model id on the Hugging Face Hub, or one of the models included in the package: "
         "embedded:judgement or embedded:habit. MODEL can also be the directory of a run, to measure its final model, "
-        "or the YAML file of a recipe, to measure its starting model. Task, response budget and stop strings are then "
-        "those of the run or recipe. Accuracy with greedy decoding is always measured.",
+        "or a recipe (the path of a YAML file, or a name such as judgement), to measure its starting model. Task, "
+        "response budget and stop strings are then those of the run or recipe. Accuracy with greedy decoding is always "
+        "measured.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     add_settings(parser, EvalSpec, hidden=("model.path",))
@@ -46,6 +46,9 @@ def _run(request: Request) -> int:
         raise UserError("--model.path is not an option of `vineppo eval`; give the model as the argument MODEL")
     layers = [_settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
     spec = settings_from_layers(EvalSpec, layers)
+    from vineppo.training.preflight import check_model_and_task
+
+    check_model_and_task(spec.model, spec.task)
     from vineppo.training.evaluate import evaluate_model
 
     result = evaluate_model(spec)
@@ -67,7 +70,7 @@ def _run_of(path: Path) -> Path | None:
 def _settings_of_model(model: str) -> Layer:
     """Return the settings that the argument MODEL determines.
 
-    They always include the path of the model. If MODEL is a run directory or a recipe file, they also include the other
+    They always include the path of the model. If MODEL is a run directory or a recipe, they also include the other
     settings of the model, the task, the maximum length of a response and the stop strings.
 
     Returns:
@@ -76,8 +79,8 @@ def _settings_of_model(model: str) -> Layer:
     run_dir = _run_of(Path(model))
     if run_dir:
         return _evaluation_of(_settings_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
-    if Path(model).suffix in (".yaml", ".yml"):
-        recipe = build_config(load_recipe(model), name=model)
+    if Path(model).suffix in (".yaml", ".yml") or (model in recipe_names() and not os.path.isdir(model)):
+        recipe = training_config(model, {})
         return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
     return {"model.path": model}, COMMAND_LINE
 

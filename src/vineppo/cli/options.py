@@ -139,21 +139,27 @@ def add_settings(parser: argparse.ArgumentParser, cls: type[Settings], hidden: C
     }
     for key, setting in settings_of(cls).items():
         default = ",".join(map(str, setting.default)) if isinstance(setting.default, tuple) else str(setting.default)
-        default = default.lower() if setting.type is bool else default
+        default = default.lower() if setting.type is bool else "" if setting.default is None else default
         help_text = f"{setting.doc}{f' (default: {default})' if default else ''}".replace("%", "%%")
         groups[key.rpartition(".")[0]].add_argument(
             f"--{key}",
             metavar=_metavar(setting.type),
-            nargs="?" if setting.type is bool else None,
-            const="true" if setting.type is bool else None,
+            nargs="?" if _is_bool(setting.type) else None,
+            const="true" if _is_bool(setting.type) else None,
             help=argparse.SUPPRESS if key in hidden else help_text,
         )
 
 
+def _is_bool(kind: Any) -> bool:
+    return kind is bool or bool in typing.get_args(kind)
+
+
 def _metavar(kind: Any) -> str:
+    if _is_bool(kind):
+        return "true|false"
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(typing.get_args(kind)) + "}"
-    return {int: "N", float: "X", bool: "true|false", tuple: "A,B"}.get(typing.get_origin(kind) or kind, "TEXT")
+    return {int: "N", float: "X", tuple: "A,B"}.get(typing.get_origin(kind) or kind, "TEXT")
 
 
 def int_option(request: Request, name: str, default: int) -> int:

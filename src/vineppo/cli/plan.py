@@ -23,16 +23,23 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(request: Request) -> int:
     """Print the prediction, and write it to the file given with `--json`. Return the exit code 0."""
+    from vineppo.model.location import resolve_model_path
+    from vineppo.training.preflight import check_model_and_task
+
     config, target = training_config(request.positional or DEFAULT_RECIPE, request.overrides), json_target(request)
+    gpu, response_tokens = request.options["gpu"], None
+    if request.options["response_tokens"] is not None:
+        response_tokens = int_option(request, "response_tokens", 0)
+        if response_tokens < 1 or not gpu:
+            raise UserError(f"--response_tokens is {response_tokens}; it must be above 0 and needs --gpu")
+    if gpu:  # A prediction for another machine needs neither the weights nor the data.
+        resolve_model_path(config.model.path)
+    else:
+        check_model_and_task(config.model, config.task)
     from vineppo.plan.predict import plan
     from vineppo.plan.report import report
 
-    response_tokens = None
-    if request.options["response_tokens"] is not None:
-        response_tokens = int_option(request, "response_tokens", 0)
-        if response_tokens < 1 or not request.options["gpu"]:
-            raise UserError(f"--response_tokens is {response_tokens}; it must be above 0 and needs --gpu")
-    prediction = plan(config, gpu=request.options["gpu"], response_tokens=response_tokens)
+    prediction = plan(config, gpu=gpu, response_tokens=response_tokens)
     print("\n".join(report(prediction, config)))
     write_json(target, prediction.as_dict())
     return 0

@@ -29,6 +29,9 @@ def _run(request: Request) -> int:
         # Later layers override earlier layers, so the recipe comes before the options of the command line.
         layers.insert(0, (recipe, f"in recipe {request.positional}"))
     config = settings_from_layers(SFTConfig, layers)
+    from vineppo.training.preflight import check_sft
+
+    check_sft(config)
     from vineppo.training.sft import run_sft
 
     for name, value in run_sft(config).items():

@@ -49,6 +49,9 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
     Returns:
         The content of summary.json.
     """
+    from vineppo.training.preflight import check_new_run
+
+    check_new_run(config)
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from vineppo.config.messages import did_you_mean
 from vineppo.config.settings import SettingError, Settings, accepts_none, is_section
+from vineppo.config.trl_fields import setting_for
 from vineppo.types import UserError
 
 T = TypeVar("T", bound=Settings)
@@ -133,15 +134,20 @@ def _build(cls: type[T], values: Mapping[str, Any], places: Mapping[str, str], p
 def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), prefix: str = "") -> str:
     """Return a hint such as `did you mean learner.lr?` for an unknown key, or an empty string.
 
-    The letters of the papers are recognised too: `K` matches the setting whose docstring starts with `K: `.
+    The field names of TRL are recognised too, and the letters of the papers: `K` matches the setting whose docstring
+    starts with `K: `.
 
     Args:
         others: further names that the hint can suggest.
         prefix: text before the suggested name, for example "--".
     """
-    letters = {setting.doc[0]: key for key, setting in settings_of(cls).items() if setting.doc[1:3] == ": "}
+    settings, others = settings_of(cls), list(others)
+    same = setting_for(name.rpartition(".")[2])
+    if same in settings or same in others:
+        return f"did you mean {prefix}{same}?"
+    letters = {setting.doc[0]: key for key, setting in settings.items() if setting.doc[1:3] == ": "}
     letter = letters.get(name.split(".")[-1].upper())
-    return f"did you mean {prefix}{letter}?" if letter else did_you_mean(name, [*settings_of(cls), *others], prefix)
+    return f"did you mean {prefix}{letter}?" if letter else did_you_mean(name, [*settings, *others], prefix)
 
 
 def diff_configs(a: Settings, b: Settings) -> list[str]:

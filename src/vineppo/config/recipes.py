@@ -52,6 +52,8 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
         return _parse_recipe(text, name)
     if not os.path.isfile(path):  # For a name that is too long, Path.is_file raises; os.path.isfile returns False.
         what = "is a directory" if os.path.isdir(path) else "is neither a recipe of the package nor a file"
+        if path.suffix in (".yaml", ".yml") and not os.path.isdir(path):
+            what = f"does not exist (a relative path starts at {Path.cwd()})"
         hint = did_you_mean(name, names)
         raise UserError(f"recipe {name!r} {what}; {hint + ' ' if hint else ''}recipes: {', '.join(names)}")
     try:

@@ -9,12 +9,17 @@ them to `Config` as a section with the name of the algorithm.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, Literal
 
 from pydantic import Field, create_model
 
+from vineppo.config.messages import did_you_mean
 from vineppo.config.settings import Settings, require
 from vineppo.types import Split
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "xla", "mtia")
+"""Types of PyTorch devices on which a model can be trained."""
 
 
 class LoraConfig(Settings):
@@ -49,7 +54,7 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation."""
     device: str = "cpu"
-    """A PyTorch device, such as `cpu`, `cuda` or `cuda:0`."""
+    """A PyTorch device: `cpu`, `cuda`, `cuda:N` for the GPU with number N, `mps` or `xpu`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and takes more time."""
     trust_remote_code: bool = False
@@ -58,6 +63,17 @@ class ModelConfig(Settings):
     """Attention implementation of transformers in training, such as `sdpa`, `eager` or `flash_attention_2`. Empty: the
     default of transformers. The sampler does not use this setting."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
+
+    def check(self) -> None:
+        """Raise UserError if `device` is not the name of a device."""
+        kind = self.device.partition(":")[0].lower()
+        meant = "cuda" if kind in ("gpu", "nvidia", "rocm", "hip", "amd") or kind.isdecimal() else ""
+        hint = f"did you mean {meant}?" if meant else did_you_mean(kind, _DEVICES)
+        require(
+            re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", self.device) is not None,
+            f"model.device is {self.device!r}; {hint + ' ' if hint else ''}allowed: {', '.join(_DEVICES)}, with a "
+            "number after a colon for one of several, such as cuda:0",
+        )
 
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
@@ -77,9 +93,10 @@ class GradingConfig(Settings):
     the response counts as not graded."""
     memory: float = Field(4.0, ge=0)
     """Limit on the address space of each grader process in gibibytes; 0 means no limit."""
-    truncated: bool = False
+    truncated: bool | None = None
     """Also grade responses that were cut off by the length limit. `false`: the reward of these responses is 0, as in
-    the VinePPO paper. `true` is not allowed for the task `chain`."""
+    the VinePPO paper. `true` is not allowed for the task `chain`. If it is not set, it is true for the task `dataset`
+    (as in TRL), both for `vineppo train` and for `VinePPOTrainer`, and false for all other tasks."""
     max_error_share: float = Field(0.1, ge=0, le=1)
     """The run stops when the share of responses that could not be graded exceeds this value. Until then, responses that
     could not be graded get the reward 0."""
@@ -148,6 +165,11 @@ class TaskConfig(Settings):
     """Weight of each reward function in the reward, which is a weighted sum. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)
 
+    @property
+    def grades_truncated(self) -> bool:
+        """Whether responses that were cut off by the length limit are graded: `grading.truncated` or its default."""
+        return self.name == "dataset" if self.grading.truncated is None else self.grading.truncated
+
     def check(self) -> None:
         """Raise UserError for a value that is not allowed, or that does not fit the task or the other settings."""
         require(
@@ -195,7 +217,7 @@ class RolloutConfig(Settings):
     has no top_p or top_k, because the sampling distribution would then differ from the distribution that is trained."""
     max_new_tokens: int = Field(120, ge=1)
     """Maximum length of a response in tokens. A response that is cut off at this length has no end-of-sequence token,
-    and its reward is 0 unless `task.grading.truncated` is true."""
+    and its reward is 0 unless such responses are graded (`task.grading.truncated`)."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the end-of-sequence token. The response includes the string."""
     max_rows: int = Field(2048, ge=1)
@@ -472,8 +494,8 @@ class EvalSpec(Settings):
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature of pass@1 and pass@k. Greedy decoding is always measured in addition."""
     max_new_tokens: int = Field(160, ge=1)
-    """Maximum length of a response in tokens. A response that is cut off at this length counts as wrong, unless
-    `task.grading.truncated` is true."""
+    """Maximum length of a response in tokens. A response that is cut off at this length counts as wrong, unless such
+    responses are graded (`task.grading.truncated`)."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, in addition to the end-of-sequence token."""
     k: tuple[int, ...] = ()

@@ -80,7 +80,8 @@ class VinePPOSettings(Settings):
 
 
 def _check(settings: VinePPOSettings, config: Config) -> None:
-    """Raise UserError if the settings cannot be combined with the whole configuration (`Algorithm.check`)."""
+    """Raise UserError for a wrong splitter, or if the settings do not fit the configuration (`Algorithm.check`)."""
+    build_splitter(settings.splitter)
     require(
         not settings.alternatives or config.learner.advantage_scaling != "whiten",
         "learner.advantage_scaling is whiten, which subtracts the mean, so that alternatives with an advantage of 0 "

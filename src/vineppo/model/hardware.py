@@ -10,6 +10,9 @@ import functools
 import sys
 from typing import TYPE_CHECKING
 
+from vineppo.run.environment import version_of
+from vineppo.types import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,3 +53,20 @@ def keep_freed_memory() -> bool:
     # With these settings, glibc allocates large blocks on the heap, too, and shrinks the heap only if 2 GiB at its end
     # are free. mallopt returns 1 on success.
     return mallopt is not None and mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1
+
+
+def check_device(device: str) -> None:
+    """Check that the installed version of PyTorch can use a device, without importing PyTorch.
+
+    Whether the machine has the device is checked when the model is loaded.
+
+    Args:
+        device: the device, as in the setting `model.device`.
+    Raises:
+        UserError: if the device is a GPU and the installed PyTorch supports only the CPU.
+    """
+    if device.startswith(("cuda", "xpu")) and (version_of("torch") or "").endswith("+cpu"):
+        raise UserError(
+            f"model.device is {device!r}, but the installed PyTorch ({version_of('torch')}) supports only the CPU; set "
+            "model.device to cpu, or install PyTorch with CUDA"
+        )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.resources
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,37 +12,9 @@ from safetensors import SafetensorError
 
 from vineppo.config.schema import ModelConfig
 from vineppo.model.hardware import cpu_multiplies
+from vineppo.model.location import only_local_copy, resolve_model_path
 from vineppo.model.modes import with_checkpointing
 from vineppo.types import UserError
-
-EMBEDDED = "embedded:"
-"""Beginning of a `model.path` that names a small model included in the package."""
-
-
-def resolve_model_path(path: str) -> str:
-    """Return the directory or hub id of a model from the setting `model.path`.
-
-    A path of the form `embedded:NAME` names a small model included in the package. The result is then the directory of
-    this model.
-
-    Raises:
-        UserError: if the package has no model NAME, or a local path is not a model directory.
-    """
-    if path.startswith(EMBEDDED):
-        root = Path(str(importlib.resources.files("vineppo") / "models"))
-        names = sorted(p.name for p in root.glob("*/") if (p / "config.json").exists())
-        name = path[len(EMBEDDED) :]
-        if name not in names:
-            known = ", ".join(EMBEDDED + n for n in names) or "none, the package contains no models"
-            raise UserError(f"model.path is {path!r}, but the package does not include this model; allowed: {known}")
-        return str(root / name)
-    local = Path(path).expanduser()
-    if path and local.is_dir():
-        if not (local / "config.json").exists():
-            raise UserError(f"model.path {path!r} has no config.json; give a directory written by save_pretrained")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or not path:
-        raise UserError(f"model.path {path!r} does not exist; give a model directory or a hub id such as org/name")
-    return str(local) if local.is_dir() else path
 
 
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
@@ -57,9 +27,11 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    path, local = resolve_model_path(config.path), only_local_copy(config.path)
+    with device_errors_in_one_line(config.device):
+        torch.empty(0, device=config.device)
     _warn_of_slow_dtype(config)
-    path = resolve_model_path(config.path)
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": local}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)

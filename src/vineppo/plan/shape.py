@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import Config
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.location import only_local_copy, resolve_model_path
 from vineppo.types import UserError
 
 GIB = float(1 << 30)
@@ -58,10 +58,12 @@ def shape_from_config(config: Config) -> Shape:
     path = resolve_model_path(config.model.path)
     if path in KNOWN:
         return KNOWN[path]
+    local = only_local_copy(config.model.path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
+        options = {"trust_remote_code": config.model.trust_remote_code, "local_files_only": local}
+        model_config = AutoConfig.from_pretrained(path, **options)
         with torch.device("meta"):  # The tensors get shapes but no memory.
             return shape_of(AutoModelForCausalLM.from_config(model_config))
     except (OSError, ValueError) as error:

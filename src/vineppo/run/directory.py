@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from vineppo.config.load import config_to_dict
-from vineppo.run.files import fsync_directory, write_text
+from vineppo.run.files import check_writable, fsync_directory, write_text
 from vineppo.run.records import Decode, rollout_rows, write_parquet
 from vineppo.types import RolloutGroup, TrainingSample, UserError
 
@@ -62,13 +62,9 @@ class RunDirectory:
         Raises:
             UserError: if the directory exists and is not empty, or cannot be written.
         """
+        cls.check_new(path)
         run = cls(Path(path), config_to_dict(config))
         try:
-            if run.path.is_dir() and any(run.path.iterdir()):
-                raise UserError(
-                    f"run directory {path} already exists and is not empty; give another run.dir, or continue that "
-                    f"run with --resume {path}"
-                )
             run.path.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
             write_text(run.path / "config.yaml", text)
@@ -77,6 +73,24 @@ class RunDirectory:
         except OSError as error:
             raise _unwritable(run.path, error) from error
         return run
+
+    @staticmethod
+    def check_new(path: str | Path) -> None:
+        """Check that `create` can create the directory. Nothing is left behind.
+
+        Raises:
+            UserError: if the directory exists and is not empty, or cannot be written.
+        """
+        run = Path(path)
+        try:
+            if run.is_dir() and any(run.iterdir()):
+                raise UserError(
+                    f"run directory {path} already exists and is not empty; give another run.dir, or continue that "
+                    f"run with --resume {path}"
+                )
+            check_writable(run)
+        except OSError as error:
+            raise _unwritable(run, error) from error
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,3 +68,13 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Check that files can be written to a directory, which need not exist yet. Nothing is left behind.
+
+    Raises:
+        OSError: if the directory or, if it does not exist, the nearest existing one above it cannot be written.
+    """
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if os.path.lexists(folder))
+    tempfile.TemporaryFile(dir=existing).close()

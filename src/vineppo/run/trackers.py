@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 import uuid
@@ -15,12 +16,8 @@ from vineppo.types import UserError
 
 PROJECT = "vineppo"
 """Project name in trackio, and in Weights & Biases unless WANDB_PROJECT is set."""
-_MODULES = {
-    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
-    "wandb": ("wandb", "init"),
-    "trackio": ("trackio", "init"),
-}
-"""Name of a tracker -> (module to import, an attribute that the module must have)."""
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+"""Name of a tracker, which is also the name of its package -> module to import."""
 
 
 class Tracker(Protocol):
@@ -126,7 +123,7 @@ class TrackioTracker:
 
 
 def require_trackers(report_to: Iterable[str]) -> None:
-    """Check that the packages of the trackers can be imported.
+    """Check that the packages of the trackers are installed, without importing them, because this takes seconds.
 
     The training loop calls this function before it creates the run directory, so that no directory is left behind.
 
@@ -136,7 +133,13 @@ def require_trackers(report_to: Iterable[str]) -> None:
         UserError: if a tracker is unknown or its package is not installed.
     """
     for name in report_to:
-        _load(name)
+        if name not in _MODULES:
+            raise UserError(f"run.report_to has {name}; allowed: {', '.join(_MODULES)}")
+        # Without the package, Python finds a directory of the same name, such as the log directory `wandb`. It has no
+        # file of its own as origin.
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise _not_installed(name)
 
 
 def build_trackers(
@@ -170,22 +173,19 @@ def _load(name: str) -> Any:
     """Import and return the module of a tracker.
 
     Raises:
-        UserError: if the tracker is unknown or its package is not installed.
+        UserError: if the package of the tracker cannot be imported.
     """
-    if name not in _MODULES:
-        raise UserError(f"run.report_to has {name}; allowed: {', '.join(_MODULES)}")
-    module_name, needed = _MODULES[name]
     try:
-        module = importlib.import_module(module_name)
-        # Without the package, Python can import a directory of the same name, such as the log directory `wandb`, as an
-        # empty module. Such a module does not have the attribute.
-        getattr(module, needed)
-    except (ImportError, AttributeError):
-        raise UserError(
-            f'run.report_to has {name}, which is not installed; install it with `pip install "vineppo[tracking]"`, or '
-            f"remove it from run.report_to"
-        ) from None
-    return module
+        return importlib.import_module(_MODULES[name])
+    except ImportError:
+        raise _not_installed(name) from None
+
+
+def _not_installed(name: str) -> UserError:
+    return UserError(
+        f'run.report_to has {name}, which is not installed; install it with `pip install "vineppo[tracking]"`, or '
+        f"remove it from run.report_to"
+    )
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -13,13 +13,14 @@ from vineppo.config.schema import GYM, TaskConfig
 from vineppo.config.settings import replace
 from vineppo.objects import first_line
 from vineppo.tasks.chain import ChainTask, grade_chain
-from vineppo.tasks.dataset import DatasetTask, Layout
+from vineppo.tasks.dataset import DatasetTask, Layout, layout_of, no_column
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
+from vineppo.tasks.rows import check_source
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
@@ -57,18 +58,55 @@ def build_task(
 
         gym = GymTask(config, format_prompt)
         return _graded(config, gym, fns, lambda: _from_scorer(config, gym.load_reward))
-    default_rewards: tuple[str, ...] = ("exact",)
-    layout = Layout()
-    if config.name in BENCHMARKS:
-        benchmark = BENCHMARKS[config.name]
-        layout, default_rewards = benchmark.layout, benchmark.rewards
-        if not config.train_path:
-            config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
-    elif not config.train_path and not tables:
-        raise UserError("task.train_path is empty; task.name dataset needs problems: a file or a Hugging Face Hub id")
+    if config.name == "dataset" and tables:
+        layout, default_rewards = Layout(), ("exact",)
+    else:
+        config, layout, default_rewards = _table_settings(config)
     hash_answers = not fns and "hash" in (config.rewards or default_rewards)
     source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
     return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
+
+
+def check_task(config: TaskConfig) -> None:
+    """Check what can be checked about a task without a model: that its data exist and its reward functions load.
+
+    `build_task` checks all rows. It needs the model's chat template for that.
+
+    Raises:
+        UserError: if a data set, a file or a reward function does not exist or cannot be used.
+    """
+    for spec in (*config.rewards, *filter(None, [config.demonstrator])):
+        load_grader(spec)
+    if config.name.startswith(GYM):
+        from vineppo.tasks.gym import GymTask
+
+        GymTask(config, str)
+    elif config.name != "chain":
+        config, layout, _ = _table_settings(config)
+        prompt_column = layout_of(config, layout).prompt_column
+        for setting in ("train_path", "validation_path", "test_path"):
+            if source := getattr(config, setting):
+                row = check_source(setting, source)
+                if row is not None and prompt_column not in row:
+                    raise no_column(f"task.{setting}: {source}", "prompt_column", prompt_column, row)
+
+
+def _table_settings(config: TaskConfig) -> tuple[TaskConfig, Layout, tuple[str, ...]]:
+    """Return (settings with the paths of a benchmark, layout of the tables, default reward functions) of a task.
+
+    Raises:
+        UserError: if the task `dataset` has no path.
+    """
+    if config.name not in BENCHMARKS:
+        if not config.train_path:
+            raise UserError(
+                "task.train_path is empty; task.name dataset needs problems: a file or a Hugging Face Hub id"
+            )
+        return config, Layout(), ("exact",)
+    benchmark = BENCHMARKS[config.name]
+    if not config.train_path:
+        config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
+    return config, benchmark.layout, benchmark.rewards
 
 
 def _graded(
@@ -85,7 +123,7 @@ def _graded(
         raise UserError(f"task.reward_weights has {len(weights)} numbers for {len(names)} reward functions")
     writer = _demonstrator(config.demonstrator) if config.demonstrator else None
     return Graded(
-        source, judge, names, weights, config.grading.max_error_share, config.grading.truncated, demonstrate=writer
+        source, judge, names, weights, config.grading.max_error_share, config.grades_truncated, demonstrate=writer
     )
 
 

@@ -207,6 +207,13 @@ def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]
     return [{"role": str(m["role"]), "content": m["content"]} for m in value]
 
 
+def no_column(where: str, setting: str, column: str, row: Row) -> UserError:
+    """Return the error for a row without the column that a setting names. The arguments are those of `_cell`."""
+    near = difflib.get_close_matches(column, row, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"{where} has no column {column!r} (it has: {', '.join(row) or 'none'}); {hint}set task.{setting}")
+
+
 def _cell(where: str, row: Row, setting: str, column: str) -> str:
     """Return the text in the prompt, answer or demonstration column of a row.
 
@@ -218,11 +225,7 @@ def _cell(where: str, row: Row, setting: str, column: str) -> str:
         UserError: if the row does not have the column, or the value is not valid text. A number is a valid answer.
     """
     if column not in row:
-        near = difflib.get_close_matches(column, row, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"{where} has no column {column!r} (it has: {', '.join(row) or 'none'}); {hint}set task.{setting}"
-        )
+        raise no_column(where, setting, column, row)
     value = row[column]
     # Answers are often numbers. A number as prompt is rejected: the setting almost certainly names a wrong column.
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,12 +5,16 @@ Every row is returned together with a text that tells its location in error mess
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vineppo.hub import is_repository_name, needs_local_copy, without_requests
 from vineppo.objects import first_line
 from vineppo.types import UserError
 
@@ -38,12 +42,51 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
         return table_rows(source, _from_disk(setting, source, default_split))
     if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
         return _from_file(setting, path)
-    if source.startswith((".", "/", "~")) or not 1 <= source.count("/") <= 2:
+    return table_rows(source, _from_hub(setting, source, default_split))
+
+
+def check_source(setting: str, source: str) -> Row | None:
+    """Check that a source of `read_rows` exists, without reading all of it.
+
+    Returns:
+        The first row of a file in JSON lines or CSV; None for other sources.
+    Raises:
+        UserError: if the file does not exist or its first row cannot be read, or if the Hub does not have the data set,
+            or it cannot be reached and there is no copy.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() not in (".json", ".parquet"):
+        reader = _csv_rows if path.suffix.lower() == ".csv" else _json_lines
+        rows = _from_file(setting, path, lambda path: islice(reader(path), 1))
+        return rows[0][1] if rows else None
+    if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
+        if not path.exists():
+            raise _no_file(setting, path)
+        return None
+    _hub_name(setting, source)
+    return None
+
+
+def _no_file(setting: str, path: Path) -> UserError:
+    return UserError(f"task.{setting}: no such file: {path} (a relative path starts at {Path.cwd()})")
+
+
+def _hub_name(setting: str, source: str) -> tuple[str, bool]:
+    """Return (name of the data set on the Hub, whether only its local copy can be loaded).
+
+    Raises:
+        UserError: if the source looks like a path, `datasets` is not installed, or the data set cannot be loaded.
+    """
+    name = "/".join(source.partition(":")[0].split("/")[:2])
+    if source.startswith((".", "/", "~")) or not 1 <= source.count("/") <= 2 or not is_repository_name(name):
         raise UserError(
             f"task.{setting}: no such file: {source} (a relative path starts at {Path.cwd()}); allowed: "
             f"{', '.join(_KINDS)} files, a directory saved by datasets, or a Hugging Face Hub id such as org/name"
         )
-    return table_rows(source, _from_hub(setting, source, default_split))
+    if importlib.util.find_spec("datasets") is None:
+        raise _no_datasets(setting)
+    advice = f"set task.{setting} to a file with the problems ({', '.join(_KINDS)}), or connect to the network once"
+    return name, needs_local_copy(f"task.{setting} {source!r}", name, "dataset", advice)
 
 
 def table_rows(name: str, table: Any) -> Rows:
@@ -62,14 +105,13 @@ def table_rows(name: str, table: Any) -> Rows:
     return rows
 
 
-def _from_file(setting: str, path: Path) -> Rows:
-    """Read a file in the format of its suffix. A file with an unknown suffix is read as JSON lines."""
+def _from_file(setting: str, path: Path, read: Callable[[Path], Iterable[tuple[str, Row]]] | None = None) -> Rows:
+    """Read a file with the function `read`, or in the format of its suffix. An unknown suffix means JSON lines."""
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     try:
-        return list(readers.get(path.suffix.lower(), _json_lines)(path))
+        return list((read or readers.get(path.suffix.lower(), _json_lines))(path))
     except FileNotFoundError as error:
-        message = f"task.{setting}: no such file: {path} (a relative path starts at {Path.cwd()})"
-        raise UserError(message) from error
+        raise _no_file(setting, path) from error
     except UnicodeDecodeError as error:
         raise UserError(f"task.{setting}: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except OSError as error:
@@ -141,11 +183,13 @@ def _from_disk(setting: str, source: str, split: str) -> Any:
 
 def _from_hub(setting: str, source: str, default_split: str) -> Any:
     """Load a table from the Hugging Face Hub. `read_rows` describes the arguments."""
-    name, _, split = source.partition(":")
-    organisation, repository, *subset = name.split("/")
-    split = split or default_split
+    name, local = _hub_name(setting, source)
+    path, _, split = source.partition(":")
+    subset = path.split("/")[2:]
+    library = _datasets(setting)
     try:
-        return _datasets(setting).load_dataset(f"{organisation}/{repository}", *subset, split=split)
+        with without_requests() if local else contextlib.nullcontext():
+            return library.load_dataset(name, *subset, split=split or default_split)
     except UserError:
         raise
     except Exception as error:
@@ -167,12 +211,16 @@ def _datasets(setting: str) -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"task.{setting} needs the library `datasets`, which is not installed; install it with "
-            "pip install 'vineppo[data]', or use a .jsonl, .csv or .parquet file"
-        ) from error
+        raise _no_datasets(setting) from error
     datasets.disable_progress_bars()
     return datasets
+
+
+def _no_datasets(setting: str) -> UserError:
+    return UserError(
+        f"task.{setting} needs the library `datasets`, which is not installed; install it with "
+        "pip install 'vineppo[data]', or use a .jsonl, .csv or .parquet file"
+    )
 
 
 def as_sequence(table: Any) -> Sequence[Any]:

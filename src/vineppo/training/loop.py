@@ -22,10 +22,11 @@ from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint, load_check
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.plots import plot_run
-from vineppo.run.trackers import build_trackers, require_trackers
+from vineppo.run.trackers import build_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
+from vineppo.training.preflight import check_new_run
 from vineppo.training.progress import Progress, advance, metrics_line
 from vineppo.training.rollouts import draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
@@ -59,8 +60,8 @@ def train(
         UserError: if the settings, the model, the data or the graders cannot be used, or if the run directory exists
             and is not empty.
     """
-    require_trackers(config.run.report_to)
     config = with_run_dir(with_algorithm_section(config), recipe)
+    check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
     parts = build_parts(config, reward_fn, in_memory)
     run = RunDirectory.create(config.run.dir, config)
     try:

@@ -19,7 +19,7 @@ from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
-from vineppo.training.rollouts import sample_groups
+from vineppo.training.rollouts import sample_groups, warn_of_few_problems
 from vineppo.types import (
     CreditFn,
     Metrics,
@@ -111,6 +111,7 @@ def build_parts(
     settings = algorithm_settings(config, algorithm)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
+    warn_of_few_problems(task, config.rollouts.num_problems)
     learner = build_learner(config, algorithm, policy)
     sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
     parts = CreditParts(

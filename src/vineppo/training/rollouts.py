@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from vineppo.types import (
     SampleRequest,
     Split,
     Task,
+    TrainingWarning,
     UserError,
 )
 
@@ -37,6 +39,22 @@ def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) ->
         return [task.problem("train", derive_seed(seed, iteration, "problem", i)) for i in range(count)]
     positions = range((iteration - 1) * count, iteration * count)
     return [task.problem("train", shuffled_index(position, size, seed, "problem order")) for position in positions]
+
+
+def warn_of_few_problems(task: ProblemSource, count: int) -> None:
+    """Warn if an iteration draws more problems than the split `train` has, so that problems occur several times.
+
+    Args:
+        count: number of problems per iteration.
+    """
+    size = task.size("train")
+    if size is not None and size < count:
+        warnings.warn(
+            f"rollouts.num_problems is {count}, but there are only {size} training problems, so every iteration "
+            "contains problems several times; add problems, or lower rollouts.num_problems",
+            TrainingWarning,
+            stacklevel=2,
+        )
 
 
 def sample_groups(

@@ -6,7 +6,6 @@ of the end-of-sequence (EOS) token after it.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +17,16 @@ from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.model.batch import micro_batches, pad
 from vineppo.model.codec import Codec
 from vineppo.model.loading import device_errors_in_one_line
+from vineppo.model.location import NEW_TINY
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
+from vineppo.training.preflight import check_sft
 from vineppo.types import Task, UserError
 
 Demonstration = tuple[tuple[int, ...], int]
 """(token ids of prompt + response + EOS, number of prompt tokens)."""
-NEW_TINY = "new:tiny"
-"""The `model.path` that starts from a tiny model with random weights."""
 
 
 def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
@@ -43,7 +42,9 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         UserError: if `config.out` exists and is not an empty directory, if the task has no demonstrations, or if all
             demonstrations of an update are too long.
     """
-    out = _new_directory(config.out)
+    check_sft(config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
     policy = _starting_policy(config)
     task = build_task(config.task, policy.codec.chat_prompt)
     optimizer = Optimizer(policy.model.parameters(), (0.9, 0.99), config.weight_decay)
@@ -69,23 +70,6 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         **({"left out": left_out} if left_out else {}),
         "seconds": seconds,
     }
-
-
-def _new_directory(out: str) -> Path:
-    """Create the output directory and return its path.
-
-    Raises:
-        UserError: if the directory is not empty or cannot be written.
-    """
-    path = Path(out)
-    try:
-        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            raise UserError(f"out {out!r} already exists and is not an empty directory; give a new or empty directory")
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UserError(f"out {out!r} cannot be written ({error.strerror}); give a writable directory") from None
-    return path
 
 
 def _starting_policy(config: SFTConfig) -> Policy:

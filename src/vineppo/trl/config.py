@@ -14,6 +14,7 @@ from typing import Any
 
 from vineppo.config.messages import did_you_mean
 from vineppo.config.schema import Config
+from vineppo.config.trl_fields import SAME_VALUE
 from vineppo.credit import find_algorithm
 from vineppo.training.configure import config_from_dict, refuse_settings_of_other_algorithms
 from vineppo.types import UserError
@@ -320,24 +321,12 @@ class VinePPOConfig:
             "task.name": "dataset",
             "task.grading.truncated": True,
             "task.reward_weights": list(self.reward_weights or ()),
-            "rollouts.group_size": self.num_generations,
-            "rollouts.temperature": self.temperature,
-            "rollouts.max_new_tokens": self.max_completion_length,
+            **{key: getattr(self, name) for name, key in SAME_VALUE.items()},
             **self._algorithm_fields(),
-            "learner.lr": self.learning_rate,
-            "learner.epochs": self.num_iterations,
-            "learner.clip_low": self.epsilon,
             "learner.clip_high": self.epsilon if self.epsilon_high is None else self.epsilon_high,
-            "learner.kl.coefficient": self.beta,
             "learner.kl.reduction": "token_mean",
-            "learner.kl.importance_weighted": self.use_bias_correction_kl,
             "learner.decay": self._decay(),
-            "learner.weight_decay": self.weight_decay,
             "learner.betas": [self.adam_beta1, self.adam_beta2],
-            "learner.max_grad_norm": self.max_grad_norm,
-            "learner.entropy_coefficient": self.entropy_coef,
-            "run.dir": self.output_dir,
-            "run.seed": self.seed,
             "run.keep_checkpoints": self.save_total_limit or 1,
             "run.report_to": self._trackers(),
         }

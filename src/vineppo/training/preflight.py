@@ -1,0 +1,72 @@
+"""Find mistakes in the settings before PyTorch is imported and before a model is loaded.
+
+A command calls these functions first, so that such a mistake is reported within seconds. This module does not import
+PyTorch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vineppo.config.schema import Config, ModelConfig, SFTConfig, TaskConfig
+from vineppo.model.hardware import check_device
+from vineppo.model.location import NEW_TINY, only_local_copy
+from vineppo.run.directory import RunDirectory
+from vineppo.run.files import check_writable
+from vineppo.run.trackers import require_trackers
+from vineppo.tasks.build import check_task
+from vineppo.types import UserError
+
+
+def check_sft(config: SFTConfig) -> None:
+    """Check what `vineppo sft` needs, except what can be checked only with its model.
+
+    Raises:
+        UserError: if the output directory exists and is not empty or cannot be written, or the model or the task cannot
+            be used.
+    """
+    out = Path(config.out)
+    try:
+        if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+            raise UserError(
+                f"out {config.out!r} already exists and is not an empty directory; give a new or empty directory"
+            )
+        check_writable(out)
+    except OSError as error:
+        raise UserError(f"out {config.out!r} cannot be written ({error.strerror}); give a writable directory") from None
+    if config.model.path == NEW_TINY:
+        check_device(config.model.device)
+        check_task(config.task)
+    else:
+        check_model_and_task(config.model, config.task)
+
+
+def check_model_and_task(model: ModelConfig, task: TaskConfig) -> None:
+    """Check the device, the path of the model, and the data and reward functions of the task.
+
+    Raises:
+        UserError: if one of them cannot be used.
+    """
+    check_device(model.device)
+    only_local_copy(model.path)
+    check_task(task)
+
+
+def check_new_run(config: Config, *, model: bool = True, task: bool = True) -> None:
+    """Check what a new run needs, except what can be checked only with its model.
+
+    Args:
+        config: all settings, with `run.dir` set.
+        model: whether the model is loaded from `config.model`. False if it is already in memory.
+        task: whether the task reads its data and reward functions from `config.task`. False if they are in memory.
+    Raises:
+        UserError: if the run directory cannot be created, a tracker is not installed, or the model or the task cannot
+            be used.
+    """
+    RunDirectory.check_new(config.run.dir)
+    require_trackers(config.run.report_to)
+    if model:
+        check_device(config.model.device)
+        only_local_copy(config.model.path)
+    if task:
+        check_task(config.task)
