@@ -45,7 +45,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(request: Request) -> int:
     """Run the comparison. Return the exit code: 1 if a run did not finish, else 0."""
-    from vineppo.compare.comparison import compare
     from vineppo.compare.spec import CompareSpec, parse_budget, settings_of_budget
     from vineppo.training.preflight import check_model_and_task
 
@@ -54,12 +53,13 @@ def _run(request: Request) -> int:
         raise UserError(f"no RECIPE is given; recipes: {', '.join(training_recipes())}, or the path of a YAML file")
     if options["out"] is None:
         raise UserError("--out is not given; give the directory of the comparison with --out DIR")
-    algorithms = tuple(name.strip() for name in (options["algorithms"] or ",".join(COMPARED)).split(","))
+    names = ",".join(COMPARED) if options["algorithms"] is None else options["algorithms"]
+    algorithms = tuple(name.strip() for name in names.split(","))
     spec = CompareSpec(
         recipe=recipe,
         algorithms=algorithms,
         seeds=int_option(request, "seeds", 5),
-        budget=parse_budget(options["budget"] or "updates=96"),
+        budget=parse_budget("updates=96" if options["budget"] is None else options["budget"]),
         out=options["out"],
         jobs=int_option(request, "jobs", 1),
         overrides=request.overrides,
@@ -68,6 +68,8 @@ def _run(request: Request) -> int:
     for algorithm, arm in zip(algorithms, spec.arms, strict=True):
         config = training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
         check_model_and_task(config.model, config.task)
+    from vineppo.compare.comparison import compare
+
     return 1 if compare(spec)["missing"] else 0
 
 

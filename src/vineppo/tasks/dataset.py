@@ -12,7 +12,7 @@ from typing import Any
 
 from vineppo.config.schema import TaskConfig
 from vineppo.tasks.grading.graders import hash_number, no_hash_number
-from vineppo.tasks.rows import Row, read_rows, table_rows
+from vineppo.tasks.rows import Row, empty_table, read_rows, table_rows
 from vineppo.types import Problem, Split, UserError
 
 MAX_HELD_OUT = 200
@@ -133,9 +133,7 @@ class DatasetTask:
             return []
         rows = table_rows(source, tables[split]) if tables else read_rows(setting, source, split)
         if not rows:
-            raise UserError(
-                f"{source if tables else f'task.{setting}: {source}'} is empty; it must contain problems, one per row"
-            )
+            raise empty_table(source if tables else f"task.{setting}: {source}")
         return [self._item(where, row) for where, row in rows]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:

@@ -58,13 +58,20 @@ def check_source(setting: str, source: str) -> Row | None:
     if path.is_file() and path.suffix.lower() not in (".json", ".parquet"):
         reader = _csv_rows if path.suffix.lower() == ".csv" else _json_lines
         rows = _from_file(setting, path, lambda path: islice(reader(path), 1))
-        return rows[0][1] if rows else None
+        if not rows:
+            raise empty_table(f"task.{setting}: {source}")
+        return rows[0][1]
     if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
         if not path.exists():
             raise _no_file(setting, path)
         return None
     _hub_name(setting, source)
     return None
+
+
+def empty_table(what: str) -> UserError:
+    """Return the error for a table without rows."""
+    return UserError(f"{what} is empty; it must contain problems, one per row")
 
 
 def _no_file(setting: str, path: Path) -> UserError:
