@@ -35,6 +35,7 @@ from typing import Any, Literal
 import torch
 
 from vineppo.config.schema import ModelConfig, TaskConfig
+from vineppo.model.hardware import cpu_multiplies
 from vineppo.model.location import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -96,6 +97,11 @@ def task_of(path: str, policy: Policy) -> Task:
     return Graded(WordProblems(policy), InProcess((grade_nothing,)), ("nothing",), (1.0,))
 
 
+def fast_dtype() -> Literal["float32", "bfloat16"]:
+    """Return bfloat16 if this CPU has instructions for it, else float32, which is then several times faster."""
+    return "bfloat16" if cpu_multiplies(torch.bfloat16) else "float32"
+
+
 def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the workload for a model: the prefix of every distinct state, and the lengths of its K continuations.
 
@@ -108,7 +114,7 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
         The content of WORK.json (see benchmarks/engines.py), and the numbers of problems and of responses per problem.
     """
     embedded = path.startswith("embedded:")
-    dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
+    dtype = "float32" if embedded else arguments.dtype or fast_dtype()
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
     task = task_of(path, policy)
     num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
@@ -328,9 +334,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=9, help="K: continuations per state")
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         choices=("bfloat16", "float32"),
-        help="dtype of models that are not embedded; embedded models use float32",
+        help="dtype of models that are not embedded (default: bfloat16 if this CPU has instructions for it, else "
+        "float32); embedded models use float32",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="number of measured runs per engine")
