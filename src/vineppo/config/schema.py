@@ -238,9 +238,10 @@ class KLConfig(Settings):
     place: Literal["loss", "reward"] = "loss"
     """`loss`: the penalty is a differentiable term of the loss. `reward`: the advantage of a token is reduced by the
     penalties of this token and of all later ones."""
-    reduction: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    reduction: Literal["sequence_sum", "token_mean", "as_policy"] = "sequence_sum"
     """For `place: loss`. `sequence_sum`: sum over the tokens of a response and mean over responses, as in the code of
-    the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length."""
+    the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length.
+    `as_policy`: like the policy loss (`learner.reduction`)."""
     clamp: float = Field(10.0, gt=0)
     """The KL estimate of each token is clamped to [-clamp, clamp], in nats."""
     importance_weighted: bool = False
@@ -265,8 +266,8 @@ class LearnerConfig(Settings):
     """Peak learning rate of the policy (optimizer AdamW)."""
     warmup_updates: int = Field(0, ge=0)
     """Number of updates over which the learning rate of the policy rises linearly from 0."""
-    decay: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up: `constant`, or `linear`, which falls linearly to 0 at the end of the run."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: `constant`, or falling to 0 at the end of the run, `linear` or as a `cosine`."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -290,6 +291,13 @@ class LearnerConfig(Settings):
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
     """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
     deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""
+    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """How the policy loss of an update is reduced to one number. `token_mean`: mean over all tokens, so long responses
+    count more. `sequence_mean`: mean over the tokens of each response, then mean over responses, as in GRPO's paper.
+    `constant`: sum over all tokens, divided by the number of responses times `rollouts.max_new_tokens` (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leave responses that reached `rollouts.max_new_tokens` out of the loss. Their rewards still count in baselines.
+    They count as responses in the reductions `sequence_mean` and `constant`."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus, which is the entropy of the next-token distribution, averaged over tokens."""
     kl: KLConfig = Field(default_factory=KLConfig)
@@ -395,12 +403,12 @@ class Config(Settings):
         return _rebuilt, (sections, {name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self) -> None:
-        """Raise UserError for a linear decay of the learning rate if the number of updates is unknown."""
+        """Raise UserError for a decay of the learning rate to 0 if the number of updates is unknown."""
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,
-            f"learner.decay is linear and {' and '.join(open_ended)} may end the run, so it is unknown at which update "
-            "the learning rate should reach 0; set run.max_updates too, or set learner.decay to constant",
+            f"learner.decay is {self.learner.decay} and {' and '.join(open_ended)} may end the run, so it is unknown at "
+            "which update the learning rate should reach 0; set run.max_updates too, or set learner.decay to constant",
         )
 
 

@@ -2,9 +2,10 @@
 
 All algorithms use the same learner. A training sample is a token sequence in which each trained token (`loss_mask` 1)
 has an advantage and a weight. Each epoch is split into minibatches (one optimizer step each), and each minibatch into
-micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by the sum of the weights
-of the whole minibatch. Therefore an update does not depend on the size or order of the micro-batches, nor on how a tree
-of responses is split into samples.
+micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by a number of the whole
+minibatch: by default the sum of the weights (`learner.reduction` selects others for the policy loss). Therefore an
+update does not depend on the size or order of the micro-batches. With the default reduction, it does not depend on how
+a tree of responses is split into samples either.
 
 Letters in shapes: B sequences, T tokens of the longest sequence, N trained tokens, A alternatives (tokens that are
 trained in place of a token of a sequence).
@@ -29,10 +30,12 @@ from vineppo.learning.experience import (
     credited,
     divided,
     largest_gap,
+    loss_scale,
     minibatches,
     padded,
     total_weight,
     trained_part,
+    without_truncated,
 )
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.learning.optim import Optimizer, lr_factor
@@ -79,8 +82,10 @@ class TorchLearner:
         critic_settings: settings of the learning rate and of the loss of the value network; None without a value
             network.
         temperature: sampling temperature of the rollouts; log-probabilities are computed with the same temperature.
-        total_updates: planned number of updates. A linear decay of the learning rate reaches 0 after the last update.
+        total_updates: planned number of updates. A linear or cosine decay of the learning rate reaches 0 after the last
+            update.
         seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
+        max_new_tokens: maximum number of tokens of a response, which the reduction `constant` divides by.
     """
 
     def __init__(
@@ -94,10 +99,12 @@ class TorchLearner:
         temperature: float,
         total_updates: int,
         seed: int,
+        max_new_tokens: int = 1,
     ):
         self.policy, self.reference, self.critic = policy, reference, critic
         self.config, self.critic_settings = config, critic_settings or CriticConfig()
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
+        self.max_new_tokens = max_new_tokens
         self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
@@ -134,6 +141,8 @@ class TorchLearner:
             UserError: if a sample is invalid, or the norm of a gradient is not finite.
         """
         check_samples(samples, with_returns=self.critic is not None)
+        if self.config.mask_truncated:
+            samples = without_truncated(samples)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
         if check is not None:
             check(metrics)
@@ -252,7 +261,7 @@ class TorchLearner:
         ]
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
         experience = [
-            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r))
+            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r), loss_scale(s, self.config.reduction))
             for s, o, a, r in zip(scaled, old, scores.alternatives, refs, strict=True)
         ]
         return experience, metrics
@@ -370,10 +379,13 @@ class TorchLearner:
         advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
         token_weights = batch.weights[batch.loss_mask]  # (N,)
         weights = torch.cat([token_weights, token_weights[batch.alternative_places]])  # (N + A,)
+        scales = torch.tensor([e.scale for e in chosen for _ in e.old_logprobs], device=device)  # (N,)
+        all_scales = torch.cat([scales, scales[batch.alternative_places]])  # (N + A,)
         policy_loss, clipped = clipped_policy_loss(
-            logprobs, old, advantages, config.clip_low, config.clip_high, weights
+            logprobs, old, advantages * all_scales, config.clip_low, config.clip_high, weights
         )
-        loss = policy_loss / tokens
+        divisor = self._divisor(counts)
+        loss = policy_loss / divisor
         # How far the policy has moved since the first update of the iteration; only a metric.
         kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
@@ -388,10 +400,21 @@ class TorchLearner:
             penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
             if config.kl.importance_weighted:
                 penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
-            loss = loss + config.kl.coefficient * (token_weights * penalties).sum() / (
-                counts.rollouts if config.kl.reduction == "sequence_sum" else tokens
-            )
+            if config.kl.reduction == "as_policy":
+                penalties = penalties * scales  # (N,)
+            divisors = {"sequence_sum": counts.rollouts, "token_mean": tokens, "as_policy": divisor}
+            penalty = (token_weights * penalties).sum() / divisors[config.kl.reduction]
+            loss = loss + config.kl.coefficient * penalty
         return loss, {**metrics, "policy/objective": loss.item()}
+
+    def _divisor(self, counts: Counts) -> float:
+        """Return the number by which the sum of the policy loss over a minibatch is divided (`learner.reduction`)."""
+        divisors = {
+            "token_mean": counts.tokens,
+            "sequence_mean": counts.rollouts,
+            "constant": counts.rollouts * self.max_new_tokens,
+        }
+        return divisors[self.config.reduction]
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
         """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
