@@ -407,8 +407,8 @@ class Config(Settings):
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,
-            f"learner.decay is {self.learner.decay} and {' and '.join(open_ended)} may end the run, so it is unknown at "
-            "which update the learning rate should reach 0; set run.max_updates too, or set learner.decay to constant",
+            f"learner.decay is {self.learner.decay} and {' and '.join(open_ended)} may end the run, so it is unknown "
+            "at which update the learning rate reaches 0; set run.max_updates too, or set learner.decay to constant",
         )
 
 

@@ -6,7 +6,6 @@ logs metrics. Some iterations also evaluate the model or save a checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import threading
@@ -17,16 +16,18 @@ from typing import Any
 
 import torch
 
-from vineppo.config.schema import Config
-from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint, load_checkpoint
+from vineppo.config.schema import Config, RunConfig
+from vineppo.run.checkpoint import load_checkpoint
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
+from vineppo.run.environment import require_one_process
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, metrics_line
+from vineppo.training.resuming import changed_settings, check_goes_on, chosen_checkpoint, record_changes
 from vineppo.training.rollouts import draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
 from vineppo.training.watch import Watch
@@ -59,6 +60,7 @@ def train(
         UserError: if the settings, the model, the data or the graders cannot be used, or if the run directory exists
             and is not empty.
     """
+    require_one_process()
     require_trackers(config.run.report_to)
     config = with_run_dir(with_algorithm_section(config), recipe)
     parts = build_parts(config, reward_fn, in_memory)
@@ -78,46 +80,42 @@ def resume(
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     reporter: Reporter | None = None,
     in_memory: InMemory = NOTHING_IN_MEMORY,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
-    """Continue the run in `config.run.dir` from its newest undamaged checkpoint.
+    """Continue the run in `config.run.dir` from a checkpoint.
 
     On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
-    starts from the beginning. The other arguments and the result are those of `train`.
+    starts from the beginning. Some settings may differ from those of the run (`resuming.CHANGEABLE`). With a higher
+    limit, a finished run goes on. The other arguments and the result are those of `train`.
 
     Args:
         config: the settings of the run, with `run.dir` set.
+        checkpoint: `newest`, which is the newest undamaged checkpoint, or the number of an iteration. Later checkpoints
+            are removed.
     Raises:
-        UserError: if the run is finished, all its checkpoints are damaged, or the model, the data or the graders cannot
-            be used.
+        UserError: if the run is finished, a setting differs that must not change, all checkpoints are damaged, or the
+            model, the data or the graders cannot be used.
     """
+    require_one_process()
     config = with_algorithm_section(config)
     run = RunDirectory.open(config.run.dir)
-    _check_unfinished(run)
+    changes = changed_settings(run, config)
+    start = chosen_checkpoint(run, checkpoint)
+    state = load_checkpoint(start) if start is not None else {}
+    progress = Progress(**state["progress"]) if state else Progress(recipe=recipe)
+    check_goes_on(run, _limit_reached(config.run, progress, updates_per_iteration(config)))
     parts = build_parts(config, reward_fn, in_memory)
-    progress = Progress(recipe=recipe)
-    if has_checkpoint(run.checkpoints):
-        checkpoint = latest_checkpoint(run.checkpoints)
-        state = load_checkpoint(checkpoint)
-        parts.learner.load(checkpoint)
+    if start is not None:
+        parts.learner.load(start)
         parts.update_sampler()
         torch.set_rng_state(state["torch_rng"])
-        progress = Progress(**state["progress"])
+    run = record_changes(run, config, changes, progress.iteration)
+    run.summary.unlink(missing_ok=True)
     # The run repeats everything after the checkpoint. Without `accuracy_before`, it also repeats the measurement before
     # training, whose metrics have the iteration 0.
     run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
     run.remove_rollouts(progress.iteration)
     return _run(_session(config, parts, run, reporter, progress.iteration), progress)
-
-
-def _check_unfinished(run: RunDirectory) -> None:
-    """Raise UserError if the run is finished. A run that was interrupted is not finished."""
-    if run.summary.exists():
-        reason = json.loads(run.summary.read_text())["finish_reason"]
-        if reason != "interrupted":
-            raise UserError(
-                f"run {run.path} is finished (finish_reason: {reason}) and cannot be resumed; to train its model "
-                f"further, start a new run with --model.path {run.final} and another run.dir"
-            )
 
 
 def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Session:
@@ -173,6 +171,8 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
         iteration = progress.iteration + 1
+        if session.reporter:
+            session.reporter.before_iteration(iteration)
         guards.before_iteration(iteration)
         # The task adds all responses of this iteration to the tally: those of the rollouts, and those of MC rollouts.
         tally = parts.task.count_anew()
@@ -206,20 +206,26 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
 
 def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event) -> str:
     """Return the reason to stop the loop, or an empty string to continue."""
-    limits = session.limits
     if stop.is_set():
         return "interrupted"
+    if limit := _limit_reached(session.limits, progress, session.updates_per_iteration):
+        return limit
+    return "callback" if session.reporter and session.reporter.wants_to_stop() else ""
+
+
+def _limit_reached(limits: RunConfig, progress: Progress, updates_per_iteration: int) -> str:
+    """Return the limit that the run has reached (`iterations`, `updates`, `tokens`, `seconds`), or an empty string."""
     if progress.iteration >= limits.iterations:
         return "iterations"
     # The limit applies to planned updates, which include minibatches without samples. The learning-rate schedule, which
     # ends with the run, counts in the same way.
-    if limits.max_updates and progress.iteration * session.updates_per_iteration >= limits.max_updates:
+    if limits.max_updates and progress.iteration * updates_per_iteration >= limits.max_updates:
         return "updates"
     if limits.max_tokens and progress.rollout_tokens + progress.mc_tokens >= limits.max_tokens:
         return "tokens"
     if limits.max_seconds and progress.seconds_train >= limits.max_seconds:
         return "seconds"
-    return "callback" if session.reporter and session.reporter.wants_to_stop() else ""
+    return ""
 
 
 @contextmanager

@@ -222,8 +222,8 @@ def updates_per_iteration(config: Config) -> int:
 def total_updates(config: Config) -> int:
     """Return the planned number of updates of a run, at most `run.max_updates`.
 
-    A linear or cosine learning-rate decay reaches 0 after this number of updates. The run may make more updates, because
-    it finishes its last iteration. The learning rate of these further updates is 0.
+    A linear or cosine decay of the learning rate reaches 0 after this number of updates. The run may make more updates,
+    because it finishes its last iteration. The learning rate of these further updates is 0.
     """
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates

@@ -30,8 +30,14 @@ class Reporter(Protocol):
     def start(self) -> None:
         """Start the report. The training loop calls this method once, before the first iteration."""
 
+    def before_iteration(self, iteration: int) -> None:
+        """Report the beginning of an iteration. Iterations are counted from 1."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Report an iteration. `metrics` is the content of the iteration's line in metrics.jsonl."""
+
+    def saved(self, iteration: int) -> None:
+        """Report that a checkpoint was written. `iteration` is the number of completed iterations."""
 
     def wants_to_stop(self) -> bool:
         """Return whether the run should end now, with a final evaluation. The loop asks between iterations."""
@@ -212,3 +218,5 @@ def save(session: Session, progress: Progress) -> None:
     }
     keep = session.limits.keep_checkpoints
     save_checkpoint(session.run.checkpoints, progress.iteration, state, keep, [session.parts.learner.save])
+    if session.reporter:
+        session.reporter.saved(progress.iteration)

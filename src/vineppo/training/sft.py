@@ -20,6 +20,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.loading import device_errors_in_one_line
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
+from vineppo.run.environment import require_one_process
 from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
 from vineppo.types import Task, UserError
@@ -43,6 +44,7 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         UserError: if `config.out` exists and is not an empty directory, if the task has no demonstrations, or if all
             demonstrations of an update are too long.
     """
+    require_one_process()
     out = _new_directory(config.out)
     policy = _starting_policy(config)
     task = build_task(config.task, policy.codec.chat_prompt)
