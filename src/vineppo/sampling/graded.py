@@ -13,8 +13,8 @@ def grade_finished(
     texts: Sequence[str],
     finished: Sequence[bool],
     completion_ids: Sequence[Sequence[int]] = (),
-) -> list[float]:
-    """Return the reward of each response.
+) -> list[float | None]:
+    """Return the reward of each response, or None if no reward function applies to the response.
 
     A response that was truncated by the length limit is graded only if `task.grade_truncated` is true. Otherwise its
     reward is 0.
@@ -26,12 +26,12 @@ def grade_finished(
         completion_ids: token ids of each response; optional.
     """
     gradable = [i for i, done in enumerate(finished) if done or task.grade_truncated]
-    rewards = [0.0] * len(texts)
+    rewards: list[float | None] = [0.0] * len(texts)
     if gradable:
         ids = [completion_ids[i] for i in gradable] if completion_ids else ()
         graded = task.grade([problems[i] for i in gradable], [texts[i] for i in gradable], ids)
         for i, reward in zip(gradable, graded, strict=True):
-            rewards[i] = float(reward)
+            rewards[i] = None if reward is None else float(reward)
     return rewards
 
 
@@ -41,13 +41,14 @@ def sampled_and_graded(
     decode: Callable[[Sequence[int]], str],
     requests: Sequence[SampleRequest],
     owners: Sequence[tuple[Problem, tuple[int, ...]]],
-) -> list[list[tuple[Completion, str, float]]]:
+) -> list[list[tuple[Completion, str, float | None]]]:
     """Sample the completions of each request, and grade the resulting responses.
 
     Args:
         owners: the problem and the response prefix of each request. A response is this prefix followed by a completion.
     Returns:
-        For each request, a list of (completion, text of the response, reward).
+        For each request, a list of (completion, text of the response, reward). The reward is None if no reward function
+        applies to the response.
     """
     completions = sampler.sample(requests, _grades_early(task, decode, owners))
     flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]

@@ -26,7 +26,7 @@ from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, metrics_line
-from vineppo.training.rollouts import draw_problems
+from vineppo.training.rollouts import check_rewards, draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
 from vineppo.types import RewardFn, UserError
 
@@ -155,6 +155,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         with timer("sample"):
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
             groups, rollout_tokens = parts.sample(problems, iteration)
+        check_rewards(groups, iteration, parts.task.total)
         reward_means = tally.means()
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)

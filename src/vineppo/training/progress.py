@@ -61,17 +61,21 @@ def advance(
 def metrics_line(
     progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the metrics that an iteration writes to metrics.jsonl as one line."""
+    """Return the metrics that an iteration writes to metrics.jsonl as one line.
+
+    The metrics of the reward are None if no rollout has a reward.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    known = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    rewards = torch.tensor(known, dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return {
         **metrics,
         "iteration": progress.iteration,
         **cumulative(progress),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(unbiased=False).item(),
+        "reward/mean": rewards.mean().item() if known else None,
+        "reward/std": rewards.std(unbiased=False).item() if known else None,
         "response/length_mean": sum(lengths) / len(lengths),
         "response/length_min": min(lengths),
         "response/length_max": max(lengths),

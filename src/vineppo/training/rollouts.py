@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,9 +18,13 @@ from vineppo.types import (
     Sampler,
     SampleRequest,
     Split,
+    Tally,
     Task,
     UserError,
 )
+
+_MIN_GRADED = 20
+"""Number of responses without a reward after which a run stops if there was no response with a reward."""
 
 
 def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
@@ -89,6 +94,31 @@ def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_l
         )
 
 
+def check_rewards(groups: Sequence[RolloutGroup], iteration: int, total: Tally) -> None:
+    """Warn if no rollout of an iteration has a reward, because no reward function applies to any of them.
+
+    Args:
+        total: statistics of all responses that were graded since the process started.
+    Raises:
+        UserError: if, in addition, no response that was graded since the process started has a reward, and there are at
+            least 20 of them. The reward functions are then probably wrong.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    if not rollouts or any(rollout.reward is not None for rollout in rollouts):
+        return
+    if total.not_applicable == total.graded >= _MIN_GRADED:
+        raise UserError(
+            f"every reward function returned None for all {total.graded} responses that were graded so far, so there "
+            "is nothing to learn; return a number for each response to which a reward function applies"
+        )
+    warnings.warn(
+        f"iteration {iteration}: every reward function returned None for all {len(rollouts)} rollouts, so their "
+        "advantages are 0; if this happens often, raise rollouts.num_problems, or remove the problems without a reward "
+        "from the data",
+        stacklevel=2,
+    )
+
+
 def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
     """Return the total number of response tokens of all rollouts."""
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
@@ -100,7 +130,7 @@ def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem
     return [task.problem(split, index) for index in range(count if size is None else min(count, size))]
 
 
-def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float) -> Rollout:
+def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float | None) -> Rollout:
     return Rollout(
         prompt_ids=prompt_ids,
         response_ids=completion.token_ids,

@@ -163,7 +163,8 @@ class VinePPOTrainer:
 
         Returns:
             A dictionary with `eval_reward`, and with the bounds of its 95% confidence interval, `eval_reward_low` and
-            `eval_reward_high`.
+            `eval_reward_high`. Completions for which every reward function returned None are left out; if none remains,
+            the numbers are NaN.
         """
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})

@@ -20,8 +20,8 @@ _MIN_GRADED = 20
 class Graded:
     """Problems graded by reward functions; implements `types.Task`.
 
-    The reward is the weighted sum over the functions that apply, and 0 if none applies or grading failed. Too many
-    failures stop the run, because the policy would learn from these wrong rewards.
+    The reward is the weighted sum over the functions that apply, None if no function applies, and 0 if grading failed.
+    Too many failures stop the run, because the policy would learn from these wrong rewards.
     """
 
     source: ProblemSource
@@ -67,8 +67,8 @@ class Graded:
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """Return the reward of each response to the problem at the same index.
+    ) -> list[float | None]:
+        """Return the reward of each response to the problem at the same index, or None if no function applies to it.
 
         Raises:
             UserError: if more than `max_error_share` of the responses since the start, or since `count_anew`, could not
@@ -93,8 +93,10 @@ class Graded:
         self.tally = Tally()
         return self.tally
 
-    def _reward(self, verdict: Verdict) -> float:
+    def _reward(self, verdict: Verdict) -> float | None:
         if isinstance(verdict, Failure):
             return 0.0
+        if all(reward is None for reward in verdict):
+            return None
         # math.fsum is exact: weights of 0.7, 0.2 and 0.1 sum to exactly 1.
         return math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
