@@ -17,13 +17,13 @@ from tests.training.test_train import read_lines
 from vineppo.config.schema import EvalConfig, RolloutConfig, RunConfig
 from vineppo.credit.vineppo import VinePPOSettings
 from vineppo.training.loop import train
-from vineppo.types import UserError
+from vineppo.types import TrainingWarning, UserError
 
 
 def for_some(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
-    """None for problems with the answers 0 to 2 and for every third length; otherwise whether the answer is right."""
+    """None for problems with the answers 0 to 2 and for a third of the texts; otherwise a number that varies."""
     return [
-        None if int(right) < 3 or len(text) % 3 == 0 else float(text.endswith(right))
+        None if int(right) < 3 or sum(map(ord, text)) % 3 == 0 else sum(map(ord, text)) % 7 / 7
         for text, right in zip(completions, answer, strict=True)
     ]
 
@@ -51,8 +51,7 @@ def test_a_run_leaves_out_responses_without_a_reward(tmp_path: Path, algorithm: 
                 assert set(row["token_advantages"]) == {0.0} and row["values"] == row["step_texts"] == []
             elif algorithm == "vineppo":
                 assert row["values"][0] + sum(row["step_advantages"]) == pytest.approx(row["reward"])
-        credited = [row for row in rows if any(row["token_advantages"])]
-        assert credited or algorithm == "grpo"
+        assert any(any(row["token_advantages"]) for row in rows)
     assert 0 < lines[-1]["eval/not_applicable_share"] < 1
     assert 0 <= summary["accuracy_after"]["mean"] <= 1
 
@@ -88,11 +87,11 @@ def test_an_iteration_without_any_reward_warns_and_goes_on(tmp_path: Path) -> No
         rollouts=RolloutConfig(num_problems=4, group_size=4, max_new_tokens=100),
     )
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("always", TrainingWarning)
         summary = train(config, reward_fn=reward)
-    assert [str(w.message) for w in caught if "reward function" in str(w.message)] == [
-        "iteration 2: every reward function returned None for all 16 rollouts, so their advantages are 0; if this "
-        "happens often, raise rollouts.num_problems, or remove the problems without a reward from the data"
+    assert [str(w.message) for w in caught if w.category is TrainingWarning] == [
+        "iteration 2: every reward function returned None for all rollouts, so their advantages are 0; if this happens "
+        "often, raise rollouts.num_problems, or remove the problems without a reward from the data"
     ]
     assert calls == [16, 16, 16] and summary["iterations"] == 3
     first, second, third = read_lines(tmp_path / "run")[1:]
