@@ -22,6 +22,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vineppo.credit.sample import reward_of
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate, pad
 from vineppo.model.codec import Codec
@@ -58,7 +59,9 @@ class RandomRewards:
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
         raise NotImplementedError
 
-    def grade(self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()) -> list[float]:
+    def grade(
+        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()
+    ) -> Sequence[float | None]:
         rewards = [derive_seed("reward", p.id, text) / 2**63 for p, text in zip(problems, texts, strict=True)]
         for tally in (self.total, self.tally):
             for reward in rewards:
@@ -71,6 +74,19 @@ class RandomRewards:
     def count_anew(self) -> Tally:
         self.tally = Tally()
         return self.tally
+
+
+class PartlyApplicable(RandomRewards):
+    """Random rewards that do not apply to about 70% of the texts. Truncated texts are graded, too."""
+
+    grade_truncated = True
+
+    def grade(
+        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Any = ()
+    ) -> Sequence[float | None]:
+        rewards = super().grade(problems, texts)
+        applies = [derive_seed("applies", p.id, text) / 2**63 > 0.7 for p, text in zip(problems, texts, strict=True)]
+        return [reward if applicable else None for reward, applicable in zip(rewards, applies, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,7 @@ class World:
         """All N responses with their rewards and probabilities. The probabilities sum to 1."""
         with torch.no_grad():
             logprobs = self.token_logprobs()
+        always = self.task.grade_truncated
         graded = self.task.grade([self.problem] * len(self.responses), [self._text(r) for r in self.responses])
         outcomes = []
         for response, row, grade in zip(self.responses, logprobs, graded, strict=True):
@@ -133,7 +150,7 @@ class World:
                 sampler_logprobs=tuple(row[: len(response)].tolist()),
                 finish_reason=finish,
                 text=self._text(response),
-                reward=grade if finish == "stop" else 0.0,
+                reward=grade if finish == "stop" or always else 0.0,
             )
             outcomes.append(Outcome(rollout, row.sum().exp().item()))
         return outcomes
@@ -144,7 +161,7 @@ class World:
         # For each state, the sums of P, P * reward and P * reward^2 over these responses with probability P.
         sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for outcome in self.outcomes:
-            response, reward = outcome.rollout.response_ids, outcome.rollout.reward
+            response, reward = outcome.rollout.response_ids, reward_of(outcome.rollout)
             for end in range(len(response)):
                 for power in range(3):
                     sums[response[:end]][power] += outcome.probability * reward**power

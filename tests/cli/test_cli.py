@@ -227,6 +227,21 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
     assert spec.model.path == "a/start"
 
 
+def test_eval_says_how_many_responses_have_no_reward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Case 3."""
+    from vineppo.training import evaluate
+
+    unknown = {"mean": None, "low": None, "high": None}
+    result = {"greedy": unknown, "pass@1": unknown, "num_problems": 4, "num_samples": 2, "truncated_share": 0.0}
+    more = {"tokens": 9, "seconds": 1.0, "grader/error_share": 0.0, "grader/not_applicable_share": 0.25}
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda spec: {**result, **more})
+    assert main(["eval", "embedded:judgement"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "25.0% of responses have no reward, because no reward function applies; they are left out"
+
+
 # --- processes
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests.helpers import known
 from tests.world import build_world
 from vineppo.config.schema import LearnerConfig, TaskConfig
 from vineppo.credit import BUILT_IN, find_algorithm
@@ -24,6 +25,7 @@ from vineppo.credit.grpo import grpo_credit
 from vineppo.credit.ppo import explained_variance
 from vineppo.credit.reinforce import reinforce_credit
 from vineppo.credit.rloo import rloo_credit
+from vineppo.credit.sample import reward_of
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate
@@ -289,7 +291,7 @@ def test_a_state_at_the_length_limit_has_value_0_and_is_not_sampled() -> None:
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
-    assert [(value.mean, value.num_mc_rollouts) for value in values] == [(0, 0), (0, K), (0, 0), (0, 0)]
+    assert [(value.mean, value.num_mc_rollouts) for value in known(values)] == [(0, 0), (0, K), (0, 0), (0, 0)]
     assert (cost.states, cost.distinct_states, cost.mc_rollouts, cost.tokens) == (4, 3, K, 4)
     assert len(graded) == 2
 
@@ -299,7 +301,7 @@ def test_the_sampler_is_not_called_if_all_values_are_known() -> None:
         ScriptedSampler({}), chain(), policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0
     )
     state = State(PROBLEM, policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
-    assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
+    assert [value.mean for value in known(monte_carlo.evaluate([state], 1)[0])] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
 
 
@@ -397,7 +399,7 @@ def test_values_do_not_depend_on_the_order_of_states_or_on_other_states() -> Non
     monte_carlo = w.monte_carlo(3)
     states = [State(w.problem, w.prompt_ids, state) for state in w.states]
     together, _ = monte_carlo.evaluate(states, 7)
-    assert len({value.mean for value in together}) > 20
+    assert len({value.mean for value in known(together)}) > 20
     reversed_values, _ = monte_carlo.evaluate(states[::-1], 7)
     assert reversed_values[::-1] == together
     for state, value in list(zip(states, together, strict=True))[::9]:
@@ -494,7 +496,7 @@ def test_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
 # --- credit relative to other responses ---
 
 
-def group_with(rewards: Sequence[float]) -> RolloutGroup:
+def group_with(rewards: Sequence[float | None]) -> RolloutGroup:
     """Rollouts of 2, 3, 4 ... tokens with these rewards."""
     return RolloutGroup(
         PROBLEM,
@@ -570,7 +572,7 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
         assert sample.values is not None and sample.returns is not None
         assert sample.values == (0.0,) * prompt + tuple(pytest.approx(v, abs=1e-6) for v in values)
-        assert response_part(sample) == pytest.approx([rollout.reward - v for v in values], abs=1e-6)
+        assert response_part(sample) == pytest.approx([reward_of(rollout) - v for v in values], abs=1e-6)
         assert sample.returns[prompt:] == pytest.approx([rollout.reward] * len(values), abs=1e-6)
         assert sample.returns[:prompt] == (0.0,) * prompt
     flat = [value for values in predicted for value in values]

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
-from tests.helpers import WrappedSampler
+from tests.helpers import WrappedSampler, known
 from tests.world import World, policy_gradient
+from vineppo.credit.sample import reward_of
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit, vine_node_credit
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
@@ -72,7 +73,8 @@ def estimates(w: World, chosen: Sequence[Rollout], iterations: int) -> tuple[np.
     monte_carlo, states = reusing(w), states_of(w, chosen)
     means, costs = [], []
     for iteration in range(iterations):
-        values, cost = monte_carlo.evaluate(states, iteration)
+        estimated, cost = monte_carlo.evaluate(states, iteration)
+        values = known(estimated)
         assert {value.num_mc_rollouts for value in values} == {K}
         means.append([value.mean for value in values])
         costs.append(cost)
@@ -127,7 +129,7 @@ def test_a_tree_that_contains_all_responses_needs_no_sampling() -> None:
     monte_carlo, states = reusing(w, 4096), states_of(w, all_rollouts)
     values, cost = monte_carlo.evaluate(states, 0)
     assert (cost.mc_rollouts, cost.tokens) == (0, 0)
-    for state, value in zip(states, values, strict=True):
+    for state, value in zip(states, known(values), strict=True):
         mean, variance = w.moments[state.response_ids]
         assert value.mean == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / 4096) + 1e-4)
 
@@ -251,7 +253,7 @@ def test_nodes_contain_all_continuations_that_pass_through() -> None:
         values, nodes, cost = reusing(w).evaluate_nodes(by_step, [(w.problem, r) for r in chosen], iteration)
         again, same_cost = reusing(w).evaluate(by_step, iteration)
         assert (values, cost) == (again, same_cost)
-        value_of = {state.key: value.mean for state, value in zip(by_step, values, strict=True)}
+        value_of = {state.key: value.mean for state, value in zip(by_step, known(values), strict=True)}
         for rollout, nodes_T in zip(chosen, nodes, strict=True):
             assert len(nodes_T) == len(rollout.response_ids)
             assert nodes_T == nodes[chosen.index(rollout)]
@@ -282,8 +284,8 @@ def test_next_tokens_of_a_node_have_the_distribution_of_the_policy() -> None:
     for token, rewards in rewards_by_token.items():
         paths = [o for o in w.outcomes if o.rollout.response_ids[0] == token]
         p = sum(o.probability for o in paths)
-        mean = sum(o.probability * o.rollout.reward for o in paths) / p
-        variance = max(0.0, sum(o.probability * o.rollout.reward**2 for o in paths) / p - mean**2)
+        mean = sum(o.probability * reward_of(o.rollout) for o in paths) / p
+        variance = max(0.0, sum(o.probability * reward_of(o.rollout) ** 2 for o in paths) / p - mean**2)
         assert len(rewards) / total == pytest.approx(p, abs=SIGMAS * math.sqrt(p * (1 - p) / total))
         assert np.mean(rewards) == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / len(rewards)) + 1e-12)
 

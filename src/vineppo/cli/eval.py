@@ -151,6 +151,8 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
     if result.get("grader/error_share"):
         errors, timeouts = (f"{100 * result[f'grader/{kind}_share']:.1f}%" for kind in ("error", "timeout"))
         print(f"{errors} of responses could not be graded ({timeouts} timed out) and count as wrong")
+    if share := result.get("grader/not_applicable_share"):
+        print(f"{100 * share:.1f}% of responses have no reward, because no reward function applies; they are left out")
 
 
 COMMAND = Command(

@@ -243,9 +243,11 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+        counted = [(0.0,) * len(w) if s.without_reward else w for s, w in zip(samples, weights, strict=True)]
         # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, weights)
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
+        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
         scaled = [
             replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
             for s, row in zip(samples, rows, strict=True)
@@ -394,10 +396,14 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
-        tokens, total = total_weight(minibatch) or 1, 0.0
-        for group in self._micro_batches([e.sample for e in minibatch]):
-            batch = collate([minibatch[i].sample for i in group], self.policy.device)
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss.
+
+        Samples without returns, whose rollouts have no reward, are left out.
+        """
+        chosen = [e for e in minibatch if e.sample.returns is not None]
+        tokens, total = total_weight(chosen) or 1, 0.0
+        for group in self._micro_batches([e.sample for e in chosen]):
+            batch = collate([chosen[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
             loss.backward()
             total += loss.item()

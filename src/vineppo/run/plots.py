@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
     """
     figure, axes = canvas("Accuracy and reward over updates", name)
     updates = [record["updates"] for record in iterations]
-    rewards = [record["reward/mean"] for record in iterations]
+    # The mean is None if no rollout has a reward. The curve has a gap at NaN.
+    rewards = [math.nan if record["reward/mean"] is None else record["reward/mean"] for record in iterations]
     axes.plot(updates, rewards, color="#56B4E9", linewidth=1, alpha=0.6, label="mean reward of the rollouts")
     if len(rewards) >= 10:
         width = max(5, len(rewards) // 10)
@@ -84,16 +86,20 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
         axes.plot(x, mean, color="#D55E00", marker="o", markersize=5, linewidth=2, label=label)
         band(axes, x, low, high, "#D55E00", "95% interval over problems")
     finish(axes, "updates", "accuracy, reward")
-    if all(0 <= reward <= 1 for reward in rewards):
+    if all(0 <= reward <= 1 for reward in rewards if not math.isnan(reward)):
         percent_axis(axes)
     legend_below(axes)
     return figure
 
 
 def _trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return, for each value, the mean of this value and the `width - 1` values before it (fewer at the start)."""
+    """Return, for each value, the mean of this value and the `width - 1` values before it (fewer at the start).
+
+    Values that are NaN are left out. A mean is NaN if no value is left.
+    """
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    known = [[value for value in window if not math.isnan(value)] for window in windows]
+    return [sum(window) / len(window) if window else math.nan for window in known]
 
 
 def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:

@@ -27,7 +27,7 @@ from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, metrics_line
-from vineppo.training.rollouts import draw_problems
+from vineppo.training.rollouts import check_rewards, draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
 from vineppo.training.watch import Watch
 from vineppo.types import RewardFn, UserError
@@ -180,6 +180,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
             groups, rollout_tokens = parts.sample(problems, iteration)
             guards.check_rollouts(groups, iteration)
+        check_rewards(groups, parts.task.total)
         reward_means = tally.means()  # of the rollouts, because no MC rollouts have been graded yet
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)

@@ -78,17 +78,20 @@ def metrics_line(
         groups: the rollouts of the iteration.
         metrics: metrics of the credit function, the learner and the task.
         seconds: duration of each phase of the iteration in seconds.
+    Returns:
+        The metrics. Those of the reward are None if no rollout has a reward.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    known = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    rewards = torch.tensor(known, dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return {
         **metrics,
         "iteration": progress.iteration,
         **cumulative(progress),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(unbiased=False).item(),
+        "reward/mean": rewards.mean().item() if known else None,
+        "reward/std": rewards.std(unbiased=False).item() if known else None,
         "response/length_mean": sum(lengths) / len(lengths),
         "response/length_min": min(lengths),
         "response/length_max": max(lengths),

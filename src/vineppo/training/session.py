@@ -100,22 +100,26 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
 
     Returns:
         (progress with the duration of the evaluation and the best accuracy so far, metrics of the evaluation).
+        The accuracy is None if no response has a reward.
     """
     began = time.perf_counter()
     measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
-    interval = measurement.mean_reward(session.limits.seed)
-    seconds, best = time.perf_counter() - began, progress.best_validation_accuracy
+    interval = measurement.mean_reward(session.limits.seed).as_dict()
+    seconds, accuracies = time.perf_counter() - began, (progress.best_validation_accuracy, interval["mean"])
     progress = replace(
         progress,
         seconds_eval=progress.seconds_eval + seconds,
-        best_validation_accuracy=interval.mean if best is None else max(best, interval.mean),
+        best_validation_accuracy=max((mean for mean in accuracies if mean is not None), default=None),
     )
-    return progress, {
-        "eval/accuracy": interval.mean,
-        "eval/accuracy_low": interval.low,
-        "eval/accuracy_high": interval.high,
+    metrics: dict[str, float | None] = {
+        "eval/accuracy": interval["mean"],
+        "eval/accuracy_low": interval["low"],
+        "eval/accuracy_high": interval["high"],
         "seconds/eval": seconds,
     }
+    if measurement.not_applicable_share:
+        metrics["eval/not_applicable_share"] = measurement.not_applicable_share
+    return progress, metrics
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
