@@ -36,8 +36,8 @@ _VISIBLE = re.compile(r"\S")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)|\be\.g|\bi\.e)\.$")
 _MATH_MARK = re.compile(
     r"""\\(?:begin|end)\{\w+\*?\} | \$\$? | \\[()\[\]]  # the delimiters of formulas
-    | \\[^\w\s]                                        # escaped characters, such as \$ and \,
-    | [.!?][.!?"')\]]*                                    # the end of a sentence, with all marks that follow it
+    | \\[^\w\s]                                         # escaped characters, such as \$ and \,
+    | [.!?][.!?"')\]]*                                  # the end of a sentence, with all marks that follow it
     | \n | [{}] | , | (?<=\s)and | (?<![<>=!:])=""",
     re.VERBOSE,
 )
@@ -249,9 +249,6 @@ def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:
       "x.\n\n" and "y". If a line lies entirely inside one token, that line is not a separate step.
     - If the response ends in a newline and EOS, EOS is a step of its own. A step without visible text can only be the
       last one.
-
-    Returns:
-        The end of each step as a number of tokens, shape (S,).
     """
     text = "".join(tokens)
     return _cut(tokens, text, ((match.end(), 0) for match in re.finditer("\n", text)))
@@ -406,9 +403,6 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
     """End a step after every `num_tokens` tokens. A step that would be blank is merged into the next one.
 
     The last step is not merged into another one, even if it is shorter or contains only white space and special tokens.
-
-    Returns:
-        The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
     ends, start = [], 0
@@ -456,7 +450,7 @@ def step_ends(
     """Return the end of each step of a rollout as a number of response tokens, shape (S,).
 
     Args:
-        max_states: maximum number of steps; 0 means no limit. If there are more, neighbouring steps are merged.
+        max_states: maximum number of steps; 0 means no limit. See `merge_steps`.
     """
     return merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
 

@@ -18,7 +18,7 @@ from vineppo.credit.bisection import bisected_vine_credit
 from vineppo.credit.sample import training_sample
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.model.codec import Codec
-from vineppo.steps import Splitter, build_splitter, step_ends
+from vineppo.steps import Splitter, build_splitter, merge_steps, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import (
     MonteCarlo,
@@ -39,9 +39,9 @@ class VinePPOSettings(Settings):
     """K: number of continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into steps: `newline` (lines), `math` (sentences and lines; sentences do not end inside
-    formulas, and long ones are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a
-    probability below 0.9), `cutpoints:N:P` (after every N-th token with a probability below P), `regex:PATTERN` (after
-    every match), or `module:function` (user-defined)."""
+    formulas, and steps of more than 100 characters also end at commas and equals signs), `tokens:N` (every N tokens),
+    `cutpoints` (after every fifth token with a probability below 0.9), `cutpoints:N:P` (after every N-th token with a
+    probability below P), `regex:PATTERN` (after every match), or `module:function` (user-defined)."""
     reuse: bool = True
     """Reuse continuations: if a continuation follows the response to the next state, it also counts as one of the K
     continuations of that state. The values remain unbiased, fewer tokens are sampled, and the advantages are less noisy
@@ -57,9 +57,9 @@ class VinePPOSettings(Settings):
     bisection_level: float = Field(0.7, gt=0, lt=1)
     """Confidence level at which the values at the ends of a stretch must differ for bisection to halve it."""
     max_states: int = Field(0, ge=0)
-    """Maximum number of states that are evaluated per response; 0 means all. If a response has more steps, neighbouring
-    steps are merged, evenly along the response. The cuts then depend on the length of the response, which makes the
-    expected gradient slightly smaller (docs/algorithms.md)."""
+    """Maximum number of states that are evaluated per response; 0 means all. The first half of them are the states
+    before single steps; later steps are merged, the more the later they are, because the number of steps is not known
+    when a step ends (docs/algorithms.md)."""
 
     def check(self) -> None:
         """Raise UserError if the settings cannot be combined."""
@@ -158,8 +158,7 @@ def vine_credit(
         estimator: evaluates states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
-            merged.
+        max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -227,7 +226,7 @@ def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, le
 
     Without `reuse`, these are K continuations of every state, each with half the length of a response.
     """
-    states = min(steps, settings.max_states or steps)
+    states = len(merge_steps(range(1, steps + 1), settings.max_states))
     share = _REUSE_SHARE if settings.reuse else 1.0
     return rollouts * settings.num_mc_rollouts * states * length / 2 * share
 
