@@ -1,18 +1,17 @@
-"""Splitters, which cut a response into reasoning steps.
+"""Cut responses into reasoning steps with functions that are called splitters.
 
-A splitter receives the T tokens of a response and returns the end of each step as a number of tokens. For example, the
-ends (3, 7) cut a response of 7 tokens into the steps response[0:3] and response[3:7]. The number S of steps depends on
-the response.
+A splitter receives the T tokens of a response and returns the end of each of the S steps as a number of tokens. For
+example, the ends (3, 7) cut a response of 7 tokens into the steps response[0:3] and response[3:7].
 
-Steps begin and end between two tokens, never inside a token. The state at the end b of a step is prompt + response[:b],
-so a state consists of exactly those token ids that the policy sampled.
+A step never ends inside a token. If a step ends after b tokens, the state after the step is prompt + response[:b]. A
+state therefore consists of token ids that the policy sampled; no text is tokenized again.
 
 Whether a step ends after a token is decided by this token and the tokens before it, never by later tokens or by the
-length of the response. Otherwise the credit would be biased (docs/algorithms.md). Therefore the state before an
-end-of-sequence token can be the start of a step.
+length of the response. Otherwise the credit would be biased (docs/algorithms.md). An end-of-sequence token can
+therefore be a step of its own.
 
-Most splitters first choose places to cut in the text, as character positions. The text before a place decides whether
-it is one. A cut inside a token is then moved to the end of that token.
+Most splitters first choose cuts in the text, which are character positions. Only the text before a cut decides whether
+it is made. A cut inside a token is then moved to the end of this token.
 """
 
 from __future__ import annotations
@@ -30,43 +29,35 @@ from itertools import accumulate, islice, pairwise
 from typing import Any, Protocol
 
 from vineppo.objects import first_line, load_object
+from vineppo.sentences import mathematical_places
 from vineppo.types import Rollout, UserError
 
 _VISIBLE = re.compile(r"\S")
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)|\be\.g|\bi\.e)\.$")
-_MATH_MARK = re.compile(
-    r"""\\(?:begin|end)\{\w+\*?\} | \$\$? | \\[()\[\]]  # the delimiters of formulas
-    | \\[^\w\s]                                         # escaped characters, such as \$ and \,
-    | [.!?][.!?"')\]]*                                  # the end of a sentence, with all marks that follow it
-    | \n | [{}] | , | (?<=\s)and | (?<![<>=!:])=""",
-    re.VERBOSE,
-)
-_CLOSERS = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
-"""The delimiter that closes each kind of formula, except environments."""
-_LONG_STEP = 100
-"""Number of characters after which `split_mathematics` also cuts inside sentences and lines."""
 _MAX_MATCH = 200
 """Number of characters before a token in which `split_at_matches` looks for the start of a match."""
 _CHECKED_RESPONSES = 8
 """Number of responses for which it is checked whether a user-defined splitter depends on later tokens."""
 _CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
-"""The N and P of the splitter name `cutpoints` (see `split_at_cutpoints`)."""
+"""Default values of N and P in the splitter `cutpoints:N:P` (see `split_at_cutpoints`)."""
 _NAMES = ("newline", "math", "tokens", "cutpoints", "regex")
+"""First parts of the names of the built-in splitters."""
 _SPECS = "newline, math, tokens:N, cutpoints, cutpoints:N:P, regex:PATTERN or module:function"
+"""The names of all splitters, for error messages."""
 
 
 class Splitter(Protocol):
     """Cuts a response into steps."""
 
     def __call__(self, tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
-        """Return the end of each step as a number of tokens, shape (S,).
+        """Return the end of each of the S steps as a number of tokens, shape (S,).
 
         The ends are strictly increasing, and the last one is T. Whether an end b < T is among them depends only on
         tokens[:b] and logprobs[:b].
 
         Args:
-            tokens: text of each token, decoded alone, shape (T,). Special tokens have the text "".
-            logprobs: log-probability of each token under the distribution that it was sampled from, shape (T,).
+            tokens: text of each of the T response tokens, decoded alone, shape (T,). Special tokens have the text "".
+            logprobs: log-probability of each token under the distribution from which the token was sampled, in nats,
+                shape (T,).
         Raises:
             ValueError: if T is 0.
         """
@@ -74,24 +65,26 @@ class Splitter(Protocol):
 
 
 def build_splitter(spec: str) -> Splitter:
-    """Build the splitter with the name `spec`.
+    """Build a splitter from its name.
 
-    The names are:
+    The names, and the functions in this module that they select, are:
 
-    - `newline`: see `split_at_newlines`.
-    - `math`: see `split_mathematics`.
-    - `tokens:N`: see `split_every`; N is its `num_tokens`.
-    - `cutpoints:N:P`: see `split_at_cutpoints`. `cutpoints` means `cutpoints:5:0.9`.
-    - `regex:PATTERN`: see `split_at_matches`.
+    - `newline`: `split_at_newlines`.
+    - `math`: `split_mathematics`.
+    - `tokens:N`: `split_every` with steps of N tokens.
+    - `cutpoints:N:P`: `split_at_cutpoints` with these values of N and P. `cutpoints` means `cutpoints:5:0.9`.
+    - `regex:PATTERN`: `split_at_matches` with this regular expression.
     - `module:function`: a user-defined function `cut(tokens, logprobs=()) -> ends` or `cut(tokens) -> ends`, with
       arguments and result as in `Splitter`. The returned ends are checked at every call. With the first 8 responses it
       is also checked whether the ends depend on later tokens. If they do, a warning is given once, because the credit
       is then biased.
 
+    Args:
+        spec: name of the splitter.
     Raises:
         UserError: if the name is unknown, a number is out of range, the pattern is not a regular expression, or the
-            user-defined function cannot be loaded. The splitter that is returned raises UserError if the user-defined
-            function fails or returns invalid ends.
+            user-defined function cannot be loaded. The returned splitter raises UserError if the user-defined function
+            fails or returns invalid ends.
     """
     name, colon, rest = spec.partition(":")
     if spec == "newline":
@@ -121,7 +114,7 @@ def build_splitter(spec: str) -> Splitter:
 
 
 def _load_splitter(spec: str) -> Splitter:
-    """Return a splitter that calls a user-defined function and checks the returned ends."""
+    """Return a splitter that calls the user-defined function `module:function` and checks the returned ends."""
     function = load_object(spec, "splitter")
     if not callable(function):
         raise UserError(f"splitter {spec!r} is a {type(function).__name__}; it must be a function")
@@ -166,16 +159,23 @@ def _effect_of_later_tokens(
     logprobs: Sequence[float],
     ends: Sequence[int],
 ) -> str:
-    """Return a text that names ends which change if later tokens change, or "" if there are none.
+    """Return a description of ends that change if later tokens change, or "" if there are none.
 
-    The response is cut off at a few places, and one other token is put there. The ends up to the place must remain.
+    The response is cut off at a few places, and another token is put there. The ends up to the place must not change.
+
+    Args:
+        ends_of: returns the ends of a response.
+        tokens: text of each token, shape (T,).
+        logprobs: log-probability of each token, shape (T,) or empty.
+        ends: the ends of the response.
     """
     T = len(tokens)
     places = {*ends[:4], *(i * T // 4 for i in range(1, 4)), T - 1} & set(range(1, T))
     for place, token in itertools.product(sorted(places), ("", "\n", tokens[0])):
         try:
             changed = ends_of([*tokens[:place], token], [*logprobs[:place], -1.0] if logprobs else ())
-        except UserError:  # the function may refuse a response that no policy would write
+        except UserError:
+            # The function may fail for a response that no policy would write.
             continue
         before, after = ([end for end in some if end <= place] for some in (ends, changed))
         if before != after:
@@ -187,10 +187,15 @@ def _effect_of_later_tokens(
 
 
 def _as_splitter(spec: str, function: Callable[..., Any]) -> Callable[[list[str], list[float]], Any]:
-    """Return a function of (tokens, logprobs) that calls `function` with the arguments that `function` accepts."""
+    """Return a function of (tokens, logprobs) that calls `function` with the arguments that `function` accepts.
+
+    Raises:
+        UserError: if `function` accepts neither (tokens, logprobs) nor (tokens).
+    """
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have no signature
+    except ValueError:
+        # Some functions written in C have no signature. They are called with the tokens only.
         return lambda tokens, logprobs: function(tokens)
 
     def accepts(*arguments: Any, **named: Any) -> bool:
@@ -230,7 +235,10 @@ def _checked_ends(spec: str, ends: Any, num_tokens: int) -> tuple[int, ...]:
 
 
 def _shortened(ends: Any) -> str:
-    """Return the ends as one line of text. A list of more than 8 ends is shortened to the first five and the last."""
+    """Return the ends as one line of text for error messages.
+
+    A list of more than 8 ends is shortened to the first five and the last.
+    """
     shown = reprlib.repr(ends)
     if isinstance(ends, list):
         items = [reprlib.repr(end) for end in ends]
@@ -269,7 +277,7 @@ def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
     - Blank lines, cuts inside tokens and EOS are treated as in `split_at_newlines`.
     """
     text = "".join(tokens)
-    return _cut(tokens, text, _mathematical_places(text))
+    return _cut(tokens, text, mathematical_places(text))
 
 
 def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[int, ...]:
@@ -282,6 +290,8 @@ def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[i
     Args:
         pattern: the regular expression. `build_splitter` compiles it so that `^` and `$` match at every line.
         tokens: text of each token, shape (T,).
+    Returns:
+        The end of each step as a number of tokens, shape (S,).
     """
     text = "".join(tokens)
 
@@ -299,14 +309,18 @@ def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[i
 def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[int, ...]:
     """End a step as soon as it contains N uncertain tokens and visible text, as in SPO.
 
-    A token is uncertain if the policy sampled it with a probability below P. The step ends after the token; a
-    cut before it would depend on a later token.
+    A token is uncertain if the policy sampled it with a probability below P. A step ends after an uncertain token, not
+    before it: a cut before the token would depend on a later token.
 
     Args:
         every: N, the number of uncertain tokens per step.
         below: P, the probability below which a token is uncertain.
         tokens: text of each token, shape (T,).
-        logprobs: log-probability of each token, shape (T,).
+        logprobs: log-probability of each token in nats, shape (T,).
+    Returns:
+        The end of each step as a number of tokens, shape (S,).
+    Raises:
+        ValueError: if there are no tokens, or the numbers of tokens and log-probabilities differ.
     """
     _refuse_empty(tokens)
     if len(logprobs) != len(tokens):
@@ -323,16 +337,20 @@ def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs
 
 
 def _cut(tokens: Sequence[str], text: str, places: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-    """Convert places in the text to ends of steps in tokens.
+    """Convert places in the text to the ends of steps.
 
     A cut inside a token is moved to the end of that token. There is no cut if the step before it would be blank.
 
     Args:
-        places: pairs (position, n) in ascending order. The text is cut at the position, in characters, if the step
-            before it has more than n characters.
+        text: text of all tokens.
+        places: pairs (position, n) in ascending order of the character positions in `text`. The text is cut at a
+            position if the step before it has more than n characters.
+    Returns:
+        The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
-    starts = list(accumulate(map(len, tokens), initial=0))  # (T + 1,), in characters
+    # starts[i] is the number of characters before token i.
+    starts = list(accumulate(map(len, tokens), initial=0))  # (T + 1,)
     boundaries: list[int] = []
     step_start, visible = 0, _next_visible(text, 0)  # in characters
     for position, min_length in places:
@@ -350,59 +368,17 @@ def _next_visible(text: str, start: int) -> int:
     return match.start() if match else len(text)
 
 
-def _mathematical_places(text: str) -> Iterator[tuple[int, int]]:
-    """Yield the places of `split_mathematics`, as arguments of `_cut`.
-
-    The text is read once from left to right. A place is yielded only if the text before it decides that it is one.
-    """
-    closer, depth, line_start = "", 0, 0  # the delimiter that ends the formula, and the number of open braces
-    for match in _MATH_MARK.finditer(text):
-        mark, start = match.group(), match.start()
-        if mark == "\n":
-            if not text[line_start:start].strip():
-                closer, depth = "", 0
-            closer = "" if closer in ("$", r"\)") else closer
-            line_start = start + 1
-            yield line_start, 0
-        elif mark in ("{", "}"):
-            depth += 1 if mark == "{" else -1
-        elif mark == "=":
-            if depth <= 0:
-                yield start + 1, _LONG_STEP
-        elif mark == closer:
-            closer = ""
-        elif not closer and mark in _CLOSERS:
-            closer = _CLOSERS[mark]
-        elif not closer and mark.startswith(r"\begin{"):
-            closer = mark.replace("begin", "end")
-        elif not closer and mark[0] in ".!?,":
-            yield from _punctuation_places(text, start, match.end())
-        elif not closer and mark == "and":
-            yield match.end(), _LONG_STEP
-
-
-def _punctuation_places(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the place that belongs to the punctuation marks text[start:end], if there is one.
-
-    After a digit or a single letter, marks count only before white space. The place is then behind the white space: in
-    front of it, the text does not show yet that it follows.
-    """
-    mark, before = text[start], text[max(0, start - 2) : start]
-    doubtful = before[-1:].isdigit()
-    if mark != ",":
-        doubtful |= len(before) < 2 or (before[-1].isalnum() and not before.isalpha())
-        if (doubtful and mark == "!") or _ABBREVIATION.search(text, max(0, start - 8), start + 1):
-            return
-    if not doubtful:
-        yield start + 1, _LONG_STEP if mark == "," else 0
-    elif text[end : end + 1].isspace():
-        yield end + 1, _LONG_STEP if mark == "," else 0
-
-
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
     """End a step after every `num_tokens` tokens. A step that would be blank is merged into the next one.
 
-    The last step is not merged into another one, even if it is shorter or contains only white space and special tokens.
+    The last step may be shorter or blank. It is not merged into the step before it, because the end of that step would
+    then depend on later tokens.
+
+    Args:
+        num_tokens: number of tokens per step.
+        tokens: text of each token, shape (T,).
+    Returns:
+        The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
     ends, start = [], 0
@@ -416,17 +392,17 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
 def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
     """Merge neighbouring steps so that at most `max_states` steps remain.
 
-    The first half of the steps that may remain are single steps, half of the others consist of two steps each, half of
-    those that are then left of four, and so on; the last one contains the rest. With a maximum of 8, the ends of the
-    steps 1, 2, 3, 4, 6, 8 and 12 remain. Which ends remain does not depend on the number of steps, because this number
-    depends on later tokens.
+    The first half of the `max_states` - 1 first steps are single steps, half of the others consist of two steps each,
+    half of those that are then left of four, and so on. The last step contains all others. With a maximum of 8, the
+    ends of the steps 1, 2, 3, 4, 6, 8 and 12 remain. Which ends remain does not depend on the number of steps, because
+    this number depends on later tokens.
 
     Args:
         boundaries: the end of each step as a number of tokens, strictly increasing, shape (S,).
-        max_states: maximum number of steps; 0 means no limit. It also limits the number of states to evaluate, because
-            the state before each step is evaluated.
+        max_states: maximum number of steps; 0 means no limit. This is also the maximum number of states whose values
+            are estimated, because there is one state before each step.
     Returns:
-        The end of each remaining step.
+        The end of each remaining step as a number of tokens.
     Raises:
         ValueError: if there is no step, or `max_states` is negative.
     """
@@ -450,11 +426,15 @@ def step_ends(
     """Return the end of each step of a rollout as a number of response tokens, shape (S,).
 
     Args:
-        max_states: maximum number of steps; 0 means no limit. See `merge_steps`.
+        splitter: cuts the response into steps.
+        token_texts: maps token ids to the text of each token.
+        max_states: maximum number of steps; 0 means no limit. If there are more, neighbouring steps are merged (see
+            `merge_steps`).
     """
     return merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
 
 
 def _refuse_empty(tokens: Sequence[str]) -> None:
+    """Raise ValueError if a response has no tokens."""
     if not tokens:
         raise ValueError("a response of 0 tokens has no steps")
