@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
 from tests.helpers import WrappedSampler, known
@@ -22,7 +21,6 @@ from tests.world import World, policy_gradient
 from vineppo.credit.sample import reward_of
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit, vine_node_credit
 from vineppo.steps import build_splitter
-from vineppo.training.rollouts import sample_groups
 from vineppo.types import (
     Capabilities,
     Completion,
@@ -30,17 +28,18 @@ from vineppo.types import (
     RolloutGroup,
     Sampler,
     SampleRequest,
-    TrainingSample,
     UserError,
 )
 from vineppo.values import ReusingMonteCarlo, State, ValueCost
 
 K = 4
-ITERATIONS = 800
+ITERATIONS = 1500
 
 
 def reusing(w: World, num_mc_rollouts: int = K, sampler: Sampler | None = None) -> ReusingMonteCarlo:
-    return ReusingMonteCarlo(replace(w.monte_carlo(num_mc_rollouts), sampler=sampler or w.sampler()))
+    """The estimator with a sampler; the default samples from the table of the world."""
+    monte_carlo = w.monte_carlo(num_mc_rollouts, by_table=sampler is None)
+    return ReusingMonteCarlo(replace(monte_carlo, sampler=sampler) if sampler else monte_carlo)
 
 
 def rollouts(w: World) -> list[Rollout]:
@@ -90,9 +89,9 @@ def test_values_are_unbiased_and_as_precise_as_k_new_continuations() -> None:
     variance = np.array([w.moments[state.response_ids][1] for state in states]) / K
     z = (means.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
     assert np.abs(z).max() < SIGMAS
-    # The variance of a single state is not precisely known after 800 iterations; the mean over states is.
-    assert (means.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
-    assert means.var(0) == pytest.approx(variance, rel=0.5)
+    # The variance of a single state is not precisely known after 1500 iterations; the mean over states is.
+    assert (means.var(0) / variance).mean() == pytest.approx(1, abs=0.06)
+    assert means.var(0) == pytest.approx(variance, rel=0.35)
     without_reuse = K * len({state.key for state in states})
     assert 0.2 * without_reuse < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * without_reuse
     assert {cost.distinct_states for cost in costs} == {without_reuse // K}
@@ -230,15 +229,15 @@ def test_excluding_tokens_renormalizes_the_probabilities_of_the_others() -> None
 
 def test_neither_order_nor_repetition_nor_other_problems_change_a_value() -> None:
     w, other = world(4), world(4, 1)
-    states = states_of(w, rollouts(w))
-    values, cost = reusing(w).evaluate(states, 3)
+    states, estimator = states_of(w, rollouts(w)), reusing(w, sampler=w.sampler())
+    values, cost = estimator.evaluate(states, 3)
     assert cost.states == len(states) > cost.distinct_states
-    reversed_values, _ = reusing(w).evaluate(states[::-1], 3)
+    reversed_values, _ = estimator.evaluate(states[::-1], 3)
     assert reversed_values[::-1] == values
     other_states = states_of(other, [other.outcomes[-1].rollout])
-    together, _ = reusing(w).evaluate([*other_states, *states], 3)
+    together, _ = estimator.evaluate([*other_states, *states], 3)
     assert together[len(other_states) :] == values
-    assert reusing(w).evaluate(states, 4)[0] != values
+    assert estimator.evaluate(states, 4)[0] != values
 
 
 # --- alternatives: next tokens of continuations at each token of a rollout ---
@@ -290,37 +289,12 @@ def test_next_tokens_of_a_node_have_the_distribution_of_the_policy() -> None:
         assert np.mean(rewards) == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / len(rewards)) + 1e-12)
 
 
-def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
-    """Gradients of sampled groups of eight responses; `drop` removes the alternatives."""
-    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.codec.token_texts, 0)
+def test_the_loss_with_alternatives_has_the_exact_gradient() -> None:
+    """The model samples, and the package's loss trains the alternatives (tests/credit/test_estimators.py: by table)."""
+    w = world(3)
+    credit = vine_node_credit(reusing(w, 3, w.sampler()), build_splitter("tokens:2"), w.policy.codec.token_texts, 0)
     gradients = []
-    for iteration in range(iterations):
-        groups = sample_groups(
-            [w.problem],
-            w.policy.codec,
-            w.sampler(),
-            w.task,
-            group_size=8,
-            max_new_tokens=3,
-            temperature=w.temperature,
-            address=(0, iteration, "rollouts"),
-        )
-        samples: list[TrainingSample] = credit(groups, iteration)[0]
-        if drop:
-            samples = [replace(sample, alternatives=()) for sample in samples]
+    for iteration in range(120):
+        samples, _ = credit([w.sampled_group(8, iteration)], iteration)
         gradients.append(policy_gradient(w.policy, w.temperature, [(1 / 8, sample) for sample in samples]))
-    return gradients
-
-
-@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3"])
-def test_vineppo_with_alternatives_is_unbiased(splitter: str) -> None:
-    w = world(3)
-    z = z_scores(node_gradients(w, splitter, 250), w.exact_gradient())
-    assert max(map(abs, z)) < SIGMAS
-
-
-def test_alternatives_are_part_of_the_gradient() -> None:
-    """The previous test fails if the alternatives are missing."""
-    w = world(3)
-    z = z_scores(node_gradients(w, "tokens:2", 250, drop=True), w.exact_gradient())
-    assert max(map(abs, z)) > 2 * SIGMAS
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS

@@ -58,8 +58,7 @@ def bisected_vine_credit(
         estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
-            merged.
+        max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
         level: confidence level at which V(a) and V(b) must differ for a stretch to be halved, above 0 and below 1.
     """
 

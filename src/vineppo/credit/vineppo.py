@@ -19,7 +19,7 @@ from vineppo.credit.bisection import bisected_vine_credit
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.model.codec import Codec
-from vineppo.steps import Splitter, build_splitter, step_ends
+from vineppo.steps import Splitter, build_splitter, merge_steps, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import (
     MonteCarlo,
@@ -40,10 +40,10 @@ class VinePPOSettings(Settings):
     """K: number of continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into reasoning steps: `newline` (one step per line), `math` (one step per sentence or line;
-    a sentence does not end inside a formula, and a long sentence is halved), `tokens:N` (every N tokens), `cutpoints`
-    (after every fifth token that had a probability below 0.9), `cutpoints:N:P` (after every N-th token that had a
-    probability below P), `regex:PATTERN` (after every match of a regular expression), or `module:function` (a
-    user-defined function)."""
+    a sentence does not end inside a formula, and a step of more than 100 characters also ends at a comma or an equals
+    sign), `tokens:N` (every N tokens), `cutpoints` (after every fifth token that had a probability below 0.9),
+    `cutpoints:N:P` (after every N-th token that had a probability below P), `regex:PATTERN` (after every match of a
+    regular expression), or `module:function` (a user-defined function)."""
     reuse: bool = True
     """Let a continuation count for several states: if its first tokens are those of the response up to the next state,
     it is also one of the K continuations of that state. The values remain unbiased, fewer tokens are sampled, and the
@@ -61,9 +61,9 @@ class VinePPOSettings(Settings):
     """For `bisection`: confidence level at which the values at the two ends of a range of steps must differ for the
     range to be halved."""
     max_states: int = Field(0, ge=0)
-    """Maximum number of states per response whose values are estimated; 0 means no limit. If a response has more steps
-    than this, neighbouring steps are merged, evenly along the response. The cuts then depend on the length of the
-    response, which makes the expected gradient slightly smaller (docs/algorithms.md)."""
+    """Maximum number of states per response whose values are estimated; 0 means no limit. The first half of them are
+    the states before single steps. Later steps are merged, two at first, then four and so on, because the number of
+    steps is not yet known where a step ends (docs/algorithms.md)."""
 
     def check(self) -> None:
         """Raise UserError if two of the settings exclude each other."""
@@ -178,8 +178,7 @@ def vine_credit(
         estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
-            merged.
+        max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -288,7 +287,7 @@ def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, le
         steps: number of steps per response.
         length: number of tokens per response.
     """
-    states = min(steps, settings.max_states or steps)
+    states = len(merge_steps(range(1, steps + 1), settings.max_states))
     share = _REUSE_SHARE if settings.reuse else 1.0
     return rollouts * settings.num_mc_rollouts * states * length / 2 * share
 
