@@ -17,7 +17,7 @@ from rich.table import Table
 
 from vineppo.compare.figures import RunRecord
 from vineppo.compare.plots import plot_comparison
-from vineppo.compare.runs import PlannedRun, print_line
+from vineppo.compare.runs import PlannedRun, outcome_of_missing, print_line
 from vineppo.compare.spec import CompareSpec
 from vineppo.compare.tables import conclusions, header, markdown, table_rows
 from vineppo.run.environment import version_of
@@ -44,9 +44,13 @@ def environment_record() -> dict[str, Any]:
 
 
 def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
-    """Return the entry of `compare.json` for a run that did not finish."""
-    reason = failures.get(plan.name, "did not finish")
-    return {"algorithm": plan.algorithm, "seed": plan.seed, "reason": reason, "log": str(plan.log)}
+    """Return the entry of `compare.json` for a run that did not finish.
+
+    Its state is `failed` if the process of the run ended with an error, `stopped` if the run was interrupted, and
+    `skipped` if it was not started.
+    """
+    state, reason = outcome_of_missing(plan, failures)
+    return {"algorithm": plan.algorithm, "seed": plan.seed, "state": state, "reason": reason, "log": str(plan.log)}
 
 
 def write_reports(result: dict[str, Any], out: Path) -> None:

@@ -30,6 +30,22 @@ class Progress:
     """Seconds of the earlier processes of this run, up to the checkpoint."""
     accuracy_before: dict[str, float | None] = field(default_factory=dict)
     best_validation_accuracy: float | None = None
+    evaluated_iteration: int | None = None
+    """The last iteration after which the validation accuracy was measured."""
+    evaluated_accuracy: float | None = None
+    """The validation accuracy after that iteration."""
+    best_checkpoint: int | None = None
+    """Iteration of the checkpoint with the best validation accuracy; the later one if two are equal. None if no
+    checkpoint was evaluated."""
+    best_checkpoint_accuracy: float | None = None
+
+
+def with_best_checkpoint(progress: Progress) -> Progress:
+    """Return the progress that a checkpoint of this iteration contains: it may be the best checkpoint."""
+    accuracy, best = progress.evaluated_accuracy, progress.best_checkpoint_accuracy
+    if progress.evaluated_iteration != progress.iteration or accuracy is None or (best is not None and accuracy < best):
+        return progress
+    return replace(progress, best_checkpoint=progress.iteration, best_checkpoint_accuracy=accuracy)
 
 
 def advance(
