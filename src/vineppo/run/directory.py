@@ -153,8 +153,8 @@ class RunDirectory:
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append the metrics as a line to metrics.jsonl and force it to disk. NaN and infinity are written as null.
 
-        The line is written by one system call, so that other processes never read a part of it. If the disk is full,
-        the part that was written is removed again.
+        The line is written by one system call and ends with a line break, so a last line without one is incomplete. If
+        the disk is full, the part that was written is removed again.
         """
         is_new = not self.metrics.exists()
         line = (json.dumps(_json_ready(metrics), allow_nan=False) + "\n").encode()
