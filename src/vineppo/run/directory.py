@@ -32,6 +32,9 @@ from vineppo.run.lock import LOCK_FILE
 from vineppo.run.records import Decode, rollout_rows, write_parquet
 from vineppo.types import RolloutGroup, TrainingSample, UserError
 
+_BEFORE_CONFIG = (LOCK_FILE, "run.json", ".run.json.tmp", ".config.yaml.tmp")
+"""Files that are written to a new run directory before config.yaml is complete."""
+
 
 def _json_ready(value: Any) -> Any:
     """Convert a value for JSON. NaN and infinity become None; NumPy and PyTorch numbers become Python numbers."""
@@ -66,22 +69,23 @@ class RunDirectory:
         run = cls(Path(path), config_to_dict(config))
         run.make_folder()
         try:
-            for directory in (run.rollouts, run.checkpoints, run.plots):
-                directory.mkdir()
+            # With config.yaml the directory is a run. If the process is killed before, the directory counts as new.
             run.write_record({"recipe": recipe, "vineppo": package_version(), "model_in_memory": in_memory})
             run.write_config(run.config)
+            for directory in (run.rollouts, run.checkpoints, run.plots):
+                directory.mkdir()
         except OSError as error:
             raise _unwritable(run.path, error) from error
         return run
 
     def make_folder(self) -> None:
-        """Create the folder of a new run. Its lock may be in it already.
+        """Create the folder of a new run. It may contain what a process wrote that was killed before it had started.
 
         Raises:
             UserError: if the folder exists and is not empty, or cannot be created.
         """
         try:
-            if self.path.is_dir() and any(entry.name != LOCK_FILE for entry in self.path.iterdir()):
+            if self.path.is_dir() and any(entry.name not in _BEFORE_CONFIG for entry in self.path.iterdir()):
                 raise UserError(
                     f"run directory {self.path} already exists and is not empty; give another run.dir, or continue "
                     f"that run with --resume {self.path}"
