@@ -1,4 +1,4 @@
-"""The command `vineppo train`: reinforcement learning."""
+"""The command `vineppo train`, which trains a model by reinforcement learning."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vineppo.types import UserError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo train` to its parser."""
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -36,6 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Start a new run, or resume a run if `--resume` is given. Return the exit code."""
     if request.options["resume"] is not None:
         return _resume(request)
     if request.options["from"] is not None:
@@ -46,7 +48,14 @@ def _run(request: Request) -> int:
 
 
 def train_with(config: Config, recipe: str) -> dict[str, Any]:
-    """Train, print the progress, and return the content of summary.json."""
+    """Train in a new run directory and print the progress.
+
+    Args:
+        config: configuration of the run.
+        recipe: name of the recipe, which is written to summary.json.
+    Returns:
+        The content of summary.json.
+    """
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:
@@ -54,6 +63,11 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
 
 
 def _resume(request: Request) -> int:
+    """Continue the run that `--resume` names, with its recorded settings. Return the exit code.
+
+    Raises:
+        UserError: if a recipe is given, if an option would change a recorded setting, or if the run cannot be resumed.
+    """
     from vineppo.run.directory import RunDirectory
 
     if request.positional is not None:
@@ -64,7 +78,7 @@ def _resume(request: Request) -> int:
     run = RunDirectory.open(folder, writable=False)
     layers = [(run.config, f"in {folder}/config.yaml"), (request.overrides, COMMAND_LINE)]
     config = config_from_layers(layers)
-    # the recorded path is wrong if the directory was moved
+    # The recorded run.dir is wrong if the directory was moved after the run started. Use the path given by the user.
     config = replace(config, run=replace(config.run, dir=str(folder)))
     from vineppo.training.loop import resume
 
@@ -74,6 +88,7 @@ def _resume(request: Request) -> int:
 
 @contextlib.contextmanager
 def _reporter(config: Config) -> Iterator[ConsoleReporter]:
+    """Yield a reporter, and close it also after an error, so that no progress bar is left on the terminal."""
     reporter = ConsoleReporter(config)
     try:
         yield reporter

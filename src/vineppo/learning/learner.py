@@ -1,9 +1,13 @@
 """Define the learner, which updates the weights of the policy and the value network from training samples.
 
-All algorithms use the same learner. Its inputs are advantages and weights of tokens. Each epoch is split into
-minibatches (one optimizer step each), and each minibatch into micro-batches (one forward and backward pass each). Every
-sum over tokens is weighted and divided by the sum of the weights of the whole minibatch. Therefore an update does not
-depend on the size or order of the micro-batches, nor on the way in which a tree of responses is split into samples.
+All algorithms use the same learner. A training sample is a token sequence in which each trained token (`loss_mask` 1)
+has an advantage and a weight. Each epoch is split into minibatches (one optimizer step each), and each minibatch into
+micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by the sum of the weights
+of the whole minibatch. Therefore an update does not depend on the size or order of the micro-batches, nor on how a tree
+of responses is split into samples.
+
+Letters in shapes: B sequences, T tokens of the longest sequence, N trained tokens, A alternatives (tokens that are
+trained in place of a token of a sequence).
 """
 
 from __future__ import annotations
@@ -43,21 +47,23 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
 
 STATE_FILE = "learner.pt"
+"""Name of the learner's file in a checkpoint."""
 
 
 class TorchLearner:
-    """Implementation of `types.Learner` in one process, with one optimizer each for the policy and the value network.
+    """Trains the policy and the value network in this process, each with an optimizer. Implements `types.Learner`.
 
     Args:
         policy: the policy, which is trained in place.
-        reference: the frozen starting policy for the KL penalty, or None if there is no penalty.
+        reference: the policy before training, for the KL penalty, or None if there is no penalty.
         critic: the value network, which is trained in place on the returns of the samples, or None for algorithms
             without a value network.
-        config: settings of the objective and the optimizer.
-        critic_settings: settings of the optimizer and the loss of the value network; None without a value network.
+        config: settings of the objective and of the optimizers.
+        critic_settings: settings of the learning rate and of the loss of the value network; None without a value
+            network.
         temperature: sampling temperature of the rollouts; log-probabilities are computed with the same temperature.
         total_updates: planned number of updates. A linear decay of the learning rate reaches 0 after the last update.
-        seed: seed of the run, from which the seeds of the order of the samples and of dropout are derived.
+        seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
     """
 
     def __init__(
@@ -81,20 +87,26 @@ class TorchLearner:
         )
         self.updates = 0
         self.scheduled = 0
-        """Number of minibatches so far, including empty minibatches. It is the position in the learning-rate
-        schedule."""
+        """Number of minibatches so far, including empty ones. The learning rate depends on this number and not on
+        `updates`."""
 
     def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """Train on the samples of one iteration, for all epochs.
+        """Train on the samples of one iteration, with all epochs of the iteration.
 
         An epoch has ceil(num_rollouts / minibatch_size) minibatches. If there are few samples, some minibatches are
-        empty. An empty minibatch makes no update but advances the learning-rate schedule, so that the schedule ends
-        with the run.
+        empty. An empty minibatch makes no update but advances the learning-rate schedule. Therefore the schedule ends
+        with the run for any number of samples.
 
+        Args:
+            samples: the training samples of the iteration, of any number.
+            iteration: number of the iteration, counted from 1.
+            num_rollouts: number of rollouts of the iteration.
         Returns:
-            Metrics of the iteration: metrics of its samples (policy/entropy, kl/ref and others), means over its updates
-            (policy/loss, value/loss and others), and `updates`, the number of updates since the start of the run. If
-            there are no samples, the only metric is `updates`.
+            Metrics that are computed from the samples before the first update (policy/entropy, kl/ref and others),
+            means over the updates of the iteration (policy/loss, value/loss and others), and `updates`, the number of
+            updates since the start of the run. If there are no samples, the only metric is `updates`.
+        Raises:
+            UserError: if a sample is invalid, or the norm of a gradient is not finite.
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
@@ -106,6 +118,7 @@ class TorchLearner:
             random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
             for indices in minibatches(order, self.config.minibatch_size, num_rollouts):
                 if indices:
+                    # Number of rollouts that correspond to this part of the samples.
                     share = num_rollouts * len(indices) / len(order)
                     for key, value in self._update([experience[i] for i in indices], train_policy, share).items():
                         totals[key] += value
@@ -118,7 +131,7 @@ class TorchLearner:
         """Predict the value of the state before each response token.
 
         Returns:
-            One list per rollout, with one value for each of the T response tokens, shape (T,).
+            One list per rollout, with one value in reward units for each response token.
         Raises:
             UserError: if there is no value network.
         """
@@ -139,11 +152,11 @@ class TorchLearner:
         return values
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return an iterator over (name, tensor) of the current weights of the policy. Adapters are merged."""
+        """Yield the (name, tensor) pairs of the policy's current weights, with adapters merged into the weights."""
         return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write the weights, the optimizer states and the number of updates to `learner.pt` in `folder`."""
+        """Write trained weights, optimizer states and numbers of updates to the file `learner.pt` in a folder."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
         state = {
             "policy": trained_state(self.policy.model),
@@ -156,7 +169,7 @@ class TorchLearner:
         write_state(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Load the state that `save` wrote to `folder`.
+        """Restore the state that `save` wrote to a folder.
 
         Raises:
             UserError: if `learner.pt` is missing or cannot be read.
@@ -170,10 +183,13 @@ class TorchLearner:
         self.updates, self.scheduled = state["updates"], state["scheduled"]
 
     def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
-        """Build the experience of an iteration from its samples, and compute metrics.
+        """Prepare the samples of an iteration for the updates.
 
-        The old and reference log-probabilities are computed. The advantages are reduced by the KL penalty if its place
-        is the reward, and are scaled.
+        The log-probabilities under the policy and under the reference are computed. The advantages are reduced by the
+        KL penalty if `config.kl.place` is "reward", and are then scaled.
+
+        Returns:
+            (one `Experience` per sample, metrics of the samples).
         """
         old, old_alternatives, entropy = self.logprobs(self.policy, samples)
         ref = None
@@ -189,6 +205,7 @@ class TorchLearner:
         }
         if ref is not None:
             penalties = [self._penalties(o, r) for o, r in zip(old, ref, strict=True)]
+            # The estimates are summed over the tokens of a rollout. The metric is the mean over rollouts.
             metrics["kl/ref"] = (
                 sum(_weighted_sum([w], [p]) for w, p in zip(weights, penalties, strict=True)) / num_rollouts
             )
@@ -197,6 +214,7 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
         divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
         rows = scale_advantages(rows, self.config.advantage_scaling, weights)
         scaled = [
@@ -211,6 +229,7 @@ class TorchLearner:
         return experience, metrics
 
     def _penalties(self, old: Sequence[float], ref: Sequence[float]) -> list[float]:
+        """Return the KL estimate of each trained token of a sample. The arguments and the result have shape (N,)."""
         kl = self.config.kl
         return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
@@ -218,12 +237,12 @@ class TorchLearner:
     def logprobs(
         self, policy: Policy, samples: Sequence[TrainingSample]
     ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Compute the log-probabilities of the trained tokens and of the alternatives, and the mean entropy.
+        """Compute log-probabilities under a policy, and the mean entropy of its next-token distributions.
 
         Returns:
-            A tuple of three entries. First, the log-probabilities of the trained tokens, one list per sample. Second,
-            the log-probabilities of the alternatives, one list per sample. Third, the weighted mean entropy in nats per
-            token.
+            A tuple (log-probabilities of the trained tokens, log-probabilities of the alternatives, mean entropy). The
+            first two entries have one list per sample. The entropy is in nats per trained token, and the mean is
+            weighted with the weights of the tokens.
         """
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
@@ -250,7 +269,7 @@ class TorchLearner:
         return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Split the indices of the samples into groups that are processed in one forward pass each."""
+        """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
@@ -260,6 +279,8 @@ class TorchLearner:
             train_policy: whether the policy is trained; False trains only the value network.
             num_rollouts: number of rollouts in the iteration, multiplied by the fraction of the samples that are in the
                 minibatch.
+        Returns:
+            The metrics of the minibatch.
         """
         config = self.config
         metrics: Metrics = {}
@@ -280,7 +301,7 @@ class TorchLearner:
         return metrics
 
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
-        """Accumulate the gradient of the policy loss of a minibatch. Return the metrics."""
+        """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics."""
         parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
         counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
         seed = derive_seed(self.seed, "dropout", self.updates)
@@ -295,15 +316,17 @@ class TorchLearner:
 
     @property
     def _all_tokens_have_gradients(self) -> bool:
-        """Whether tokens with advantage 0 have a gradient too, due to an entropy bonus or a KL penalty in the loss."""
+        """Whether an entropy bonus or a KL penalty in the loss gives a gradient also to tokens with advantage 0."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
     def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
-        """Compute the contribution of a micro-batch to the loss and the metrics of its minibatch.
+        """Compute the contribution of a micro-batch to the policy loss and the metrics of its minibatch.
 
         Args:
             chosen: the samples of the micro-batch.
-            counts: sums over the whole minibatch, by which the sums over the micro-batch are divided.
+            counts: numbers of the whole minibatch, by which the sums over the micro-batch are divided.
+        Returns:
+            (contribution to the loss as a scalar tensor, contributions to the metrics).
         """
         config, device, tokens = self.config, self.policy.device, counts.tokens
         batch = collate([e.sample for e in chosen], device)
@@ -314,7 +337,7 @@ class TorchLearner:
             self.temperature,
             config.entropy_coefficient > 0,
             (batch.alternative_places, batch.alternative_ids),
-        )  # logprobs (N + A,): N trained tokens, then A alternatives
+        )  # logprobs (N + A,): trained tokens, then alternatives
         N = int(batch.loss_mask.sum())
         old = torch.tensor(
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
@@ -326,6 +349,7 @@ class TorchLearner:
             logprobs, old, advantages, config.clip_low, config.clip_high, weights
         )
         loss = policy_loss / tokens
+        # How far the policy has moved since the first update of the iteration; only a metric.
         kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
             "policy/loss": loss.item(),
@@ -345,7 +369,7 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Accumulate the gradient of the value loss of a minibatch. Return the loss."""
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
         tokens, total = total_weight(minibatch) or 1, 0.0
         for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
@@ -355,6 +379,7 @@ class TorchLearner:
         return total
 
     def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
+        """Return the value loss of a micro-batch, summed over its trained tokens."""
         assert batch.returns is not None and batch.values is not None, (
             "the value loss needs returns and the values predicted before the update"
         )
@@ -366,5 +391,5 @@ class TorchLearner:
 
 
 def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Return the sum of weight times entry over all rows. The rows can have different lengths."""
+    """Return the sum of weight times entry over all entries of all rows. The rows can have different lengths."""
     return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

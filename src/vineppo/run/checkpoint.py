@@ -1,10 +1,11 @@
-"""Write and read checkpoints.
+"""Write and read the checkpoints of a run.
 
-A checkpoint is written to a temporary directory, forced to disk and then renamed. It is verified before it is loaded.
-A checkpoint has these files:
+A checkpoint is a directory. It is written under a temporary name, forced to disk and then renamed, so that a crash
+cannot leave an incomplete checkpoint behind under the final name. It is verified before it is loaded. It has these
+files:
 
 ```
-checkpoints/000020/state.pt       progress of the run
+checkpoints/000020/state.pt       progress of the run (here after 20 iterations)
 checkpoints/000020/learner.pt     weights and optimizer states, written by the learner
 checkpoints/000020/manifest.json  format, version of the package, and size and SHA-256 of every other file
 ```
@@ -30,10 +31,13 @@ from vineppo.run.files import disk_error, fsync_directory, fsync_file, remove_tr
 from vineppo.types import UserError
 
 STATE_FILE = "state.pt"
+"""Name of the file with the progress of the run."""
 FORMAT = 1
 """Number of the format of a checkpoint. A change that earlier versions of the package cannot read increases it."""
 _NAME = re.compile(r"(\d+)(\.old)?")
+"""Names of checkpoints: the number of iterations, with the suffix `.old` while the checkpoint is being replaced."""
 _SCALARS = (bool, int, float, str, bytes, type(None))
+"""Types of the values in a state that are neither tensors nor containers."""
 
 
 class OtherFormat(UserError):
@@ -48,20 +52,22 @@ def save_checkpoint(
     writers: Sequence[Callable[[Path], None]] = (),
     best: int | None = None,
 ) -> Path:
-    """Write a checkpoint, and then remove checkpoints that are no longer needed.
+    """Write a checkpoint, and then remove older checkpoints.
 
-    No checkpoint is removed before the new one is complete.
+    No checkpoint is removed before the new one is complete. Checkpoints of later iterations are removed too. They exist
+    only if they were damaged and the run was therefore resumed from an earlier checkpoint.
 
     Args:
         directory: the directory that contains the checkpoints of the run.
         iteration: number of completed iterations. It is also the name of the checkpoint.
-        state: nested dicts, lists and tuples of tensors and of values of type bool, int, float, str, bytes or None.
-        keep: number of checkpoints to keep, including the new one; at least 1. Checkpoints of later iterations are
-            removed too: they are damaged, and the run was resumed from an earlier one.
-        writers: functions such as `Learner.save`, which get the directory of the checkpoint and write files into it.
+        state: the progress of the run, as nested dicts, lists and tuples of tensors and of values of type bool, int,
+            float, str, bytes or None.
+        keep: number of checkpoints to keep, including the new one; at least 1.
+        writers: functions that write more files of the checkpoint, such as `Learner.save`. Each function is called with
+            the path of the directory into which it writes.
         best: an earlier iteration whose checkpoint is kept too, if there is one.
     Returns:
-        The path of the checkpoint.
+        The path of the new checkpoint.
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
         UserError: if the disk is full or cannot be written. The earlier checkpoints are kept, and no temporary
@@ -116,11 +122,11 @@ def remove_later_checkpoints(directory: Path, iteration: int) -> None:
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare the size and checksum of every file of a checkpoint with its manifest.
+    """Check that every file of a checkpoint has the size and the checksum that manifest.json records.
 
     Raises:
         OtherFormat: if another version of the package wrote the checkpoint, in another format.
-        UserError: for the first file that is missing or damaged.
+        UserError: if a file is missing or damaged. The message names the first such file.
     """
     path = Path(path)
     try:
@@ -151,14 +157,15 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def has_checkpoint(directory: str | Path) -> bool:
-    """Return whether a directory contains a complete checkpoint, damaged or not."""
+    """Return whether a directory contains a checkpoint that was written completely. It may have been damaged later."""
     return bool(_newest_first(Path(directory)))
 
 
 def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None = None) -> Path:
-    """Return the newest undamaged checkpoint.
+    """Return the path of the newest undamaged checkpoint.
 
     Args:
+        directory: the directory that contains the checkpoints of the run.
         warn: function that is called with a message for each damaged checkpoint. By default, the message is printed to
             standard error.
     Raises:
@@ -180,7 +187,7 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Verify a checkpoint and load its state, with tensors on the CPU.
+    """Verify a checkpoint and load the state that `save_checkpoint` was given. All tensors are on the CPU.
 
     Raises:
         UserError: if a file is missing or damaged, or if PyTorch cannot read the state.
@@ -190,7 +197,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file. See `save_checkpoint` for the types that a state may contain.
+    """Write a state to a file with `torch.save`. `save_checkpoint` lists the types that a state may contain.
 
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
@@ -200,7 +207,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Load a state that `write_state` wrote, with tensors on the CPU.
+    """Load a state from a file that `write_state` wrote. All tensors are on the CPU.
 
     Raises:
         UserError: if the file is missing or cannot be read.
@@ -243,8 +250,14 @@ def _writer(checkpoint: Path) -> str:
 def _plain(value: Any, where: str) -> Any:
     """Convert a state to types that `torch.load(weights_only=True)` accepts. Tensors are detached and moved to the CPU.
 
-    Values of other types raise TypeError when they are saved. Otherwise the error would come only when they are loaded:
-    a NumPy scalar, for example, can be saved but not loaded. `where` names the value in the error message.
+    Other types are rejected here, before they are saved. Without this check, a NumPy scalar, for example, could be
+    saved, and the error would come only when it is loaded.
+
+    Args:
+        value: the state, or a value in it.
+        where: name of the value in error messages, such as `state['progress']`.
+    Raises:
+        TypeError: if a value has another type.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
@@ -261,7 +274,10 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _newest_first(directory: Path) -> list[tuple[int, Path]]:
-    """Return (iteration, path) of all checkpoints, newest first. A replaced checkpoint (`.old`) follows the new one."""
+    """Return (iteration, path) of all checkpoints, newest first.
+
+    For the same iteration, a checkpoint with the suffix `.old` comes after the checkpoint that replaces it.
+    """
     paths = directory.iterdir() if directory.is_dir() else ()
     matches = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     matches.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)
@@ -269,4 +285,5 @@ def _newest_first(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _warn(message: str) -> None:
+    """Print a warning to standard error."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -1,4 +1,7 @@
-"""A wrapper of a sampler which checks that the sampler has the current weights of the learner."""
+"""A wrapper that raises an error if a sampler does not have the learner's current weights.
+
+Weights are identified by their *version*, the number of policy updates that they include.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,19 @@ from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleR
 
 
 class StaleWeights(RuntimeError):
-    """A sampler does not have the learner's current weights, because `update_weights` was not called."""
+    """Error: a sampler, or a completion that the sampler returned, does not have the learner's current weights."""
 
 
 @dataclass
 class CurrentSampler:
-    """Wraps a sampler, and raises an error if the wrapped sampler does not have the learner's current weights.
+    """Wraps a sampler, and checks in every call of `sample` that the wrapped sampler has the current weights.
 
     Implements `types.Sampler`.
 
     Attributes:
         sampler: the wrapped sampler.
-        updates: function that returns the learner's number of updates. Each call of `sample` calls it once.
-        tokens: number of tokens sampled so far.
+        updates: function that returns how many updates the learner has made.
+        tokens: total number of tokens of the completions that `sample` has returned.
     """
 
     sampler: Sampler
@@ -30,7 +33,7 @@ class CurrentSampler:
 
     @property
     def version(self) -> int:
-        """Version of the wrapped sampler."""
+        """Version of the wrapped sampler's weights."""
         return self.sampler.version
 
     @property
@@ -41,11 +44,11 @@ class CurrentSampler:
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """Call `sample` of the wrapped sampler.
+        """Return the result of `sample` of the wrapped sampler: one list of completions per request.
 
         Raises:
-            StaleWeights: if the version of the wrapped sampler or of a completion differs from the learner's number of
-                updates.
+            StaleWeights: if the version of the wrapped sampler, or of a completion, is not the number of updates that
+                the learner has made.
         """
         current = self.updates()
         if self.version != current:

@@ -1,7 +1,7 @@
-"""The training loop.
+"""Train a model or resume a training run. The module contains the training loop.
 
-Each iteration draws problems, samples responses, computes credit, updates the weights and logs the metrics. Some
-iterations also evaluate the model or save a checkpoint.
+Each iteration draws problems, samples responses, computes credit (the advantage of each token), updates the weights and
+logs metrics. Some iterations also evaluate the model or save a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def train(
     """Train a model in a new run directory.
 
     Args:
-        config: all settings; an empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`. Without a recipe, the
-            name of the task is used in its place.
-        recipe: name of the recipe; it is written to summary.json.
+        config: all settings. An empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`, with the name of the
+            task in place of an empty `recipe`.
+        recipe: name of the recipe from which `config` was built, or empty; it is written to summary.json.
         reward_fn: one or several functions that replace the task's graders. Signature: fn(prompts, completions,
-            completion_ids, **columns) -> list with a number for each completion, or None where the function does not
+            completion_ids, **columns) -> list with one number per completion, or None where the function does not
             apply. `columns` are the other columns of the problems, each a list with one entry per completion. The
             functions are called in this process.
-        reporter: receives the progress of the run.
+        reporter: receives the progress of the run; optional.
         in_memory: a model or data sets that are used instead of loading the configured ones.
     Returns:
         The content of summary.json.
@@ -97,9 +97,10 @@ def resume(
 
     On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
     starts from the beginning. Some settings may differ from those of the run (`resuming.CHANGEABLE`); the changes are
-    recorded. With a higher limit, a finished run goes on. See `train` for the other arguments and the result.
+    recorded. With a higher limit, a finished run goes on. The other arguments and the result are those of `train`.
 
     Args:
+        config: the settings of the run, with `run.dir` set.
         checkpoint: `newest`, which is the newest undamaged checkpoint; `best`, the checkpoint with the best validation
             accuracy; or the number of an iteration. Later checkpoints are removed.
     Raises:
@@ -121,12 +122,15 @@ def resume(
         run = record_changes(run, config, changes, progress.iteration)
         run.remove_leftovers()
         run.summary.unlink(missing_ok=True)
+        # The run repeats everything after the checkpoint. Without `accuracy_before`, it also repeats the measurement
+        # before training, whose metrics have the iteration 0.
         run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
         run.remove_rollouts(progress.iteration)
         return _run(_session(config, parts, run, reporter, progress.iteration), progress)
 
 
 def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Session:
+    """Start the trackers, and return the session of a run that has completed `start` iterations."""
     return Session(
         parts=parts,
         run=run,
@@ -142,6 +146,7 @@ def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter
 
 
 def _run(session: Session, progress: Progress) -> dict[str, Any]:
+    """Train from `progress` to the end of the run, write all results, and return the content of summary.json."""
     with graceful_stop() as stop, disk_errors_in_one_line(session.run.path):
         if session.reporter:
             session.reporter.start()
@@ -169,16 +174,24 @@ def _plot(run: RunDirectory) -> None:
 
 
 def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[Progress, str]:
+    """Run iterations until there is a reason to stop.
+
+    Args:
+        stop: event that requests to stop after the current iteration.
+    Returns:
+        (progress after the last iteration, reason to stop).
+    """
     parts, limits, timer = session.parts, session.limits, Timer()
     if not progress.accuracy_before:
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
         iteration = progress.iteration + 1
+        # The task adds all responses of this iteration to the tally: those of the rollouts, and those of MC rollouts.
         tally = parts.task.count_anew()
         with timer("sample"):
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
             groups, rollout_tokens = parts.sample(problems, iteration)
-        reward_means = tally.means()
+        reward_means = tally.means()  # of the rollouts, because no MC rollouts have been graded yet
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)
         with timer("update"):

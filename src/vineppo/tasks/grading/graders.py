@@ -1,7 +1,8 @@
-"""Graders, that is, reward functions: the built-in ones, and `load_grader`, which loads a reward function by name.
+"""Define the built-in reward functions `exact`, `hash` and `boxed`, and load any reward function by its name.
 
-As in TRL, a reward function is fn(prompts, completions, completion_ids, **columns) -> one number per completion.
-None in place of a number means that the function does not apply to the completion.
+A grader is a reward function that has a name in the settings. As in TRL, a reward function is called as
+fn(prompts, completions, completion_ids, **columns), where the completions are responses. It returns one number per
+completion, the reward. None instead of a number means that the function does not apply to the completion.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from vineppo.types import RewardFn, UserError
 _NO_MATH_VERIFY = "grader boxed needs math-verify; install it with pip install 'vineppo[math]'"
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9])"  # the last alternative is for numbers such as .5
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGITS})(?P<decimals>(?:\.[0-9]+)?)\.?")
+"""A number as described in `hash_number`. The sign may be before or after the dollar sign."""
 
 
 def grade_exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """Return 1 if the whole response equals the answer, except for leading and trailing white space; else 0."""
+    """Return 1 for each response that equals its reference answer, except for white space at both ends; else 0."""
     return [float(_text(c).strip() == _gold(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 def grade_hash(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """Return 1 if the number after the last `####` of the response equals that of the answer; else 0.
+    """Return 1 for each response that has the same number after its last `####` as its reference answer; else 0.
 
     Both numbers are read by `hash_number` and compared exactly. There is no tolerance, no factor of 100 for
     percentages, and no fallback to the last number of the text.
 
     Raises:
-        UserError: if an answer has no such number, because every response would then be graded as wrong.
+        UserError: if `hash_number` finds no number in a reference answer. Without this error, every response to the
+            problem would be graded as wrong.
     """
     golds = [hash_number(_gold(gold)) for gold in answer]
     if None in golds:
@@ -48,11 +51,12 @@ def _text(completion: Any) -> str:
 
 
 def _gold(answer: Any) -> str:
+    """Return a reference answer as text."""
     return answer if isinstance(answer, str) else str(answer)
 
 
 def hash_number(text: str) -> Decimal | None:
-    """Return the number between the last `####` and the end of the line; None if this text is not exactly one number.
+    """Return the number between the last `####` and the end of its line, or None if this text is not a single number.
 
     The number may have commas between groups of three digits, a sign, a leading `$`, decimals and a trailing period. If
     the text contains anything else (a unit, a second number, a fraction, a misplaced comma), the result is None.
@@ -74,10 +78,10 @@ def no_hash_number(answer: str) -> str:
 def grade_boxed(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
 ) -> list[float | None]:
-    """Return 1 if the content of the last `\\boxed{}` of the response is mathematically equal to the answer, else 0.
+    """Return 1 for each response in which the last `\\boxed{}` is mathematically equal to the reference answer; else 0.
 
-    The answer may be a solution with a `\\boxed{}` or the bare answer. If the texts differ, they are
-    parsed as LaTeX and compared by math-verify. Text outside the box is ignored. The reward is None (not applicable) if
+    The reference answer may be a solution with a `\\boxed{}`, or the answer alone. If the two texts differ, math-verify
+    parses both as LaTeX and compares them. Text outside the boxes is ignored. The reward is None (not applicable) if
     the texts differ and math-verify cannot parse the reference answer.
 
     Raises:
@@ -89,7 +93,7 @@ def grade_boxed(
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last `\boxed{...}`, `\fbox{...}` or `\boxed x` of a text.
 
-    The result is None if there is no box or its braces are not closed.
+    The result is None if there is no box, or if the braces of the last box are not closed.
     """
     start = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
     if start < 0:
@@ -104,27 +108,33 @@ def last_boxed(text: str) -> str | None:
         depth += (character == "{") * (not escaped) - (character == "}") * (not escaped)
         if depth == 0:
             return inside[1:position]
-        escaped = character == "\\" and not escaped  # two backslashes are a line break, not an escape
+        # A backslash escapes the next character. Two backslashes are a line break in LaTeX and escape nothing.
+        escaped = character == "\\" and not escaped
     return None
 
 
 def _bare(answer: str) -> str:
-    """Return the content of the box in an answer, or the answer if there is no box."""
+    """Return the content of the last box in a reference answer, or the whole answer if it has no box."""
     boxed = last_boxed(answer)
     return answer if boxed is None else boxed
 
 
 def _same_mathematics(response: str | None, gold: str) -> float | None:
-    """Return the reward for the content of the box in a response, or None if it cannot be compared with `gold`."""
+    """Return 1 if two LaTeX texts are mathematically equal, else 0; None if math-verify cannot parse `gold`.
+
+    Args:
+        response: content of the last box of a response, or None if the response has no box.
+        gold: the reference answer without its box.
+    """
     if response is None or not response.strip():
         return 0.0
-    # Percent signs are removed, so that 50 equals 50% but 0.5 does not. math-verify treats 0.5 and 50% as equal.
+    # math-verify treats 0.5 and 50% as equal. Without percent signs, 50% equals 50 and does not equal 0.5.
     response, gold = _without_percent(response), _without_percent(gold)
     if _normal_latex(response) == _normal_latex(gold):
         return 1.0
     parse, verify, latex = _math_verify()
-    # The time limits of math-verify use signals. They are switched off, because worker processes have a time limit.
-    # Text inside a formula is part of the answer: "(\text{A})" and "A" are the same choice.
+    # The time limits of math-verify, which use signals, are switched off: grader processes have a time limit anyway.
+    # math-verify also parses the text in `\text{...}`, so that the choices "(\text{A})" and "A" are equal.
     parsed_gold = parse(f"${gold}$", [latex], parsing_timeout=None)
     if not parsed_gold:
         return None
@@ -133,11 +143,17 @@ def _same_mathematics(response: str | None, gold: str) -> float | None:
 
 
 def _without_percent(text: str) -> str:
+    r"""Remove all percent signs, written as % or \%."""
     return re.sub(r"\\?%", "", text)
 
 
 @functools.cache
 def _math_verify() -> tuple[Any, Any, Any]:
+    """Import math-verify. Return (its function `parse`, its function `verify`, settings with which it parses LaTeX).
+
+    Raises:
+        UserError: if math-verify is not installed.
+    """
     try:
         import math_verify
     except ModuleNotFoundError as error:
@@ -147,24 +163,29 @@ def _math_verify() -> tuple[Any, Any, Any]:
 
 
 def _normal_latex(text: str) -> str:
-    r"""Remove white space, \left, \right, dollar signs and final periods from LaTeX, and replace \dfrac and \tfrac."""
+    r"""Remove differences that have no mathematical meaning from LaTeX.
+
+    White space, commands for spaces, \left, \right, dollar signs and final periods are removed; \dfrac and \tfrac
+    become \frac.
+    """
     text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[\s$]", "", text)
     return re.sub(r"\\[dt]frac", r"\\frac", text).rstrip(".")
 
 
-# A worker calls `prepare` before the first response, because importing sympy can take longer than
-# the time limit of a response.
+# If a reward function has the attribute `prepare`, a grader process calls it before the first response. Here it imports
+# math-verify and sympy, which can take longer than the time limit for grading one response.
 grade_boxed.prepare = _math_verify  # type: ignore[attr-defined]
 
 GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash, "boxed": grade_boxed}
+"""Name -> built-in reward function."""
 QUICK = ("exact", "hash")
-"""Names of graders that are fast and safe, so that they need no worker processes."""
+"""Names of the built-in reward functions that need no grader process, because they are fast and safe."""
 
 
 def load_grader(spec: str) -> RewardFn:
     """Load a reward function by name: `exact`, `hash`, `boxed`, or `module:function`.
 
-    Modules are looked up in the current directory first, as with `python -m`.
+    The module of `module:function` is searched first in the current directory, as with `python -m`.
 
     Raises:
         UserError: if the name, module or function does not exist, or importing the module fails.
