@@ -39,7 +39,7 @@ def test_an_overlong_prompt_is_reported_with_its_line_before_the_run(tmp_path: P
     with pytest.raises(UserError) as error:
         train(config)
     assert str(error.value) == (
-        f"{tmp_path}/train.jsonl line 613: the prompt has 605 tokens; with a response of 40 (max_new_tokens) that is "
+        f"{tmp_path}/train.jsonl line 613: the prompt has 603 tokens; with a response of 40 (max_new_tokens) that is "
         "more than the model's context of 512 (1 of 900 train problems are too long); shorten the prompts, lower "
         "max_new_tokens, or leave such problems out with task.overlong drop"
     )
@@ -86,4 +86,4 @@ def test_eval_reports_an_overlong_prompt_with_its_line(tmp_path: Path, capsys: p
     config = config_of(tmp_path, {3: LONG})
     task = ["--task.name", "dataset", "--task.train_path", config.task.train_path, "--split", "train"]
     assert main(["eval", "embedded:judgement", *task, "--num_problems", "5"]) == 2
-    assert f"error: {tmp_path}/train.jsonl line 3: the prompt has 605 tokens; " in capsys.readouterr().err
+    assert f"error: {tmp_path}/train.jsonl line 3: the prompt has 603 tokens; " in capsys.readouterr().err

@@ -29,6 +29,7 @@ from vineppo.run.lock import locked
 from vineppo.training.loop import resume, train
 from vineppo.training.parts import build_parts
 from vineppo.training.progress import Progress, with_best_checkpoint
+from vineppo.training.resuming import random_state, set_random_state
 from vineppo.training.stopping import LastingReporter, graceful_stop
 from vineppo.types import UserError
 
@@ -246,8 +247,8 @@ def test_the_model_of_a_run_that_did_not_finish(tmp_path: Path, lora: int, capsy
     """Case 15: the newest whole checkpoint, with adapters merged; in `eval`, and as the start of another run."""
     model = ModelConfig(path="embedded:judgement", lora=LoraConfig(r=lora))
     learner = LearnerConfig(lr=1e-2 if lora else 1e-4, minibatch_size=8, epochs=1)
-    config = stopped_run(tmp_path / "run", model=model, learner=learner)
-    checkpoint = tmp_path / "run/checkpoints/000002"
+    config = stopped_run(tmp_path / "run", at=2, model=model, learner=learner)
+    checkpoint = tmp_path / "run/checkpoints/000001"
     parts = build_parts(config)
     parts.learner.load(checkpoint)
     expected = {name: tensor.clone() for name, tensor in merged_weights(parts.policy.model)}
@@ -260,14 +261,15 @@ def test_the_model_of_a_run_that_did_not_finish(tmp_path: Path, lora: int, capsy
     assert all(parameter.requires_grad for parameter in loaded.parameters())
 
     assert main(["eval", str(tmp_path / "run"), "--num_problems", "4", "--num_samples", "1"]) == 0
-    assert f"{tmp_path / 'run'} has not finished; this is the model after iteration 2\n" in capsys.readouterr().out
+    assert f"{tmp_path / 'run'} has not finished; this is the model after iteration 1\n" in capsys.readouterr().out
 
-    second = config_of(tmp_path / "second", iterations=1, model=ModelConfig(path=str(tmp_path / "run")))
-    train(second)
+    second = config_of(tmp_path / "second", model=ModelConfig(path=str(tmp_path / "run")))
+    with pytest.raises(Crash):
+        train(second, reporter=At(1, crash))
     recorded = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
     assert recorded["model"]["path"] == str(checkpoint)  # also if the first run goes on
-    at_start = read_state(tmp_path / "second/checkpoints/000001" / STATE_FILE)["policy"]
-    assert at_start.keys() == expected.keys()
+    at_start = read_state(tmp_path / "second/checkpoints/000000" / STATE_FILE)["policy"]
+    assert all(torch.equal(at_start[name], expected[name]) for name in expected)
     checkpoint.rename(tmp_path / "run/checkpoints/000009")
     with pytest.raises(UserError, match="does not exist any more: its run has removed that checkpoint"):
         Policy.load(ModelConfig(path=str(checkpoint)))
@@ -351,3 +353,11 @@ def test_a_reporter_without_console_is_silent_and_its_other_errors_are_raised() 
         LastingReporter(At(1, crash)).iteration({"iteration": 1})
     with pytest.raises(FileNotFoundError):
         LastingReporter(At(1, lambda: Path("absent").read_text())).iteration({"iteration": 1})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_random_numbers_of_gpus_are_restored() -> None:
+    state = random_state()
+    expected = torch.rand(3, device="cuda")
+    set_random_state(state)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)

@@ -39,5 +39,8 @@ COMMAND = Command(
     usage="RUN",
     options=_options,
     run=_run,
-    examples=(("replace the plots of a run", "vineppo plot runs/demo"),),
+    examples=(
+        ("replace the plots of a finished run", "vineppo plot runs/demo"),
+        ("plot the iterations so far of a run that is still training", "vineppo plot runs/judgement-vineppo-seed0"),
+    ),
 )

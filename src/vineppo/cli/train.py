@@ -109,11 +109,7 @@ COMMAND = Command(
     run=_run,
     settings=config_class_with_all_sections,
     examples=(
-        ("train with the default recipe and VinePPO", "vineppo train"),
-        (
-            "train on the same problems with PPO and another seed",
-            "vineppo train judgement --algorithm ppo --run.seed 1",
-        ),
+        ("train with the default recipe, PPO and another seed", "vineppo train --algorithm ppo --run.seed 1"),
         (
             "train another model on problems from a file",
             "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
@@ -123,6 +119,5 @@ COMMAND = Command(
             "continue a run from its best checkpoint with a lower learning rate",
             "vineppo train --resume runs/judgement-vineppo-seed0 --from best --learner.lr 1e-5",
         ),
-        ("train a finished run for longer", "vineppo train --resume runs/demo --run.iterations 120"),
     ),
 )
