@@ -128,7 +128,12 @@ def test_a_reader_never_gets_half_a_line(tmp_path: Path) -> None:
     """While one thread appends lines of 50 kB, another one reads. What is read are the first lines, all whole."""
     run = RunDirectory.create(tmp_path / "a", Config())
     line = {"text": "x" * 50_000}
-    writer = threading.Thread(target=lambda: [run.append_metrics({"iteration": i, **line}) for i in range(100)])
+
+    def write() -> None:
+        for iteration in range(100):
+            run.append_metrics({"iteration": iteration, **line})
+
+    writer = threading.Thread(target=write)
     writer.start()
     while writer.is_alive():
         lines = run.read_metrics()

@@ -186,7 +186,7 @@ def test_a_damaged_summary_does_not_prevent_a_resume(tmp_path: Path, whole: Path
 
 def test_a_run_directory_is_locked_while_a_run_trains_in_it(tmp_path: Path) -> None:
     """Case 14."""
-    seen = []
+    seen: list[str] = []
 
     def start_second() -> None:
         with pytest.raises(UserError) as error:
