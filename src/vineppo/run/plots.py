@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +32,14 @@ def plot_run(run_dir: Path) -> list[Path]:
         Paths of `accuracy.png`, `tokens.png` and `seconds.png`; empty if the run has no finished iteration.
     """
     run_dir = Path(run_dir)
-    records = RunDirectory.open(run_dir, writable=False).read_metrics()
+    run = RunDirectory.open(run_dir, writable=False)
+    records = run.read_metrics()
     iterations = [record for record in records if record.get("iteration", 0) > 0]
     if not iterations:
         return []
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    name = _run_title(run_dir)
+    name = _run_title(run)
     return [
         save(_accuracy_figure(records, iterations, name), folder / "accuracy.png"),
         save(_tokens_figure(iterations, name), folder / "tokens.png"),
@@ -47,15 +47,14 @@ def plot_run(run_dir: Path) -> list[Path]:
     ]
 
 
-def _run_title(run_dir: Path) -> str:
+def _run_title(run: RunDirectory) -> str:
     """Return a text that names the run, such as `VinePPO, seed 0, judgement`.
 
     If the run is not finished, it has no summary.json, and the text is the name of the directory.
     """
-    summary_path = run_dir / "summary.json"
-    if not summary_path.exists():
-        return run_dir.resolve().name
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    summary = run.read_summary()
+    if not summary:
+        return run.path.resolve().name
     parts = [plain_text(summary.get("label", "")), f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
     return ", ".join(part for part in parts if part)
 

@@ -20,6 +20,7 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
+from vineppo.training.overlong import fit_prompts
 from vineppo.training.rollouts import generated_tokens, problem_range, sample_groups
 from vineppo.types import Problem, Sampler, Task
 
@@ -132,6 +133,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     began = time.perf_counter()
     policy = Policy.load(spec.model)
     task = build_task(spec.task, policy.codec.chat_prompt)
+    fit_prompts(task, policy.codec, spec.max_new_tokens, spec.task.overlong, {spec.split: spec.num_problems})
     sampler = TorchSampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 

@@ -39,6 +39,22 @@ class Progress:
     """Accuracy before training as {mean, low, high}; empty if the run has not measured it yet."""
     best_validation_accuracy: float | None = None
     """Highest accuracy of an evaluation on the validation problems, or None before the first evaluation."""
+    evaluated_iteration: int | None = None
+    """The last iteration after which the validation accuracy was measured."""
+    evaluated_accuracy: float | None = None
+    """The validation accuracy after that iteration."""
+    best_checkpoint: int | None = None
+    """Iteration of the checkpoint with the best validation accuracy; the later one if two are equal. None if no
+    checkpoint was evaluated."""
+    best_checkpoint_accuracy: float | None = None
+
+
+def with_best_checkpoint(progress: Progress) -> Progress:
+    """Return the progress that a checkpoint of this iteration contains: it may be the best checkpoint."""
+    accuracy, best = progress.evaluated_accuracy, progress.best_checkpoint_accuracy
+    if progress.evaluated_iteration != progress.iteration or accuracy is None or (best is not None and accuracy < best):
+        return progress
+    return replace(progress, best_checkpoint=progress.iteration, best_checkpoint_accuracy=accuracy)
 
 
 def advance(
