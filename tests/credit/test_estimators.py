@@ -227,6 +227,7 @@ def bisected_by_the_definition(rollout: Rollout, values: Sequence[Value], level:
         middle = (start + end) // 2
         return halve(start, middle) + halve(middle, end)
 
+    assert rollout.reward is not None
     all_values = [*values, Value(rollout.reward, 0)]
     return halve(0, len(values))
 
