@@ -61,10 +61,10 @@ class Scores:
     entropy: float
     """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
     excess: float
-    """Mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if the
-    tokens were sampled from the scored distributions."""
+    """Weighted mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if
+    the tokens were sampled from the scored distributions."""
     excess_error: float
-    """Standard error of `excess` if the tokens were sampled from the scored distributions."""
+    """Standard error of `excess` if the tokens were sampled from the scored distributions, each once."""
 
 
 class TorchLearner:
@@ -280,9 +280,10 @@ class TorchLearner:
                 batch.loss_mask,
                 (batch.alternative_places, batch.alternative_ids),
             )  # (N + A,)
-            entropy += float((batch.weights[batch.loss_mask] * entropies).sum())
-            excess += float((flat_logprobs[: len(entropies)] + entropies).double().sum())
-            variance += float(logprob_variances(distribution, entropies).double().sum())
+            token_weights = batch.weights[batch.loss_mask]  # (N,)
+            entropy += float((token_weights * entropies).sum())
+            excess += float((token_weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
+            variance += float((token_weights**2 * logprob_variances(distribution, entropies)).double().sum())
             flat = flat_logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
@@ -290,10 +291,8 @@ class TorchLearner:
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        weight, tokens = sum(sum(s.trained_weights) for s in samples), sum(sum(s.loss_mask) for s in samples)
-        return Scores(
-            rows, alternatives, entropy / (weight or 1), excess / (tokens or 1), variance**0.5 / (tokens or 1)
-        )
+        weight = sum(sum(s.trained_weights) for s in samples) or 1
+        return Scores(rows, alternatives, entropy / weight, excess / weight, variance**0.5 / weight)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
