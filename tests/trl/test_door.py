@@ -88,7 +88,8 @@ def test_callbacks_are_called_in_the_order_of_transformers(tmp_path: Path) -> No
 
 def test_logs_contain_means_over_the_updates_since_the_last_log(tmp_path: Path) -> None:
     """Case 19: `logging_steps`. Four rows of which an iteration takes four, so that an epoch is one iteration."""
-    recorder, seen = AllEvents(), []
+    recorder = AllEvents()
+    seen: list[list[str]] = []
 
     def counted(completions: list[str], log_metric: Any, **_: Any) -> list[float]:
         log_metric("number", len(seen))
@@ -204,7 +205,7 @@ def test_truncated_completions_are_left_out_of_the_loss(tmp_path: Path) -> None:
         ({"max_completion_length": 0}, "^max_completion_length is 0 in VinePPOConfig; it must be at least 1$"),
         ({"num_mc_rollouts": 0}, "^num_mc_rollouts is 0 in VinePPOConfig; it must be at least 1$"),
         ({"report_to": "mlflow"}, "^report_to has mlflow; allowed: "),
-        ({"warmup_steps": -1}, "^warmup_steps is -1 in VinePPOConfig; it must be at least 0$"),
+        ({"warmup_steps": -1}, "^warmup_steps is -1; it must be a number of updates, at least 0$"),
         (
             {"algorithm": "grpo", "num_generations": 1},
             "^num_generations is 1; grpo compares .*; raise num_generations$",

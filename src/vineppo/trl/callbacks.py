@@ -53,7 +53,7 @@ class Listener:
         self.args, self.objects, self._schedule = args, dict(objects), schedule
         self.state, self.control = TrainerState(), TrainerControl()
         self.losses: list[float] = []
-        """The loss of every iteration of this process."""
+        """The loss of every iteration since the last call of `start`."""
         self._noted: dict[str, list[float]] = defaultdict(list)
         self._not_logged: list[dict[str, Any]] = []
         self._numbers = schedule()
@@ -94,7 +94,9 @@ class Listener:
         self._numbers = self._schedule()
         self.state.max_steps = self._numbers.max_steps
         self.state.logging_steps = self._numbers.logging_interval
-        self._epoch = None
+        self.state.global_step, self._saved_step, self._epoch = 0, 0, None
+        self.losses.clear()
+        self._not_logged.clear()
         self.call("on_train_begin")
 
     def before_iteration(self, iteration: int) -> None:

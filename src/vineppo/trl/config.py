@@ -190,9 +190,10 @@ class VinePPOConfig:
             value = getattr(self, name)
             if not ((_is_number(value, whole=True) and value >= 1) or (value is None and name in optional_counts)):
                 raise UserError(f"{name} is {value!r}; it must be at least 1, and a whole number")
-        for name in ("max_steps", "warmup_steps"):
-            if not _is_number(getattr(self, name), whole=name == "max_steps"):
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a number of updates")
+        if not _is_number(self.max_steps, whole=True):
+            raise UserError(f"max_steps is {self.max_steps!r}; it must be a number of updates")
+        if not (_is_number(self.warmup_steps) and self.warmup_steps >= 0):
+            raise UserError(f"warmup_steps is {self.warmup_steps!r}; it must be a number of updates, at least 0")
         intervals = ["save_steps", "logging_steps"]
         intervals += ["num_train_epochs"] * (self.max_steps < 1) + ["eval_steps"] * (self.eval_steps is not None)
         for name in intervals:

@@ -30,6 +30,7 @@ FIELD_OF: dict[str, str] = {
     "rollouts.temperature": "temperature",
     "rollouts.max_new_tokens": "max_completion_length",
     "task.rewards": "reward_funcs",
+    "task.chat_template_kwargs": "chat_template_kwargs",
     "task.reward_weights": "reward_weights",
     "eval.every": "eval_steps",
     "eval.num_samples": "num_generations_eval",

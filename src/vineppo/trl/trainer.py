@@ -187,7 +187,7 @@ class VinePPOTrainer:
         Raises:
             UserError: if `given` is a path that is not a checkpoint of the run in `args.output_dir`.
         """
-        if given is True:
+        if not isinstance(given, str | Path):
             return "newest"
         folder, path = Path(self.args.output_dir) / "checkpoints", Path(given)
         if path.is_dir() and path.name.isdigit() and path.resolve().parent == folder.resolve():
@@ -214,7 +214,8 @@ class VinePPOTrainer:
             eval_dataset: rows with a column `prompt`; None means the `eval_dataset` of the trainer.
         Returns:
             A dictionary with the mean reward `eval_reward`, and `eval_reward_low` and `eval_reward_high`, the bounds of
-            its 95% confidence interval.
+            its 95% confidence interval. Completions for which every reward function returned None are left out; if none
+            remains, the numbers are NaN.
         """
         with self.args.names.in_errors():
             interval = self._mean_reward(
