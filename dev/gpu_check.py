@@ -366,7 +366,7 @@ def _gaps(
         )
         for r, c in pairs
     ]
-    rows = learner.logprobs(policy, samples)[0]
+    rows = learner.logprobs(policy, samples).logprobs
     return np.abs(np.concatenate([np.subtract(row, c.logprobs) for row, (_, c) in zip(rows, pairs, strict=True)]))
 
 

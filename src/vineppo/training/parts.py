@@ -53,6 +53,8 @@ class Parts:
     learner: TorchLearner
     group_size: int
     """G, the number of rollouts that each group must have."""
+    stop: tuple[str, ...]
+    """Strings that end a response, in addition to the end-of-sequence tokens."""
     left_out: Mapping[Split, int]
     """Number of problems of each split that were left out because their prompts are too long."""
 
@@ -129,7 +131,8 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, left_out)
+    size, stop = parts.group_size, parts.stop
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, left_out)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
