@@ -21,7 +21,7 @@ from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import grade_boxed, last_boxed
 from vineppo.tasks.gym import final_answer
 from vineppo.tasks.mathematics import without_calculator_notes
-from vineppo.types import Problem, Task, UserError
+from vineppo.types import Chat, Problem, Task, UserError
 
 
 def data(name: str) -> str:
@@ -31,8 +31,8 @@ def data(name: str) -> str:
     return str(path)
 
 
-def chat(text: Any) -> str:
-    return f"<user>{text}</user>"
+def chat(conversation: Chat) -> str:
+    return "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in conversation.messages)
 
 
 def problems_of(task: Task, split: Any = "train") -> list[Problem]:
@@ -270,7 +270,7 @@ def test_conversations_are_formatted_by_the_chat_template() -> None:
         for n in range(5)
     ]
     task = build_task(TaskConfig(name="dataset"), chat, tables={"train": rows})
-    assert task.problem("train", 1).prompt == chat(rows[1]["prompt"])
+    assert task.problem("train", 1).prompt == "<system>Be brief.</system><user>1?</user>"
     seen: list[Any] = []
 
     def reward(**columns: Any) -> list[float]:
