@@ -85,6 +85,11 @@ TEXT = {
         "{{ '<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
         "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
     ),
+    # Qwen 3 in earlier turns: the reasoning of every message is removed.
+    "chatml without reasoning": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
     # The prompt ends with a space, with which the first word of a response can be one token.
     "space at the end": (
         "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + eos_token + ' ' }}{% endfor %}"
@@ -101,8 +106,14 @@ TEXT = {
 """Name -> template."""
 END = {
     **dict.fromkeys(TEXT, EOS),
-    **dict.fromkeys(("chatml", "chatml with a default system message", "thinking"), "<|im_end|>"),
-    **{"llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>", "command-r": "<|END|>"},
+    **dict.fromkeys(("chatml", "chatml with a default system message", "chatml without reasoning"), "<|im_end|>"),
+    **{
+        "thinking": "<|im_end|>",
+        "llama3": "<|eot_id|>",
+        "gemma": "<end_of_turn>",
+        "phi3": "<|end|>",
+        "command-r": "<|END|>",
+    },
 }
 """Name of a template -> token with which it ends a message of the assistant; the EOS token if it writes none."""
 WITHOUT_SYSTEM = ("mistral", "gemma")

@@ -215,6 +215,11 @@ def test_parts_are_passed_unchanged_to_a_template_that_reads_them() -> None:
         problem_of(tokenizer, "Add 42.", chat_template=True)
 
 
+def test_a_template_may_remove_a_part_of_a_message() -> None:
+    tokenizer = build_tokenizer("{% for m in messages %}{{ m.content.replace('/no_think', '') | trim }}{% endfor %}")
+    assert problem_of(tokenizer, [{"role": "user", "content": "the /no_think 42"}]).prompt == "the  42"
+
+
 ROW = "the train data row 0: "
 COLUMN = ROW + "column 'prompt' "
 REJECTS = ROW + "the chat template rejects a conversation with the roles user: "
@@ -324,6 +329,7 @@ def test_case_9_exact_ends_of_demonstrations() -> None:
     assert response("instruction", "42") == "42</s>"
     # The template would remove the reasoning, which the demonstration keeps.
     assert response("deepseek", "so\n</think>\n42") == "so\n</think>\n42</s>"
+    assert response("chatml without reasoning", "so\n</think>\n42") == "so\n</think>\n42<|im_end|>"
     # Without reasoning, the template of a complete message writes an empty one.
     assert response("thinking", "42") == "<think>\n\n</think>\n\n42<|im_end|>"
     assert response("thinking", "<think>\nso\n</think>\n\n42") == "<think>\nso\n</think>\n\n42<|im_end|>"
@@ -364,20 +370,3 @@ def test_a_template_that_cannot_be_used_does_not_prevent_loading() -> None:
     """The embedded models have no template; a model with a broken one can be trained on plain text."""
     for template in (None, "{% if %}", "{{ raise_exception('no') }}"):
         assert codec_of(build_tokenizer(template)).eos_ids == (2,)
-
-
-def test_case_8_settings_of_the_template() -> None:
-    """In YAML and as text, as on the command line."""
-    assert TaskConfig(name="dataset", chat_template_kwargs="{enable_thinking: false}").chat_template_kwargs == {
-        "enable_thinking": False
-    }
-    with pytest.raises(UserError, match=r"^task.chat_template_kwargs has tools, tokenize, which the task sets itself"):
-        TaskConfig(name="dataset", chat_template_kwargs={"tools": [], "tokenize": True})
-    with pytest.raises(UserError, match=r"^task.chat_template_kwargs is set, but no chat template is applied to the"):
-        TaskConfig(chat_template_kwargs={"enable_thinking": True})
-    with pytest.raises(UserError, match=r"^task.chat_template_kwargs is set, but no chat template is applied to the"):
-        TaskConfig(name="reasoning_gym:chain_sum", chat_template_kwargs={"enable_thinking": True})
-    with pytest.raises(
-        UserError, match=r"^task.chat_template is true, but task.name is chain, whose prompts are plain"
-    ):
-        TaskConfig(chat_template=True)

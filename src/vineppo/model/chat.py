@@ -16,7 +16,7 @@ from vineppo.objects import first_line
 from vineppo.types import Chat, UserError
 
 _PROBE = "VINEPPO-PROBE"
-"""Text of an assistant's message. What the template writes after it ends the assistant's turn."""
+"""Text of a message that shows what the template writes around a message, and whether it uses the message."""
 
 
 def chat_text(tokenizer: Any, chat: Chat) -> str:
@@ -27,8 +27,9 @@ def chat_text(tokenizer: Any, chat: Chat) -> str:
             last message of the user, or if it does not use the tools or a variable of `chat.template_kwargs`.
     """
     _check_template(tokenizer, chat)
-    text = str(_apply(tokenizer, _readable(tokenizer, chat), tokenize=False))
-    if not _contains(text, [m for m in chat.messages if m.get("role") == "user"][-1:]):
+    chat = _readable(tokenizer, chat)
+    text = str(_apply(tokenizer, chat, tokenize=False))
+    if _leaves_out_the_last_user_message(tokenizer, chat, text):
         raise UserError(
             "the chat template leaves out the text of the last user message; if it reads content only as a list of "
             'parts, give messages with content [{"type": "text", "text": ...}]'
@@ -184,6 +185,18 @@ def _contains(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
         for part in ([content] if isinstance(content, str) else content)
     ]
     return all(part.strip() in text for part in texts)
+
+
+def _leaves_out_the_last_user_message(tokenizer: Any, chat: Chat, text: str) -> bool:
+    """Return whether the formatted conversation `text` would be the same with another last message of the user."""
+    last = max((i for i, message in enumerate(chat.messages) if message.get("role") == "user"), default=None)
+    if last is None or _contains(text, chat.messages[last : last + 1]):
+        return False
+    # Some templates remove only a part of the message, such as `/no_think`, so a second text is compared.
+    message = chat.messages[last]
+    content = _PROBE if isinstance(message.get("content"), str) else [{"type": "text", "text": _PROBE}]
+    other = (*chat.messages[:last], {**message, "content": content}, *chat.messages[last + 1 :])
+    return str(_apply(tokenizer, replace(chat, messages=other), tokenize=False)) == text
 
 
 def _completed(messages: Sequence[Mapping[str, Any]], response: str) -> tuple[Mapping[str, Any], ...]:

@@ -75,9 +75,13 @@ class GymTask:
         """Generate the problem. `problem` is this method with a cache."""
         entry = _seeded_entry(self._data[split], SEEDS[split] + index, index)
         prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
-        chat = Chat.of_user(prompt, self._template_kwargs) if self._format_prompt else None
-        if self._format_prompt and chat:
-            prompt = self._format_prompt(chat)
+        chat = None
+        if self._format_prompt:
+            chat = Chat.of_user(prompt, self._template_kwargs)
+            try:
+                prompt = self._format_prompt(chat)
+            except UserError as error:
+                raise UserError(f"problem {split}/{index}: {error}") from error
         answer = "" if entry.get("answer") is None else str(entry["answer"])
         return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry}, chat=chat)
 
