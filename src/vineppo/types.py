@@ -46,6 +46,10 @@ class UserError(ValueError):
     """
 
 
+class TrainingWarning(UserWarning):
+    """A sign in the metrics of a run that training does not work."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """A conversation that the tokenizer's chat template formats as the prompt of a problem."""
@@ -449,13 +453,20 @@ class Learner(Protocol):
     updates: int
     """Number of optimizer steps so far."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        iteration: int,
+        num_rollouts: int,
+        check: Callable[[Metrics], None] | None = None,
+    ) -> Metrics:
         """Train on the samples of one iteration for one or more epochs.
 
         Args:
             iteration: index of the iteration.
             num_rollouts: number of rollouts of the iteration. It determines the number of updates, which does not
                 depend on the number of samples.
+            check: called before the first optimizer step with the metrics of the samples; it may raise an error.
         Returns:
             The metric `updates`, which is the number of updates, and other metrics as means over the updates.
         """

@@ -32,7 +32,8 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
 
     Args:
         spec: settings of the comparison.
-        runs: the finished runs, from which the name of the problems is read.
+        runs: the finished runs. The entry `level`, a text that names the problems in titles of plots, is taken from
+            them; it is empty if no run has finished.
     """
     return {
         **spec.identity(),
@@ -84,7 +85,7 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the table of results and the sentences below it.
+    """Print the table of results. Below it, print sentences about differences between algorithms and missing runs.
 
     If the terminal is too narrow for the whole table, the columns with numbers of tokens are left out.
     """

@@ -390,6 +390,18 @@ class RunConfig(Settings):
         require(not unknown, f"run.report_to has {', '.join(unknown)}; allowed: {', '.join(_TRACKERS)}")
 
 
+class GuardConfig(Settings):
+    """Checks that stop a run whose sampler and trainer do not agree."""
+
+    max_logprob_gap: float | None = Field(None, gt=0)
+    """Largest allowed difference between the log-probabilities of a token from the sampler and from the trainer, in
+    nats. A larger difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 1 for
+    bfloat16."""
+    probe_every: int = Field(10, ge=0)
+    """Number of iterations between probes. A probe samples a few tokens of a fixed prompt and compares their
+    log-probabilities with those of the trainer. 0 switches the probes off."""
+
+
 class Config(Settings):
     """The settings of a training run.
 
@@ -405,6 +417,7 @@ class Config(Settings):
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    guards: GuardConfig = Field(default_factory=GuardConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from vineppo.run.files import write_text
 from vineppo.types import UserError
 
 PROJECT = "vineppo"
-"""Default project name in Weights & Biases and trackio."""
+"""Project name in trackio, and in Weights & Biases unless WANDB_PROJECT is set."""
 _MODULES = {
     "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
     "wandb": ("wandb", "init"),
@@ -201,7 +201,8 @@ def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
 
     Args:
         config: nested settings.
-        prefix: dotted key of the section `config` with a dot at the end; empty for all settings.
+        prefix: dotted key of the section that `config` contains, followed by a dot, such as `learner.kl.`; empty if
+            `config` contains all settings.
     """
     lines = []
     for key, value in config.items():

@@ -24,10 +24,12 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
+from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.progress import Progress, advance, metrics_line
 from vineppo.training.rollouts import draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
+from vineppo.training.watch import Watch
 from vineppo.types import RewardFn, UserError
 
 
@@ -128,10 +130,17 @@ def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter
         limits=config.run,
         rollouts=config.rollouts,
         evaluation=config.eval,
+        watch=_watch(config, parts),
         epochs=config.learner.epochs,
         updates_per_iteration=updates_per_iteration(config),
         began=time.perf_counter(),
     )
+
+
+def _watch(config: Config, parts: Parts) -> Watch:
+    rollouts = config.rollouts
+    guards = Guards(parts, config.guards, config.run.seed, rollouts.temperature, rollouts.max_new_tokens)
+    return Watch(guards, rollouts.max_new_tokens)
 
 
 def _run(session: Session, progress: Progress) -> dict[str, Any]:
@@ -159,21 +168,25 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
     Returns:
         (progress after the last iteration, reason to stop).
     """
-    parts, limits, timer = session.parts, session.limits, Timer()
+    parts, limits, guards, timer = session.parts, session.limits, session.watch.guards, Timer()
     if not progress.accuracy_before:
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
         iteration = progress.iteration + 1
+        guards.before_iteration(iteration)
         # The task adds all responses of this iteration to the tally: those of the rollouts, and those of MC rollouts.
         tally = parts.task.count_anew()
         with timer("sample"):
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
             groups, rollout_tokens = parts.sample(problems, iteration)
+            guards.check_rollouts(groups, iteration)
         reward_means = tally.means()  # of the rollouts, because no MC rollouts have been graded yet
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)
         with timer("update"):
-            metrics = parts.learner.update(samples, iteration, sum(len(group.rollouts) for group in groups))
+            num_rollouts, check = sum(len(group.rollouts) for group in groups), guards.before_update
+            metrics = parts.learner.update(samples, iteration, num_rollouts, check(groups, samples, iteration))
+            guards.after_update(samples)
             parts.update_sampler()
         seconds = timer.pop()
         progress = advance(progress, rollout_tokens, samples, credit_metrics, seconds, session.epochs)
@@ -185,6 +198,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         if limits.save_rollouts:
             session.run.write_rollouts(iteration, groups, samples, parts.codec.decode)
         log(session, line)
+        session.watch.after_iteration(line, groups, samples)
         if limits.checkpoint_every and iteration % limits.checkpoint_every == 0:
             save(session, progress)
     return progress, reason

@@ -52,6 +52,8 @@ class Parts:
     learner: TorchLearner
     group_size: int
     """G, the number of rollouts that each group must have."""
+    stop: tuple[str, ...]
+    """Strings that end a response, in addition to the end-of-sequence tokens."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
         """Sample and grade a group of rollouts for each problem.
@@ -124,7 +126,7 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, parts.stop)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:

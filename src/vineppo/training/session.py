@@ -20,6 +20,7 @@ from vineppo.training.evaluate import Measurement, measure
 from vineppo.training.parts import Parts
 from vineppo.training.progress import Progress, cumulative
 from vineppo.training.rollouts import problem_range
+from vineppo.training.watch import Watch
 from vineppo.types import Split
 
 
@@ -57,6 +58,8 @@ class Session:
     """Settings of the section `rollouts`."""
     evaluation: EvalConfig
     """Settings of the section `eval`."""
+    watch: Watch
+    """Checks that stop the run, and warnings."""
     epochs: int
     """Number of passes of the learner over the samples of an iteration."""
     updates_per_iteration: int
@@ -172,6 +175,7 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
             "trained": progress.trained_tokens,
         },
         "peak_memory_bytes": peak_memory(session.parts.policy.device),
+        "warnings": list(session.watch.given.values()),
         "final": "final" if reason != "interrupted" else None,
     }
 
