@@ -180,8 +180,8 @@ def test_case_8_unknown_keys_of_a_message_reach_the_template() -> None:
 def test_case_8_chat_template_kwargs_reach_the_template(value: bool | None, end: str) -> None:
     tokenizer = build_tokenizer(TEXT["thinking"], "BOS")
     kwargs = {} if value is None else {"enable_thinking": value}
-    for prompt, more in (("the 42", {"chat_template": True}), (USER, {})):
-        problem = problem_of(tokenizer, prompt, chat_template_kwargs=kwargs, **more)
+    for prompt in ("the 42", USER):
+        problem = problem_of(tokenizer, prompt, chat_template=prompt != USER, chat_template_kwargs=kwargs)
         assert problem.prompt == f"<|im_start|>user\nthe 42<|im_end|>\n<|im_start|>assistant\n{end}"
         assert list(codec_of(tokenizer).prompt_ids(problem)) == template_ids(tokenizer, USER, **kwargs)
 
