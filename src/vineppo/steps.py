@@ -405,11 +405,12 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
         The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
-    ends, start = [], 0
+    ends, blank = [], True
     for end in range(num_tokens, len(tokens), num_tokens):
-        if any(token.strip() for token in tokens[start:end]):
+        blank = blank and not any(token.strip() for token in tokens[end - num_tokens : end])
+        if not blank:
             ends.append(end)
-            start = end
+            blank = True
     return (*ends, len(tokens))
 
 

@@ -39,11 +39,25 @@ Metrics = dict[str, float]
 """Dictionary from the name of each metric to its value."""
 
 
+def printable(text: str) -> str:
+    r"""Return a text in which characters that can control a terminal are escaped, for example ESC as `\x1b`.
+
+    Newlines and tabs are kept. All other characters that cannot be printed are escaped: control characters, marks that
+    change the direction of the text, and unpaired surrogates, which many streams cannot encode.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """An error that the user can correct.
 
     The message is one line. It says what is wrong and where, and what is allowed or how to correct the error.
+
+    `str` of the error is printable, because the message may contain what a model wrote.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class TrainingWarning(UserWarning):

@@ -19,7 +19,7 @@ from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
 from vineppo.run.environment import package_version
-from vineppo.types import UserError
+from vineppo.types import UserError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line, without the source file and line number."""
-    print(f"warning: {' '.join(str(message).splitlines())}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(' '.join(str(message).splitlines()))}", file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -96,6 +96,10 @@ class GradingConfig(Settings):
     max_error_share: float = Field(0.1, ge=0, le=1)
     """The run stops when the share of responses that could not be graded exceeds this value. Until then, responses that
     could not be graded get the reward 0."""
+    trust_scorer: bool = False
+    """Also run scorers of reasoning-gym that evaluate the model's answer as Python code (such as that of `countdown`)
+    where the system has no sandbox for grader processes. `vineppo doctor` shows whether there is one. `false`: the task
+    is refused there. Where there is a sandbox, it is used in any case."""
 
 
 class TaskConfig(Settings):
