@@ -39,7 +39,6 @@ _NEUTRAL: dict[str, Any] = {
     "router_aux_loss_coef": None,
     "cast_lm_head_to_fp32": False,
     "generation_kwargs": None,
-    "chat_template_kwargs": None,
     "multi_objective_aggregation": "sum_then_normalize",
     "use_adaptive_entropy": False,
     "max_tool_calling_iterations": None,
@@ -146,6 +145,8 @@ class VinePPOConfig:
     num_generations_eval: int | None = None
     """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Values of variables of the chat template, such as `{"enable_thinking": False}`."""
     num_train_epochs: float = 3.0
     max_steps: int = -1
     """Number of optimizer updates; -1 means that `num_train_epochs` determines the number."""
@@ -318,6 +319,7 @@ class VinePPOConfig:
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
+            "task.chat_template_kwargs": self.chat_template_kwargs or {},
             "task.grading.truncated": True,
             "task.reward_weights": list(self.reward_weights or ()),
             "rollouts.group_size": self.num_generations,
