@@ -65,6 +65,24 @@ class TrainingWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A conversation that the tokenizer's chat template formats as the prompt of a problem."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """The messages, at least one. If the last message is the assistant's, the response continues it. Otherwise the
+    response is a new message of the assistant."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the template describes in the prompt."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template and their values, such as `{"enable_thinking": False}`."""
+
+    @classmethod
+    def of_user(cls, text: str, template_kwargs: Mapping[str, Any] | None = None) -> Chat:
+        """Return the conversation that consists of one message of the user."""
+        return cls(({"role": "user", "content": text},), template_kwargs=template_kwargs or {})
+
+
+@dataclass(frozen=True)
 class Problem:
     """One item of a task: a prompt and its reference answer."""
 
@@ -77,12 +95,15 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Dictionary from the names of the other columns of the data set to their values for this problem. Reward functions
     receive them as keyword arguments."""
-    messages: tuple[Mapping[str, str], ...] = ()
-    """The conversation from which `prompt` was formatted; empty if there is none. With a conversation, reward functions
-    receive prompts and completions as lists of messages instead of texts."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The conversation in the data set from which `prompt` was formatted; empty if the data set has a text. With a
+    conversation, reward functions receive prompts and completions as lists of messages instead of texts."""
     reference: Any = None
     """The reference answer as stored in the data set; None if the stored answer is text. If it is not None, reward
     functions receive this object as `answer`."""
+    chat: Chat | None = None
+    """The conversation that the chat template formatted as `prompt`; None if `prompt` was written without a chat
+    template. `Codec.prompt_ids` needs it, because the ids of a prompt cannot always be computed from its text."""
 
 
 @dataclass(frozen=True)

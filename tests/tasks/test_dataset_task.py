@@ -11,7 +11,7 @@ import pytest
 from vineppo.config.schema import TaskConfig
 from vineppo.config.settings import replace
 from vineppo.tasks import build_task
-from vineppo.types import Task, UserError
+from vineppo.types import Chat, Task, UserError
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -81,8 +81,8 @@ def test_an_index_out_of_range_raises(tmp_path: Path) -> None:
 def test_the_chat_template_is_applied_to_the_finished_prompt_if_configured(tmp_path: Path) -> None:
     config = config_of(tmp_path, rows(20), prompt_template="Q: {prompt}", chat_template=True)
 
-    def wrap(prompt: str) -> str:
-        return f"<user>{prompt}</user>"
+    def wrap(chat: Chat) -> str:
+        return f"<user>{chat.messages[0]['content']}</user>"
 
     assert build_task(config, wrap).problem("train", 1).prompt == "<user>Q: 1+1</user>"
     assert build_task(replace(config, chat_template=False), wrap).problem("train", 1).prompt == "Q: 1+1"

@@ -16,12 +16,13 @@ import pytest
 
 from tests.helpers import data_directory, known
 from vineppo.config.schema import TaskConfig
+from vineppo.config.settings import replace
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import grade_boxed, last_boxed
 from vineppo.tasks.gym import final_answer
 from vineppo.tasks.mathematics import without_calculator_notes
-from vineppo.types import Problem, Task, UserError
+from vineppo.types import Chat, Problem, Task, UserError
 
 
 def data(name: str) -> str:
@@ -31,8 +32,8 @@ def data(name: str) -> str:
     return str(path)
 
 
-def chat(text: Any) -> str:
-    return f"<user>{text}</user>"
+def chat(conversation: Chat) -> str:
+    return "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in conversation.messages)
 
 
 def problems_of(task: Task, split: Any = "train") -> list[Problem]:
@@ -156,6 +157,16 @@ def test_reasoning_gym_problems_are_reproducible_and_splits_are_disjoint() -> No
     task, again = build_task(config, chat), build_task(config, chat)
     assert (task.size("train"), task.size("validation")) == (50, 1_000)
     assert [p.prompt for p in problems_of(task)] == [p.prompt for p in problems_of(again)]
+    with_kwargs = replace(config, chat_template=True, chat_template_kwargs={"a": 1})
+    problem = build_task(with_kwargs, chat).problem("train", 3)
+    assert problem.prompt == f"<user>{task.problem('train', 3).prompt}</user>"
+    assert problem.chat == Chat(({"role": "user", "content": task.problem("train", 3).prompt},), (), {"a": 1})
+
+    def broken(conversation: Chat) -> str:
+        raise UserError("the chat template fails")
+
+    with pytest.raises(UserError, match=r"^problem train/3: the chat template fails$"):
+        build_task(with_kwargs, broken).problem("train", 3)
     splits = [{task.problem(split, i).prompt for i in range(50)} for split in ("train", "validation", "test")]
     assert not splits[0] & splits[1] and not splits[1] & splits[2] and not splits[0] & splits[2]
     assert all(p.columns["entry"]["metadata"]["num_terms"] == 3 for p in problems_of(task))
@@ -270,7 +281,7 @@ def test_conversations_are_formatted_by_the_chat_template() -> None:
         for n in range(5)
     ]
     task = build_task(TaskConfig(name="dataset"), chat, tables={"train": rows})
-    assert task.problem("train", 1).prompt == chat(rows[1]["prompt"])
+    assert task.problem("train", 1).prompt == "<system>Be brief.</system><user>1?</user>"
     seen: list[Any] = []
 
     def reward(**columns: Any) -> list[float]:

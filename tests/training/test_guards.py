@@ -84,7 +84,7 @@ def test_entropy_and_variance_of_a_known_distribution() -> None:
 
 def requests_of(parts: Parts, temperature: float = 1.0, samples: int = 64) -> list[SampleRequest]:
     problems = draw_problems(parts.task, 3, 1, 4)
-    ids = [parts.codec.encode_prompt(problem.prompt) for problem in problems]
+    ids = [parts.codec.prompt_ids(problem) for problem in problems]
     return [SampleRequest(row, samples, 40, seed=i, temperature=temperature) for i, row in enumerate(ids)]
 
 

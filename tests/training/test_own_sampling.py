@@ -36,7 +36,7 @@ def sample_tree(settings: Any, parts: CreditParts) -> SampleFn:
         return [grow(problem, iteration) for problem in problems]
 
     def grow(problem: Problem, iteration: int) -> RolloutGroup:
-        prompt, address = parts.codec.encode_prompt(problem.prompt), (parts.run_seed, iteration, problem.id)
+        prompt, address = parts.codec.prompt_ids(problem), (parts.run_seed, iteration, problem.id)
         (prefixes,) = parts.sampler.sample(
             [SampleRequest(prompt, parts.group_size // LEAVES, PREFIX, derive_seed(*address, "prefixes"))]
         )

@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line, without the source file and line number."""
-    text = printable(" ".join(str(message).splitlines()))
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while a run goes on
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(' '.join(str(message).splitlines()))}", file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -66,6 +66,19 @@ TASKS = ("chain", "gsm8k", "math", "dataset")
 GYM = "reasoning_gym:"
 """Prefix of `task.name` for a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
 
+_SET_BY_THE_TASK = (
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+)
+"""Arguments of `apply_chat_template` and variables of every template that are not allowed in
+`task.chat_template_kwargs`."""
+
 
 class GradingConfig(Settings):
     """Grader processes and their limits, and the treatment of truncated responses and of grading errors."""
@@ -135,7 +148,10 @@ class TaskConfig(Settings):
     """Text of the prompt, in which `{prompt}` is replaced by the text of the problem. Empty: the default of the task,
     which is the text of the problem alone for `dataset`. The task `chain` does not use this setting."""
     chat_template: bool = False
-    """Format the prompt as a user message with the tokenizer's chat template."""
+    """Format the prompt as a user message with the tokenizer's chat template. A prompt that is a list of messages is
+    always formatted."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values of variables of the chat template, such as `{enable_thinking: false}`."""
     overlong: Literal["error", "drop"] = "error"
     """dataset, gsm8k, math: what to do with problems whose prompt is too long for the model's context together with a
     response of maximum length. `error`: refuse them before the run starts. `drop`: leave them out, with a warning that
@@ -167,6 +183,7 @@ class TaskConfig(Settings):
             f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}, which is replaced by the "
             "text of the problem",
         )
+        self._check_chat_template()
         require(
             not self.grading.truncated or self.name != "chain",
             "task.grading.truncated is true, but task.name is chain, and a truncated response to a chain problem is "
@@ -189,6 +206,26 @@ class TaskConfig(Settings):
             not (self.rewards and self.reward_weights) or len(self.reward_weights) == len(self.rewards),
             f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
             "one number for each reward function, or no numbers",
+        )
+
+    def _check_chat_template(self) -> None:
+        """Raise UserError if the settings of the chat template have no effect or change what the task decides."""
+        formatted = self.chat_template or not (self.name == "chain" or self.name.startswith(GYM))
+        require(
+            not self.chat_template_kwargs or formatted,
+            "task.chat_template_kwargs is set, but no chat template is applied to the prompts; set task.chat_template "
+            "to true, or remove task.chat_template_kwargs",
+        )
+        require(
+            not self.chat_template or self.name != "chain",
+            "task.chat_template is true, but task.name is chain, whose prompts are plain text; set task.chat_template "
+            "to false",
+        )
+        reserved = [name for name in self.chat_template_kwargs if name in _SET_BY_THE_TASK]
+        require(
+            not reserved,
+            f"task.chat_template_kwargs has {', '.join(reserved)}, which the task sets itself; remove it, and give "
+            "variables of the chat template only",
         )
 
 

@@ -20,7 +20,7 @@ from vineppo.tasks.grading.judge import InProcess, Judge
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
-from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
+from vineppo.types import Chat, Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
 """(names of the reward functions, which are used in metrics; judge that calls these functions)."""
@@ -28,7 +28,7 @@ _NamesAndJudge = tuple[tuple[str, ...], Judge]
 
 def build_task(
     config: TaskConfig,
-    format_prompt: Callable[[Any], str] | None = None,
+    format_prompt: Callable[[Chat], str] | None = None,
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     tables: Mapping[Split, Any] | None = None,
 ) -> Task:
@@ -36,9 +36,8 @@ def build_task(
 
     Args:
         config: the settings of the section `task`.
-        format_prompt: function that applies the tokenizer's chat template to a text or to a list of messages and
-            returns the text of the prompt. It is needed if `config.chat_template` is true, or if prompts are lists of
-            messages.
+        format_prompt: function that applies the tokenizer's chat template to a conversation and returns the text of the
+            prompt. It is needed if `config.chat_template` is true, or if prompts are lists of messages.
         reward_fn: one or several reward functions that replace those of the task. Each is called in this process, once
             with all responses of a batch.
         tables: split -> its rows in memory. Tasks that read tables (`dataset`, `gsm8k`, `math`) use these rows instead

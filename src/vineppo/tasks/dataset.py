@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vineppo.config.schema import TaskConfig
+from vineppo.tasks.chat import as_conversation, messages_of, tools_of
 from vineppo.tasks.grading.graders import hash_number, no_hash_number
 from vineppo.tasks.rows import Row, read_rows, table_rows
-from vineppo.types import Problem, Split, UserError
+from vineppo.types import Chat, Problem, Split, UserError
 
 MAX_HELD_OUT = 200
 """Default maximum of the number of training problems that are used for validation instead of training."""
@@ -72,8 +73,8 @@ class DatasetTask:
     Args:
         config: the settings of the section `task`.
         layout: how the tables are read, unless `config` says otherwise.
-        format_prompt: function that applies the tokenizer's chat template to a text or to messages and returns the text
-            of the prompt. Messages are always formatted, a text only if `config.chat_template` is true.
+        format_prompt: function that applies the tokenizer's chat template to a conversation and returns the text of the
+            prompt. Messages are always formatted, a text only if `config.chat_template` is true.
         tables: split -> its rows in memory, used instead of files. With `tables`, no training rows are used for
             validation, and answers may be missing or of any type.
         hash_answers: whether to check that every answer has a number after `####`, as the grader `hash` requires.
@@ -85,7 +86,7 @@ class DatasetTask:
         self,
         config: TaskConfig,
         layout: Layout,
-        format_prompt: Callable[[Any], str] | None = None,
+        format_prompt: Callable[[Chat], str] | None = None,
         *,
         tables: Mapping[Split, Any] | None = None,
         hash_answers: bool = False,
@@ -170,7 +171,7 @@ class DatasetTask:
             where: location of the row for error messages, such as `train.jsonl line 3`.
         """
         layout = self._layout
-        prompt, messages = self._prompt(where, row)
+        prompt, chat, messages = self._prompt(where, row)
         reference = None
         if self._tables and (layout.answer_column not in row or not isinstance(row[layout.answer_column], str)):
             reference, answer = row.get(layout.answer_column), _as_text(row.get(layout.answer_column))
@@ -187,25 +188,47 @@ class DatasetTask:
         # column with another name, such as `question`, is kept, because reward functions may use this name.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
-        return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration, where)
+        return _Item(Problem("", prompt, answer, columns, messages, reference, chat), demonstration, where)
 
-    def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """Return (text of the prompt, messages of the prompt) for a row.
+    def _prompt(self, where: str, row: Row) -> tuple[str, Chat | None, tuple[Mapping[str, Any], ...]]:
+        """Return (text of the prompt, conversation for the chat template or None, messages of the table) for a row.
 
         The messages are empty unless the prompt column contains a conversation.
         """
         layout, column = self._layout, self._layout.prompt_column
-        if isinstance(row.get(column), list) and self._format_prompt:
-            messages = _messages(where, column, row[column])
-            return self._format_prompt(messages), tuple(messages)
+        kwargs = self._config.chat_template_kwargs
+        conversation = as_conversation(row.get(column))
+        if conversation is not None and self._format_prompt:
+            if self._config.prompt_template:
+                raise UserError(
+                    f"{where}: column {column!r} is a conversation, to which task.prompt_template cannot be applied; "
+                    "remove task.prompt_template"
+                )
+            messages = messages_of(where, column, conversation)
+            return *self._formatted(where, Chat(messages, tools_of(where, row), kwargs)), messages
         text = _cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
         # str.replace is used because str.format fails if a template contains other braces, as in LaTeX or code.
-        if not self._config.chat_template:
-            return layout.prompt_template.replace("{prompt}", text), ()
+        if self._config.chat_template:
+            chat = Chat.of_user(layout.chat_template.replace("{prompt}", text), kwargs)
+            return *self._formatted(where, replace(chat, tools=tools_of(where, row))), ()
+        if kwargs:
+            raise UserError(
+                f"task.chat_template_kwargs is set, but {where} has a prompt of plain text, to which no chat template "
+                "is applied; set task.chat_template to true, or remove task.chat_template_kwargs"
+            )
+        return layout.prompt_template.replace("{prompt}", text), None, ()
+
+    def _formatted(self, where: str, chat: Chat) -> tuple[str, Chat]:
+        """Format a conversation with the chat template. Return (text of the prompt, conversation)."""
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
-        return self._format_prompt(layout.chat_template.replace("{prompt}", text)), ()
+        try:
+            text = self._format_prompt(chat)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        _check_unicode(f"{where}: column {self._layout.prompt_column!r}", text)
+        return text, chat
 
 
 def _as_text(answer: Any) -> str:
@@ -213,12 +236,14 @@ def _as_text(answer: Any) -> str:
     return "" if answer is None else str(answer)
 
 
-def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:
-    """Check that a list in the prompt column is a conversation. Return its messages with only role and content."""
-    valid = all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)
-    if not value or not valid:
-        raise UserError(f"{where}: column {column!r} is a list; allowed: text, or messages with role and content")
-    return [{"role": str(m["role"]), "content": m["content"]} for m in value]
+def _check_unicode(place: str, text: str) -> None:
+    """Raise UserError if a text has unpaired surrogates. JSON escapes can contain them; tokenizers cannot encode them.
+
+    Args:
+        place: location of the text for the error message.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{place} contains an unpaired surrogate; it must be valid Unicode text")
 
 
 def _cell(where: str, row: Row, setting: str, column: str) -> str:
@@ -246,7 +271,5 @@ def _cell(where: str, row: Row, setting: str, column: str) -> str:
         kind = "null" if value is None else f"a {type(value).__name__}"
         allowed = "text or a number" if setting == "answer_column" else "text"
         raise UserError(f"{where}: column {column!r} is {kind}; it must be {allowed} (task.{setting} names the column)")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        # JSON escapes can contain unpaired surrogates, which tokenizers cannot encode.
-        raise UserError(f"{where}: column {column!r} contains an unpaired surrogate; it must be valid Unicode text")
+    _check_unicode(f"{where}: column {column!r}", value)
     return value

@@ -131,19 +131,8 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(
-        algorithm,
-        policy,
-        policy.codec,
-        task,
-        sampler,
-        sample,
-        credit,
-        learner,
-        parts.group_size,
-        parts.stop,
-        left_out,
-    )
+    size, stop = parts.group_size, parts.stop
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, left_out)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:

@@ -45,6 +45,8 @@ CHANGEABLE = (
     "task.grading.seconds",
     "task.grading.memory",
     "task.grading.max_error_share",
+    "guards.max_logprob_gap",
+    "guards.probe_every",
     "eval.every",
     "eval.num_problems",
     "run.iterations",

@@ -69,7 +69,7 @@ def sample_groups(
     Raises:
         UserError: if the tokens of a prompt plus `max_new_tokens` exceed the model's context.
     """
-    prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
+    prompts = [codec.prompt_ids(problem) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
     # A problem of a small data set can occur several times in an iteration. Its groups must have different seeds, so a

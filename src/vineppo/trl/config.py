@@ -102,6 +102,8 @@ class VinePPOConfig:
     num_generations_eval: int | None = None
     """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Values of variables of the chat template, such as `{"enable_thinking": False}`."""
     num_train_epochs: float = 3.0
     max_steps: int = -1
     """Number of optimizer updates; -1 means that `num_train_epochs` determines the number."""
@@ -348,6 +350,7 @@ class VinePPOConfig:
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
+            "task.chat_template_kwargs": self.chat_template_kwargs or {},
             "task.grading.truncated": True,
             "task.reward_weights": list(self.reward_weights or ()),
             "rollouts.group_size": self.num_generations,

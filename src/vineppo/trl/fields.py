@@ -36,7 +36,6 @@ NEUTRAL: dict[str, Any] = {
     "router_aux_loss_coef": None,
     "cast_lm_head_to_fp32": False,
     "generation_kwargs": None,
-    "chat_template_kwargs": None,
     "multi_objective_aggregation": "sum_then_normalize",
     "use_adaptive_entropy": False,
     "max_tool_calling_iterations": None,
