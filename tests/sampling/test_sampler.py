@@ -18,7 +18,7 @@ from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_tokenizer
 from vineppo.sampling.torch.sampler import TorchSampler, draw, kv_bytes_per_token
-from vineppo.sampling.torch.tree import KVTree
+from vineppo.sampling.torch.tree import KVTree, _decode_attention
 from vineppo.types import Completion, SampleRequest, UserError
 
 TOKENIZER = build_tokenizer()
@@ -249,6 +249,24 @@ def test_sampler_and_trainer_agree_at_every_length_that_the_codec_allows(
     with torch.no_grad():
         batched = token_logprobs(policy.model, token_ids, pad(rows, torch.bool), 1.0)[0]
     assert (batched - torch.tensor([x for _, c in texts for x in c.logprobs])).abs().max() < 1e-4
+
+
+def test_attention_to_branches_has_float32_scores_in_bfloat16() -> None:
+    """With scores rounded to bfloat16, the error would be 0.37% of the output; SDPA's is 0.21%."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    B, Hkv, k, d = 50, 3, 64, 64
+    tree = KVTree(torch.zeros(B, dtype=torch.int64), torch.ones(B, dtype=torch.int64), 1)
+    tree.trunk_keys[0], tree.trunk_values[0] = random(1, Hkv, 1, d), random(1, Hkv, 1, d)
+    query, keys, values = random(B, Hkv * 3, 1, d), random(B, Hkv, k, d), random(B, Hkv, k, d)
+    out = _decode_attention(tree, 0, query, keys, values, d**-0.5, None, None).double()
+    trunk = (tree.trunk_keys[0].expand(B, -1, -1, -1), tree.trunk_values[0].expand(B, -1, -1, -1))
+    whole = [torch.cat([a, b], 2).double().repeat_interleave(3, 1) for a, b in zip(trunk, (keys, values), strict=True)]
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), *whole)
+    assert (out - exact).norm() / exact.norm() < 0.0028
 
 
 @pytest.mark.parametrize("family", list(PLAIN))
