@@ -226,4 +226,4 @@ def _away_from_zero(value: float, tiny: float) -> float:
 def _check_level(level: float) -> None:
     """Raise ValueError if a confidence level is not above 0 and below 1."""
     if not 0 < level < 1:
-        raise ValueError(f"confidence level is {level}; it must be between 0 and 1")
+        raise ValueError(f"confidence level is {level}; it must be above 0 and below 1")

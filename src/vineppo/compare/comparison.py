@@ -1,8 +1,8 @@
 """Train several algorithms with several seeds and compare the finished runs, for the command `vineppo compare`.
 
-The function `compare` calls four functions of other modules. `plan_runs` determines which runs are not finished.
-`run_all` trains these runs, each in a separate process. `analyse` computes the results. `write_reports` writes the
-results to `compare.json` and other files.
+The function `compare` calls four functions of other modules. `plan_runs` lists all runs and determines what must be
+done with each. `run_all` trains the unfinished runs, each in a separate process. `analyse` computes the results.
+`write_reports` writes the results to `compare.json` and other files.
 """
 
 from __future__ import annotations

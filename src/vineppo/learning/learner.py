@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
 from vineppo.model.batch import Batch, collate, micro_batches, pad
 from vineppo.model.critic import ValueNetwork
-from vineppo.model.logits import token_logprobs
+from vineppo.model.logits import entropies_of, logprob_variances, logprobs_of, token_distributions, token_logprobs
 from vineppo.model.lora import load_trained_state, merged_weights, trained_state
 from vineppo.model.policy import Policy, Reference
 from vineppo.run.checkpoint import read_state, write_state
@@ -49,6 +49,23 @@ from vineppo.types import Metrics, Rollout, TrainingSample, UserError
 
 STATE_FILE = "learner.pt"
 """Name of the learner's file in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of training samples, computed in one pass over the samples without gradients."""
+
+    logprobs: list[list[float]]
+    """Log-probabilities of the trained tokens, one list per sample, in nats."""
+    alternatives: list[list[float]]
+    """Log-probabilities of the alternatives, one list per sample, in nats."""
+    entropy: float
+    """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
+    excess: float
+    """Mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if the
+    tokens were sampled from the scored distributions."""
+    excess_error: float
+    """Standard error of `excess` if the tokens were sampled from the scored distributions."""
 
 
 class TorchLearner:
@@ -91,7 +108,13 @@ class TorchLearner:
         """Number of minibatches so far, including empty ones. The learning rate depends on this number and not on
         `updates`."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        iteration: int,
+        num_rollouts: int,
+        check: Callable[[Metrics], None] | None = None,
+    ) -> Metrics:
         """Train on the samples of one iteration, with all epochs of the iteration.
 
         An epoch has ceil(num_rollouts / minibatch_size) minibatches. If there are few samples, some minibatches are
@@ -102,6 +125,8 @@ class TorchLearner:
             samples: the training samples of the iteration, of any number.
             iteration: number of the iteration, counted from 1.
             num_rollouts: number of rollouts of the iteration.
+            check: called once before the first optimizer step, with the metrics of the samples. If it raises an error,
+                the weights are unchanged.
         Returns:
             Metrics that are computed from the samples before the first update (policy/entropy, kl/ref and others),
             means over the updates of the iteration (policy/loss, value/loss and others), and `updates`, the number of
@@ -111,6 +136,8 @@ class TorchLearner:
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
+        if check is not None:
+            check(metrics)
         train_policy = self.critic is None or iteration > self.critic_settings.value_only_iterations
         totals: dict[str, float] = defaultdict(float)
         updates_before = self.updates
@@ -192,15 +219,17 @@ class TorchLearner:
         Returns:
             (one `Experience` per sample, metrics of the samples).
         """
-        old, old_alternatives, entropy = self.logprobs(self.policy, samples)
-        ref = None
+        scores, ref = self.logprobs(self.policy, samples), None
+        old = scores.logprobs
         if self.reference is not None:
             with self.reference.active() as start:
-                ref = self.logprobs(start, samples)[0]
+                ref = self.logprobs(start, samples).logprobs
         rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
         metrics: Metrics = {
-            "policy/entropy": entropy,
+            "policy/entropy": scores.entropy,
             "policy/sampler_logprob_gap": largest_gap(old, samples),
+            "policy/logprob_excess": scores.excess,
+            "policy/logprob_excess_error": scores.excess_error,
             "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
             / (sum(map(sum, weights)) or 1),
         }
@@ -215,9 +244,11 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+        counted = [(0.0,) * len(w) if s.without_reward else w for s, w in zip(samples, weights, strict=True)]
         # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, weights)
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
+        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
         scaled = [
             replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
             for s, row in zip(samples, rows, strict=True)
@@ -225,7 +256,7 @@ class TorchLearner:
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
         experience = [
             Experience(s, tuple(o), tuple(a), None if r is None else tuple(r))
-            for s, o, a, r in zip(scaled, old, old_alternatives, refs, strict=True)
+            for s, o, a, r in zip(scaled, old, scores.alternatives, refs, strict=True)
         ]
         return experience, metrics
 
@@ -235,39 +266,35 @@ class TorchLearner:
         return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
     @torch.no_grad()
-    def logprobs(
-        self, policy: Policy, samples: Sequence[TrainingSample]
-    ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Compute log-probabilities under a policy, and the mean entropy of its next-token distributions.
-
-        Returns:
-            A tuple (log-probabilities of the trained tokens, log-probabilities of the alternatives, mean entropy). The
-            first two entries have one list per sample. The entropy is in nats per trained token, and the mean is
-            weighted with the weights of the tokens.
-        """
+    def logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> Scores:
+        """Compute the log-probabilities of the trained tokens and of the alternatives under a policy."""
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
-        entropy_sum = 0.0
+        entropy = excess = variance = 0.0
         for group in self._micro_batches(samples):
             batch = collate([samples[i] for i in group], policy.device)
-            logprobs, entropies = token_logprobs(
-                policy.model,
+            distribution = token_distributions(policy.model, batch.token_ids, batch.loss_mask, self.temperature)
+            entropies = entropies_of(distribution)  # (N,)
+            flat_logprobs = logprobs_of(
+                distribution,
                 batch.token_ids,
                 batch.loss_mask,
-                self.temperature,
-                True,
                 (batch.alternative_places, batch.alternative_ids),
-            )
-            assert entropies is not None
-            entropy_sum += float((batch.weights[batch.loss_mask] * entropies).sum())
-            flat = logprobs.tolist()
+            )  # (N + A,)
+            entropy += float((batch.weights[batch.loss_mask] * entropies).sum())
+            excess += float((flat_logprobs[: len(entropies)] + entropies).double().sum())
+            variance += float(logprob_variances(distribution, entropies).double().sum())
+            flat = flat_logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
                 rows[i], flat = flat[:length], flat[length:]
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
+        weight, tokens = sum(sum(s.trained_weights) for s in samples), sum(sum(s.loss_mask) for s in samples)
+        return Scores(
+            rows, alternatives, entropy / (weight or 1), excess / (tokens or 1), variance**0.5 / (tokens or 1)
+        )
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
@@ -374,10 +401,14 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
-        tokens, total = total_weight(minibatch) or 1, 0.0
-        for group in self._micro_batches([e.sample for e in minibatch]):
-            batch = collate([minibatch[i].sample for i in group], self.policy.device)
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss.
+
+        Samples without returns, whose rollouts have no reward, are left out.
+        """
+        chosen = [e for e in minibatch if e.sample.returns is not None]
+        tokens, total = total_weight(chosen) or 1, 0.0
+        for group in self._micro_batches([e.sample for e in chosen]):
+            batch = collate([chosen[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
             loss.backward()
             total += loss.item()

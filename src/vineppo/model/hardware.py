@@ -47,6 +47,6 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # With these settings, glibc allocates large blocks on the heap, too, and never shrinks the heap. mallopt returns 1
-    # on success.
+    # With these settings, glibc allocates large blocks on the heap, too, and shrinks the heap only if 2 GiB at its end
+    # are free. mallopt returns 1 on success.
     return mallopt is not None and mallopt(_M_MMAP_MAX, 0) == 1 and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1) == 1

@@ -73,14 +73,53 @@ def token_logprobs(
         and then by position, followed by those of the alternatives: shape (N,), or (N + A,) with alternatives. The
         entropies have the shape (N,); they are None unless `with_entropy` is true.
     """
+    distribution = token_distributions(model, token_ids, loss_mask, temperature)  # (N, V)
+    entropies = entropies_of(distribution) if with_entropy else None  # (N,)
+    return logprobs_of(distribution, token_ids, loss_mask, alternatives), entropies
+
+
+def token_distributions(
+    model: Any, token_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Compute the log-probabilities of the whole vocabulary at each of the N tokens selected by `loss_mask`.
+
+    See `token_logprobs` for the arguments.
+
+    Returns:
+        Log-probabilities in nats, float32, shape (N, V), ordered by row and then by position.
+    """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
     logits = selected_logits(model, token_ids, select).float()  # (N, V)
     if temperature != 1:
         logits = logits / temperature
-    distribution = logits.log_softmax(-1)  # (N, V)
-    targets = token_ids[loss_mask]  # (N,)
-    entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None  # (N,)
-    logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    if alternatives is not None:
-        logprobs = torch.cat([logprobs, distribution[alternatives]])  # (N + A,)
-    return logprobs, entropies
+    return logits.log_softmax(-1)
+
+
+def logprobs_of(
+    distribution: torch.Tensor,
+    token_ids: torch.Tensor,
+    loss_mask: torch.Tensor,
+    alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return the log-probabilities (N + A,) of the selected tokens and of A alternatives. See `token_logprobs`.
+
+    Args:
+        distribution: the result of `token_distributions`, shape (N, V).
+    """
+    logprobs = distribution.gather(-1, token_ids[loss_mask][:, None]).squeeze(-1)  # (N,)
+    return logprobs if alternatives is None else torch.cat([logprobs, distribution[alternatives]])
+
+
+def entropies_of(distribution: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each distribution in nats, shape (N,), from log-probabilities of shape (N, V)."""
+    return -(distribution.exp() * distribution).sum(-1)
+
+
+def logprob_variances(distribution: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """Return the variance of the log-probability of a token that is drawn from each distribution, shape (N,).
+
+    Args:
+        distribution: log-probabilities in nats, shape (N, V).
+        entropies: entropy of each distribution, shape (N,). The expected log-probability is minus the entropy.
+    """
+    return (distribution.exp() * (distribution + entropies[:, None]).square()).sum(-1)

@@ -21,8 +21,8 @@ _PATTERN = r"####| by [a-z]+| in [a-z]+| with [a-z]+| is | -> | = |\n|."
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer for the texts of `vineppo.tasks.chain`.
 
-    Each letter, digit and sign is one token. Each fixed phrase of a reasoning step is one token, too: its way, such as
-    " by rote", and its link, such as " is ".
+    Each letter, digit and sign is one token. Each way of writing a step, such as " by rote", is one token, and so is
+    each text between the way and the result of a step, such as " is ".
     """
     ways = [way for level in chain.LEVELS for way in chain.WAYS[level]]
     letters = [chr(ord("a") + i) for i in range(26)]

@@ -203,9 +203,9 @@ class VinePPOConfig:
     def __post_init__(self) -> None:
         for name, allowed in _FIXED.items():
             value = getattr(self, name)
-            # Some fields may also be members of an enumeration of transformers. Their `value` is the text.
+            # The value of a field may be a member of an enumeration of transformers, whose `value` is the text.
             if getattr(value, "value", value) not in allowed:
-                raise UserError(f"{name} is {value!r}; allowed: {allowed[0]!r} (docs/from-trl.md gives the reason)")
+                raise UserError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} (docs/from-trl.md)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
             raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
         if any(key.startswith("model.") for key in self.settings):

@@ -43,9 +43,13 @@ from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, U
 _KEEP_SHARE = 0.85
 """Finished rows are removed from the tree when at most this share of the rows in the tree is unfinished."""
 _BLOCK = 256
-"""Number of entries per block in `invert`, which draws tokens."""
-_LOGITS_AT_ONCE = 1 << 19
-"""Maximum number of logits that `draw` processes at once. As float32 numbers (2 MiB) they fit into the CPU cache."""
+"""Block size of `invert`. If the vocabulary is larger, `invert` draws a token in two stages: first the block of this
+many tokens that contains the token, then the token in the block."""
+_LOGITS_AT_ONCE = {"cpu": 1 << 19}
+"""Maximum number of logits that `draw` processes at once, by type of device. On a CPU they fit into its cache as
+float32 numbers (2 MiB)."""
+_LOGITS_AT_ONCE_ELSEWHERE = 1 << 28
+"""The same for other devices, where a call takes longer than the work in it. The float32 numbers take 1 GiB."""
 
 
 class LanguageModel(Protocol):
@@ -113,7 +117,11 @@ class TorchSampler:
             )
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Store the version. `weights` is not called, because the sampler shares the weights of the policy."""
+        """Store `version`, the number of policy updates that the weights include.
+
+        The function `weights`, which returns the new weights, is not called, because the sampler uses the tensors of
+        the policy.
+        """
         self.version = version
 
     @torch.no_grad()
@@ -125,6 +133,8 @@ class TorchSampler:
         A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
         `on_finished`. Requests with different temperatures or stop strings are never decoded in the same batch.
 
+        Args:
+            on_finished: called with completions as soon as they end; each completion is passed once.
         Raises:
             UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
         """
@@ -163,7 +173,7 @@ class _Wave:
         sampler: the sampler whose policy is used.
         requests: all requests of the call of `sample`. A row refers to its request by its index in this list.
         trunks: the trunks of the wave, with their rows.
-        on_finished: called with the completions that end at a position, or None.
+        on_finished: function that is called with the completions that end at a position; None: no function.
     """
 
     def __init__(
@@ -182,7 +192,8 @@ class _Wave:
         self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
         self.budgets = np.array([row.budget for row in self.rows])
-        # The random number for position t of a row depends only on the row's key and on t.
+        # The random number for position t of a row depends only on t and on this key of the row, which is computed from
+        # the seed of the request and the index of the sample.
         self.keys = stream_keys(
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
             np.array([requests[row.request].first_sample + row.sample for row in self.rows]),
@@ -230,8 +241,9 @@ class _Wave:
                 if active.mean() <= _KEEP_SHARE:
                     tree.keep(self._on_device(np.flatnonzero(active)))
                     rows = rows[active]
-                # A finished row in the tree is computed at its last position again and its logits are ignored, because
-                # its next position may exceed the maximum length of the model.
+                # A finished row that is still in the tree is computed, too, and its logits are ignored. Its last token
+                # is computed again at the same place in the sequence, because the next place may exceed the maximum
+                # length of the model.
                 ids = self.token_ids[rows, self.counts[rows] - 1]
                 positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
@@ -259,7 +271,8 @@ class _Wave:
         select = np.zeros(token_ids.shape, dtype=bool)
         last_tokens = self.trunk_of, self.prefix_lengths - 1
         select[last_tokens] = True
-        indices = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): index in logits
+        # (M, L): for each selected token, the row in `logits` below.
+        indices = (select.reshape(-1).cumsum() - 1).reshape(select.shape)
         logits = selected_logits(self.model, token_ids, self._on_device(select), tree=tree)  # (different prefixes, V)
         return tree, logits[self._on_device(indices[last_tokens])]
 
@@ -315,8 +328,8 @@ class _Wave:
     def _ends_with_stop(self, row: int) -> bool:
         """Return whether the last token of a row completed a stop string.
 
-        If the longest stop string has n bytes, only the last n + 1 tokens are decoded. They suffice: a stop string is
-        spread over at most n tokens, because a token has at least one byte.
+        If the longest stop string has n bytes, it is spread over at most n tokens, because a token has at least one
+        byte. One more token is decoded, because some decoders drop a space at the start of a text.
         """
         window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
@@ -348,7 +361,8 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
-    size = max(1, min(len(logits), _LOGITS_AT_ONCE // logits.shape[1]))
+    limit = _LOGITS_AT_ONCE.get(logits.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+    size = max(1, min(len(logits), limit // logits.shape[1]))
     # The rows are divided into parts of `size` rows. All parts use the same memory, because allocating memory takes
     # longer than the computation in it.
     weights = torch.empty(size, logits.shape[1], device=logits.device)
@@ -397,8 +411,8 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
     if V <= _BLOCK:
         sums = weights.cumsum(-1, dtype=torch.float64)  # (B, V)
         return _first_above(sums, uniform * sums[:, -1:]), sums[:, -1:]
-    # The padding copies nothing if V is a multiple of the block size.
-    blocks = F.pad(weights, (0, -V % _BLOCK)).view(B, -1, _BLOCK)  # (B, number of blocks, _BLOCK)
+    padded = F.pad(weights, (0, -V % _BLOCK)) if V % _BLOCK else weights
+    blocks = padded.view(B, -1, _BLOCK)  # (B, number of blocks, _BLOCK)
     sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, number of blocks)
     level = uniform * sums[:, -1:]  # (B, 1)
     block = _first_above(sums, level)  # (B, 1)
@@ -411,15 +425,13 @@ def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, 
 def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """Return for each row the index of the first cumulative sum above the row's level, shape (B, 1).
 
-    The entry that was added at this index is never 0.
-
     Args:
-        sums: cumulative sums of n entries of at least 0, shape (B, n).
-        level: one number per row, at least 0 and at most the last cumulative sum, shape (B, 1).
+        sums: cumulative sums of n weights of at least 0, shape (B, n). The weight at the returned index is never 0.
+        level: one number per row, at least 0 and about at most the last cumulative sum, shape (B, 1).
     """
     total = sums[:, -1:]
-    # Rounding may raise a level to the total. No cumulative sum is above the total, so the level is then lowered to the
-    # largest number below the total.
+    # Rounding may raise a level to the total or above it. No cumulative sum is above the total, so the level is then
+    # lowered to the largest number below the total.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
@@ -480,8 +492,8 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[
 
     Args:
         max_rows: maximum number of rows of a wave.
-        kv_tokens: maximum number of tokens for which a wave has memory for keys and values. This memory has the size of
-            the longest trunk for each trunk, and of the largest budget for each branch.
+        kv_tokens: limit on the size of a wave in tokens. The size is (number of trunks x length of the longest trunk) +
+            (number of rows x largest budget).
     """
     pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
     wave: list[_Trunk] = []
