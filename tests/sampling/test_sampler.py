@@ -264,8 +264,10 @@ def test_attention_to_branches_has_float32_scores_in_bfloat16() -> None:
     query, keys, values = random(B, Hkv * 3, 1, d), random(B, Hkv, k, d), random(B, Hkv, k, d)
     out = _decode_attention(tree, 0, query, keys, values, d**-0.5, None, None).double()
     trunk = (tree.trunk_keys[0].expand(B, -1, -1, -1), tree.trunk_values[0].expand(B, -1, -1, -1))
-    whole = [torch.cat([a, b], 2).double().repeat_interleave(3, 1) for a, b in zip(trunk, (keys, values), strict=True)]
-    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), *whole)
+    key, value = (
+        torch.cat([a, b], 2).double().repeat_interleave(3, 1) for a, b in zip(trunk, (keys, values), strict=True)
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), key, value)
     assert (out - exact).norm() / exact.norm() < 0.0028
 
 
