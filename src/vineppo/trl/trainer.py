@@ -31,6 +31,7 @@ import torch
 from vineppo.config.load import diff_configs
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
 from vineppo.config.settings import replace
+from vineppo.model.adapters import check_new_adapters
 from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
@@ -160,7 +161,7 @@ class VinePPOTrainer:
                 f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); restore the "
                 "old settings, or start a new run in another output_dir"
             )
-        if self._train_called and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
+        if self._train_called and self.config.learner.kl.coefficient > 0 and not self.policy.restorable:
             raise UserError(
                 "the model of this trainer is already trained, but beta needs the model that the run started from; "
                 "create a new VinePPOTrainer and call its train(resume_from_checkpoint=True)"
@@ -353,6 +354,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         return Policy(model, codec)
     import peft  # installed, because peft_config is an object of peft
 
+    check_new_adapters(peft_config)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)  # The initial adapters depend only on args.seed.
         try:
