@@ -217,6 +217,15 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
         assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (7, "habit", 33)
         assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
 
+    # Case 13: adapters are merged into the final model in float32.
+    trained = build_config({}, None, {"model.dtype": "bfloat16", "model.lora.r": "8"})
+    adapted = RunDirectory.create(tmp_path / "adapted", trained)
+    (adapted.final / "adapter").mkdir(parents=True)
+    with pytest.raises(Stop):
+        main(["eval", str(adapted.path)])
+    spec = specs.pop()
+    assert (spec.model.dtype, spec.model.lora.r) == ("float32", 0)
+
     recipe = tmp_path / "mine.yaml"
     content = "model: {path: a/start}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
     recipe.write_text(content, encoding="utf-8")

@@ -77,8 +77,12 @@ def _settings_of_model(model: str) -> Layer:
     """
     run_dir = _run_of(Path(model))
     if run_dir:
-        settings = _settings_of_run(run_dir)
-        return _evaluation_of(settings, _path_of_model(Path(model), run_dir)), f"in {run_dir}/config.yaml"
+        path = _path_of_model(Path(model), run_dir)
+        settings = _evaluation_of(_settings_of_run(run_dir), path)
+        if (Path(path) / "adapter").is_dir():
+            # Adapters are merged into the final model in float32; 16 bits would lose small adapters.
+            settings["model"] = settings["model"] | {"dtype": "float32", "lora": {}}
+        return settings, f"in {run_dir}/config.yaml"
     if Path(model).suffix in (".yaml", ".yml"):
         recipe = build_config(load_recipe(model), name=model)
         return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"

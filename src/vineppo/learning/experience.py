@@ -44,6 +44,10 @@ class Counts(NamedTuple):
     seen: float
     """Sum of the weights of the trained tokens that remain after the function `credited` has removed others. Only these
     tokens are in the forward pass, so the metric `policy/kl_old` is a mean over them."""
+    ratios: float
+    """Sum of the weights of all trained tokens and alternatives of the minibatch. Each of them has a ratio that can be
+    clipped, so the metric `policy/clip_share` is a share of them. An alternative has the weight of the token that it
+    replaces."""
 
 
 def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> None:
@@ -182,6 +186,15 @@ def _part_with_gradient(experience: Experience) -> Experience:
 def total_weight(experience: Sequence[Experience]) -> float:
     """Return the sum of the weights of all trained tokens of the samples."""
     return sum(sum(e.sample.trained_weights) for e in experience)
+
+
+def ratio_weight(experience: Sequence[Experience]) -> float:
+    """Return the sum of the weights of all trained tokens and alternatives of the samples."""
+    total = total_weight(experience)
+    for sample in (e.sample for e in experience if e.sample.alternatives):
+        weights = sample.trained_weights
+        total += sum(weights[a.position] for a in sample.alternatives)
+    return total
 
 
 def trained_part(row: Sequence[float], sample: TrainingSample) -> list[float]:

@@ -33,6 +33,7 @@ from vineppo.learning.experience import (
     loss_scale,
     minibatches,
     padded,
+    ratio_weight,
     total_weight,
     trained_part,
     without_truncated,
@@ -338,13 +339,17 @@ class TorchLearner:
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
         """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics."""
         parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
-        counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
+        counts = Counts(
+            total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1, ratio_weight(minibatch) or 1
+        )
         seed = derive_seed(self.seed, "dropout", self.updates)
         totals: dict[str, float] = defaultdict(float)
         for group in self._micro_batches([e.sample for e in parts]):
-            with self.policy.dropout(derive_seed(seed, group[0])):
-                loss, sums = self._policy_loss([parts[i] for i in group], counts)
-            loss.backward()
+            chosen = [parts[i] for i in group]
+            # The backward pass is inside, too, because gradient checkpointing computes layers again.
+            with self.policy.dropout([derive_seed(seed, i) for i in group], [e.sample.loss_mask for e in chosen]):
+                loss, sums = self._policy_loss(chosen, counts)
+                loss.backward()
             for key, value in sums.items():
                 totals[key] += value
         return dict(totals)
@@ -391,7 +396,7 @@ class TorchLearner:
         kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
             "policy/loss": loss.item(),
-            "policy/clip_share": float(clipped) / tokens,
+            "policy/clip_share": float(clipped) / counts.ratios,
             "policy/kl_old": float(kl_old) / counts.seen,
         }
         if entropies is not None:

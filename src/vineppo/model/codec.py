@@ -7,7 +7,8 @@ so that processes without a model can encode and decode.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,15 @@ class Codec:
         `eos_ids` contains the EOS ids of the generation config, of the model config and of the tokenizer, and the token
         with which the chat template ends a message of the assistant. These often differ, and the end-of-turn token of a
         chat model may be in only one of the four places.
+
+        Warns if the maximum length is less than the configuration of the model says (see `_constant_length`).
         """
         end_of_turn = end_of_turn_id(tokenizer)
         eos_ids: set[int] = set() if end_of_turn is None else {end_of_turn}
         for source in (model.generation_config, model.config, tokenizer):
             ids = getattr(source, "eos_token_id", None)
             eos_ids.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-        max_length = getattr(model.config, "max_position_embeddings", 0) or _UNLIMITED
-        return cls(tokenizer, tuple(sorted(eos_ids)), int(max_length))
+        return cls(tokenizer, tuple(sorted(eos_ids)), _max_length(model.config.get_text_config()))
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a prompt that was written without a chat template.
@@ -154,3 +156,39 @@ def _not_empty(ids: Sequence[int]) -> tuple[int, ...]:
     if not ids:
         raise UserError("a prompt is empty, so it has no tokens; check task.prompt_column and task.prompt_template")
     return tuple(ids)
+
+
+def _max_length(config: Any) -> int:
+    """Return the maximum sequence length of a model, from its configuration. Warn if it is limited."""
+    stated = int(getattr(config, "max_position_embeddings", 0) or _UNLIMITED)
+    limit = _constant_length(config)
+    if limit >= stated:
+        return stated
+    warnings.warn(
+        f"sequences are limited to {limit} tokens, although the model allows {stated}: in longer sequences its rotary "
+        "position embedding (dynamic or longrope) changes with the length, so that the probability of a token would "
+        "depend on later tokens",
+        stacklevel=3,
+    )
+    return limit
+
+
+def _constant_length(config: Any) -> int:
+    """Return the largest length up to which the rotary position embeddings of a model do not depend on the length.
+
+    The frequencies of the types `dynamic` and `longrope` change for all positions when a sequence becomes longer than
+    the original context. A response that crosses this length was sampled with other frequencies than the learner uses
+    for it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    # A model with several kinds of layers has one dictionary of parameters for each kind.
+    parts = [parameters] if "rope_type" in parameters else [part for part in parameters.values() if part]
+    limits = [_UNLIMITED]
+    for part in parts:
+        kind = part.get("rope_type", "default") if isinstance(part, Mapping) else "default"
+        if kind == "longrope":
+            original = part.get("original_max_position_embeddings")
+            limits.append(int(original or getattr(config, "original_max_position_embeddings", 0) or _UNLIMITED))
+        elif "dynamic" in kind:
+            limits.append(int(config.max_position_embeddings))
+    return min(limits)

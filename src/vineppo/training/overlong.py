@@ -9,7 +9,7 @@ from typing import Literal
 from vineppo.config.schema import EvalConfig
 from vineppo.model.codec import Codec
 from vineppo.tasks.dataset import DatasetTask
-from vineppo.types import Split, Task, UserError
+from vineppo.types import Problem, Split, Task, UserError
 
 _TOKENS_PER_BYTE = 4
 """Upper bound, with a margin, of the tokens per byte of a prompt. Shorter prompts need not be encoded."""
@@ -54,8 +54,8 @@ def fit_prompts(
     for split, count in counts.items():
         size = source.size(split)
         checked = size if count is None or overlong == "drop" else min(count, size)
-        prompts = (source.problem(split, index).prompt for index in range(checked))
-        lengths = [_tokens(codec, prompt, max_new_tokens) for prompt in prompts]
+        problems = (source.problem(split, index) for index in range(checked))
+        lengths = [_tokens(codec, problem, max_new_tokens) for problem in problems]
         long = [index for index, tokens in enumerate(lengths) if tokens + max_new_tokens > codec.max_length]
         if not long:
             continue
@@ -77,8 +77,8 @@ def fit_prompts(
     return dropped
 
 
-def _tokens(codec: Codec, prompt: str, max_new_tokens: int) -> int:
+def _tokens(codec: Codec, problem: Problem, max_new_tokens: int) -> int:
     """Return the number of tokens of a prompt, or 0 without encoding it if it certainly fits."""
-    if len(prompt.encode()) * _TOKENS_PER_BYTE + _SPECIAL_TOKENS + max_new_tokens <= codec.max_length:
+    if len(problem.prompt.encode()) * _TOKENS_PER_BYTE + _SPECIAL_TOKENS + max_new_tokens <= codec.max_length:
         return 0
-    return len(codec.encode_prompt(prompt))
+    return len(codec.prompt_ids(problem))

@@ -28,6 +28,7 @@ import torch
 
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
 from vineppo.config.settings import replace
+from vineppo.model.adapters import check_new_adapters
 from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
@@ -201,7 +202,7 @@ class VinePPOTrainer:
 
     def _check_reference(self) -> None:
         """Raise UserError if the KL penalty needs the starting model, but `train` has already changed its weights."""
-        if self._train_called and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
+        if self._train_called and self.config.learner.kl.coefficient > 0 and not self.policy.restorable:
             raise UserError(
                 "the model of this trainer is already trained, but beta needs the model that the run started from; "
                 "create a new VinePPOTrainer and call its train(resume_from_checkpoint=True)"
@@ -331,6 +332,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         return Policy(model, codec)
     import peft  # installed, because peft_config is an object of peft
 
+    check_new_adapters(peft_config)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)  # The initial adapters depend only on args.seed.
         try:
