@@ -418,7 +418,8 @@ def test_the_clip_share_counts_alternatives_in_both_numbers() -> None:
         weights=(0.0, 1.0, 2.0, 1.0),
     )
     learner = build_learner(policy)
-    rows, alternatives, _ = learner.logprobs(policy, [sample])
+    scores = learner.logprobs(policy, [sample])
+    rows, alternatives = scores.logprobs, scores.alternatives
     double = math.log(2)
     old = (rows[0][0] - double, rows[0][1], rows[0][2] - double)
     experience = Experience(sample, old, (alternatives[0][0] - double,), None)
