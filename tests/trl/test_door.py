@@ -225,7 +225,9 @@ def test_messages_of_training_name_the_fields_too(tmp_path: Path) -> None:
         UserError, match=r"give another output_dir, or continue that run with resume_from_checkpoint=Tr"
     ):
         trainer_of(tmp_path / "a", max_steps=1).train()
-    with pytest.raises(UserError, match=r"with max_completion_length 90000 .*; lower max_completion_length or shorten"):
+    with pytest.raises(
+        UserError, match=r"of 90000 \(max_completion_length\) that is .*, lower max_completion_length, or"
+    ):
         trainer_of(tmp_path / "b", max_completion_length=90000).train()
 
 

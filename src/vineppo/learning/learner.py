@@ -409,8 +409,8 @@ class TorchLearner:
             if config.kl.reduction == "as_policy":
                 penalties = penalties * scales  # (N,)
             divisors = {"sequence_sum": counts.rollouts, "token_mean": tokens, "as_policy": divisor}
-            penalty = (token_weights * penalties).sum() / divisors[config.kl.reduction]
-            loss = loss + config.kl.coefficient * penalty
+            total = (token_weights * penalties).sum()
+            loss = loss + config.kl.coefficient * total / divisors[config.kl.reduction]
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _divisor(self, counts: Counts) -> float:

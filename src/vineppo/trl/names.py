@@ -29,6 +29,7 @@ FIELD_OF: dict[str, str] = {
     "rollouts.group_size": "num_generations",
     "rollouts.temperature": "temperature",
     "rollouts.max_new_tokens": "max_completion_length",
+    "max_new_tokens": "max_completion_length",
     "task.rewards": "reward_funcs",
     "task.chat_template_kwargs": "chat_template_kwargs",
     "task.reward_weights": "reward_weights",
@@ -63,7 +64,7 @@ class FieldNames:
 
     def __init__(self, changed: Mapping[str, str], kept: Collection[str]) -> None:
         self.field_of = {key: name for key, name in {**FIELD_OF, **changed}.items() if key not in kept}
-        keys = "|".join(re.escape(key) for key in sorted(self.field_of, key=len, reverse=True) if "." in key)
+        keys = "|".join(re.escape(key) for key in sorted(self.field_of, key=len, reverse=True) if key != "algorithm")
         self._pattern = re.compile(rf"(?<![\w./])(?:--)?({keys})(?![\w/]|\.\w)")
 
     def translate(self, message: str) -> str:
