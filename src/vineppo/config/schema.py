@@ -97,9 +97,9 @@ class TaskConfig(Settings):
     """chain: kind of writers whose demonstrations `vineppo sft` imitates. `vineppo.tasks.chain` describes both
     kinds."""
     train_path: str = ""
-    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv or .parquet file, a directory saved by
-    `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: for gsm8k and math the data set
-    on the hub."""
+    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
+    directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: for gsm8k and
+    math the data set on the hub."""
     validation_path: str = ""
     """Validation problems, in the same forms as `train_path`. Empty: the last training problems are used for validation
     instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH, as in the VinePPO paper)."""
@@ -109,7 +109,9 @@ class TaskConfig(Settings):
     """dataset, gsm8k, math: column with the text of the problem, or with a conversation as a list of messages. Empty:
     the default of the task, which is `prompt` for `dataset`."""
     answer_column: str = ""
-    """Column with the reference answer. Empty: the default of the task, which is `answer` for `dataset`."""
+    """Column with the reference answer, as text or a number (72.0 is `72`). `reward_model.ground_truth` is the entry
+    `ground_truth` in the column `reward_model`. Empty: the default of the task, which is `answer` for `dataset`. The
+    column may be missing if all reward functions are your own (`module:function`)."""
     demonstration_column: str = ""
     """Column with the response to imitate in `vineppo sft`. Empty: the default of the task, which is the answer column
     for `dataset`."""
@@ -127,10 +129,10 @@ class TaskConfig(Settings):
     rewards: tuple[str, ...] = ()
     """Reward functions: `exact` (the whole response equals the reference answer, except for white space at both ends),
     `hash` (the numbers after the last `####` of the response and of the reference answer are equal), `boxed` (the
-    content of the last `\\boxed{}` is mathematically equal to the reference answer), or `module:function`. The latter
-    is a function fn(prompts, completions, completion_ids, **columns) -> list with a number or None for each completion;
-    it is called with one response at a time in a separate process. Empty: the default of the task, which is `exact` for
-    `dataset`."""
+    content of the last `\\boxed{}` is exactly equal to the reference answer, in any usual notation), or
+    `module:function`. The latter is a function fn(prompts, completions, completion_ids, **columns) -> list with a
+    number or None for each completion; it is called with one response at a time in a separate process. Empty: the
+    default of the task, which is `exact` for `dataset`."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)

@@ -12,7 +12,7 @@ from vineppo.objects import first_line
 from vineppo.tasks.chain import ChainTask, grade_chain
 from vineppo.tasks.dataset import DatasetTask, Layout
 from vineppo.tasks.grading.graded import Graded
-from vineppo.tasks.grading.graders import QUICK, load_grader
+from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
@@ -57,8 +57,15 @@ def build_task(
             config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
     elif not config.train_path and not tables:
         raise UserError("task.train_path is empty; task.name dataset needs problems: a file or a Hugging Face Hub id")
-    hash_answers = not fns and "hash" in (config.rewards or default_rewards)
-    source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
+    rewards = () if fns else config.rewards or default_rewards
+    source = DatasetTask(
+        config,
+        layout,
+        format_prompt,
+        tables=tables,
+        hash_answers="hash" in rewards,
+        needs_answer=any(name in GRADERS for name in rewards),
+    )
     return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
 
 

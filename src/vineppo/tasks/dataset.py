@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vineppo.config.schema import TaskConfig
+from vineppo.tasks.cells import (
+    MISSING,
+    answer_cell,
+    cell,
+    is_blank,
+    is_number,
+    number_text,
+    text_cell,
+    whole_number_texts,
+)
 from vineppo.tasks.grading.graders import hash_number, no_hash_number
-from vineppo.tasks.rows import Row, read_rows, table_rows
+from vineppo.tasks.rows import Row, Rows, read_rows, table_rows
 from vineppo.types import Problem, Split, UserError
 
 MAX_HELD_OUT = 200
@@ -32,6 +42,8 @@ class Layout:
     file."""
     demonstrate: Callable[[str], str] = str
     """Converts the text of the demonstration column to the response to imitate."""
+    blank_answers: bool = False
+    """Whether the published data has rows without an answer. They are kept; graders do not apply to them."""
     response_prefix: str = ""
     """Text put in front of every demonstration. It is not used with a chat template."""
 
@@ -56,8 +68,9 @@ class DatasetTask:
     """Problems from tables; implements `types.ProblemSource`.
 
     All rows are read and checked when the task is built, so that mistakes are reported before sampling starts. Prompts
-    must be text or the messages of a conversation; answers may be text or numbers (72 becomes "72"). The other columns
-    of the row are passed to the reward functions.
+    must be text or the messages of a conversation; answers may be text or numbers (72 and 72.0 become "72"). The other
+    columns of the row are passed to the reward functions. A column may be inside another one, as in
+    `reward_model.ground_truth`.
 
     Args:
         config: the `task` section.
@@ -65,8 +78,10 @@ class DatasetTask:
         format_prompt: applies the tokenizer's chat template to text or messages and returns the whole prompt. Messages
             are always formatted, text only if `config.chat_template` is true.
         tables: in-memory rows of each split, used instead of files. If tables are passed, no rows are held out for
-            validation, and the answer may be missing or of any type.
+            validation.
         hash_answers: whether every answer must have a number after `####`.
+        needs_answer: whether every row must have an answer, as text or a number. Otherwise the answer may be missing or
+            of any type.
     Raises:
         UserError: if a file cannot be used; the message names the file, the row and what is required.
     """
@@ -79,13 +94,15 @@ class DatasetTask:
         *,
         tables: Mapping[Split, Any] | None = None,
         hash_answers: bool = False,
+        needs_answer: bool = True,
     ) -> None:
         self._config, self._layout, self._format_prompt = config, layout_of(config, layout), format_prompt
-        self._hash_answers, self._tables = hash_answers, bool(tables)
+        self._hash_answers, self._needs_answer, self._tables = hash_answers, needs_answer, bool(tables)
         self._splits: dict[Split, list[_Item]] = {}
         items_by_split = {split: self._items(split, tables or {}) for split in SPLITS}
         if not items_by_split["validation"] and not self._tables:
             items_by_split["train"], items_by_split["validation"] = self._hold_out(items_by_split["train"])
+        _warn_about_shared_prompts(items_by_split)
         for split, items in items_by_split.items():
             if items:
                 problems = (replace(item.problem, id=f"{split}/{i}") for i, item in enumerate(items))
@@ -105,7 +122,8 @@ class DatasetTask:
         problem, demonstration = self.problem(split, index), self._split(split)[index].demonstration
         if demonstration is None:
             raise UserError(
-                f"problem {problem.id} has no demonstration column {self._layout.demonstration_column!r} "
+                f"problem {problem.id} has no demonstration column "
+                f"{self._layout.demonstration_column or self._layout.answer_column!r} "
                 f"(it has: {', '.join(problem.columns)}); set task.demonstration_column or task.demonstrator"
             )
         return problem.prompt, demonstration
@@ -127,7 +145,16 @@ class DatasetTask:
             raise UserError(
                 f"{source if tables else f'task.{setting}: {source}'} is empty; it must contain problems, one per row"
             )
+        if not tables and source.lower().endswith((".csv", ".csv.gz")):
+            rows = self._whole_answers(rows)
         return [self._item(where, row) for where, row in rows]
+
+    def _whole_answers(self, rows: Rows) -> Rows:
+        """Return the rows of a CSV file with 72 in the place of 72.0 if pandas wrote the answers as floats."""
+        column = self._layout.answer_column
+        if not whole_number_texts([row.get(column) for _, row in rows]):
+            return rows
+        return [(where, {**row, column: row[column].strip().removesuffix(".0")}) for where, row in rows]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:
         """Return (training problems, validation problems). The last problems are held out for validation."""
@@ -143,30 +170,49 @@ class DatasetTask:
     def _item(self, where: str, row: Row) -> _Item:
         layout = self._layout
         prompt, messages = self._prompt(where, row)
-        reference = None
-        if self._tables and (layout.answer_column not in row or not isinstance(row[layout.answer_column], str)):
-            reference, answer = row.get(layout.answer_column), _as_text(row.get(layout.answer_column))
-        else:
-            answer = _cell(where, row, "answer_column", layout.answer_column)
+        answer, reference = self._answer(where, row)
         if self._hash_answers and hash_number(answer) is None:
             raise UserError(f"{where}: {no_hash_number(answer)}")
-        column, demonstration = layout.demonstration_column, None
-        if not column or column in row:
-            text = _cell(where, row, "demonstration_column", column) if column else answer
-            prefix = "" if self._config.chat_template else layout.response_prefix
-            demonstration = prefix + layout.demonstrate(text)
+        demonstration = self._demonstration(where, row, answer)
         # Prompt and answer are also passed under their original column names, which a reward function may use.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
         return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
 
+    def _answer(self, where: str, row: Row) -> tuple[str, Any]:
+        """Return (reference answer as text, answer as stored if reward functions get it in this form, else None)."""
+        column = self._layout.answer_column
+        value = cell(row, column)
+        if self._needs_answer:
+            text = answer_cell(where, row, column, self._layout.blank_answers)
+            return text, value if self._tables and not isinstance(value, str) else None
+        if value is MISSING and self._config.answer_column:
+            text_cell(where, row, "answer_column", column)  # raises: the setting names a column that is not there
+        if value is MISSING or value is None:
+            return "", None
+        if isinstance(value, str):
+            return text_cell(where, row, "answer_column", column), None
+        if is_number(value) and not is_blank(value):
+            return number_text(value), value if self._tables else None
+        return str(value), value
+
+    def _demonstration(self, where: str, row: Row, answer: str) -> str | None:
+        """Return the response to imitate; None if the row has none."""
+        layout, column = self._layout, self._layout.demonstration_column
+        if (column and cell(row, column) is MISSING) or (not column and not answer):
+            return None
+        text = text_cell(where, row, "demonstration_column", column) if column else answer
+        prefix = "" if self._config.chat_template else layout.response_prefix
+        return prefix + layout.demonstrate(text)
+
     def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
         """Return (prompt as text, messages). The messages are empty if the prompt column contains text."""
         layout, column = self._layout, self._layout.prompt_column
-        if isinstance(row.get(column), list) and self._format_prompt:
-            messages = _messages(where, column, row[column])
+        value = cell(row, column)
+        if isinstance(value, list) and self._format_prompt:
+            messages = _messages(where, column, value)
             return self._format_prompt(messages), tuple(messages)
-        text = _cell(where, row, "prompt_column", column)
+        text = text_cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
         # str.format would fail, because templates and problems may contain other braces (LaTeX, code).
@@ -176,11 +222,6 @@ class DatasetTask:
         return self._format_prompt(layout.chat_template.replace("{prompt}", text)), ()
 
 
-def _as_text(answer: Any) -> str:
-    """Convert an answer of any type to text; empty if the answer is missing."""
-    return "" if answer is None else str(answer)
-
-
 def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:
     valid = all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)
     if not value or not valid:
@@ -188,24 +229,20 @@ def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]
     return [{"role": str(m["role"]), "content": m["content"]} for m in value]
 
 
-def _cell(where: str, row: Row, setting: str, column: str) -> str:
-    """Return the value of the prompt, answer or demonstration column of a row as text."""
-    if column not in row:
-        near = difflib.get_close_matches(column, row, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(
-            f"{where} has no column {column!r} (it has: {', '.join(row) or 'none'}); {hint}set task.{setting}"
+def _warn_about_shared_prompts(items: Mapping[Split, list[_Item]]) -> None:
+    """Warn if problems are both in the training data and in the validation or test data, or contradict each other."""
+    train = {item.problem.prompt: item.problem.answer for item in items["train"]}
+    for split in ("validation", "test"):
+        shared = sum(item.problem.prompt in train for item in items[split])
+        if shared:
+            warnings.warn(
+                f"{shared} of {len(items[split])} {split} problems are also training problems; the accuracy on them "
+                "says nothing about new problems",
+                stacklevel=2,
+            )
+    contradictions = sum(train[item.problem.prompt] != item.problem.answer for item in items["train"])
+    if contradictions:
+        warnings.warn(
+            f"{contradictions} training problems have the same prompt as a later one but another reference answer",
+            stacklevel=2,
         )
-    value = row[column]
-    # Answers are often numbers. If a prompt is a number, the setting almost certainly names a wrong column.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and setting == "answer_column":
-        return str(value)
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        allowed = "text or a number" if setting == "answer_column" else "text"
-        raise UserError(f"{where}: column {column!r} is {kind}; it must be {allowed} (task.{setting} names the column)")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        # JSON escapes can contain unpaired surrogates, which tokenizers cannot encode.
-        raise UserError(f"{where}: column {column!r} contains an unpaired surrogate; it must be valid Unicode text")
-    return value
