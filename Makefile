@@ -33,7 +33,7 @@ RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-real check format models results results-default results-habit bench bench-vines bench-budget \
-	bench-length clean
+	bench-length faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -110,6 +110,9 @@ bench-budget: $(READY)  ## error of the advantages over tokens spent
 
 bench-length: $(READY)  ## cost over the length of the chain
 	$(BIN)/python benchmarks/length.py --out docs/results/length
+
+faults: $(READY)  ## put faults into short trainings and record which are noticed; fifteen minutes
+	OMP_NUM_THREADS=1 $(BIN)/python dev/faults.py --jobs 2 --out docs/results/faults.json --page docs/reliability.md
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

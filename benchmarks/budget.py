@@ -1,16 +1,23 @@
-"""Measure the error of the advantages over the number of generated tokens, for fixed K and for cheaper methods.
+"""Measure how the error of VinePPO's advantages depends on the number of generated tokens, for several methods.
 
     python benchmarks/budget.py --out runs/budget
 
-There are two kinds of scenes. In the *world* (tests/world.py) every response of a tiny policy is enumerated, so the
-true values are exact; every token is a step. On the *embedded* model the true value of a state is approximated by the
-mean of 512 new continuations, and the variance of this mean is subtracted from the errors. The rollouts of a scene are
-fixed. Every method evaluates their states several times, each time with other random numbers.
+A method is a way to estimate the values of the states of rollouts. `fixed K` samples K new continuations of every
+state, as in the VinePPO paper. The other methods turn on `vineppo.reuse` or `vineppo.bisection` or both, and need fewer
+tokens. The advantages computed from the estimated values are compared with the advantages computed from the true
+values.
 
-Prints a table per scene and writes budget.json and budget.md. The main result is `tokens_share_at_equal_mse`: the
-number of tokens that a method needs for the mean squared error of fixed K = 9, as a share of the tokens of fixed K = 9.
-`tokens_share_at_equal_cosine` is the same for the cosine, since an estimate near zero may also have a small error.
-Token counts do not depend on the machine or on its load.
+A scene is a set of rollouts with the true values of their states. There are two kinds of scenes. In `world`
+(tests/world.py), all responses of a tiny policy are enumerated, so the true values are exact; every token is a step. In
+the scenes of the embedded models, the true value of a state is approximated by the mean reward of 512 new
+continuations, and the variance of this mean is subtracted from the squared errors. Every method estimates the values of
+the same rollouts several times, each time with other random numbers.
+
+The script prints a table per scene and writes budget.json and budget.md. The main result is
+`tokens_share_at_equal_mse`: the number of tokens with which a method reaches the mean squared error of fixed K = 9,
+divided by the number of tokens of fixed K = 9. `tokens_share_at_equal_cosine` is the same for the cosine between
+estimated and true advantages. It is reported too, because advantages near zero may also have a small error. Token
+counts do not depend on the machine or on its load.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.world
+sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `tests` importable.
 
 from tests.world import build_world
 
@@ -45,6 +52,7 @@ from vineppo.values import MonteCarlo, State
 
 Level = Literal["judgement", "habit"]
 REFERENCE_K = 9
+"""The K of fixed K to which the other methods are compared."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "fixed K": {},
@@ -52,36 +60,46 @@ METHODS: dict[str, dict[str, Any]] = {
     "reuse": {"reuse": True},
     "reuse, bisection": {"reuse": True, "bisection": True},
 }
-"""Settings in the section `vineppo`, in addition to K."""
+"""Name of a method -> settings in the section `vineppo` by which it differs from `fixed K`."""
 
 
 @dataclass(frozen=True)
 class Truth:
-    """True token advantages of all rollouts, concatenated, with the variance of their noise."""
+    """True advantages of the response tokens of all rollouts of a scene, one after another.
+
+    The advantages contain noise if the true values are approximated by sampling.
+    """
 
     advantages: np.ndarray
-    """Shape (tokens,)."""
+    """Token advantages in reward units, shape (tokens,)."""
     variance: np.ndarray
-    """Variance of the noise in `advantages`, shape (tokens,); 0 if they are exact."""
+    """Variance of the noise in each entry of `advantages`, shape (tokens,); 0 if the true values are exact."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Fixed rollouts and everything that is needed to evaluate their states."""
+    """Rollouts, and everything that is needed to estimate the values of their states and to know the true values."""
 
     name: str
     policy: Policy
     task: Task
     sampler: Sampler
     splitter: str
+    """Value of the setting `vineppo.splitter`, which determines the states."""
     groups: list[RolloutGroup]
+    """The rollouts."""
     max_new_tokens: int
     temperature: float
     value: Callable[[Sequence[State]], tuple[list[float], list[float]]]
-    """Returns the true values of states and the variance of the noise in each."""
+    """(states) -> (true value of each state, variance of the noise in each of these values)."""
 
     def credit(self, method: str, num_mc_rollouts: int, seed: int) -> CreditFn:
-        """The credit function of one of METHODS for this scene."""
+        """Return the credit function of VinePPO with one of METHODS, for the rollouts of this scene.
+
+        Args:
+            method: a key of METHODS.
+            seed: seed of the continuations.
+        """
         estimator = MonteCarlo(
             self.sampler,
             self.task,
@@ -96,7 +114,11 @@ class Scene:
 
 
 def world_scene(rollouts: int) -> Scene:
-    """Responses of at most six tokens from an alphabet of five; every token is a step, and values are exact."""
+    """Build a scene in the enumerable world, with responses of at most six tokens. Every token is a step.
+
+    Args:
+        rollouts: number of rollouts.
+    """
     world = build_world(6)
     groups = sample_groups(
         [world.problem],
@@ -126,7 +148,13 @@ def world_scene(rollouts: int) -> Scene:
 
 
 def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
-    """Chains of ten steps by the embedded model, one response per problem, one step per line."""
+    """Build a scene with the embedded model of a level: problems of ten steps, one response per problem.
+
+    Args:
+        rollouts: number of rollouts, each for a different problem.
+        level: level of the task `chain`.
+        truth: number of continuations with which the true value of a state is approximated.
+    """
     policy = Policy.load(ModelConfig(path=f"embedded:{level}"))
     task = build_task(TaskConfig(level=level, num_steps=10))
     sampler = TorchSampler(policy)
@@ -144,13 +172,14 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
         estimator = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1, temperature=1.0)
         values = [v.mean for v in estimator.evaluate(states, 0)[0]]
-        return values, [v * (1 - v) / (truth - 1) for v in values]  # rewards are 0 or 1
+        # The unbiased estimate of the variance of a mean of `truth` rewards, each 0 or 1.
+        return values, [v * (1 - v) / (truth - 1) for v in values]
 
     return Scene(f"embedded:{level}", policy, task, sampler, "newline", groups, 120, 1.0, value)
 
 
 def true_advantages(scene: Scene) -> Truth:
-    """Token advantages computed from the true value of every state."""
+    """Return the token advantages computed from the true value of every state."""
     advantages: list[float] = []
     variance: list[float] = []
     cut = build_splitter(scene.splitter)
@@ -161,13 +190,21 @@ def true_advantages(scene: Scene) -> Truth:
             states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
             values, noise = scene.value(states)
             advantages += spread_over_tokens(step_advantages(values, rollout.reward), ends)
+            # An advantage is the difference of two values, so its variance is the sum of their variances.
             steps = [a + b for a, b in zip(noise, [*noise[1:], 0.0], strict=True)]
             variance += spread_over_tokens(steps, ends)
     return Truth(np.array(advantages), np.array(variance))
 
 
 def estimates(scene: Scene, method: str, num_mc_rollouts: int, repeats: int) -> tuple[np.ndarray, float]:
-    """(token advantages (repeats, tokens), mean number of tokens generated to evaluate all states once)."""
+    """Estimate the token advantages of a scene several times.
+
+    Args:
+        method: a key of METHODS.
+        repeats: number of estimates, each with other random numbers.
+    Returns:
+        (token advantages, shape (repeats, tokens); mean number of tokens that were generated for one estimate).
+    """
     rows, tokens = [], []
     for repeat in range(repeats):
         samples, metrics = scene.credit(method, num_mc_rollouts, seed=repeat)(scene.groups, 1)
@@ -177,11 +214,21 @@ def estimates(scene: Scene, method: str, num_mc_rollouts: int, repeats: int) -> 
 
 
 def _response_advantages(sample: TrainingSample) -> np.ndarray:
+    """Return the advantages of the response tokens of a training sample, without those of the prompt, shape (T,)."""
     return np.array(sample.advantages)[np.array(sample.loss_mask) == 1]
 
 
 def compared(estimated: np.ndarray, truth: Truth) -> dict[str, float]:
-    """Error measures of estimates, shape (repeats, tokens); the variance of the true values is subtracted."""
+    """Compare estimated token advantages, shape (repeats, tokens), with the true ones.
+
+    The variance of the noise in the true advantages is subtracted from all squared errors.
+
+    Returns:
+        `mse`, the mean squared error, and its standard error over the repeats; `mean_error`, the mean of the errors;
+        `mean_squared_bias`, the mean over tokens of the squared bias, and `mean_squared_bias_noise`, the standard
+        deviation that this mean would have if there were no bias and the tokens were independent; `cosine`, the mean
+        cosine between an estimate and the true advantages.
+    """
     errors = estimated - truth.advantages
     per_repeat = (errors**2).mean(1) - truth.variance.mean()
     repeats = len(estimated)
@@ -198,18 +245,29 @@ def compared(estimated: np.ndarray, truth: Truth) -> dict[str, float]:
 
 
 def _cosines(estimated: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Cosine between each row of estimates, shape (repeats, tokens), and the true advantages; 0 for a row of zeros."""
+    """Return the cosine between each row of estimates and the true advantages.
+
+    Args:
+        estimated: shape (repeats, tokens).
+        true: shape (tokens,).
+    Returns:
+        The cosines, shape (repeats,); 0 for a row of zeros.
+    """
     lengths = np.linalg.norm(estimated, axis=1) * np.linalg.norm(true)
     return np.asarray(estimated @ true / np.maximum(lengths, np.finfo(float).tiny))
 
 
 def tokens_at(level: float, measure_name: str, rows: Sequence[dict[str, Any]]) -> float | None:
-    """Number of tokens at which a method has this error or cosine, or None if it is outside the measured range.
+    """Return the number of tokens with which a method reaches a given error or cosine.
 
-    Interpolates log(tokens) linearly in log(error) or in the cosine, between the measured K.
+    Between the measured values of K, log(tokens) is interpolated linearly in log(error) or in the cosine.
 
     Args:
+        level: the error or cosine.
         measure_name: `mse` or `cosine`.
+        rows: the results of the method, one per K, as in the `rows` of `measure`.
+    Returns:
+        The number of tokens, or None if `level` is outside the measured range.
     """
     scale = math.log if measure_name == "mse" else float
     points = sorted((scale(row[measure_name]), row["tokens"]) for row in rows)
@@ -220,7 +278,11 @@ def tokens_at(level: float, measure_name: str, rows: Sequence[dict[str, Any]]) -
 
 
 def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Measure all methods with all K on one scene."""
+    """Measure all methods with all values of K on one scene, and print one line for each.
+
+    Returns:
+        The content of budget.json for the scene. `rows` has a dictionary for each method and K.
+    """
     truth = true_advantages(scene)
     rows = []
     for method in METHODS:
@@ -239,7 +301,15 @@ def measure(scene: Scene, ks: Sequence[int], repeats: int) -> dict[str, Any]:
 
 
 def token_shares(rows: Sequence[dict[str, Any]], measure_name: str) -> dict[str, float | None]:
-    """Tokens that each method needs for the error or cosine of fixed K = 9, as a share of the tokens of fixed K = 9."""
+    """Return how many tokens each method needs to be as good as fixed K = 9, divided by the tokens of fixed K = 9.
+
+    Args:
+        rows: the results of all methods, as in the `rows` of `measure`.
+        measure_name: the measure in which the methods are equally good, `mse` or `cosine`.
+    Returns:
+        Name of each method -> its share, or None if the method does not reach the error or cosine in its measured
+        range.
+    """
     reference = next(row for row in rows if (row["method"], row["k"]) == ("fixed K", REFERENCE_K))
     shares: dict[str, float | None] = {}
     for method in METHODS:
@@ -249,6 +319,7 @@ def token_shares(rows: Sequence[dict[str, Any]], measure_name: str) -> dict[str,
 
 
 def _line(row: dict[str, Any]) -> str:
+    """Format the results of one method and K as a line of text."""
     return (
         f"{row['method']:20} K={row['k']:<3} tokens {row['tokens']:>11,.0f}  mse {row['mse']:.5f} "
         f"+- {row['mse_standard_error']:.5f}  squared bias {row['mean_squared_bias']:+.6f} "
@@ -257,7 +328,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The text of budget.md."""
+    """Return the text of budget.md.
+
+    Args:
+        result: the content of budget.json.
+    """
     lines = [
         "# Error of the advantages over tokens",
         "",

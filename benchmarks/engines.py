@@ -1,14 +1,15 @@
-"""Run one sampling engine in a separate process, for benchmarks/vines.py; benchmarks/length.py imports from it.
+"""Run one sampling engine in a separate process, for benchmarks/vines.py. benchmarks/length.py imports some functions.
 
     python benchmarks/engines.py ENGINE WORK.json
 
-Loads the model and prints `ready`. For every line on standard input it then samples the whole workload once and prints
-one line of JSON: seconds, number of tokens, and the peak memory of the process so far. Only the selected engine is
-imported, so each engine can be installed in its own environment.
+An engine is a way to sample continuations of prefixes, for example the sampler of this package or vLLM. The process
+loads the model and prints `ready`. For every line on standard input, it then samples the whole workload once and prints
+one line of JSON: `seconds`, `tokens` (number of sampled tokens), and `bytes` (peak memory of the process so far). Only
+the selected engine is imported, so each engine can be installed in a separate environment.
 
-The workload is a JSON file: `model`, a directory; `dtype`; `threads`; `prefixes`, lists of token ids; `lengths`, one
-list per prefix with the number of tokens of each of its continuations. End-of-sequence tokens are ignored and every
-continuation has exactly its length, so all engines do the same work.
+WORK.json contains the workload: `model`, a model directory; `dtype`; `threads`; `prefixes`, one list of token ids per
+prefix; `lengths`, one list per prefix with the number of tokens of each of its continuations. End-of-sequence tokens
+are ignored, and every continuation has exactly its length, so all engines do the same work.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 Work = dict[str, Any]
+"""The workload, with the keys of WORK.json."""
 Run = Callable[[], int]
 """Samples the whole workload once and returns the number of generated tokens."""
 
@@ -32,7 +34,7 @@ GENERATE_ROWS = 64
 
 
 def native(work: Work) -> Run:
-    """The sampler of this package."""
+    """Load the sampler of this package, `TorchSampler`."""
     from vineppo.config.schema import ModelConfig
     from vineppo.model.policy import Policy
     from vineppo.sampling.torch.sampler import TorchSampler
@@ -50,7 +52,7 @@ def native(work: Work) -> Run:
 
 
 def transformers_model(work: Work) -> Any:
-    """The model as users of `generate` load it: with fused attention, without gradients."""
+    """Load the transformers model of a workload for inference, with the default attention of transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -60,10 +62,11 @@ def transformers_model(work: Work) -> Any:
 
 
 def generate(work: Work) -> Run:
-    """transformers' `generate` in static batches of GENERATE_ROWS rows, padded on the left, sorted by prefix length.
+    """Load transformers' `generate`, which samples static batches.
 
-    A row is finished when it has its length, as if it had sampled the end of the sequence. A batch runs until all its
-    rows are finished.
+    The continuations are sorted by the length of their prefixes. Each batch has GENERATE_ROWS continuations, padded on
+    the left. A continuation stops at its length, as if it had sampled an end-of-sequence token. A batch runs until all
+    its continuations have stopped.
     """
     import torch
     from transformers import StoppingCriteria, StoppingCriteriaList
@@ -73,7 +76,7 @@ def generate(work: Work) -> Run:
     rows = sorted(((prefix, length) for prefix, lengths in pairs for length in lengths), key=lambda row: -len(row[0]))
 
     class LengthReached(StoppingCriteria):
-        """Stops each row at its own length."""
+        """Stops each row of a batch at the length of its continuation."""
 
         def __init__(self, prompt: int, lengths: list[int]):
             self.ends = torch.tensor(lengths) + prompt
@@ -82,6 +85,7 @@ def generate(work: Work) -> Run:
             return input_ids.shape[1] >= self.ends
 
     def batch(chosen: list[tuple[list[int], int]]) -> int:
+        """Sample one batch of (prefix, length of the continuation), and return the number of sampled tokens."""
         longest = max(len(prefix) for prefix, _ in chosen)
         lengths = [length for _, length in chosen]
         ids = torch.tensor([[0] * (longest - len(prefix)) + prefix for prefix, _ in chosen])
@@ -105,7 +109,7 @@ def generate(work: Work) -> Run:
 
 
 def generate_batch(work: Work) -> Run:
-    """transformers' continuous batching (the engine of `generate_batch`); each request has its own length."""
+    """Load transformers' continuous batching, the engine of `generate_batch`. Each continuation is a request."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = transformers_model(work)
@@ -137,7 +141,7 @@ def generate_batch(work: Work) -> Run:
 
 
 def vllm(work: Work) -> Run:
-    """vLLM on the CPU with prefix caching; the cache is cleared before each run, as after an update of the weights."""
+    """Load vLLM on the CPU, with prefix caching. Each run first clears the cache, as is needed when weights change."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams
@@ -169,9 +173,11 @@ def vllm(work: Work) -> Run:
 
 
 def matmul(work: Work) -> Run:
-    """Only the matrix products of the model's linear layers, for the number of rows that each position needs.
+    """Prepare the matrix products that every engine must compute. This is not an engine.
 
-    This is not an engine. The weights are rearranged once, as in the native engine: the fastest form that we know.
+    A run applies the model's linear layers to as many rows as an engine needs: first one row for each distinct prefix
+    token, then, position by position, one row for each continuation that is not finished. The time is a lower bound for
+    the engines. As in the native engine, packed copies of the weights are used, which makes the products faster.
     """
     import torch
 
@@ -182,9 +188,11 @@ def matmul(work: Work) -> Run:
     body = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     lengths = sorted(length for group in work["lengths"] for length in group)
     alive = [sum(length > position for length in lengths) for position in range(lengths[-1])]
+    # Prefixes that begin with the same tokens share the computation of these tokens.
     trunk_tokens = len({tuple(prefix[: i + 1]) for prefix in work["prefixes"] for i in range(len(prefix))})
 
     def products(layers: list[torch.nn.Linear], rows: int) -> None:
+        """Apply each layer to a matrix with this number of rows."""
         for layer in layers:
             layer(torch.ones(rows, layer.in_features, dtype=layer.weight.dtype))
 
@@ -194,7 +202,7 @@ def matmul(work: Work) -> Run:
             products(body, trunk_tokens)
             products([head], len(work["prefixes"]))
             for position, rows in enumerate(alive):
-                if position:  # the logits of the prefixes give the first token
+                if position:  # The first token of a continuation is sampled from the logits of its prefix.
                     products([*body, head], rows)
         return sum(lengths)
 
@@ -208,10 +216,16 @@ ENGINES: dict[str, Callable[[Work], Run]] = {
     "vllm": vllm,
     "matmul": matmul,
 }
+"""Name of an engine -> function that loads the engine with a workload and returns a function that samples the workload
+once."""
 
 
 def peak_memory(root: int) -> int:
-    """Sum of the peak resident memory of a process and its running descendants, in bytes (Linux)."""
+    """Return the sum of the peak resident memory of a process and of its running descendants, in bytes (Linux only).
+
+    Args:
+        root: id of the process.
+    """
     parents, peaks = {}, {}
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -228,12 +242,13 @@ def peak_memory(root: int) -> int:
 
 
 def main() -> None:
-    """Load one engine and run it once per line of standard input."""
+    """Load the engine named on the command line, and run it once for each line of standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("work", type=Path)
     arguments = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")  # because engines may print to stdout
+    # Engines may print to stdout. Therefore stdout becomes stderr, and results go to a copy of the earlier stdout.
+    answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     work = json.loads(arguments.work.read_text())
     os.environ["OMP_NUM_THREADS"] = str(work["threads"])

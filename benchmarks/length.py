@@ -1,19 +1,20 @@
-"""Measure the seconds, tokens and memory that the credit of one response takes, over its number of steps.
+"""Measure how the cost of VinePPO's credit for one response grows with the number of steps of the response.
 
     python benchmarks/length.py --out runs/length
 
-A model with the shape of the embedded model, random weights and a longer context writes responses of 10 to 500 steps
-of a few tokens each. Two steps determine the reward, at one third and two thirds of every response; the other steps
-change nothing. Bisection is intended for this case. Every method evaluates the same responses:
+The cost is the seconds, the generated tokens and the peak memory for estimating the values of the response's states. A
+model with the architecture of the embedded model, random weights and a longer context writes responses of 10 to 500
+steps of a few tokens each. The reward depends only on two steps, at one third and two thirds of the response.
+Bisection is intended for such responses. Every method estimates values of the same responses:
 
     fixed K      K new continuations of every state, as in the paper
     reuse        continuations that count for several states (vineppo.reuse)
-    bisection    only states where the outcome was decided (vineppo.bisection), K new continuations of each
-    generate     fixed K with transformers' `generate` instead of the native sampler
+    bisection    K new continuations only of the states around decisive steps (vineppo.bisection)
+    generate     fixed K with transformers' `generate` instead of the sampler of this package
 
-Tokens and seconds grow as (number of steps)^exponent; the exponent is fitted to lengths of at least 50 steps. Lengths
-at which fixed K would generate more than --max-tokens are measured with bisection only. Writes length.json and
-length.md.
+Tokens and seconds are modelled as proportional to (number of steps)^exponent. The exponent is fitted to the numbers of
+at least 50 steps. If fixed K would generate more than --max-tokens for a number of steps, only bisection is measured.
+The script writes length.json and length.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.world
+sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folders `benchmarks` and `tests` importable.
 
 from benchmarks.engines import generate, peak_memory
 from tests.helpers import WrappedSampler
@@ -54,57 +55,71 @@ from vineppo.values import MonteCarlo
 
 METHODS = ("fixed K", "reuse", "bisection", "generate")
 FIT_FROM = 50
-"""Smallest number of steps that is used to fit the exponents."""
+"""The exponents are fitted to the measurements with at least this number of steps."""
 
 
 class EndlessCodec(Codec):
     """A codec without end-of-sequence tokens; every token is decoded to one letter."""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """One letter per token."""
+        """Return the text of the tokens, with one letter per token."""
         return "".join(("x" + LETTERS)[token] for token in token_ids)
 
 
 class FullLengthSampler(WrappedSampler):
-    """Reports completions of full length as finished ("stop"), since no token ends a sequence in this benchmark."""
+    """A sampler that reports all completions as finished ("stop").
+
+    In this benchmark, no token ends a sequence, so every completion has the maximum length. With the finish reason
+    "length", its reward would be 0.
+    """
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
-        """See `Sampler.sample`."""
+        """Return one list of completions per request, as described in `vineppo.types.Sampler.sample`."""
         return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
 
 
 @dataclass(frozen=True)
 class TwoDecisions:
-    """Problems with reward 1 if neither of two steps contains the last letter (one in ten does, by chance)."""
+    """Problems whose reward depends on two steps, at one third and two thirds of the response.
+
+    The reward is 1 if neither of the two steps contains the last letter of LETTERS, else 0. The model has random
+    weights, so its responses contain this letter by chance. Implements `types.ProblemSource`.
+    """
 
     num_steps: int
+    """Number of steps of a response."""
     step_tokens: int
+    """Number of tokens of a step."""
 
     def size(self, split: Split) -> int | None:
-        """None, because the number of problems is unlimited."""
+        """Return None, because the number of problems is unlimited."""
         return None
 
     def problem(self, split: Split, index: int) -> Problem:
-        """A problem; all have the same prompt."""
+        """Return the problem with this index in a split. All problems have the same prompt."""
         return Problem(id=f"{split}/{index}", prompt="ab")
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """Not implemented, because this benchmark needs no demonstrations."""
+        """Raise NotImplementedError, because this benchmark needs no demonstrations."""
         raise NotImplementedError
 
     def reward(self, completions: Sequence[str], **_: Any) -> list[float]:
-        """1 for each completion in which neither of the two steps contains the last letter, else 0."""
+        """Return 1 for each completion in which neither of the two steps contains the last letter, else 0."""
         n = self.step_tokens
         starts = [self.num_steps * third // 3 * n for third in (1, 2)]
         return [float(all(LETTERS[-1] not in text[start : start + n] for start in starts)) for text in completions]
 
     def task(self) -> Task:
-        """A task with these problems and their reward."""
+        """Return a task with these problems, graded by `reward`."""
         return Graded(self, InProcess((self.reward,)), ("reward",), (1.0,))
 
 
 def build_policy(max_tokens: int) -> Policy:
-    """A model with the shape of the embedded model, random weights and a vocabulary of five letters."""
+    """Build a policy with the architecture of the embedded model, random weights and a vocabulary of five tokens.
+
+    Args:
+        max_tokens: maximum number of tokens of a response.
+    """
     config = AutoConfig.from_pretrained(resolve_model_path("embedded:judgement"))
     config.vocab_size, config.max_position_embeddings, config.eos_token_id = 1 + len(LETTERS), max_tokens + 16, None
     config.bos_token_id = config.pad_token_id = None
@@ -114,13 +129,15 @@ def build_policy(max_tokens: int) -> Policy:
 
 @dataclass(frozen=True)
 class Scene:
-    """Responses of one length and everything that is needed to evaluate their states."""
+    """Responses with one number of steps, and everything that is needed to estimate the values of their states."""
 
     policy: Policy
     problems: TwoDecisions
     sampler: FullLengthSampler
     groups: list[RolloutGroup]
+    """The responses as rollouts, one per group."""
     k: int
+    """K, the number of continuations per state."""
 
     @property
     def budget(self) -> int:
@@ -128,7 +145,7 @@ class Scene:
         return self.problems.num_steps * self.problems.step_tokens
 
     def credit(self, method: str) -> CreditFn:
-        """The credit function of one of METHODS."""
+        """Return the credit function of one of METHODS, except for `generate`, which is measured without one."""
         estimator = MonteCarlo(
             self.sampler, self.problems.task(), self.policy.codec.decode, self.k, self.budget, run_seed=0, temperature=1
         )
@@ -142,7 +159,7 @@ class Scene:
         return build_vine_credit(settings, estimator, self.policy.codec)
 
     def fixed_tokens(self) -> int:
-        """Number of tokens that K new continuations of every state need."""
+        """Return the number of tokens in K new continuations of every state of all responses."""
         rollouts = sum(len(group.rollouts) for group in self.groups)
         return (
             self.k * rollouts * sum(self.budget - start for start in range(0, self.budget, self.problems.step_tokens))
@@ -150,7 +167,13 @@ class Scene:
 
 
 def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -> Scene:
-    """Sample responses with this number of steps."""
+    """Sample responses with this number of steps.
+
+    Args:
+        policy: the model that writes the responses.
+        num_steps: number of steps of each response.
+        arguments: the parsed command line.
+    """
     problems = TwoDecisions(num_steps, arguments.step_tokens)
     sampler = FullLengthSampler(TorchSampler(policy))
     groups = sample_groups(
@@ -167,7 +190,15 @@ def build_scene(policy: Policy, num_steps: int, arguments: argparse.Namespace) -
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
-    """Seconds and tokens for the credit of one response, a mean over the responses of the scene."""
+    """Measure the cost of the credit once.
+
+    Args:
+        method: one of METHODS.
+        folder: an existing folder in which the model can be saved.
+    Returns:
+        `seconds`, `tokens` (number of generated tokens) and, except for `generate`, `states` (number of different
+        states that were evaluated). Each is a mean over the responses of the scene.
+    """
     responses = len(scene.groups)
     if method == "generate":
         work = generate_work(scene, folder)
@@ -186,7 +217,11 @@ def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
 
 
 def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
-    """A workload for `engines.generate` with the same states and lengths."""
+    """Return the workload of fixed K in the form that `engines.generate` expects.
+
+    Args:
+        folder: an existing folder. The model is saved in its subfolder `model`.
+    """
     scene.policy.model.save_pretrained(folder / "model")
     rollouts = [rollout for group in scene.groups for rollout in group.rollouts]
     cuts = range(0, scene.budget, scene.problems.step_tokens)
@@ -199,7 +234,14 @@ def generate_work(scene: Scene, folder: Path) -> dict[str, Any]:
 
 
 def fitted(rows: Sequence[dict[str, Any]], column: str) -> float | None:
-    """Slope of log(column) over log(steps) for at least FIT_FROM steps, or None if there are fewer than two lengths."""
+    """Fit the exponent of a method, that is, the slope of log(column) as a function of log(steps).
+
+    Args:
+        rows: the results of the method, one per number of steps.
+        column: `tokens` or `seconds`.
+    Returns:
+        The exponent, or None if fewer than two rows have at least FIT_FROM steps.
+    """
     points = [(row["steps"], row[column]) for row in rows if row["steps"] >= FIT_FROM]
     if len(points) < 2:
         return None
@@ -208,7 +250,11 @@ def fitted(rows: Sequence[dict[str, Any]], column: str) -> float | None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The text of length.md."""
+    """Return the text of length.md.
+
+    Args:
+        result: the content of length.json.
+    """
     lines = [
         "# Cost of the credit of one response over its length",
         "",

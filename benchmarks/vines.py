@@ -1,18 +1,22 @@
-"""Measure how long each engine takes to sample the MC rollouts of one VinePPO iteration.
+"""Measure how long each engine takes to sample the Monte-Carlo (MC) rollouts of one VinePPO iteration.
 
     python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python .venv-vllm/bin/python \
         --out runs/vines
 
-Rollouts of P problems x G responses are sampled once and cut into steps, and K continuations of every state are sampled
-once to determine their lengths. This is the workload: every engine gets the same prefixes and the same numbers of
-tokens, in the same dtype and at the same temperature. Each engine runs in a separate process. The engines run in
-alternation, `--repeats` times each; the others are idle meanwhile. `matmul` measures only the model's matrix products
-for the same rows, a lower bound on the time of any engine with these weights on this machine. Reuse of continuations
-(`vineppo.reuse`) is off, because it would save tokens for the native engine only.
+An engine is a program that samples continuations of prefixes. benchmarks/engines.py contains all engines; `native` is
+the sampler of this package. An MC rollout is one of the K continuations with which VinePPO estimates the value of a
+state.
 
-Prints a table and writes vines.json and vines.md: seconds (median, lowest, highest), tokens per second, peak memory,
-the time of each engine divided by that of the native engine, and the share of the matrix products in the native
-engine's time.
+The workload is determined once, with the native engine: G responses to each of P problems are sampled and cut into
+steps, and the lengths of K continuations of every state are recorded. Every engine then gets the same prefixes and the
+same numbers of tokens, in the same dtype and at the same temperature. Each engine has a separate process. In each of
+`--repeats` rounds, every engine runs once, while the others are idle. `matmul` computes only the matrix products of the
+model for the same tokens. Its time is a lower bound on the time of any engine with these weights on this machine. Reuse
+of continuations (`vineppo.reuse`) is off, because it would save tokens for the native engine only.
+
+The script prints a table and writes vines.json and vines.md. They contain for each engine the seconds (median, lowest,
+highest), tokens per second, the peak memory, and the median time divided by that of the native engine. They also
+contain the time of the matrix products divided by the time of the native engine.
 """
 
 from __future__ import annotations
@@ -57,38 +61,52 @@ WORD_PROBLEMS = (
 
 
 class WordProblems:
-    """A problem source with the problems of WORD_PROBLEMS."""
+    """A source of the problems in WORD_PROBLEMS, for models that are not embedded; implements `types.ProblemSource`."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
 
     def size(self, split: str) -> int:
-        """Number of problems."""
+        """Return the number of problems."""
         return len(WORD_PROBLEMS)
 
     def problem(self, split: str, index: int) -> Problem:
-        """One of the problems, in the model's chat template."""
+        """Return one of the problems. Its prompt is formatted with the model's chat template."""
         return Problem(id=str(index), prompt=self.policy.codec.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
 
     def demonstration(self, split: str, index: int) -> tuple[str, str]:
-        """Not implemented, because this benchmark needs no demonstrations."""
+        """Raise NotImplementedError, because this benchmark needs no demonstrations."""
         raise NotImplementedError
 
 
 def grade_nothing(completions: list[str], **_: Any) -> list[float]:
-    """0 for every response, because this benchmark needs no rewards."""
+    """Return 0 for every response, because this benchmark needs no rewards."""
     return [0.0] * len(completions)
 
 
 def task_of(path: str, policy: Policy) -> Task:
-    """The chain task at the model's level for an embedded model, otherwise WORD_PROBLEMS."""
+    """Return the task `chain` with the level of an embedded model, or WORD_PROBLEMS for any other model.
+
+    Args:
+        path: `embedded:LEVEL` or a model directory.
+        policy: the loaded model.
+    """
     if path.startswith("embedded:"):
         return build_task(TaskConfig(level=path.split(":")[1], num_steps=10))
     return Graded(WordProblems(policy), InProcess((grade_nothing,)), ("nothing",), (1.0,))
 
 
 def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The prefix of every distinct state and the lengths of its K continuations, sampled as in VinePPO."""
+    """Return the workload for a model: the prefix of every distinct state, and the lengths of its K continuations.
+
+    Responses and continuations are sampled as in VinePPO.
+
+    Args:
+        path: `embedded:LEVEL` or a model directory.
+        arguments: the parsed command line.
+    Returns:
+        The content of WORK.json (see benchmarks/engines.py), and the numbers of problems and of responses per problem.
+    """
     embedded = path.startswith("embedded:")
     dtype: Literal["float32", "bfloat16"] = "float32" if embedded else arguments.dtype
     policy = Policy.load(ModelConfig(path=path, dtype=dtype))
@@ -118,11 +136,18 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class EngineError(RuntimeError):
-    """An engine cannot run the model."""
+    """Error for an engine that cannot run the model. The message has the reason."""
 
 
 class Worker:
-    """A process that runs benchmarks/engines.py."""
+    """A process that runs benchmarks/engines.py with one engine.
+
+    Args:
+        python: the Python interpreter of the environment in which the engine is installed.
+        engine: name of the engine.
+        work: path of WORK.json. The log of the process is written next to it.
+        threads: number of threads of the process.
+    """
 
     def __init__(self, python: str, engine: str, work: Path, threads: int):
         command = [python, str(Path(__file__).with_name("engines.py")), engine, str(work)]
@@ -134,10 +159,12 @@ class Worker:
         self.ready = self._line() == "ready"
 
     def run(self) -> dict[str, float]:
-        """Sample the workload once.
+        """Let the process sample the workload once.
 
+        Returns:
+            `seconds`, `tokens` (number of sampled tokens) and `bytes` (peak memory of the process so far).
         Raises:
-            EngineError: if the process has ended; contains the last error message in its log.
+            EngineError: if the process has ended. The message is the last error message in the log of the process.
         """
         assert self.process.stdin is not None
         line = ""
@@ -153,18 +180,30 @@ class Worker:
         return answer
 
     def _line(self) -> str:
+        """Wait for the next line from the process and return it; an empty text if the process has ended."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def close(self) -> None:
-        """Close standard input, which ends the process, and wait for it."""
+        """Close the standard input of the process, which makes the process end, and wait for its end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
 
 def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the engines in alternation, `repeats` times after one warm-up round."""
+    """Run the engines in turn: one warm-up round, which is not counted, then `--repeats` measured rounds.
+
+    An engine that cannot run the model is left out, and its error is reported in `refused`. If `native` cannot run the
+    model, the script ends.
+
+    Args:
+        work: the workload.
+        engines: names of the engines.
+        arguments: the parsed command line.
+    Returns:
+        The results for one model, as in the `models` of vines.json.
+    """
     tokens = sum(map(sum, work["lengths"]))
     print(f"\n{work['model']}: {len(work['prefixes'])} states, {tokens:,} tokens, {work['dtype']}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +245,16 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
 
 
 def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, Any]:
-    """Median times, and their ratios to that of the native engine."""
+    """Summarize the runs of all engines.
+
+    Args:
+        runs: name of an engine -> the result of each run.
+        tokens: number of tokens that each run sampled.
+    Returns:
+        `engines`, the times and the peak memory of each engine; `ratio_vs`, the median time of each other engine
+        divided by that of the native engine; `matmul_share`, the same ratio for the matrix products alone, or None if
+        they were not measured.
+    """
     engines = {}
     for engine, answers in runs.items():
         seconds = [answer["seconds"] for answer in answers]
@@ -224,7 +272,11 @@ def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, A
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The text of vines.md."""
+    """Return the text of vines.md.
+
+    Args:
+        result: the content of vines.json.
+    """
     lines = [
         "# MC rollouts of one iteration with every engine",
         "",
@@ -308,7 +360,7 @@ def main() -> None:
         "platform": platform.platform(),
         "models": models,
     }
-    # The main results are also at the top level of the file.
+    # The main results of each model are also at the top level of vines.json, under the name of the model.
     flat = {name: {"ratio_vs": m["ratio_vs"], "matmul_share": m["matmul_share"]} for name, m in models.items()}
     (arguments.out / "vines.json").write_text(json.dumps({**flat, **result}, indent=1))
     (arguments.out / "vines.md").write_text(markdown(result))

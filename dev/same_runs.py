@@ -7,9 +7,10 @@ python dev/same_runs.py record after.json                            # this tree
 python dev/same_runs.py compare before.json after.json               # exit code 1 if anything differs
 ```
 
-`record` trains two iterations with every algorithm and with LoRA, and runs one comparison. Of each run it keeps the
-SHA-256 of the final weights, every line of `metrics.jsonl` without seconds, and a hash per column of the rollouts.
-Results depend on the processor and the number of threads, so record both trees on one machine.
+`record` trains two iterations with every algorithm and with LoRA, runs one `vineppo compare`, and writes a fingerprint
+of each run to a file. A fingerprint is a dictionary of facts: the SHA-256 of the final weights, every metric in
+`metrics.jsonl` except seconds, a hash of each column of the saved rollouts, and numbers from `summary.json`. Results
+depend on the processor and the number of threads, so record both trees on one machine.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ SHORT = (
     "--run.iterations 2 --run.checkpoint_every 1 --eval.every 1 --eval.num_problems 16 --eval.final_num_problems 16 "
     "--rollouts.num_problems 8 --rollouts.group_size 4"
 )
+"""Options of every run that make the run short."""
 KL = "--learner.kl.coefficient 0.01"
 PLAIN = "--vineppo.alternatives false"
 RUNS = {
@@ -48,6 +50,7 @@ RUNS = {
     "rloo": "judgement --algorithm rloo --learner.minibatch_size 20",
     "reinforce": "judgement --algorithm reinforce --model.dtype bfloat16",
 }
+"""Name of a run -> its recipe and its options for `vineppo train`."""
 COMPARE = (
     "compare judgement --algorithms vineppo,ppo,grpo --seeds 2 --budget updates=4 --rollouts.num_problems 8 "
     "--rollouts.group_size 4 --eval.every 1 --eval.num_problems 16 --eval.final_num_problems 16"
@@ -55,7 +58,14 @@ COMPARE = (
 
 
 def record(source: Path, jobs: int) -> dict[str, Any]:
-    """Fingerprints of all runs, trained with the package in `source`."""
+    """Train all RUNS and run COMPARE with one source tree.
+
+    Args:
+        source: folder that contains the package.
+        jobs: number of runs at the same time.
+    Returns:
+        Name of each run -> its fingerprint.
+    """
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
 
     def vineppo(*arguments: str) -> None:
@@ -85,7 +95,7 @@ def record(source: Path, jobs: int) -> dict[str, Any]:
 
 
 def run_fingerprint(run: Path) -> dict[str, Any]:
-    """What a run left behind that does not depend on the clock."""
+    """Return the facts in a run directory that do not depend on the clock, as name of the fact -> value."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found: dict[str, Any] = {"final": hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()}
     for line in lines:
@@ -102,7 +112,7 @@ def run_fingerprint(run: Path) -> dict[str, Any]:
 
 
 def comparison_fingerprint(out: Path) -> dict[str, Any]:
-    """Accuracies and tokens of a comparison's table."""
+    """Return accuracies, updates and tokens from the compare.json of a comparison, as name of the fact -> value."""
     algorithms = json.loads((out / "compare.json").read_text())["algorithms"]
     found: dict[str, Any] = {}
     for name, figures in algorithms.items():
@@ -114,7 +124,14 @@ def comparison_fingerprint(out: Path) -> dict[str, Any]:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> int:
-    """Print what differs, run by run; returns the number of differences. New keys are named and are no difference."""
+    """Print the differing facts of each run.
+
+    Args:
+        before: name of each run -> its fingerprint before the change.
+        after: the same after the change.
+    Returns:
+        The number of facts that differ or are missing in `after`. Facts that exist only in `after` do not count.
+    """
     differences = 0
     for run in sorted(before.keys() | after.keys()):
         old, new = before.get(run, {}), after.get(run, {})

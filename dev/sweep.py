@@ -1,11 +1,12 @@
-"""Train a recipe with every combination of a grid of settings and compare them on validation problems.
+"""Train a recipe with every combination of the values in a grid, and compare the accuracies on validation problems.
 
     python dev/sweep.py judgement --algorithm ppo --grid learner.lr=5e-5,1e-4 --grid ppo.value_lr=1e-4,1e-3 \
         --seeds 100,101 --updates 120 --jobs 2 --out runs/sweep
 
-Each run is a `vineppo train`; finished runs are not repeated. Use seeds from 100 on, so that nothing is tuned on the
-seeds of the published comparisons (0 to 4). Prints for each combination the accuracy at the end (last) and the mean
-accuracy over the training curve (area), both on validation problems.
+Each run is a `vineppo train`. Runs that are already finished are not repeated. Use seeds from 100 on, so that no
+setting is tuned on the seeds of the published comparisons (0 to 4). The script prints for each combination `last`, the
+accuracy of the last evaluation in percent, and `area`, the mean accuracy of all evaluations in percent. Both are means
+over the seeds. The rest of the line has `updates:accuracy` for each evaluation with the first seed.
 """
 
 from __future__ import annotations
@@ -56,7 +57,15 @@ def main() -> None:
 
 
 def run_one(arguments: argparse.Namespace, settings: dict[str, str], seed: str) -> list[tuple[int, float]]:
-    """(updates, validation accuracy) at every evaluation of one run, which is trained first if it is not finished."""
+    """Train one run, unless it is already finished, and return its training curve.
+
+    Args:
+        arguments: the parsed command line.
+        settings: dotted key of each setting in the grid -> its value in this run.
+        seed: seed of the run.
+    Returns:
+        One pair (number of updates, validation accuracy in [0, 1]) for each evaluation.
+    """
     name = "-".join([arguments.recipe, arguments.algorithm, *(f"{k}={v}" for k, v in settings.items()), f"seed{seed}"])
     run = Path(arguments.out) / name.replace("/", "_")
     if not (run / "summary.json").exists():

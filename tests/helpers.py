@@ -1,4 +1,4 @@
-"""Shared helpers: small configurations of the embedded task, hashes, gradients, and the public data sets."""
+"""Helpers for several test modules: small configurations, hashes of weights, gradients, and the public data sets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class WrappedSampler:
-    """A sampler that forwards all calls to another one. Base class of samplers in tests."""
+    """A sampler that forwards all calls to another sampler. Samplers for tests extend it and override one method."""
 
     sampler: Sampler
 
@@ -50,7 +50,13 @@ class WrappedSampler:
 
 
 def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> Config:
-    """Return the configuration of a run of a few seconds: short chains with the embedded model."""
+    """Return the configuration of a run that takes a few seconds: short problems of the task `chain`, embedded model.
+
+    Args:
+        run_dir: the run directory.
+        algorithm: name of the algorithm.
+        sections: name of a section -> settings to use for this section instead of those of this function.
+    """
     values: dict[str, Any] = {
         "model": ModelConfig(path="embedded:judgement"),
         "task": TaskConfig(num_steps=3),
@@ -65,14 +71,14 @@ def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> 
 
 
 def weights_hash(directory: Path) -> str:
-    """Return the hash of the weights in a model directory."""
+    """Return the SHA-256 of the weights file in a model directory, in hexadecimal digits."""
     return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
 
 
 def data_directory() -> Path | None:
-    """Return the directory with GSM8K and MATH as JSON lines, or None if it does not exist.
+    """Return the directory that contains GSM8K and MATH as JSON lines, or None if it does not exist.
 
-    The directory is VINEPPO_DATA, or by default ../shared/data next to the project.
+    The environment variable VINEPPO_DATA contains its path. The default is `shared/data` next to the project's root.
     """
     candidates = [Path(os.environ["VINEPPO_DATA"])] if "VINEPPO_DATA" in os.environ else [ROOT.parent / "shared/data"]
     return next((path for path in candidates if path.is_dir()), None)
@@ -81,7 +87,11 @@ def data_directory() -> Path | None:
 def update_with_gradient(
     learner: TorchLearner, samples: Sequence[TrainingSample], num_rollouts: int, iteration: int = 1
 ) -> tuple[torch.Tensor, Metrics]:
-    """Return the policy's gradient in the last update (flat, float64), and the metrics of the iteration."""
+    """Call `learner.update`, and record the gradient of its last update before clipping.
+
+    Returns:
+        (gradient with respect to all weights of the policy, shape (parameters,), float64; metrics of the iteration).
+    """
     optimizer, gradient = learner.optimizer, torch.zeros(0)
 
     def recording_step(lr: float, max_grad_norm: float) -> float:

@@ -1,9 +1,12 @@
-"""A task and policy so small that all responses can be enumerated, with their probabilities and rewards.
+"""Provide a task and a policy so small that tests can enumerate all responses, with their probabilities and rewards.
 
 The exact value of every state and the exact gradient of the expected reward follow from the enumeration. Tests compare
-the results of the package with them. The policy is a small Llama over five tokens. Sampling, grading, credit and losses
-are those of the package; only the exact values and gradients are computed here, by enumeration and by autograd through
-the model.
+them with the values and gradients that the package computes. The policy is a small Llama with a vocabulary of five
+tokens. Sampling, grading, credit and losses are those of the package. Only the exact values and gradients are computed
+here, by enumeration and by autograd through the model.
+
+A state is represented by its response tokens, because all responses have the same prompt. In shapes, N is the number of
+possible responses and T the maximum number of tokens of a response.
 """
 
 from __future__ import annotations
@@ -34,9 +37,10 @@ LETTERS = "abcd"
 
 
 class RandomRewards:
-    """A task (types.Task) whose reward is a pseudo-random number in [0, 1) that depends on problem and text.
+    """A task whose reward is a pseudo-random number in [0, 1) that depends on the problem and the response text.
 
-    Truncated texts have a reward too, so tests fail if code grades one by mistake.
+    Implements `types.Task`. `grade` gives truncated responses a reward too, although the package must give them 0
+    without grading them. Therefore tests fail if code grades a truncated response by mistake.
     """
 
     grades_early = False
@@ -71,15 +75,16 @@ class RandomRewards:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A possible response to a problem and its probability."""
+    """A possible response to a problem, as a rollout, and its probability."""
 
     rollout: Rollout
     probability: float
+    """Probability that the policy samples this response."""
 
 
 @dataclass(frozen=True)
 class World:
-    """All responses of at most `max_new_tokens` tokens to one problem, sampled at `temperature`."""
+    """All responses of at most `max_new_tokens` tokens to one problem, with probabilities at `temperature`."""
 
     policy: Policy
     problem: Problem
@@ -93,7 +98,7 @@ class World:
 
     @cached_property
     def responses(self) -> list[tuple[int, ...]]:
-        """All token sequences that can be sampled: ended by EOS, or of `max_new_tokens` tokens without EOS."""
+        """Token ids of the N possible responses. They end with EOS, or have `max_new_tokens` tokens without EOS."""
         letters = range(1, 1 + len(LETTERS))
         ended = [
             (*body, EOS) for length in range(self.max_new_tokens) for body in itertools.product(letters, repeat=length)
@@ -102,11 +107,11 @@ class World:
 
     @cached_property
     def states(self) -> list[tuple[int, ...]]:
-        """All proper prefixes of responses."""
+        """The response tokens of all states: every prefix of a response that is shorter than the response."""
         return sorted({response[:end] for response in self.responses for end in range(len(response))})
 
     def token_logprobs(self) -> torch.Tensor:
-        """Log-probability of every token of every response by a forward pass; 0 after the end; shape (N, T)."""
+        """Return the log-probability of every token of every response, shape (N, T); 0 after the end of a response."""
         rows = pad([self.prompt_ids + response for response in self.responses], torch.int64)
         logits = self.policy.model(input_ids=rows, use_cache=False).logits.double() / self.temperature
         logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, rows[:, 1:, None]).squeeze(-1)
@@ -115,6 +120,7 @@ class World:
 
     @cached_property
     def outcomes(self) -> list[Outcome]:
+        """All N responses with their rewards and probabilities. The probabilities sum to 1."""
         with torch.no_grad():
             logprobs = self.token_logprobs()
         graded = self.task.grade([self.problem] * len(self.responses), [self._text(r) for r in self.responses])
@@ -134,7 +140,8 @@ class World:
 
     @cached_property
     def moments(self) -> dict[tuple[int, ...], tuple[float, float]]:
-        """Exact mean and variance of the reward from each state."""
+        """State -> (exact mean, exact variance) of the reward of the responses that start with the state."""
+        # For each state, the sums of P, P * reward and P * reward^2 over these responses with probability P.
         sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
         for outcome in self.outcomes:
             response, reward = outcome.rollout.response_ids, outcome.rollout.reward
@@ -144,25 +151,36 @@ class World:
         return {state: (r / p, rr / p - (r / p) ** 2) for state, (p, r, rr) in sums.items()}
 
     def value(self, response_ids: tuple[int, ...]) -> float:
-        """V of the state after these response tokens; 0 at the length limit, where the response is truncated."""
+        """Return the exact value of the state with these response tokens.
+
+        The value is 0 at the length limit, where the response is truncated.
+        """
         return self.moments[response_ids][0] if len(response_ids) < self.max_new_tokens else 0.0
 
     def exact_gradient(self) -> torch.Tensor:
-        """Gradient of the expected reward, sum over y of P(y) R(y), shape (parameters,)."""
+        """Return the exact gradient of the expected reward with respect to all weights, shape (parameters,), float64.
+
+        The expected reward is the sum of P(y) R(y) over all responses y with probability P(y) and reward R(y).
+        """
         rewards = torch.tensor([outcome.rollout.reward for outcome in self.outcomes], dtype=torch.float64)
         expected = (self.token_logprobs().sum(1).exp() * rewards).sum()
         return flat_gradient(expected, self.policy)
 
     def group(self) -> RolloutGroup:
-        """A group that contains every outcome once. Its samples must be weighted with `probabilities`."""
+        """Return a group that contains every response once.
+
+        Responses sampled by the policy would occur in proportion to their probabilities. Tests must therefore weight
+        the training samples of this group with `probabilities`.
+        """
         return RolloutGroup(self.problem, tuple(outcome.rollout for outcome in self.outcomes))
 
     @property
     def probabilities(self) -> list[float]:
+        """The probability of each response, in the order of `responses`."""
         return [outcome.probability for outcome in self.outcomes]
 
     def monte_carlo(self, num_mc_rollouts: int) -> MonteCarlo:
-        """`MonteCarlo` with the policy of this world."""
+        """Return an estimator that values states with `num_mc_rollouts` continuations by the policy of this world."""
         return MonteCarlo(
             sampler=self.sampler(),
             task=self.task,
@@ -181,12 +199,12 @@ class World:
 
 
 def cut_after_a(tokens: Sequence[str]) -> list[int]:
-    """A user-defined splitter (`tests.world:cut_after_a`): a step ends after every letter a."""
+    """Return the ends of steps, as a user-defined splitter: a step ends after every letter a and at the end."""
     return [*(i for i in range(1, len(tokens)) if tokens[i - 1] == "a"), len(tokens)]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with five tokens: end of sequence, a, b, c and d."""
+    """Build a tokenizer with five tokens: end of sequence, a, b, c and d."""
     vocabulary = {"</s>": EOS, **{letter: 1 + i for i, letter in enumerate(LETTERS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
@@ -195,7 +213,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_policy(seed: int = 8) -> Policy:
-    """A random one-layer Llama in float64 whose next-token distribution depends strongly on the previous tokens."""
+    """Build a policy: a Llama with one layer, float64 and random weights.
+
+    The weights are large enough that the next-token distribution depends strongly on the previous tokens.
+    """
     config = LlamaConfig(
         vocab_size=1 + len(LETTERS),
         hidden_size=16,
@@ -216,13 +237,18 @@ def build_policy(seed: int = 8) -> Policy:
 
 
 def build_world(max_new_tokens: int, *, problem: int = 0, policy: Policy | None = None) -> World:
-    """A world at temperature 0.7. Tests fail if code ignores the temperature."""
+    """Build a world with temperature 0.7, so that tests fail if code ignores the temperature.
+
+    Args:
+        problem: index of the problem.
+        policy: the policy; None builds a new one.
+    """
     task = RandomRewards()
     return World(policy or build_policy(), task.problem("train", problem), max_new_tokens, 0.7, task)
 
 
 def flat_gradient(scalar: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """Gradient with respect to all weights, shape (parameters,), float64."""
+    """Return the gradient of a scalar with respect to all weights of the policy, shape (parameters,), float64."""
     gradients = torch.autograd.grad(scalar, list(policy.model.parameters()))
     return torch.cat([gradient.reshape(-1).double() for gradient in gradients])
 
@@ -230,14 +256,17 @@ def flat_gradient(scalar: torch.Tensor, policy: Policy) -> torch.Tensor:
 def policy_gradient(
     policy: Policy, temperature: float, weighted: Iterable[tuple[float, TrainingSample]]
 ) -> torch.Tensor:
-    """Negative gradient of the policy loss before the first update: sum of weight * A_t * grad log pi(a_t).
+    """Return the policy gradient that a credit function estimates with its training samples.
 
-    Alternatives contribute terms of the same form for their tokens.
+    It is the negative gradient of the policy loss before the first update, that is, the sum of
+    weight * A_t * grad log pi(a_t) over all tokens a_t with advantage A_t. Alternatives (`TrainingSample.alternatives`)
+    contribute terms of the same form.
 
     Args:
-        weighted: (weight, sample) pairs; samples with the same tokens are added up.
+        temperature: sampling temperature.
+        weighted: pairs (weight, training sample). Samples with equal tokens are combined into one sample.
     Returns:
-        Shape (parameters,).
+        The gradient with respect to all weights of the policy, shape (parameters,), float64.
     """
     samples: dict[tuple[int, ...], TrainingSample] = {}
     credit: dict[tuple[int, ...], torch.Tensor] = {}

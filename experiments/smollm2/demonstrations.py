@@ -1,4 +1,8 @@
-"""Step-by-step solutions of problems of reasoning-gym, for supervised fine-tuning (`task.demonstrator`)."""
+"""Write step-by-step solutions of reasoning-gym problems, for supervised fine-tuning with `vineppo sft`.
+
+Each function solves the problems of the data set with the same name. The recipes in this folder select a function with
+the setting `task.demonstrator`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,14 @@ from typing import Any
 
 
 def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
-    """One line per operation, such as `4+3=7` and `7-2=5`, then a line with the answer."""
+    """Return a solution with one line per operation and a line with the answer.
+
+    For `4 + 3 - 2` the lines are `4+3=7`, `7-2=5` and `#### 5`.
+
+    Args:
+        entry: the entry of the data set. Its metadata contain the expression.
+        answer: the reference answer.
+    """
     left, *rest = entry["metadata"]["expression"].split()
     lines = []
     for operator, right in zip(rest[::2], rest[1::2], strict=True):
@@ -18,9 +29,14 @@ def chain_sum(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
 
 
 def spell_backward(entry: Mapping[str, Any], answer: str, **_: Any) -> str:
-    """The letters of the word, then its reversal with one more letter per line, then a line with the answer.
+    """Return a solution that spells a word backward letter by letter.
 
-    For `ant` the lines are `a n t`, `t`, `t n`, `t n a` and `#### tna`.
+    The first line has the letters of the word. Each further line has one letter more of the reversed word. The last
+    line has the answer. For `ant` the lines are `a n t`, `t`, `t n`, `t n a` and `#### tna`.
+
+    Args:
+        entry: the entry of the data set. Its metadata contain the word.
+        answer: the reference answer.
     """
     letters = list(entry["metadata"]["word"])
     backward = letters[::-1]

@@ -1,4 +1,6 @@
-"""Train language models by reinforcement learning, with credit for every reasoning step.
+"""Train language models by reinforcement learning, with an advantage for every reasoning step.
+
+This example trains a model with the algorithm VinePPO and the settings of the recipe `judgement`:
 
 ```
 import vineppo
@@ -6,7 +8,7 @@ config = vineppo.build_config(vineppo.load_recipe("judgement"), "vineppo", {"run
 summary = vineppo.train(config)
 ```
 
-The public names are imported from their modules on first use, so that `import vineppo` is fast.
+Each public name is imported from its module when it is first used, so that `import vineppo` is fast.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ _MODULE_OF = {
     "RunConfig": "config.schema",
     "SFTConfig": "config.schema",
 }
+"""Dictionary from each public name to the module that defines the name, relative to this package."""
 
 __all__ = [
     "train",
@@ -99,6 +102,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name from its module. Python calls this function for names that are not imported yet."""
     if name == "__version__":
         return importlib.import_module("vineppo.run.environment").package_version()
     if name not in _MODULE_OF:
@@ -107,4 +111,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return the names in this module, including public names that are not imported yet."""
     return sorted({*globals(), *__all__})

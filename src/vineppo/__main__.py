@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m vineppo` is the same as `vineppo`."""
+"""Run the command `vineppo` when the package is started with `python -m vineppo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that load an object of user code by the name `module:object` and format an exception as one line."""
+"""Load objects from the user's Python modules, such as reward functions, and describe exceptions in one line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import Any
 from vineppo.types import UserError
 
 _SPEC = re.compile(r"(?P<module>[^:]+):(?P<name>[^:]+)")
+"""The form `module:object` of the name of an object."""
 
 
 def load_object(spec: str, what: str) -> Any:
-    """Load the object with the name `module:object`, for example a user-defined reward function.
+    """Import a module and return one of its objects, for example a user-defined reward function.
 
     The current directory is put first on sys.path if it is not there yet. The module name `__main__` stands for the
-    running script. `object` is a name at the top level of the module.
+    running script.
 
     Args:
-        spec: for example `my_rewards:length`.
+        spec: `module:object`, for example `my_rewards:length`. `object` is a name at the top level of the module.
         what: kind of the object for error messages, such as "grader", "algorithm" or "splitter".
     Raises:
-        UserError: if `spec` is malformed, the module or object does not exist, or importing the module fails.
+        UserError: if `spec` is not of this form, the module or object does not exist, or importing the module fails.
     """
     match = _SPEC.fullmatch(spec)
     if not match:
@@ -47,7 +48,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _public_names(module: Any) -> list[str]:
-    """Return the public names in a module, without modules and what was imported from `typing` and `__future__`."""
+    """Return the public names in a module, except imported modules and names from `typing` and `__future__`."""
     return [
         name
         for name, value in vars(module).items()
@@ -58,12 +59,18 @@ def _public_names(module: Any) -> list[str]:
 
 
 def _import_module(spec: str, what: str, name: str) -> Any:
+    """Import and return the module `name`. `spec` and `what` are those of `load_object`, for error messages.
+
+    Raises:
+        UserError: if the module does not exist, or importing it fails.
+    """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        # The user's module may itself import a module that is missing. That is reported below as a failed import.
+        # `error.name` is the module that does not exist. If it is neither `name` nor a parent package of `name`, it is
+        # a module that the user's module imports, and the import is reported as failed.
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise UserError(
                 f"{what} {spec!r}: no module {error.name!r} in the current directory or among the installed packages"

@@ -1,4 +1,8 @@
-"""Random numbers that depend only on an address, such as (run seed, iteration, problem id), and not on earlier ones."""
+"""Derive seeds and random numbers that do not depend on which other random numbers were drawn before.
+
+A seed is derived from an *address*: a few values that say what the seed is for, such as (run seed, iteration, problem
+id).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import numpy as np
 
 
 def derive_seed(*address: int | str) -> int:
-    """Return the 63-bit seed of an address such as (run seed, iteration, problem id, "rollouts").
+    """Return a 63-bit seed for an address such as (run seed, iteration, problem id, "rollouts").
 
     The seed is a cryptographic hash of the address, so the seeds of similar addresses are unrelated. The same address
     gives the same seed on every machine and in every process.
@@ -20,15 +24,22 @@ def derive_seed(*address: int | str) -> int:
 
 
 def shuffled_index(position: int, size: int, *address: int | str) -> int:
-    """Return the element at a position of an endless sequence of shuffled passes over the numbers 0 to size - 1.
+    """Return one element of an endless sequence of indices from 0 to size - 1.
 
-    Every pass contains each number once and has its order from a new shuffle. The shuffles depend only on `address`.
+    The sequence consists of passes. Every pass contains each index once, in an order that is shuffled anew. The orders
+    depend only on `address`.
+
+    Args:
+        position: position of the element in the sequence, counted from 0.
+        size: number of different indices.
     """
     return _shuffled(size, derive_seed(*address, position // size))[position % size]
 
 
-@functools.lru_cache(maxsize=2)  # the positions of one batch are in one pass or in two adjacent passes
+# Two results are cached, because the positions of one batch are usually in one pass or in two adjacent passes.
+@functools.lru_cache(maxsize=2)
 def _shuffled(size: int, seed: int) -> tuple[int, ...]:
+    """Return the numbers from 0 to size - 1 in an order that depends only on the seed."""
     order = list(range(size))
     random.Random(seed).shuffle(order)
     return tuple(order)
@@ -42,17 +53,29 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def stream_keys(seeds: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Return a 64-bit key for each of B pairs (seed, sample index), shape (B,), dtype uint64."""
+    """Return one key per sample, from which `uniforms` computes the random numbers of the sample.
+
+    Args:
+        seeds: seed of each of B samples, shape (B,).
+        samples: index of each sample among the samples with the same seed, shape (B,).
+    Returns:
+        64-bit keys, shape (B,), dtype uint64.
+    """
     with np.errstate(over="ignore"):
         offsets = np.uint64(0x9E3779B97F4A7C15) * samples.astype(np.uint64)
         return _splitmix64(_splitmix64(seeds.astype(np.uint64)) + offsets)
 
 
 def uniforms(keys: np.ndarray, positions: int | np.ndarray) -> np.ndarray:
-    """Return a uniform random number in [0, 1) for each key and token position, as float64 with 53 random bits.
+    """Return a uniform random number in [0, 1) for each pair of a key and a token position.
 
-    Keys of shape (B,) and one position give the shape (B,). Keys of shape (B, 1) and positions of shape (T,) give the
-    shape (B, T).
+    The number depends only on the key and the position. It is a float64 with 53 random bits.
+
+    Args:
+        keys: keys from `stream_keys`, shape (B,) or (B, 1).
+        positions: one token position, or T positions of shape (T,).
+    Returns:
+        Shape (B,) for keys of shape (B,) and one position; shape (B, T) for keys of shape (B, 1) and T positions.
     """
     with np.errstate(over="ignore"):
         offset = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

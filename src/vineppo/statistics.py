@@ -1,7 +1,8 @@
-"""Confidence intervals for accuracies over problems and for means over seeds, and an estimator of pass@k.
+"""Compute confidence intervals and pass@k for evaluations and comparisons.
 
-If the data do not determine the bounds of an interval, the bounds are NaN here and null in JSON, rather than
-equal to the mean.
+There are intervals for the mean over problems and for the mean over runs with different seeds. Some data do not
+determine the bounds of an interval, for example a single run. The bounds are then NaN (null in JSON). They are not set
+to the mean, because an interval of width 0 would mean that the mean is known exactly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 _BLOCK = 4_000_000
-"""Maximum number of resampled values that the bootstrap keeps in memory at once."""
+"""Maximum number of resampled values that `bootstrap_mean` keeps in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,24 @@ class Interval:
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, *, seed: int, num_resamples: int = 2000, level: float = 0.95
 ) -> Interval:
-    """Return the mean of one number per problem, with the percentile bootstrap interval over problems (Efron 1979).
+    """Return the mean of P numbers, one per problem, with its percentile bootstrap interval (Efron 1979).
 
-    Problems are resampled, not single responses, because responses to the same problem are not independent. Pass the
-    mean of the responses to each problem.
+    If there are several responses per problem, pass their mean. The bootstrap resamples problems, because responses to
+    the same problem are not independent.
 
     If all P values are equal, every resample is the same, and the bootstrap interval would have width 0. In this case
-    the result is the Wilson interval of `mean * P` successes in P trials. This is the usual interval if all values are
-    0 or all are 1. For other values in [0, 1] the interval is conservative: among the distributions on [0, 1] with the
-    same mean, that of the values 0 and 1 has the largest variance. For equal values outside [0, 1] the bounds are NaN.
+    the result is the Wilson interval (see `wilson`) of `mean * P` successes in P trials. This is the usual interval if
+    all values are 0 or all are 1. For other values in [0, 1] the interval is conservative: among all distributions on
+    [0, 1] with the same mean, the one that has only the values 0 and 1 has the largest variance. For equal values
+    outside [0, 1] the bounds are NaN.
 
     Args:
-        values: one number per problem (for pass@1 the share of correct responses), shape (P,).
+        values: one number per problem, shape (P,). For pass@1 it is the share of correct responses to the problem.
         seed: seed of the resampling.
         num_resamples: number of bootstrap resamples.
-        level: confidence level, between 0 and 1.
+        level: confidence level, above 0 and below 1.
     Raises:
-        ValueError: if there is no value, or a value is not finite.
+        ValueError: if there is no value, a value is not finite, or `level` is out of range.
     """
     data = np.asarray(values, dtype=np.float64)  # (P,)
     if data.ndim != 1 or data.size == 0:
@@ -70,6 +72,7 @@ def bootstrap_mean(
         bounds = wilson(mean * data.size, data.size, level)
         return Interval(mean, bounds.low, bounds.high)
     generator = np.random.default_rng(seed)
+    # Number of resamples that are drawn at once. Drawing all of them at once could need too much memory.
     rows = max(1, _BLOCK // data.size)
     means = np.concatenate(
         [
@@ -82,18 +85,17 @@ def bootstrap_mean(
 
 
 def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
-    """Return the share of successes with Wilson's score interval (Wilson 1927).
+    """Return the share of successes p = successes / n in n trials, with Wilson's score interval (Wilson 1927).
 
-    The width of this interval is above 0 even if all trials have the same result. With n trials, p = successes / n and
-    the normal quantile z, the bounds are (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). The
-    returned mean is p.
+    The bounds are (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), where z is the quantile of the
+    normal distribution for (1 + level) / 2. The width is above 0 even if all trials have the same result.
 
     Args:
-        successes: number of successes. It may be a fraction, such as a sum of rewards between 0 and 1.
-        trials: number of independent trials, at least 1.
-        level: confidence level, between 0 and 1.
+        successes: number of successes. It need not be an integer; it may be a sum of rewards between 0 and 1.
+        trials: n, the number of independent trials, at least 1.
+        level: confidence level, above 0 and below 1.
     Raises:
-        ValueError: if `trials` is less than 1, or `successes` is not between 0 and `trials`.
+        ValueError: if `trials` is less than 1, `successes` is not between 0 and `trials`, or `level` is out of range.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"{successes} successes in {trials} trials: needs 0 <= successes <= trials and 1 <= trials")
@@ -110,33 +112,38 @@ def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return an unbiased estimate of the probability that at least one of k responses is correct (arXiv 2107.03374).
 
-    The estimate is 1 - C(n - c, k) / C(n, k), the share of those sets of k of the n responses that contain a correct
-    response. It is computed as a product, so that no binomial coefficient overflows.
+    Let n responses to a problem be sampled, c of them correct. The estimate is 1 - C(n - c, k) / C(n, k). This is the
+    share of sets with at least one correct response, among all sets of k of the n responses. It is computed as a
+    product, because binomial coefficients can overflow.
 
     Args:
         num_samples: n, the number of responses sampled for one problem.
         num_correct: c, the number of correct responses among the n.
-        k: size of the sets, 1 <= k <= n.
+        k: number of responses, 1 <= k <= n.
     Raises:
         ValueError: if k is not between 1 and n, or c is not between 0 and n.
     """
     if not 1 <= k <= num_samples or not 0 <= num_correct <= num_samples:
         raise ValueError(f"pass@{k} of {num_correct} correct in {num_samples}: needs 1 <= k <= n and 0 <= correct <= n")
-    # If fewer than k responses are wrong, the factor at i = k is 0: every set of k responses has a correct one.
+    # If fewer than k responses are wrong, every set of k responses contains a correct one, and the factor at i = k is
+    # 0, so the result is 1.
     return 1.0 - math.prod(1 - k / i for i in range(num_samples - num_correct + 1, num_samples + 1))
 
 
 def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:
     """Return the mean over N independent runs with Student's t interval.
 
-    The bounds are mean -+ t_{(1 + level) / 2, N - 1} * sd / sqrt(N). They are NaN (null in JSON) for a single run,
-    because its spread over seeds is unknown, and for runs with equal values, because the interval would have width 0.
+    The bounds are mean -+ t * sd / sqrt(N). Here, sd is the standard deviation over the runs (divisor N - 1), and t is
+    the quantile of Student's t distribution with N - 1 degrees of freedom for the probability (1 + level) / 2.
+
+    The bounds are NaN for a single run, because the spread over seeds is then unknown. They are also NaN for runs with
+    equal values, because the interval would have width 0.
 
     Args:
         values: one number per run, each with a different seed, shape (N,).
-        level: confidence level, between 0 and 1.
+        level: confidence level, above 0 and below 1.
     Raises:
-        ValueError: if there is no value.
+        ValueError: if there is no value, or `level` is out of range.
     """
     data = np.asarray(values, dtype=np.float64)  # (N,)
     if data.ndim != 1 or data.size == 0:
@@ -150,9 +157,9 @@ def interval_over_seeds(values: Sequence[float] | np.ndarray, level: float = 0.9
 
 
 def student_t_quantile(probability: float, degrees: float) -> float:
-    """Return the quantile t of Student's t distribution, for which P(T <= t) = probability.
+    """Return the number t for which P(T <= t) = probability, where T has Student's t distribution.
 
-    The quantile is computed by bisection of the distribution function.
+    The number is found by bisection.
 
     Args:
         probability: strictly between 0 and 1.
@@ -176,7 +183,11 @@ def student_t_quantile(probability: float, degrees: float) -> float:
 
 
 def _student_t_cdf(t: float, degrees: float) -> float:
-    """Return P(T <= t) for t >= 0, which is 1 - I_x(degrees / 2, 1 / 2) / 2 at x = degrees / (degrees + t^2)."""
+    """Return P(T <= t) for t >= 0, where T has Student's t distribution.
+
+    The probability is 1 - I_x(degrees / 2, 1 / 2) / 2 with x = degrees / (degrees + t^2), where I_x is the regularised
+    incomplete beta function.
+    """
     return 1 - _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t)) / 2
 
 
@@ -208,9 +219,11 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def _away_from_zero(value: float, tiny: float) -> float:
+    """Return `value`, or `tiny` if `value` is so close to 0 that dividing by it could overflow."""
     return value if abs(value) > tiny else tiny
 
 
 def _check_level(level: float) -> None:
+    """Raise ValueError if a confidence level is not above 0 and below 1."""
     if not 0 < level < 1:
-        raise ValueError(f"confidence level is {level}; it must be between 0 and 1")
+        raise ValueError(f"confidence level is {level}; it must be above 0 and below 1")

@@ -1,8 +1,24 @@
-"""Data types and protocols that all parts of the package share. This module imports no other module of the package.
+"""Define the data types and protocols that all parts of the package share.
 
-The modules use these letters for the dimensions of lists and tensors: P is the number of problems, G of rollouts per
-group, S of reasoning steps of a response, K of Monte-Carlo (MC) rollouts per state, T of tokens of one sequence, B of
-sequences in a batch, and V of tokens in the vocabulary.
+This module imports no other module of the package. It uses these terms:
+
+- rollout: a prompt, a response that was sampled for it, and the reward of the response. The rollouts of one problem
+  form a group.
+- step: a reasoning step, that is, a range of tokens of a response. It is never a step of the optimizer.
+- state: a prompt, followed by the first tokens of a response. The value of a state is the expected reward of responses
+  that start with these tokens.
+- MC rollout (Monte-Carlo rollout): a continuation that is sampled from a state to estimate the value of the state.
+- credit: the advantages of the response tokens, which an algorithm computes from the rollouts.
+
+These letters stand for the dimensions of lists and tensors in the whole package:
+
+- P: number of problems
+- G: number of rollouts in a group
+- S: number of steps in a response
+- K: number of MC rollouts per state
+- T: number of tokens in one sequence, such as a response
+- B: number of sequences in a batch
+- V: number of tokens in the vocabulary
 """
 
 from __future__ import annotations
@@ -16,14 +32,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+"""Why a completion ended. "stop": an end-of-sequence token or a stop string was sampled. "length": the completion was
+truncated at the maximum number of tokens."""
 Split = Literal["train", "validation", "test"]
 Metrics = dict[str, float]
+"""Dictionary from the name of each metric to its value."""
 
 
 class UserError(ValueError):
-    """An error that the user can correct. The message is one line: what is wrong, where, what is allowed, and how to
-    correct it.
+    """An error that the user can correct.
+
+    The message is one line. It says what is wrong and where, and what is allowed or how to correct the error.
     """
+
+
+class TrainingWarning(UserWarning):
+    """A sign in the metrics of a run that training does not work."""
 
 
 @dataclass(frozen=True)
@@ -31,31 +55,34 @@ class Problem:
     """One item of a task: a prompt and its reference answer."""
 
     id: str
-    """Identifier that is unique within the task, for example "train/17". Random seeds are derived
-    from the identifier."""
+    """Identifier that is unique within the task, for example "train/17". Random seeds are derived from it."""
     prompt: str
-    """Prompt text, already formatted."""
+    """Text of the prompt. The prompt template and the chat template, if any, have been applied."""
     answer: str = ""
     """The reference answer as text."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Other columns of the data set; reward functions receive them as keyword arguments."""
+    """Dictionary from the names of the other columns of the data set to their values for this problem. Reward functions
+    receive them as keyword arguments."""
     messages: tuple[Mapping[str, str], ...] = ()
-    """The conversation from which `prompt` was formatted. If it is not empty, reward functions receive conversations
-    instead of texts."""
+    """The conversation from which `prompt` was formatted; empty if there is none. With a conversation, reward functions
+    receive prompts and completions as lists of messages instead of texts."""
     reference: Any = None
-    """The reference answer as stored in the data set, if the stored answer is not text. Reward functions then receive
-    this object as `answer`."""
+    """The reference answer as stored in the data set; None if the stored answer is text. If it is not None, reward
+    functions receive this object as `answer`."""
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Request for `num_samples` completions of one token prefix."""
+    """Request to sample `num_samples` completions of one token prefix."""
 
     prompt_ids: tuple[int, ...]
+    """Token ids of the prefix: a prompt, which may be followed by the first tokens of a response."""
     num_samples: int
     max_new_tokens: int
+    """Maximum number of tokens of a completion."""
     seed: int
-    """63-bit seed. The random number for token t of sample j depends only on (seed, j, t)."""
+    """63-bit seed. Every token is selected by a random number, which depends only on the seed, the index of the sample
+    and the position of the token."""
     response_tokens: int = 0
     """Number of ids at the end of `prompt_ids` that are already part of the response. A stop string may begin in these
     ids and end in the completion."""
@@ -63,10 +90,10 @@ class SampleRequest:
     """Token ids that a completion must not start with. At the first position these tokens have probability 0, and the
     probabilities of the other tokens are renormalized. The sampler must have `Capabilities.excluded_first`."""
     first_sample: int = 0
-    """Index of the first sample. The completions are the samples first_sample, first_sample + 1, ... that belong to the
-    seed."""
+    """Index of the first sample. The samples of the request have the indices first_sample, first_sample + 1, ...,
+    first_sample + num_samples - 1."""
     temperature: float = 1.0
-    """Sampling temperature. 0 means greedy decoding; all log-probabilities are then 0."""
+    """Sampling temperature. 0 means greedy decoding; all log-probabilities of the completions are then 0."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, in addition to the end-of-sequence tokens. The completion includes the stop
     string."""
@@ -77,22 +104,23 @@ class Completion:
     """One sampled continuation of a prefix."""
 
     token_ids: tuple[int, ...]
-    """Sampled ids; the end-of-sequence id is included if and only if it was sampled."""
+    """Ids of the sampled tokens. The end-of-sequence id is included if and only if it was sampled."""
     logprobs: tuple[float, ...]
-    """Log-probability of each id in nats, under the distribution that it was sampled from (with the temperature
-    applied)."""
+    """Log-probability of each token in nats, under the distribution from which the token was sampled (with the
+    temperature applied)."""
     finish_reason: FinishReason
     version: int = 0
-    """`Sampler.version` at the time of sampling."""
+    """`Sampler.version` when the completion was sampled."""
 
 
 OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
-"""Callback for samples that have just ended. Its argument is a sequence of pairs (index of the request, completion).
-Each sample is passed once."""
+"""Function that a sampler calls with completions that have just ended. The argument is a sequence of pairs
+(index of the request, completion). Each completion is passed once."""
 
 
 Weights = Callable[[], Iterable[tuple[str, Any]]]
-"""Function that returns the (name, tensor) pairs of a policy; the tensors may be created one at a time."""
+"""Function that returns the weights of a policy as (name, tensor) pairs. It may create the tensors one at a time while
+the caller iterates over the pairs."""
 
 
 @dataclass(frozen=True)
@@ -102,20 +130,22 @@ class Capabilities:
     excluded_first: bool
     """Whether the sampler supports `SampleRequest.excluded_first`."""
     reproducible: bool
-    """Whether the results are bit-identical for any number of workers."""
+    """Whether the completions are bit-identical for any number of worker processes (details under `Sampler`)."""
 
 
 class Sampler(Protocol):
-    """Samples completions of token prefixes from the current policy; input and output are token ids.
+    """Samples completions of token prefixes from the current policy. The input and the output are token ids.
 
-    A completion depends only on its request: prefix, seed, sample index, temperature, stop strings and excluded tokens.
-    The other requests, their order and the number of workers can affect it only through rounding of the logits, because
-    the rounding of a matrix product depends on the batch size. `capabilities.reproducible` is
+    A completion depends only on its request and on the index of the sample, with one exception. The rounding of a
+    matrix product depends on the batch size. Therefore the other requests, their order and the number of worker
+    processes can change the logits by rounding errors. `capabilities.reproducible` says whether the number of workers
+    can change completions in this way:
 
-    - true if the results are bit-identical for any number of workers, as for the samplers of this package. They divide
-      the requests into units and sample each unit as one batch. The division does not depend on the number of workers.
-    - false if only the random numbers are the same for any number of workers. Log-probabilities may then differ by
-      rounding, and a token may differ if the rounding changes which token a random number selects.
+    - True: it cannot. The completions are bit-identical for any number of workers. This is the case for the samplers of
+      this package. They divide the requests into units, independently of the number of workers, and sample each unit as
+      one batch.
+    - False: it can. Only the random numbers are the same for any number of workers. Log-probabilities can differ by
+      rounding. A token can differ if the rounding changes which token a random number selects.
     """
 
     @property
@@ -134,7 +164,7 @@ class Sampler(Protocol):
         """Return one list of `num_samples` completions per request, in the order of the requests.
 
         Args:
-            on_finished: called with completions as soon as they end. A sampler may ignore this argument.
+            on_finished: function to call with completions as soon as they end. A sampler may ignore this argument.
         """
         ...
 
@@ -143,8 +173,8 @@ class Sampler(Protocol):
 
         Args:
             version: number of policy updates that the new weights include.
-            weights: function that returns the policy's tensors with their names. A sampler that shares the policy's
-                memory does not call this function.
+            weights: function that returns the new weights. A sampler that uses the same tensors as the policy does not
+                call this function.
         """
         ...
 
@@ -156,11 +186,12 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
-    """Log-probability of each response token, computed by the sampler, shape (T,)."""
+    """Log-probability of each of the T response tokens in nats, computed by the sampler, shape (T,)."""
     finish_reason: FinishReason
     text: str
     """The response as text, without special tokens."""
     reward: float
+    """Reward of the whole response."""
 
 
 @dataclass(frozen=True)
@@ -173,81 +204,88 @@ class RolloutGroup:
 
 @dataclass(frozen=True)
 class StepCredit:
-    """Steps, values and advantages of one rollout. They are written to records and tables, but
-    training does not use them.
+    """The steps of one response with their values and advantages.
+
+    They are written to the records and tables of the run. Training does not use them.
     """
 
     boundaries: tuple[int, ...]
-    """End of each step, as the number of response tokens before it. The numbers are strictly increasing, and the last
-    one is T; shape (S,)."""
+    """End of each of the S steps, as the number of response tokens up to the end, shape (S,). The numbers are strictly
+    increasing, and the last one is the length of the response."""
     values: tuple[float, ...] = ()
     """Value of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
     num_mc_rollouts: tuple[int, ...] = ()
-    """Number of MC rollouts used for each value, shape (S,); 0 if the value was known without sampling."""
+    """Number of MC rollouts from which each value was estimated, shape (S,). It is 0 for a value that was known without
+    sampling."""
     step_advantages: tuple[float, ...] = ()
     """Advantage of each step, in reward units, shape (S,); empty if the algorithm has no step advantages."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A token that a Monte-Carlo continuation sampled in place of a token of the response, and its advantage."""
+    """A token that an MC rollout has in place of a token of the response, and the advantage of this token."""
 
     position: int
-    """Index of the response token in whose place the alternative was sampled, counted from 0."""
+    """Index of the response token that the alternative replaces, counted from 0."""
     token_id: int
     advantage: float
-    """Advantage in reward units, already divided by the number of samples at this position (see `node_advantages`)."""
+    """Advantage in reward units, as computed by `node_advantages` in `vineppo.credit.advantages`. It is already divided
+    by the number of tokens that were sampled at this position."""
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """One token sequence with its credit. Credit functions return training samples, and the learner trains on them.
+    """One token sequence with an advantage for each token. Credit functions return samples; the learner trains on them.
 
-    The lists with one entry per token have shape (T,), where T is the length of prompt + response. Their entries are 0
-    for tokens with `loss_mask` 0.
+    The sequence consists of a prompt and a response, T tokens in total. The lists with one entry per token have shape
+    (T,). Their entries are 0 for tokens with `loss_mask` 0.
     """
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[int, ...]
-    """1 for tokens that enter the loss (trained tokens); 0 for the prompt, and for tokens that enter the loss in
-    another sample."""
+    """1 for tokens that enter the loss (trained tokens). 0 for the prompt, and for tokens that are trained in another
+    sample."""
     sampler_logprobs: tuple[float, ...]
+    """Log-probability of each token in nats, computed by the sampler."""
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
     """Target of the value network for the state *before* each token; None if there is no value network."""
     values: tuple[float, ...] | None = None
-    """Prediction of the value network for the state before each token at the time the credit was computed, used for
-    value clipping; None if there is no value network."""
+    """Prediction of the value network for the state before each token, made when the credit was computed. The clipped
+    loss of the value network uses it. None if there is no value network."""
     credit: StepCredit | None = None
+    """Steps, values and step advantages for the records of the run; None if the algorithm computes none."""
     alternatives: tuple[Alternative, ...] = ()
-    """Tokens that are trained in addition to the tokens of the sequence. The probability of an alternative is computed
-    given the tokens before its position, and its weight is that of the token at its position. The position is an index
-    into the trained tokens of the sample."""
+    """Other tokens that are trained in addition to the tokens of the sequence. `Alternative.position` is an index into
+    the trained tokens of the sample. The probability of an alternative is computed given the tokens before this
+    position. Its weight is the weight of the trained token at this position."""
     weights: tuple[float, ...] | None = None
     """Weight of each token in the loss and in means over tokens, at least 0, shape (T,). The weight is the number of
     tokens that the token represents: for example, n for a token of a prefix that n rollouts share. None means a weight
     of 1 for every trained token."""
     rollout: Rollout | None = None
-    """The rollout from which the sample was built (the same object as in the rollout's group). Records use it. None if
-    the sequence is not a rollout, for example if it is a shared prefix or an MC rollout."""
+    """The rollout from which the sample was built (the same object as in the rollout's group). It is written to the
+    records of the run. None if the sequence is not a rollout but, for example, a shared prefix or an MC rollout."""
 
     @property
     def trained_weights(self) -> tuple[float, ...]:
-        """Weights of the trained tokens, in the order of the sequence."""
+        """Weights of the tokens with `loss_mask` 1, in the order of the sequence."""
         if self.weights is None:
             return (1.0,) * sum(self.loss_mask)
         return tuple(weight for weight, trained in zip(self.weights, self.loss_mask, strict=True) if trained)
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
-"""Credit function of an algorithm: (groups, iteration) -> (training samples, metrics).
+"""Credit function of an algorithm: (groups of rollouts, index of the iteration) -> (training samples, metrics).
 
 The function may return any number of samples in any order: one per rollout; fewer, for example only the rollouts with a
 high reward; or more, for example also prefixes that rollouts share, or MC rollouts."""
 
 RewardFn = Callable[..., Any]
-"""Reward function: fn(prompts, completions, completion_ids, **columns) -> list with one reward or None per completion.
-It may also return an awaitable of such a list. The columns always include `answer`."""
+"""Reward function: fn(prompts, completions, completion_ids, **columns) -> list of rewards. All arguments and the result
+are lists with one entry per completion. A reward is a number, or None if the function does not apply to the completion.
+The function may also return an awaitable of the list. The columns are those of the data set; they always include
+`answer`."""
 
 
 @dataclass(frozen=True)
@@ -255,12 +293,14 @@ class Failure:
     """Why a response could not be graded."""
 
     text: str
+    """Error message."""
     timed_out: bool = False
+    """Whether grading the response exceeded the time limit."""
 
 
 Verdict = tuple[float | None, ...] | Failure
 """Result of grading one response: one reward per reward function, or a `Failure`. A reward of None means that the
-function does not apply to the response."""
+reward function does not apply to the response."""
 
 
 @dataclass
@@ -268,19 +308,19 @@ class Tally:
     """Statistics of the responses that a task has graded."""
 
     graded: int = 0
-    """Number of graded responses."""
+    """Number of all responses, including those that could not be graded."""
     errors: int = 0
-    """Number of responses that could not be graded, including time-outs."""
+    """Number of responses that could not be graded, including those whose grading timed out."""
     timeouts: int = 0
     """Number of responses whose grading timed out."""
     not_applicable: int = 0
     """Number of responses for which every reward function returned None."""
     first_error: str = ""
-    """Message of the first error."""
+    """Message of the first error; empty if there was none."""
     sums: dict[str, float] = field(default_factory=dict)
-    """Sum of the rewards of each reward function."""
+    """Dictionary from the name of each reward function to the sum of its rewards."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Number of rewards of each reward function."""
+    """Dictionary from the name of each reward function to the number of its rewards that are not None."""
 
     def add(self, names: Sequence[str], verdict: Verdict) -> None:
         """Add the verdict on one response.
@@ -301,7 +341,11 @@ class Tally:
                 self.counts[name] = self.counts.get(name, 0) + 1
 
     def shares(self) -> Metrics:
-        """Return the metrics `grader/*`; empty if no response was graded."""
+        """Return the metrics `grader/*`, a dictionary that is empty if there are no responses.
+
+        They are the number of responses, and the shares of responses that could not be graded, whose grading timed out,
+        and to which no reward function applies.
+        """
         if not self.graded:
             return {}
         return {
@@ -312,23 +356,23 @@ class Tally:
         }
 
     def means(self) -> Metrics:
-        """Return the metrics `rewards/<function>/mean`: means over the responses that the function rewarded."""
+        """Return the metrics `rewards/<function>/mean`: the mean of the rewards of each function that are not None."""
         return {f"rewards/{name}/mean": total / self.counts[name] for name, total in self.sums.items()}
 
 
 class ProblemSource(Protocol):
-    """A source of problems. A split and an index identify a problem."""
+    """A source of problems. Each problem is identified by a split and an index."""
 
     def size(self, split: Split) -> int | None:
         """Return the number of problems in a split, or None if the number is unlimited."""
         ...
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Return problem number `index` of a split. The same arguments always return the same problem."""
+        """Return the problem with an index in a split. The same arguments always give the same problem."""
         ...
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """Return a pair (prompt, response) for supervised fine-tuning.
+        """Return (prompt, response): the texts of a problem and of a response to imitate in supervised fine-tuning.
 
         Raises:
             UserError: if the task has no demonstrations.
@@ -341,17 +385,17 @@ class Task(ProblemSource, Protocol):
 
     @property
     def grades_early(self) -> bool:
-        """Whether `expect` starts grading. If it does not, callers may omit the call of `expect`."""
+        """Whether the method `expect` starts grading. If it does not, callers need not call it."""
         ...
 
     @property
     def grade_truncated(self) -> bool:
-        """Whether responses that were truncated by the length limit are graded. Otherwise their reward is 0."""
+        """Whether responses that were truncated by the length limit are graded. If false, their reward is 0."""
         ...
 
     @property
     def total(self) -> Tally:
-        """Statistics of all responses graded since the task was created."""
+        """Statistics of all responses that were graded since the task was created."""
         ...
 
     def grade(
@@ -361,61 +405,75 @@ class Task(ProblemSource, Protocol):
 
         Args:
             problems: problem of each response.
-            texts: response texts.
-            completion_ids: token ids of each response; optional.
+            texts: text of each response.
+            completion_ids: token ids of each response; empty if they are unknown.
         Raises:
-            UserError: if too many responses cannot be graded, or the grader does not accept the problems.
+            UserError: if too many responses cannot be graded, or a reward function does not accept the problems.
         """
         ...
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
     ) -> None:
-        """Start grading responses that will soon be passed to `grade`. A task may ignore the call."""
+        """Start grading responses that will soon be passed to `grade`. A task may ignore this call.
+
+        The arguments are those of `grade`.
+        """
         ...
 
     def count_anew(self) -> Tally:
-        """Create and return a new tally. The task adds every response to this tally until the next call."""
+        """Create and return an empty tally. Until the next call, the task adds every graded response to this tally."""
         ...
 
 
 class Learner(Protocol):
-    """Trains the policy on samples with credit, and the value network if the algorithm has one."""
+    """Trains the policy on training samples, and the value network if the algorithm has one."""
 
     updates: int
     """Number of optimizer steps so far."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """Train on the samples of one iteration, with all epochs of the iteration.
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        iteration: int,
+        num_rollouts: int,
+        check: Callable[[Metrics], None] | None = None,
+    ) -> Metrics:
+        """Train on the samples of one iteration for one or more epochs.
 
         Args:
-            num_rollouts: number of rollouts of the iteration. The number of updates depends on this number, not on the
-                number of samples.
+            iteration: index of the iteration.
+            num_rollouts: number of rollouts of the iteration. It determines the number of updates, which does not
+                depend on the number of samples.
+            check: called before the first optimizer step with the metrics of the samples; it may raise an error.
         Returns:
-            Metrics, each as the mean over the updates of the iteration, and the number of updates as `updates`.
+            The metric `updates`, which is the number of updates, and other metrics as means over the updates.
         """
         ...
 
     def predict_values(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
-        """Predict the value of the state before each response token: one list of shape (T,) per rollout.
+        """Predict the value of the state before each response token, in reward units.
 
+        Returns:
+            One list per rollout with one value for each of its T response tokens, shape (T,).
         Raises:
             UserError: if there is no value network.
         """
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return the names and tensors of the policy's current weights, with adapters merged into the weights. The
-        names are those of the model's `state_dict` without adapters.
+        """Return the policy's current weights as (name, tensor) pairs.
+
+        LoRA adapters are merged into the weights. The names are those of the model's `state_dict` without adapters.
         """
         ...
 
     def save(self, folder: Path) -> None:
-        """Save to a folder the state that is needed to resume training."""
+        """Write files to a folder from which `load` can resume training."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote.
+        """Resume training from the files that `save` wrote to a folder.
 
         Raises:
             UserError: if a file is missing or cannot be read.

@@ -15,6 +15,7 @@ from vineppo.types import Completion, SampleRequest
 
 W = build_world(3)
 REQUEST = SampleRequest(W.prompt_ids, 4, 3, seed=0)
+OTHER = replace(REQUEST, seed=1)
 
 
 @dataclass
@@ -49,7 +50,7 @@ def test_a_sampler_without_the_last_update_refuses() -> None:
         sampler.sample([REQUEST])
     sampler.update_weights(learner.updates, learner.weights)
     assert sampler.version == 2
-    assert [c.version for c in sampler.sample([REQUEST])[0]] == [2] * 4
+    assert [c.version for c in sampler.sample([OTHER])[0]] == [2] * 4
     learner.updates = 1  # after a resume from an older checkpoint the sampler's weights are too new
     with pytest.raises(StaleWeights, match="of update 2 and the learner those of update 1"):
         sampler.sample([REQUEST])
@@ -60,10 +61,10 @@ def test_one_completion_of_another_version_is_refused() -> None:
     behind = Behind(W.sampler())
     sampler = CurrentSampler(behind, lambda: learner.updates)
     sampler.update_weights(5, learner.weights)
-    assert len(sampler.sample([REQUEST, REQUEST])) == 2
+    assert len(sampler.sample([REQUEST, OTHER])) == 2
     behind.stale.append(3)
     with pytest.raises(StaleWeights, match=r"a completion was sampled with the weights of update 4 .* update 5"):
-        sampler.sample([REQUEST, REQUEST])
+        sampler.sample([REQUEST, OTHER])
 
 
 def test_capabilities_and_completions_are_those_of_the_wrapped_sampler() -> None:

@@ -1,4 +1,7 @@
-"""Functions that several commands use: they load recipes and write results as JSON."""
+"""Functions that several commands of the program `vineppo` use.
+
+They build a configuration from a recipe (a YAML file with settings), and write results to a JSON file.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,17 @@ from vineppo.training.configure import build_config
 from vineppo.types import UserError
 
 DEFAULT_RECIPE = "judgement"
+"""Name of the recipe that a command uses if the command line names no recipe."""
 
 
 def add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> None:
-    """Add a paragraph to the help that lists the recipes included in the package."""
+    """Add a paragraph about the argument RECIPE to the help of a command.
+
+    Args:
+        parser: parser of the command.
+        title: heading of the paragraph.
+        sft: True lists the recipes of the package for `vineppo sft`; False lists those for `vineppo train`.
+    """
     names = [name for name in recipe_names() if is_sft_recipe(name) is sft]
     add_note(
         parser,
@@ -30,13 +40,28 @@ def add_recipe_note(parser: argparse.ArgumentParser, title: str, sft: bool) -> N
 
 
 def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | None = None) -> Config:
-    """Build the configuration of a training run from a recipe and the command-line options."""
+    """Build the configuration of a training run from a recipe and the command-line options.
+
+    Args:
+        recipe: name of a recipe of the package, or path of a YAML file.
+        overrides: dotted key -> text, for the settings given on the command line. They override the recipe.
+        algorithm: value of the setting `algorithm`. If it is None, `overrides` or the recipe determine the algorithm.
+    Raises:
+        UserError: if the recipe is for `vineppo sft` or cannot be loaded, or if a setting is not allowed.
+    """
     check_kind(recipe, "train")
     return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
 
 
 def check_kind(recipe: str, command: str) -> None:
-    """Raise UserError if a recipe included in the package is for another command than `command` (`train` or `sft`)."""
+    """Check that a recipe of the package is meant for a command. Recipes outside the package are not checked.
+
+    Args:
+        recipe: name or path of the recipe.
+        command: `train` or `sft`.
+    Raises:
+        UserError: if the recipe is meant for the other command.
+    """
     names = recipe_names()
     required = "sft" if is_sft_recipe(recipe) else "train"
     if recipe in names and required != command:
@@ -47,8 +72,10 @@ def check_kind(recipe: str, command: str) -> None:
 def json_target(request: Request) -> Path | None:
     """Return the path given with `--json`, or None if the option is not given.
 
+    Commands call this function before their computation, so that a wrong path is reported at once.
+
     Raises:
-        UserError: if the file cannot be written. Commands call this function first, so that the error comes early.
+        UserError: if the path is a directory, or is in a directory that does not exist.
     """
     target = request.options["json"] and Path(request.options["json"])
     if target and (os.path.isdir(target) or not os.path.isdir(target.absolute().parent)):
@@ -57,7 +84,14 @@ def json_target(request: Request) -> Path | None:
 
 
 def write_json(target: Path | None, figures: Mapping[str, Any]) -> None:
-    """Write results to the file `target` as JSON. Do nothing if `target` is None."""
+    """Write results to a JSON file, and print the path of the file.
+
+    Args:
+        target: path of the file; None writes nothing.
+        figures: the results, with values that can be written as JSON.
+    Raises:
+        UserError: if the file cannot be written.
+    """
     if target is None:
         return
     from vineppo.run.files import write_text

@@ -1,4 +1,4 @@
-"""The command `vineppo compare`: train and compare several algorithms."""
+"""The command `vineppo compare`, which trains several algorithms and compares the results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
 
 _SET_BY_COMPARE = ("algorithm", "run.dir", "run.seed", "run.iterations")
+"""Settings that the command chooses for each run. The user cannot set them, so the help does not list them."""
 _BUDGETS = ("run.max_updates", "run.max_tokens", "run.max_seconds")
+"""Settings that the command derives from the option `--budget`. The help does not list them either."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo compare` to its parser."""
     add = parser.add_argument
     add(
         "--algorithms",
@@ -41,6 +44,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Run the comparison. Return the exit code: 1 if a run did not finish, else 0."""
     from vineppo.compare.comparison import compare
     from vineppo.compare.spec import CompareSpec, parse_budget, settings_of_budget
 
@@ -59,7 +63,8 @@ def _run(request: Request) -> int:
         jobs=int_option(request, "jobs", 1),
         overrides=request.overrides,
     )
-    for algorithm, arm in zip(algorithms, spec.arms, strict=True):  # report wrong settings before the first run starts
+    # Build the configuration of each algorithm without using it, to report wrong settings before the first run starts.
+    for algorithm, arm in zip(algorithms, spec.arms, strict=True):
         training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
     return 1 if compare(spec)["missing"] else 0
 

@@ -1,4 +1,4 @@
-"""Print the progress of a training run, and a report at its end."""
+"""Print the progress of a training run on standard output, and a report at the end of the run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from vineppo.credit import find_algorithm
 
 
 class ConsoleReporter:
-    """Print the progress of a run on standard output (implements `training.session.Reporter`).
+    """Print the progress of a run on standard output. It implements the protocol `vineppo.training.session.Reporter`.
 
-    On a terminal, it shows a progress bar and prints a line above the bar for each evaluation. If standard output is a
-    file or a pipe, it prints one line per iteration.
+    On a terminal, the reporter shows a progress bar and prints one line above the bar for each evaluation. If standard
+    output is a file or a pipe, the reporter prints one line per iteration.
     """
 
     def __init__(self, config: Config, live: bool | None = None) -> None:
-        """Create a reporter. `live` turns the progress bar on or off; None: on if standard output is a terminal."""
+        """Create a reporter.
+
+        Args:
+            config: configuration of the run.
+            live: whether to show a progress bar. None shows the bar if standard output is a terminal.
+        """
         self._live = sys.stdout.isatty() if live is None else live
         self._config = config
-        self._bar: Any = None
-        self._row: Any = None
+        self._bar: Any = None  # the rich.progress.Progress that is shown now, or None
+        self._row: Any = None  # the id that rich gave to the only row of the bar
 
     def start(self) -> None:
         """Print the first line of the output, and start the progress bar if there is one."""
@@ -44,15 +49,21 @@ class ConsoleReporter:
         self._bar.start()
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Show the metrics of one iteration. `metrics` is one line of metrics.jsonl as a dictionary."""
+        """Show the metrics of one iteration.
+
+        Args:
+            metrics: the line of the iteration in metrics.jsonl, as a dictionary. Iteration 0 is the starting model.
+        """
         iterations = self._config.run.iterations
         line = progress_line(metrics, iterations)
         if self._bar is None:
-            if metrics.get("iteration") or "accuracy" in line:  # iteration 0 is printed only if it has an accuracy
+            # Iteration 0 is the starting model. Without an accuracy, there is nothing to print about it.
+            if metrics.get("iteration") or "accuracy" in line:
                 _print(line)
             return
         if metrics.get("eval/accuracy") is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        # The bar shows its own clock instead of the seconds. The accuracy is in the lines above the bar.
         reduced = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
         short = progress_line(reduced, iterations) if metrics.get("iteration") else "first iteration"
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
@@ -62,7 +73,12 @@ class ConsoleReporter:
         return False
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """Stop the progress bar and print the report."""
+        """Stop the progress bar and print the report.
+
+        Args:
+            summary: the content of summary.json.
+            run_dir: the directory of the run.
+        """
         self.close()
         _print("")
         for line in final_report(summary, run_dir):
@@ -76,7 +92,7 @@ class ConsoleReporter:
 
 
 def headline(config: Config) -> str:
-    """Return one line with the algorithm, model, task, size and seed of a run."""
+    """Return one line about a run: its algorithm, model, task, responses per iteration, limits and seed."""
     task = f"chain ({config.task.level}, {config.task.num_steps} steps)"
     if config.task.name != "chain":
         task = " ".join(filter(None, (config.task.name, config.task.train_path)))
@@ -94,7 +110,15 @@ def headline(config: Config) -> str:
 
 
 def share_done(metrics: Mapping[str, Any], config: Config) -> float:
-    """Return the completed share of the run, from 0 to 1. With several limits, return the largest share."""
+    """Return the completed share of the run, from 0 to 1.
+
+    The number of iterations is limited, and the settings can also limit updates, tokens and seconds. The run ends at
+    the limit that it reaches first, so the result is the largest of the shares of the limits.
+
+    Args:
+        metrics: the newest line of metrics.jsonl.
+        config: configuration of the run.
+    """
     run = config.run
     pairs = [
         (metrics.get("iteration"), run.iterations),
@@ -106,7 +130,12 @@ def share_done(metrics: Mapping[str, Any], config: Config) -> float:
 
 
 def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
-    """Return one line about an iteration; metrics that were not measured are left out."""
+    """Return one line about an iteration, such as `iteration  7/60  reward 0.250  tokens 45.6k  12 s`.
+
+    Args:
+        metrics: the line of the iteration in metrics.jsonl. Metrics that are missing or None are left out.
+        iterations: number of iterations of the run.
+    """
     number = metrics.get("iteration", 0)
     width = len(str(iterations))
     parts = [f"iteration {number:>{width}}/{iterations}" if number else "start".ljust(11 + 2 * width)]
@@ -123,7 +152,12 @@ def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
 
 
 def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """Return the lines to print at the end of a run. `summary` is the content of summary.json."""
+    """Return the lines of the report that is printed at the end of a run.
+
+    Args:
+        summary: the content of summary.json.
+        run_dir: the directory of the run.
+    """
     before, after, tokens = (summary.get(key) or {} for key in ("accuracy_before", "accuracy_after", "tokens"))
     evaluation = duration(summary.get("seconds_eval"))
     amounts = f"{summary.get('iterations', 0):,} iterations, {summary.get('updates', 0):,} updates"
@@ -150,7 +184,11 @@ def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
 
 
 def interval_text(interval: Mapping[str, Any]) -> str:
-    """Format {"mean": 0.5, "low": 0.4, "high": 0.6} as 50.0% [40.0, 60.0], and an unknown mean as a dash."""
+    """Format a mean with its confidence interval in percent.
+
+    {"mean": 0.5, "low": 0.4, "high": 0.6} becomes `50.0% [40.0, 60.0]`. If a bound is None, the interval is left out.
+    If the mean is None, the result is a dash.
+    """
     mean, low, high = (interval.get(key) for key in ("mean", "low", "high"))
     if mean is None:
         return "-"
@@ -159,7 +197,7 @@ def interval_text(interval: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format 75.2 as 1 min 15 s, and None as a dash."""
+    """Format a number of seconds: 75.2 becomes `1 min 15 s`, and None becomes a dash."""
     if seconds is None:
         return "-"
     if seconds < 60:
@@ -170,7 +208,7 @@ def duration(seconds: float | None) -> str:
 
 
 def short_number(value: float) -> str:
-    """Format 1234567 as 1.23M, 45600 as 45.6k, and 96 as 96."""
+    """Format a number with at most three digits and a suffix: 1234567 becomes `1.23M`, and 45600 becomes `45.6k`."""
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{suffix}"
@@ -178,4 +216,5 @@ def short_number(value: float) -> str:
 
 
 def _print(line: str) -> None:
+    """Print a line without delay, also if standard output is a file or a pipe."""
     print(line, flush=True)

@@ -1,4 +1,4 @@
-"""The command `vineppo demo`: a short training run with the small model included in the package."""
+"""The command `vineppo demo`, which trains the small model that is included in the package."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from vineppo.config.schema import Config
 from vineppo.credit import BUILT_IN
 
 _DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
+"""Settings that the help of the command lists. The command accepts all other settings too."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo demo` to its parser."""
     add_settings(parser, Config, hidden=set(settings_of(Config)) - set(_DEMO_KEYS))
 
 
 def _run(request: Request) -> int:
+    """Explain the demo, train, and propose further commands. Return the exit code of the run."""
     folder = request.overrides.get("run.dir") or _free_directory(Path("runs/demo"))
     config = training_config(DEFAULT_RECIPE, {**request.overrides, "run.dir": str(folder)})
     print(
@@ -29,6 +32,7 @@ def _run(request: Request) -> int:
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
+        # Propose the first built-in algorithm that trains no value network and is not the algorithm of this run.
         others = (arm.name for arm in BUILT_IN.values() if arm.name != config.algorithm and not arm.needs_critic)
         print("\nCommands to try next:")
         print(f"  vineppo eval {folder}")
@@ -37,7 +41,10 @@ def _run(request: Request) -> int:
 
 
 def _free_directory(first: Path) -> Path:
-    """Return the first path that does not exist among runs/demo, runs/demo-2, runs/demo-3 and so on."""
+    """Return a path that does not exist yet: `first` itself, or `first` with the suffix -2, -3 and so on.
+
+    For example, the result is runs/demo-2 if `first` is runs/demo and exists.
+    """
     number, path = 1, first
     while path.exists():
         number += 1

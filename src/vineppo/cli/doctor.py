@@ -1,4 +1,4 @@
-"""The command `vineppo doctor`: print package versions and facts about the machine."""
+"""The command `vineppo doctor`, which prints package versions and facts about the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from vineppo.model.hardware import cpu_multiplies
 from vineppo.run.environment import package_version, version_of
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "matplotlib", "rich")
+"""Packages that vineppo requires."""
 _EXTRAS = ("peft", "datasets", "math-verify", "reasoning-gym", "trl", "vllm", "ray", "tensorboard", "wandb", "trackio")
+"""Packages that only some features need."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Print one line per package and per fact. Return the exit code 0."""
     import importlib.resources
     import platform
 
@@ -37,6 +40,7 @@ def _run(request: Request) -> int:
 
 
 def _devices() -> str:
+    """Return the CPU and the CUDA devices as text, or a note that PyTorch is not installed."""
     try:
         import torch
     except ImportError:

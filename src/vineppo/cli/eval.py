@@ -1,4 +1,4 @@
-"""The command `vineppo eval`: measure the accuracy of a model."""
+"""The command `vineppo eval`, which measures the accuracy of a model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from vineppo.types import UserError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo eval` to its parser."""
     add_note(
         parser,
         "MODEL",
@@ -35,6 +36,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Measure the accuracy, print it, and write it to the file given with `--json`. Return the exit code 0."""
     if request.positional is None:
         raise UserError(
             "no MODEL is given; give a model directory, a hub id, embedded:judgement, a run directory or a recipe file"
@@ -53,7 +55,11 @@ def _run(request: Request) -> int:
 
 
 def _run_of(path: Path) -> Path | None:
-    """Return the run directory if `path` is a run directory or the `final` folder in one, else None."""
+    """Return the run directory that `path` refers to, or None.
+
+    `path` refers to a run directory if it is the directory itself or the folder `final` in it. A directory is a run
+    directory if it contains config.yaml.
+    """
     run_dir = path.parent if path.name == "final" else path
     return run_dir if os.path.isfile(run_dir / "config.yaml") else None
 
@@ -61,7 +67,11 @@ def _run_of(path: Path) -> Path | None:
 def _settings_of_model(model: str) -> Layer:
     """Return the settings that the argument MODEL determines.
 
-    They are the path of the model and, if MODEL is a run or a recipe, its task, response budget and stop strings.
+    They always include the path of the model. If MODEL is a run directory or a recipe file, they also include the other
+    settings of the model, the task, the maximum length of a response and the stop strings.
+
+    Returns:
+        A pair (keys of EvalSpec -> values, source of the settings in error messages).
     """
     run_dir = _run_of(Path(model))
     if run_dir:
@@ -73,7 +83,11 @@ def _settings_of_model(model: str) -> Layer:
 
 
 class _EvaluationSettings(Settings):
-    """The sections of config.yaml that an evaluation uses. The algorithm of the run is not needed."""
+    """The sections of a run's config.yaml that an evaluation needs.
+
+    The section of the algorithm is left out, so that a run with a user-defined algorithm can be evaluated without the
+    code of the algorithm.
+    """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
@@ -81,6 +95,11 @@ class _EvaluationSettings(Settings):
 
 
 def _settings_of_finished(run_dir: Path) -> _EvaluationSettings:
+    """Read the settings of a finished run from its config.yaml.
+
+    Raises:
+        UserError: if the run has no final model, or config.yaml is damaged.
+    """
     from vineppo.run.directory import RunDirectory
 
     run = RunDirectory.open(run_dir, writable=False)
@@ -91,7 +110,14 @@ def _settings_of_finished(run_dir: Path) -> _EvaluationSettings:
 
 
 def _evaluation_of(config: Config | _EvaluationSettings, model: str) -> dict[str, Any]:
-    """Return settings for EvalSpec from the settings of a training run. `model` is the path of the model."""
+    """Return the settings of an evaluation that follow from the settings of a training run.
+
+    Args:
+        config: settings of the training run.
+        model: path of the model to evaluate. It replaces the path of the starting model in `config`.
+    Returns:
+        Keys of EvalSpec -> values.
+    """
     settings = config_to_dict(config)
     return {
         "model": settings["model"] | {"path": model},
@@ -102,6 +128,12 @@ def _evaluation_of(config: Config | _EvaluationSettings, model: str) -> dict[str
 
 
 def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
+    """Print a table of accuracies and the cost of the evaluation.
+
+    Args:
+        model: the argument MODEL.
+        result: the dictionary that `evaluate_model` returned.
+    """
     from rich.console import Console
     from rich.table import Table
 

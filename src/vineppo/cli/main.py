@@ -25,8 +25,11 @@ from vineppo.types import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    The exit code is 0 on success, 1 if a comparison has missing runs, 2 after a user error (printed as one line on
-    standard error), 130 if the command was interrupted, and 141 if standard output was closed.
+    Args:
+        argv: the name of the command and its arguments; by default, those of the process.
+    Returns:
+        0 on success, 1 if a run of a comparison did not finish, 2 after a user error (printed as one line on standard
+        error), 130 if the command was interrupted, or 141 if standard output was closed.
     """
     warnings.showwarning = _show_warning
     try:
@@ -40,9 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # standard output was closed, for example by `| head`
         with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail
+            # Python flushes standard output again at exit. With the null device in its place, the flush does not fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        # ENAMETOOLONG means that a path given by the user is too long. Other errors are not mistakes of the user.
         if error.errno != errno.ENAMETOOLONG:
             raise
         print(f"error: {error.filename} is too long for a file name", file=sys.stderr)
@@ -56,6 +61,11 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
+    """Run the command that `argv` names, or print help or the version. Return the exit code.
+
+    Raises:
+        UserError: if the command or an option is unknown, or the command reports a mistake of the user.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -72,11 +82,13 @@ def _dispatch(argv: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return 0
+    # This call makes training on the CPU faster. It must come before any thread starts.
     keep_freed_memory()
     return command.run(parse_request(parser, command, rest))
 
 
 def _overview() -> str:
+    """Return the text that `vineppo --help` prints."""
     purposes = "\n".join(f"  {name:<9} {command.purpose}" for name, command in COMMANDS.items())
     return (
         "usage: vineppo COMMAND [...]\n\n"
@@ -96,3 +108,4 @@ COMMANDS: dict[str, Command] = {
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,
 }
+"""The commands by name, in the order in which `vineppo --help` lists them."""

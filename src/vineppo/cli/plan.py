@@ -1,4 +1,4 @@
-"""The command `vineppo plan`: predict the tokens, time and memory of a training run."""
+"""The command `vineppo plan`, which predicts the tokens, time and memory of a training run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vineppo.types import UserError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo plan` to its parser."""
     parser.add_argument(
         "--gpu", metavar="NAME", help="plan for another accelerator, from its data sheet; for example h100 or 8xh100"
     )
@@ -21,6 +22,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Print the prediction, and write it to the file given with `--json`. Return the exit code 0."""
     config, target = training_config(request.positional or DEFAULT_RECIPE, request.overrides), json_target(request)
     from vineppo.plan.predict import plan
     from vineppo.plan.report import report

@@ -1,4 +1,4 @@
-"""The command `vineppo sft`: supervised fine-tuning."""
+"""The command `vineppo sft`, which trains a model by supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from vineppo.config.schema import SFTConfig
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo sft` to its parser."""
     add_recipe_note(parser, "RECIPE (optional)", sft=True)
     add_settings(parser, SFTConfig)
 
 
 def _run(request: Request) -> int:
+    """Train the model and print the results. Return the exit code 0."""
     layers: list[Layer] = [(request.overrides, COMMAND_LINE)]
     if request.positional is not None:
         check_kind(request.positional, "sft")
         recipe = {key: value for key, value in load_recipe(request.positional).items() if key != "description"}
+        # Later layers override earlier layers, so the recipe comes before the options of the command line.
         layers.insert(0, (recipe, f"in recipe {request.positional}"))
     config = settings_from_layers(SFTConfig, layers)
     from vineppo.training.sft import run_sft
@@ -34,6 +37,12 @@ def _run(request: Request) -> int:
 
 
 def _format_value(name: str, value: Any) -> str:
+    """Format one result of `run_sft` as text.
+
+    Args:
+        name: name of the result; `seconds` is formatted as a duration.
+        value: the result; a mapping is a mean with its interval.
+    """
     if isinstance(value, Mapping):
         return interval_text(value)
     if name == "seconds":

@@ -1,4 +1,4 @@
-"""The command `vineppo train`: reinforcement learning."""
+"""The command `vineppo train`, which trains a model by reinforcement learning."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vineppo.types import UserError
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `vineppo train` to its parser."""
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -31,6 +32,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(request: Request) -> int:
+    """Start a new run, or resume a run if `--resume` is given. Return the exit code."""
     if request.options["resume"] is not None:
         return _resume(request)
     recipe = request.positional or DEFAULT_RECIPE
@@ -39,7 +41,14 @@ def _run(request: Request) -> int:
 
 
 def train_with(config: Config, recipe: str) -> dict[str, Any]:
-    """Train, print the progress, and return the content of summary.json."""
+    """Train in a new run directory and print the progress.
+
+    Args:
+        config: configuration of the run.
+        recipe: name of the recipe, which is written to summary.json.
+    Returns:
+        The content of summary.json.
+    """
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:
@@ -47,6 +56,11 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
 
 
 def _resume(request: Request) -> int:
+    """Continue the run that `--resume` names, with its recorded settings. Return the exit code.
+
+    Raises:
+        UserError: if a recipe is given, if an option would change a recorded setting, or if the run cannot be resumed.
+    """
     from vineppo.run.directory import RunDirectory
 
     if request.positional is not None:
@@ -61,7 +75,7 @@ def _resume(request: Request) -> int:
     if changes:
         advice = "remove those options, or start a new run with them"
         raise UserError(f"--resume {folder} cannot change the settings of the run ({'; '.join(changes)}); {advice}")
-    # the recorded path is wrong if the directory was moved
+    # The recorded run.dir is wrong if the directory was moved after the run started. Use the path given by the user.
     config = replace(config, run=replace(config.run, dir=str(folder)))
     from vineppo.training.loop import resume
 
@@ -70,6 +84,10 @@ def _resume(request: Request) -> int:
 
 
 def _recipe_of(summary: Path) -> str:
+    """Return the name of the recipe in the file summary.json.
+
+    The name is empty if the file is missing or damaged. The file is missing if the process of the run was killed.
+    """
     try:
         return str(json.loads(summary.read_text(encoding="utf-8")).get("recipe") or "")
     except (OSError, ValueError, AttributeError):
@@ -78,6 +96,7 @@ def _recipe_of(summary: Path) -> str:
 
 @contextlib.contextmanager
 def _reporter(config: Config) -> Iterator[ConsoleReporter]:
+    """Yield a reporter, and close it also after an error, so that no progress bar is left on the terminal."""
     reporter = ConsoleReporter(config)
     try:
         yield reporter

@@ -1,7 +1,8 @@
-"""Train several algorithms with several seeds, and analyse the finished runs (`vineppo compare`).
+"""Train several algorithms with several seeds and compare the finished runs, for the command `vineppo compare`.
 
-`compare` calls four functions in this order: `plan_runs` determines which runs are not finished, `run_all` trains each
-of them in a separate process, `analyse` computes the content of `compare.json`, and `write_reports` writes the files.
+The function `compare` calls four functions of other modules. `plan_runs` lists all runs and determines what must be
+done with each. `run_all` trains the unfinished runs, each in a separate process. `analyse` computes the results.
+`write_reports` writes the results to `compare.json` and other files.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from vineppo.types import UserError
 
 
 def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]:
-    """Train the missing runs, write tables and plots of all finished runs, and return the content of `compare.json`.
+    """Train the unfinished runs, write tables and plots of all finished runs, and return the content of `compare.json`.
 
-    Runs that did not finish are listed under the key `missing`. If this list is not empty, `vineppo compare` exits with
-    code 1.
+    Runs that did not finish are listed under the key `missing` of the result.
 
+    Args:
+        spec: settings of the comparison.
+        console: object that prints the progress and the table; by default, it prints to standard output.
     Raises:
         UserError: if the directory `spec.out` cannot be written, is in use, contains other files, or contains a
             comparison with other settings.
@@ -50,7 +53,13 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
 
 
 def _open_directory(spec: CompareSpec, out: Path) -> None:
-    """Create the directory of the comparison, or check an existing one, and write `compare-spec.json`."""
+    """Create the directory of a comparison, or check that an existing directory belongs to the same comparison.
+
+    The settings that identify the comparison are written to `compare-spec.json` in the directory.
+
+    Raises:
+        UserError: if the directory cannot be written, contains other files, or contains another comparison.
+    """
     record = out / "compare-spec.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; choose a directory")
@@ -67,10 +76,13 @@ def _open_directory(spec: CompareSpec, out: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive_lock(out: Path) -> Iterator[None]:
-    """Lock the directory, so that a second comparison cannot use it at the same time.
+    """Lock the directory of a comparison within the context, so that a second comparison cannot use it.
 
-    The training processes inherit the lock. If the comparison is killed, the directory stays locked until these
-    processes end.
+    The training processes inherit the lock. If the process of the comparison is killed, the directory stays locked
+    until the training processes end.
+
+    Raises:
+        UserError: if the directory is already locked.
     """
     try:
         import fcntl
@@ -89,7 +101,7 @@ def _exclusive_lock(out: Path) -> Iterator[None]:
 
 
 def _plan_line(plans: Sequence[PlannedRun]) -> str:
-    """Return a summary of the plans, for example `4 runs: 1 already finished, 3 to start`."""
+    """Return one line about what will happen to the runs, such as `4 runs: 1 already finished, 3 to start`."""
     labels: dict[Action, str] = {
         "keep": "already finished",
         "resume": "to resume",

@@ -1,8 +1,11 @@
-"""Analyse finished runs: learning curves, when a curve first reaches an accuracy, and ratios of resources.
+"""Compute the results of a comparison from its finished runs: accuracies, learning curves and used resources.
 
-Only `load_run` reads files; the other functions are pure. The curve of an algorithm is the mean accuracy over its seeds
-as a function of the number of updates. The tokens and seconds of a point are the means over the seeds at that number of
-updates. So the first point at which a curve reaches an accuracy is the same for updates, tokens and seconds.
+The resources are optimizer updates, generated tokens and seconds of training. An algorithm has several runs, one for
+each seed. Its curve is the mean accuracy of these runs as a function of the number of updates. Each point of the curve
+also has the mean number of tokens and seconds that the runs had used after that number of updates. Therefore "the first
+point at which a curve reaches an accuracy" is the same point for all three resources.
+
+Only `load_run` reads files; the other functions are pure.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, interval_over_seeds
 
 AXES = ("updates", "tokens", "seconds")
-"""Resources that are compared: optimizer updates, generated tokens and seconds of training."""
+"""Names of the resources: optimizer updates, generated tokens and seconds of training. Each resource is an attribute of
+`Evaluation`, `Curves` and `Reach`, and the x axis of a plot."""
 _TIE = 1e-9
 """Accuracies that differ by less than this count as equal, because means of floats have rounding errors."""
 
@@ -32,27 +36,32 @@ class Evaluation:
     """The accuracy at one evaluation during a run, and the resources that the run had used by then."""
 
     updates: float
+    """Number of optimizer updates since the start of the run."""
     tokens: float
-    """Tokens generated for training: rollouts and MC rollouts."""
+    """Number of tokens generated for training since the start of the run, in rollouts and MC rollouts."""
     seconds: float
-    """Seconds of training, without evaluation."""
+    """Seconds of training since the start of the run, without evaluation."""
     accuracy: float
+    """Accuracy on the validation problems, between 0 and 1 (the metric `eval/accuracy`)."""
     kl: float | None
-    """KL divergence from the starting model (the metric `kl/ref`), or None if it was not measured."""
+    """KL divergence from the starting model in nats per response (the metric `kl/ref`), or None if it was not
+    measured."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Data of one finished run, as used by the analysis."""
+    """The data of one finished run that the analysis uses."""
 
     algorithm: str
+    """Name of the algorithm."""
     seed: int
+    """Seed of the run."""
     summary: dict[str, Any]
     """The content of `summary.json`."""
     evaluations: tuple[Evaluation, ...]
-    """Evaluations in the order of their number of updates."""
+    """Evaluations during the run, ordered by number of updates."""
     level: str = ""
-    """Name of the problems, used in titles: the level if the task is `chain`, else the name of the task."""
+    """Text that names the problems in titles of plots: `task.level` if the task is `chain`, else `task.name`."""
 
 
 def load_run(directory: Path) -> RunRecord:
@@ -66,7 +75,7 @@ def load_run(directory: Path) -> RunRecord:
     lines = run.read_metrics()
     has_kl = any(line.get("kl/ref") is not None for line in lines)
     evaluations = [_evaluation(line, has_kl) for line in lines if line.get("eval/accuracy") is not None]
-    # A curve has one accuracy per number of updates. If there are several evaluations, keep the last one.
+    # Several evaluations can have the same number of updates, but a curve has one accuracy for each. Keep the last one.
     unique = {evaluation.updates: evaluation for evaluation in evaluations}
     task = run.config.get("task", {})
     level = task.get("level", "") if task.get("name") == "chain" else task.get("name", "")
@@ -75,9 +84,15 @@ def load_run(directory: Path) -> RunRecord:
 
 
 def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
+    """Convert a line of metrics.jsonl to an evaluation.
+
+    Args:
+        record: the line as a dictionary. It must have an accuracy.
+        has_kl: whether any line of the run has a KL divergence.
+    """
     kl = record.get("kl/ref")
     if kl is None and has_kl and record["updates"] == 0:
-        kl = 0.0  # before the first update, the policy is the reference model
+        kl = 0.0  # The KL is not measured before the first update. At that time the policy equals the reference model.
     return Evaluation(
         updates=float(record["updates"]),
         tokens=float(record.get("tokens/generated", 0)),
@@ -89,21 +104,26 @@ def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
 
 @dataclass(frozen=True)
 class Curves:
-    """The curves of the N runs of one algorithm, interpolated at the same E numbers of updates."""
+    """The learning curves of the N runs of one algorithm, all interpolated at the same E numbers of updates."""
 
     updates: np.ndarray
-    """Numbers of updates, shape (E,): all at which some run was evaluated, within the range that every run covers."""
+    """The E numbers of updates in increasing order, shape (E,). They are the numbers of updates at which at least one
+    run was evaluated, within the range of updates that the evaluations of every run cover."""
     accuracy: np.ndarray
-    """Accuracy, shape (N, E)."""
+    """Accuracy between 0 and 1, shape (N, E)."""
     tokens: np.ndarray
-    """Generated tokens, shape (N, E)."""
+    """Number of tokens generated since the start of the run, shape (N, E)."""
     seconds: np.ndarray
-    """Seconds of training, shape (N, E)."""
+    """Seconds of training since the start of the run, shape (N, E)."""
     kl: np.ndarray | None
-    """KL divergence, shape (N, E), or None if it is missing in an evaluation."""
+    """KL divergence from the starting model in nats, shape (N, E), or None if an evaluation has no KL divergence."""
 
     def resampled(self, rows: np.ndarray) -> Curves:
-        """Return the curves of a bootstrap resample. `rows` are the indices of the resampled runs, shape (N,)."""
+        """Return the curves of a bootstrap resample, in which a run can occur several times or not at all.
+
+        Args:
+            rows: indices of the resampled runs, shape (N,).
+        """
         kl = None if self.kl is None else self.kl[rows]
         return Curves(self.updates, self.accuracy[rows], self.tokens[rows], self.seconds[rows], kl)
 
@@ -111,14 +131,17 @@ class Curves:
 def align(runs: Sequence[RunRecord]) -> Curves | None:
     """Interpolate the runs of one algorithm at the same numbers of updates.
 
-    The curves are interpolated at all numbers of updates at which some run was evaluated. Between these points the mean
-    of the piecewise linear curves is linear, so more points would not change the result. Curves are not extrapolated.
+    The curves are interpolated at all numbers of updates at which at least one run was evaluated. Between these points
+    the mean of the piecewise linear curves is linear, so more points would not change the result. The curves are not
+    extrapolated beyond the first and last evaluation of any run.
 
     Returns:
-        The curves, or None if a run has no evaluation or the runs have no common point.
+        The curves. None if there is no run, if a run has no evaluation, or if no number of updates is within the range
+        of all runs.
     """
     if not runs or not all(run.evaluations for run in runs):
         return None
+    # For each run, the numbers of updates at which it was evaluated.
     knots = [np.array([e.updates for e in run.evaluations]) for run in runs]
     first, last = max(x[0] for x in knots), min(x[-1] for x in knots)
     grid = np.unique(np.concatenate(knots))
@@ -126,6 +149,7 @@ def align(runs: Sequence[RunRecord]) -> Curves | None:
     if grid.size == 0:
         return None
 
+    # This function interpolates one field of `Evaluation` at the points of the grid, for each run.
     def rows(field: str) -> np.ndarray:  # (N, E)
         values = [[float(getattr(e, field)) for e in run.evaluations] for run in runs]
         return np.stack([np.interp(grid, x, y) for x, y in zip(knots, values, strict=True)])
@@ -136,17 +160,26 @@ def align(runs: Sequence[RunRecord]) -> Curves | None:
 
 @dataclass(frozen=True)
 class Reach:
-    """The resources that an algorithm had used when its mean curve first reached a given accuracy."""
+    """The resources that an algorithm had used when its curve first reached a given accuracy (mean over its runs)."""
 
     updates: float
+    """Number of optimizer updates."""
     tokens: float
+    """Number of generated tokens."""
     seconds: float
+    """Seconds of training, without evaluation."""
 
 
 def first_reach(curves: Curves, level: float) -> Reach | None:
-    """Return the first point at which the mean accuracy over seeds reaches `level`, or None if it never does.
+    """Return the resources used at the first point at which the mean accuracy reaches `level`.
 
     Between evaluations, the accuracy and the resources are interpolated linearly.
+
+    Args:
+        curves: the curves of one algorithm. The mean is over its runs.
+        level: an accuracy between 0 and 1.
+    Returns:
+        The resources, or None if the mean accuracy never reaches `level`.
     """
     mean = curves.accuracy.mean(axis=0)  # (E,)
     reached = np.flatnonzero(mean >= level - _TIE)
@@ -155,8 +188,10 @@ def first_reach(curves: Curves, level: float) -> Reach | None:
     after = int(reached[0])
     before = max(after - 1, 0)
     rise = float(mean[after] - mean[before])
+    # The mean accuracy reaches `level` after this share of the way from the point `before` to the point `after`.
     share = min(1.0, float(level - mean[before]) / rise) if rise > 0 else 1.0
 
+    # This function interpolates a quantity, given at all E points, at the point where `level` is reached.
     def amount(values: np.ndarray) -> float:
         return float(values[before] + share * (values[after] - values[before]))
 
@@ -164,12 +199,16 @@ def first_reach(curves: Curves, level: float) -> Reach | None:
 
 
 def _ratios(curves: Curves, baseline: Curves) -> tuple[Reach | None, Reach, dict[str, float | None]]:
-    """Compute the resources that two algorithms use to reach the best mean accuracy of the baseline.
+    """Compute the resources that an algorithm and a baseline need to reach the best mean accuracy of the baseline.
 
+    Args:
+        curves: the curves of the algorithm.
+        baseline: the curves of the baseline.
     Returns:
-        (resources of the algorithm with `curves`, or None if it never reaches the best accuracy;
-        resources of the baseline;
-        axis -> resources of the baseline divided by those of the algorithm, or None).
+        A tuple of three entries. First, the resources of the algorithm, or None if it never reaches the accuracy.
+        Second, the resources of the baseline. Third, a dictionary from each of `AXES` to the amount of the baseline
+        divided by the amount of the algorithm; the values are None if the algorithm never reaches the accuracy or needs
+        an amount of 0.
     """
     level = float(baseline.accuracy.mean(axis=0).max())
     reach, baseline_reach = first_reach(curves, level), first_reach(baseline, level)
@@ -186,21 +225,21 @@ def versus(
 ) -> dict[str, Any]:
     """Compare the resources that an algorithm and a baseline need to reach the baseline's best accuracy.
 
-    The best accuracy is the maximum of the baseline's mean curve. A ratio is the amount of a resource that the baseline
-    needs to reach the best accuracy, divided by the amount that the algorithm needs. So a ratio of 3 means that the
-    algorithm needs a third of the baseline's amount. A ratio is None if the algorithm never reaches the best accuracy,
-    or if it starts at or above the best accuracy.
+    The best accuracy is the maximum of the baseline's mean curve. The ratio of a resource is the amount that the
+    baseline needs to reach this accuracy, divided by the amount that the algorithm needs. So a ratio of 3 means that
+    the algorithm needs a third of the baseline's amount. The ratio is None if the algorithm never reaches the accuracy,
+    or if it starts at or above the accuracy.
 
-    The intervals are bootstrap percentiles: the runs of both algorithms are resampled, and the best accuracy is
-    determined again in each resample. A resample in which the algorithm never reaches the best accuracy counts as a
-    ratio of minus infinity. A resample in which only the algorithm starts at the best accuracy counts as a ratio of
-    infinity. A bound that is infinite is None. If one of the algorithms has only one run, both bounds are None.
+    The intervals of the ratios are bootstrap percentiles: the runs of both algorithms are resampled, and the best
+    accuracy is determined again in each resample. The ratio counts as minus infinity in a resample in which the
+    algorithm never reaches the best accuracy, and as infinity in a resample in which only the algorithm starts at the
+    best accuracy. A bound that is infinite is None. If one of the two has only one run, both bounds are None.
 
     Args:
-        curves: runs of the algorithm.
-        baseline: runs of the baseline.
+        curves: curves of the algorithm.
+        baseline: curves of the baseline.
         num_resamples: number of bootstrap resamples.
-        seed: seed of the resamples.
+        seed: seed of the resampling.
         level: confidence level of the intervals, between 0 and 1.
     Returns:
         A dictionary with the keys `baseline_best_accuracy`, `reach` (resources of the algorithm), `baseline_reach`
@@ -239,10 +278,14 @@ def versus(
 
 
 def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[str, float | None], axis: str) -> float:
-    """Return the ratio of a resample as a number that can be sorted.
+    """Return the ratio of a bootstrap resample as a number, so that quantiles of all resamples can be computed.
 
-    The number is -inf if the algorithm never reaches the best accuracy. It is inf if only the algorithm starts at the
-    best accuracy, and 1 if both the algorithm and the baseline do.
+    The number is -inf if the algorithm never reaches the best accuracy of the baseline. It is inf if only the algorithm
+    starts at the best accuracy, and 1 if both the algorithm and the baseline start at it.
+
+    Args:
+        reach, baseline_reach, ratios: the entries of the tuple that `_ratios` returned for the resample.
+        axis: name of the resource.
     """
     if reach is None:
         return -math.inf
@@ -253,15 +296,17 @@ def _extended_ratio(reach: Reach | None, baseline_reach: Reach, ratios: Mapping[
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
-    """Compute the accuracy of each algorithm at an equal amount of each resource.
+    """For each resource, compute the accuracy of each algorithm after the same amount of the resource.
 
-    The amount is the smallest total amount of all runs. The accuracy of a run is interpolated linearly between its
-    evaluations. If the learning rate decays until the end of a run, the comparison favours the run with the smallest
-    amount: only this run has completed its decay at the compared amount.
+    This amount is the smallest total amount that any run used. The accuracy of a run is interpolated linearly between
+    its evaluations. If the learning rate decays until the end of a run, the comparison favours the run with the
+    smallest total amount, because only this run has completed its decay at the compared amount.
 
+    Args:
+        curves: name of the algorithm -> its curves, or None if it has no curves.
     Returns:
-        axis -> dictionary with `amount` and `accuracy` (name of the algorithm -> mean and interval over seeds); empty
-        if fewer than two algorithms have a curve.
+        A dictionary from each of `AXES` to a dictionary with the keys `amount` and `accuracy` (name of the algorithm ->
+        mean and interval over seeds). It is empty if fewer than two algorithms have curves.
     """
     evaluated = {name: curve for name, curve in curves.items() if curve is not None}
     result = {}
@@ -281,16 +326,18 @@ def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
 
 
 def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, Any]:
-    """Compute the results in `compare.json` from finished runs.
+    """Compute the results that `compare.json` contains.
 
-    The first algorithm is compared with two baselines. The first baseline is the second algorithm, which is the
-    reference in the tables. The second baseline is the algorithm with the highest final accuracy among all but the
-    first.
+    The first algorithm is compared with two baselines. One is the second algorithm, which is called the reference. The
+    other is the algorithm that has the highest final accuracy, not counting the first algorithm.
 
+    Args:
+        runs: the finished runs of all algorithms.
+        arms: the compared algorithms, in the order of the tables.
     Returns:
-        A dictionary with the keys `algorithms` (name -> results; the values are None if the algorithm has no finished
-        run), `first` and `reference` (names of the first and the second algorithm), `vs_reference` and `vs_best`
-        (results of the two comparisons), and `equal` (accuracies at equal updates, tokens and seconds).
+        A dictionary with the keys `algorithms` (name -> results, which are None if the algorithm has no
+        finished run), `first` and `reference` (names of the first and the second algorithm), `vs_reference` and
+        `vs_best` (results of the two comparisons), and `equal` (accuracies at equal updates, tokens and seconds).
     """
     labels = {arm.name: arm.label for arm in arms}
     grouped = {name: sorted((r for r in runs if r.algorithm == name), key=lambda r: r.seed) for name in labels}
@@ -320,8 +367,9 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Algorithm]) -> dict[str, A
 
 
 def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict[str, Any]:
-    """Return the entry of one algorithm in `compare.json`."""
+    """Return the results of one algorithm for `compare.json`, from its finished runs and their curves."""
 
+    # This function returns the mean and interval over the runs of one number in summary.json, found at nested keys.
     def over_seeds(*keys: str) -> dict[str, float | None]:
         values = [number for run in runs if (number := number_in(run.summary, *keys)) is not None]
         return interval_over_seeds(values).as_dict() if values else {"mean": None, "low": None, "high": None}
@@ -340,7 +388,11 @@ def _algorithm_figures(runs: Sequence[RunRecord], curves: Curves | None) -> dict
 
 
 def _curve_figures(curves: Curves) -> dict[str, Any]:
-    """Return the mean curve and its Student t interval as lists. The bounds are None if there is only one run."""
+    """Return the curve of an algorithm for `compare.json`: name of a quantity -> list of its E values.
+
+    The values are means over the runs. The bounds of the accuracy are those of Student's t interval; they are None if
+    there is only one run. `best_accuracy` and `best_updates` are the highest mean accuracy and its number of updates.
+    """
     band = [interval_over_seeds(column).as_dict() for column in curves.accuracy.T]
     mean = curves.accuracy.mean(axis=0)
     return {
@@ -357,7 +409,10 @@ def _curve_figures(curves: Curves) -> dict[str, Any]:
 
 
 def _run_figures(run: RunRecord) -> dict[str, Any]:
-    """Return the results of one run as a flat dictionary, used as an entry of `per_seed` and a row of `compare.csv`."""
+    """Return the results of one run as a flat dictionary.
+
+    It is a row of `compare.csv`, and an entry of the list `per_seed` of the algorithm in `compare.json`.
+    """
     figures: dict[str, Any] = {"algorithm": run.algorithm, "seed": run.seed}
     for key in ("accuracy_before", "accuracy_after"):
         for bound in ("mean", "low", "high"):
@@ -380,7 +435,16 @@ def _pair(
 ) -> dict[str, Any]:
     """Compare the first algorithm with a baseline.
 
-    If one of them has no curve, the ratios are None and `reason` says why.
+    Args:
+        first: name of the first algorithm.
+        baseline: name of the baseline, or None if there is no other algorithm with a finished run.
+        grouped: name of the algorithm -> its finished runs.
+        curves: name of the algorithm -> its curves, or None if it has no curves.
+        labels: name of the algorithm -> its label, which is the name shown to users.
+    Returns:
+        The dictionary that `versus` returns, with three more keys: `baseline`, `final_accuracy_difference` and `reason`
+        (why the ratios are None, else None). If one of the two has no curves, the keys are `baseline`, `reason`, and
+        the ratios and their intervals, which are None.
     """
     first_curves = curves[first]
     baseline_curves = curves[baseline] if baseline else None
@@ -400,9 +464,15 @@ def _pair(
 
 
 def _paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord]) -> dict[str, float | None]:
-    """Return the mean difference in final accuracy between runs with the same seed, with its interval.
+    """Return the mean difference in final accuracy between two algorithms, with its interval over seeds.
 
-    The difference is computed per seed because runs with the same seed use the same problems.
+    The difference is computed for each seed, because runs with the same seed use the same problems.
+
+    Args:
+        runs: the runs of the algorithm from whose accuracies the others are subtracted.
+        baseline: the runs of the other algorithm.
+    Returns:
+        The keys `mean`, `low` and `high` -> difference between -1 and 1, or None if it is unknown.
     """
     after = [
         {run.seed: number_in(run.summary, "accuracy_after", "mean") for run in group} for group in (runs, baseline)
@@ -414,7 +484,7 @@ def _paired_difference(runs: Sequence[RunRecord], baseline: Sequence[RunRecord])
 
 
 def number_in(record: dict[str, Any], *keys: str) -> float | None:
-    """Return the number at nested keys of a dictionary, or None if it is missing or not finite."""
+    """Return the number at `record[key1][key2]...` for any number of keys, or None if it is missing or not finite."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

@@ -1,4 +1,7 @@
-"""Plot the content of `compare.json` as PNG files."""
+"""Plot the results of a comparison as PNG files.
+
+In all functions, `result` is the content of `compare.json`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ _AXIS_LABELS = {
     "seconds": "seconds of training (evaluation not counted)",
     "kl": "KL from the starting model",
 }
+"""Quantity on the x axis (a key of a curve in `compare.json`) -> label of the axis."""
 
 
 class Style(NamedTuple):
-    """Style of an algorithm in all plots: the label, colour, marker and line style of its curve."""
+    """The label of an algorithm, and the colour, marker and line style that all plots use for the algorithm."""
 
     label: str
     colour: str
@@ -31,12 +35,16 @@ class Style(NamedTuple):
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 """Colours that people with colour blindness can distinguish (Okabe and Ito 2008), and a grey."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+"""Markers of Matplotlib, one for each algorithm."""
 _LINES = ("-", "-", "--", "--", ":", "-.", "-.", ":")
-"""Line styles. Together with the markers, they distinguish the curves if the plot is printed without colour."""
+"""Line styles of Matplotlib. Markers and line styles distinguish the curves if a plot is printed without colour."""
 
 
 def styles_of(result: dict[str, Any]) -> dict[str, Style]:
-    """Return name -> style. An algorithm that defines no colour gets the next unused colour of the palette."""
+    """Return a dictionary from the name of each algorithm to its style.
+
+    An algorithm that defines no colour gets the next unused colour of the palette.
+    """
     algorithms = result["algorithms"]
     free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in algorithms.values()}]
     styles = {}
@@ -47,8 +55,11 @@ def styles_of(result: dict[str, Any]) -> dict[str, Style]:
 
 
 def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
-    """Plot the content of `compare.json` and save the plots to the directory `out`.
+    """Plot accuracies over updates, tokens, seconds and KL divergence, and the final accuracies.
 
+    Args:
+        result: the content of `compare.json`.
+        out: directory to which the plots are saved.
     Returns:
         Paths of the plots: `accuracy_over_updates.png`, `accuracy_over_tokens.png`, `accuracy_over_seconds.png`,
         `accuracy_over_kl.png` (if the KL divergence was measured) and `final_accuracy.png`.
@@ -63,12 +74,18 @@ def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _subtitle(result: dict[str, Any], band: bool) -> str:
-    """Return a subtitle such as `Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`."""
+    """Return a subtitle such as `Recipe default (judgement), 96 updates per run, mean of 5 seeds, 95% t interval`.
+
+    Args:
+        band: whether the plot shows the interval.
+    """
     spec = result["spec"]
     level = spec.get("level") or ""
     recipe = Path(spec["recipe"]).stem
     runs = [figures["num_runs"] for figures in result["algorithms"].values() if figures["num_runs"]]
     seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
+    # `level` names the problems. It is left out if it is empty or equals the name of the recipe. If it is
+    # `reasoning_gym:NAME`, only NAME is compared with the name of the recipe.
     task = recipe if level.rpartition(":")[2] in ("", recipe) else f"{recipe} ({level})"
     amount = f"{float(spec['budget'].partition('=')[2]):,.0f}"
     kind = {"tokens": "generated tokens", "seconds": "seconds of training"}.get(
@@ -80,6 +97,11 @@ def _subtitle(result: dict[str, Any], band: bool) -> str:
 
 
 def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
+    """Plot the accuracy curves of all algorithms over a quantity, or return None if no curve has this quantity.
+
+    Args:
+        axis: the quantity on the x axis, a key of `_AXIS_LABELS`.
+    """
     curves = {
         name: figures["curve"]
         for name, figures in result["algorithms"].items()
@@ -119,7 +141,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
 
 
 def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
-    """Draw a horizontal line at the best accuracy of the reference algorithm."""
+    """Draw a horizontal line at the best mean accuracy of the reference, which is the second algorithm."""
     best = result["vs_reference"].get("baseline_best_accuracy")
     if best is not None:
         style = styles_of(result)[result["reference"]]
@@ -128,7 +150,10 @@ def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _final_figure(result: dict[str, Any]) -> Figure | None:
-    """Plot the final accuracy: for each algorithm the mean, its interval and a small dot for each run."""
+    """Plot the mean final accuracy of each algorithm with its interval, and a small dot for each run.
+
+    The result is None if no algorithm has a final accuracy.
+    """
     shown = {name: f for name, f in result["algorithms"].items() if f["final_accuracy"]["mean"] is not None}
     if not shown:
         return None

@@ -1,4 +1,7 @@
-"""Write the results of a comparison as JSON, CSV, Markdown and plots, and print a table."""
+"""Write the results of a comparison as JSON, CSV, Markdown and plots, and print a table.
+
+In all functions, `result` is the content of `compare.json`.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ from vineppo.run.files import write_text, written_aside
 
 
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return the entry `spec` of `compare.json`: the settings of the comparison."""
+    """Return the settings of a comparison, which `compare.json` contains under the key `spec`.
+
+    Args:
+        spec: settings of the comparison.
+        runs: the finished runs. The entry `level`, a text that names the problems in titles of plots, is taken from
+            them; it is empty if no run has finished.
+    """
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
@@ -36,7 +45,7 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def environment_record() -> dict[str, Any]:
-    """Return the entries of `compare.json` about package versions and the machine."""
+    """Return the package versions, the operating system and the number of CPU cores, for `compare.json`."""
     packages = {name: version_of(name) for name in ("vineppo", "torch", "transformers", "numpy")}
     installed = {name: version for name, version in packages.items() if version}
     versions = {"python": platform.python_version(), **installed}
@@ -44,13 +53,21 @@ def environment_record() -> dict[str, Any]:
 
 
 def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
-    """Return the entry of `compare.json` for a run that did not finish."""
+    """Return the entry of a run that did not finish, for the list `missing` in `compare.json`.
+
+    Args:
+        plan: the run.
+        failures: name of each failed run -> reason.
+    """
     reason = failures.get(plan.name, "did not finish")
     return {"algorithm": plan.algorithm, "seed": plan.seed, "reason": reason, "log": str(plan.log)}
 
 
 def write_reports(result: dict[str, Any], out: Path) -> None:
-    """Write `compare.json`, `compare.csv`, `table.md` and the plots."""
+    """Write `compare.json`, `compare.csv`, `table.md` and the plots to the directory `out`.
+
+    `compare.csv` and the plots are left out if no run has finished.
+    """
     write_text(out / "compare.json", to_json(result))
     write_text(out / "table.md", markdown(result))
     rows = [row for figures in result["algorithms"].values() for row in figures["per_seed"]]
@@ -68,9 +85,14 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the table and the lines below it. If the terminal is too narrow, the token columns are left out."""
+    """Print the table of results. Below it, print sentences about differences between algorithms and missing runs.
+
+    If the terminal is too narrow for the whole table, the columns with numbers of tokens are left out.
+    """
     names = header(result)
+    # An interval such as "[40.0, 60.0]" gets its own line in the cell.
     rows = [[cell.replace(" [", "\n[") for cell in row] for row in table_rows(result)]
+    # A column is as wide as the longest word of its name or the longest line of its cells. Names wrap between words.
     widths = [
         max(len(part) for part in [*name.split(), *(line for row in rows for line in row[i].splitlines())])
         for i, name in enumerate(names)

@@ -1,4 +1,4 @@
-"""Determine which runs of a comparison are not finished, and train each of them in a separate process."""
+"""Determine which runs of a comparison are not finished, and train each of these runs in a separate process."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ _STATUS_SECONDS = 2.0
 """Seconds between updates of the status line. Each update reads the metrics of all running processes."""
 
 RunState = Literal["absent", "finished", "resumable", "broken"]
+"""State of a run: `absent` (without a directory), `finished`, `resumable` (not finished, with a complete checkpoint) or
+`broken` (not finished, without a complete checkpoint)."""
 
 Action = Literal["start", "keep", "resume", "restart"]
+"""What a comparison does with a run: `start` a new run, `keep` the results of a finished run, `resume` a run from its
+checkpoint, or `restart` a run, that is, delete its directory and start it again."""
 
 _ACTIONS: dict[RunState, Action] = {
     "absent": "start",
@@ -37,18 +41,23 @@ _ACTIONS: dict[RunState, Action] = {
     "resumable": "resume",
     "broken": "restart",
 }
+"""The action for each state of a run."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison, and the action that the comparison takes for it."""
+    """One run of a comparison, and what the comparison does with it."""
 
     algorithm: str
+    """Name of the algorithm."""
     seed: int
+    """Seed of the run."""
     directory: Path
+    """Run directory."""
     log: Path
+    """File that receives the output of the training process."""
     action: Action
-    """`start` a new run, `keep` a finished run, `resume` a run with a checkpoint, or `restart` a run without one."""
+    """What the comparison does with the run."""
     command: tuple[str, ...]
     """Command line that starts or resumes the run; empty if the action is `keep`."""
 
@@ -59,10 +68,10 @@ class PlannedRun:
 
 
 def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
-    """Return all runs of a comparison with their actions. This function does not write to the directory.
+    """Return all runs of a comparison, each with its action. This function only reads the directory of the comparison.
 
-    The runs are ordered by seed and then by algorithm. If the machine becomes slower over hours, all algorithms are
-    affected alike.
+    The runs are ordered by seed and then by algorithm, so that the algorithms take turns. If the machine becomes slower
+    over hours, all algorithms are affected alike.
     """
     return [
         _plan_run(spec, algorithm, arm, seed)
@@ -72,6 +81,14 @@ def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
 
 
 def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> PlannedRun:
+    """Determine the action and the command line of one run.
+
+    Args:
+        spec: settings of the comparison.
+        algorithm: value of the setting `algorithm`: the name of a built-in algorithm, or `module:object`.
+        arm: the algorithm that this value names.
+        seed: seed of the run.
+    """
     name = f"{arm.name}-seed{seed}"
     directory = Path(spec.out) / "runs" / name
     action = _ACTIONS[run_state(directory)]
@@ -89,13 +106,13 @@ def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> P
 
 
 def run_state(directory: Path) -> RunState:
-    """Return the state of a run directory. A `broken` run has neither a result nor a complete checkpoint."""
+    """Return the state of the run in a directory."""
     if not directory.exists():
         return "absent"
     summary = read_json(directory / "summary.json")
     if summary and summary.get("finish_reason") not in (None, "interrupted"):
         return "finished"
-    # A checkpoint is complete if it has a manifest and its directory is not named `.000020.tmp`.
+    # A checkpoint is complete if it has a manifest and its directory has no temporary name such as `.000020.tmp`.
     manifests = directory.glob("checkpoints/*/manifest.json")
     return "resumable" if any(re.fullmatch(r"\d+(\.old)?", path.parent.name) for path in manifests) else "broken"
 
@@ -111,6 +128,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Child:
+    """A training process that was started, with its plan and its open log file."""
+
     plan: PlannedRun
     process: subprocess.Popen[bytes]
     log: TextIO
@@ -119,8 +138,14 @@ class _Child:
 def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) -> dict[str, str]:
     """Train all runs that have a command, at most `spec.jobs` at the same time.
 
+    Args:
+        plans: all runs of the comparison.
+        spec: settings of the comparison.
+        console: object that prints the progress.
     Returns:
-        Name of the run -> last line of its log, for each failed run.
+        Name of each failed run -> last line of its log.
+    Raises:
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the training processes have saved their checkpoints.
     """
     waiting = [plan for plan in plans if plan.command]
     running: list[_Child] = []
@@ -157,16 +182,22 @@ def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) ->
 def _start(plan: PlannedRun, jobs: int) -> _Child:
     """Start a run in a separate process.
 
-    The process has a separate session, so that the terminal does not send it Ctrl-C. `_stop` interrupts it instead.
+    The process gets its own process session (see setsid(2)), so that Ctrl-C in the terminal does not reach it. Instead,
+    `_stop` sends the process SIGINT.
+
+    Args:
+        plan: the run.
+        jobs: maximum number of runs that train at the same time. They share the cores of the CPU equally.
     """
     if plan.action == "restart":
         shutil.rmtree(plan.directory)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # so that the log is written without delay
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the log is then written without delay
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     log = open(plan.log, "a" if plan.action == "resume" else "w", encoding="utf-8")  # noqa: SIM115 (closed by run_all)
     log.write(f"$ {' '.join(plan.command)}\n")
     log.flush()
+    # With close_fds=False, the process inherits the lock of the comparison's directory.
     process = subprocess.Popen(
         plan.command,
         stdin=subprocess.DEVNULL,
@@ -180,7 +211,14 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 
 
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
-    """Print the result of a run that ended. If the run failed, add it to `failures`."""
+    """Print the result of a training process that has ended. If the run failed, add it to `failures`.
+
+    Args:
+        child: the process.
+        counter: text before the message, such as `[3/20]`.
+        failures: name of each failed run -> last line of its log.
+        console: object that prints the message.
+    """
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
         run = load_run(plan.directory)
@@ -197,19 +235,23 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
 
 
 def _last_lines(log: Path, num_lines: int = 8) -> list[str]:
-    """Return the last non-empty lines of a log, without the command line that the log starts with."""
+    """Return the last `num_lines` lines of a log, without empty lines and without the command line at its start."""
+    # A progress bar writes a carriage return (\r) to overwrite its line. Split the log there too.
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     return [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("$ ")][-num_lines:]
 
 
 def _progress(plan: PlannedRun) -> str:
-    """Return the progress of a run, for example `vineppo seed 0 (16 updates)`, read from its metrics."""
+    """Return the name of a run and the number of updates in its metrics, such as `vineppo seed 0 (16 updates)`."""
     lines = RunDirectory(plan.directory, {}).read_metrics()
     return f"{plan.name} ({lines[-1].get('updates', 0) if lines else 0} updates)"
 
 
 def _stop(running: Sequence[_Child]) -> None:
-    """Interrupt the processes and wait until they have saved their checkpoints. A second Ctrl-C kills them."""
+    """Interrupt the training processes, and wait until they have saved their checkpoints and ended.
+
+    A second Ctrl-C raises KeyboardInterrupt here. `run_all` then kills the processes.
+    """
     for child in running:
         if child.process.poll() is None:
             child.process.send_signal(signal.SIGINT)
@@ -219,9 +261,10 @@ def _stop(running: Sequence[_Child]) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP like Ctrl-C.
+    """Within the context, SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does.
 
-    Otherwise the training processes would continue, because they are in separate sessions.
+    Without this, the two signals would end only the process of the comparison. The training processes would continue,
+    because they are in other process sessions.
     """
 
     def stop(number: int, frame: object) -> None:
@@ -231,9 +274,9 @@ def _stop_signals() -> Iterator[None]:
     try:
         before = {number: signal.getsignal(number) for number in signals}
         for number in signals:
-            if before[number] != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored; keep it so
+            if before[number] != signal.SIG_IGN:  # A program started with nohup must continue to ignore SIGHUP.
                 signal.signal(number, stop)
-    except ValueError:  # signal handlers can only be set in the main thread
+    except ValueError:  # Python allows signal handlers only in the main thread.
         before = {}
     try:
         yield
@@ -243,5 +286,5 @@ def _stop_signals() -> Iterator[None]:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line without interpreting rich markup."""
+    """Print a line as it is. Square brackets in the line are not interpreted as markup of rich."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Classes and functions for the settings of a comparison: recipe, algorithms, seeds and budget."""
+"""Define and check the settings of a comparison: recipe, algorithms, seeds, budget and others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from vineppo.credit.algorithm import Algorithm
 from vineppo.types import UserError
 
 _BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
+"""Kind of budget -> the setting that limits a run in this way."""
 
 _ENDLESS_ITERATIONS = "1000000"
-"""Value of `run.iterations` for all runs, so large that the budget always ends a run earlier."""
+"""Value of `run.iterations` for all runs. It is so large that the budget always ends a run first."""
 
 
 class Budget(NamedTuple):
-    """Limit on the training of each run."""
+    """A limit that ends each run of a comparison, such as 96 updates."""
 
     kind: str
     """`updates` (optimizer updates), `tokens` (tokens generated for training, including MC rollouts) or `seconds`
     (seconds of training, without evaluation)."""
     amount: float
+    """The limit: a whole number of updates or tokens, or a number of seconds."""
 
     def __str__(self) -> str:
-        """Return the text on the command line, for example `updates=96`."""
+        """Return the budget as it is written on the command line, for example `updates=96`."""
         return f"{self.kind}={self.amount:.15g}"
 
 
@@ -51,6 +53,11 @@ def parse_budget(text: str) -> Budget:
 
 
 def _checked_budget(budget: Budget) -> Budget:
+    """Check a budget, and return it with the amount as a float.
+
+    Raises:
+        UserError: if the kind is unknown, the amount is not above 0, or updates or tokens are not whole numbers.
+    """
     kind, amount = budget
     if kind not in _BUDGET_KEYS:
         raise UserError(f"budget kind is {kind!r}; allowed: {', '.join(_BUDGET_KEYS)}")
@@ -62,7 +69,7 @@ def _checked_budget(budget: Budget) -> Budget:
 
 
 def settings_of_budget(budget: Budget) -> dict[str, str]:
-    """Return the settings (key -> text) with which the budget is the only limit of a run."""
+    """Return the settings (dotted key -> text) that make the budget the only limit of a run."""
     limits = {key: f"{budget.amount:.15g}" if kind == budget.kind else "0" for kind, key in _BUDGET_KEYS.items()}
     return {"run.iterations": _ENDLESS_ITERATIONS, **limits}
 
@@ -74,9 +81,9 @@ class CompareSpec:
     recipe: str
     """Name of the recipe that all runs use, or path of its YAML file."""
     algorithms: tuple[str, ...] = COMPARED
-    """Values of the setting `algorithm` to compare, without duplicates, in the order of the tables. The first algorithm
-    is compared with the second one and with the best of all others. The second algorithm is the reference: the tables
-    show when each algorithm reaches the best accuracy of the reference."""
+    """The algorithms to compare, as values of the setting `algorithm`, without duplicates, in the order of the tables.
+    The first algorithm is compared with the second one and with the best of all others. The second algorithm is the
+    reference: the tables show when each algorithm reaches the best accuracy of the reference."""
     seeds: int = 5
     """Number of runs per algorithm. The runs have the seeds 0, 1, ..., seeds - 1."""
     budget: Budget = Budget("updates", 96)  # noqa: RUF009 (a named tuple is immutable)
@@ -87,7 +94,8 @@ class CompareSpec:
     """Number of runs that train at the same time. Above 1, the runs share the processor, so their measured seconds are
     less reliable."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """Dotted key -> text of other settings of all runs. The settings of an algorithm apply only to the runs with it."""
+    """Other settings of the runs: dotted key -> text. They apply to all runs, except that a setting in the section of
+    an algorithm, such as `vineppo.splitter`, applies only to the runs of this algorithm."""
 
     def __post_init__(self) -> None:
         require(bool(self.recipe), "recipe is empty; give the name of a recipe or a YAML file")
@@ -113,18 +121,18 @@ class CompareSpec:
 
     @property
     def arms(self) -> tuple[Algorithm, ...]:
-        """The algorithms to compare."""
+        """The algorithms to compare, as objects, in the order of `algorithms`."""
         return tuple(find_algorithm(spec) for spec in self.algorithms)
 
     def overrides_of(self, algorithm: Algorithm) -> dict[str, str]:
-        """Return the overrides for the runs of an algorithm, without the settings of the other algorithms."""
+        """Return the overrides for the runs of one algorithm, without the sections of the other algorithms."""
         others = {arm.name for arm in self.arms} - {algorithm.name}
         return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that must not change when a comparison is continued.
+        """Return the settings that must stay the same when a comparison is continued, as a dictionary for JSON.
 
-        Algorithms, seeds and jobs may change.
+        Algorithms, seeds and jobs are not included, because they may change.
         """
         return {
             "recipe": self.recipe,
@@ -135,7 +143,13 @@ class CompareSpec:
 
 
 def _recipe_digest(recipe: str) -> str | None:
-    """Return the SHA-256 hash of the recipe file, to detect changes of the recipe; None if there is no such file."""
+    """Return the SHA-256 hash of a recipe file as hexadecimal digits, or None if there is no such file.
+
+    The hash is recorded in order to detect later changes of the recipe.
+
+    Args:
+        recipe: name of a recipe of the package, or path of a YAML file.
+    """
     packaged = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     for path in (packaged, Path(recipe)):
         if path.is_file():
@@ -144,10 +158,14 @@ def _recipe_digest(recipe: str) -> str | None:
 
 
 def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> None:
-    """Check that the comparison recorded in a directory has the same settings as `spec`.
+    """Check that the comparison in a directory has the same settings as `spec`.
 
+    Args:
+        recorded: content of `compare-spec.json` in the directory, or None if the file is missing.
+        spec: settings of the comparison to run.
+        out: the directory, which the error message names.
     Raises:
-        UserError: if a setting differs. The message names the first one.
+        UserError: if a setting differs. The message names the first setting that differs.
     """
     identity = spec.identity()
     for key in identity if recorded is not None else ():
@@ -163,4 +181,5 @@ def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, ou
 
 
 def _format_value(value: Any) -> str:
+    """Format a setting for an error message. A list becomes its items separated by spaces."""
     return (" ".join(map(str, value)) or "(none)") if isinstance(value, list) else str(value)

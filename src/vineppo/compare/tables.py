@@ -1,4 +1,7 @@
-"""Format the results of a comparison as text: a table, and sentences below the table."""
+"""Format the results of a comparison as text: a table, and sentences below the table.
+
+In all functions, `result` is the content of `compare.json`. The reference is the second of the compared algorithms.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,15 @@ _COLUMNS = (
     "MC tokens",
     "seconds",
 )
+"""Names of the columns that every table has."""
 
 
 def header(result: dict[str, Any]) -> tuple[str, ...]:
-    """Return the column names of the table. The last two exist only if there is a reference algorithm."""
+    """Return the column names of the table.
+
+    If there is a reference, two more columns show the updates and the seconds after which an algorithm reaches the best
+    accuracy of the reference.
+    """
     if result["reference"] is None:
         return _COLUMNS
     label = result["algorithms"][result["reference"]]["label"]
@@ -27,7 +35,7 @@ def header(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return the rows of the table as text, one per algorithm, with the columns that `header` returns."""
+    """Return one row of text cells for each algorithm. The columns are those that `header` names."""
     rows: list[tuple[str, ...]] = []
     for name, figures in result["algorithms"].items():
         reach = figures["reach_reference_best"] or {}
@@ -48,7 +56,11 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
-    """Return the lines below the table: differences, ratios, accuracies at equal amounts, and missing runs."""
+    """Return the sentences below the table.
+
+    They state the differences and ratios between algorithms, the accuracies at equal amounts of resources, the budget,
+    and which runs are missing.
+    """
     spec = result["spec"]
     lines = [_pair_sentence(result, result["vs_reference"])]
     best = result["vs_best"]
@@ -64,7 +76,11 @@ def conclusions(result: dict[str, Any]) -> list[str]:
 
 
 def _equal_sentences(equal: dict[str, Any]) -> list[str]:
-    """Return one sentence per axis with the accuracy of each algorithm at the same amount of that resource."""
+    """Return one sentence per resource with the accuracy of each algorithm at the same amount of the resource.
+
+    Args:
+        equal: the dictionary that `at_equal_amounts` returned.
+    """
     return [
         f"At equal {axis} ({format_count(at['amount'])} a run), accuracy during training: "
         + ", ".join(f"{name} {_percent_interval(interval)}" for name, interval in at["accuracy"].items())
@@ -74,6 +90,13 @@ def _equal_sentences(equal: dict[str, Any]) -> list[str]:
 
 
 def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
+    """Return sentences about the comparison of the first algorithm with a baseline.
+
+    The text is empty if one of the two has no finished and evaluated run.
+
+    Args:
+        pair: the entry `vs_reference` or `vs_best` of `result`.
+    """
     if pair["baseline"] is None or "baseline_reach" not in pair:
         return ""
     first, name = (result["algorithms"][key]["label"] for key in (result["first"], pair["baseline"]))
@@ -90,6 +113,7 @@ def _pair_sentence(result: dict[str, Any], pair: dict[str, Any]) -> str:
 
 
 def _ratio_interval(interval: dict[str, float | None]) -> str:
+    """Format the bounds of a ratio as ` [1.20, 3.40]`. An unknown bound is a dash; without bounds the text is empty."""
     low, high = interval["low"], interval["high"]
     if low is None and high is None:
         return ""
@@ -97,6 +121,7 @@ def _ratio_interval(interval: dict[str, float | None]) -> str:
 
 
 def _points(difference: dict[str, float | None]) -> str:
+    """Format a difference of accuracies in percentage points, such as `+2.5 points [+0.4, +4.6]`."""
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if mean is None:
         return "an unknown number of points"
@@ -105,7 +130,7 @@ def _points(difference: dict[str, float | None]) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the content of `table.md`: the table and the lines below it."""
+    """Return the content of `table.md`: the table and the sentences below it."""
     names = header(result)
     rows = [names, tuple("---" for _ in names), *table_rows(result)]
     escaped_bar = r"\|"
@@ -114,16 +139,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def format_percent(value: float | None) -> str:
-    """Format 0.725 as 72.5%, and None as a dash."""
+    """Format a share in percent: 0.725 becomes `72.5%`, and None becomes a dash."""
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def _percent_interval(interval: dict[str, float | None]) -> str:
+    """Format a mean and its bounds as `72.5% [70.1, 74.9]`. The bounds are left out if one of them is None."""
     low, high = interval["low"], interval["high"]
     bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
     return format_percent(interval["mean"]) + bounds
 
 
 def format_count(value: float | None) -> str:
-    """Format 20000.4 as 20,000, and None as a dash."""
+    """Format a number as a whole number: 20000.4 becomes `20,000`, and None becomes a dash."""
     return "-" if value is None else f"{value:,.0f}"

@@ -1,8 +1,8 @@
-"""Load recipes. A recipe is a YAML file with the settings of a training run, in the package or at a path.
+"""Load recipes, that is, YAML files with the settings of a training run, from the package or from a path.
 
-A recipe for `vineppo sft` has the keys of `SFTConfig`. A recipe for reinforcement learning has the keys of `Config`, a
-section for each algorithm whose settings it changes, and two more keys at the top level. `description` is a text.
-`overrides` contains settings for each algorithm, which are only applied if that algorithm is selected:
+A recipe for `vineppo sft` has the keys of `SFTConfig`. A recipe for reinforcement learning has the keys of `Config`,
+and a section for each algorithm whose settings it changes. It can have two more keys: `description` is a text, and
+`overrides` maps the name of an algorithm to settings that are applied only if this algorithm is selected. An example:
 
 ```
 description: What this recipe is for.
@@ -27,7 +27,7 @@ from vineppo.types import UserError
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes in the package. A recipe in a folder has the name `folder/name`."""
+    """Return the sorted names of the recipes in the package. A recipe in a subfolder is named `folder/name`."""
     root = Path(str(importlib.resources.files("vineppo") / "recipes"))
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
@@ -38,8 +38,10 @@ def is_sft_recipe(name: str) -> bool:
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
-    """Load a recipe from the package by its name, or from a YAML file by its path. An empty file gives {}.
+    """Load a recipe from the package by its name, or from a YAML file by its path.
 
+    Returns:
+        The keys and values of the recipe, as nested dictionaries; {} for an empty file.
     Raises:
         UserError: if the recipe or file does not exist, cannot be read, is not a YAML mapping, or has a description
             that is not text.
@@ -61,15 +63,15 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def recipe_stem(name_or_path: str | Path) -> str:
-    """Return the last part of a recipe's name or path, without the suffix: `mine` for `conf/mine.yaml`.
+    """Return the last part of a recipe's name or path without the suffix, for example `mine` for `conf/mine.yaml`.
 
-    It is part of the name of the run directory.
+    The default name of the run directory starts with this text.
     """
     return Path(name_or_path).stem
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that rejects repeated keys. PyYAML would use the last value without an error."""
+    """A safe YAML loader that rejects repeated keys. PyYAML alone would silently use the last value of such a key."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Construct a mapping. Raise ConstructorError for a repeated key, except for the merge key `<<`."""
@@ -82,6 +84,13 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse_recipe(text: str, name: str) -> dict[str, Any]:
+    """Return the keys and values in the text of a recipe.
+
+    Args:
+        name: name or path of the recipe in error messages.
+    Raises:
+        UserError: if the text is not a YAML mapping, or the description is not text.
+    """
     try:
         data = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

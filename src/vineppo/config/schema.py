@@ -1,8 +1,9 @@
 """Define the settings that all algorithms share, as nested pydantic models with bounds and checks.
 
-The defaults are tested with the default task. The docstring under a field gives the meaning and the unit of the field;
-`vineppo train --help` prints these docstrings. The settings of an algorithm are defined in the file of the algorithm in
-`credit/`, and `with_sections` adds them to the configuration under the name of the algorithm.
+The default values are tested with the default task, `chain`. The docstring below a field gives its meaning and unit;
+`vineppo train --help` prints this docstring. A section is a field whose value is another model, such as `learner`. The
+settings of a single algorithm are defined in the module of the algorithm in `vineppo.credit`, and `with_sections` adds
+them to `Config` as a section with the name of the algorithm.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ class LoraConfig(Settings):
     """Low-rank adapters (peft) that are trained instead of all weights."""
 
     r: int = Field(0, ge=0)
-    """Rank of the adapters; 0 trains all weights without adapters. With adapters, the reference model of
-    the KL penalty is the same model with disabled adapters, which needs no additional memory."""
+    """Rank of the adapters; 0 trains all weights without adapters. With adapters, the reference model of the KL penalty
+    is the same model with its adapters disabled, which needs no additional memory."""
     alpha: float = Field(32.0, gt=0)
     """Scale of the adapters: the product of the two low-rank matrices is multiplied by alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout rate of the input of the adapters. Dropout is only active in the forward passes of updates."""
+    """Dropout probability of the input of the adapters. Dropout is active only in the forward passes of updates, not in
+    sampling."""
     targets: tuple[str, ...] = ("all-linear",)
     """Names of the layers that get adapters, such as `q_proj`. `all-linear` means all linear layers except the output
     layer."""
 
     def check(self) -> None:
-        """Check that at least one layer is named."""
+        """Raise UserError if `targets` is empty or contains an empty name."""
         require(
             bool(self.targets) and all(self.targets),
             "model.lora.targets is empty or contains an empty name; give names of layers",
@@ -53,92 +55,98 @@ class ModelConfig(Settings):
     trust_remote_code: bool = False
     """Allow the Python code of a hub model to run."""
     attn_implementation: str = ""
-    """Attention implementation of transformers for training: `sdpa`, `eager`, `flash_attention_2`. Empty: the default
-    of transformers. The sampler does not use this setting."""
+    """Attention implementation of transformers in training, such as `sdpa`, `eager` or `flash_attention_2`. Empty: the
+    default of transformers. The sampler does not use this setting."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
 
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
+"""Values of `task.name`, apart from the data sets of reasoning-gym."""
 GYM = "reasoning_gym:"
-"""Prefix of `task.name` for the data sets of reasoning-gym."""
+"""Prefix of `task.name` for a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
 
 
 class GradingConfig(Settings):
-    """Limits of graders that run in separate processes: `boxed`, `module:function` and the scorers of reasoning-gym."""
+    """Grader processes and their limits, and the treatment of truncated responses and of grading errors."""
 
     workers: int = Field(2, ge=1)
-    """Number of grader processes. They grade responses while the sampler generates others."""
+    """Maximum number of grader processes, which grade responses while the sampler generates others. Graders that may be
+    slow or unsafe run in them: `boxed`, `module:function` and the scorers of reasoning-gym."""
     seconds: float = Field(10.0, gt=0)
-    """Time limit for grading one response. When it is exceeded, the grader process is killed and
+    """Time limit in seconds for grading one response in a grader process. If it is exceeded, the process is killed, and
     the response counts as not graded."""
     memory: float = Field(4.0, ge=0)
-    """Limit of the address space of each grader process in gibibytes; 0 means no limit."""
+    """Limit on the address space of each grader process in gibibytes; 0 means no limit."""
     truncated: bool = False
     """Also grade responses that were cut off by the length limit. `false`: the reward of these responses is 0, as in
-    the VinePPO paper. Not allowed for the chain task."""
+    the VinePPO paper. `true` is not allowed for the task `chain`."""
     max_error_share: float = Field(0.1, ge=0, le=1)
-    """The run stops when the share of responses that could not be graded exceeds this value. Until then, such responses
-    get the reward 0."""
+    """The run stops when the share of responses that could not be graded exceeds this value. Until then, responses that
+    could not be graded get the reward 0."""
 
 
 class TaskConfig(Settings):
-    """The data set of problems, and how responses are graded."""
+    """The data set of problems, and how responses are graded.
+
+    A docstring that begins with names of tasks belongs to a setting that only these tasks use.
+    """
 
     name: str = "chain"
-    """`chain`: chained arithmetic, included in the package. `gsm8k`, `math`: the benchmarks, from the hub or from
-    files. `dataset`: a user's table. `reasoning_gym:NAME`: a data set of reasoning-gym, such as
-    `reasoning_gym:chain_sum`."""
+    """`chain`: chained arithmetic, generated by the package. `gsm8k`, `math`: the benchmarks GSM8K and MATH, from the
+    hub or from files. `dataset`: problems in a table of the user. `reasoning_gym:NAME`: a data set of the library
+    reasoning-gym, such as `reasoning_gym:chain_sum`."""
     level: Literal["judgement", "habit"] = "judgement"
-    """chain: `judgement` (the reliable way to write a step depends on the step) or `habit` (the same way is reliable
-    for all steps)."""
+    """chain: which of the two ways of writing a step is reliable. `judgement`: this depends on the step. `habit`: the
+    same way is reliable for all steps."""
     num_steps: int = Field(10, ge=1)
-    """chain: number of reasoning steps of each problem. More steps are more difficult."""
+    """chain: number of reasoning steps of each problem. Problems with more steps are more difficult."""
     writers: Literal["settled", "wavering"] = "settled"
-    """chain: kind of writers whose demonstrations `vineppo sft` imitates. `vineppo.tasks.chain` describes both
-    kinds."""
+    """chain: kind of the demonstrations that `vineppo sft` imitates. The ways of writing a step vary more in `wavering`
+    than in `settled` demonstrations (details: the docstring of `vineppo.tasks.chain`)."""
     train_path: str = ""
     """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
-    directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: for gsm8k and
-    math the data set on the hub."""
+    directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math
+    use the data set on the hub."""
     validation_path: str = ""
-    """Validation problems, in the same forms as `train_path`. Empty: the last training problems are used for validation
-    instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH, as in the VinePPO paper)."""
+    """dataset, gsm8k, math: validation problems, in one of the forms allowed for `train_path`. Empty: the last training
+    problems are used for validation instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH,
+    as in the VinePPO paper)."""
     test_path: str = ""
-    """Test problems, in the same forms as `train_path`. Empty: there is no test split."""
+    """dataset, gsm8k, math: test problems, in one of the forms allowed for `train_path`. Empty: there is no test split,
+    unless `train_path` is also empty; gsm8k and math then use the data set on the hub."""
     prompt_column: str = ""
     """dataset, gsm8k, math: column with the text of the problem, or with a conversation as a list of messages. Empty:
     the default of the task, which is `prompt` for `dataset`."""
     answer_column: str = ""
-    """Column with the reference answer, as text or a number (72.0 is `72`). `reward_model.ground_truth` is the entry
-    `ground_truth` in the column `reward_model`. Empty: the default of the task, which is `answer` for `dataset`. The
-    column may be missing if all reward functions are your own (`module:function`)."""
+    """dataset, gsm8k, math: column with the reference answer, as text or a number (72.0 is `72`).
+    `reward_model.ground_truth` is the entry `ground_truth` in the column `reward_model`. Empty: the default of the
+    task, which is `answer` for `dataset`; this column may be missing if all rewards are `module:function`."""
     demonstration_column: str = ""
-    """Column with the response to imitate in `vineppo sft`. Empty: the default of the task, which is the answer column
-    for `dataset`."""
+    """dataset, gsm8k, math: column with the response that `vineppo sft` imitates. Empty: the default of the task, which
+    is the answer column for `dataset`."""
     demonstrator: str = ""
-    """`module:function`: a function fn(prompt, answer, **columns) that returns the response to imitate in `vineppo
-    sft`."""
+    """`module:function`, the name of a function fn(prompt, answer, **columns) that returns the response which `vineppo
+    sft` imitates. Empty: the demonstrations of the task."""
     prompt_template: str = ""
-    """Text of the prompt, in which `{prompt}` is replaced by the text of the problem. Empty: the default of the
-    task, which is the text of the problem alone for `dataset`."""
+    """Text of the prompt, in which `{prompt}` is replaced by the text of the problem. Empty: the default of the task,
+    which is the text of the problem alone for `dataset`. The task `chain` does not use this setting."""
     chat_template: bool = False
     """Format the prompt as a user message with the tokenizer's chat template."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """reasoning_gym: settings of the data set, such as `{min_terms: 2, max_terms: 4}`. `size` is the number of training
-    problems, 10000 by default."""
+    """reasoning_gym: options of the data set, such as `{min_terms: 2, max_terms: 4}`. The option `size` is the number
+    of training problems, 10000 by default."""
     rewards: tuple[str, ...] = ()
-    """Reward functions: `exact` (the whole response equals the reference answer, except for white space at both ends),
-    `hash` (the numbers after the last `####` of the response and of the reference answer are equal), `boxed` (the
-    content of the last `\\boxed{}` is exactly equal to the reference answer, in any usual notation), or
-    `module:function`. The latter is a function fn(prompts, completions, completion_ids, **columns) -> list with a
-    number or None for each completion; it is called with one response at a time in a separate process. Empty: the
-    default of the task, which is `exact` for `dataset`."""
+    """Reward functions. `exact` gives 1 if the response equals the reference answer except for white space at both
+    ends, `hash` if the numbers after their last `####` are equal, `boxed` if the content of the last `\\boxed{}` is
+    exactly equal to the reference answer, in any usual notation. `module:function` is a function fn(prompts,
+    completions, completion_ids, **columns) -> list with a number or None for each completion, called with one response
+    at a time in a separate process. Empty: the default of the task, which is `exact` for `dataset`."""
     reward_weights: tuple[float, ...] = ()
-    """Weight of each reward function. Empty: all weights are 1."""
+    """Weight of each reward function in the reward, which is a weighted sum. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)
 
     def check(self) -> None:
-        """Reject settings that the task does not have, and different numbers of reward functions and weights."""
+        """Raise UserError for a value that is not allowed, or that does not fit the task or the other settings."""
         require(
             self.num_steps <= 25, f"task.num_steps is {self.num_steps}; it must be at most 25 (variables are letters)"
         )
@@ -173,45 +181,47 @@ class TaskConfig(Settings):
 
 
 class RolloutConfig(Settings):
-    """Number of responses per iteration, and how they are sampled."""
+    """Number of responses per iteration, and how the responses are sampled."""
 
     num_problems: int = Field(8, ge=1)
     """P: number of problems per iteration."""
     group_size: int = Field(4, ge=1)
     """G: number of responses per problem."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of sampling (rollouts and MC rollouts) and of the log-probabilities in the loss. Training has no
-    top_p or top_k, because the sampling distribution would then differ from the distribution that is trained."""
+    """Temperature of sampling (rollouts and Monte-Carlo rollouts) and of the log-probabilities in the loss. Training
+    has no top_p or top_k, because the sampling distribution would then differ from the distribution that is trained."""
     max_new_tokens: int = Field(120, ge=1)
     """Maximum length of a response in tokens. A response that is cut off at this length has no end-of-sequence token,
     and its reward is 0 unless `task.grading.truncated` is true."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, in addition to the end-of-sequence token. The string stays in the response."""
+    """Strings that end a response, in addition to the end-of-sequence token. The response includes the string."""
     max_rows: int = Field(2048, ge=1)
-    """Maximum number of sequences in a batch of the sampler. More sequences are split into several batches."""
+    """Maximum number of sequences in a batch of the sampler. More sequences are sampled in several batches."""
     kv_memory: float = Field(4.0, gt=0)
-    """Memory for the KV cache of the sampler in gibibytes. Batches that need more memory are split."""
+    """Maximum memory of the sampler's KV cache in gibibytes. Sequences that need more are sampled in several
+    batches."""
 
     def check(self) -> None:
-        """Reject empty stop strings."""
+        """Raise UserError for an empty stop string."""
         require(all(self.stop), "rollouts.stop contains an empty string; give the text that ends a response")
 
 
 class CriticConfig(Settings):
-    """Settings of the value network. The settings of algorithms with a value network extend this class."""
+    """Settings of the value network. The settings class of an algorithm with a value network extends this class."""
 
     value_lr: float = Field(1e-4, gt=0)
     """Learning rate of the value network, which starts as a copy of the policy with a new linear head."""
     value_warmup_updates: int = Field(0, ge=0)
     """Number of updates over which the learning rate of the value network rises linearly from 0."""
     value_head_scale: float = Field(1.0, ge=0)
-    """Standard deviation of the head's initial weights, in units of 1 / sqrt(hidden size + 1). If it is 0,
-    all values start at 0. Use 0 for models with large last hidden states, if `value/explained_variance` starts far
-    below 0."""
+    """Standard deviation of the initial weights of the value network's head, in units of 1 / sqrt(hidden size + 1). If
+    it is 0, all predicted values are 0 at the start. Use 0 if the metric `value/explained_variance` starts far below 0,
+    which happens with models whose last hidden states are large."""
     value_only_iterations: int = Field(0, ge=0)
     """Number of iterations at the start in which only the value network is trained."""
     value_clip: float = Field(0.2, ge=0)
-    """Clipping range of values in reward units; 0 turns clipping off."""
+    """Clipping range of the value loss in reward units, as in PPO: a prediction is clipped to at most this distance
+    from the prediction before the updates of the iteration. 0 turns clipping off."""
 
 
 class KLConfig(Settings):
@@ -229,15 +239,15 @@ class KLConfig(Settings):
     """For `place: loss`. `sequence_sum`: sum over the tokens of a response and mean over responses, as in the code of
     the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length."""
     clamp: float = Field(10.0, gt=0)
-    """The estimate of each token is clamped to [-clamp, clamp]."""
+    """The KL estimate of each token is clamped to [-clamp, clamp], in nats."""
     importance_weighted: bool = False
-    """For `place: loss`: multiply the estimate of each token by the probability ratio between the current and the old
-    policy. The gradient flows through the ratio. If true, the expected gradient of k1 and k3 is that of
+    """For `place: loss`: multiply the KL estimate of each token by the probability ratio between the current and the
+    old policy, through which the gradient flows. If true, the expected gradient of k1 and k3 is that of
     KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; `use_bias_correction_kl` of TRL). If false, the expected
     gradient of k3 is that of KL(reference || policy)."""
 
     def check(self) -> None:
-        """Reject the estimator k1 in the loss, where its expected gradient is 0."""
+        """Raise UserError for the estimator k1 in the loss, because its expected gradient is 0 there."""
         require(
             not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0) or self.importance_weighted,
             "learner.kl.estimator is k1, whose expected gradient in the loss is 0; set learner.kl.estimator to k2 or "
@@ -267,21 +277,22 @@ class LearnerConfig(Settings):
     """Number of rollouts per update. The number of updates per epoch does not depend on how many training samples the
     algorithm creates from the rollouts."""
     micro_batch_tokens: int = Field(8192, ge=1)
-    """Maximum number of padded tokens per forward and backward pass. It affects memory and speed, not the
+    """Maximum number of tokens per forward and backward pass, with padding. It affects memory and speed, not the
     result."""
     clip_low: float = Field(0.2, gt=0, le=1)
-    """The probability ratio is clipped from below at 1 - clip_low."""
+    """PPO's objective clips the probability ratio between the current and the old policy from below at 1 - clip_low."""
     clip_high: float = Field(0.2, gt=0)
-    """The probability ratio is clipped from above at 1 + clip_high."""
+    """PPO's objective clips the probability ratio between the current and the old policy from above at
+    1 + clip_high."""
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
     """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
     deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""
     entropy_coefficient: float = Field(0.0, ge=0)
-    """Weight of the entropy bonus. The bonus is the mean entropy over tokens."""
+    """Weight of the entropy bonus, which is the entropy of the next-token distribution, averaged over tokens."""
     kl: KLConfig = Field(default_factory=KLConfig)
 
     def check(self) -> None:
-        """Reject decay rates that AdamW does not accept."""
+        """Raise UserError for values of `betas` that AdamW does not accept."""
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"learner.betas is {list(self.betas)}; each value must be at least 0 and below 1",
@@ -295,8 +306,8 @@ class EvalConfig(Settings):
     """Number of iterations between evaluations on the validation split. If it is 0, the model is evaluated only before
     and after training."""
     num_problems: int = Field(64, ge=1)
-    """Number of problems of each evaluation during training. They are always the same problems of the validation
-    split."""
+    """Number of validation problems of each evaluation during training. The problems are the same in every
+    evaluation."""
     final_num_problems: int = Field(256, ge=0)
     """Number of problems of the evaluations before and after training; 0 skips these evaluations."""
     num_samples: int = Field(1, ge=1)
@@ -316,38 +327,50 @@ class RunConfig(Settings):
     dir: str = ""
     """Run directory, which the run creates. Empty: `runs/<recipe>-<algorithm>-seed<seed>`."""
     seed: int = Field(0, ge=0)
-    """Seed of all random numbers of the run."""
+    """Seed from which all random numbers of the run are derived."""
     iterations: int = Field(60, ge=1)
     """Number of iterations. Each iteration samples responses, computes credit and updates the weights."""
     max_updates: int = Field(0, ge=0)
-    """Stop after the iteration that reaches this number of updates; 0 means no limit. Minibatches without
+    """Stop after the iteration in which this number of updates is reached; 0 means no limit. Minibatches without
     training samples count as updates here and in the learning-rate schedule."""
     max_tokens: int = Field(0, ge=0)
-    """Stop after the iteration in which the tokens generated for training reach this number; 0 means no limit."""
+    """Stop after the iteration in which this number of tokens generated for training is reached; 0 means no limit."""
     max_seconds: float = Field(0.0, ge=0)
-    """Stop after the iteration in which the training time in seconds, without evaluation, reaches this number; 0 means
-    no limit."""
+    """Stop after the iteration in which this training time in seconds, without evaluation, is reached; 0 means no
+    limit."""
     checkpoint_every: int = Field(20, ge=0)
     """Number of iterations between checkpoints. If it is 0, checkpoints are saved only at the start and at the end."""
     keep_checkpoints: int = Field(1, ge=1)
-    """Number of checkpoints to keep. Older checkpoints are removed."""
+    """Number of most recent checkpoints to keep. Older checkpoints are removed."""
     save_rollouts: bool = True
     """Write every rollout with its steps, values and advantages to a Parquet file."""
     report_to: tuple[str, ...] = ()
-    """Trackers to which the metrics are sent, in addition to the file metrics.jsonl. Any of `tensorboard`, `wandb`,
-    `trackio`."""
+    """Trackers to which the metrics are sent, any of `tensorboard`, `wandb` and `trackio`. The file metrics.jsonl is
+    always written."""
 
     def check(self) -> None:
-        """Reject unknown trackers."""
+        """Raise UserError for an unknown tracker."""
         unknown = sorted(set(self.report_to) - set(_TRACKERS))
         require(not unknown, f"run.report_to has {', '.join(unknown)}; allowed: {', '.join(_TRACKERS)}")
+
+
+class GuardConfig(Settings):
+    """Checks that stop a run whose sampler and trainer do not agree."""
+
+    max_logprob_gap: float | None = Field(None, gt=0)
+    """Largest allowed difference between the log-probabilities of a token from the sampler and from the trainer, in
+    nats. A larger difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 1 for
+    bfloat16."""
+    probe_every: int = Field(10, ge=0)
+    """Number of iterations between probes. A probe samples a few tokens of a fixed prompt and compares their
+    log-probabilities with those of the trainer. 0 switches the probes off."""
 
 
 class Config(Settings):
     """The settings of a training run.
 
-    A resolved configuration also has a section with the settings of the chosen algorithm. The name of the section is
-    the name of the algorithm.
+    A resolved configuration belongs to a subclass of this class, which `with_sections` creates. It also has a section
+    with the settings of the chosen algorithm. The name of the section is the name of the algorithm.
     """
 
     algorithm: str = "vineppo"
@@ -358,17 +381,18 @@ class Config(Settings):
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    guards: GuardConfig = Field(default_factory=GuardConfig)
     run: RunConfig = Field(default_factory=RunConfig)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make configurations with the section of an algorithm picklable: `with_sections` creates their class again."""
+        """Support pickling. `with_sections` creates some classes at run time, and unpickling creates them again."""
         sections = {
             name: type(getattr(self, name)) for name in type(self).model_fields if name not in Config.model_fields
         }
         return _rebuilt, (sections, {name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self) -> None:
-        """Reject a linear decay of the learning rate if the number of updates is unknown."""
+        """Raise UserError for a linear decay of the learning rate if the number of updates is unknown."""
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,
@@ -379,7 +403,12 @@ class Config(Settings):
 
 @functools.cache
 def with_sections(**sections: type[Settings]) -> type[Config]:
-    """Return the `Config` class with additional sections, given as name of the section and class of its settings."""
+    """Return a subclass of `Config` with additional sections.
+
+    Args:
+        sections: name of each section -> class of its settings. Sections whose class has no fields are left out. If
+            none remains, the result is `Config` itself.
+    """
     fields: dict[str, Any] = {
         name: (section, Field(default_factory=section)) for name, section in sections.items() if section.model_fields
     }
@@ -389,11 +418,12 @@ def with_sections(**sections: type[Settings]) -> type[Config]:
 
 
 def _rebuilt(sections: dict[str, type[Settings]], values: dict[str, Any]) -> Config:
+    """Create a configuration again from its additional sections and the values of its fields, for unpickling."""
     return with_sections(**sections)(**values)
 
 
 class SFTConfig(Settings):
-    """Supervised fine-tuning on the demonstrations of a task, or on columns of prompts and responses."""
+    """Settings of `vineppo sft`, supervised fine-tuning on the demonstrations of a task."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     """The model to start from. `model.path` may be `new:tiny`, a tiny Llama with random weights and the tokenizer of
@@ -406,7 +436,7 @@ class SFTConfig(Settings):
     batch_size: int = Field(64, ge=1)
     """Number of demonstrations per update."""
     micro_batch_tokens: int = Field(16384, ge=1)
-    """Maximum number of padded tokens per forward and backward pass. It affects memory and speed, not the
+    """Maximum number of tokens per forward and backward pass, with padding. It affects memory and speed, not the
     result."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate (optimizer AdamW). After the warm-up, the learning rate falls linearly to 0."""
@@ -415,12 +445,13 @@ class SFTConfig(Settings):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     max_length: int = Field(2048, ge=1)
-    """Maximum length of a demonstration in tokens. Longer demonstrations are skipped and counted (`left out`)."""
+    """Maximum length of a demonstration in tokens. Longer demonstrations are not used, and their number is reported as
+    `left out`."""
     seed: int = Field(0, ge=0)
     """Seed of the order of the demonstrations, and of the initial weights of `new:tiny`."""
 
     def check(self) -> None:
-        """Check that an output directory is set."""
+        """Raise UserError if `out` is empty."""
         require(bool(self.out), "out is empty; give the directory for the trained model (--out DIR)")
 
 
@@ -448,6 +479,6 @@ class EvalSpec(Settings):
     """Seed of sampling and of the confidence intervals."""
 
     def check(self) -> None:
-        """Check that every k is at least 1 and at most `num_samples`."""
+        """Raise UserError if a value of `k` is below 1 or above `num_samples`."""
         wrong = [k for k in self.k if not 1 <= k <= self.num_samples]
         require(not wrong, f"k is {wrong[:1]}; pass@k needs 1 <= k <= num_samples, which is {self.num_samples}")

@@ -1,4 +1,8 @@
-"""The built-in algorithms, each in one module of this package, and `find_algorithm`, which finds one by name."""
+"""Provide the built-in algorithms, and find the algorithm that the user chose in the settings.
+
+An algorithm computes credit: the advantage of every response token, from the rollouts of an iteration. Each built-in
+algorithm has a module in this package.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,17 @@ from vineppo.objects import load_object
 from vineppo.types import UserError
 
 BUILT_IN: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE)}
-"""Built-in algorithms by name."""
+"""Dictionary from the name of each built-in algorithm to the algorithm."""
 COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)
-"""Names of the algorithms that `vineppo compare` compares by default."""
+"""Names of the algorithms that `vineppo compare` compares if the user does not choose any."""
 
 
 def find_algorithm(spec: str) -> Algorithm:
-    """Return the algorithm that the setting `algorithm` names.
+    """Return the algorithm for a value of the setting `algorithm`.
 
     Args:
-        spec: name of a built-in algorithm, or `module:object` for a user-defined one.
+        spec: value of the setting. It is the name of a built-in algorithm, or `module:object` for a user-defined one:
+            a Python module, and the name of an `Algorithm` at the top level of this module.
     Raises:
         UserError: if the name is unknown, the module cannot be imported, the object is not an `Algorithm`, or it has
             the name of a built-in algorithm.

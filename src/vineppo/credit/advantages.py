@@ -1,4 +1,10 @@
-"""Functions that compute advantages from rewards and values. They use no model, no text and no random numbers."""
+"""Compute the advantages of all built-in algorithms from rewards and values.
+
+The functions take and return lists of numbers; they use no model, no text and no random numbers. The suffix of a
+variable says what the entries of a list belong to. A list with the suffix `_S` has one entry per reasoning step of a
+response (S steps), `_T` one per token of a response (T tokens), and `_G` one per response to the same problem
+(G responses).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,18 @@ import math
 from collections.abc import Sequence
 
 STD_EPSILON = 1e-4
-"""Added to the standard deviation in GRPO, as in TRL and in the GRPO release."""
+"""Number that GRPO adds to the standard deviation before dividing by it, as in TRL."""
 
 
 def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
-    """Return the one-step TD advantage of each reasoning step (VinePPO, arXiv 2410.01679, section 4).
+    """Return the advantage of each reasoning step: the value after the step minus the value before the step.
 
-    The advantage of step i is V(s_{i+1}) - V(s_i), and that of the last step is reward - V(s_{S-1}). The sum of all
-    advantages is therefore reward - V(s_0).
+    This is the one-step temporal difference of VinePPO (arXiv 2410.01679, section 4). Steps are counted from 0, and
+    V(s_i) is the value of the state before step i. The advantage of step i is V(s_{i+1}) - V(s_i). The advantage of the
+    last step is reward - V(s_{S-1}). The sum of all advantages is therefore reward - V(s_0).
 
     Args:
-        values_S: value of the state *before* each step, in reward units, shape (S,).
+        values_S: value V(s_i) of the state *before* each step, in reward units, shape (S,).
         reward: reward of the whole response.
     Returns:
         The advantages in reward units, shape (S,).
@@ -29,11 +36,11 @@ def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
 
 
 def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequence[int]) -> list[float]:
-    """Give every token the advantage of its step.
+    """Return the advantage of each response token: the advantage of the step that contains the token.
 
     Args:
         step_advantages_S: advantage of each step, shape (S,).
-        boundaries_S: end of each step as a number of response tokens, strictly increasing, shape (S,).
+        boundaries_S: end of each step, as the number of response tokens up to the end, strictly increasing, shape (S,).
     Returns:
         The advantage of each token, shape (T,), where T is the last boundary.
     """
@@ -44,17 +51,20 @@ def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequenc
 
 
 def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[float]:
-    """Return the difference of each reward from the mean of its group, as in GRPO (arXiv 2402.03300).
+    """Return the advantage of each response to one problem, as in GRPO (arXiv 2402.03300).
 
-    The advantage of response i is (r_i - mean) / (std + 1e-4). The standard deviation is computed with the divisor
-    G - 1. Without the division by the standard deviation, the advantages are those of Dr. GRPO (arXiv 2503.20783). The
-    mean includes r_i, so r_i - mean is (G - 1) / G times the difference between r_i and the mean of the other rewards.
+    The advantage of response i is (r_i - mean) / (std + 1e-4). Here, r_i is the reward of response i, and mean and std
+    are the mean and the standard deviation (divisor G - 1) of the rewards of all G responses. If `scale_by_std` is
+    false, the advantage is r_i - mean, as in Dr. GRPO (arXiv 2503.20783).
+
+    The mean includes r_i. Therefore r_i - mean is only (G - 1) / G times the difference between r_i and the mean of the
+    other rewards.
 
     Args:
         rewards_G: rewards of the responses to one problem, shape (G,), G >= 2.
         scale_by_std: whether to divide by the standard deviation.
     Returns:
-        The advantages, shape (G,).
+        The advantages, shape (G,). They are in reward units if `scale_by_std` is false; otherwise they have no unit.
     Raises:
         ValueError: if G is less than 2.
     """
@@ -69,12 +79,13 @@ def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[floa
 
 
 def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
-    """Return the difference of each reward from the mean of the other rewards, as in RLOO (arXiv 2402.14740).
+    """Return each reward minus the mean of the other rewards, as in RLOO (arXiv 2402.14740).
 
-    The mean of the other rewards is an unbiased baseline.
+    The mean of the other rewards does not depend on the reward that it is subtracted from. As a baseline, it therefore
+    does not bias the policy gradient.
 
     Args:
-        rewards: n rewards, shape (n,), n >= 2.
+        rewards: rewards of n responses, shape (n,), n >= 2.
     Returns:
         The advantages in reward units, shape (n,).
     Raises:
@@ -92,26 +103,31 @@ def node_advantages(
 ) -> tuple[float, list[float]]:
     """Return the advantages of all tokens that were sampled at one position of a response.
 
-    Let n continuations pass through the state before this position. Together with the response, they give n + 1 samples
-    of the next token from the policy. The policy gradient at this position is the expectation of
-    (return - baseline) * grad log pi(token). It is estimated as the mean over the n + 1 samples:
+    The response was sampled from the policy. In addition, n continuations were sampled from the policy that have the
+    same tokens as the response before this position. Together they give n + 1 samples of the token at this position.
+    The policy gradient at this position is the expectation of (return - baseline) * grad log pi(token). It is estimated
+    by the mean over the n + 1 samples:
 
-    - The return of a continuation is its reward. Its baseline is the mean reward of the other n - 1 continuations.
-    - The return of the response is `next_value`. Its baseline is the mean reward of all n continuations.
+    - For the response, the return is `next_value`, and the baseline is the mean reward of all n continuations.
+    - For a continuation, the return is its reward, and the baseline is the mean reward of the other n - 1
+      continuations.
 
-    If a continuation sampled the same token as the response, its term is added to the advantage of that token.
+    The advantage of a token is (return - baseline) / (n + 1), summed over the samples that have this token. If
+    continuations sampled the response's token, they therefore contribute to the advantage of this token.
 
-    If n is 1, the single reward is the baseline of the response, and the continuation gets no credit because there is
-    no other continuation to compare it with. If n is 0, `state_value` is the baseline.
+    With n = 1, the baseline of the response is the reward of the single continuation. The continuation contributes
+    nothing, because there is no other continuation to compare it with. With n = 0, the baseline of the response is
+    `state_value`. In both cases the advantage of the response's token is return - baseline, without the divisor.
 
     Args:
-        next_value: value of the state after the response's step.
-        state_value: value of the state before the response's step.
+        next_value: value of the state after the step that contains this position; after the last step, the reward of
+            the response.
+        state_value: value of the state before the step that contains this position.
         followed: rewards of the continuations that sampled the response's token.
         diverged: rewards of the continuations that sampled another token.
     Returns:
-        (advantage of the response's token, advantage of each token in `diverged`). If n is at least 2, all of them
-        include the factor 1 / (n + 1) of the mean.
+        (advantage of the response's token, list with the advantage of each other token, in the order of `diverged`),
+        in reward units.
     """
     n = len(followed) + len(diverged)
     if n < 2:
@@ -124,19 +140,20 @@ def node_advantages(
 
 
 def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float) -> tuple[list[float], list[float]]:
-    """Compute advantages and returns of one response by generalised advantage estimation (arXiv 1506.02438).
+    """Compute advantages and returns of one response by generalised advantage estimation (GAE, arXiv 1506.02438).
 
-    The reward r_t is 0 except at the last token. The advantages are A_t = delta_t + gamma lambda A_{t+1} with
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t). The state after the last token is terminal and has the value 0, also if
-    the response was truncated by the length limit.
+    The advantage of token t is A_t = delta_t + gamma * lambda * A_{t+1}, where
+    delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). V(s_t) is the value of the state before token t. The reward r_t is
+    `reward` at the last token and 0 at all other tokens. The state after the last token has the value 0, even if the
+    response was truncated by the length limit.
 
     Args:
-        values_T: value of the state before each response token, shape (T,).
+        values_T: value of the state before each response token, in reward units, shape (T,).
         reward: reward of the whole response.
         gamma: discount factor per token.
         gae_lambda: lambda.
     Returns:
-        (advantages, returns), both of shape (T,). The returns are the sums of advantages and values.
+        (advantages, returns), both in reward units, shape (T,). The return of a token is its advantage plus its value.
     """
     advantages_T = [0.0] * len(values_T)
     next_value, next_advantage = 0.0, 0.0

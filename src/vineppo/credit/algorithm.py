@@ -1,4 +1,4 @@
-"""The class `Algorithm`, which holds what the trainer, comparisons and reports need from an algorithm."""
+"""Define the class `Algorithm`, which describes an algorithm to the trainer, to comparisons and to reports."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from vineppo.model.codec import Codec
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup, Sampler, Task
 
 _RECIPE_KEYS = ("description", "overrides")
+"""Keys of a recipe that are not settings. An algorithm must not have one of these names."""
 PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
-"""(rollouts) -> one list of shape (T,) per rollout, with the value network's value of the state before each token."""
+"""Function (rollouts) -> one list per rollout with an entry for each of its T response tokens, shape (T,). An entry is
+the value network's prediction of the value of the state before the token, in reward units."""
 SampleFn = Callable[[Sequence[Problem], int], list[RolloutGroup]]
-"""(problems, iteration) -> one group of `group_size` graded rollouts per problem."""
+"""Function (problems, iteration) -> one group per problem, each with `group_size` graded rollouts."""
 
 
 @dataclass(frozen=True)
 class CreditParts:
-    """The objects that an algorithm may use to compute credit. The model is not one of them."""
+    """The objects and settings of a run that an algorithm may use to compute credit. The model is not one of them."""
 
     sampler: Sampler
     """Samples completions from the current policy."""
@@ -30,7 +32,8 @@ class CreditParts:
     codec: Codec
     """Converts token ids to text and back."""
     predict_values: PredictValues
-    """Returns the predictions of the value network. Raises UserError if the algorithm has no value network."""
+    """Function that returns the predictions of the value network. It raises UserError if the algorithm has no value
+    network."""
     run_seed: int
     """Seed of the run, from which all other seeds are derived."""
     group_size: int
@@ -40,42 +43,49 @@ class CreditParts:
     temperature: float
     """Sampling temperature of the rollouts."""
     stop: tuple[str, ...]
-    """Strings that end a response."""
+    """Strings that end a response as soon as the response contains one of them."""
 
 
 @dataclass(frozen=True)
 class PlanHints:
-    """Functions with which `vineppo plan` estimates the cost of an algorithm that samples MC rollouts."""
+    """Functions with which `vineppo plan` estimates the cost of an algorithm that samples MC rollouts.
+
+    MC rollouts are continuations that are sampled from states to estimate the values of the states.
+    """
 
     mc_tokens: Callable[[Any, int, int, float], float]
-    """(settings, rollouts, steps per response, tokens per response) -> expected number of MC tokens per iteration."""
+    """Function (settings of the algorithm, number of rollouts, steps per response, tokens per response) -> expected
+    number of tokens in the MC rollouts of one iteration."""
     variants: Callable[[Any, Codec, Sequence[Rollout]], list[tuple[str, float]]]
-    """(settings, codec, rollouts) -> list of (other setting, its number of MC tokens relative to `settings`)."""
+    """Function (settings of the algorithm, codec, rollouts) -> list of (changed setting, relative cost). The changed
+    setting is a text such as `vineppo.num_mc_rollouts 3`. The relative cost is the number of tokens in MC rollouts with
+    this change, divided by the number without it."""
 
 
 def _no_check(settings: Any, config: Config) -> None:
-    """Accept all settings."""
+    """Accept all settings. This is the default of `Algorithm.check`."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm: its credit function, its settings and its requirements.
+    """An algorithm: how it computes credit, its settings, its requirements, and its name in reports.
 
     Raises:
-        ValueError: if the name cannot be a section of the configuration, the label is empty, the colour is not of the
-            form `#RRGGBB`, `build` cannot be called, or `settings` has the wrong base class.
+        ValueError: if the name cannot be the name of a section of the configuration, the label is not one line of text
+            or begins with an underscore, the colour is not of the form `#RRGGBB`, a field that must be a function is
+            not one, or `settings` has the wrong base class.
     """
 
     name: str
-    """Identifier. It is the name of the algorithm's section in the configuration, and is used in run directories and
-    tables."""
+    """Identifier of the algorithm in run directories and tables. The section of the configuration with the algorithm's
+    settings has the same name."""
     label: str
     """Name shown in reports, tables and plots."""
     build: Callable[[Any, CreditParts], CreditFn]
-    """(settings, parts) -> the credit function."""
+    """Function (settings of the algorithm, `CreditParts` of the run) -> credit function."""
     settings: type[Settings] = Settings
     """Class of the algorithm's settings. It must extend `CriticConfig` if `needs_critic` is true. The default class has
-    no fields, and the configuration then has no section for the algorithm."""
+    no fields; the configuration then has no section for the algorithm."""
     needs_critic: bool = False
     """Whether a value network is trained in addition to the policy."""
     min_group_size: int = 1
@@ -83,14 +93,16 @@ class Algorithm:
     min_rollouts: int = 1
     """Minimum number of rollouts per iteration."""
     check: Callable[[Any, Config], None] = _no_check
-    """(settings of the algorithm, whole configuration) -> None. Raises UserError if they cannot be combined."""
+    """Function (settings of the algorithm, whole configuration) -> None. It raises UserError if the settings cannot be
+    combined with the configuration."""
     sample: Callable[[Any, CreditParts], SampleFn] | None = None
-    """(settings, parts) -> function that samples the rollouts of an iteration, for example as a tree. None means that G
-    independent rollouts are sampled per problem."""
+    """Function (settings of the algorithm, `CreditParts` of the run) -> function that samples the rollouts of an
+    iteration, for example as a tree. If it is None, the trainer samples G independent rollouts per problem."""
     plan: PlanHints | None = None
     """Functions that estimate costs for `vineppo plan`; None if the algorithm samples no MC rollouts."""
     colour: str = ""
-    """Colour of the algorithm's curves, such as `#D55E00`. If empty, the next unused colour of the palette is used."""
+    """Colour of the algorithm's curves in plots, such as `#D55E00`. If it is empty, the plots use the next unused
+    colour of their palette."""
 
     def __post_init__(self) -> None:
         if not _can_be_a_section(self.name):
@@ -119,6 +131,11 @@ class Algorithm:
 
 
 def _can_be_a_section(name: object) -> bool:
+    """Return whether a section of the configuration may have this name.
+
+    The name must be an identifier without a leading underscore. It must not be an attribute of `Config` or a key of
+    recipes.
+    """
     if not isinstance(name, str):
         return False
     reserved = hasattr(Config, name) or name in Config.model_fields or name in _RECIPE_KEYS

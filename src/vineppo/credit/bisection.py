@@ -1,9 +1,12 @@
-"""VinePPO by bisection, which evaluates only the states around decisive steps instead of the states before all steps.
+"""Compute the advantages of VinePPO by bisection, which evaluates only the states around decisive steps.
 
-In a long response most steps do not change the expected reward. Bisection evaluates the first state and compares its
-value with the reward of the response. If they differ by more than their noise, it evaluates the state in the middle of
-the response and continues in the same way with each half. The number of evaluated states is then proportional to the
-number of decisive steps times the logarithm of the number of steps. Without bisection it is the number of steps.
+To evaluate a state means to estimate its value. Without bisection, VinePPO evaluates the state before every step. But
+most steps of a long response do not change the expected reward. The steps that change it are called decisive here.
+
+Bisection first evaluates the prompt and compares its value with the reward of the response. If the two differ by more
+than their noise, it evaluates the state in the middle of the response and continues in the same way with each half. The
+number of evaluated states is proportional to the number of decisive steps times the logarithm of the number of steps.
+Without bisection, it is the number of steps.
 """
 
 from __future__ import annotations
@@ -30,25 +33,30 @@ def bisected_vine_credit(
 ) -> CreditFn:
     """Build the credit function of VinePPO with bisection.
 
-    A stretch is a range of neighbouring steps. V(a) is the value of the state before the stretch and V(b) that of the
-    state after it; after the last step, V(b) is the reward. All tokens of the stretch get the advantage V(b) - V(a).
-    The first stretch is the whole response. A stretch is halved if V(a) and V(b) differ (see `differ`): the state m in
-    its middle is evaluated, and the halves get the advantages V(m) - V(a) and V(b) - V(m). The stretches of all
-    responses are processed together, with one call of the estimator per round. The sum of V(s_0) and the step
-    advantages of a response is its reward.
+    A stretch is a range of neighbouring steps of a response. Let V(a) be the value of the state before the stretch and
+    V(b) the value of the state after the stretch. If the stretch contains the last step, V(b) is the reward. All tokens
+    of the stretch get the advantage V(b) - V(a).
 
-    Bisection biases the advantages. A change of the value that is too small for the stretch to be halved is assigned to
-    the whole stretch instead of its step, so small differences between steps are underestimated. The bias of the
-    expected advantage of a token is at most the mean, over the stretches that are not halved, of |V(m) - V(b)| for
-    tokens in the first half and of |V(m) - V(a)| for tokens in the second half.
+    The search starts with the whole response as one stretch. If V(a) and V(b) of a stretch differ by more than their
+    noise (see `differ`), the stretch is halved: the state m in its middle is evaluated, the first half becomes a
+    stretch with the advantage V(m) - V(a), and the second half a stretch with the advantage V(b) - V(m). A stretch of
+    one step is not halved. The search proceeds in rounds. Each round halves stretches of all responses and calls the
+    estimator once.
+
+    The value of the prompt plus the advantages of all stretches of a response is the reward of the response.
+
+    Bisection biases the advantages. If a stretch is not halved, a small change of the value at one of its steps is
+    assigned to all its steps, so small differences between steps are underestimated. The advantages differ from those
+    of the halves by V(b) - V(m) in the first half and by V(m) - V(a) in the second half. The bias of the expected
+    advantage of a token is at most the mean absolute value of this difference over the stretches that are not halved.
 
     Args:
-        estimator: evaluates states.
+        estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
         max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
             merged.
-        level: confidence level at which the values at the ends of a stretch must differ, above 0 and below 1.
+        level: confidence level at which V(a) and V(b) must differ for a stretch to be halved, above 0 and below 1.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -72,9 +80,12 @@ def bisected_vine_credit(
 
 
 def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iteration: int) -> tuple[ValueCost, int]:
-    """Run all bisections to the end, and return the total cost and the number of rounds.
+    """Run the bisections of all responses to the end.
 
     In each round one batch of states is evaluated. Equal states of different responses are evaluated once.
+
+    Returns:
+        (total cost of all rounds, number of rounds).
     """
     known: dict[Key, Value] = {}
     costs: list[ValueCost] = []
@@ -92,25 +103,27 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The steps i of a response with start <= i < end, and the current advantage of their tokens."""
+    """A range of neighbouring steps of a response, and the advantage of all tokens of these steps."""
 
     start: int
+    """Index of the first step."""
     end: int
+    """Index of the last step plus 1."""
     advantage: float
 
 
 @dataclass
 class _Bisection:
-    """The bisection of one response with S steps. State i is the state before step i; state S is the whole response."""
+    """The bisection of one response with S steps. State i is the state before step i. State S is the whole response."""
 
     problem: Problem
     rollout: Rollout
     boundaries: tuple[int, ...]
     """Number of response tokens in each state, shape (S + 1,): 0, followed by the end of each step."""
     level: float
-    """Confidence level at which the values at the ends of a stretch must differ for it to be halved."""
+    """Confidence level at which the values at the two ends of a stretch must differ for the stretch to be halved."""
     values: dict[int, Value] = field(default_factory=dict)
-    """Values of the states that have been evaluated, by the index of the state."""
+    """Dictionary from the index of each state that has been evaluated to the value of the state."""
     finished: list[_Stretch] = field(default_factory=list)
     """Stretches that are not halved any further."""
     pending: list[_Stretch] = field(default_factory=list)
@@ -122,19 +135,21 @@ class _Bisection:
         return len(self.boundaries) - 1
 
     def state(self, step: int) -> State:
-        """Return the state before a step."""
+        """Return the state before the step with the index `step`."""
         response = self.rollout.response_ids
         return State(self.problem, self.rollout.prompt_ids, response[: self.boundaries[step]], self.rollout)
 
     def next_steps(self) -> list[int]:
         """Halve the pending stretches, and return the indices of the states that must be evaluated next.
 
-        The caller must have added the values of the states that the previous call returned to `values`.
+        The list is empty when the bisection is finished. Before the next call, the caller must add the values of the
+        returned states to `values`.
         """
         if not self.values:
             return [0]
         stretches = [half for stretch in self.pending for half in self._halves(stretch)]
         if not self.pending and not self.finished:
+            # Only the first state has been evaluated. The search starts with the whole response as one stretch.
             stretches = [_Stretch(0, self.num_steps, self.rollout.reward - self.values[0].mean)]
         self.pending = []
         for stretch in stretches:
@@ -142,21 +157,26 @@ class _Bisection:
         return [_middle(stretch) for stretch in self.pending]
 
     def _halves(self, stretch: _Stretch) -> tuple[_Stretch, _Stretch]:
+        """Return both halves of a stretch with their advantages. The state in its middle must have been evaluated."""
         start, middle, end = (self._value(step).mean for step in (stretch.start, _middle(stretch), stretch.end))
+        # The advantage of the stretch is end - start. That of the first half becomes middle - start, and that of the
+        # second half end - middle.
         first = stretch.advantage + (middle - end)
         second = stretch.advantage + (start - middle)
         cut = _middle(stretch)
         return _Stretch(stretch.start, cut, first), _Stretch(cut, stretch.end, second)
 
     def _must_be_halved(self, stretch: _Stretch) -> bool:
+        """Return whether a stretch has more than one step, and the values at its two ends differ (see `differ`)."""
         ends = self._value(stretch.start), self._value(stretch.end)
         return stretch.end - stretch.start > 1 and differ(*ends, self.level)
 
     def _value(self, step: int) -> Value:
+        """Return the value of the state before a step; for `step` = S, the reward of the response."""
         return self.values[step] if step < self.num_steps else Value(self.rollout.reward, 0)
 
     def sample(self) -> TrainingSample:
-        """Build the training sample of the rollout. Its `StepCredit` contains each finished stretch as one step."""
+        """Build the training sample of the rollout. In its `StepCredit`, each finished stretch counts as one step."""
         stretches = sorted(self.finished, key=lambda stretch: stretch.start)
         record = StepCredit(
             boundaries=tuple(self.boundaries[stretch.end] for stretch in stretches),
@@ -169,6 +189,7 @@ class _Bisection:
 
 
 def _middle(stretch: _Stretch) -> int:
+    """Return the index of the state in the middle of a stretch, which is the state before its second half."""
     return (stretch.start + stretch.end) // 2
 
 
@@ -176,8 +197,12 @@ def differ(first: Value, second: Value, level: float) -> bool:
     """Return whether two values differ by more than their noise.
 
     This is the case if the confidence interval of their difference excludes 0. The interval is that of Newcombe (1998,
-    method 10), which combines the Wilson intervals of both values. A value without continuations is exact. If a value
-    is outside [0, 1], the interval is not defined, and the result is whether the values are unequal.
+    method 10), which combines the Wilson intervals of both values. A value that was not estimated from continuations is
+    treated as exact. The interval is only defined for values in [0, 1]. If a value is outside, the result is whether
+    the two values are unequal.
+
+    Args:
+        level: confidence level of the interval, above 0 and below 1.
     """
     if not (0 <= first.mean <= 1 and 0 <= second.mean <= 1):
         return first.mean != second.mean
@@ -186,7 +211,10 @@ def differ(first: Value, second: Value, level: float) -> bool:
 
 
 def _margin(value: Value, level: float, *, above: bool) -> float:
-    """Return the distance from the value to the upper (`above`) or lower end of its Wilson interval."""
+    """Return the distance from a value to the upper end of its Wilson interval, or to the lower end if not `above`.
+
+    The distance is 0 if the value is exact, that is, not estimated from continuations.
+    """
     if not value.num_mc_rollouts:
         return 0.0
     interval = wilson(value.mean * value.num_mc_rollouts, value.num_mc_rollouts, level)

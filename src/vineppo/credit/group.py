@@ -1,4 +1,4 @@
-"""Credit functions that give all tokens of a response the same advantage, computed from the rewards of its group."""
+"""Build the credit functions of GRPO and RLOO, which compare the rewards of the responses to the same problem."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 def group_credit(advantages_of: Callable[[Sequence[float]], list[float]]) -> CreditFn:
-    """Build a credit function that compares each response with the other responses to the same problem.
+    """Build a credit function that computes one advantage per response from the rewards of its group.
+
+    A group consists of the G responses to one problem. All tokens of a response get the advantage of the response. The
+    credit function also returns the metric `credit/zero_group_share`: the share of groups whose rewards are all equal.
 
     Args:
-        advantages_of: maps the rewards of a group, shape (G,), to advantages, shape (G,).
+        advantages_of: function that maps the rewards of a group, shape (G,), to the advantages, shape (G,).
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:

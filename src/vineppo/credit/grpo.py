@@ -1,4 +1,7 @@
-"""GRPO: the advantage of a response is its reward relative to the mean of its group (arXiv 2402.03300)."""
+"""GRPO: the advantage of a response is its reward relative to the mean reward of its group (arXiv 2402.03300).
+
+A group consists of the responses to the same problem.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from vineppo.types import CreditFn
 
 
 class GRPOSettings(Settings):
-    """GRPO: the advantage of a response is its reward relative to the mean of its group."""
+    """GRPO: the advantage of a response is its reward relative to the mean reward of its group."""
 
     scale_by_std: bool = True
-    """Divide by the group's standard deviation (plus 1e-4). `false` gives the advantage of Dr. GRPO."""
+    """Divide the advantages of a group by the standard deviation of its rewards (plus 1e-4). `false` gives the
+    advantages of Dr. GRPO, which are not divided."""
 
 
 def grpo_credit(scale_by_std: bool) -> CreditFn:

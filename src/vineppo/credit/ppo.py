@@ -1,4 +1,4 @@
-"""PPO: advantages are computed from a value network by generalised advantage estimation (GAE).
+"""PPO: advantages are computed from the predictions of a value network by generalised advantage estimation (GAE).
 
 Sources: arXiv 1707.06347 (PPO), arXiv 1506.02438 (GAE).
 """
@@ -17,16 +17,26 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 class PPOSettings(CriticConfig):
-    """PPO: advantages are computed from a value network by generalised advantage estimation."""
+    """PPO: advantages are computed from the predictions of a value network by generalised advantage estimation."""
 
     gae_lambda: float = Field(1.0, ge=0, le=1)
-    """Lambda of GAE. With 1 (the paper's setting) the advantage is the Monte-Carlo return minus the value."""
+    """Lambda of generalised advantage estimation. With 1, as in the VinePPO paper, the advantage of a token is the
+    discounted reward of the response minus the predicted value."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount per token."""
+    """Discount factor per token; 1 means no discount."""
 
 
 def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float) -> CreditFn:
-    """Build the credit function of PPO. It computes advantages by GAE, and returns as targets of the value network."""
+    """Build the credit function of PPO, which computes advantages and the targets of the value network by GAE.
+
+    The credit function also returns two metrics of the predictions: their mean, and the share of the variance of the
+    rewards that they explain.
+
+    Args:
+        predict_values: returns the predictions of the value network for given rollouts.
+        gamma: discount factor per token.
+        gae_lambda: lambda of GAE.
+    """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -45,11 +55,13 @@ def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float
 
 
 def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -> float:
-    """Return 1 - Var(target - prediction) / Var(target), or nan if all targets are equal.
+    """Return the share of the variance of the targets that the predictions explain.
 
-    The result is 1 for perfect predictions and 0 for constant ones.
+    This is 1 - Var(target - prediction) / Var(target). It is 1 for perfect predictions, 0 for constant predictions, and
+    nan if all targets are equal.
     """
-    import torch  # slow to import, and not needed for the settings above
+    # torch is slow to import. It is imported here, because commands that only read the settings do not need it.
+    import torch
 
     target = torch.tensor(targets, dtype=torch.float64)
     error = target - torch.tensor(predictions, dtype=torch.float64)
@@ -58,6 +70,7 @@ def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -
 
 
 def _build(settings: PPOSettings, parts: CreditParts) -> CreditFn:
+    """Build the credit function of PPO for a run (`Algorithm.build`)."""
     return gae_credit(parts.predict_values, gamma=settings.gamma, gae_lambda=settings.gae_lambda)
 
 

@@ -1,4 +1,4 @@
-"""REINFORCE (Williams 1992): the advantage is the reward minus the mean of the other rewards of the iteration."""
+"""REINFORCE (Williams 1992): an advantage is a reward minus the mean reward of all other rollouts of the iteration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
 def reinforce_credit() -> CreditFn:
-    """Build the credit function of REINFORCE. The baseline is the mean of the other rewards of the iteration."""
+    """Build the credit function of REINFORCE.
+
+    The advantage of a response is its reward minus the mean reward of all other rollouts of the iteration, including
+    rollouts of other problems. All tokens of a response get the advantage of the response.
+    """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = [rollout for group in groups for rollout in group.rollouts]

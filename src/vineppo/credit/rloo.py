@@ -1,4 +1,7 @@
-"""RLOO: the advantage is the reward relative to the mean of the other responses of the group (arXiv 2402.14740)."""
+"""RLOO: the advantage of a response is its reward minus the mean reward of the other responses to the same problem.
+
+Source: arXiv 2402.14740.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from vineppo.types import CreditFn
 
 
 def rloo_credit() -> CreditFn:
-    """Build the credit function of RLOO. The baseline is the mean reward of the other rollouts of the group."""
+    """Build the credit function of RLOO.
+
+    The advantage of a response is its reward minus the mean reward of the other responses to the same problem. All
+    tokens of a response get the advantage of the response.
+    """
     return group_credit(leave_one_out_advantages)
 
 

@@ -1,4 +1,4 @@
-"""A function that builds a training sample from a rollout and the advantages of its tokens."""
+"""Build a training sample from a rollout and the advantages of its response tokens, for all credit functions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def training_sample(
 ) -> TrainingSample:
     """Build a training sample in which all response tokens are trained.
 
-    The lists with the suffix _T have one entry per response token, shape (T,). The function adds entries of 0 for the
-    prompt tokens.
+    The lists with the suffix _T have one entry for each of the T response tokens, shape (T,). The lists of the training
+    sample also have entries for the prompt tokens, which are 0.
 
     Args:
         rollout: the rollout whose response tokens are trained.
         advantages_T: advantage of each response token.
-        returns_T: target of the value network for the state before each response token.
-        values_T: prediction of the value network for the state before each response token.
-        credit: steps, values and step advantages for records.
+        returns_T: target of the value network for the state before each response token; None without a value network.
+        values_T: prediction of the value network for the state before each response token; None without a value
+            network.
+        credit: steps, values and step advantages, which are only written to the records of the run.
         alternatives: tokens that are trained in addition to the response's tokens.
         weights_T: weight of each response token in the loss; None means 1 for every token.
     Raises:
@@ -36,8 +37,9 @@ def training_sample(
     zeros = (0.0,) * len(rollout.prompt_ids)
 
     def of_sequence(values_T: Sequence[float]) -> tuple[float, ...]:
+        """Convert a list with one number per response token to one per token of prompt and response."""
         try:
-            return zeros + tuple(map(float, values_T))  # also converts the numbers of numpy arrays and tensors
+            return zeros + tuple(map(float, values_T))  # float() also converts entries of numpy arrays and tensors
         except (TypeError, ValueError):
             raise UserError(
                 f"training_sample got {str(values_T)[:80]}; it needs a list with one number for each response token"

@@ -1,4 +1,4 @@
-"""Metrics of algorithms that compute advantages from Monte-Carlo values."""
+"""Compute the metrics of VinePPO: the cost of estimating values, and the share of steps whose advantage is 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from vineppo.values import ValueCost
 
 
 def value_metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics:
-    """Return the cost of the values (tokens, continuations, states), and the share of steps with advantage 0."""
+    """Return a dictionary of metrics of one iteration. docs/metrics.md describes each metric.
+
+    Args:
+        samples: the training samples of the iteration, one per rollout.
+        cost: cost of estimating the values of the states of these rollouts.
+    """
     advantages = [a for sample in samples if sample.credit for a in sample.credit.step_advantages]
     return {
         "tokens/mc": float(cost.tokens),

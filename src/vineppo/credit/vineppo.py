@@ -1,7 +1,8 @@
 """VinePPO (arXiv 2410.01679): the advantage of a reasoning step is the value after the step minus the value before it.
 
-A state is the prompt and the first tokens of a response. Its value is the mean reward of K continuations that are
-sampled from it (`vineppo.values`), so no value network is needed.
+A state consists of the prompt and the first tokens of a response. The value of a state is estimated by the mean reward
+of K continuations that are sampled from the state. This estimate is made in `vineppo.values`; it needs no value
+network.
 """
 
 from __future__ import annotations
@@ -38,31 +39,34 @@ class VinePPOSettings(Settings):
     num_mc_rollouts: int = Field(9, ge=1)
     """K: number of continuations sampled from each state."""
     splitter: str = "newline"
-    """How a response is cut into steps: `newline` (lines), `math` (sentences and lines; sentences do not end inside
-    formulas, and long ones are halved), `tokens:N` (every N tokens), `cutpoints` (after every fifth token with a
-    probability below 0.9), `cutpoints:N:P` (after every N-th token with a probability below P), `regex:PATTERN` (after
-    every match), or `module:function` (user-defined)."""
+    """How a response is cut into reasoning steps: `newline` (one step per line), `math` (one step per sentence or line;
+    a sentence does not end inside a formula, and a long sentence is halved), `tokens:N` (every N tokens), `cutpoints`
+    (after every fifth token that had a probability below 0.9), `cutpoints:N:P` (after every N-th token that had a
+    probability below P), `regex:PATTERN` (after every match of a regular expression), or `module:function` (a
+    user-defined function)."""
     reuse: bool = True
-    """Reuse continuations: if a continuation follows the response to the next state, it also counts as one of the K
-    continuations of that state. The values remain unbiased, fewer tokens are sampled, and the advantages are less noisy
-    (docs/algorithms.md). `false` samples K new continuations of every state, as in the paper."""
+    """Let a continuation count for several states: if its first tokens are those of the response up to the next state,
+    it is also one of the K continuations of that state. The values remain unbiased, fewer tokens are sampled, and the
+    advantages are less noisy (docs/algorithms.md). `false` samples K new continuations of every state, as in the
+    paper."""
     alternatives: bool = False
-    """Also train the tokens that continuations sampled in place of the response's tokens. Each token then gets a
-    separate advantage, instead of the advantage of its step. No additional sampling or forward pass is needed
+    """Also train the tokens that continuations sampled in place of the response's tokens. Every token then gets an
+    advantage of its own instead of the advantage of its step, without additional sampling or forward passes
     (docs/algorithms.md). Requires `reuse`."""
     bisection: bool = False
-    """Evaluate only the states around decisive steps. The search starts with the response as one stretch of steps, and
-    halves every stretch if the values at its two ends differ by more than their noise (docs/algorithms.md).
-    Intended for long responses."""
+    """Estimate the values only of the states around steps that change the expected reward. This is intended for long
+    responses. The search starts with all steps of the response, and halves a range of steps if the values at its two
+    ends differ by more than their noise (docs/algorithms.md)."""
     bisection_level: float = Field(0.7, gt=0, lt=1)
-    """Confidence level at which the values at the ends of a stretch must differ for bisection to halve it."""
+    """For `bisection`: confidence level at which the values at the two ends of a range of steps must differ for the
+    range to be halved."""
     max_states: int = Field(0, ge=0)
-    """Maximum number of states that are evaluated per response; 0 means all. If a response has more steps, neighbouring
-    steps are merged, evenly along the response. The cuts then depend on the length of the response, which makes the
-    expected gradient slightly smaller (docs/algorithms.md)."""
+    """Maximum number of states per response whose values are estimated; 0 means no limit. If a response has more steps
+    than this, neighbouring steps are merged, evenly along the response. The cuts then depend on the length of the
+    response, which makes the expected gradient slightly smaller (docs/algorithms.md)."""
 
     def check(self) -> None:
-        """Raise UserError if the settings cannot be combined."""
+        """Raise UserError if two of the settings exclude each other."""
         require(
             self.reuse or not self.alternatives,
             "vineppo.alternatives is true, but vineppo.reuse is false: alternatives are computed from the reused "
@@ -76,14 +80,16 @@ class VinePPOSettings(Settings):
 
 
 def _check(settings: VinePPOSettings, config: Config) -> None:
+    """Raise UserError if the settings cannot be combined with the whole configuration (`Algorithm.check`)."""
     require(
         not settings.alternatives or config.learner.advantage_scaling != "whiten",
-        "learner.advantage_scaling is whiten, which gives credit to alternatives with an advantage of 0; allowed if "
-        "vineppo.alternatives is true: none, std",
+        "learner.advantage_scaling is whiten, which subtracts the mean, so that alternatives with an advantage of 0 "
+        "would get another advantage; allowed if vineppo.alternatives is true: none, std",
     )
 
 
 def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
+    """Build the credit function of VinePPO for a run (`Algorithm.build`)."""
     monte_carlo = MonteCarlo(
         sampler=parts.sampler,
         task=parts.task,
@@ -98,16 +104,21 @@ def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
 
 
 def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec: Codec) -> CreditFn:
-    """Build the credit function of VinePPO.
+    """Build the credit function of VinePPO that the settings select.
 
-    K is `monte_carlo.num_mc_rollouts`; `settings.num_mc_rollouts` is not used.
+    Args:
+        settings: all settings except `num_mc_rollouts` are used.
+        monte_carlo: samples and grades continuations. Its `num_mc_rollouts` is K.
+        codec: returns the texts of the tokens, which splitters need.
+    Raises:
+        UserError: if `settings.alternatives` is true and the sampler cannot exclude first tokens.
     """
     steps = (build_splitter(settings.splitter), codec.token_texts, settings.max_states)
     if settings.alternatives:
         require(
             monte_carlo.sampler.capabilities.excluded_first,
             "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which is needed to reuse "
-            "continuations; set vineppo.alternatives false, or sample with the native engine",
+            "continuations; set vineppo.alternatives false, or use the sampler of this package",
         )
         return vine_node_credit(ReusingMonteCarlo(monte_carlo), *steps)
     estimator: ValueEstimator = reusing_or_fresh(monte_carlo) if settings.reuse else monte_carlo
@@ -121,10 +132,10 @@ def vine_node_credit(
 ) -> CreditFn:
     """Build the credit function of VinePPO with alternatives, which computes one advantage per token.
 
-    The states, their values and the cost are the same as in `vine_credit`. The advantage of a token is computed by
-    `node_advantages` from the continuations that pass through the state before the token (derivation in
-    docs/algorithms.md). If a continuation samples another token at this place, that token is trained as an alternative.
-    The step advantages are only stored in `StepCredit`.
+    The arguments, the states and their values are the same as for `vine_credit`. The advantage of a token is computed
+    by `node_advantages` from the continuations that pass through the state before the token (derivation in
+    docs/algorithms.md). If such a continuation sampled another token there, that token is trained as an alternative.
+    The step advantages are written to `StepCredit` for the records, but they are not trained.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -148,14 +159,15 @@ def vine_credit(
     """Build the credit function of VinePPO as in the paper, where every token gets the advantage of its step.
 
     For every rollout:
-      1. The response is cut into steps with the boundaries 0 = b_0 < b_1 < ... < b_S = T.
-      2. Each state s_i = prompt + response[:b_i], 0 <= i < S, is evaluated: V(s_i) is the mean reward of K
+      1. The response of T tokens is cut into S steps. Step i consists of the tokens response[b_i:b_{i+1}], where
+         0 = b_0 < b_1 < ... < b_S = T.
+      2. The value V(s_i) of each state s_i = prompt + response[:b_i], 0 <= i < S, is estimated by the mean reward of K
          continuations sampled from s_i.
-      3. The advantage of step i is A_i = V(s_{i+1}) - V(s_i); for the last step it is reward - V(s_{S-1}).
+      3. The advantage of step i is A_i = V(s_{i+1}) - V(s_i). For the last step it is reward - V(s_{S-1}).
       4. Every token of step i gets the advantage A_i.
 
     Args:
-        estimator: evaluates states.
+        estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
         max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
@@ -176,7 +188,11 @@ def vine_credit(
 
 
 def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]]) -> list[State]:
-    """Return the states before all steps of all rollouts. `ends` contains the ends of the steps of each rollout."""
+    """Return the states before all steps of all rollouts, ordered by rollout and then by step.
+
+    Args:
+        ends: for each rollout, the end of each step as a number of response tokens, shape (S,).
+    """
     return [
         State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
         for (problem, rollout), ends_S in zip(rollouts, ends, strict=True)
@@ -187,7 +203,12 @@ def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence
 def _records(
     rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], values: Sequence[Value]
 ) -> list[StepCredit]:
-    """Return the step credit of each rollout. `values` has the value of each state, in the order of `_states`."""
+    """Return the `StepCredit` of each rollout.
+
+    Args:
+        ends: for each rollout, the end of each step as a number of response tokens, shape (S,).
+        values: value of each state, in the order in which `_states` returns the states.
+    """
     remaining = iter(values)
     return [
         _record(rollout, ends_S, [next(remaining) for _ in ends_S])
@@ -196,6 +217,7 @@ def _records(
 
 
 def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) -> StepCredit:
+    """Return the `StepCredit` of one rollout from the end of each step and the value of the state before each step."""
     return StepCredit(
         boundaries=tuple(ends_S),
         values=tuple(value.mean for value in values_S),
@@ -205,6 +227,12 @@ def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) 
 
 
 def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) -> TrainingSample:
+    """Build the training sample of a rollout with one advantage per token, and with alternatives.
+
+    Args:
+        nodes_T: for each response token, the continuations that pass through the state before the token, shape (T,).
+    """
+    # For each token, the value of the state before and after the step that contains the token.
     before_T = spread_over_tokens(record.values, record.boundaries)
     after_T = spread_over_tokens((*record.values[1:], rollout.reward), record.boundaries)
     advantages_T: list[float] = []
@@ -213,19 +241,27 @@ def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) 
         diverged = [reward for _, reward in node.diverged]
         advantage, diverged_advantages = node_advantages(after, before, node.followed, diverged)
         advantages_T.append(advantage)
+        # An alternative with an advantage of 0 would not contribute to the loss.
         pairs = zip(node.diverged, diverged_advantages, strict=True)
         alternatives += [Alternative(t, token, a) for (token, _), a in pairs if a != 0]
     return training_sample(rollout, advantages_T, credit=record, alternatives=alternatives)
 
 
 _REUSE_SHARE = 0.3
-"""Number of MC tokens with `reuse`, divided by the number without `reuse`. Measured on the task `chain`."""
+"""Tokens in the MC rollouts with `reuse`, divided by the tokens without `reuse`. Measured on the built-in task
+`chain`."""
 
 
 def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, length: float) -> float:
-    """Return the expected number of MC tokens per iteration.
+    """Return the expected number of tokens in all MC rollouts of an iteration (`PlanHints.mc_tokens`).
 
-    Without `reuse`, these are K continuations of every state, each with half the length of a response.
+    An MC rollout is one of the K continuations of a state. The estimate without `reuse` is K continuations of every
+    state, each half as long as a response. With `reuse`, this number is multiplied by `_REUSE_SHARE`.
+
+    Args:
+        rollouts: number of rollouts.
+        steps: number of steps per response.
+        length: number of tokens per response.
     """
     states = min(steps, settings.max_states or steps)
     share = _REUSE_SHARE if settings.reuse else 1.0
@@ -233,7 +269,11 @@ def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, le
 
 
 def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollout]) -> list[tuple[str, float]]:
-    """Return the relative cost of other values of K and, without reuse and bisection, of other splitters."""
+    """Return a list of (changed setting, relative cost), see `PlanHints.variants`.
+
+    The list contains other values of K. It also contains other splitters, unless `reuse` or `bisection` is true: the
+    cost then depends on more than the lengths of the responses and the ends of their steps.
+    """
     K = settings.num_mc_rollouts
     rows = [(f"vineppo.num_mc_rollouts {k}", k / K) for k in (1, 3, 9, 18) if k != K]
     if settings.reuse or settings.bisection:
@@ -247,9 +287,13 @@ def _variants(settings: VinePPOSettings, codec: Codec, rollouts: Sequence[Rollou
 
 
 def _remaining_tokens(spec: str, max_states: int, codec: Codec, rollouts: Sequence[Rollout]) -> int:
-    """Return the number of response tokens after each state, summed over all states.
+    """Return the number of response tokens after a state, summed over all states of all rollouts.
 
-    The result is the number of MC tokens for K = 1 if each continuation is as long as the rest of the response.
+    This is the number of tokens in the MC rollouts for K = 1, if each continuation is as long as the rest of the
+    response.
+
+    Args:
+        spec: name of the splitter that cuts the responses into steps.
     """
     splitter, total = build_splitter(spec), 0
     for rollout in rollouts:

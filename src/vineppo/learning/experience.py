@@ -1,4 +1,9 @@
-"""Prepare the data of an update: training samples with the learner's log-probabilities, split into minibatches."""
+"""Prepare the data for the learner: check training samples, split them into minibatches, and remove unneeded tokens.
+
+A *trained token* is a token of a training sample with `loss_mask` 1; the other tokens are only context. An
+*alternative* is a further token that is trained in place of a trained token (`types.Alternative`). Letters in shapes: T
+tokens of a sample, N trained tokens of a sample, A alternatives of a sample.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +19,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Experience:
-    """A training sample with log-probabilities computed by the learner before the first update of the iteration.
-
-    `old_logprobs` and `ref_logprobs` have one entry for each of the N trained tokens, shape (N,).
-    """
+    """A training sample with log-probabilities that the learner computed before the first update of the iteration."""
 
     sample: TrainingSample
     old_logprobs: tuple[float, ...]
+    """Log-probabilities of the trained tokens under the policy, shape (N,)."""
     old_alternatives: tuple[float, ...]
-    """Log-probabilities of the sample's A alternatives, shape (A,)."""
+    """Log-probabilities of the alternatives under the policy, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
-    """Log-probabilities under the reference model; None without a reference model."""
+    """Log-probabilities of the trained tokens under the reference model, shape (N,); None without a reference model."""
 
 
 class Counts(NamedTuple):
-    """The numbers by which sums over a minibatch are divided."""
+    """The numbers by which sums over the tokens of a minibatch are divided."""
 
     tokens: float
-    """Sum of the weights of the trained tokens."""
+    """Sum of the weights of all trained tokens of the minibatch."""
     rollouts: float
-    """Number of rollouts in the iteration, multiplied by the fraction of the samples that are in the minibatch."""
+    """Number of rollouts in the iteration, multiplied by the fraction of the samples that are in the minibatch. The KL
+    penalty in the loss is divided by this number if `learner.kl.reduction` is `sequence_sum`."""
     seen: float
-    """Sum of the weights of the trained tokens that the forward pass contains. `policy/kl_old` is a mean over them."""
+    """Sum of the weights of the trained tokens that remain after the function `credited` has removed others. Only these
+    tokens are in the forward pass, so the metric `policy/kl_old` is a mean over them."""
 
 
 def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> None:
-    """Check the training samples that a credit function returned.
+    """Check the lengths and numbers of the training samples that a credit function returned.
 
     Args:
-        with_returns: whether the samples must have returns and values, because a value network is trained.
+        with_returns: whether the samples must have `returns` and `values`, because a value network is trained.
     Raises:
         UserError: if a sample is invalid. The message describes the first invalid sample.
     """
@@ -81,37 +86,44 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
 
 
 def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequence[T]]:
-    """Split the samples of an epoch into ceil(num_rollouts / size) minibatches, for any number of samples.
+    """Split the samples of an epoch into ceil(num_rollouts / size) minibatches.
 
-    Minibatch i starts at sample round(i * size * len(order) / num_rollouts). With one sample per rollout, a minibatch
-    has `size` samples; the last one can have fewer. If there are few samples, some minibatches are empty.
+    The number of minibatches does not depend on the number of samples. With one sample per rollout, a minibatch has
+    `size` samples, and the last one can have fewer. With other numbers of samples, the samples are spread evenly. If
+    there are few samples, some minibatches are empty.
 
     Args:
-        order: samples, or their indices, in the order of the epoch.
-        size: number of rollouts per minibatch.
+        order: the samples of the iteration, or their indices, in the order of the epoch.
+        size: number of rollouts per minibatch (the setting `learner.minibatch_size`).
+        num_rollouts: number of rollouts of the iteration.
+    Returns:
+        One list of elements of `order` per minibatch.
     """
-    count = -(-num_rollouts // size)
+    count = -(-num_rollouts // size)  # rounded up
     starts = [round(i * size * len(order) / num_rollouts) for i in range(count)]
     return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
 
 
 def credited(minibatch: Sequence[Experience]) -> list[Experience]:
-    """Remove the tokens that do not contribute to the policy gradient.
+    """Remove the tokens that do not contribute to the gradient of PPO's clipped objective, to save computation.
 
-    A token has no gradient in the clipped objective if its advantage or its weight is 0. Samples without any token that
-    has a gradient are removed. Every other sample is cut after its last token with a gradient, and `loss_mask` becomes
-    0 for its remaining tokens without a gradient. The result of the update stays the same, because no token depends on
-    later tokens. The computation is cheaper, because with credit per step most tokens have no gradient.
+    A token contributes if its weight is not 0, and its advantage or that of an alternative at its position is not 0.
+    With credit per step, most tokens do not contribute. A sample is removed if none of its tokens contributes. Every
+    other sample is cut after its last token that contributes, and `loss_mask` becomes 0 for the remaining tokens that
+    do not contribute. The update stays the same, because the probability of a token does not depend on later tokens.
+
+    Returns:
+        The remaining samples; at least one, even if no token contributes.
     """
     parts = [part for part in map(_part_with_gradient, minibatch) if any(part.sample.loss_mask)]
-    # If no token has a gradient, the optimizer still makes a step with gradient 0, so that Adam's moments decay as
-    # usual.
+    # If no token contributes, the optimizer still makes a step, with gradient 0, so that Adam's moments decay as usual.
     return parts or [minibatch[0]]
 
 
 def _part_with_gradient(experience: Experience) -> Experience:
+    """Return a sample without the tokens that `credited` removes, and without the reference log-probabilities."""
     sample, weights = experience.sample, experience.sample.trained_weights
-    # The position in the sequence of each trained token.
+    # The index of each trained token in the sequence. Below, n is the index of a token among the trained tokens.
     positions = [i for i, trained in enumerate(sample.loss_mask) if trained]
     alternatives = [
         (a, old)
@@ -138,26 +150,28 @@ def _part_with_gradient(experience: Experience) -> Experience:
 
 
 def total_weight(experience: Sequence[Experience]) -> float:
-    """Return the sum of the weights of all trained tokens."""
+    """Return the sum of the weights of all trained tokens of the samples."""
     return sum(sum(e.sample.trained_weights) for e in experience)
 
 
 def trained_part(row: Sequence[float], sample: TrainingSample) -> list[float]:
-    """Return the entries of the trained tokens.
+    """Return the entries of the trained tokens from a list with one entry per token; the opposite of `padded`.
 
     Args:
-        row: list with one entry per token of the sequence, shape (T,).
+        row: one entry for each token of the sample, shape (T,).
     Returns:
-        List with one entry for each of the N trained tokens, shape (N,).
+        One entry for each trained token, shape (N,).
     """
     return [x for x, trained in zip(row, sample.loss_mask, strict=True) if trained]
 
 
 def padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
-    """Return a list with one entry per token of the sequence, shape (T,), which is 0 for tokens that are not trained.
+    """Add entries of 0 for the tokens that are not trained; the opposite of `trained_part`.
 
     Args:
-        row: list with one entry for each of the N trained tokens, shape (N,).
+        row: one entry for each trained token of the sample, shape (N,).
+    Returns:
+        One entry for each token of the sample, shape (T,).
     """
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
@@ -169,11 +183,11 @@ def divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Altern
 
 
 def largest_gap(old: Sequence[Sequence[float]], samples: Sequence[TrainingSample]) -> float:
-    """Return the largest absolute difference between two log-probabilities of the same token, in nats.
+    """Return the largest absolute difference between the log-probabilities of learner and sampler for a token, in nats.
 
     Args:
-        old: log-probabilities of the trained tokens, computed by the learner before the first update.
-        samples: training samples with the log-probabilities that the sampler returned.
+        old: log-probabilities that the learner computed before the first update, one list of shape (N,) per sample.
+        samples: the training samples, with the log-probabilities that the sampler returned.
     """
     gaps = [
         abs(a - b)

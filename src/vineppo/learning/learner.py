@@ -1,17 +1,21 @@
 """Define the learner, which updates the weights of the policy and the value network from training samples.
 
-All algorithms use the same learner. Its inputs are advantages and weights of tokens. Each epoch is split into
-minibatches (one optimizer step each), and each minibatch into micro-batches (one forward and backward pass each). Every
-sum over tokens is weighted and divided by the sum of the weights of the whole minibatch. Therefore an update does not
-depend on the size or order of the micro-batches, nor on the way in which a tree of responses is split into samples.
+All algorithms use the same learner. A training sample is a token sequence in which each trained token (`loss_mask` 1)
+has an advantage and a weight. Each epoch is split into minibatches (one optimizer step each), and each minibatch into
+micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by the sum of the weights
+of the whole minibatch. Therefore an update does not depend on the size or order of the micro-batches, nor on how a tree
+of responses is split into samples.
+
+Letters in shapes: B sequences, T tokens of the longest sequence, N trained tokens, A alternatives (tokens that are
+trained in place of a token of a sequence).
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,7 @@ from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
 from vineppo.model.batch import Batch, collate, micro_batches, pad
 from vineppo.model.critic import ValueNetwork
-from vineppo.model.logits import token_logprobs
+from vineppo.model.logits import entropies_of, logprob_variances, logprobs_of, token_distributions, token_logprobs
 from vineppo.model.lora import load_trained_state, merged_weights, trained_state
 from vineppo.model.policy import Policy, Reference
 from vineppo.run.checkpoint import read_state, write_state
@@ -43,21 +47,40 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
 
 STATE_FILE = "learner.pt"
+"""Name of the learner's file in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of training samples, computed in one pass over the samples without gradients."""
+
+    logprobs: list[list[float]]
+    """Log-probabilities of the trained tokens, one list per sample, in nats."""
+    alternatives: list[list[float]]
+    """Log-probabilities of the alternatives, one list per sample, in nats."""
+    entropy: float
+    """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
+    excess: float
+    """Mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if the
+    tokens were sampled from the scored distributions."""
+    excess_error: float
+    """Standard error of `excess` if the tokens were sampled from the scored distributions."""
 
 
 class TorchLearner:
-    """Implementation of `types.Learner` in one process, with one optimizer each for the policy and the value network.
+    """Trains the policy and the value network in this process, each with an optimizer. Implements `types.Learner`.
 
     Args:
         policy: the policy, which is trained in place.
-        reference: the frozen starting policy for the KL penalty, or None if there is no penalty.
+        reference: the policy before training, for the KL penalty, or None if there is no penalty.
         critic: the value network, which is trained in place on the returns of the samples, or None for algorithms
             without a value network.
-        config: settings of the objective and the optimizer.
-        critic_settings: settings of the optimizer and the loss of the value network; None without a value network.
+        config: settings of the objective and of the optimizers.
+        critic_settings: settings of the learning rate and of the loss of the value network; None without a value
+            network.
         temperature: sampling temperature of the rollouts; log-probabilities are computed with the same temperature.
         total_updates: planned number of updates. A linear decay of the learning rate reaches 0 after the last update.
-        seed: seed of the run, from which the seeds of the order of the samples and of dropout are derived.
+        seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
     """
 
     def __init__(
@@ -81,23 +104,39 @@ class TorchLearner:
         )
         self.updates = 0
         self.scheduled = 0
-        """Number of minibatches so far, including empty minibatches. It is the position in the learning-rate
-        schedule."""
+        """Number of minibatches so far, including empty ones. The learning rate depends on this number and not on
+        `updates`."""
 
-    def update(self, samples: Sequence[TrainingSample], iteration: int, num_rollouts: int) -> Metrics:
-        """Train on the samples of one iteration, for all epochs.
+    def update(
+        self,
+        samples: Sequence[TrainingSample],
+        iteration: int,
+        num_rollouts: int,
+        check: Callable[[Metrics], None] | None = None,
+    ) -> Metrics:
+        """Train on the samples of one iteration, with all epochs of the iteration.
 
         An epoch has ceil(num_rollouts / minibatch_size) minibatches. If there are few samples, some minibatches are
-        empty. An empty minibatch makes no update but advances the learning-rate schedule, so that the schedule ends
-        with the run.
+        empty. An empty minibatch makes no update but advances the learning-rate schedule. Therefore the schedule ends
+        with the run for any number of samples.
 
+        Args:
+            samples: the training samples of the iteration, of any number.
+            iteration: number of the iteration, counted from 1.
+            num_rollouts: number of rollouts of the iteration.
+            check: called once before the first optimizer step, with the metrics of the samples. If it raises an error,
+                the weights are unchanged.
         Returns:
-            Metrics of the iteration: metrics of its samples (policy/entropy, kl/ref and others), means over its updates
-            (policy/loss, value/loss and others), and `updates`, the number of updates since the start of the run. If
-            there are no samples, the only metric is `updates`.
+            Metrics that are computed from the samples before the first update (policy/entropy, kl/ref and others),
+            means over the updates of the iteration (policy/loss, value/loss and others), and `updates`, the number of
+            updates since the start of the run. If there are no samples, the only metric is `updates`.
+        Raises:
+            UserError: if a sample is invalid, or the norm of a gradient is not finite.
         """
         check_samples(samples, with_returns=self.critic is not None)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
+        if check is not None:
+            check(metrics)
         train_policy = self.critic is None or iteration > self.critic_settings.value_only_iterations
         totals: dict[str, float] = defaultdict(float)
         updates_before = self.updates
@@ -106,6 +145,7 @@ class TorchLearner:
             random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
             for indices in minibatches(order, self.config.minibatch_size, num_rollouts):
                 if indices:
+                    # Number of rollouts that correspond to this part of the samples.
                     share = num_rollouts * len(indices) / len(order)
                     for key, value in self._update([experience[i] for i in indices], train_policy, share).items():
                         totals[key] += value
@@ -118,7 +158,7 @@ class TorchLearner:
         """Predict the value of the state before each response token.
 
         Returns:
-            One list per rollout, with one value for each of the T response tokens, shape (T,).
+            One list per rollout, with one value in reward units for each response token.
         Raises:
             UserError: if there is no value network.
         """
@@ -139,11 +179,11 @@ class TorchLearner:
         return values
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Return an iterator over (name, tensor) of the current weights of the policy. Adapters are merged."""
+        """Yield the (name, tensor) pairs of the policy's current weights, with adapters merged into the weights."""
         return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write the weights, the optimizer states and the number of updates to `learner.pt` in `folder`."""
+        """Write trained weights, optimizer states and numbers of updates to the file `learner.pt` in a folder."""
         critic, critic_optimizer = self.critic, self.critic_optimizer
         state = {
             "policy": trained_state(self.policy.model),
@@ -156,7 +196,7 @@ class TorchLearner:
         write_state(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Load the state that `save` wrote to `folder`.
+        """Restore the state that `save` wrote to a folder.
 
         Raises:
             UserError: if `learner.pt` is missing or cannot be read.
@@ -170,25 +210,31 @@ class TorchLearner:
         self.updates, self.scheduled = state["updates"], state["scheduled"]
 
     def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
-        """Build the experience of an iteration from its samples, and compute metrics.
+        """Prepare the samples of an iteration for the updates.
 
-        The old and reference log-probabilities are computed. The advantages are reduced by the KL penalty if its place
-        is the reward, and are scaled.
+        The log-probabilities under the policy and under the reference are computed. The advantages are reduced by the
+        KL penalty if `config.kl.place` is "reward", and are then scaled.
+
+        Returns:
+            (one `Experience` per sample, metrics of the samples).
         """
-        old, old_alternatives, entropy = self.logprobs(self.policy, samples)
-        ref = None
+        scores, ref = self.logprobs(self.policy, samples), None
+        old = scores.logprobs
         if self.reference is not None:
             with self.reference.active() as start:
-                ref = self.logprobs(start, samples)[0]
+                ref = self.logprobs(start, samples).logprobs
         rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
         metrics: Metrics = {
-            "policy/entropy": entropy,
+            "policy/entropy": scores.entropy,
             "policy/sampler_logprob_gap": largest_gap(old, samples),
+            "policy/logprob_excess": scores.excess,
+            "policy/logprob_excess_error": scores.excess_error,
             "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
             / (sum(map(sum, weights)) or 1),
         }
         if ref is not None:
             penalties = [self._penalties(o, r) for o, r in zip(old, ref, strict=True)]
+            # The estimates are summed over the tokens of a rollout. The metric is the mean over rollouts.
             metrics["kl/ref"] = (
                 sum(_weighted_sum([w], [p]) for w, p in zip(weights, penalties, strict=True)) / num_rollouts
             )
@@ -197,6 +243,7 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
         divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
         rows = scale_advantages(rows, self.config.advantage_scaling, weights)
         scaled = [
@@ -206,51 +253,48 @@ class TorchLearner:
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
         experience = [
             Experience(s, tuple(o), tuple(a), None if r is None else tuple(r))
-            for s, o, a, r in zip(scaled, old, old_alternatives, refs, strict=True)
+            for s, o, a, r in zip(scaled, old, scores.alternatives, refs, strict=True)
         ]
         return experience, metrics
 
     def _penalties(self, old: Sequence[float], ref: Sequence[float]) -> list[float]:
+        """Return the KL estimate of each trained token of a sample. The arguments and the result have shape (N,)."""
         kl = self.config.kl
         return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
     @torch.no_grad()
-    def logprobs(
-        self, policy: Policy, samples: Sequence[TrainingSample]
-    ) -> tuple[list[list[float]], list[list[float]], float]:
-        """Compute the log-probabilities of the trained tokens and of the alternatives, and the mean entropy.
-
-        Returns:
-            A tuple of three entries. First, the log-probabilities of the trained tokens, one list per sample. Second,
-            the log-probabilities of the alternatives, one list per sample. Third, the weighted mean entropy in nats per
-            token.
-        """
+    def logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> Scores:
+        """Compute the log-probabilities of the trained tokens and of the alternatives under a policy."""
         rows: list[list[float]] = [[] for _ in samples]
         alternatives: list[list[float]] = [[] for _ in samples]
-        entropy_sum = 0.0
+        entropy = excess = variance = 0.0
         for group in self._micro_batches(samples):
             batch = collate([samples[i] for i in group], policy.device)
-            logprobs, entropies = token_logprobs(
-                policy.model,
+            distribution = token_distributions(policy.model, batch.token_ids, batch.loss_mask, self.temperature)
+            entropies = entropies_of(distribution)  # (N,)
+            flat_logprobs = logprobs_of(
+                distribution,
                 batch.token_ids,
                 batch.loss_mask,
-                self.temperature,
-                True,
                 (batch.alternative_places, batch.alternative_ids),
-            )
-            assert entropies is not None
-            entropy_sum += float((batch.weights[batch.loss_mask] * entropies).sum())
-            flat = logprobs.tolist()
+            )  # (N + A,)
+            entropy += float((batch.weights[batch.loss_mask] * entropies).sum())
+            excess += float((flat_logprobs[: len(entropies)] + entropies).double().sum())
+            variance += float(logprob_variances(distribution, entropies).double().sum())
+            flat = flat_logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
                 rows[i], flat = flat[:length], flat[length:]
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        return rows, alternatives, entropy_sum / (sum(sum(s.trained_weights) for s in samples) or 1)
+        weight, tokens = sum(sum(s.trained_weights) for s in samples), sum(sum(s.loss_mask) for s in samples)
+        return Scores(
+            rows, alternatives, entropy / (weight or 1), excess / (tokens or 1), variance**0.5 / (tokens or 1)
+        )
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Split the indices of the samples into groups that are processed in one forward pass each."""
+        """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
     def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
@@ -260,6 +304,8 @@ class TorchLearner:
             train_policy: whether the policy is trained; False trains only the value network.
             num_rollouts: number of rollouts in the iteration, multiplied by the fraction of the samples that are in the
                 minibatch.
+        Returns:
+            The metrics of the minibatch.
         """
         config = self.config
         metrics: Metrics = {}
@@ -280,7 +326,7 @@ class TorchLearner:
         return metrics
 
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
-        """Accumulate the gradient of the policy loss of a minibatch. Return the metrics."""
+        """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics."""
         parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
         counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
         seed = derive_seed(self.seed, "dropout", self.updates)
@@ -295,15 +341,17 @@ class TorchLearner:
 
     @property
     def _all_tokens_have_gradients(self) -> bool:
-        """Whether tokens with advantage 0 have a gradient too, due to an entropy bonus or a KL penalty in the loss."""
+        """Whether an entropy bonus or a KL penalty in the loss gives a gradient also to tokens with advantage 0."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
     def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
-        """Compute the contribution of a micro-batch to the loss and the metrics of its minibatch.
+        """Compute the contribution of a micro-batch to the policy loss and the metrics of its minibatch.
 
         Args:
             chosen: the samples of the micro-batch.
-            counts: sums over the whole minibatch, by which the sums over the micro-batch are divided.
+            counts: numbers of the whole minibatch, by which the sums over the micro-batch are divided.
+        Returns:
+            (contribution to the loss as a scalar tensor, contributions to the metrics).
         """
         config, device, tokens = self.config, self.policy.device, counts.tokens
         batch = collate([e.sample for e in chosen], device)
@@ -314,7 +362,7 @@ class TorchLearner:
             self.temperature,
             config.entropy_coefficient > 0,
             (batch.alternative_places, batch.alternative_ids),
-        )  # logprobs (N + A,): N trained tokens, then A alternatives
+        )  # logprobs (N + A,): trained tokens, then alternatives
         N = int(batch.loss_mask.sum())
         old = torch.tensor(
             [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
@@ -326,6 +374,7 @@ class TorchLearner:
             logprobs, old, advantages, config.clip_low, config.clip_high, weights
         )
         loss = policy_loss / tokens
+        # How far the policy has moved since the first update of the iteration; only a metric.
         kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
             "policy/loss": loss.item(),
@@ -345,7 +394,7 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Accumulate the gradient of the value loss of a minibatch. Return the loss."""
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
         tokens, total = total_weight(minibatch) or 1, 0.0
         for group in self._micro_batches([e.sample for e in minibatch]):
             batch = collate([minibatch[i].sample for i in group], self.policy.device)
@@ -355,6 +404,7 @@ class TorchLearner:
         return total
 
     def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
+        """Return the value loss of a micro-batch, summed over its trained tokens."""
         assert batch.returns is not None and batch.values is not None, (
             "the value loss needs returns and the values predicted before the update"
         )
@@ -366,5 +416,5 @@ class TorchLearner:
 
 
 def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Return the sum of weight times entry over all rows. The rows can have different lengths."""
+    """Return the sum of weight times entry over all entries of all rows. The rows can have different lengths."""
     return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

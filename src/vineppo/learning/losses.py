@@ -1,7 +1,7 @@
-"""Compute the policy loss, the value loss and KL estimates as pure functions of tensors.
+"""Compute the policy loss, the value loss and KL estimates as pure functions of tensors, for the learner.
 
-Each loss is a weighted sum over tokens. The caller divides the loss by the sum of the weights of the whole minibatch,
-so that the result does not depend on the micro-batches or on the number of workers.
+Each loss is a weighted sum over N trained tokens. The caller divides the loss by the sum of the weights of the whole
+minibatch, so that the result does not depend on how the minibatch is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ def clipped_policy_loss(
     clip_high: float,
     weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the loss of PPO's clipped objective (arXiv 1707.06347), summed over tokens.
+    """Compute the policy loss of PPO's clipped objective (arXiv 1707.06347) as a weighted sum over tokens.
 
     The loss of a token with advantage A is -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), with
     ratio = exp(logprob - old_logprob).
 
     Args:
-        logprobs, old_logprobs, advantages: one entry for each of N trained tokens, shape (N,).
+        logprobs: log-probabilities under the current policy, shape (N,).
+        old_logprobs: log-probabilities under the policy before the first update of the iteration, shape (N,).
+        advantages: shape (N,).
+        clip_low, clip_high: bounds of the ratio, as distances from 1.
         weights: weight of each token in both returned sums, shape (N,), or one number for all tokens.
     Returns:
-        (weighted sum of the losses, sum of the weights of the tokens for which clipping set the gradient to 0).
+        (weighted sum of the losses, sum of the weights of the tokens whose gradient is 0 because of clipping); both are
+        scalar tensors.
     """
     ratio = (logprobs - old_logprobs).exp()  # (N,)
     unclipped = ratio * advantages  # (N,)
@@ -37,14 +41,21 @@ def clipped_policy_loss(
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
     """Estimate KL(policy || reference) for each token. The tokens must be sampled from the policy.
 
+    With d = logprobs - ref_logprobs, the estimators are
+
+    - k1 = d: unbiased, can be negative.
+    - k2 = d^2 / 2: biased, but its expected gradient is that of the KL divergence.
+    - k3 = exp(-d) - 1 + d: unbiased, never negative.
+
     Source: Schulman, "Approximating KL Divergence".
 
-    With d = logprobs - ref_logprobs, the estimators are k1 = d (unbiased, can be negative), k2 = d^2 / 2 (biased, but
-    its expected gradient is that of the KL divergence), and k3 = exp(-d) - 1 + d (unbiased, never negative). The
-    estimate is clamped to [-clamp, clamp].
-
+    Args:
+        logprobs: log-probabilities of the tokens under the policy, shape (N,).
+        ref_logprobs: log-probabilities of the tokens under the reference, shape (N,).
+        estimator: "k1", "k2" or "k3".
+        clamp: each estimate is clamped to [-clamp, clamp].
     Returns:
-        One estimate for each of N tokens, shape (N,), in nats.
+        One estimate per token in nats, shape (N,).
     """
     d = logprobs - ref_logprobs  # (N,)
     if estimator == "k1":
@@ -66,15 +77,19 @@ def clipped_value_loss(
     clip: float,
     weights: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Compute half the squared error of the value network, summed over tokens, with the value clipping of PPO.
+    """Compute half the squared error of the value network, with PPO's value clipping, as a weighted sum over tokens.
 
-    The loss of a token with value V and return R is
+    The loss of a token with predicted value V and return R is
     0.5 * max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2).
 
     Args:
-        values, old_values, returns: one entry for each of N trained tokens, shape (N,), in reward units.
-        clip: clipping range in reward units; 0 turns clipping off, so that the loss is 0.5 * (V - R)^2.
+        values: values that the network predicts now, in reward units, shape (N,).
+        old_values: values that the network predicted when the credit was computed, in reward units, shape (N,).
+        returns: targets of the network, in reward units, shape (N,).
+        clip: clipping range in reward units. 0 turns clipping off; the loss of a token is then 0.5 * (V - R)^2.
         weights: weight of each token in the sum, shape (N,), or one number for all tokens.
+    Returns:
+        The loss as a scalar tensor.
     """
     error = (values - returns).square()  # (N,)
     if clip > 0:

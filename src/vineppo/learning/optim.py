@@ -1,7 +1,4 @@
-"""Define the optimizer and the learning-rate schedule.
-
-Both are used for the policy, for the value network and in supervised fine-tuning.
-"""
+"""Define the optimizer and the learning-rate schedule for the policy, the value network and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -14,10 +11,16 @@ from vineppo.types import UserError
 
 
 def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
-    """Return the learning rate at an update as a fraction of the peak learning rate. Updates are counted from 0.
+    """Return the learning rate of an update as a fraction of the peak learning rate.
 
-    The fraction rises linearly over `warmup` updates and reaches 1 at the last of these updates. Then the fraction
-    stays 1 (`decay` is "constant"), or falls linearly and reaches 0 after `total` updates ("linear").
+    The fraction rises linearly during the warm-up and is 1 at the last update of the warm-up. Afterwards it stays 1, or
+    falls linearly to 0.
+
+    Args:
+        update: number of the update, counted from 0.
+        warmup: number of updates of the warm-up.
+        total: number of updates after which a linear decay reaches 0.
+        decay: "constant" or "linear".
     """
     if update < warmup:
         return (update + 1) / warmup
@@ -27,10 +30,11 @@ def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
 
 
 class Optimizer:
-    """AdamW with gradient clipping by global norm.
+    """AdamW with gradient clipping by global norm, for parameters with `requires_grad`.
 
-    For bfloat16 weights, the optimizer keeps and updates float32 copies (master weights). With the small learning rates
-    of reinforcement learning, most updates are too small for the 8 bits of precision of bfloat16.
+    For 16-bit weights, the optimizer updates float32 copies (master weights) and rounds them to the 16-bit weights
+    after each step. Without master weights, most updates would be lost, because with the small learning rates of
+    reinforcement learning they are smaller than the rounding errors of bfloat16.
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class Optimizer:
         """Clip the gradient, update the weights, and clear the gradient.
 
         Args:
+            lr: learning rate of this update.
             max_grad_norm: maximum global norm of the gradient; 0 turns clipping off.
         Returns:
-            The norm of the gradient before clipping.
+            The global norm of the gradient before clipping.
         Raises:
             UserError: if the norm of the gradient is not finite. In this case the weights are not changed.
         """
@@ -67,7 +72,7 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of AdamW and the float32 master weights."""
+        """Return {"adamw": state of AdamW, "masters": list of the master weights}."""
         masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 

@@ -1,6 +1,7 @@
-"""Pad sequences to tensors.
+"""Combine sequences of different lengths into padded tensors, and divide sequences into micro-batches.
 
-Padding is always on the right, so that with causal attention no token attends to padding.
+Padding is always on the right, so that with causal attention no token attends to padding. Letters in shapes: B
+sequences, T tokens of the longest sequence, A alternatives.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from vineppo.types import TrainingSample
 
 @dataclass(frozen=True)
 class Batch:
-    """Training samples as tensors for B sequences, T tokens of the longest sequence, and A alternatives.
+    """B training samples as tensors. The meaning of the fields is that in `types.TrainingSample`.
 
-    At padding, all entries are 0 and `loss_mask` is False.
+    At padding, all entries are 0 and `loss_mask` is False. `returns` is None if any sample has no returns, and `values`
+    is None if any sample has no values. An alternative is a token that is trained in place of a token of a sequence.
     """
 
     token_ids: torch.Tensor  # (B, T) int64
@@ -28,13 +30,14 @@ class Batch:
     returns: torch.Tensor | None  # (B, T) float32
     values: torch.Tensor | None  # (B, T) float32
     weights: torch.Tensor  # (B, T) float32, 0 for tokens with loss_mask False
-    alternative_places: torch.Tensor  # (A,) int64: index of the replaced token among those that loss_mask selects
+    # Index of the token that the alternative replaces, among all trained tokens of the batch (`loss_mask` True).
+    alternative_places: torch.Tensor  # (A,) int64
     alternative_ids: torch.Tensor  # (A,) int64
     alternative_advantages: torch.Tensor  # (A,) float32
 
 
 def pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return a tensor of shape (B, T) with the B rows, padded on the right with zeros to the longest length T."""
+    """Return a tensor of shape (B, T) that contains the B rows, padded on the right with zeros."""
     out = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)  # (B, T)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=dtype)
@@ -45,9 +48,12 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
     """Combine training samples into one padded batch."""
 
     def optional(rows: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
+        """Return the padded rows, or None if a sample has no row."""
         present = [row for row in rows if row is not None]
         return pad(present, torch.float32, device) if len(present) == len(rows) else None
 
+    # The position of an alternative is an index into the trained tokens of its sample. Its place is an index into the
+    # trained tokens of the whole batch.
     offsets = accumulate((sum(s.loss_mask) for s in samples), initial=0)
     alternatives = [(start + a.position, a) for start, s in zip(offsets, samples, strict=False) for a in s.alternatives]
     return Batch(
@@ -65,18 +71,23 @@ def collate(samples: Sequence[TrainingSample], device: torch.device | str = "cpu
 
 
 def _weights(sample: TrainingSample) -> Sequence[float]:
-    """Return the weight of every token of the sequence. The weight of tokens that are not trained is 0."""
+    """Return the weight of every token of the sequence, shape (T,). Tokens that are not trained have weight 0."""
     if sample.weights is None:
         return sample.loss_mask
     return [weight * trained for weight, trained in zip(sample.weights, sample.loss_mask, strict=True)]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group the indices of sequences into micro-batches of at most `max_tokens` tokens, including padding.
+    """Divide sequences into micro-batches of at most `max_tokens` tokens, including padding.
 
-    Sequences of similar lengths are grouped together. A sequence longer than `max_tokens` is alone in its micro-batch.
-    Every index occurs exactly once.
+    Sequences of similar lengths are put together. A sequence longer than `max_tokens` is alone in its micro-batch.
+
+    Args:
+        lengths: number of tokens of each sequence.
+    Returns:
+        One list per micro-batch, with the indices of its sequences. Every index occurs exactly once.
     """
+    # In this order, a new sequence is the longest of its micro-batch, so the others are padded to its length.
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     groups: list[list[int]] = []
     for index in order:

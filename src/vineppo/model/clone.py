@@ -1,4 +1,7 @@
-"""Copy a model. The copy can share some tensors with the original model."""
+"""Copy a transformers model, for the reference model and the value network.
+
+The copy can share some tensors with the original model.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,26 @@ from torch import nn
 from vineppo.types import UserError
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training", "_non_persistent_buffers_set"}
-"""Names of the attributes that PyTorch manages in every module, such as parameters, buffers, children and hooks."""
+"""Names of attributes that PyTorch manages in every module, such as parameters, buffers, child modules and hooks. They
+are not copied like other attributes."""
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
+"""Types of the attributes that are copied, alone or in collections."""
 
 
 def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
-    """Copy a transformers model. The clone computes bit-identical results and has separate weights.
+    """Return a copy of a transformers model that has separate weights and computes bit-identical results.
 
-    The clone is built from the model's configuration on the meta device, with the same adapters (peft) if the model has
-    any. Then parameters, buffers, and attributes that contain only numbers and texts are copied for each module.
-    `copy.deepcopy` is not used, because it fails for a model that FSDP2 has sharded. Tied weights, dtype, device,
-    `requires_grad`, evaluation mode and gradient checkpointing are preserved. Hooks are not copied: the clone of a
-    sharded model has the shards (DTensor), but no hooks that gather the shards. The state of the random number
-    generator is not changed.
+    The copy is built from the model's configuration on PyTorch's meta device, with the same adapters (peft) if the
+    model has any. Then the parameters and buffers of each module are copied, and those other attributes that contain
+    only numbers and texts. `copy.deepcopy` is not used, because it fails for a model that FSDP2 has sharded.
+
+    Tied weights, dtype, device, `requires_grad`, evaluation mode and gradient checkpointing are preserved. Hooks are
+    not copied: the copy of a model that FSDP2 has sharded has the same shards (DTensor), but no hooks that gather them.
+    The state of the random number generator is not changed.
 
     Args:
-        model: a transformers model; if it has adapters, the model inside the peft model.
-        share: parameters and buffers of `model` that are not copied, so that the clone and `model` share them.
+        model: a transformers model. If it has adapters: the transformers model inside the peft model.
+        share: parameters and buffers of `model` that are not copied, so that `model` and the copy share them.
     Raises:
         UserError: if layers were replaced, so that the model differs from a model built from its configuration.
     """
@@ -52,7 +58,7 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
 
 
 def _skeleton(model: Any) -> Any:
-    """Build the same modules and adapters as in `model` on the meta device, where weights need no memory."""
+    """Return a model with the same modules and adapters, on the meta device, where weights need no memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The same warnings were shown when the original model was created.
         skeleton = type(model)(copy.deepcopy(model.config))
@@ -61,7 +67,8 @@ def _skeleton(model: Any) -> Any:
         for name, settings in copy.deepcopy(adapters).items():
             import peft
 
-            # Some initialisations of adapters compute with the weights, but weights on the meta device have no values.
+            # Some ways to initialise adapters compute with the weights, but weights on the meta device have no values.
+            # True selects a way that does not.
             if hasattr(settings, "init_lora_weights"):
                 settings.init_lora_weights = True
             if wrapper is None:
@@ -69,14 +76,16 @@ def _skeleton(model: Any) -> Any:
             else:
                 wrapper.add_adapter(name, settings)
     if adapters:
+        # The settings of the original model, without the change above.
         skeleton.peft_config = copy.deepcopy(adapters)
     return skeleton
 
 
 def _same_class(source: nn.Module, target: nn.Module) -> bool:
-    """Return whether two modules have the same class and the same `forward` method.
+    """Return whether a module of the model and a module of the copy have the same class and `forward` method.
 
-    FSDP2 replaces the class of a module by a subclass, which counts as the same class.
+    FSDP2 replaces the class of a module by a subclass, which counts as the same class. The result is False if `forward`
+    of `source` was replaced.
     """
     return (
         isinstance(source, type(target))
@@ -86,14 +95,18 @@ def _same_class(source: nn.Module, target: nn.Module) -> bool:
 
 
 def _copy_state(source: nn.Module, target: nn.Module, tensors: dict[int, torch.Tensor]) -> None:
-    """Copy the parameters, buffers and attributes of a module to another module. Child modules are not copied.
+    """Copy the parameters, buffers and attributes of a module to another module, without its child modules.
 
     Args:
-        tensors: dictionary from the `id` of a tensor of the model to the tensor of the clone. A tensor that is missing
-            in the dictionary is copied and added, so that weights that are tied in the model are tied in the clone.
+        source: module of the model.
+        target: the corresponding module of the copy.
+        tensors: dictionary from the `id` of a tensor of the model to the tensor that the copy uses. A tensor that is
+            missing in the dictionary is copied and added. Therefore weights that are tied in the model are tied in the
+            copy, too.
     """
 
     def clone_of(tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor that the copy uses in place of a tensor of the model."""
         if id(tensor) not in tensors:
             copied = tensor.detach().clone()
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -109,8 +122,8 @@ def _copy_state(source: nn.Module, target: nn.Module, tensors: dict[int, torch.T
         if isinstance(value, torch.Tensor):
             setattr(target, name, clone_of(value))
         elif name == "_gradient_checkpointing_func":
-            setattr(target, name, value)
-        elif _is_plain(value) and hasattr(target, name):  # FSDP2 adds attributes that the clone does not have
+            setattr(target, name, value)  # a function that modules share
+        elif _is_plain(value) and hasattr(target, name):  # FSDP2 adds attributes that the copy does not have
             setattr(target, name, copy.deepcopy(value))
 
 

@@ -1,8 +1,8 @@
-"""Convert text to token ids and token ids to text.
+"""Convert text to token ids and token ids to text with a codec.
 
-A codec combines the tokenizer, its chat template, the end-of-sequence tokens and the maximum sequence length of the
-model. Functions that need no weights take a codec instead of a model. A codec can be pickled, so that processes without
-a model can encode and decode.
+A codec combines a tokenizer with what is known about its model without the weights: the end-of-sequence (EOS) tokens
+and the maximum sequence length. Functions that need no weights take a codec instead of a model. A codec can be pickled,
+so that processes without a model can encode and decode.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from vineppo.types import UserError
 
 _UNLIMITED = 1 << 30
+"""Maximum sequence length of a model whose configuration states none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +27,18 @@ class Codec:
     tokenizer: Any
     """A transformers tokenizer."""
     eos_ids: tuple[int, ...]
-    """Ids of all tokens that end a response, in ascending order."""
+    """Ids of all end-of-sequence tokens, each of which ends a response, in ascending order."""
     max_length: int = _UNLIMITED
     """Maximum sequence length of the model in tokens."""
     _token_texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
+    """Cache of the method `token_texts`: token id -> text."""
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any) -> Codec:
         """Create the codec of a transformers model. Only the configurations of the model are read, not its weights.
 
-        `eos_ids` combines the EOS ids of the generation config, the model config and the tokenizer. These three often
-        differ, and the end-of-turn token of a chat model may occur in only one of them.
+        `eos_ids` contains the EOS ids of the generation config, of the model config and of the tokenizer. These often
+        differ, and the end-of-turn token of a chat model may occur in only one of the three.
         """
         eos_ids: set[int] = set()
         for source in (model.generation_config, model.config, tokenizer):
@@ -46,12 +48,13 @@ class Codec:
         return cls(tokenizer, tuple(sorted(eos_ids)), int(max_length))
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Encode a prompt.
+        """Return the token ids of a prompt.
 
-        The result starts with the BOS token if the tokenizer adds one. EOS tokens at the end are removed.
+        They start with the BOS token if the tokenizer adds one. Some tokenizers also add an EOS token at the end. EOS
+        tokens at the end are removed, because the response follows the prompt.
 
         Raises:
-            UserError: if the text is encoded to no tokens.
+            UserError: if the prompt has no tokens.
         """
         bos = self.tokenizer.bos_token
         # If a chat template has already written the BOS token, the tokenizer must not add a second one.
@@ -63,8 +66,10 @@ class Codec:
         return tuple(ids)
 
     def chat_prompt(self, text: str | Sequence[Mapping[str, str]]) -> str:
-        """Format a user message or a conversation with the chat template. The result ends where the answer starts.
+        """Format a prompt with the chat template. The returned text ends where the response of the model starts.
 
+        Args:
+            text: a user message, or a conversation as a list of messages with `role` and `content`.
         Raises:
             UserError: if the tokenizer has no chat template, or the template does not accept the conversation.
         """
@@ -84,9 +89,10 @@ class Codec:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """Return the text of each token as it is decoded after another token, and "" for special tokens.
+        """Return one text per token: the text of the token when it is decoded after another token.
 
-        The texts are meant for finding boundaries. The concatenated texts can differ from the decoded text.
+        The text of a special token is "". The texts are meant for finding the ends of reasoning steps. Concatenated,
+        they can differ from the decoded text, for example if a character consists of several tokens.
         """
         for token in token_ids:
             if token not in self._token_texts:
@@ -98,11 +104,11 @@ class Codec:
         self.tokenizer.save_pretrained(path)
 
     def _text_inside(self, token: int) -> str:
-        """Return the text of a token as it is decoded after another token.
+        """Return the text of a token when it is decoded after another token.
 
-        A token is not decoded alone, because SentencePiece decoders drop a space at the start of a text.
+        The token is not simply decoded alone, because SentencePiece decoders drop a space at the start of a text.
         """
         alone, twice = self.decode([token]), self.decode([token, token])
-        # Return the text that a second copy of the token adds. If the token is an incomplete character, two copies can
-        # merge to one character; then return the text of one copy.
+        # The result is the text that a second copy of the token adds. If the token is only a part of a character, two
+        # copies can be decoded to one character. The result is then the text of one copy.
         return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone

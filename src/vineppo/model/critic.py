@@ -1,4 +1,7 @@
-"""Define the value network of PPO: a language model without output layer (the body), and a linear head."""
+"""Define the value network (critic) of PPO: a language model without its output layer, and a linear head.
+
+Letters in shapes: B sequences, T tokens of the longest sequence, N selected tokens, H numbers of a hidden state.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ from vineppo.model.policy import Policy
 
 
 class ValueNetwork(nn.Module):
-    """A language model without output layer (the body), with a linear head that predicts values of states.
+    """Predicts the values of states with a language model without its output layer (the body), and a linear head.
 
-    The body starts as a copy of the policy without its output layer. The head has no bias. The standard deviation of
-    the initial weights of the head is head_scale / sqrt(hidden size + 1); with head_scale 1 this is the initialisation
-    in the PPO settings of the VinePPO paper. If the policy has adapters, the body has separate adapters of the same
-    kind and shares the frozen weights with the policy.
+    The body starts as a copy of the policy. If the policy has adapters, the body has separate adapters of the same kind
+    and shares the frozen weights with the policy. The head maps a hidden state of the body to one number and has no
+    bias.
+
+    Args:
+        policy: the policy from which the body is copied.
+        seed: seed of the initial weights of the head.
+        head_scale: standard deviation of the initial weights of the head, in units of 1 / sqrt(hidden size + 1). The
+            PPO settings of the VinePPO paper correspond to 1.
     """
 
     def __init__(self, policy: Policy, seed: int, head_scale: float = 1.0):
@@ -33,20 +41,28 @@ class ValueNetwork(nn.Module):
         without_dropout(self)
 
     def forward(self, token_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Predict the value of the state before each token selected by `loss_mask`.
+        """Predict the value of the state before each selected token.
 
+        Args:
+            token_ids: right-padded sequences, shape (B, T).
+            loss_mask: True for the N selected tokens, bool, shape (B, T).
         Returns:
-            float32 of shape (N,) for the N selected tokens, ordered by row and then by position, in reward units.
+            Values in reward units, ordered by row and then by position, float32, shape (N,).
         """
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
-        select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T)
+        select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
         return self.head(hidden[select].float()).squeeze(-1)  # (N,)
 
 
 def _body_of(policy: Policy) -> nn.Module:
-    """Copy the policy without its output layer. With adapters, the copy shares the frozen weights to save memory."""
+    """Return a copy of the policy's model without its output layer.
+
+    If the policy has adapters, the copy shares the frozen weights with the policy to save memory.
+    """
     model, adapted = policy.model, policy.adapters is not None
     inside = {id(parameter) for parameter in model.base_model.parameters()}
+    # The parameters outside the base model are those of the output layer. They are not copied, because the result does
+    # not contain this layer.
     shared = [p for p in model.parameters() if id(p) not in inside or (adapted and not p.requires_grad)]
     body: nn.Module = clone_model(model, shared).base_model
     return body

@@ -18,15 +18,17 @@ from vineppo.model.modes import with_checkpointing
 from vineppo.types import UserError
 
 EMBEDDED = "embedded:"
+"""Beginning of a `model.path` that names a small model included in the package."""
 
 
 def resolve_model_path(path: str) -> str:
-    """Return the directory or hub id of a model.
+    """Return the directory or hub id of a model from the setting `model.path`.
 
-    For `embedded:NAME`, a small model included in the package, the result is its directory in the package.
+    A path of the form `embedded:NAME` names a small model included in the package. The result is then the directory of
+    this model.
 
     Raises:
-        UserError: for an unknown NAME, or a local path that is not a model directory.
+        UserError: if the package has no model NAME, or a local path is not a model directory.
     """
     if path.startswith(EMBEDDED):
         root = Path(str(importlib.resources.files("vineppo") / "models"))
@@ -46,7 +48,11 @@ def resolve_model_path(path: str) -> str:
 
 
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
-    """Load (model, tokenizer) from a directory or the hub, with the configured dtype and device."""
+    """Load a model with the configured dtype and device, and its tokenizer. Return (model, tokenizer).
+
+    Raises:
+        UserError: if the model or the tokenizer cannot be loaded, or the device is not available.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -68,8 +74,10 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def device_errors_in_one_line(device: str) -> Iterator[None]:
-    """Convert a PyTorch error about an unavailable device, raised inside the block, to a message of one line.
+    """Context manager that converts errors of PyTorch about an unavailable device to a message of one line.
 
+    Args:
+        device: the device, as in the setting `model.device`.
     Raises:
         UserError: with the device and the reason that PyTorch gives.
     """
@@ -83,6 +91,7 @@ def device_errors_in_one_line(device: str) -> Iterator[None]:
 
 
 def _warn_of_slow_dtype(config: ModelConfig) -> None:
+    """Warn if the model is to run on a CPU that has no instructions for the configured 16-bit dtype."""
     dtype = getattr(torch, config.dtype)
     if dtype.itemsize == 2 and config.device.startswith("cpu") and not cpu_multiplies(dtype):
         warnings.warn(

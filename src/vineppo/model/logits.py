@@ -1,4 +1,8 @@
-"""Compute logits and log-probabilities at selected positions only."""
+"""Compute logits and log-probabilities at selected positions only, for the learner and the sampler.
+
+Letters in shapes: B sequences, T tokens of the longest sequence, N selected positions, V tokens in the vocabulary, A
+alternatives (tokens that are evaluated in place of selected tokens).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,15 @@ from torch.nn import functional as F
 def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, **options: Any) -> torch.Tensor:
     """Return the next-token logits at the positions selected by `select`.
 
-    Positions are selected before the output layer, so that the logits of other positions are never computed.
-    Operations that the model applies to its logits (scaling, soft caps) are still applied.
+    The output layer computes only the logits of these positions. Operations that the model applies to its logits after
+    this layer (scaling, soft caps) are still applied.
 
     Args:
         token_ids: B sequences, right-padded to T tokens, shape (B, T).
         select: True at the positions whose next-token logits are returned, bool, shape (B, T).
-        options: further arguments of the model, for example for the tree attention of the sampler.
+        options: further keyword arguments for the call of the model.
     Returns:
-        Logits of shape (N, V) for N selected positions and vocabulary size V, ordered by row and then by position.
+        Logits of shape (N, V), ordered by row and then by position.
     """
     with _positions_before_head(model, select):
         return model(input_ids=token_ids, use_cache=False, **options).logits[0]  # (N, V)
@@ -30,6 +34,11 @@ def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, *
 
 @contextlib.contextmanager
 def _positions_before_head(model: Any, select: torch.Tensor) -> Iterator[None]:
+    """Context manager in which the output layer of the model receives only the hidden states of selected positions.
+
+    The logits of the model then have the shape (1, N, V).
+    """
+
     def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (inputs[0][select].unsqueeze(0),)  # (1, N, H) with H the hidden size
 
@@ -48,28 +57,69 @@ def token_logprobs(
     with_entropy: bool = False,
     alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the log-probabilities of the tokens selected by `loss_mask`, when sampling at `temperature`.
+    """Compute the log-probabilities of the tokens selected by `loss_mask`, with the logits divided by `temperature`.
 
     Args:
         token_ids: B sequences, right-padded to T tokens, shape (B, T).
-        loss_mask: True for the N tokens to evaluate, bool, shape (B, T); the first column must be False.
-        with_entropy: whether to compute the entropy of each distribution, too.
-        alternatives: (places, ids), each of shape (A,), for A further tokens to evaluate. Each further token has the id
-            `ids[a]` and replaces the selected token with index `places[a]`. The further tokens need no additional
-            forward pass.
+        loss_mask: True for the N selected tokens, bool, shape (B, T). The first column must be False, because no logits
+            precede the first token.
+        temperature: sampling temperature of the tokens.
+        with_entropy: whether to compute the entropy of each next-token distribution, too.
+        alternatives: (places, ids) of A alternatives, each of shape (A,), or None. Alternative a has the token id
+            `ids[a]`, and is evaluated in place of the selected token with index `places[a]` among the N selected
+            tokens. Alternatives need no additional forward pass.
     Returns:
-        (logprobs, entropies), in nats, float32. Both have shape (N,), ordered by row and then by position. With
-        alternatives, logprobs has shape (N + A,), and the last A entries belong to the alternatives. Without
-        `with_entropy`, entropies is None.
+        (logprobs, entropies) in nats, float32. The log-probabilities of the selected tokens come first, ordered by row
+        and then by position, followed by those of the alternatives: shape (N,), or (N + A,) with alternatives. The
+        entropies have the shape (N,); they are None unless `with_entropy` is true.
+    """
+    distribution = token_distributions(model, token_ids, loss_mask, temperature)  # (N, V)
+    entropies = entropies_of(distribution) if with_entropy else None  # (N,)
+    return logprobs_of(distribution, token_ids, loss_mask, alternatives), entropies
+
+
+def token_distributions(
+    model: Any, token_ids: torch.Tensor, loss_mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Compute the log-probabilities of the whole vocabulary at each of the N tokens selected by `loss_mask`.
+
+    See `token_logprobs` for the arguments.
+
+    Returns:
+        Log-probabilities in nats, float32, shape (N, V), ordered by row and then by position.
     """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
     logits = selected_logits(model, token_ids, select).float()  # (N, V)
     if temperature != 1:
         logits = logits / temperature
-    distribution = logits.log_softmax(-1)  # (N, V)
-    targets = token_ids[loss_mask]  # (N,)
-    entropies = -(distribution.exp() * distribution).sum(-1) if with_entropy else None  # (N,)
-    logprobs = distribution.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    if alternatives is not None:
-        logprobs = torch.cat([logprobs, distribution[alternatives]])  # (N + A,)
-    return logprobs, entropies
+    return logits.log_softmax(-1)
+
+
+def logprobs_of(
+    distribution: torch.Tensor,
+    token_ids: torch.Tensor,
+    loss_mask: torch.Tensor,
+    alternatives: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Return the log-probabilities (N + A,) of the selected tokens and of A alternatives. See `token_logprobs`.
+
+    Args:
+        distribution: the result of `token_distributions`, shape (N, V).
+    """
+    logprobs = distribution.gather(-1, token_ids[loss_mask][:, None]).squeeze(-1)  # (N,)
+    return logprobs if alternatives is None else torch.cat([logprobs, distribution[alternatives]])
+
+
+def entropies_of(distribution: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each distribution in nats, shape (N,), from log-probabilities of shape (N, V)."""
+    return -(distribution.exp() * distribution).sum(-1)
+
+
+def logprob_variances(distribution: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """Return the variance of the log-probability of a token that is drawn from each distribution, shape (N,).
+
+    Args:
+        distribution: log-probabilities in nats, shape (N, V).
+        entropies: entropy of each distribution, shape (N,). The expected log-probability is minus the entropy.
+    """
+    return (distribution.exp() * (distribution + entropies[:, None]).square()).sum(-1)

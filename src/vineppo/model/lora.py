@@ -1,4 +1,4 @@
-"""Add and merge low-rank adapters (peft), and collect and restore the trained weights of a module."""
+"""Add low-rank adapters (peft) to a model, merge adapters into weights, and save and restore trained weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from vineppo.types import UserError
 
 
 def with_adapters(model: Any, config: LoraConfig) -> Any:
-    """Add new adapters to a model in place and freeze its other weights. Return the peft model that contains the model.
+    """Add new adapters to a transformers model in place, and freeze all other weights of the model.
 
+    Returns:
+        The peft model, which contains the given model.
     Raises:
         UserError: if peft is not installed, or if the model has no layers with the names in `config.targets`.
     """
@@ -40,11 +42,11 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
 
 
 def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over (name, tensor) of a model with all adapters merged.
+    """Yield the (name, tensor) pairs of the model's `state_dict`, with all adapters merged into the weights.
 
-    The names are those of the model without adapters. The values equal those of `merge_and_unload` of peft, for every
-    kind of adapter. The model is not changed: each layer with adapters is copied and merged, one at a time to save
-    memory. Other layers are not copied.
+    The names are those of the model without adapters. The tensors are equal to those that `merge_and_unload` of peft
+    produces, for every kind of adapter. The model is not changed: each layer with adapters is copied and merged, one at
+    a time to save memory. Other layers are not copied.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,7 +55,8 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from model.state_dict().items()
         return
     layers: dict[str, Any] = {}
-    # named_modules yields outer layers first, so that adapter layers inside them are skipped
+    # named_modules yields a layer before the layers inside it. An adapter layer inside another one is skipped, because
+    # its tensors are among those of the merged outer layer.
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
@@ -65,13 +68,15 @@ def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _inside(name: str, layers: dict[str, Any]) -> bool:
+    """Return whether a module or tensor lies inside one of the layers, for example "a.b.weight" inside "a.b"."""
     return any(name[:end] in layers for end, character in enumerate(name) if character == ".")
 
 
 def _merged_layer(layer: Any) -> nn.Module:
     """Return a copy of a layer with its adapters merged. The layer is copied because peft merges adapters in place."""
     copied = copy.deepcopy(layer)
-    # The method exists in peft's ModulesToSaveWrapper, a layer that is trained without an adapter, and similar wrappers
+    # peft wraps layers that are trained without an adapter (ModulesToSaveWrapper and others). Only such wrappers have
+    # this method.
     if hasattr(copied, "unload_and_optionally_merge_module"):
         whole: nn.Module = copied.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         return whole
@@ -81,9 +86,9 @@ def _merged_layer(layer: Any) -> nn.Module:
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state of a module for a checkpoint.
+    """Return the tensors of a module that a checkpoint needs, as a dictionary from names to tensors.
 
-    If some weights are frozen, the state contains only the trained weights. Otherwise it is the complete state.
+    If some weights are frozen, these are only the trained weights. Otherwise the result is the complete `state_dict`.
     """
     state, frozen = module.state_dict(), _has_frozen(module)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -96,4 +101,5 @@ def load_trained_state(module: nn.Module, state: dict[str, torch.Tensor]) -> Non
 
 
 def _has_frozen(module: nn.Module) -> bool:
+    """Return whether a weight of the module is frozen, that is, not trained."""
     return not all(p.requires_grad for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Switch the dropout of a model off, and switch gradient checkpointing on."""
+"""Switch off the dropout of a model, and switch on gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from vineppo.types import UserError
 
 
 def with_checkpointing(model: Any) -> Any:
-    """Enable gradient checkpointing, which recomputes activations in the backward pass. Return the model.
+    """Enable gradient checkpointing in place, and return the model.
+
+    Gradient checkpointing recomputes activations in the backward pass, which saves memory and takes more time.
 
     Raises:
         UserError: if the model does not support gradient checkpointing.
@@ -22,10 +24,10 @@ def with_checkpointing(model: Any) -> Any:
 
 
 def without_dropout(model: Any) -> Any:
-    """Switch dropout off. Return the model.
+    """Switch off the dropout of a model in place, and return the model.
 
-    All layers are put into evaluation mode, except for layers with gradient checkpointing. These stay in training mode,
-    because transformers recomputes activations only in training mode; their dropout rates are set to 0.
+    All layers are put into evaluation mode, except for layers with gradient checkpointing. These layers stay in
+    training mode, because transformers recomputes activations only in training mode. Their dropout rate is set to 0.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,5 +36,5 @@ def without_dropout(model: Any) -> Any:
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
             if isinstance(getattr(module, "dropout", None), float):
-                module.dropout = 0.0  # Some models pass this rate to F.dropout.
+                module.dropout = 0.0  # Some models pass this attribute to F.dropout as the rate.
     return model

@@ -1,4 +1,4 @@
-"""Define the language model that is trained (the policy), and its frozen copy for the KL penalty (the reference)."""
+"""Define the policy (the language model that is trained) and the reference (its frozen initial state)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from vineppo.model.modes import without_dropout
 
 
 class Policy:
-    """A causal language model with its codec. Dropout is only active in a `with policy.dropout(seed)` block.
+    """A causal language model with its codec. Dropout is active only in a `with policy.dropout(seed)` block.
 
-    If the model has adapters, `adapters` is the peft model, and `model` is the transformers model that the peft model
-    contains. Otherwise `adapters` is None.
+    Args:
+        model: a transformers model. If it has adapters: the transformers model inside the peft model.
+        codec: the tokenizer, end-of-sequence tokens and maximum length of the model.
+        adapters: the peft model that contains `model`, or None if the model has no adapters.
     """
 
     def __init__(self, model: Any, codec: Codec, adapters: Any = None):
@@ -31,7 +33,7 @@ class Policy:
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
-        """Load the model at `config.path`, and add new adapters if `config.lora.r` is above 0."""
+        """Load the model at `config.path`, and add new adapters if their rank `config.lora.r` is above 0."""
         model, tokenizer = load_pretrained(config)
         codec = Codec.for_model(model, tokenizer)
         return cls(model, codec, with_adapters(model, config.lora) if config.lora.r else None)
@@ -42,14 +44,18 @@ class Policy:
         return next(self.model.parameters()).device
 
     def frozen_copy(self) -> Policy:
-        """Return a copy of the policy with frozen weights."""
+        """Return a copy of the policy with separate weights, which are frozen."""
         model = clone_model(self.model)
         model.requires_grad_(False)
         return Policy(model, self.codec)
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:
-        """Activate the dropout of the adapters inside the block, with random numbers from `seed`."""
+        """Context manager in which the dropout of the adapters is active. Without adapters it has no effect.
+
+        Args:
+            seed: seed of the random numbers of dropout.
+        """
         if self.adapters is None:
             yield
             return
@@ -65,9 +71,10 @@ class Policy:
                     layer.eval()
 
     def save(self, path: Path | str) -> None:
-        """Save weights, configuration and tokenizer in the format of `AutoModelForCausalLM.from_pretrained`.
+        """Save the weights, the configuration and the tokenizer in a directory that `from_pretrained` can load.
 
-        With adapters, the merged weights are saved, and the adapters alone are saved in the folder `adapter` for peft.
+        If the model has adapters, the saved weights include them. The adapters alone are also saved, in the format of
+        peft in the subdirectory `adapter`.
         """
         if self.adapters is None:
             self.model.save_pretrained(path)
@@ -78,13 +85,17 @@ class Policy:
 
 
 class Reference:
-    """The frozen starting policy: a copy of the policy, or the policy with its adapters disabled."""
+    """The policy before training, from which the KL penalty is measured.
+
+    If the policy has adapters, this is the policy with disabled adapters, which needs no additional memory. Otherwise
+    it is a frozen copy of the policy.
+    """
 
     def __init__(self, policy: Policy):
         self._policy = policy if policy.adapters is not None else policy.frozen_copy()
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Policy]:
-        """Yield the starting policy. If the policy has adapters, they are disabled inside the block."""
+        """Context manager that yields the policy before training. Adapters are disabled within the context."""
         with self._policy.adapters.disable_adapter() if self._policy.adapters is not None else contextlib.nullcontext():
             yield self._policy

@@ -1,6 +1,6 @@
-"""Build a tiny Llama with random weights and its tokenizer.
+"""Build a tiny Llama model with random weights, and a tokenizer for the task `chain`.
 
-The small models included in the package were trained from such a model by `vineppo sft`.
+`vineppo sft` trained the small models that are included in the package from such a model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vineppo.tasks import chain
 
 WORDS = ("<pad>", "</s>", "<unk>", "\n", "####", " ", "=", ";", "?", "+", "-", "*")
+"""Special tokens and signs of the vocabulary. The vocabulary also has digits, letters, and the fixed phrases of the
+task `chain`."""
 _PATTERN = r"####| by [a-z]+| in [a-z]+| with [a-z]+| is | -> | = |\n|."
+"""Regular expression whose matches are the tokens of a text."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer of `tasks.chain`. Each letter, digit, sign, way and link of the task is one token."""
+    """Build a tokenizer for the texts of `vineppo.tasks.chain`.
+
+    Each letter, digit and sign is one token. Each way of writing a step, such as " by rote", is one token, and so is
+    each text between the way and the result of a step, such as " is ".
+    """
     ways = [way for level in chain.LEVELS for way in chain.WAYS[level]]
     letters = [chr(ord("a") + i) for i in range(26)]
     tokens = [*WORDS, *map(str, range(10)), *letters, *ways, *chain.LINKS]
@@ -34,7 +41,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """Build a randomly initialised two-layer Llama with about 0.25 million parameters (1 MB in fp32)."""
+    """Build a randomly initialised two-layer Llama with about 0.25 million parameters (1 MB in float32).
+
+    Args:
+        seed: seed of the initial weights.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,

@@ -1,4 +1,4 @@
-"""The amounts of one iteration (rollouts, tokens, updates), the plan of a run, and rough estimates of both."""
+"""Define the result of `vineppo plan`, and estimate rollouts, tokens and updates of an iteration from the settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from vineppo.training.parts import total_updates, updates_per_iteration
 
 @dataclass(frozen=True)
 class Amounts:
-    """Numbers of rollouts, tokens and updates in one iteration."""
+    """Numbers of rollouts, tokens and updates in one iteration of training."""
 
     rollouts: int
+    """Number of rollouts: problems times responses per problem."""
     rollout_tokens: float
     """Number of tokens in the responses of all rollouts."""
     prompt_tokens: float
     """Mean number of tokens in a prompt."""
     mc_tokens: float
-    """Number of tokens in all MC rollouts, which are the continuations that the algorithm samples for its values."""
+    """Number of tokens in all MC rollouts, which are continuations that an algorithm samples to estimate values; 0 if
+    the algorithm samples none."""
     steps_per_response: float
     """Mean number of reasoning steps in a response."""
     updates: int
@@ -37,21 +39,24 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted amounts and seconds of one iteration, and predicted iterations and memory of the run."""
+    """The prediction for a run: amounts and seconds of one iteration, number of iterations, and memory."""
 
     source: str
     """Text that says how the plan was computed: by a calibration or from a data sheet."""
     amounts: Amounts
+    """Rollouts, tokens and updates of one iteration."""
     seconds: Mapping[str, float]
-    """Phase (`sample`, `credit` or `update`) -> seconds of one iteration."""
+    """Phase of an iteration (`sample`, `credit` or `update`) -> its seconds."""
     iterations: int
     """Number of iterations of the run."""
     memory: Mapping[str, float]
-    """Kind of memory -> bytes; the key `peak` has the peak of the whole run."""
+    """Kind of memory -> bytes. The kinds are the keys of the result of `memory.memory_by_kind`. The key `peak` has the
+    peak of the whole run."""
     available: float
-    """Available memory in bytes; 0 if unknown."""
+    """Memory of the machine or accelerator in bytes; 0 if it is unknown."""
     variants: Sequence[tuple[str, float, float]]
-    """List of (changed setting, MC tokens, seconds): the cost of one iteration if one setting is changed."""
+    """List of (changed setting, MC tokens per iteration, seconds per iteration). Each entry predicts the cost of an
+    iteration if only this setting is changed. The list is empty if nothing is predicted."""
 
     @property
     def seconds_per_iteration(self) -> float:
@@ -64,10 +69,13 @@ class Plan:
 
 
 def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
-    """Estimate amounts without a calibration.
+    """Estimate the amounts of one iteration from the settings alone, without running the model.
 
-    The estimate assumes prompts of 120 tokens, steps of 30 tokens, and responses of `response_tokens` tokens. If
-    `response_tokens` is None, responses have a third of `rollouts.max_new_tokens` tokens.
+    The estimate assumes prompts of 120 tokens and reasoning steps of 30 tokens.
+
+    Args:
+        config: configuration of the run.
+        response_tokens: assumed number of tokens in a response. None assumes a third of `rollouts.max_new_tokens`.
     """
     settings = config.rollouts
     length = response_tokens or max(1, settings.max_new_tokens // 3)
@@ -83,8 +91,14 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
 def iterations(config: Config, amounts: Amounts, seconds: Mapping[str, float]) -> int:
     """Return the number of iterations after which the run reaches the first of its limits.
 
-    The limits are iterations, updates, tokens and seconds. Tokens and seconds are predicted by `amounts` and `seconds`.
+    The settings limit the number of iterations, and can also limit updates, tokens and seconds.
+
+    Args:
+        config: configuration of the run.
+        amounts: predicted amounts of one iteration.
+        seconds: phase -> predicted seconds of one iteration.
     """
+    # -(-a // b) is a / b, rounded up.
     limits = [config.run.iterations, -(-total_updates(config) // amounts.updates)]
     if config.run.max_tokens:
         limits.append(math.ceil(config.run.max_tokens / (amounts.rollout_tokens + amounts.mc_tokens)))

@@ -1,4 +1,8 @@
-"""Plan a run on this machine: run a small part of the first iteration, and scale its token counts and times up."""
+"""Predict the tokens, seconds and memory of a run on this machine by a calibration.
+
+A calibration runs the first iteration of the run with fewer problems. Its numbers of tokens and its seconds are then
+scaled up to the number of problems of a whole iteration.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,19 @@ from vineppo.training.rollouts import draw_problems, generated_tokens
 from vineppo.types import Metrics, RolloutGroup, Sampler, SampleRequest, UserError
 
 _CALIBRATED_ROLLOUTS = 8
-"""Minimum number of responses in a calibration. With fewer, the mean response length and MC tokens are unreliable."""
+"""Minimum number of rollouts in a calibration, unless an iteration of the run has fewer. With fewer rollouts, the means
+of the response length and of the MC tokens would be unreliable."""
 
 
 def calibrated_safely(config: Config, problems: int | None) -> Plan:
-    """Plan a run by a calibration.
+    """Predict a run by a calibration, after a check that the run fits into memory.
 
-    A calibration needs about as much memory as the run, so the memory is checked before the model is loaded. This check
-    counts only the kinds of memory whose size is known before the calibration.
+    The check comes first because a calibration needs about as much memory as the run. The check counts only the kinds
+    of memory whose size is known before the calibration.
 
+    Args:
+        config: configuration of the run.
+        problems: number of problems in the calibration. None uses two problems, or more if the groups are small.
     Raises:
         UserError: if the memory is too small for the run.
     """
@@ -47,10 +55,11 @@ def calibrated_safely(config: Config, problems: int | None) -> Plan:
 
 
 def _calibrated(config: Config, problems: int | None) -> Plan:
+    """Predict a run by a calibration, without a check of the memory. See `calibrated_safely` for the arguments."""
     settings = config.rollouts
     num_problems = min(problems or max(2, -(-_CALIBRATED_ROLLOUTS // settings.group_size)), settings.num_problems)
     num_rollouts = num_problems * settings.group_size
-    # With learning rate 0, the timed update does not change the weights.
+    # With learning rate 0 and weight decay 0, the timed update does not change the weights of the policy.
     learner_settings = replace(config.learner, lr=0.0, epochs=1, minibatch_size=num_rollouts, weight_decay=0.0)
     parts = build_parts(
         replace(config, rollouts=replace(settings, num_problems=num_problems), learner=learner_settings)
@@ -59,16 +68,22 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     drawn = draw_problems(parts.task, config.run.seed, 1, num_problems)
     (groups, _), sample_seconds = _timed(lambda: parts.sample(drawn, 1))
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
-    step = _step_seconds(learner)
+    step = _step_seconds(learner)  # seconds of one optimizer step
     _, update_seconds = _timed(lambda: learner.update(samples, 1, num_rollouts))
+    # `learner.update` starts with a forward pass of the policy, and one of the reference model if there is one. These
+    # passes are timed again here, in order to subtract their time from `update_seconds`.
     prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
     scale = settings.num_problems / num_problems
     amounts = _amounts(config, groups, metrics, scale)
     parts.update_sampler()
+    # The whole iteration has `scale` times as many rows in each decoding step. A batch with more rows takes little more
+    # time, so only `per_row` seconds are added for each additional token.
     per_row = _seconds_per_row(parts.sampler, groups, settings)
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
+    # Seconds of the forward and backward passes of one epoch.
     passes = max(0.0, update_seconds - prepare - step)
+    # Without MC rollouts, the time of the credit function is proportional to the number of problems.
     seconds = {
         "sample": sample_seconds + extra * tokens,
         "credit": credit_seconds + extra * metrics["tokens/mc"] if metrics.get("tokens/mc") else credit_seconds * scale,
@@ -83,10 +98,10 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
 
 
 def _step_seconds(learner: TorchLearner) -> float:
-    """Measure the seconds of one optimizer step, summed over the optimizers of the policy and the critic.
+    """Measure the seconds of one optimizer step of the policy, plus one of the value network if there is one.
 
-    The learning rate is 0, so the weights do not change. Each optimizer makes two steps. Only the second one is timed,
-    because the first one also allocates memory.
+    The learning rate is 0, so the weights do not change. Each optimizer makes two steps. Only the second step is timed,
+    because the first step also allocates memory.
     """
     seconds = 0.0
     for optimizer in filter(None, (learner.optimizer, learner.critic_optimizer)):
@@ -98,9 +113,15 @@ def _step_seconds(learner: TorchLearner) -> float:
 
 
 def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], settings: RolloutConfig) -> float:
-    """Measure how many seconds a decoding step takes longer for each additional row (sequence) in the batch.
+    """Measure how many seconds longer a decoding step takes if the batch has one more row (sequence).
 
-    The result is the difference in time between batches of 96 and 16 rows, per additional token.
+    A decoding step samples one token for each row. Batches of about 16 and about 96 rows are sampled. The result is the
+    difference between their seconds, divided by the difference between their numbers of tokens.
+
+    Args:
+        sampler: the sampler to measure.
+        groups: rollouts whose prompts are used.
+        settings: temperature and stop strings.
     """
     prompts = [group.rollouts[0].prompt_ids for group in groups]
     few, many, positions = 16, 96, 12
@@ -112,7 +133,7 @@ def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], settings:
             )
             for i, ids in enumerate(prompts)
         ]
-        sampler.sample(requests)
+        sampler.sample(requests)  # not timed, because the first call for a batch size can be slower
         found, seconds = _timed(lambda requests=requests: sampler.sample(requests))
         times.append((sum(len(c.token_ids) for group in found for c in group), seconds))
     (few_tokens, few_seconds), (many_tokens, many_seconds) = times
@@ -120,6 +141,14 @@ def _seconds_per_row(sampler: Sampler, groups: Sequence[RolloutGroup], settings:
 
 
 def _amounts(config: Config, groups: Sequence[RolloutGroup], metrics: Metrics, scale: float) -> Amounts:
+    """Return the amounts of a whole iteration, from the rollouts and metrics of a calibration.
+
+    Args:
+        config: configuration of the run.
+        groups: rollouts of the calibration.
+        metrics: metrics that the credit function returned in the calibration.
+        scale: number of problems of a whole iteration, divided by the number of problems in the calibration.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     count = config.rollouts.num_problems * config.rollouts.group_size
     return Amounts(
@@ -139,8 +168,15 @@ def _variants(
 
     The estimates assume that the time is proportional to the number of tokens.
 
+    Args:
+        config: configuration of the run.
+        codec: codec of the policy.
+        groups: rollouts of the calibration.
+        amounts: amounts of one iteration with the settings of `config`.
+        seconds: phase -> seconds of one iteration with the settings of `config`.
     Returns:
-        List of (changed setting, MC tokens, seconds), empty if the algorithm samples no MC rollouts.
+        List of (changed setting, MC tokens, seconds), as in `Plan.variants`. It is empty if the algorithm samples no MC
+        rollouts.
     """
     algorithm, total = find_algorithm(config.algorithm), sum(seconds.values())
     if algorithm.plan is None:
@@ -155,10 +191,12 @@ def _variants(
 
 
 def _timed(work: Any) -> tuple[Any, float]:
+    """Call the function `work` without arguments. Return its result and its duration in seconds."""
     began = time.perf_counter()
     done = work()
     return done, time.perf_counter() - began
 
 
 def _seconds(work: Any) -> float:
+    """Call the function `work` without arguments. Return its duration in seconds."""
     return _timed(work)[1]

@@ -1,4 +1,7 @@
-"""Plan a run on an accelerator that this machine does not have, from the data sheet of the accelerator."""
+"""Predict the seconds and memory of a run on an accelerator that this machine does not have.
+
+The prediction is a rough estimate from the speed and memory in the data sheet of the accelerator.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from vineppo.types import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """Speed and memory of an accelerator according to its data sheet."""
+    """Speed and memory of an accelerator (or of several in parallel) according to its data sheet."""
 
     flops: float
     """16-bit floating-point operations per second, without sparsity."""
@@ -33,14 +36,24 @@ GPUS = {
     "h100": Gpu(989e12, 3.35e12, 80 * GIB),
     "h200": Gpu(989e12, 4.80e12, 141 * GIB),
 }
+"""The accelerators that `vineppo plan --gpu` accepts, by name."""
 
 _TRAINING, _DECODING = 0.12, 0.06
-"""Assumed shares of the data sheet's `flops` that training and decoding reach. They are derived from the seconds per
-iteration that the VinePPO paper reports (see dev/LOG.md)."""
+"""Shares of `Gpu.flops` that training and decoding (sampling) are assumed to reach. They were chosen so that the
+predictions for the 1.1B model of the VinePPO paper come near the seconds per iteration that were reported for it. The
+entry "What a data sheet says of the paper's runs" in dev/LOG.md compares the numbers."""
 
 
 def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
-    """Plan a run on the accelerator `name`, such as `h100` or `8xh100`, from its data sheet."""
+    """Predict a run on an accelerator from its data sheet.
+
+    Args:
+        config: configuration of the run.
+        name: one of `GPUS`, such as `h100`, or several in parallel, such as `8xh100`.
+        response_tokens: assumed number of tokens in a response. None assumes a third of `rollouts.max_new_tokens`.
+    Raises:
+        UserError: if the name is unknown, or the size of the model cannot be determined.
+    """
     gpu, shape = _gpu(name), shape_from_config(config)
     amounts = guessed_amounts(config, response_tokens)
     length, mc_tokens, rows = (
@@ -48,9 +61,13 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
         amounts.mc_tokens,
         config.rollouts.max_rows,
     )
+    # Number of tokens of all prompts and responses. A forward pass takes two operations per token and parameter, and a
+    # backward pass takes twice as long.
     trained = amounts.rollouts * amounts.sequence_tokens
     per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
+    # Number of networks: the policy, and the value network if the algorithm has one.
     networks = 1 + find_algorithm(config.algorithm).needs_critic
+    # Seconds of the forward passes before the first update: one of the policy, and one of the reference model if used.
     forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
     seconds = {
         "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, rows),
@@ -63,9 +80,12 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
 
 
 def _gpu(name: str) -> Gpu:
-    """Return the data of an accelerator such as `h100`, or of several in parallel such as `8xh100`.
+    """Return the speed and memory of an accelerator such as `h100`, or of several in parallel such as `8xh100`.
 
-    Several accelerators are assumed to have the sum of the speeds and memories, without any cost of communication.
+    Several accelerators are assumed to have the sum of their speeds and memories, without any cost of communication.
+
+    Raises:
+        UserError: if the name is unknown.
     """
     count, _, kind = name.partition("x") if name.split("x")[0].isdigit() else ("1", "", name)
     if kind not in GPUS or int(count) < 1:
@@ -77,11 +97,19 @@ def _gpu(name: str) -> Gpu:
 
 
 def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
-    """Estimate the seconds to decode `tokens` tokens in responses of `length` tokens, `rows` responses at a time.
+    """Estimate the seconds to decode a number of tokens.
 
     The result is the time for arithmetic or the time for reading memory, whichever is larger. Each decoding step reads
-    all weights once. For each token, the KV cache of the earlier tokens of its response is read.
+    all weights once. To decode one token, the KV cache of the earlier tokens of its response is read.
+
+    Args:
+        shape: size of the model.
+        gpu: speed of the accelerator.
+        tokens: total number of tokens to decode.
+        length: number of tokens in each response.
+        rows: number of responses that are decoded at the same time.
     """
     batches = max(1.0, tokens / (rows * length))
+    # Bytes that are read. Weights and KV cache have 2 bytes per number, and half of a response is cached on average.
     reading = batches * length * 2 * shape.parameters + tokens * length / 2 * kv_bytes(shape, 2)
     return max(2 * shape.parameters * tokens / (_DECODING * gpu.flops), reading / gpu.bandwidth)

@@ -1,4 +1,4 @@
-"""Estimate the memory that a run needs, separately for weights, optimizer, KV cache and other kinds."""
+"""Estimate how much memory a run needs for the weights, the optimizer, the KV cache and other purposes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from vineppo.plan.shape import GIB, Shape, kv_bytes
 
 
 def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
-    """Estimate the memory of a run.
+    """Estimate how many bytes of memory a run needs for each purpose.
 
-    Sampling and updating do not happen at the same time, so the peak contains the memory of only one of them: the
-    larger.
+    Sampling and updating do not happen at the same time. So the peak contains only the larger of their two amounts of
+    memory.
 
     Args:
+        config: configuration of the run.
+        shape: size of the model.
+        amounts: amounts of one iteration.
         trainable: number of trainable parameters.
     Returns:
-        Kind of memory -> bytes; the key `peak` has the peak of the whole run.
+        Kind of memory -> bytes. `keys and values` and `sampling` are in use only during sampling, and `gradients` and
+        `activations` only during updates. `peak` is the peak of the whole run.
     """
+    # Bytes per number of the model's weights.
     size = 2 if config.model.dtype == "bfloat16" else 4
     lora, has_critic = config.model.lora.r > 0, find_algorithm(config.algorithm).needs_critic
     weights = shape.parameters * size
+    # Bytes per number of the trained weights. LoRA adapters are float32, also if the other weights have 16 bits.
     trained_size = 4 if lora else size
     # AdamW keeps two moments. For 16-bit weights there are also float32 copies of the weights and of the gradients.
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
@@ -34,9 +40,13 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
     critic = (trainable * trained_size if lora else weights) + optimizer + gradients if has_critic else 0.0
     length = amounts.sequence_tokens
+    # Number of sequences that are sampled at the same time. MC rollouts are assumed to have half the mean length of a
+    # sequence.
     rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
     kv = min(config.rollouts.kv_memory * GIB, rows * length * kv_bytes(shape, size))
+    # The logits of one decoding step, for at most 4096 sequences.
     logits = min(rows, 1 << 12) * shape.vocabulary * size
+    # On a CPU, the sampler copies the weights if they have 16 bits or LoRA adapters (see sampling/torch/packed.py).
     packed = weights if config.model.device == "cpu" and (size == 2 or lora) else 0
     tokens = _micro_batch(config, amounts)
     activations = _activations(config, shape, size, tokens, amounts.rollout_tokens / amounts.rollouts / length)
@@ -57,26 +67,40 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
 
 
 def _micro_batch(config: Config, amounts: Amounts) -> float:
-    """Return the number of tokens in the largest micro-batch."""
+    """Return the number of tokens in the largest micro-batch, that is, in one forward and backward pass."""
     return min(config.learner.micro_batch_tokens, amounts.rollouts * amounts.sequence_tokens)
 
 
 def _activations(config: Config, shape: Shape, size: int, tokens: float, trained_share: float) -> float:
     """Estimate the bytes that the forward pass of a micro-batch keeps for the backward pass.
 
-    They are the activations of all layers, and the logits of the trained tokens.
+    These bytes contain the activations of all layers and the logits of the trained tokens.
+
+    Args:
+        config: configuration of the run.
+        shape: size of the model.
+        size: number of bytes per activation.
+        tokens: number of tokens in the micro-batch.
+        trained_share: share of the tokens that are trained, that is, response tokens.
     """
+    # Bytes per token for one layer.
     layer = (10 * shape.hidden + 4 * shape.intermediate + 4 * shape.heads * shape.head_dim) * size
     if config.model.gradient_checkpointing:
+        # Only the input of each layer is kept. The backward pass computes the activations of one layer at a time again.
         layers = shape.hidden * size * shape.layers + layer
     else:
         layers = layer * shape.layers
-    # For each trained token: logits, a float32 copy of them, its log-softmax, and float32 gradients of these two.
+    # For each trained token and each token of the vocabulary, a logit with `size` bytes is kept, and 16 more bytes: a
+    # float32 copy of the logit, its log-softmax, and the gradients of these two.
     return tokens * layers + tokens * trained_share * shape.vocabulary * (size + 16)
 
 
 def available_memory(device: str) -> float:
-    """Return the memory of a device in bytes, or 0 if it is unknown."""
+    """Return the total memory of a device in bytes, or 0 if it is unknown.
+
+    Args:
+        device: a PyTorch device such as `cuda:0`. For the CPU, a memory limit of a container counts too.
+    """
     if device.startswith("cuda"):
         return float(torch.cuda.mem_get_info(device)[1])
     try:
@@ -84,16 +108,26 @@ def available_memory(device: str) -> float:
         total = next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemTotal"))
     except (OSError, StopIteration):
         return 0.0
-    try:  # the memory limit of a container
+    try:  # This file has the memory limit of a container.
         return min(total, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no limit: the file is missing or contains `max`
+    except (OSError, ValueError):  # There is no limit. The file is missing or contains the word `max`.
         return total
 
 
 def does_not_fit(config: Config, amounts: Amounts, memory: Mapping[str, float], available: float) -> str:
-    """Return a one-line error message with a setting to try. The setting that costs the least is preferred."""
+    """Return a one-line error message which says that a run does not fit into memory and proposes a setting.
+
+    A setting that does not change the result is preferred.
+
+    Args:
+        config: configuration of the run.
+        amounts: amounts of one iteration.
+        memory: kind of memory -> bytes, as returned by `memory_by_kind`.
+        available: available memory in bytes.
+    """
     peak = memory["peak"]
     needs = f"the run needs about {peak / GIB:.1f} GiB of memory and {available / GIB:.1f} GiB are available"
+    # The memory that is in use during the whole run, and the memory that is left for sampling or for updating.
     permanent = peak - max(memory["keys and values"] + memory["sampling"], memory["gradients"] + memory["activations"])
     room = available - permanent
     if memory["gradients"] + memory["activations"] > room > memory["gradients"]:

@@ -1,8 +1,8 @@
 """Predict the tokens, the seconds of each phase and the memory of a run before it starts.
 
-To plan for this machine, a small part of the first iteration is run (the *calibration*), and its token counts and times
-are scaled up to a whole iteration. To plan for another accelerator (`--gpu`), the times are rough estimates from the
-operations per second and the memory bandwidth in its data sheet.
+For this machine, the prediction uses a *calibration*: the first iteration is run with fewer problems, and its numbers
+of tokens and its seconds are scaled up to a whole iteration. For another accelerator (`--gpu`), the seconds are rough
+estimates from the operations per second and the memory bandwidth in the accelerator's data sheet.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ def plan(
 
     Args:
         config: configuration of the run.
-        gpu: name of an accelerator in `datasheet.GPUS`, for example `h100` or `8xh100`. If it is None, the plan is for
-            this machine and uses a calibration.
-        response_tokens: mean number of tokens in a response, used only with `gpu`; default: a third of
+        gpu: name of an accelerator in `datasheet.GPUS`, for example `h100`, or of several in parallel, for example
+            `8xh100`. If it is None, the prediction is for this machine and uses a calibration.
+        response_tokens: mean number of tokens in a response, used only with `gpu`. None assumes a third of
             `rollouts.max_new_tokens`.
-        problems: number of problems in the calibration; default: two, or more if the groups are small.
+        problems: number of problems in the calibration, used only without `gpu`. None uses two problems, or more if the
+            groups are small.
     Raises:
-        UserError: if the GPU is unknown, the size of the model cannot be determined, or the run does not fit into
-            memory. In the last case, the message proposes a setting.
+        UserError: if the accelerator is unknown, the size of the model cannot be determined, or the run does not fit
+            into memory. In the last case, the message proposes a setting.
     """
     prediction = planned_for(config, gpu, response_tokens) if gpu else calibrated_safely(config, problems)
     if prediction.available and prediction.memory["peak"] > prediction.available:

@@ -1,4 +1,4 @@
-"""Format a plan as the text that `vineppo plan` prints."""
+"""Format the prediction for a run as the text that `vineppo plan` prints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from vineppo.plan.shape import GIB
 
 
 def report(plan: Plan, config: Config) -> list[str]:
-    """Return the lines that `vineppo plan` prints for a plan."""
+    """Return the lines of text about a prediction.
+
+    Args:
+        plan: the prediction.
+        config: configuration of the run.
+    """
     amounts, n = plan.amounts, plan.iterations
     seconds = plan.seconds_per_iteration * n
     lines = [
@@ -36,6 +41,7 @@ def report(plan: Plan, config: Config) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
+    """Format a number of seconds in seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Read the size of a language model (parameters, layers, widths) from its configuration."""
+"""Determine the size of a language model (parameters, layers, widths) from its configuration."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vineppo.model.loading import resolve_model_path
 from vineppo.types import UserError
 
 GIB = float(1 << 30)
+"""Number of bytes in a gibibyte."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,21 @@ class Shape:
     """The number of parameters of a language model and the sizes of its layers."""
 
     parameters: int
+    """Number of all parameters."""
     layers: int
+    """Number of transformer blocks."""
     hidden: int
+    """Width of the hidden states."""
     intermediate: int
+    """Width of the inner layer of each feed-forward network."""
     heads: int
+    """Number of attention heads for queries."""
     kv_heads: int
+    """Number of attention heads for keys and values. It is smaller than `heads` with grouped-query attention."""
     head_dim: int
+    """Width of an attention head."""
     vocabulary: int
+    """Number of tokens in the vocabulary."""
 
 
 KNOWN = {
@@ -36,8 +45,8 @@ KNOWN = {
     "realtreetune/deepseekmath-7b-sft-GSM8K": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
     "realtreetune/deepseekmath-7b-sft-MATH-v2": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
 }
-"""Sizes of the models in the VinePPO paper, from their published configurations. They make it possible to plan runs on
-machines without access to the Hugging Face Hub."""
+"""Sizes of the models in the VinePPO paper, from their published configurations. With this table, runs of these models
+can be planned without access to the Hugging Face Hub."""
 
 
 def shape_from_config(config: Config) -> Shape:
@@ -53,7 +62,7 @@ def shape_from_config(config: Config) -> Shape:
 
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-        with torch.device("meta"):
+        with torch.device("meta"):  # The tensors get shapes but no memory.
             return shape_of(AutoModelForCausalLM.from_config(model_config))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -61,7 +70,7 @@ def shape_from_config(config: Config) -> Shape:
 
 
 def shape_of(model: Any) -> Shape:
-    """Return the size of an instantiated model."""
+    """Return the size of a transformers model that has already been created."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     return Shape(
@@ -77,24 +86,34 @@ def shape_of(model: Any) -> Shape:
 
 
 def count(model: Any, trainable: bool = False) -> int:
-    """Number of parameters; if `trainable` is true, count only the trainable ones."""
+    """Return the number of parameters of a model. If `trainable` is true, count only the trainable ones."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def count_trainable(config: Config, shape: Shape) -> int:
-    """Number of trained parameters: all of them, or with LoRA the adapter parameters.
+    """Return the number of trained parameters: all parameters of the model or, with LoRA, those of the adapters.
 
-    LoRA adapters are assumed on all seven linear layers (q, k, v, o, gate, up, down) of each block.
+    LoRA adapters are assumed on all seven linear layers (q, k, v, o, gate, up, down) of each transformer block.
+
+    Args:
+        config: configuration of the run.
+        shape: size of the model.
     """
     r = config.model.lora.r
     if not r:
         return shape.parameters
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # An adapter of rank r on a linear layer has r * (input width + output width) parameters.
     attention = 2 * (shape.hidden + queries) + 2 * (shape.hidden + keys)
-    lora_dims_per_layer = attention + 3 * (shape.hidden + shape.intermediate)  # input + output width of each layer
+    lora_dims_per_layer = attention + 3 * (shape.hidden + shape.intermediate)
     return r * lora_dims_per_layer * shape.layers
 
 
 def kv_bytes(shape: Shape, size: int) -> float:
-    """Return the bytes of the KV cache per token. `size` is the number of bytes of one number in the cache."""
+    """Return how many bytes one token takes in the KV cache.
+
+    Args:
+        shape: size of the model.
+        size: number of bytes of one number in the cache.
+    """
     return 2.0 * shape.layers * shape.kv_heads * shape.head_dim * size

@@ -1,10 +1,11 @@
-"""Write and read checkpoints.
+"""Write and read the checkpoints of a run.
 
-A checkpoint is written to a temporary directory, forced to disk and then renamed. It is verified before it is loaded.
-A checkpoint has these files:
+A checkpoint is a directory. It is written under a temporary name, forced to disk and then renamed, so that a crash
+cannot leave an incomplete checkpoint behind under the final name. It is verified before it is loaded. It has these
+files:
 
 ```
-checkpoints/000020/state.pt       progress of the run
+checkpoints/000020/state.pt       progress of the run (here after 20 iterations)
 checkpoints/000020/learner.pt     weights and optimizer states, written by the learner
 checkpoints/000020/manifest.json  size and SHA-256 of every other file
 ```
@@ -28,8 +29,11 @@ from vineppo.run.files import fsync_directory, fsync_file, sha256
 from vineppo.types import UserError
 
 STATE_FILE = "state.pt"
+"""Name of the file with the progress of the run."""
 _NAME = re.compile(r"(\d+)(\.old)?")
+"""Names of checkpoints: the number of iterations, with the suffix `.old` while the checkpoint is being replaced."""
 _SCALARS = (bool, int, float, str, bytes, type(None))
+"""Types of the values in a state that are neither tensors nor containers."""
 
 
 def save_checkpoint(
@@ -39,25 +43,27 @@ def save_checkpoint(
     keep: int = 1,
     writers: Sequence[Callable[[Path], None]] = (),
 ) -> Path:
-    """Write a checkpoint, and then remove checkpoints that are no longer needed.
+    """Write a checkpoint, and then remove older checkpoints.
 
-    No checkpoint is removed before the new one is complete.
+    No checkpoint is removed before the new one is complete. Checkpoints of later iterations are removed too. They exist
+    only if they were damaged and the run was therefore resumed from an earlier checkpoint.
 
     Args:
         directory: the directory that contains the checkpoints of the run.
         iteration: number of completed iterations. It is also the name of the checkpoint.
-        state: nested dicts, lists and tuples of tensors and of values of type bool, int, float, str, bytes or None.
-        keep: number of checkpoints to keep, including the new one; at least 1. Checkpoints of later iterations are
-            removed too: they are damaged, and the run was resumed from an earlier one.
-        writers: functions such as `Learner.save`, which get the directory of the checkpoint and write files into it.
+        state: the progress of the run, as nested dicts, lists and tuples of tensors and of values of type bool, int,
+            float, str, bytes or None.
+        keep: number of checkpoints to keep, including the new one; at least 1.
+        writers: functions that write more files of the checkpoint, such as `Learner.save`. Each function is called with
+            the path of the directory into which it writes.
     Returns:
-        The path of the checkpoint.
+        The path of the new checkpoint.
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.tmp"):  # from a run that was killed while writing
+    for leftover in directory.glob(".*.tmp"):  # A process that was killed while it wrote a checkpoint leaves these.
         shutil.rmtree(leftover)
     temporary = directory / f".{iteration:06d}.tmp"
     temporary.mkdir()
@@ -68,7 +74,9 @@ def save_checkpoint(
 
     path = directory / f"{iteration:06d}"
     old = directory / f"{iteration:06d}.old"
-    if path.exists():  # os.rename cannot replace it. If the process is killed here, latest_checkpoint finds `.old`.
+    # os.rename cannot replace a directory that is not empty, so an existing checkpoint is renamed first. If the process
+    # is killed before the second rename, `latest_checkpoint` still finds the existing checkpoint under the name `.old`.
+    if path.exists():
         if old.exists():
             shutil.rmtree(old)
         os.rename(path, old)
@@ -84,10 +92,10 @@ def save_checkpoint(
 
 
 def verify_checkpoint(path: str | Path) -> None:
-    """Compare the size and checksum of every file of a checkpoint with its manifest.
+    """Check that every file of a checkpoint has the size and the checksum that manifest.json records.
 
     Raises:
-        UserError: for the first file that is missing or damaged.
+        UserError: if a file is missing or damaged. The message names the first such file.
     """
     path = Path(path)
     try:
@@ -111,14 +119,15 @@ def verify_checkpoint(path: str | Path) -> None:
 
 
 def has_checkpoint(directory: str | Path) -> bool:
-    """Return whether a directory contains a complete checkpoint, damaged or not."""
+    """Return whether a directory contains a checkpoint that was written completely. It may have been damaged later."""
     return bool(_newest_first(Path(directory)))
 
 
 def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None = None) -> Path:
-    """Return the newest undamaged checkpoint.
+    """Return the path of the newest undamaged checkpoint.
 
     Args:
+        directory: the directory that contains the checkpoints of the run.
         warn: function that is called with a message for each damaged checkpoint. By default, the message is printed to
             standard error.
     Raises:
@@ -138,7 +147,7 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Verify a checkpoint and load its state, with tensors on the CPU.
+    """Verify a checkpoint and load the state that `save_checkpoint` was given. All tensors are on the CPU.
 
     Raises:
         UserError: if a file is missing or damaged, or if PyTorch cannot read the state.
@@ -148,7 +157,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a state to a file. See `save_checkpoint` for the types that a state may contain.
+    """Write a state to a file with `torch.save`. `save_checkpoint` lists the types that a state may contain.
 
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
@@ -157,7 +166,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Load a state that `write_state` wrote, with tensors on the CPU.
+    """Load a state from a file that `write_state` wrote. All tensors are on the CPU.
 
     Raises:
         UserError: if the file is missing or cannot be read.
@@ -192,8 +201,14 @@ def _write_manifest(directory: Path, iteration: int) -> None:
 def _plain(value: Any, where: str) -> Any:
     """Convert a state to types that `torch.load(weights_only=True)` accepts. Tensors are detached and moved to the CPU.
 
-    Values of other types raise TypeError when they are saved. Otherwise the error would come only when they are loaded:
-    a NumPy scalar, for example, can be saved but not loaded. `where` names the value in the error message.
+    Other types are rejected here, before they are saved. Without this check, a NumPy scalar, for example, could be
+    saved, and the error would come only when it is loaded.
+
+    Args:
+        value: the state, or a value in it.
+        where: name of the value in error messages, such as `state['progress']`.
+    Raises:
+        TypeError: if a value has another type.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
@@ -210,7 +225,10 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _newest_first(directory: Path) -> list[tuple[int, Path]]:
-    """Return (iteration, path) of all checkpoints, newest first. A replaced checkpoint (`.old`) follows the new one."""
+    """Return (iteration, path) of all checkpoints, newest first.
+
+    For the same iteration, a checkpoint with the suffix `.old` comes after the checkpoint that replaces it.
+    """
     paths = directory.iterdir() if directory.is_dir() else ()
     matches = [(match, path) for path in paths if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     matches.sort(key=lambda pair: (int(pair[0][1]), pair[0][2] is None), reverse=True)
@@ -218,4 +236,5 @@ def _newest_first(directory: Path) -> list[tuple[int, Path]]:
 
 
 def _warn(message: str) -> None:
+    """Print a warning to standard error."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -9,7 +9,11 @@ from typing import Any
 
 
 class Timer:
-    """Measure the seconds spent in each phase of an iteration: `with timer("sample"): ...`, then `timer.pop()`."""
+    """Measure the seconds spent in each phase of an iteration: `with timer("sample"): ...`, then `timer.pop()`.
+
+    Args:
+        clock: function that returns the current time in seconds.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -17,7 +21,10 @@ class Timer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the `with` block to a phase, even if the block raises an exception. Do not nest phases."""
+        """Add the duration of the `with` block to a phase, even if the block raises an exception.
+
+        Blocks must not be nested, because the time of the inner block would count twice.
+        """
         start = self._clock()
         try:
             yield
@@ -25,7 +32,7 @@ class Timer:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def pop(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last call of `pop`, and reset them to 0."""
+        """Return a dictionary from each phase to its seconds since the last call of `pop`, and start again from 0."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -37,9 +44,10 @@ def peak_memory(device: Any) -> int:
         device: a `torch.device`.
     """
     if device.type == "cuda":
-        import torch  # imported here because the import is slow and reading a run directory does not need it
+        import torch  # imported here because the import is slow, and on the CPU it is not needed
 
         return int(torch.cuda.max_memory_allocated(device))
     import resource
 
+    # On Linux, ru_maxrss is in kibibytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

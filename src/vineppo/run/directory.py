@@ -1,9 +1,9 @@
-"""Read and write the directory of a run. It contains:
+"""Read and write the directory of a run. The directory contains:
 
 ```
 config.yaml             every setting of the run
 metrics.jsonl           one JSON object per iteration
-rollouts/000001.parquet one file per iteration, one row per rollout or other training sample
+rollouts/000001.parquet one file per iteration, one row per rollout and per other training sample
 checkpoints/000020/     checkpoints (see checkpoint.py)
 final/                  the trained model
 plots/, summary.json    written at the end
@@ -30,7 +30,10 @@ from vineppo.types import RolloutGroup, TrainingSample, UserError
 
 
 def _json_ready(value: Any) -> Any:
-    """Convert a value for JSON. NaN and infinity become None; NumPy and PyTorch numbers become Python numbers."""
+    """Convert a value to types that JSON can represent.
+
+    NaN and infinity become None. NumPy and PyTorch numbers become Python numbers.
+    """
     if isinstance(value, Mapping):
         return {str(key): _json_ready(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -45,15 +48,17 @@ class RunDirectory:
     """The directory of a run. Call `create` or `open` to get an instance."""
 
     path: Path
+    """Path of the directory."""
     config: Mapping[str, Any]
     """The content of config.yaml: plain dicts, lists and scalars."""
 
     @classmethod
     def create(cls, path: str | Path, config: Any) -> RunDirectory:
-        """Create a new run directory and write the resolved config to it.
+        """Create a new run directory and write config.yaml to it.
 
         Args:
-            config: a `vineppo.config.schema.Config`.
+            path: path of the directory, which must not exist or must be empty.
+            config: a `vineppo.config.schema.Config` with all settings of the run.
         Raises:
             UserError: if the directory exists and is not empty, or cannot be written.
         """
@@ -75,11 +80,14 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:
-        """Open an existing run directory. With `writable=False` the directory is only read.
+        """Open an existing run directory.
 
+        Args:
+            path: path of the directory.
+            writable: whether to check that files can be written to the directory. Pass False in order to only read it.
         Raises:
-            UserError: if `path` is not a run directory, config.yaml is not a YAML mapping, or the directory cannot be
-                written although `writable` is true.
+            UserError: if `path` is not a run directory, if config.yaml is not a YAML mapping, or if `writable` is true
+                and the directory cannot be written.
         """
         run = Path(path)
         if not run.is_dir():
@@ -87,7 +95,7 @@ class RunDirectory:
         try:
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
             if writable:
-                tempfile.TemporaryFile(dir=run).close()
+                tempfile.TemporaryFile(dir=run).close()  # raises OSError if the directory cannot be written
         except FileNotFoundError:
             raise UserError(f"{path} is not a run directory: it has no config.yaml") from None
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -100,7 +108,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """Path of the file with one JSON object per iteration."""
+        """Path of the file with the metrics, which has one JSON object per line and one line per iteration."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -115,7 +123,7 @@ class RunDirectory:
 
     @property
     def final(self) -> Path:
-        """Directory of the trained model; it is created at the end of the run."""
+        """Directory of the trained model. It is created at the end of the run."""
         return self.path / "final"
 
     @property
@@ -129,11 +137,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     def rollouts_of(self, iteration: int) -> Path:
-        """Return the path of an iteration's Parquet file."""
+        """Return the path of the Parquet file with the rollouts of an iteration. Iterations are counted from 1."""
         return self.rollouts / f"{iteration:06d}.parquet"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append the metrics as a line to metrics.jsonl and force it to disk. NaN and infinity are written as null."""
+        """Append metrics as one line to metrics.jsonl, and force the file to disk. NaN and infinity become null."""
         is_new = not self.metrics.exists()
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(_json_ready(metrics), allow_nan=False) + "\n")
@@ -145,14 +153,15 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl as dictionaries, or an empty list if the file does not exist.
 
-        An incomplete last line, which a crash can leave behind, is ignored.
+        A crash can leave an incomplete last line behind. Such a line is ignored.
 
         Raises:
-            UserError: if any other line is not a JSON object with an iteration.
+            UserError: if any other line is not a JSON object with the key `iteration`.
         """
         if not self.metrics.exists():
             return []
-        *lines, unfinished = self.metrics.read_bytes().split(b"\n")  # empty if the file ends with a newline
+        # The text after the last newline is empty, or it is an incomplete line.
+        *lines, unfinished = self.metrics.read_bytes().split(b"\n")
         del unfinished
         parsed = []
         for number, line in enumerate(lines, start=1):
@@ -165,12 +174,19 @@ class RunDirectory:
         return parsed
 
     def truncate_metrics(self, after_iteration: int) -> None:
-        """Remove later iterations and an incomplete last line from metrics.jsonl, atomically. Used to resume a run."""
+        """Remove the lines of iterations after `after_iteration` from metrics.jsonl, and an incomplete last line.
+
+        This function is called when a run is resumed, because the run then repeats these iterations. The file is
+        replaced atomically.
+        """
         kept = [line for line in self.read_metrics() if line["iteration"] <= after_iteration]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def remove_rollouts(self, after_iteration: int) -> None:
-        """Remove the Parquet files of later iterations. Used to resume a run, which samples these iterations again."""
+        """Remove the Parquet files of iterations after `after_iteration`.
+
+        This function is called when a run is resumed, because the run then repeats these iterations.
+        """
         for path in self.rollouts.glob("*.parquet"):
             if path.stem.isdigit() and int(path.stem) > after_iteration:
                 path.unlink()
@@ -178,9 +194,15 @@ class RunDirectory:
     def write_rollouts(
         self, iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
     ) -> Path:
-        """Write the rollouts of an iteration, their credit, and other training samples to a Parquet file, atomically.
+        """Write the rollouts and training samples of an iteration to a Parquet file, atomically.
 
-        The file has the columns of `records.SCHEMA`.
+        Args:
+            iteration: number of the iteration, counted from 1.
+            groups: the rollouts.
+            samples: the training samples that the credit function returned.
+            decode: function that converts token ids to text.
+        Returns:
+            The path of the file. It has the columns of `records.SCHEMA`.
         """
         path = self.rollouts_of(iteration)
         self.rollouts.mkdir(exist_ok=True)
@@ -188,16 +210,22 @@ class RunDirectory:
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, atomically."""
+        """Write the results of the run to summary.json, atomically. NaN and infinity become null."""
         write_text(self.summary, json.dumps(_json_ready(summary), indent=2, allow_nan=False) + "\n")
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
+    """Return the error for a run directory that cannot be written."""
     reason = error.strerror or type(error).__name__
     return UserError(f"run directory {path} cannot be written ({reason}); give another run.dir")
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:
+    """Return a line of metrics.jsonl as a dictionary.
+
+    Raises:
+        ValueError: if the line is not a JSON object with an integer under the key `iteration`.
+    """
     value = json.loads(line)
     if not isinstance(value, dict) or not isinstance(value.get("iteration"), int):
         raise ValueError("no metrics line")

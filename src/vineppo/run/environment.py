@@ -1,4 +1,4 @@
-"""Return the versions of this package and of other installed packages."""
+"""Determine the versions of this package and of other installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that give all figures the same style. They draw titles, confidence bands, axes and legends."""
+"""Functions that draw titles, confidence bands, axes and legends of all plots in the same style."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 GREY = "#444444"
+"""Colour of subtitles, and of lines and markers that belong to no single algorithm."""
 
 _SUBTITLE_CHARACTERS = 92
-"""Number of characters that fit in one line of a figure. A longer subtitle gets a smaller font, and a longer legend is
-split into rows."""
+"""Number of characters that fit in one line across a figure. A longer subtitle gets a smaller font, and a longer legend
+is split into rows."""
 
 
 def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
-    """Return a new figure with a title and a subtitle. The figure is created without pyplot, so no display is needed.
+    """Create a figure with a title and a subtitle. The figure does not use pyplot, so no display is needed.
 
     Args:
         title: bold text above the axes.
         subtitle: one line of text between the title and the axes.
         height: height of the figure in inches; the width is 8 inches.
+    Returns:
+        The figure and its axes.
     """
     figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -37,7 +40,7 @@ def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes
         fontsize=min(10.5, 10.5 * _SUBTITLE_CHARACTERS / max(1, len(subtitle))),
         color=GREY,
     )
-    note.set_in_layout(False)  # a long subtitle must not reduce the size of the axes
+    note.set_in_layout(False)  # Otherwise the layout would make the axes smaller for a long subtitle.
     return figure, axes
 
 
@@ -49,7 +52,16 @@ def band(
     colour: str,
     label: str | None,
 ) -> None:
-    """Shade the area between `low` and `high`. Points at which one of the bounds is None are left out."""
+    """Shade the area between two bounds.
+
+    Args:
+        axes: the axes to draw on.
+        x: x coordinates, shape (N,).
+        low: lower bounds, shape (N,). A point is left out if one of its bounds is None.
+        high: upper bounds, shape (N,).
+        colour: colour of the area.
+        label: entry of the legend; None adds no entry.
+    """
     known = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if b is not None and c is not None]
     if known:
         xs, lows, highs = zip(*known, strict=True)
@@ -57,7 +69,7 @@ def band(
 
 
 def finish(axes: Axes, x_label: str, y_label: str) -> None:
-    """Set the axis labels, the grid, the ticks and the margins."""
+    """Set the labels of the axes, the grid, the ticks and the margins."""
     axes.set_xlabel(x_label, fontsize=12)
     axes.set_ylabel(y_label, fontsize=12)
     axes.tick_params(labelsize=11)
@@ -68,7 +80,7 @@ def finish(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Format the y axis as percent and clip its limits to 0-100%, even if confidence bands extend further."""
+    """Format the y axis in percent, and clip its limits to 0% and 100%, even if confidence bands extend further."""
     low, high = axes.get_ylim()
     axes.set_ylim(max(0.0, low), min(1.0, high) + 0.002)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
@@ -79,7 +91,8 @@ def legend_below(axes: Axes) -> None:
     """Place the legend below the axes, in as many rows as it needs."""
     handles, labels = axes.get_legend_handles_labels()
     if handles and axes.figure is not None:
-        width = sum(len(label) + 8 for label in labels)  # in characters; the line sample and gaps of an entry need 8
+        # In characters. An entry needs the width of 8 characters for its sample of the line and for gaps.
+        width = sum(len(label) + 8 for label in labels)
         rows = math.ceil(width / _SUBTITLE_CHARACTERS)
         columns = math.ceil(len(labels) / rows)
         axes.figure.legend(
@@ -88,7 +101,12 @@ def legend_below(axes: Axes) -> None:
 
 
 def short_number(value: float, position: int | None = None) -> str:
-    """Format a tick label: 1500000 -> 1.5M, 20000 -> 20k, 96 -> 96. Matplotlib passes `position`, which is not used."""
+    """Format the label of a tick: 1500000 becomes `1.5M`, 20000 becomes `20k`, and 96 stays `96`.
+
+    Args:
+        value: the number at the tick.
+        position: not used. Matplotlib passes the position of the tick to every such function.
+    """
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{suffix}"
@@ -96,14 +114,14 @@ def short_number(value: float, position: int | None = None) -> str:
 
 
 def plain_text(text: str) -> str:
-    """Return a text in which Matplotlib shows `$` as it is, instead of reading it as the start of a formula."""
+    """Escape every `$` in a text. Otherwise Matplotlib would read `$` as the start of a formula."""
     return text.replace("$", r"\$")
 
 
 def save(figure: Figure, path: Path) -> Path:
     """Save the figure as PNG and return the path.
 
-    The Matplotlib version is left out of the metadata, so the same figure always gives the same file.
+    The version of Matplotlib is left out of the metadata, so that it does not change the content of the file.
     """
     figure.savefig(path, metadata={"Software": None})
     return path

@@ -1,4 +1,8 @@
-"""Write files atomically: write a temporary file, force it to disk, and rename it."""
+"""Write files atomically, and compute their checksums.
+
+A file is written atomically in three steps: a temporary file is written, forced to disk, and renamed. After a crash,
+either the old file or the complete new file exists.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 
 
 def fsync_file(path: Path) -> None:
-    """Force the content of a file to disk."""
+    """Force the content of a file to disk, so that it survives a power failure."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -19,8 +23,8 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Force the entries of a directory to disk. Otherwise a rename can be lost in a power failure."""
-    if os.name == "nt":  # Windows cannot open directories
+    """Force the list of files of a directory to disk. Otherwise a power failure can undo a rename in the directory."""
+    if os.name == "nt":  # os.open cannot open directories on Windows.
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -31,12 +35,13 @@ def fsync_directory(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`. When the block ends, the temporary file replaces `path`.
+    """Yield a temporary path to which the `with` block writes a file. When the block ends, the file replaces `path`.
 
-    Other processes see either the old file or the complete new file. If the block raises, the old file is unchanged.
+    Other processes see either the old file or the complete new file. If the block raises an exception, the temporary
+    file is removed and the old file stays unchanged.
 
     Raises:
-        OSError: if the directory is not writable.
+        OSError: if the directory of `path` is not writable.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:

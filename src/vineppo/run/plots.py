@@ -15,12 +15,14 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, plain_text, save, short_number
 
 _PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
+"""Last part of the name of a metric `tokens/...` -> (label, colour)."""
 _SECONDS = {
     "seconds/sample": ("sampling", "#0072B2"),
     "seconds/credit": ("credit", "#E69F00"),
     "seconds/update": ("updates", "#009E73"),
     "seconds/eval": ("evaluation", "#999999"),
 }
+"""Name of a metric -> (label, colour)."""
 
 
 def plot_run(run_dir: Path) -> list[Path]:
@@ -45,7 +47,10 @@ def plot_run(run_dir: Path) -> list[Path]:
 
 
 def _run_title(run_dir: Path) -> str:
-    """Return a title such as `VinePPO, seed 0, judgement`, or the directory's name if the run is not finished."""
+    """Return a text that names the run, such as `VinePPO, seed 0, judgement`.
+
+    If the run is not finished, it has no summary.json, and the text is the name of the directory.
+    """
     summary_path = run_dir / "summary.json"
     if not summary_path.exists():
         return run_dir.resolve().name
@@ -55,6 +60,13 @@ def _run_title(run_dir: Path) -> str:
 
 
 def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    """Plot the mean reward of the rollouts and the accuracy on validation problems over updates.
+
+    Args:
+        records: all lines of metrics.jsonl, including iteration 0, which is the starting model.
+        iterations: the same lines without iteration 0, which has no reward.
+        name: subtitle.
+    """
     figure, axes = canvas("Accuracy and reward over updates", name)
     updates = [record["updates"] for record in iterations]
     rewards = [record["reward/mean"] for record in iterations]
@@ -79,12 +91,13 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
 
 
 def _trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Replace each value by the mean of itself and the `width - 1` values before it (fewer at the start)."""
+    """Return, for each value, the mean of this value and the `width - 1` values before it (fewer at the start)."""
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    """Plot the cumulative numbers of tokens in rollouts and in MC rollouts over updates."""
     figure, axes = canvas("Tokens generated for training, by phase", name)
     updates = [record["updates"] for record in iterations]
     layers = {
@@ -99,6 +112,7 @@ def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
 
 
 def _seconds_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
+    """Plot the cumulative seconds of each phase of the iterations over updates."""
     figure, axes = canvas("Time of each phase", name)
     updates = [record["updates"] for record in iterations]
     layers = {
@@ -112,6 +126,7 @@ def _seconds_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:
 
 
 def _cumulative(values: Sequence[float]) -> list[float]:
+    """Return the running totals of the values, as a list of the same length."""
     totals, total = [], 0.0
     for value in values:
         total += value
@@ -120,7 +135,15 @@ def _cumulative(values: Sequence[float]) -> list[float]:
 
 
 def _stack(axes: Axes, x: Sequence[float], layers: dict[str, tuple[list[float], str]]) -> None:
-    """Draw stacked areas that start at 0. Layers whose values are all 0 are left out of the plot and the legend."""
+    """Draw one area for each quantity, stacked on each other. Each area starts at the value 0 at x = 0.
+
+    A quantity whose values are all 0 is left out. The legend shows the share of each quantity in the final total.
+
+    Args:
+        axes: the axes to draw on.
+        x: x coordinates, shape (N,).
+        layers: label of the quantity -> (cumulative values with shape (N,), colour).
+    """
     used = {label: layer for label, layer in layers.items() if any(layer[0])}
     if not used:
         return

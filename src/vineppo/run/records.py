@@ -1,4 +1,9 @@
-"""Write rollouts and other training samples to Parquet files, with rewards and the credit of each step."""
+"""Write the rollouts and training samples of an iteration to a Parquet file, with their rewards and their credit.
+
+Credit means the values, advantages and weights that the credit function of the algorithm computed for tokens and
+reasoning steps. Shapes use the letters T (number of response tokens), S (number of steps of the response) and A (number
+of alternative tokens, which MC rollouts sampled in place of a token of the response).
+"""
 
 from __future__ import annotations
 
@@ -14,62 +19,66 @@ from vineppo.run.files import written_aside
 from vineppo.types import Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids -> text without special tokens."""
+"""Function that converts token ids to text without special tokens."""
 
 _ALTERNATIVE = pa.struct(
     [("position", pa.int32()), ("token_id", pa.int32()), ("text", pa.string()), ("advantage", pa.float32())]
 )
+"""An alternative token (see `types.Alternative`). The position is an index into the response tokens."""
 SCHEMA = pa.schema(
     [
-        ("iteration", pa.int32()),  # 1-based
-        ("kind", pa.string()),  # "rollout", or "sample" for a training sample that is not a rollout
+        ("iteration", pa.int32()),  # counted from 1
+        ("kind", pa.string()),  # "rollout", or "sample" for a training sample with a row of its own
         ("problem_id", pa.string()),
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("response", pa.string()),
         ("reward", pa.float64()),  # null for a sample without a rollout
         ("finish_reason", pa.string()),  # null for a sample without a rollout
-        ("num_tokens", pa.int32()),  # T, the number of response tokens
+        ("num_tokens", pa.int32()),  # T
         ("response_ids", pa.list_(pa.int32())),  # (T,)
         ("token_advantages", pa.list_(pa.float32())),  # (T,)
-        (
-            "token_weights",
-            pa.list_(pa.float32()),
-        ),  # (T,), 0 for tokens that are not trained; empty if all weights are 1
+        # (T,), weight of each token in the loss, 0 for tokens that are not trained; empty if all weights are 1
+        ("token_weights", pa.list_(pa.float32())),
         ("sampler_logprobs", pa.list_(pa.float32())),  # (T,), nats
-        ("step_texts", pa.list_(pa.string())),  # (S,), S is the number of steps
-        ("step_ends", pa.list_(pa.int32())),  # (S,), end of each step in response tokens; the last one is T
+        ("step_texts", pa.list_(pa.string())),  # (S,)
+        # (S,), number of response tokens before the end of each step; the last number is T
+        ("step_ends", pa.list_(pa.int32())),
         ("values", pa.list_(pa.float64())),  # (S,), value of the state before each step, or empty
-        ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), number of MC rollouts behind each value, or empty
+        ("num_mc_rollouts", pa.list_(pa.int32())),  # (S,), number of MC rollouts used for each value, or empty
         ("step_advantages", pa.list_(pa.float64())),  # (S,), or empty
-        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,) alternative tokens, ordered by position, or empty
+        ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), ordered by position, or empty
     ]
 )
-"""Columns of a Parquet file. The columns of steps are empty if the algorithm computes no credit for steps, and
-`alternatives` is empty if the algorithm gives no advantages to alternative tokens. All columns of credit are empty for
-a rollout without a training sample."""
+"""Columns of a Parquet file. The columns about steps contain empty lists if the algorithm computes no credit for steps.
+`alternatives` contains empty lists if the algorithm gives no advantages to alternative tokens. All columns of credit
+contain empty lists for a rollout without a training sample."""
 _CREDIT_COLUMNS = (
     "token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages",
     "alternatives",
 )  # fmt: skip
+"""Names of the columns of credit."""
 
 
 def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: Decode) -> list[str]:
-    """Return the text of each of the S steps. The texts joined together are the decoded response.
+    """Return the text of each of the S steps of a response. The texts joined together are the decoded response.
 
-    If a step is decoded alone, it can lose its leading space (SentencePiece) or end inside a character (byte-level
-    BPE). So each step is decoded together with the previous step, and the text of the previous step is then removed.
-    If a boundary splits a character, the character belongs to the step that completes it.
+    A step that is decoded alone can lose its leading space (SentencePiece) or begin or end inside a character
+    (byte-level BPE). So each step is decoded together with the previous step, and the text of the previous step is then
+    removed. If a boundary splits a character, the character belongs to the step that completes it.
 
     Args:
-        boundaries: end of each step in response tokens, shape (S,).
+        response_ids: token ids of the response, shape (T,).
+        boundaries: for each step, the number of response tokens before its end, shape (S,).
+        decode: function that converts token ids to text.
     """
     texts = []
-    context, start = 0, 0  # the tokens from `context` to `start` are decoded again
+    context, start = 0, 0  # The step before `start` begins at `context`. Its tokens are decoded a second time.
     for end in boundaries:
         context_text = decode(response_ids[context:start]) if start > context else ""
         text = decode(response_ids[context:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end != boundaries[-1]:
+            # The step ends inside a character. Its tokens are decoded together with the next step, which gets the text.
             texts.append("")
             continue
         texts.append(text[len(context_text) :])
@@ -80,13 +89,19 @@ def step_texts(response_ids: Sequence[int], boundaries: Sequence[int], decode: D
 def rollout_rows(
     iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
 ) -> list[dict[str, Any]]:
-    """Return rows with the keys of `SCHEMA`: one per rollout in the order of the groups, then one per other sample.
+    """Return the rows of an iteration: one per rollout in the order of the groups, then one per other training sample.
+
+    The row of a rollout contains the credit of the first sample that belongs to the rollout (`TrainingSample.rollout`).
+    Every other sample, for example a second sample of a rollout or a trained MC rollout, gets a separate row. A rollout
+    without a sample has empty lists in the columns of credit.
 
     Args:
-        samples: the samples that the credit function returned, in any order. `TrainingSample.rollout` is the rollout
-            that a sample belongs to. The first sample of each rollout is written to the row of the rollout. Every other
-            sample gets a separate row. A rollout without a sample has empty lists in the columns of credit.
+        iteration: number of the iteration, counted from 1.
+        groups: the rollouts.
+        samples: the training samples that the credit function returned, in any order.
         decode: function that converts token ids to text.
+    Returns:
+        Rows with the keys of `SCHEMA`.
     Raises:
         ValueError: if the first sample of a rollout has other token ids than the rollout.
     """
@@ -106,6 +121,7 @@ def rollout_rows(
 
 
 def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | None, decode: Decode) -> dict[str, Any]:
+    """Return the row of a rollout, with the credit of its first sample, or without credit if `sample` is None."""
     if sample is not None and tuple(sample.token_ids) != tuple(rollout.prompt_ids) + tuple(rollout.response_ids):
         raise ValueError(
             f"the training sample of a rollout of problem {problem.id} has other token ids than the rollout"
@@ -126,10 +142,15 @@ def _rollout_row(problem: Problem, rollout: Rollout, sample: TrainingSample | No
 
 
 def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSample, decode: Decode) -> dict[str, Any]:
-    """Return a separate row for a sample.
+    """Return the row of a training sample that is not written to the row of a rollout.
 
     If the sample starts with the prompt of one of the problems, its response is everything after that prompt. Otherwise
-    its response starts at the first trained token. `prompts` maps the token ids of each prompt to the problem.
+    its response starts at the first trained token.
+
+    Args:
+        prompts: token ids of a prompt -> its problem, for all problems of the iteration.
+        sample: the training sample.
+        decode: function that converts token ids to text.
     """
     ids = tuple(sample.token_ids)
     start = max((len(prompt) for prompt in prompts if ids[: len(prompt)] == prompt), default=0)
@@ -154,11 +175,18 @@ def _sample_row(prompts: Mapping[tuple[int, ...], Problem], sample: TrainingSamp
 
 
 def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -> dict[str, Any]:
-    """Return the columns of credit for the tokens from position `start` on, or empty lists if `sample` is None."""
+    """Return the columns of credit for a response.
+
+    Args:
+        sample: the training sample; None returns empty lists.
+        start: index of the first response token in the sample.
+        decode: function that converts token ids to text.
+    """
     if sample is None:
         return {name: [] for name in _CREDIT_COLUMNS}
     credit = sample.credit or StepCredit(boundaries=())
     weights = [w * trained for w, trained in zip(sample.weights or sample.loss_mask, sample.loss_mask, strict=True)]
+    # Positions of the trained tokens in the response. `Alternative.position` is an index into this list.
     positions = [i - start for i, trained in enumerate(sample.loss_mask) if trained]
     return {
         "token_advantages": sample.advantages[start:],

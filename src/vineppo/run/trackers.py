@@ -14,19 +14,25 @@ from vineppo.run.files import write_text
 from vineppo.types import UserError
 
 PROJECT = "vineppo"
-"""Default project name in Weights & Biases and trackio."""
+"""Project name in trackio, and in Weights & Biases unless WANDB_PROJECT is set."""
 _MODULES = {
     "tensorboard": ("torch.utils.tensorboard", "SummaryWriter"),
     "wandb": ("wandb", "init"),
     "trackio": ("trackio", "init"),
 }
+"""Name of a tracker -> (module to import, an attribute that the module must have)."""
 
 
 class Tracker(Protocol):
-    """An experiment tracker, which receives the metrics of each iteration."""
+    """An experiment tracker. It receives the metrics of each iteration."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Record the metrics of iteration `step`. Values that are not finite numbers are left out."""
+        """Record the metrics of an iteration. Values that are not finite numbers are left out.
+
+        Args:
+            metrics: name of the metric -> value.
+            step: number of the iteration, which is the x coordinate in the tracker.
+        """
         ...
 
     def close(self) -> None:
@@ -35,11 +41,17 @@ class Tracker(Protocol):
 
 
 class TensorBoardTracker:
-    """Writes event files to `tensorboard/` in the run directory."""
+    """Write event files for TensorBoard to `tensorboard/` in the run directory.
+
+    Args:
+        run_dir: directory of the run.
+        config: all settings of the run, which are shown as a text in TensorBoard.
+        start: number of completed iterations if the run is resumed, else 0.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], start: int) -> None:
         writer = _load("tensorboard").SummaryWriter
-        # If the run is resumed, `purge_step` hides the points after the checkpoint. The resumed run writes them again.
+        # A resumed run repeats the iterations after its checkpoint. `purge_step` hides their earlier points.
         self._writer = writer(run_dir / "tensorboard", purge_step=start + 1 if start else None)
         if not start:
             self._writer.add_text("config", _config_table(config))
@@ -56,7 +68,14 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Logs to Weights & Biases. Environment variables such as WANDB_PROJECT and WANDB_MODE have their usual meaning."""
+    """Log to Weights & Biases. Environment variables such as WANDB_PROJECT and WANDB_MODE have their usual effect.
+
+    Args:
+        run_dir: directory of the run. Its name is the name of the run in Weights & Biases.
+        config: all settings of the run.
+    Raises:
+        UserError: if wandb is not installed or does not start, for example because the user is not logged in.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         wandb = _load("wandb")
@@ -81,12 +100,17 @@ class WandbTracker:
         self._run.log(_finite(metrics), step=step)
 
     def close(self) -> None:
-        """Send all pending data and finish the run of the tracker."""
+        """Send all pending data and finish the run in Weights & Biases."""
         self._run.finish()
 
 
 class TrackioTracker:
-    """Logs to the local database of trackio."""
+    """Log to the local database of trackio.
+
+    Args:
+        run_dir: directory of the run. Its name is part of the name of the run in trackio.
+        config: all settings of the run.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         name = f"{run_dir.name}-{_tracker_id(run_dir)}"
@@ -97,13 +121,17 @@ class TrackioTracker:
         self._run.log(_finite(metrics), step=step)
 
     def close(self) -> None:
-        """Send all pending data and finish the run of the tracker."""
+        """Write all pending data and finish the run in trackio."""
         self._run.finish()
 
 
 def require_trackers(report_to: Iterable[str]) -> None:
-    """Check that the packages of the trackers can be imported. Called before a run directory is created.
+    """Check that the packages of the trackers can be imported.
 
+    The training loop calls this function before it creates the run directory, so that no directory is left behind.
+
+    Args:
+        report_to: names of the trackers.
     Raises:
         UserError: if a tracker is unknown or its package is not installed.
     """
@@ -119,7 +147,7 @@ def build_trackers(
     Args:
         report_to: names of the trackers.
         run_dir: directory of the run.
-        config: all settings of the run, as plain dicts, lists and scalars.
+        config: all settings of the run, as nested dicts, lists and scalars.
         start: number of completed iterations if the run is resumed, else 0.
     Raises:
         UserError: if a tracker is unknown, its package is not installed, or the tracker does not start.
@@ -130,6 +158,7 @@ def build_trackers(
 
 
 def _build(name: str, run_dir: Path, config: Mapping[str, Any], start: int) -> Tracker:
+    """Create the tracker with a name. See `build_trackers` for the other arguments."""
     if name == "tensorboard":
         return TensorBoardTracker(run_dir, config, start)
     if name == "wandb":
@@ -138,12 +167,19 @@ def _build(name: str, run_dir: Path, config: Mapping[str, Any], start: int) -> T
 
 
 def _load(name: str) -> Any:
+    """Import and return the module of a tracker.
+
+    Raises:
+        UserError: if the tracker is unknown or its package is not installed.
+    """
     if name not in _MODULES:
         raise UserError(f"run.report_to has {name}; allowed: {', '.join(_MODULES)}")
     module_name, needed = _MODULES[name]
     try:
         module = importlib.import_module(module_name)
-        getattr(module, needed)  # fails for an empty module, such as the log directory `wandb` imported by name
+        # Without the package, Python can import a directory of the same name, such as the log directory `wandb`, as an
+        # empty module. Such a module does not have the attribute.
+        getattr(module, needed)
     except (ImportError, AttributeError):
         raise UserError(
             f'run.report_to has {name}, which is not installed; install it with `pip install "vineppo[tracking]"`, or '
@@ -153,12 +189,21 @@ def _load(name: str) -> Any:
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are finite numbers."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
-    """Return the settings as indented lines, which TensorBoard shows as a Markdown code block."""
+    """Return the settings as text with one line `key: value` per setting. Keys are dotted.
+
+    The lines are indented by four spaces, so that TensorBoard, which reads Markdown, shows them as a code block.
+
+    Args:
+        config: nested settings.
+        prefix: dotted key of the section that `config` contains, followed by a dot, such as `learner.kl.`; empty if
+            `config` contains all settings.
+    """
     lines = []
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -169,9 +214,10 @@ def _config_table(config: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _tracker_id(run_dir: Path) -> str:
-    """Return a unique id of the run for the trackers.
+    """Return an id of 8 random hexadecimal digits that identifies the run in Weights & Biases and trackio.
 
-    The id is stored in the run directory, so that the trackers continue the same run if the run is resumed.
+    The id is stored in the file `tracker_id` in the run directory. A resumed run finds the id there, so that the
+    tracker continues the same run.
     """
     path = run_dir / "tracker_id"
     if not path.exists():

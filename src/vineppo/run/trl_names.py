@@ -1,4 +1,7 @@
-"""Add the names that TRL uses for metrics with the same meaning. docs/metrics.md lists these names."""
+"""Add the names that TRL, the reinforcement learning library of Hugging Face, uses for metrics with the same meaning.
+
+Trackers and callbacks receive these metrics under both names. docs/metrics.md lists the names.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,13 @@ TRL_NAMES = {
     "policy/objective": "loss",
     "eval/accuracy": "eval_reward",
 }
+"""Name of a metric in this package -> name of the metric with the same meaning in TRL."""
 
 
 def with_trl_names(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of metrics.jsonl with the metrics also under the names that TRL uses."""
+    """Return a line of metrics with additional keys: the names of TRL for the metrics that the line contains.
+
+    Args:
+        line: name of a metric in this package -> value.
+    """
     return {**line, **{trl_name: line[name] for name, trl_name in TRL_NAMES.items() if name in line}}

@@ -1,4 +1,8 @@
-"""Functions that sample and grade responses, including responses that the length limit truncates."""
+"""Sample completions and grade the resulting responses, for rollouts, evaluation and Monte-Carlo (MC) rollouts.
+
+A response is *truncated* if it was cut off by the length limit. A truncated response is graded only if the task says so
+(`task.grade_truncated`); otherwise its reward is 0.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,16 @@ def grade_finished(
     finished: Sequence[bool],
     completion_ids: Sequence[Sequence[int]] = (),
 ) -> list[float]:
-    """Return the reward of each response.
-
-    A response that was truncated by the length limit is graded only if `task.grade_truncated` is true. Otherwise its
-    reward is 0.
+    """Return the reward of each response. Truncated responses are graded only if `task.grade_truncated` is true.
 
     Args:
-        problems: problem of each response.
-        texts: response texts.
-        finished: for each response, whether it ended before the length limit.
-        completion_ids: token ids of each response; optional.
+        task: the task that grades the responses.
+        problems: the problem of each response.
+        texts: the text of each response.
+        finished: for each response, False if the response is truncated.
+        completion_ids: the token ids of each response; empty if the ids are unknown.
+    Returns:
+        One reward per response. The reward of a response that is not graded is 0.
     """
     gradable = [i for i, done in enumerate(finished) if done or task.grade_truncated]
     rewards = [0.0] * len(texts)
@@ -42,12 +46,18 @@ def sampled_and_graded(
     requests: Sequence[SampleRequest],
     owners: Sequence[tuple[Problem, tuple[int, ...]]],
 ) -> list[list[tuple[Completion, str, float]]]:
-    """Sample the completions of each request, and grade the resulting responses.
+    """Sample the completions of each request, and grade the response that ends with each completion.
 
     Args:
-        owners: the problem and the response prefix of each request. A response is this prefix followed by a completion.
+        sampler: samples the completions.
+        task: grades the responses.
+        decode: function that converts token ids to text.
+        requests: the requests. The `prompt_ids` of a request are a prompt, which may be followed by the first tokens of
+            a response (the response prefix).
+        owners: one pair (problem, token ids of the response prefix) per request. A response is the response prefix
+            followed by a completion.
     Returns:
-        For each request, a list of (completion, text of the response, reward).
+        One list per request, with a tuple (completion, text of the whole response, reward) for each completion.
     """
     completions = sampler.sample(requests, _grades_early(task, decode, owners))
     flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]
@@ -62,14 +72,19 @@ def sampled_and_graded(
 def _grades_early(
     task: Task, decode: Callable[[Sequence[int]], str], owners: Sequence[tuple[Problem, tuple[int, ...]]]
 ) -> OnFinished | None:
-    """Return a callback that passes responses to `task.expect` as soon as they end.
+    """Return a callback for `Sampler.sample` that passes each response to `task.expect` as soon as the response ends.
 
-    The result is None if `task.grades_early` is false.
+    The task can then grade this response while the sampler generates others. The result is None if the task does not
+    use this possibility (`task.grades_early` is false).
+
+    Args:
+        owners: one pair (problem, token ids of the response prefix) per request, as in `sampled_and_graded`.
     """
     if not task.grades_early:
         return None
 
     def pass_on(finished: Sequence[tuple[int, Completion]]) -> None:
+        """Pass responses that have just ended to the task, except for truncated ones that will not be graded."""
         ended = [(*owners[i], c) for i, c in finished if c.finish_reason == "stop" or task.grade_truncated]
         ids = [prefix + c.token_ids for _, prefix, c in ended]
         task.expect([problem for problem, _, _ in ended], [decode(response) for response in ids], ids)

@@ -1,4 +1,7 @@
-"""Tasks, which provide problems and grade responses. This package works with text; it does not use a tokenizer."""
+"""Provide the problems of a run, and grade the responses to them. `build_task` builds the task that is configured.
+
+The modules of this package work with text and have no tokenizer.
+"""
 
 from __future__ import annotations
 

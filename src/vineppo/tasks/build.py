@@ -1,4 +1,7 @@
-"""`build_task` creates the task that the setting `task.name` selects."""
+"""Build the task that the setting `task.name` selects.
+
+A task combines a source of problems, reward functions, and a judge, which calls the reward functions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
-"""(names of the reward functions for metrics, judge that calls these functions)."""
+"""(names of the reward functions, which are used in metrics; judge that calls these functions)."""
 
 
 def build_task(
@@ -28,16 +31,21 @@ def build_task(
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     tables: Mapping[Split, Any] | None = None,
 ) -> Task:
-    """Build the task that the configuration selects.
+    """Build the task that `config.name` selects.
 
     Args:
-        config: the `task` section.
-        format_prompt: applies the tokenizer's chat template to a prompt.
-        reward_fn: reward functions to use instead of the task's. They are called in this process, once for all
-            responses of a batch.
-        tables: in-memory rows of each split, used instead of files by the task `dataset`.
+        config: the settings of the section `task`.
+        format_prompt: function that applies the tokenizer's chat template to a text or to a list of messages and
+            returns the text of the prompt. It is needed if `config.chat_template` is true, or if prompts are lists of
+            messages.
+        reward_fn: one or several reward functions that replace those of the task. Each is called in this process, once
+            with all responses of a batch.
+        tables: split -> its rows in memory. Tasks that read tables (`dataset`, `gsm8k`, `math`) use these rows instead
+            of files.
+    Returns:
+        The task, which implements `types.Task`.
     Raises:
-        UserError: if a file, a column or a grader cannot be used.
+        UserError: if a setting, a file, a column or a grader cannot be used.
     """
     fns = tuple(reward_fn) if isinstance(reward_fn, Sequence) else (reward_fn,) if reward_fn else ()
     if config.name == "chain":
@@ -72,9 +80,10 @@ def build_task(
 def _graded(
     config: TaskConfig, source: ProblemSource, fns: tuple[RewardFn, ...], default: Callable[[], _NamesAndJudge]
 ) -> Graded:
-    """Combine the problems with reward functions.
+    """Return the task that takes its problems from `source` and grades responses with weighted reward functions.
 
-    These are `fns` if there are any, otherwise those of `task.rewards`, and if that is empty the default of the task.
+    The reward functions are `fns`. If `fns` is empty, they are those named in `config.rewards`. If that is empty too,
+    `default()` gives the reward functions of the task.
     """
     names, judge = _from_functions(fns) if fns else _from_names(config, config.rewards) if config.rewards else default()
     weights = config.reward_weights or (1.0,) * len(names)
@@ -87,11 +96,16 @@ def _graded(
 
 
 def _from_functions(fns: tuple[RewardFn, ...]) -> _NamesAndJudge:
+    """Return the names of the functions, and a judge that calls the functions in this process."""
     return tuple(_unique([getattr(fn, "__name__", type(fn).__name__) for fn in fns])), InProcess(fns)
 
 
 def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
-    # The functions are loaded in this process too, so that a misspelt name is reported before any worker starts.
+    """Return the given names, and a judge that calls the reward functions with these names.
+
+    If all of them are fast built-in functions, the judge calls them in this process, otherwise in grader processes.
+    """
+    # The functions are always loaded in this process, so that a misspelt name is reported before a process starts.
     loaded = tuple(load_grader(spec) for spec in rewards)
     if set(rewards) <= set(QUICK):
         return rewards, InProcess(loaded)
@@ -104,12 +118,22 @@ def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
 
 
 def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]]) -> WorkerPool:
+    """Return a judge that calls the reward functions in grader processes, with the limits of `config.grading`.
+
+    Args:
+        loaders: picklable functions without arguments, each of which returns a reward function.
+    """
     limits = config.grading
     return WorkerPool(loaders, limits.workers, limits.seconds, int(limits.memory * 2**30))
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:
-    """Return a function of a problem that calls the user-defined demonstrator and checks that the result is text."""
+    """Load the user-defined function named in `task.demonstrator`, which writes demonstrations.
+
+    Returns:
+        A function that maps a problem to the text of its demonstration. It raises UserError if the user-defined
+        function fails or does not return text.
+    """
     write: Callable[..., Any] = load_grader(spec)
 
     def demonstrate(problem: Problem) -> str:
@@ -131,5 +155,8 @@ def _demonstrator(spec: str) -> Callable[[Problem], str]:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    """Return the names with the index appended to repeated names, so that two lambdas do not share a metric."""
+    """Make names unique: a name that occurs more than once becomes `name_index`, such as `<lambda>_1`.
+
+    Without the index, the rewards of two lambdas, which have the same name, would be added to one metric.
+    """
     return [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]

@@ -1,4 +1,7 @@
-"""A source of problems that reads tables. A table has a prompt column, an answer column and any further columns."""
+"""Read the problems of the tasks `dataset`, `gsm8k` and `math` from tables.
+
+A table has a column with prompts, a column with reference answers, and any number of other columns.
+"""
 
 from __future__ import annotations
 
@@ -23,40 +26,45 @@ from vineppo.tasks.rows import Row, Rows, read_rows, table_rows
 from vineppo.types import Problem, Split, UserError
 
 MAX_HELD_OUT = 200
+"""Default maximum of the number of training problems that are used for validation instead of training."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Default column names and prompt templates of a task. Settings override them."""
+    """How a task reads a table. Settings of the section `task` override the column names and the templates."""
 
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     demonstration_column: str = ""
-    """Column with the response to imitate. If empty, it is the answer column."""
+    """Column with the response to imitate in supervised fine-tuning. Empty: the answer column."""
     prompt_template: str = "{prompt}"
+    """Text of the prompt, in which `{prompt}` is replaced by the text of the prompt column."""
     chat_template: str = "{prompt}"
-    """Template of the user message, used instead of `prompt_template` if the tokenizer's chat template is applied."""
+    """Text of the user message, in which `{prompt}` is replaced in the same way. It is used instead of
+    `prompt_template` if `task.chat_template` is true."""
     held_out: Callable[[int], int] = lambda size: min(MAX_HELD_OUT, max(1, size // 10))
-    """(number of training rows) -> number of rows, counted from the end, that are held out if there is no validation
-    file."""
+    """(number of training rows) -> number of rows at the end of the table that are used for validation instead of
+    training. It is called if there is no validation table."""
     demonstrate: Callable[[str], str] = str
-    """Converts the text of the demonstration column to the response to imitate."""
+    """(text in the demonstration column) -> response to imitate."""
     blank_answers: bool = False
     """Whether the published data has rows without an answer. They are kept; graders do not apply to them."""
     response_prefix: str = ""
-    """Text put in front of every demonstration. It is not used with a chat template."""
+    """Text in front of every response to imitate. It is not used if `task.chat_template` is true."""
 
 
 @dataclass(frozen=True)
 class _Item:
+    """One row of a table."""
+
     problem: Problem
     demonstration: str | None
     """The response to imitate, or None if the row has none."""
 
 
 def layout_of(config: TaskConfig, default: Layout) -> Layout:
-    """Return the default layout, with those fields replaced that the configuration sets."""
+    """Return the layout `default`, with the columns and templates that `config` sets instead of those of `default`."""
     names = ("prompt_column", "answer_column", "demonstration_column")
     settings = {name: getattr(config, name) for name in names if getattr(config, name)}
     if config.prompt_template:
@@ -68,22 +76,22 @@ class DatasetTask:
     """Problems from tables; implements `types.ProblemSource`.
 
     All rows are read and checked when the task is built, so that mistakes are reported before sampling starts. Prompts
-    must be text or the messages of a conversation; answers may be text or numbers (72 and 72.0 become "72"). The other
-    columns of the row are passed to the reward functions. A column may be inside another one, as in
+    must be text or the messages of a conversation. Answers may be text or numbers (72 and 72.0 become "72"). The other
+    columns of a row are passed to the reward functions. A column may be inside another one, as in
     `reward_model.ground_truth`.
 
     Args:
-        config: the `task` section.
-        layout: default column names and templates.
-        format_prompt: applies the tokenizer's chat template to text or messages and returns the whole prompt. Messages
-            are always formatted, text only if `config.chat_template` is true.
-        tables: in-memory rows of each split, used instead of files. If tables are passed, no rows are held out for
+        config: the settings of the section `task`.
+        layout: how the tables are read, unless `config` says otherwise.
+        format_prompt: function that applies the tokenizer's chat template to a text or to messages and returns the text
+            of the prompt. Messages are always formatted, a text only if `config.chat_template` is true.
+        tables: split -> its rows in memory, used instead of files. With `tables`, no training rows are used for
             validation.
-        hash_answers: whether every answer must have a number after `####`.
-        needs_answer: whether every row must have an answer, as text or a number. Otherwise the answer may be missing or
-            of any type.
+        hash_answers: whether to check that every answer has a number after `####`, as the grader `hash` requires.
+        needs_answer: whether every row must have an answer that is text or a number. Otherwise answers may be missing
+            or of any type.
     Raises:
-        UserError: if a file cannot be used; the message names the file, the row and what is required.
+        UserError: if a table cannot be used; the message names the table, the row and what is required.
     """
 
     def __init__(
@@ -109,16 +117,16 @@ class DatasetTask:
                 self._splits[split] = [_Item(p, item.demonstration) for p, item in zip(problems, items, strict=True)]
 
     def size(self, split: Split) -> int:
-        """Return the number of problems in a split. Raises UserError if there is no data for the split."""
+        """Return the number of problems in a split. Raise UserError if there is no table for the split."""
         return len(self._split(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Return the problem with this index in a split, 0 <= index < size(split). The id is "split/index"."""
+        """Return the problem with this index in a split, 0 <= index < size(split). Its id is "split/index"."""
         assert 0 <= index < self.size(split), f"{split} has {self.size(split)} problems; no index {index}"
         return self._split(split)[index].problem
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
-        """Return a pair (prompt, response to imitate). Raises UserError if the row has no response to imitate."""
+        """Return a pair (prompt, response to imitate). Raise UserError if the row has no response to imitate."""
         problem, demonstration = self.problem(split, index), self._split(split)[index].demonstration
         if demonstration is None:
             raise UserError(
@@ -129,13 +137,14 @@ class DatasetTask:
         return problem.prompt, demonstration
 
     def _split(self, split: Split) -> list[_Item]:
+        """Return the items of a split. Raise UserError if there is no table for the split."""
         if split not in self._splits:
             reason = f"no {split} data was passed" if self._tables else f"task.{split}_path is empty"
             raise UserError(f"there is no {split} split: {reason}; provide a file of problems")
         return self._splits[split]
 
     def _items(self, split: Split, tables: Mapping[Split, Any]) -> list[_Item]:
-        """Return the problems in the table of a split; empty if the split has no table."""
+        """Read the table of a split. Return one item per row, or an empty list if there is no table for the split."""
         setting = f"{split}_path"
         source = f"the {split} data" if tables else getattr(self._config, setting)
         if not source or (tables and tables.get(split) is None):
@@ -157,7 +166,7 @@ class DatasetTask:
         return [(where, {**row, column: row[column].strip().removesuffix(".0")}) for where, row in rows]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:
-        """Return (training problems, validation problems). The last problems are held out for validation."""
+        """Divide the items of the training table. Return (items for training, items at the end for validation)."""
         if len(items) < 2:
             source = self._config.train_path or "the training data"
             raise UserError(
@@ -168,13 +177,19 @@ class DatasetTask:
         return items[:-count], items[-count:]
 
     def _item(self, where: str, row: Row) -> _Item:
+        """Check a row and convert it to an item, whose problem has an empty id.
+
+        Args:
+            where: location of the row for error messages, such as `train.jsonl line 3`.
+        """
         layout = self._layout
         prompt, messages = self._prompt(where, row)
         answer, reference = self._answer(where, row)
         if self._hash_answers and hash_number(answer) is None:
             raise UserError(f"{where}: {no_hash_number(answer)}")
         demonstration = self._demonstration(where, row, answer)
-        # Prompt and answer are also passed under their original column names, which a reward function may use.
+        # Reward functions get prompts and answers anyway, so columns named `prompt` and `answer` are left out. A prompt
+        # column with another name, such as `question`, is kept, because reward functions may use this name.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
         return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
@@ -206,7 +221,10 @@ class DatasetTask:
         return prefix + layout.demonstrate(text)
 
     def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """Return (prompt as text, messages). The messages are empty if the prompt column contains text."""
+        """Return (text of the prompt, messages of the prompt) for a row.
+
+        The messages are empty unless the prompt column contains a conversation.
+        """
         layout, column = self._layout, self._layout.prompt_column
         value = cell(row, column)
         if isinstance(value, list) and self._format_prompt:
@@ -215,7 +233,7 @@ class DatasetTask:
         text = text_cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
-        # str.format would fail, because templates and problems may contain other braces (LaTeX, code).
+        # str.replace is used because str.format fails if a template contains other braces, as in LaTeX or code.
         if not self._config.chat_template:
             return layout.prompt_template.replace("{prompt}", text), ()
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
@@ -223,6 +241,7 @@ class DatasetTask:
 
 
 def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:
+    """Check that a list in the prompt column is a conversation. Return its messages with only role and content."""
     valid = all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)
     if not value or not valid:
         raise UserError(f"{where}: column {column!r} is a list; allowed: text, or messages with role and content")

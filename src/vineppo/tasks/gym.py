@@ -1,8 +1,8 @@
-"""Tasks from the data sets of reasoning-gym (logic, games, graphs, code, arithmetic and more).
+"""Provide the data sets of the library reasoning-gym (logic, games, graphs, code, arithmetic and more) as tasks.
 
-The scorer of each data set grades the responses. Problems are generated from a seed and an index, and the splits use
-different seeds. A few data sets, such as the ARC tasks, choose problems from a finite collection. Their splits can
-share problems.
+The library generates problems from a seed and an index, and has a scorer for each data set, which grades the responses.
+The splits use different seeds. A few data sets, such as the ARC tasks, choose problems from a finite collection, so
+their splits can share problems.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from vineppo.objects import first_line
 from vineppo.types import Problem, RewardFn, Split, UserError
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}
+"""Seed of each split. The seeds are far apart, because the library generates a problem from seed + index."""
 SIZES: dict[Split, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
+"""Default number of problems in each split."""
 TEMPLATE = "{prompt}\n\nThink step by step, one short line per step. End with a line `#### ` and the final answer."
+"""Default text of the prompt, in which `{prompt}` is replaced by the question."""
 MARK = "####"
+"""Text in front of the final answer of a response."""
 
 
 class GymTask:
     """Problems of one reasoning-gym data set; implements `types.ProblemSource`.
 
     Args:
-        config: the `task` section. Its `options` are passed to the data set. The option `size` is the number of
-            training problems.
-        format_prompt: applies the tokenizer's chat template; used if `config.chat_template` is true.
+        config: the settings of the section `task`. `config.options` are passed to the data set, except for `size`,
+            which is the number of training problems.
+        format_prompt: function that applies the tokenizer's chat template to a text. It is used if
+            `config.chat_template` is true.
     Raises:
         UserError: if reasoning-gym is not installed, has no such data set, or rejects the options.
     """
@@ -50,7 +55,7 @@ class GymTask:
         self._template = config.prompt_template or TEMPLATE
         self._format_prompt = format_prompt if config.chat_template else None
         self.load_reward: Callable[[], RewardFn] = functools.partial(load_scorer, name, options)
-        # Generating a problem can be slow, and training reads the same problems many times.
+        # Problems are cached, because generating one can be slow and training reads the same problems many times.
         self.problem = functools.lru_cache(maxsize=4096)(self._problem)  # type: ignore[method-assign]
 
     def size(self, split: Split) -> int:
@@ -60,11 +65,13 @@ class GymTask:
     def problem(self, split: Split, index: int) -> Problem:
         """Return the problem with this index in a split.
 
-        The column `question` is the question, and the column `entry` is the whole entry of the data set.
+        Its column `question` is the question without the prompt template. Its column `entry` is the whole entry of the
+        data set, which the scorer needs.
         """
         raise AssertionError("__init__ replaces this method")
 
     def _problem(self, split: Split, index: int) -> Problem:
+        """Generate the problem. `problem` is this method with a cache."""
         entry = _seeded_entry(self._data[split], SEEDS[split] + index, index)
         prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
         if self._format_prompt:
@@ -80,9 +87,10 @@ class GymTask:
 
 
 def _seeded_entry(data: Any, seed: int, index: int) -> Any:
-    """Return an entry of a data set.
+    """Return the entry of a data set with this index.
 
-    Some data sets use Python's global random generator. It is seeded for the call, and its state is restored.
+    Some data sets draw from Python's global random generator. The generator is seeded during the call, so that the
+    entry is always the same. Afterwards, its earlier state is restored.
     """
     before = random.getstate()
     random.seed(seed)
@@ -93,11 +101,11 @@ def _seeded_entry(data: Any, seed: int, index: int) -> Any:
 
 
 def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
-    """Return a reward function that applies the scorer of a data set to the text after the last `####`.
+    """Return a reward function that applies the scorer of a data set to the text after the last `####` of a response.
 
-    The reward is 0 if there is no such mark or no text after it. reasoning-gym gives partial rewards for some wrong
-    answers.
+    The reward is 0 if there is no `####`, or no text after it. Some scorers give partial rewards to wrong answers.
     """
+    # The scorer is a method of the data set. The seed and the size of the data set do not affect it.
     score = _create(name, {**options, "seed": 0, "size": 2}).score_answer
 
     def reward(
@@ -112,12 +120,17 @@ def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
 
 
 def final_answer(text: str) -> str | None:
-    """Return the text after the last `####` (possibly several lines), or None if there is no such mark."""
+    """Return the text after the last `####`, possibly several lines, or None if there is no `####`."""
     _, mark, rest = text.rpartition(MARK)
     return rest.strip() if mark else None
 
 
 def _create(name: str, options: dict[str, Any]) -> Any:
+    """Create a data set of reasoning-gym.
+
+    Raises:
+        UserError: if reasoning-gym is not installed, has no such data set, or rejects the options.
+    """
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS

@@ -1,7 +1,8 @@
-"""The data sets GSM8K and MATH, with the prompts, splits and graders of the released code of the VinePPO paper.
+"""Define the tasks `gsm8k` and `math`: how the data sets GSM8K and MATH are read, split and graded.
 
-Prompts for chat models are added. Both data sets are read from the Hugging Face Hub, or from files with the same
-columns (`task.train_path`, `task.test_path`).
+Prompts, splits and graders are those of the released code of the VinePPO paper (arXiv 2410.01679). Prompts for chat
+models are added. Both data sets are read from the Hugging Face Hub, or from files with the same columns
+(`task.train_path`, `task.test_path`).
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ from dataclasses import dataclass
 from vineppo.tasks.dataset import MAX_HELD_OUT, Layout
 
 PAPER_PROMPT = "[MATH_TASK] Problem:\n{prompt}\n\nSolution:"
+"""Prompt template of the paper, for models without a chat template."""
 PAPER_STOP = "\n\n\nProblem:"
+"""Stop string of the paper: the text with which a model begins a further problem after its solution."""
 _STEP_BY_STEP = "Solve the problem step by step, one short line per step. "
 _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published data set of problems."""
+    """A published data set of problems, and how a task uses it."""
 
     layout: Layout
+    """How the tables of the data set are read."""
     train_path: str
     """Hugging Face Hub id of the training problems."""
     test_path: str
     """Hugging Face Hub id of the test problems."""
     rewards: tuple[str, ...]
-    """Names of the default reward functions."""
+    """Names of the reward functions that are used if `task.rewards` is empty."""
 
 
 def without_calculator_notes(solution: str) -> str:
@@ -37,13 +41,15 @@ def without_calculator_notes(solution: str) -> str:
 
 
 def _held_out(full_size: int, count: int) -> Callable[[int], int]:
-    """Return a function that maps the number of training problems to the number of validation problems.
+    """Return a function that computes how many of the training problems are used for validation instead.
 
-    For the full training set this is `count`, as in the paper. For any other set it is a tenth, but at most 200.
+    The function gets the number of training problems. For `full_size` problems, it returns `count`, as in the paper.
+    For any other number, it returns a tenth, but at least 1 and at most 200.
     """
     return lambda size: count if size == full_size else min(MAX_HELD_OUT, max(1, size // 10))
 
 
+# Keys are values of the setting `task.name`.
 BENCHMARKS = {
     "gsm8k": Benchmark(
         Layout(

@@ -1,6 +1,6 @@
-"""Functions that read tables from JSON lines, JSON, CSV or Parquet files, or through the library `datasets`.
+"""Read tables of problems from JSON lines, JSON, CSV or Parquet files, or with the library `datasets`.
 
-Every row is returned with its location, for use in error messages.
+Every row is returned together with a text that tells its location in error messages, such as `train.jsonl line 3`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from vineppo.objects import first_line
 from vineppo.types import UserError
 
 Row = Mapping[str, Any]
-_NEWLINE = "\n"
+"""Column name -> value."""
 Rows = list[tuple[str, Row]]
-"""One pair (location for error messages, columns) per row."""
+"""One pair (location of the row in error messages, row) for each row of a table."""
 _KINDS = {".jsonl": "one JSON object a line", ".json": "a list of objects", ".csv": "a header line", ".parquet": ""}
+"""Suffix of a file that can be read -> required content of the file."""
 
 
 def read_rows(setting: str, source: str, default_split: str) -> Rows:
     """Return all rows of a file, of a directory saved by `datasets`, or of a data set on the Hugging Face Hub.
 
     Args:
-        setting: name of the setting in the `task` section, for error messages.
+        setting: name of the setting that contains `source`, such as `train_path`, for error messages.
         source: a path ending in .jsonl, .json, .csv (also with .gz behind it) or .parquet; a directory written by
-            `save_to_disk`; or a Hub id, `org/name` or `org/name/subset`, optionally followed by `:split`.
-        default_split: split to read from a directory, or from a Hub data set if `source` names no split.
+            `save_to_disk` of `datasets`; or a Hub id, `org/name` or `org/name/subset`, optionally followed by `:split`.
+        default_split: split to read from a directory with several splits, or from the Hub if `source` names no split.
     Raises:
         UserError: if the rows cannot be read; the message names the file, the row and what is required.
     """
@@ -49,10 +50,13 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
 
 
 def table_rows(name: str, table: Any) -> Rows:
-    """Return the rows of a `datasets.Dataset` or of any sequence of mappings.
+    """Return the rows of a `datasets.Dataset` or of any other iterable of mappings.
 
+    Args:
+        name: name of the table in the location of each row.
+        table: one mapping from column names to values per row.
     Raises:
-        UserError: if an item is not a mapping.
+        UserError: if a row is not a mapping.
     """
     rows = [(f"{name} row {number}", row) for number, row in enumerate(table)]
     for where, row in rows:
@@ -61,6 +65,7 @@ def table_rows(name: str, table: Any) -> Rows:
     return rows
 
 
+_LINE_END = "\n"
 _MAGIC = {
     b"PAR1": "is a Parquet file; name it .parquet",
     b"\x1f\x8b": "is compressed by gzip; add .gz to its name",
@@ -77,6 +82,7 @@ def _kind(path: Path) -> str:
 
 
 def _from_file(setting: str, path: Path) -> Rows:
+    """Read a file in the format of its suffix. A file without a suffix is read as JSON lines."""
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     readers |= dict.fromkeys((".jsonl", ".ndjson", ".txt", ""), _json_lines)
     try:
@@ -122,7 +128,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a JSON lines file. Blank lines are skipped, and lines are counted from 1."""
+    """Yield (location, row) for each line of a JSON lines file that is not blank. Lines are counted from 1."""
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -139,6 +145,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(path: Path) -> Rows:
+    """Return the rows of a file that contains one JSON list of objects."""
     with _open(path) as file:
         text = file.read()
     try:
@@ -156,6 +163,7 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield (location, row) for each row of a CSV file with a header line. All values are text."""
     with _open(path, newline="") as lines:
         reader = csv.reader(lines, strict=True)
         header: list[str] = []
@@ -163,7 +171,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
         try:
             for cells in reader:
                 last = reader.line_num
-                where = f"{path} line {last - sum(value.count(_NEWLINE) for value in cells)}"
+                where = f"{path} line {last - sum(value.count(_LINE_END) for value in cells)}"
                 if not header:
                     header = _csv_header(path, cells)
                 elif cells:
@@ -207,11 +215,13 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _from_disk(setting: str, source: str, split: str) -> Any:
+    """Load a table from a directory saved by `datasets`. If the directory has several splits, use `split`."""
     table = _datasets(setting).load_from_disk(source)
     return _split_of(setting, source, table, split) if isinstance(table, Mapping) else table
 
 
 def _from_hub(setting: str, source: str, default_split: str) -> Any:
+    """Load a table from the Hugging Face Hub. `read_rows` describes the arguments."""
     name, _, split = source.partition(":")
     organisation, repository, *subset = name.split("/")
     split = split or default_split
@@ -227,12 +237,14 @@ def _from_hub(setting: str, source: str, default_split: str) -> Any:
 
 
 def _split_of(setting: str, source: str, tables: Mapping[str, Any], split: str) -> Any:
+    """Return the table of a split. Raise UserError if `tables`, a mapping from splits to tables, does not have it."""
     if split not in tables:
         raise UserError(f"task.{setting}: {source} has no split {split!r}; it has: {', '.join(tables)}")
     return tables[split]
 
 
 def _datasets(setting: str) -> Any:
+    """Import and return the module `datasets`. Raise UserError if it is not installed."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -245,5 +257,5 @@ def _datasets(setting: str) -> Any:
 
 
 def as_sequence(table: Any) -> Sequence[Any]:
-    """Return an in-memory table as a sequence. Generators and streams are read to the end."""
+    """Return a table as an object with a length. A table without a length, such as a generator, is read to a list."""
     return table if hasattr(table, "__len__") else list(table)

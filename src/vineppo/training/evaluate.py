@@ -22,10 +22,10 @@ from vineppo.types import Problem, Sampler, Task
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rewards of `num_samples` responses to each of P problems, and the cost of sampling them."""
+    """Rewards of `num_samples` responses to each of P problems, and numbers of sampled tokens and cut-off responses."""
 
     rewards: tuple[tuple[float, ...], ...]
-    """Shape (P, num_samples)."""
+    """Reward of each response, shape (P, num_samples)."""
     tokens: int
     """Number of sampled response tokens."""
     truncated_share: float
@@ -33,18 +33,29 @@ class Measurement:
 
     @property
     def graded(self) -> bool:
-        """Return whether any reward is partial, that is, neither 0 nor 1."""
+        """Whether any reward is partial, that is, neither 0 nor 1."""
         return any(reward not in (0, 1) for row in self.rewards for reward in row)
 
     def mean_reward(self, seed: int) -> Interval:
-        """Return the mean reward over all responses, with a confidence interval from resampled problems.
+        """Return the mean reward over all responses, with a bootstrap confidence interval over problems.
 
         If all rewards are 0 or 1, the mean reward equals pass@1.
+
+        Args:
+            seed: seed of the bootstrap.
         """
         return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
-        """Return an unbiased estimate of the probability that at least one of k responses is right (reward >= 1)."""
+        """Return pass@k, the probability that at least one of k responses to a problem is right (reward at least 1).
+
+        The estimate is unbiased. The result is the mean over problems, with a bootstrap confidence interval over
+        problems.
+
+        Args:
+            k: number of responses, at most `num_samples`.
+            seed: seed of the bootstrap.
+        """
         # The tolerance absorbs rounding errors of weighted rewards.
         solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]
         values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
@@ -63,7 +74,10 @@ def measure(
     stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> Measurement:
-    """Sample and grade `num_samples` responses to each problem. See `sample_groups` for the arguments."""
+    """Sample and grade `num_samples` responses to each problem.
+
+    The other arguments are those of `vineppo.training.rollouts.sample_groups`.
+    """
     groups = sample_groups(
         problems,
         codec,
@@ -84,11 +98,16 @@ def measure(
 
 
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
-    """Measure `greedy`, `pass@1` and the configured `pass@k` of a model, each as {mean, low, high}.
+    """Measure the accuracy of a model on the problems of a split, for `vineppo eval`.
 
-    A response counts as right if its reward is at least 1. If some rewards are partial, that is, neither 0 nor 1, the
-    result also contains `greedy reward` and `mean reward`. The result contains the number of sampled tokens and the
-    seconds too.
+    Returns:
+        A dictionary. `greedy`, `pass@1` and `pass@k` for the configured k are shares of right responses (reward at
+        least 1), each as {mean, low, high} with a confidence interval. `greedy` is measured at temperature 0. If some
+        rewards are partial, that is, neither 0 nor 1, `greedy reward` and `mean reward` are added in the same form. The
+        other entries are the numbers of problems, samples and sampled tokens, the split, the share of truncated
+        responses, the shares of grading errors (`grader/*`) and the duration in seconds.
+    Raises:
+        UserError: if the model, the task or its graders cannot be used.
     """
     began = time.perf_counter()
     policy = Policy.load(spec.model)

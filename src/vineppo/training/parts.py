@@ -1,4 +1,4 @@
-"""Build the parts of a training run from its configuration."""
+"""Build the objects of a training run (policy, task, sampler, learner and others) from its configuration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from vineppo.types import (
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a training run. The training loop calls `sample`, `credit` and `learner.update` in this order."""
+    """The objects of a training run.
+
+    In each iteration, the training loop calls `sample`, `credit`, `learner.update` and `update_sampler` in this order.
+    """
 
     algorithm: Algorithm
     policy: Policy
@@ -43,16 +46,23 @@ class Parts:
     task: Task
     sampler: CurrentSampler
     sample_groups: SampleFn
+    """Function of the algorithm that samples a group of rollouts for each problem. `sample` calls this function."""
     credit: CreditFn
+    """Function of the algorithm that computes training samples from the groups of an iteration."""
     learner: TorchLearner
     group_size: int
-    """Number of rollouts that each group must have."""
+    """G, the number of rollouts that each group must have."""
+    stop: tuple[str, ...]
+    """Strings that end a response, in addition to the end-of-sequence tokens."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
-        """Sample and grade a group of rollouts for each problem. Return the groups and the number of sampled tokens.
+        """Sample and grade a group of rollouts for each problem.
 
+        Returns:
+            (groups in the order of the problems, number of sampled tokens).
         Raises:
-            UserError: if `sample` of the algorithm returns a different number of groups or rollouts than configured.
+            UserError: if the function `sample` of the algorithm returns a wrong number of groups, or groups of a wrong
+                size.
         """
         before = self.sampler.tokens
         groups = self.sample_groups(problems, iteration)
@@ -66,7 +76,7 @@ class Parts:
         return groups, self.sampler.tokens - before
 
     def update_sampler(self) -> None:
-        """Send the learner's weights to the sampler, with the number of updates as their version."""
+        """Give the learner's current weights to the sampler, with the learner's number of updates as their version."""
         self.sampler.update_weights(self.learner.updates, self.learner.weights)
 
 
@@ -75,20 +85,25 @@ class InMemory:
     """A model and data sets that are already in memory and are used instead of loading the configured ones."""
 
     policy: Policy | None = None
-    """The policy to train in place, instead of loading `config.model`; None loads the configured model."""
+    """The policy to train, which is changed in place; None loads the configured model."""
     tables: Mapping[Split, Any] | None = None
-    """Split -> table of the task `dataset`, with one column for prompts and one for answers; None loads the configured
-    data."""
+    """Split -> table with the problems of the task `dataset`, with a column for prompts and one for answers. None loads
+    the configured data."""
 
 
 NOTHING_IN_MEMORY = InMemory()
+"""Loads the configured model and data."""
 
 
 def build_parts(
     config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
 ) -> Parts:
-    """Load and build all parts of a training run. This function writes no files.
+    """Load and build all objects of a training run. This function writes no files.
 
+    Args:
+        config: the settings of the run, with the section of its algorithm.
+        reward_fn: one or several functions that replace the task's graders; None uses the configured graders.
+        in_memory: a model or data sets that are used instead of loading the configured ones.
     Raises:
         UserError: if the algorithm, the model, the data or the graders cannot be used.
     """
@@ -111,11 +126,17 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, parts.stop)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
-    """Wrap a credit function so that it raises UserError unless it returns (training samples, metrics)."""
+    """Wrap the credit function of an algorithm so that its results are checked.
+
+    Returns:
+        A credit function that raises UserError if `credit` does not return a pair (training samples, metrics).
+    Raises:
+        UserError: if `credit` is not a function.
+    """
     if not callable(credit):
         raise UserError(
             f"the function build of algorithm {algorithm.name} returned a {type(credit).__name__}; it must return the "
@@ -123,6 +144,7 @@ def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
         )
 
     def checked(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        """Call the credit function and check the types of its result."""
         result: Any = credit(groups, iteration)
         samples, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
         if not isinstance(metrics, Mapping) or not isinstance(samples, Sequence):
@@ -143,9 +165,10 @@ def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
 
 
 def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
-    """Build the learner of a policy.
+    """Build the learner that trains a policy.
 
-    The learner gets a reference model if the KL penalty is on, and a value network if the algorithm needs one.
+    The learner gets a reference model if the coefficient of the KL penalty is above 0, and a value network if the
+    algorithm needs one.
     """
     settings = algorithm_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
@@ -164,14 +187,14 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
 
 
 def build_engine(config: Config, policy: Policy) -> TorchSampler:
-    """Build the sampler that generates responses with a policy in this process."""
+    """Build the sampler that generates responses with the weights of a policy in this process."""
     return TorchSampler(policy, max_rows=config.rollouts.max_rows, kv_memory=int(config.rollouts.kv_memory * 2**30))
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
-    """Sample `group_size` independent rollouts of each problem.
+    """Sample and grade a group of `parts.group_size` independent rollouts for each problem.
 
-    Algorithms that do not define `sample` use this function.
+    This function is used for algorithms that do not define a function `sample`.
     """
     return sample_groups(
         problems,
@@ -187,7 +210,10 @@ def sample_independently(parts: CreditParts, problems: Sequence[Problem], iterat
 
 
 def updates_per_iteration(config: Config) -> int:
-    """Return the planned number of updates per iteration, which does not depend on the number of training samples."""
+    """Return the planned number of updates per iteration: epochs times ceil(rollouts / minibatch size).
+
+    This number does not depend on how many training samples the algorithm creates from the rollouts.
+    """
     rollouts = config.rollouts.num_problems * config.rollouts.group_size
     return config.learner.epochs * -(-rollouts // config.learner.minibatch_size)
 
@@ -196,7 +222,7 @@ def total_updates(config: Config) -> int:
     """Return the planned number of updates of a run, at most `run.max_updates`.
 
     A linear learning-rate decay reaches 0 after this number of updates. The run may make more updates, because it
-    finishes its last iteration; they have a learning rate of 0.
+    finishes its last iteration. The learning rate of these further updates is 0.
     """
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates

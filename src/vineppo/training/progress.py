@@ -1,4 +1,4 @@
-"""The progress of a run, and the metrics of an iteration."""
+"""Define the progress of a run (counts and durations since its start), and compute the metrics of an iteration."""
 
 from __future__ import annotations
 
@@ -13,23 +13,32 @@ from vineppo.types import Metrics, RolloutGroup, TrainingSample
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run. A run can be resumed from its progress and the state of its learner.
+    """The progress of a run, which is saved in every checkpoint.
 
-    The state of a random number generator is not needed, because every seed is derived from the run's seed and names
-    such as the iteration.
+    It contains no state of a random number generator, because every seed is derived from the run's seed and names such
+    as the iteration.
     """
 
     recipe: str = ""
+    """Name of the recipe, or empty."""
     iteration: int = 0
+    """Number of completed iterations."""
     rollout_tokens: int = 0
+    """Number of tokens sampled for rollouts."""
     mc_tokens: int = 0
+    """Number of tokens sampled for MC rollouts."""
     trained_tokens: int = 0
+    """Number of trained tokens, counted once in each epoch."""
     seconds_train: float = 0.0
+    """Seconds of sampling, credit computation and updates."""
     seconds_eval: float = 0.0
+    """Seconds of evaluation."""
     seconds_total: float = 0.0
-    """Seconds of the earlier processes of this run, up to the checkpoint."""
+    """Seconds of the whole run until the checkpoint from which this process resumed the run; 0 in a new run."""
     accuracy_before: dict[str, float | None] = field(default_factory=dict)
+    """Accuracy before training as {mean, low, high}; empty if the run has not measured it yet."""
     best_validation_accuracy: float | None = None
+    """Highest accuracy of an evaluation on the validation problems, or None before the first evaluation."""
 
 
 def advance(
@@ -44,9 +53,10 @@ def advance(
 
     Args:
         rollout_tokens: number of tokens sampled for the rollouts; a prefix that several rollouts share counts once.
-        credit: metrics of the credit function.
-        seconds: duration of each phase of the iteration.
-        epochs: number of passes over the samples.
+        samples: the training samples of the iteration.
+        credit: metrics of the credit function, including the number of MC tokens as `tokens/mc`.
+        seconds: duration of each phase of the iteration in seconds.
+        epochs: number of passes of the learner over the samples.
     """
     return replace(
         progress,
@@ -61,7 +71,14 @@ def advance(
 def metrics_line(
     progress: Progress, groups: list[RolloutGroup], metrics: Metrics, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Return the metrics that an iteration writes to metrics.jsonl as one line."""
+    """Return the metrics of an iteration, which become one line of metrics.jsonl.
+
+    Args:
+        progress: the progress after the iteration.
+        groups: the rollouts of the iteration.
+        metrics: metrics of the credit function, the learner and the task.
+        seconds: duration of each phase of the iteration in seconds.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
@@ -80,7 +97,7 @@ def metrics_line(
 
 
 def cumulative(progress: Progress) -> dict[str, float]:
-    """Return the numbers of tokens and seconds since the start of the run, for every line of metrics.jsonl."""
+    """Return the metrics that count from the start of the run: numbers of tokens, and seconds of training."""
     return {
         "tokens/rollouts": progress.rollout_tokens,
         "tokens/mc": progress.mc_tokens,

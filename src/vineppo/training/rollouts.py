@@ -1,4 +1,4 @@
-"""Draw problems, and sample and grade rollouts of these problems."""
+"""Draw problems, and sample and grade groups of rollouts of these problems, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ from vineppo.types import (
 
 
 def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
-    """Return the training problems of an iteration.
+    """Return `count` problems of the split `train` for an iteration.
 
-    An endless task generates new problems. The problems of a finite task are used in shuffled passes.
+    If the number of problems is unlimited, the problems have random indices. Otherwise all problems are used in passes
+    over the split, and each pass has a new random order.
+
+    Args:
+        seed: seed of the run.
+        iteration: number of the iteration, counted from 1.
     """
     size = task.size("train")
     if size is None:
@@ -46,27 +51,32 @@ def sample_groups(
     stop: tuple[str, ...] = (),
     address: Sequence[int | str],
 ) -> list[RolloutGroup]:
-    """Sample and grade `group_size` rollouts of each problem.
+    """Sample and grade a group of rollouts for each problem.
 
     Args:
+        group_size: number of rollouts per problem.
         max_new_tokens: maximum length of a response in tokens.
         temperature: sampling temperature; 0 means greedy decoding.
         stop: strings that end a response, in addition to the end-of-sequence tokens.
-        address: values from which the seeds are derived, for example (run seed, iteration, "rollouts"). For each
-            problem, the id of the problem and the number of its earlier occurrences in `problems` are appended.
+        address: values from which the sampling seeds are derived, for example (run seed, iteration, "rollouts"). The
+            seed of a group also depends on the id of its problem.
+    Returns:
+        One group per problem, in the order of the problems.
     Raises:
         UserError: if the tokens of a prompt plus `max_new_tokens` exceed the model's context.
     """
     prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
-    # A problem of a small data set can occur twice in an iteration. The two groups must have different seeds.
+    # A problem of a small data set can occur several times in an iteration. Its groups must have different seeds, so a
+    # seed also depends on the number of earlier occurrences.
     seen: Counter[str] = Counter()
     requests = []
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         seed = derive_seed(*address, problem.id, seen[problem.id])
         requests.append(SampleRequest(prompt_ids, group_size, max_new_tokens, seed, temperature=temperature, stop=stop))
         seen[problem.id] += 1
+    # The requests contain no tokens of a response, so the response prefixes are empty.
     owners: list[tuple[Problem, tuple[int, ...]]] = [(problem, ()) for problem in problems]
     graded = sampled_and_graded(sampler, task, codec.decode, requests, owners)
     return [
@@ -78,6 +88,11 @@ def sample_groups(
 def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_length: int) -> None:
     """Check that a prompt and a response of the maximum length fit into the model's context.
 
+    Args:
+        problem_id: id of the problem, for the error message.
+        prompt_tokens: number of tokens of the prompt.
+        max_new_tokens: maximum length of a response in tokens.
+        max_length: maximum sequence length of the model in tokens.
     Raises:
         UserError: if `prompt_tokens + max_new_tokens` exceeds `max_length`.
     """
@@ -101,6 +116,7 @@ def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem
 
 
 def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float) -> Rollout:
+    """Return a rollout whose whole response is one completion."""
     return Rollout(
         prompt_ids=prompt_ids,
         response_ids=completion.token_ids,

@@ -1,4 +1,4 @@
-"""Evaluate, log and save a running training."""
+"""Functions of the training loop that evaluate the model, log metrics and save checkpoints."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from vineppo.training.evaluate import Measurement, measure
 from vineppo.training.parts import Parts
 from vineppo.training.progress import Progress, cumulative
 from vineppo.training.rollouts import problem_range
+from vineppo.training.watch import Watch
 from vineppo.types import Split
 
 
@@ -27,13 +28,13 @@ class Reporter(Protocol):
     """An object that receives the progress of a run, for example to print the progress."""
 
     def start(self) -> None:
-        """Start the report. The loop calls this method once, before the first iteration."""
+        """Start the report. The training loop calls this method once, before the first iteration."""
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Report an iteration. `metrics` are the content of the iteration's line in metrics.jsonl."""
+        """Report an iteration. `metrics` is the content of the iteration's line in metrics.jsonl."""
 
     def wants_to_stop(self) -> bool:
-        """Return whether the run should end now, with a final evaluation. It is called between iterations."""
+        """Return whether the run should end now, with a final evaluation. The loop asks between iterations."""
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Report the end of the run. `summary` is the content of summary.json."""
@@ -41,30 +42,44 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Session:
-    """A running training: its parts, its settings and its outputs."""
+    """The objects, outputs and settings of a running training. What changes during the run is in `Progress`."""
 
     parts: Parts
+    """The policy, the task, the sampler, the learner and the functions of the algorithm."""
     run: RunDirectory
+    """The directory to which the run writes its files."""
     trackers: list[Tracker]
+    """Experiment trackers to which the metrics are sent."""
     reporter: Reporter | None
+    """Receives the progress of the run; None if there is no report."""
     limits: RunConfig
+    """Settings of the section `run`: the length of the run, checkpoints and the seed."""
     rollouts: RolloutConfig
+    """Settings of the section `rollouts`."""
     evaluation: EvalConfig
+    """Settings of the section `eval`."""
+    watch: Watch
+    """Checks that stop the run, and warnings."""
     epochs: int
+    """Number of passes of the learner over the samples of an iteration."""
     updates_per_iteration: int
+    """Planned number of updates per iteration."""
     began: float
     """Value of `time.perf_counter()` when this process started or resumed the run."""
 
     def seconds_total(self, progress: Progress) -> float:
-        """Return the duration of the run in seconds, including earlier processes up to their last checkpoint."""
+        """Return the duration of the run in seconds.
+
+        If the run was resumed, this includes the time of earlier processes up to the checkpoint that was loaded.
+        """
         return progress.seconds_total + time.perf_counter() - self.began
 
 
 def measured(session: Session, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
-    """Sample and grade responses to the first `count` problems of a split.
+    """Sample and grade responses to the first `count` problems of a split, with the settings of the evaluation.
 
     Args:
-        address: values from which the sampling seeds are derived, after the seed of the run.
+        address: values from which the sampling seeds are derived, in addition to the seed of the run.
     """
     parts = session.parts
     return measure(
@@ -81,7 +96,11 @@ def measured(session: Session, split: Split, count: int, address: tuple[int | st
 
 
 def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, float | None]]:
-    """Measure the accuracy on the validation problems. Return the new progress and the metrics."""
+    """Measure the accuracy (mean reward) on the validation problems during training.
+
+    Returns:
+        (progress with the duration of the evaluation and the best accuracy so far, metrics of the evaluation).
+    """
     began = time.perf_counter()
     measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
     interval = measurement.mean_reward(session.limits.seed)
@@ -100,7 +119,14 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
-    """Measure the accuracy of the starting model, log metrics as iteration 0 and save a checkpoint."""
+    """Measure the accuracy before training, and save a checkpoint.
+
+    The metrics of iteration 0 are logged. They contain an evaluation on the validation problems if there are
+    evaluations during training (`eval.every` above 0).
+
+    Returns:
+        The progress with `accuracy_before` set.
+    """
     began = time.perf_counter()
     progress = replace(progress, accuracy_before=_final_accuracy(session, "before"))
     progress = replace(progress, seconds_eval=time.perf_counter() - began)
@@ -117,6 +143,9 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
     """Save a last checkpoint and return the content of summary.json.
 
     If the run was not interrupted, the accuracy of the trained model is measured and the model is saved, too.
+
+    Args:
+        reason: why the run ends: "iterations", "updates", "tokens", "seconds", "callback" or "interrupted".
     """
     save(session, progress)
     after: dict[str, float | None] | None = None
@@ -146,14 +175,19 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
             "trained": progress.trained_tokens,
         },
         "peak_memory_bytes": peak_memory(session.parts.policy.device),
+        "warnings": list(session.watch.given.values()),
         "final": "final" if reason != "interrupted" else None,
     }
 
 
 def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
-    """Measure the accuracy before or after training on `eval.final_num_problems` problems.
+    """Measure the accuracy before or after training, on `eval.final_num_problems` problems of the split `eval.split`.
 
-    If `eval.final_num_problems` is 0, nothing is measured and the values are None.
+    Args:
+        when: "before" or "after".
+    Returns:
+        {mean, low, high}: the mean reward with a confidence interval. If `eval.final_num_problems` is 0, nothing is
+        measured and the values are None.
     """
     settings = session.evaluation
     if not settings.final_num_problems:
@@ -162,7 +196,7 @@ def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
 
 
 def log(session: Session, line: dict[str, Any]) -> None:
-    """Send a line of metrics to metrics.jsonl, the trackers and the reporter."""
+    """Append the metrics of an iteration to metrics.jsonl, and send them to the trackers and the reporter."""
     session.run.append_metrics(line)
     for tracker in session.trackers:
         tracker.log(with_trl_names(line), line["iteration"])
@@ -171,7 +205,7 @@ def log(session: Session, line: dict[str, Any]) -> None:
 
 
 def save(session: Session, progress: Progress) -> None:
-    """Write a checkpoint of the progress and the learner."""
+    """Write a checkpoint with the progress of the run and the state of the learner."""
     state = {
         "progress": asdict(replace(progress, seconds_total=session.seconds_total(progress))),
         "torch_rng": torch.get_rng_state(),

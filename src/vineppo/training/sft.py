@@ -1,4 +1,8 @@
-"""Supervised fine-tuning on demonstrations, with the cross-entropy of the response and its end-of-sequence token."""
+"""Supervised fine-tuning (SFT) of a model on a task's demonstrations, for `vineppo sft`.
+
+A demonstration is a prompt with a response to imitate. The loss is the cross-entropy of the tokens of the response and
+of the end-of-sequence (EOS) token after it.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,20 @@ from vineppo.types import Task, UserError
 Demonstration = tuple[tuple[int, ...], int]
 """(token ids of prompt + response + EOS, number of prompt tokens)."""
 NEW_TINY = "new:tiny"
+"""The `model.path` that starts from a tiny model with random weights."""
 
 
 def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
-    """Train `config.model` on the task's demonstrations and save it to `config.out`.
+    """Train the model `config.model` on the task's demonstrations, and save it in the directory `config.out`.
 
+    Args:
+        report: receives a line of text about the progress after each twentieth of the updates.
     Returns:
         A dictionary with `out` (the directory), `loss` (in nats per token, mean over the last tenth of the updates),
-        `updates`, `tokens` (number of trained tokens) and `seconds`. If demonstrations were longer than `max_length`,
-        `left out` is their number.
+        `updates`, `tokens` (number of trained tokens) and `seconds`. `left out` is the number of demonstrations that
+        were skipped because they were longer than `config.max_length`; it is missing if there were none.
     Raises:
-        UserError: if `out` exists and is not an empty directory, if the task has no demonstrations, or if all
+        UserError: if `config.out` exists and is not an empty directory, if the task has no demonstrations, or if all
             demonstrations of an update are too long.
     """
     out = _new_directory(config.out)
@@ -65,7 +72,11 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
 
 
 def _new_directory(out: str) -> Path:
-    """Create the output directory. Check that the directory is empty and writable."""
+    """Create the output directory and return its path.
+
+    Raises:
+        UserError: if the directory is not empty or cannot be written.
+    """
     path = Path(out)
     try:
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
@@ -78,6 +89,7 @@ def _new_directory(out: str) -> Path:
 
 
 def _starting_policy(config: SFTConfig) -> Policy:
+    """Load the model to start from, or build it if `config.model.path` is "new:tiny"."""
     if config.model.path != NEW_TINY:
         return Policy.load(config.model)
     from vineppo.model.tiny import build_model, build_tokenizer
@@ -91,7 +103,8 @@ def _starting_policy(config: SFTConfig) -> Policy:
 def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstration:
     """Return (token ids of prompt + response + EOS, number of prompt tokens).
 
-    Prompt and response are tokenized separately, because the sampler tokenizes prompts without a response.
+    Prompt and response are tokenized separately. Tokenized together, a token could contain the end of the prompt and
+    the beginning of the response, but the sampler gives the policy prompts without a response.
     """
     prompt_ids = codec.encode_prompt(prompt)
     response_ids = codec.tokenizer(response, add_special_tokens=False).input_ids
@@ -101,7 +114,13 @@ def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstrat
 def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Demonstration]:
     """Return the demonstrations of an update, without those longer than `config.max_length`.
 
-    An endless task generates new demonstrations. The demonstrations of a finite task are used in shuffled passes.
+    If the number of demonstrations is unlimited, each is used once. Otherwise they are used in passes over the split
+    `train`, and each pass has a new random order.
+
+    Args:
+        update: number of the update, counted from 0.
+    Raises:
+        UserError: if all demonstrations of the update are too long.
     """
     size = task.size("train")
     first = update * config.batch_size
@@ -119,8 +138,10 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
 
 
 def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
-    """Accumulate the gradient of the mean loss per token of a batch.
+    """Compute the gradient of the mean loss per token of a batch by backpropagation, in micro-batches.
 
+    Args:
+        max_tokens: maximum number of padded tokens of a micro-batch.
     Returns:
         (loss in nats per token, number of trained tokens).
     """
@@ -129,6 +150,7 @@ def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int)
     for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):
         items = [batch[i] for i in group]
         token_ids = pad([ids for ids, _ in items], torch.int64, policy.device)
+        # The prompt is not trained.
         mask = pad([[0] * start + [1] * (len(ids) - start) for ids, start in items], torch.bool, policy.device)
         logprobs, _ = token_logprobs(policy.model, token_ids, mask, 1.0)
         loss = -logprobs.sum() / total

@@ -1,6 +1,7 @@
-"""Define `VinePPOConfig`, which has the names, meanings and defaults of the fields of TRL's GRPOConfig.
+"""Define `VinePPOConfig`, the settings of `VinePPOTrainer`, with the field names and defaults of TRL's GRPOConfig.
 
-`VinePPOConfig.to_config` converts the settings to `Config`. docs/from-trl.md lists the corresponding names.
+`VinePPOConfig.to_config` converts them to `vineppo.config.schema.Config`, the settings of `vineppo train`.
+docs/from-trl.md lists for each field the corresponding setting of `vineppo train`.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ _NEUTRAL: dict[str, Any] = {
     "transformers_continuous_batching_config": None,
     "use_transformers_paged": False,
 }
-"""Fields of GRPOConfig that are not supported. Only the listed value is accepted, which is the default in TRL and
-switches the feature off."""
+"""Fields of GRPOConfig that control a feature which is not supported. Only the listed value is accepted. It is the
+default in TRL and switches the feature off."""
 _WITHOUT_EFFECT: dict[str, Any] = {
     "log_completions": False,
     "num_completions_to_print": None,
@@ -65,8 +66,8 @@ _WITHOUT_EFFECT: dict[str, Any] = {
     "ref_model_sync_steps": 512,
     "logging_dir": None,
 }
-"""Fields of GRPOConfig that are accepted with any value and have no effect, with their defaults. The feature of such a
-field is always on, always off, or part of an unsupported feature."""
+"""Fields of GRPOConfig that are accepted with any value and have no effect, with their default values. Such a field
+controls something that is always on here, always off, or part of an unsupported feature."""
 _WITHOUT_EFFECT_BEGINNINGS = (
     "vllm_",
     "sapo_",
@@ -77,6 +78,7 @@ _WITHOUT_EFFECT_BEGINNINGS = (
     "log_",
     "hub_",
 )
+"""A field whose name begins with one of these texts is accepted with any value and has no effect."""
 _WITHOUT_EFFECT_OF_TRANSFORMERS = (
     "remove_unused_columns",
     "logging_strategy",
@@ -97,37 +99,50 @@ _WITHOUT_EFFECT_OF_TRANSFORMERS = (
     "average_tokens_across_devices",
     "include_num_input_tokens_seen",
 )
+"""Fields of TrainingArguments (transformers) that are accepted with any value and have no effect."""
 
 
 @dataclass
 class VinePPOConfig:
-    """Settings of `VinePPOTrainer`. Fields that GRPOConfig has too have the same names and defaults.
+    """Settings of `VinePPOTrainer`.
 
-    `algorithm`, `num_mc_rollouts`, `splitter` and `settings` do not exist in GRPOConfig. A field of GRPOConfig that is
-    not supported raises UserError unless it has the value that switches its feature off. Every accepted field can be
-    read as an attribute, because callbacks read the attributes of their `args`. A field that was not set has its
-    default value in TRL or transformers.
+    `algorithm`, `num_mc_rollouts`, `splitter` and `settings` do not exist in GRPOConfig. The other fields have the same
+    names and defaults as in GRPOConfig; docs/from-trl.md lists the exceptions. The constructor also accepts fields of
+    GRPOConfig that this class does not define. If such a field controls an unsupported feature, it must have the value
+    that switches the feature off.
+
+    Callbacks read the fields as attributes of their `args`. Therefore every field of GRPOConfig that the constructor
+    accepts can be read as an attribute. If it was not set, it has its default value in TRL or transformers.
+
+    Raises:
+        UserError: for an unknown field, or a value that is not supported.
     """
 
     output_dir: str = "vineppo-output"
     """The run directory, to which checkpoints, metrics and the trained model are written."""
     algorithm: str = "vineppo"
-    """`vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a user-defined algorithm."""
+    """Algorithm that computes the credit: `vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a
+    user-defined algorithm."""
     num_mc_rollouts: int = 9
-    """K: number of continuations that are sampled from each state between two steps."""
+    """K: number of continuations that `vineppo` samples from the state before each reasoning step."""
     splitter: str = "newline"
-    """Name of the method that splits a response into steps, see the setting `vineppo.splitter`."""
+    """How `vineppo` cuts a response into reasoning steps, for example `newline` or `tokens:16`. `vineppo train --help`
+    lists the values of this setting as `vineppo.splitter`."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Other settings of `vineppo train` by dotted key, such as `{"vineppo.alternatives": True}`. They override the
     fields of this class. Keys of the section `model` are not allowed, because the model is an argument of the
     trainer."""
     learning_rate: float = 1e-6
     per_device_train_batch_size: int = 8
+    """An update uses `per_device_train_batch_size` * `gradient_accumulation_steps` responses."""
     gradient_accumulation_steps: int = 1
     steps_per_generation: int | None = None
+    """An iteration samples `per_device_train_batch_size` * `steps_per_generation` responses; None means
+    `gradient_accumulation_steps`."""
     generation_batch_size: int | None = None
+    """Number of responses that an iteration samples. If it is set, `steps_per_generation` is not used."""
     num_generations: int = 8
-    """G: number of responses per prompt. The value 1 is allowed for `vineppo` and `ppo`."""
+    """G: number of responses per prompt. `grpo` and `rloo` require at least 2."""
     num_generations_eval: int | None = None
     """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
@@ -135,7 +150,7 @@ class VinePPOConfig:
     max_steps: int = -1
     """Number of optimizer updates; -1 means that `num_train_epochs` determines the number."""
     num_iterations: int = 1
-    """Number of passes over each batch of rollouts."""
+    """Number of passes over the rollouts of each iteration."""
     temperature: float = 1.0
     beta: float = 0.0
     use_bias_correction_kl: bool = True
@@ -171,7 +186,7 @@ class VinePPOConfig:
     """Used only as the default of `eval_steps`. Every iteration is logged."""
     report_to: str | Sequence[str] = "none"
     optim: str = "adamw_torch_fused"
-    """Any name that contains `adamw`. AdamW is the only optimizer."""
+    """Any name that contains `adamw`. All of them select the same AdamW, which is the only optimizer."""
     top_p: float = 1.0
     top_k: int | None = 0
     min_p: float | None = None
@@ -188,10 +203,9 @@ class VinePPOConfig:
     def __post_init__(self) -> None:
         for name, allowed in _FIXED.items():
             value = getattr(self, name)
-            if (
-                getattr(value, "value", value) not in allowed
-            ):  # transformers allows enumerations, whose value is the name
-                raise UserError(f"{name} is {value!r}; allowed: {allowed[0]!r} (docs/from-trl.md gives the reason)")
+            # The value of a field may be a member of an enumeration of transformers, whose `value` is the text.
+            if getattr(value, "value", value) not in allowed:
+                raise UserError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} (docs/from-trl.md)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
             raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
         if any(key.startswith("model.") for key in self.settings):
@@ -201,6 +215,7 @@ class VinePPOConfig:
         self._check_batches()
 
     def _check_batches(self) -> None:
+        """Check that an iteration consists of whole groups and has enough responses for at least one update."""
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
         for name in (*counts, "steps_per_generation", "generation_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -218,7 +233,7 @@ class VinePPOConfig:
             )
 
     def __getattr__(self, name: str) -> Any:
-        """Return the default value of a field of TRL or transformers that was not set."""
+        """Return the default value of a field of TRL or transformers. Python calls this if the field was not set."""
         if not name.startswith("_"):
             for table in (_WITHOUT_EFFECT, _NEUTRAL, _transformers_defaults()):
                 if name in table:
@@ -238,7 +253,9 @@ class VinePPOConfig:
         return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
 
     def to_config(self, num_train: int, num_eval: int = 0) -> Config:
-        """Convert to the settings of `vineppo train`. The section `model` has default values.
+        """Convert to the settings of `vineppo train`.
+
+        The section `model` of the result has its default values, because the trainer replaces it.
 
         Args:
             num_train: number of training problems.
@@ -269,9 +286,16 @@ class VinePPOConfig:
         )
 
     def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
-        """Return the settings of the evaluation, which uses all rows and samples like the rollouts, as in TRL.
+        """Return the settings of the section `eval`, as dotted key -> value.
 
-        The model is evaluated before and after training, and as often as `eval_strategy` and `eval_steps` determine.
+        As in TRL, the evaluation uses all rows, and samples in the same way as training. The model is evaluated before
+        and after training, and as often as `eval_strategy` and `eval_steps` determine.
+
+        Args:
+            num_eval: number of evaluation problems.
+            updates: number of updates of the run.
+            per_iteration: number of updates per iteration.
+            epoch: number of updates in one pass over the training problems.
         """
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         samples = self.num_generations_eval or self.num_generations
@@ -287,7 +311,10 @@ class VinePPOConfig:
         }
 
     def _renamed(self) -> dict[str, Any]:
-        """Return the settings that `Config` has under another name, by their dotted key in `Config`."""
+        """Return the settings of `Config` that have a constant value or depend on one or two fields of this class.
+
+        The result maps dotted keys of `Config` to values. The constants make a run behave as in TRL.
+        """
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
@@ -316,7 +343,7 @@ class VinePPOConfig:
         }
 
     def _algorithm_fields(self) -> dict[str, Any]:
-        """Return the settings of the selected algorithm that are fields of this class, by dotted key in `Config`."""
+        """Return the settings of the selected algorithm that depend on fields of this class, as dotted key -> value."""
         algorithm = find_algorithm(self.algorithm)
         fields = {
             "num_mc_rollouts": self.num_mc_rollouts,
@@ -328,6 +355,7 @@ class VinePPOConfig:
         return {f"{algorithm.name}.{name}": value for name, value in fields.items() if name in known}
 
     def _decay(self) -> str:
+        """Return the value of `learner.decay` that corresponds to `lr_scheduler_type`."""
         decays = {"linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
         name = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
         if name not in decays:
@@ -335,18 +363,27 @@ class VinePPOConfig:
         return decays[name]
 
     def _trackers(self) -> list[str]:
+        """Return the value of `run.report_to`. `none` and `all` are left out, so both mean no tracker."""
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
         return [name for name in names if name not in ("none", "all")]
 
 
 def _num_updates(steps: float, updates: int) -> int:
-    """Return a number of updates. Values of `steps` below 1 are a fraction of all updates, as in transformers."""
+    """Convert a number of steps, as in transformers, to a number of updates.
+
+    Args:
+        steps: a number of updates, or a fraction of all updates if it is below 1.
+        updates: number of updates of the run.
+    """
     return round(steps * updates) if steps < 1 else int(steps)
 
 
 @functools.cache
 def _transformers_defaults() -> Mapping[str, Any]:
-    """Return the default values of the fields of TrainingArguments in transformers, which GRPOConfig inherits."""
+    """Return a mapping from the fields of transformers' TrainingArguments to their defaults.
+
+    GRPOConfig inherits these fields. Fields without a default are left out.
+    """
     from transformers import TrainingArguments
 
     factories = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
@@ -358,9 +395,9 @@ def _transformers_defaults() -> Mapping[str, Any]:
 
 
 def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
-    """Extend `__init__` to accept further fields of TRL if their value has no effect. The fields become attributes.
+    """Wrap `VinePPOConfig.__init__` so that it also accepts fields of GRPOConfig which the class does not define.
 
-    A field that is unknown or has another value raises UserError.
+    `_check_other_field` checks these fields. They become attributes of the object.
     """
 
     @functools.wraps(init)
@@ -377,8 +414,12 @@ def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_other_field(name: str, value: Any, known: set[str]) -> None:
-    """Check that TRL has a field and that its value needs no support. The field is not a field of VinePPOConfig.
+    """Check a field of GRPOConfig that VinePPOConfig does not define.
 
+    Args:
+        name: name of the field.
+        value: value of the field.
+        known: names of the fields of VinePPOConfig, for the hint in the message.
     Raises:
         UserError: if TRL has no field with this name, or if the value requires a feature that is not supported.
     """

@@ -1,6 +1,6 @@
-"""Train with an interface like that of TRL.
+"""Define `VinePPOTrainer`, which trains a model with the interface of TRL's `GRPOTrainer`.
 
-`VinePPOTrainer` and `VinePPOConfig` are used instead of `GRPOTrainer` and `GRPOConfig`:
+`VinePPOTrainer` and `VinePPOConfig` replace `GRPOTrainer` and `GRPOConfig` in a script:
 
     from vineppo import VinePPOConfig, VinePPOTrainer
 
@@ -13,7 +13,7 @@
     trainer.train()
 
 The trainer runs the same training as `vineppo train`, with the settings that `VinePPOConfig.to_config` returns.
-docs/from-trl.md lists the corresponding names of TRL and vineppo.
+docs/from-trl.md lists for each field of TRL the corresponding setting of vineppo.
 """
 
 from __future__ import annotations
@@ -57,22 +57,23 @@ class TrainOutput(NamedTuple):
     global_step: int
     """Number of updates."""
     training_loss: float
-    """Mean policy loss over the run. The loss does not measure the progress of the training."""
+    """Mean of the logged policy losses. The loss does not show whether the policy has improved."""
     metrics: dict[str, Any]
-    """The content of summary.json."""
+    """The content of summary.json in the run directory: accuracies, numbers of tokens and updates, seconds."""
 
 
 class VinePPOTrainer:
-    """Trains a model by reinforcement learning on verifiable rewards, with credit for every step.
+    """Trains a language model by reinforcement learning on verifiable rewards.
 
     Args:
-        model: a path, a Hugging Face Hub id, a transformers causal language model, or a peft model that contains one. A
-            model object is trained in place.
+        model: a path, a Hugging Face Hub id, a causal language model of transformers, or a peft model that contains
+            one. A model object is trained in place.
         reward_funcs: a reward function, the name of a grader (`hash`, `boxed`, `exact` or `module:function`), or a list
             of functions and names. A reward function fn(prompts, completions, completion_ids, **columns) returns one
             number or None per completion, and can be asynchronous. Functions are called in this process. As in TRL,
-            they also get `trainer_state` and `log_metric(name, value)` if their signature accepts these arguments. If
-            `reward_funcs` contains only names, the graders run in separate processes with limits of time and memory.
+            they also get the arguments `trainer_state` and `log_metric`, a function of (name, value), if their
+            signature has these parameters. If `reward_funcs` contains only names, `boxed` and `module:function` run in
+            separate processes with limits on time and memory.
         args: the settings; None means `VinePPOConfig()`.
         train_dataset: rows with a column `prompt` (text or messages). Further columns are passed to the reward
             functions.
@@ -81,7 +82,8 @@ class VinePPOTrainer:
         processing_class: the tokenizer. It is required if `model` is an object and its tokenizer cannot be loaded from
             the path in its configuration.
         callbacks: `TrainerCallback` objects or classes of transformers.
-        peft_config: a `peft.LoraConfig`, with which adapters are added to the model and trained instead of its weights.
+        peft_config: a `peft.LoraConfig`. If it is given, adapters are added to the model and trained instead of the
+            weights of the model.
     Raises:
         UserError: if an argument is missing or not supported.
     """
@@ -106,8 +108,8 @@ class VinePPOTrainer:
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.config = replace(config, model=_model_config(self.policy, self.args))
         if all(isinstance(function, str) for function in self.reward_funcs):
-            # Graders given by name run in separate processes, so that a grader that exceeds its time limit can be
-            # stopped.
+            # With `task.rewards`, `build_task` runs slow graders in separate processes, which can be stopped if they
+            # exceed the time limit.
             names, self.reward_funcs = tuple(self.reward_funcs), []
             self.config = replace(self.config, task=replace(self.config.task, rewards=names))
         self.reward_funcs = [load_grader(reward) if isinstance(reward, str) else reward for reward in self.reward_funcs]
@@ -118,13 +120,14 @@ class VinePPOTrainer:
         self._train_called = False
 
     def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
-        """Train the model. With `resume_from_checkpoint`, continue the run in `output_dir`.
+        """Train the model.
 
-        On a CPU, a resumed run gives results that are bit-identical to those of an uninterrupted run.
-
+        Args:
+            resume_from_checkpoint: whether to continue the run in `args.output_dir` from its last checkpoint. On a CPU,
+                the results are bit-identical to those of an uninterrupted run.
         Raises:
-            UserError: if `output_dir` already contains a run and `resume_from_checkpoint` is False, or if the run to
-                resume has different settings.
+            UserError: if `args.output_dir` already contains a run and `resume_from_checkpoint` is False, or if the run
+                to resume has different settings.
         """
         if resume_from_checkpoint:
             self._check_resume()
@@ -144,6 +147,11 @@ class VinePPOTrainer:
         return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
 
     def _check_resume(self) -> None:
+        """Raise UserError if the run in `args.output_dir` cannot be resumed.
+
+        This is the case if the run has other settings. It is also the case if the KL penalty needs the starting model,
+        and `train` has already changed the weights of the model in this object.
+        """
         recorded = RunDirectory.open(self.args.output_dir, writable=False).config
         before = config_from_dict(Config, recorded, f"in {self.args.output_dir}/config.yaml")
         changes = diff_configs(before, self.config)
@@ -159,11 +167,13 @@ class VinePPOTrainer:
             )
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, float]:
-        """Measure the mean reward on `eval_dataset`; None uses the `eval_dataset` of the trainer.
+        """Measure the mean reward of responses to the prompts of a data set.
 
+        Args:
+            eval_dataset: rows with a column `prompt`; None means the `eval_dataset` of the trainer.
         Returns:
-            A dictionary with `eval_reward`, and with the bounds of its 95% confidence interval, `eval_reward_low` and
-            `eval_reward_high`.
+            A dictionary with the mean reward `eval_reward`, and `eval_reward_low` and `eval_reward_high`, the bounds of
+            its 95% confidence interval.
         """
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
@@ -194,7 +204,12 @@ class VinePPOTrainer:
 
 
 class _Listener:
-    """Implementation of `vineppo.training.session.Reporter` that calls the callbacks of transformers during a run."""
+    """Calls transformers callbacks during a run; implements `vineppo.training.session.Reporter`.
+
+    Args:
+        trainer: the trainer that runs.
+        callbacks: `TrainerCallback` objects.
+    """
 
     def __init__(self, trainer: VinePPOTrainer, callbacks: Sequence[Any]):
         from transformers import TrainerControl, TrainerState
@@ -204,18 +219,24 @@ class _Listener:
         self._noted: dict[str, list[float]] = defaultdict(list)
 
     def note(self, name: str, value: float) -> None:
-        """Record a number from a reward function. The logs contain the mean of the numbers of an iteration."""
+        """Record a number that a reward function passed to `log_metric`.
+
+        The logs of an iteration contain, for each name, the mean of the numbers recorded during the iteration.
+        """
         self._noted[name].append(float(value))
 
     def start(self) -> None:
-        """Call `on_train_begin`."""
+        """Set `state.max_steps` and call `on_train_begin`."""
         self.state.max_steps = total_updates(self.trainer.config)
         self._call_callbacks("on_train_begin")
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Call `on_step_end`, `on_evaluate` and `on_log`, in this order.
+        """Call `on_step_end`, `on_evaluate` if there was an evaluation, and `on_log`. Print the mean rewards as JSON.
 
-        Each iteration is one step for the callbacks.
+        For the callbacks, an iteration is one step. `state.global_step` counts updates.
+
+        Args:
+            metrics: content of the iteration's line in metrics.jsonl. Iteration 0 is the time before training.
         """
         logs = with_trl_names(metrics)
         logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
@@ -233,7 +254,7 @@ class _Listener:
         print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
 
     def wants_to_stop(self) -> bool:
-        """Return whether a callback has set `control.should_training_stop`."""
+        """Return whether a callback has set `control.should_training_stop` to True."""
         return bool(self.control.should_training_stop)
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
@@ -241,15 +262,18 @@ class _Listener:
         self._call_callbacks("on_train_end")
 
     def _call_callbacks(self, event: str, **more: Any) -> None:
+        """Call the method named `event` of each callback that has it, with `more` as additional arguments."""
         for callback in self.callbacks:
             method = getattr(callback, event, None)
             if method is not None:
                 given = {"model": self.trainer.model, "processing_class": self.trainer.processing_class, **more}
                 changed = method(self.trainer.args, self.state, self.control, **given)
-                self.control = self.control if changed is None else changed  # callbacks may return a TrainerControl
+                # A callback may return a new TrainerControl, or None.
+                self.control = self.control if changed is None else changed
 
 
 def _reward_functions(given: Any) -> list[Any]:
+    """Return the argument `reward_funcs` as a list of functions and names. Raise UserError if it is not valid."""
     functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
     if not functions:
         raise UserError("reward_funcs is empty; pass a function fn(prompts, completions, **columns) -> list of numbers")
@@ -263,6 +287,11 @@ def _reward_functions(given: Any) -> list[Any]:
 
 
 def _rows(name: str, dataset: Any) -> Any:
+    """Return a data set as a sequence of rows. Raise UserError if it is missing or empty.
+
+    Args:
+        name: name of the argument in the error message, such as `train_dataset`.
+    """
     if dataset is None:
         raise UserError(f"{name} is missing; pass rows with a column named prompt")
     rows = as_sequence(dataset)
@@ -272,11 +301,19 @@ def _rows(name: str, dataset: Any) -> Any:
 
 
 def _ignore(*_: Any) -> None:
-    """Do nothing. In TRL, `log_extra` adds a column to a table of completions, which does not exist here."""
+    """Do nothing. Reward functions get this function as their argument `log_extra`.
+
+    In TRL, `log_extra` adds a column to a table of completions. This package has no such table.
+    """
 
 
 def _with_extra_arguments(function: Callable[..., Any], more: Mapping[str, Any]) -> Callable[..., Any]:
-    """Bind those of the arguments `more` that the signature of the reward function accepts."""
+    """Bind those of the arguments `more` that the signature of a reward function accepts.
+
+    Returns:
+        A function with the same `__name__`, which becomes the name of a metric. If the reward function accepts none of
+        the arguments, the reward function itself.
+    """
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # The signature of some callables cannot be read.
@@ -293,7 +330,7 @@ def _with_extra_arguments(function: Callable[..., Any], more: Mapping[str, Any])
 
 
 def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOConfig) -> Policy:
-    """Build the policy from the model, with new adapters if `peft_config` is not None."""
+    """Build the policy from the arguments of the trainer, with new adapters if `peft_config` is not None."""
     if isinstance(model, str | Path):
         model, loaded_tokenizer = _loaded(str(model), args)
         tokenizer = processing_class or loaded_tokenizer
@@ -324,18 +361,25 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
 
 
 def _device(args: VinePPOConfig) -> str:
+    """Return the device for training: `cuda` if PyTorch finds a GPU and `args.use_cpu` is False, otherwise `cpu`."""
     return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
 
 
 def _placed(model: Any, args: VinePPOConfig) -> Any:
-    """Move a model to the device on which TRL would train the model. The dtype is not changed."""
+    """Move a model object to the device for training, and enable gradient checkpointing if `args` say so.
+
+    The dtype is not changed. A model that transformers has distributed over devices is not moved.
+    """
     if not getattr(model, "hf_device_map", None):
         model = model.to(_device(args))
     return with_checkpointing(model) if args.gradient_checkpointing else model
 
 
 def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
-    """Return a description of the model for config.yaml. The model cannot always be loaded from the description."""
+    """Return the section `model` of the configuration, which describes the policy in config.yaml.
+
+    The section is only a description: a model object cannot always be loaded from it.
+    """
     lora = LoraConfig()
     if policy.adapters is not None:
         adapter_config = next(iter(policy.adapters.peft_config.values()))
@@ -352,11 +396,13 @@ def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
 
 
 def _targets(peft_config: Any) -> tuple[str, ...]:
+    """Return the names of the layers that have adapters, as in the setting `model.lora.targets`."""
     names = getattr(peft_config, "target_modules", None) or ()
     return (names,) if isinstance(names, str) else tuple(sorted(names)) or ("all-linear",)
 
 
 def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
+    """Load (model, tokenizer) from a path or hub id, with the options in `args.model_init_kwargs`."""
     init = dict(args.model_init_kwargs or {})
     dtype = init.pop("dtype", init.pop("torch_dtype", None)) or ("bfloat16" if args.bf16 else "float32")
     trusted = init.pop("trust_remote_code", args.trust_remote_code)
@@ -377,17 +423,23 @@ def _loaded(path: str, args: VinePPOConfig) -> tuple[Any, Any]:
 
 
 def _training_dtype(path: str, trusted: bool) -> str:
-    """Return the dtype for training a model: bfloat16 if the weights are stored in bfloat16, otherwise float32."""
+    """Return the dtype that `auto` selects: bfloat16 if the weights are stored in bfloat16, otherwise float32.
+
+    Args:
+        path: path or hub id of the model.
+        trusted: whether the Python code of a hub model may run.
+    """
     from transformers import AutoConfig
 
     try:
         stored = AutoConfig.from_pretrained(path, trust_remote_code=trusted).dtype
-    except (OSError, ValueError):  # Loading the model raises an error with a better message.
+    except (OSError, ValueError):  # The caller then loads the model, which raises an error with a better message.
         return "float32"
     return "bfloat16" if str(stored).endswith("bfloat16") else "float32"
 
 
 def _tokenizer_of(model: Any) -> Any:
+    """Load the tokenizer from the path or hub id in the configuration of a model."""
     from transformers import AutoTokenizer
 
     try:

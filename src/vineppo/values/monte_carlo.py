@@ -1,9 +1,10 @@
-"""Monte-Carlo values of intermediate states (VinePPO, arXiv 2410.01679).
+"""Estimate the values of states by sampling new continuations of every state (VinePPO, arXiv 2410.01679).
 
-A state is a prompt and the first tokens of a response to it. To evaluate a state, K continuations are sampled from it,
-each at most so long that prefix and continuation together have the maximum length of a response. Prefix and
-continuation together are graded as one response. The mean of the K rewards is an unbiased estimate of the value of the
-state, which is the expected reward of responses that start with its tokens.
+A state consists of a prompt and the first tokens of a response, which are called the response prefix. The value of a
+state is the expected reward of responses that start with this prefix. To evaluate a state means to estimate its value:
+K continuations are sampled from the state, and each is graded together with the prefix as one response. The mean of the
+K rewards is an unbiased estimate of the value. A continuation ends at the latest when prefix and continuation together
+have the maximum length of a response.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
-"""Key of a state: the problem id, and the token ids of the prompt and of the response prefix."""
+"""Key of a state: (problem id, token ids of the prompt followed by the response prefix)."""
 
 
 @dataclass(frozen=True)
@@ -27,82 +28,94 @@ class State:
     problem: Problem
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    """Token ids of the response prefix; empty for the state before the first step."""
     rollout: Rollout | None = None
-    """A rollout that starts with these tokens. Some estimators also use the later tokens of the rollout. The rollout is
-    not part of the key."""
+    """A rollout whose response starts with these tokens. `ReusingMonteCarlo` also uses the later tokens of the rollout.
+    The rollout is not part of the key."""
 
     @property
     def key(self) -> Key:
-        """The problem id, and the token ids of the prompt and of the response prefix."""
+        """(problem id, token ids of the prompt followed by the response prefix)."""
         return self.problem.id, self.prompt_ids + self.response_ids
 
 
 @dataclass(frozen=True)
 class Value:
-    """Estimate of the expected reward of a state."""
+    """Estimate of the value of a state, which is the expected reward of its continuations."""
 
     mean: float
-    """In reward units."""
+    """The estimate in reward units: the mean reward of the continuations."""
     num_mc_rollouts: int
-    """Number of continuations used; 0 if the value is known without sampling."""
+    """Number of continuations in the mean; 0 if the value is known without sampling."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """The continuations that pass through the state before one token of a response, with next tokens and rewards."""
+    """The continuations that pass through the state before one token of a response.
+
+    These continuations have the same tokens as the response before this token. Their next token is the response's token
+    or another one.
+    """
 
     followed: tuple[float, ...]
-    """Rewards of the continuations whose next token is the response's token."""
+    """Reward of each continuation whose next token is the response's token."""
     diverged: tuple[tuple[int, float], ...]
-    """(next token, reward) of each of the other continuations."""
+    """(id of the next token, reward) of each of the other continuations."""
 
 
 @dataclass(frozen=True)
 class ValueCost:
-    """Cost of evaluating a batch of states."""
+    """Cost of estimating the values of a batch of states."""
 
     states: int
-    """Number of states; equal states are counted separately."""
+    """Number of states in the batch; equal states are counted separately."""
     distinct_states: int
-    """Number of different states."""
+    """Number of different states in the batch."""
     mc_rollouts: int
-    """Number of sampled continuations."""
+    """Number of continuations that the sampler sampled."""
     tokens: int
-    """Number of sampled tokens."""
+    """Number of tokens that the sampler sampled."""
 
 
 class ValueEstimator(Protocol):
     """Estimates the values of states."""
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in the order of `states`, and the cost."""
+        """Estimate the values of states.
+
+        Args:
+            iteration: index of the iteration, from which the seeds are derived.
+        Returns:
+            (value of each state in the order of `states`, cost of the estimates).
+        """
         ...
 
 
 class NodeEstimator(ValueEstimator, Protocol):
-    """A value estimator that can also return the next tokens of its continuations at each token of a rollout."""
+    """A value estimator that can also return the continuations that pass through each state of a rollout."""
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
     ) -> tuple[list[Value], list[list[Node]], ValueCost]:
-        """Evaluate states, and return nodes of rollouts.
+        """Estimate the values of states, and return the nodes of rollouts.
 
         Args:
             states: the states to evaluate.
             rollouts: (problem, rollout) pairs. Each rollout must be the `State.rollout` of at least one of the states.
-            iteration: index of the iteration.
+            iteration: index of the iteration, from which the seeds are derived.
         Returns:
-            (value of each state, one list per rollout with a node per response token, cost).
+            (values, nodes, cost): the value of each state in the order of `states`, one list of nodes per rollout with
+            a node for each response token, and the cost of the estimates.
         """
         ...
 
 
 @dataclass(frozen=True)
 class MonteCarlo:
-    """Evaluates each state with K new continuations.
+    """Estimates the value of each state from K new continuations.
 
     Attributes:
-        sampler: samples from the current policy.
+        sampler: samples continuations from the current policy.
         task: grades responses.
         decode: converts token ids to text without special tokens.
         num_mc_rollouts: K, the number of continuations per state.
@@ -122,10 +135,15 @@ class MonteCarlo:
     stop: tuple[str, ...] = ()
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in the order of `states`, and the cost.
+        """Estimate the values of states.
 
-        Equal states share the same K continuations. A state with `max_new_tokens` response tokens is a response that
-        was truncated by the length limit, so its value is 0 and nothing is sampled.
+        Equal states share the same K continuations. If a state has `max_new_tokens` response tokens, it has no
+        continuation, because the response was truncated by the length limit. The value of such a state is 0.
+
+        Args:
+            iteration: index of the iteration, from which the seeds are derived.
+        Returns:
+            (value of each state in the order of `states`, cost of the estimates).
         """
         distinct = {state.key: state for state in states}
         known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
@@ -138,7 +156,11 @@ class MonteCarlo:
         return [known[state.key] for state in states], cost
 
     def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
-        """Return the rewards of K continuations of each state, and the total number of sampled tokens."""
+        """Sample and grade K continuations of each state.
+
+        Returns:
+            (one list of K rewards per state, total number of sampled tokens).
+        """
         requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
         rewards, completions = self.graded(states, requests)
         return rewards, total_tokens(completions)
@@ -146,9 +168,9 @@ class MonteCarlo:
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
     ) -> SampleRequest:
-        """Return a request for continuations of a state.
+        """Return a request for `num_samples` continuations of a state.
 
-        The response prefix and a continuation together have at most `max_new_tokens` tokens.
+        The response prefix and a continuation together have at most as many tokens as a response may have.
 
         Args:
             excluded_first: token ids that a continuation must not start with.
@@ -165,19 +187,26 @@ class MonteCarlo:
         )
 
     def seed(self, state: State, iteration: int, purpose: str) -> int:
-        """Return the seed of the request for a state.
+        """Return the seed for sampling continuations of a state.
 
-        The seed is derived from the tokens of the state, so it does not depend on other states or on their order.
+        The seed is derived from the run seed, the iteration, and the problem and tokens of the state. It does not
+        depend on other states or on their order.
+
+        Args:
+            purpose: text that makes the seed different from the seeds of the same state for other purposes.
         """
         return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
 
     def graded(
         self, states: Sequence[State], requests: Sequence[SampleRequest]
     ) -> tuple[list[list[float]], list[list[Completion]]]:
-        """Sample and grade continuations of states, with one request per state.
+        """Sample and grade continuations of states.
 
+        Args:
+            states: the states from which continuations are sampled.
+            requests: the request for each state (see `request`).
         Returns:
-            (rewards, completions), each with one list per request.
+            (rewards, completions): for each request, the list of rewards and the list of continuations.
         """
         owners = [(state.problem, state.response_ids) for state in states]
         graded = sampled_and_graded(self.sampler, self.task, self.decode, requests, owners)
@@ -186,5 +215,5 @@ class MonteCarlo:
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:
-    """Return the total number of tokens of all completions."""
+    """Return the total number of tokens of all completions, which are given as one list per request."""
     return sum(len(completion.token_ids) for group in completions for completion in group)

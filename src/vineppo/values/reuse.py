@@ -1,35 +1,40 @@
-"""Monte-Carlo values from continuations that count for several states.
+"""Estimate the values of states from continuations that count for several states.
 
-To evaluate the states of a response, `MonteCarlo` samples K new continuations of every state. Some of these
-continuations begin with the same tokens as the rest of the response. If a continuation does so up to the next state of
-the response, its remaining tokens are a sample from that next state, too. `ReusingMonteCarlo` therefore counts such a
-continuation as one of the K continuations of the next state, and starts only as many new ones as are missing there.
+To evaluate a state means to estimate its value. `MonteCarlo` (in `vineppo.values.monte_carlo`) evaluates each state of
+a response with K new continuations. Some of these continuations begin with the same tokens as the rest of the response.
+If a continuation follows the response up to the next state, its remaining tokens are a sample from that state, too.
+`ReusingMonteCarlo` therefore counts it as one of the K continuations of the next state. At every state it starts only
+as many new continuations as are needed to have K in total.
 
 The tokens that a continuation shares with the response are not decoded. The probability of every response token is
-known, because the response was sampled from the same policy. One random number per token decides whether a continuation
-samples the response's token, with that token's probability. The sampler decodes a continuation only from its first
-token that differs from the response, and excludes the response's token at this position.
+known, because the response was sampled from the same policy. At each position, a random number decides whether the
+continuation has the same token as the response; the probability of this is the probability of the response's token. The
+sampler decodes only the rest of the continuation. The rest begins with the first token that differs from the response,
+so the sampler must exclude the response's token at this position.
 
 This has three consequences:
 
 - The values are unbiased, because each of the K continuations of a state is distributed like a new one.
 - Fewer tokens are decoded.
-- Advantages are less noisy. The advantage of a step is the difference between the values of two neighbouring states.
-  A continuation that follows the response from the first of these states to the second contributes the same reward to
-  both values, so its contribution cancels. If a fraction q of the continuations leaves the response within the step,
-  the variance of the advantage is about q times the variance for two independently estimated values. If q is 0, the
+- Advantages are less noisy. The advantage of a step is the difference between the values of two neighbouring states. If
+  a continuation follows the response from one of these states to the other, it contributes the same reward to both
+  values, and the contributions cancel. If a fraction q of the continuations leaves the response within the step, the
+  variance of the advantage is about q times the variance for two independently estimated values. If q is 0, the
   advantage is exactly 0.
 
 Responses to the same problem can share continuations, too. This module uses the following terms:
 
-- The *tree* of a problem consists of all responses to the problem. Responses share a path as long as their tokens are
-  equal. They separate at a *fork*.
-- The *depth* of a place in the tree is the number of response tokens before that place.
-- A *walker* is a continuation. It starts at a state in the tree. At each token it either follows the tree, choosing a
-  next token of the tree with the probability of that token, or it leaves the tree.
-- A walker that follows a response to the response's end gets the reward of that response.
-- For a walker that leaves the tree, the sampler decodes the remaining tokens. The first of them must differ from all
-  tokens that follow this place in the tree.
+- The *tree* of a problem consists of all its responses. Responses share a path from the start as long as their tokens
+  are equal. The state at which their next tokens differ is a *fork*.
+- The *depth* of a state is the number of its response tokens.
+- A *place* is a state that is evaluated, a fork, or the end of a response.
+- A *walker* is a continuation. It starts at a state that is evaluated. At each token, it takes one of the tokens that
+  come next in the tree, each with its probability, or it *leaves the tree*.
+- If a walker reaches the end of a response, it gets the reward of that response.
+- If a walker leaves the tree, the sampler decodes its remaining tokens. The first of them must differ from all tokens
+  that come next in the tree.
+
+In comments on shapes, n is a number of walkers and T a number of tokens.
 """
 
 from __future__ import annotations
@@ -47,26 +52,26 @@ from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, Valu
 
 @dataclass(frozen=True)
 class ReusingMonteCarlo:
-    """Evaluates each state with K continuations. Continuations of earlier states are reused.
+    """Estimates the value of each state from K continuations, and reuses continuations of earlier states.
 
     Every state must have a rollout (`State.rollout`) that was sampled from the current policy at the temperature of
-    `monte_carlo`. The sampler must support `excluded_first`.
+    `monte_carlo`. The sampler must support `SampleRequest.excluded_first`.
 
     Attributes:
-        monte_carlo: holds the sampler, the task, K and the maximum length of a response.
+        monte_carlo: samples and grades continuations. Its `num_mc_rollouts` is K.
     """
 
     monte_carlo: MonteCarlo
 
     def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
-        """Return the value of each state, in order, and the cost."""
+        """Return (value of each state in the order of `states`, cost), as described for `ValueEstimator.evaluate`."""
         values, _, cost = self.evaluate_nodes(states, (), iteration)
         return values, cost
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
     ) -> tuple[list[Value], list[list[Node]], ValueCost]:
-        """Return the value of each state, one list of T nodes per rollout (see `NodeEstimator`), and the cost."""
+        """Return (values, nodes, cost), as described for `NodeEstimator.evaluate_nodes`."""
         states_by_problem: dict[tuple[str, tuple[int, ...]], list[State]] = {}
         for state in states:
             states_by_problem.setdefault((state.problem.id, state.prompt_ids), []).append(state)
@@ -87,7 +92,11 @@ class ReusingMonteCarlo:
 
 
 def reusing_or_fresh(monte_carlo: MonteCarlo) -> ReusingMonteCarlo | MonteCarlo:
-    """Return `ReusingMonteCarlo` if the sampler can exclude first tokens; otherwise warn and return `monte_carlo`."""
+    """Return an estimator that reuses continuations if the sampler supports this.
+
+    Reuse needs a sampler that can exclude first tokens. With another sampler, the function warns and returns
+    `monte_carlo`, which samples new continuations of every state.
+    """
     if monte_carlo.sampler.capabilities.excluded_first:
         return ReusingMonteCarlo(monte_carlo)
     warnings.warn(
@@ -101,11 +110,12 @@ def reusing_or_fresh(monte_carlo: MonteCarlo) -> ReusingMonteCarlo | MonteCarlo:
 
 @dataclass(frozen=True)
 class _Exit:
-    """The walkers that leave the tree at the same place, and the request that samples their remaining tokens."""
+    """The walkers that leave the tree at the same state, and the request that samples their remaining tokens."""
 
     state: State
-    """Prompt and response tokens before the place at which the walkers leave the tree."""
+    """The state at which the walkers leave the tree."""
     request: SampleRequest
+    """Request for the remaining tokens, with one sample for each of these walkers."""
     indices: np.ndarray
     """Indices in `walkers` of the walkers that leave here, shape (n,)."""
     walkers: _Walkers
@@ -113,31 +123,38 @@ class _Exit:
 
 
 class _Walkers:
-    """The walkers of one problem, stored as arrays with one entry per walker."""
+    """The walkers of one problem, stored as arrays with one entry per walker, shape (size,)."""
 
     def __init__(self, size: int):
         self.rewards = np.zeros(size)
+        """Reward of the walker; 0 until it is known."""
         self.starts = np.full(size, -1, dtype=np.int64)
-        """Depth of the state at which the walker starts; -1 for unused entries."""
+        """Depth of the state at which the walker starts; -1 if no walker has this index."""
         self.ends = np.zeros(size, dtype=np.int64)
-        """Depth at which the walker leaves the tree, or the length of the response that it follows to the end."""
+        """Depth of the state at which the walker leaves the tree or reaches the end of a response."""
         self.followed = np.zeros(size, dtype=np.int64)
-        """Index in `responses` of a response that the walker follows up to depth `ends`."""
+        """Index (see `responses`) of a response whose tokens before depth `ends` are those of the walker."""
         self.exit_tokens = np.full(size, -1, dtype=np.int64)
-        """First token of the walker outside the tree; -1 if the walker follows a response to the end."""
+        """Id of the walker's first token outside the tree; -1 if the walker reaches the end of a response."""
         self.responses: dict[tuple[int, ...], int] = {}
-        """Token ids of the responses that walkers follow, with the index of each response."""
+        """Dictionary from the token ids of each response that walkers follow to the index of the response."""
 
     def finish(self, indices: np.ndarray, response: tuple[int, ...], depth: int) -> None:
-        """Record that these walkers follow a response up to a depth and end or leave the tree there."""
+        """Record that walkers follow a response up to `depth`, where they leave the tree or the response ends.
+
+        Args:
+            indices: indices of the walkers, shape (n,).
+        """
         self.followed[indices] = self.responses.setdefault(response, len(self.responses))
         self.ends[indices] = depth
 
     def nodes(self, rollout: Rollout) -> list[Node]:
         """Return one node per token of a rollout, with the walkers that pass through the state before the token."""
         response, responses = rollout.response_ids, list(self.responses)
+        # For each response, the number of first tokens that are equal to those of the rollout.
         shared = np.array([_shared_length(other, response) for other in responses])
-        last_shared = np.minimum(self.ends, shared[self.followed])  # (n,): depth to which walker and rollout are equal
+        # For each walker, the depth up to which it has the tokens of the rollout.
+        last_shared = np.minimum(self.ends, shared[self.followed])  # (n,)
         passing = np.flatnonzero((self.starts <= last_shared) & (self.starts >= 0))
         followed: list[list[float]] = [[] for _ in response]
         diverged: list[list[tuple[int, float]]] = [[] for _ in response]
@@ -147,6 +164,7 @@ class _Walkers:
                 followed[position].append(reward)
             depth = int(last_shared[walker])
             if depth < len(response):
+                # The walker's next token is a token of another response, or its first token outside the tree.
                 follows_another = self.ends[walker] > depth
                 token = responses[self.followed[walker]][depth] if follows_another else self.exit_tokens[walker]
                 diverged[depth].append((int(token), reward))
@@ -157,16 +175,20 @@ class _Walkers:
 class _TreeWalk:
     """Moves all walkers of one problem through the tree of its responses.
 
-    This happens when the object is created. Each walker moves until it leaves the tree or a response ends.
+    The walkers move when the object is created. Each walker moves until it leaves the tree or reaches the end of a
+    response.
     """
 
     monte_carlo: MonteCarlo
     states: Sequence[State]
+    """The states of the problem that are evaluated."""
     iteration: int
+    """Index of the iteration, from which the seeds are derived."""
     exits: list[_Exit] = field(default_factory=list)
-    """The places at which walkers leave the tree."""
+    """One entry for each state at which walkers leave the tree."""
     pools: dict[Key, np.ndarray] = field(default_factory=dict)
-    """Indices of the K walkers that pass through each state; empty for a state at the length limit."""
+    """Dictionary from the key of each evaluated state to the indices of the K walkers that pass through the state,
+    shape (K,). The array is empty if the state is at the length limit."""
 
     def __post_init__(self) -> None:
         self.problem, self.prompt_ids = self.states[0].problem, self.states[0].prompt_ids
@@ -175,18 +197,22 @@ class _TreeWalk:
             assert state.rollout is not None, "ReusingMonteCarlo needs the rollout of every state"
             response = state.rollout.response_ids
             depths_by_response.setdefault(response, (state.rollout, set()))[1].add(len(state.response_ids))
+        # The order is that of the token ids, which `_next_place` needs.
         branches = [_Branch(rollout, sorted(depths)) for _, (rollout, depths) in sorted(depths_by_response.items())]
         # At most K walkers start at each state.
         size = self.monte_carlo.num_mc_rollouts * len({state.key for state in self.states})
+        # Keys of the walkers' random numbers (see `uniforms`), (size,).
         self.keys = np.zeros(size, dtype=np.uint64)
         self.walkers = _Walkers(size)
         self.num_started = 0
+        # Each entry has the arguments of `_advance` for one place. The first place is the prompt, which has depth 0 and
+        # which no walkers have reached yet.
         stack = [(branches, 0, np.zeros(0, dtype=np.int64))]
         while stack:
             stack.extend(self._advance(*stack.pop()))
 
     def values(self) -> Iterator[tuple[Key, Value]]:
-        """Yield the key and the value of every state. The rewards of all walkers must be known."""
+        """Yield (key, value) of every evaluated state. The rewards of all walkers must be known."""
         for key, pool in self.pools.items():
             yield key, Value(float(self.walkers.rewards[pool].mean()) if len(pool) else 0.0, len(pool))
 
@@ -195,12 +221,12 @@ class _TreeWalk:
     ) -> Iterator[tuple[list[_Branch], int, np.ndarray]]:
         """Move walkers from one place of the tree to the next places.
 
-        A place is a state that is evaluated, a fork, or the end of a response.
+        If the place is a state that is evaluated, new walkers start there.
 
         Args:
             branches: the responses that pass through this place. Their first `depth` tokens are equal.
             depth: depth of this place.
-            walkers: indices of the walkers that arrive at this place.
+            walkers: indices of the walkers that arrive at this place, shape (n,).
         Yields:
             The arguments of this method for each of the next places.
         """
@@ -214,6 +240,9 @@ class _TreeWalk:
         children: dict[int, list[_Branch]] = {}
         for branch in branches:
             children.setdefault(branch.rollout.response_ids[depth], []).append(branch)
+        # Each next token of the tree has an interval within [0, 1) whose length is the probability of the token. A
+        # walker takes the token whose interval contains its random number. In the remaining interval it leaves the
+        # tree.
         uniform = uniforms(self.keys[walkers], depth)  # (n,)
         total = 0.0
         for token in sorted(children):
@@ -225,14 +254,21 @@ class _TreeWalk:
         self._leave(response, depth, tuple(sorted(children)), walkers[uniform >= total])
 
     def _follow(self, rollout: Rollout, start: int, end: int, walkers: np.ndarray) -> np.ndarray:
-        """Move walkers along the tokens [start, end) of a path without forks, and return those that reach `end`.
+        """Move walkers along a path without forks. Some of them leave the tree on the way.
 
-        The other walkers leave the tree.
+        Args:
+            rollout: a rollout whose response contains the path.
+            start: depth at which the path starts.
+            end: depth at which the path ends.
+            walkers: indices of the walkers at the start of the path, shape (n,).
+        Returns:
+            Indices of the walkers that reach the end of the path.
         """
         if start == end or not len(walkers):
             return walkers
         probabilities = np.exp(np.array(rollout.sampler_logprobs[start:end]))  # (T,)
         leaves = uniforms(self.keys[walkers][:, None], np.arange(start, end)) >= probabilities  # (n, T)
+        # For each walker, the number of tokens of the path before the first token at which it leaves the tree.
         num_followed = np.where(leaves.any(1), leaves.argmax(1), end - start)  # (n,)
         for offset in np.unique(num_followed[num_followed < end - start]).tolist():
             position = start + offset
@@ -241,9 +277,18 @@ class _TreeWalk:
         return walkers[num_followed == end - start]
 
     def _start_missing(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
-        """Start as many new walkers at a state as are missing to K, and return all walkers at the state."""
+        """Start new walkers at a state that is evaluated, so that K walkers pass through the state.
+
+        Args:
+            walkers: indices of the walkers that arrive at the state, at most K.
+            response_ids: token ids of the state's response prefix.
+        Returns:
+            Indices of all walkers at the state, shape (K,). At the length limit no walkers start, and the result is
+            `walkers`.
+        """
         state = State(self.problem, self.prompt_ids, response_ids)
-        if len(response_ids) >= self.monte_carlo.max_new_tokens:  # truncated by the length limit: the value is 0
+        if len(response_ids) >= self.monte_carlo.max_new_tokens:
+            # A response cannot continue at the length limit. An empty pool gives the state the value 0.
             self.pools[state.key] = np.zeros(0, dtype=np.int64)
             return walkers
         num_missing = self.monte_carlo.num_mc_rollouts - len(walkers)
@@ -257,11 +302,13 @@ class _TreeWalk:
         return pool
 
     def _leave(self, response: tuple[int, ...], depth: int, excluded: tuple[int, ...], walkers: np.ndarray) -> None:
-        """Record that walkers leave the tree at a depth, and the request that samples their remaining tokens.
+        """Record that walkers leave the tree, and build the request that samples their remaining tokens.
 
         Args:
-            response: a response that the walkers follow up to this depth.
-            excluded: the tokens that follow this place in the tree.
+            response: a response that the walkers follow up to the state at which they leave the tree.
+            depth: depth of this state.
+            excluded: ids of the tokens that come next in the tree.
+            walkers: indices of the walkers, shape (n,).
         """
         if not len(walkers):
             return
@@ -273,15 +320,21 @@ class _TreeWalk:
 
 @dataclass(frozen=True)
 class _Branch:
-    """One response of the tree, and the depths of those states of the response that are evaluated."""
+    """One response of the tree, and its states that are evaluated."""
 
     rollout: Rollout
     depths: list[int]
+    """Depths of the evaluated states of the response, in ascending order."""
 
 
 def _next_place(branches: list[_Branch], depth: int) -> int:
-    """Return the depth of the first place after `depth`, on branches that share the token at `depth`."""
-    first, last = branches[0].rollout.response_ids, branches[-1].rollout.response_ids  # in lexicographic order
+    """Return the depth of the first place in the tree after `depth`.
+
+    Args:
+        branches: branches whose first `depth` + 1 tokens are equal, in the lexicographic order of their token ids.
+    """
+    # Because of the order, a token that the first and the last branch share is a token of all branches.
+    first, last = branches[0].rollout.response_ids, branches[-1].rollout.response_ids
     state_depths = [d for branch in branches for d in branch.depths if d > depth]
     limit = min([len(first), len(last), *state_depths])
     end = depth + 1

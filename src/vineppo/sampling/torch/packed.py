@@ -1,9 +1,13 @@
-"""Temporary copies of weights that make sampling faster.
+"""Make sampling faster with temporary copies of the weights of linear layers.
 
-Weights with LoRA adapters are merged with the adapters, and 16-bit weights on the CPU are packed. On the CPU, PyTorch
-reorders a 16-bit weight in every matrix product with few rows. Packing a weight means to reorder it once, before
-decoding, which uses the same weight hundreds of times. A product with 16 rows is then twice as fast, and a product with
-100 rows 20% faster. Packing does not help float32 weights or weights on an accelerator.
+There are two kinds of copies:
+
+- Merged: the weight of a layer with LoRA adapters plus the product of the adapter matrices. One matrix product then
+  replaces three.
+- Packed: a 16-bit weight on the CPU in the memory layout that oneDNN needs for matrix products. Without packing,
+  PyTorch converts the weight to this layout in every product with few rows, hundreds of times while it decodes.
+  With packing, a product with 16 rows is twice as fast, and a product with 100 rows is 20% faster. Packing does not
+  help float32 weights or weights on an accelerator.
 """
 
 from __future__ import annotations
@@ -19,19 +23,20 @@ from torch.nn import functional as F
 from vineppo.model.hardware import cpu_multiplies
 
 _PACKING = ("_reorder_linear_weight", "_linear_pointwise")
-"""oneDNN operations that reorder a weight and multiply by a reordered weight."""
+"""Names of the two oneDNN operations in `torch.ops.mkldnn` that pack a weight and that multiply by a packed weight."""
 
 
 @contextlib.contextmanager
 def packed_weights(model: Any) -> Iterator[None]:
-    """Context manager in which linear layers of the model use faster copies of their weights, without gradients.
+    """Context manager in which the linear layers of a model compute with merged and packed copies of their weights.
 
-    A weight with LoRA adapters (peft) is merged with them, so that one matrix product replaces three. A 16-bit weight
-    on a CPU with oneDNN is packed. The copies are deleted when the context ends. The weights of the model must not
-    change within the context.
+    Layers whose weights can be neither merged nor packed compute as usual. The copies have no gradients and are deleted
+    when the context ends. The weights of the model must not change within the context, because the copies would not
+    change.
     """
     patched = []
     merged = [module for module in model.modules() if _mergeable(module)]
+    # A merged layer does not call the modules inside it, so these need no copies.
     inside = {id(module) for layer in merged for module in layer.modules()} - set(map(id, merged))
     try:
         for module in model.modules():
@@ -42,11 +47,16 @@ def packed_weights(model: Any) -> Iterator[None]:
         yield
     finally:
         for module in patched:
+            # Without this attribute, `module.forward` is the method of the class again.
             module.__dict__.pop("forward", None)
 
 
 def _mergeable(module: Any) -> bool:
-    """Return whether a module is a linear layer with LoRA adapters that can be merged into its weight."""
+    """Return whether a module is a linear layer with LoRA adapters (peft) that can be merged into its weight.
+
+    The result is False if the adapters are disabled or already merged, or if one of them uses DoRA, whose effect is
+    not a sum of weights. It is also False if `forward` has been replaced.
+    """
     base = getattr(module, "base_layer", None)
     return (
         type(base) is nn.Linear
@@ -59,14 +69,21 @@ def _mergeable(module: Any) -> bool:
 
 
 def _merged(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the weight of a linear layer with the active adapters added, and the bias."""
+    """Return (weight, bias) of a linear layer with LoRA adapters, where the weight includes the active adapters.
+
+    The weight has the shape (out, in) and the dtype of the layer. The sum is computed in float32.
+    """
     base = module.base_layer
     delta = sum(module.get_delta_weight(name).float() for name in module.active_adapters if name in module.lora_A)
     return (base.weight.detach().float() + delta).to(base.weight.dtype), base.bias
 
 
 def _packable(module: Any) -> bool:
-    """Return whether a module is a 16-bit `nn.Linear` on the CPU (no subclass) whose `forward` is not replaced yet."""
+    """Return whether a module is a linear layer whose weight can be packed.
+
+    The module must be an `nn.Linear` (no subclass) with a 16-bit weight on the CPU. Its `forward` must not have been
+    replaced.
+    """
     return (
         type(module) is nn.Linear
         and "forward" not in module.__dict__
@@ -76,12 +93,16 @@ def _packable(module: Any) -> bool:
 
 
 def _packs(dtype: torch.dtype) -> bool:
-    """Return whether this CPU and this version of PyTorch can multiply by packed weights of the dtype."""
+    """Return whether this CPU and this version of PyTorch can pack weights of a dtype and multiply by them."""
     return cpu_multiplies(dtype) and all(hasattr(torch.ops.mkldnn, name) for name in _PACKING)
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that computes F.linear with a weight of shape (out, in). The weight is packed if possible."""
+    """Return a function that computes `F.linear(x, weight, bias)` for any x of shape (..., in).
+
+    Args:
+        weight: shape (out, in). It is packed if its device and dtype allow it.
+    """
     if weight.device.type != "cpu" or not _packs(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     operations = torch.ops.mkldnn

@@ -1,14 +1,23 @@
 """The PyTorch sampler, which is fast at sampling many continuations of few prefixes.
 
-The sampler uses the weights of a policy in the same process. The keys and values of each prefix are computed once for
-all samples. If a longer prefix begins with a shorter one, as for the states of a response, only the longer prefix is
-computed. Finished sequences are removed from the batch. Token t of sample j is drawn with one uniform random number
-that depends only on (request seed, j, t), so a sample does not depend on other sequences in the batch, except for
-rounding of the logits.
+The sampler uses the weights of a policy in the same process. The attention keys and values of a prefix are computed
+once for all its samples. If a prefix begins with another prefix, as later states of a response begin with earlier ones,
+only the longer one is computed. Finished sequences are removed from the batch. Token t of sample j is drawn with one
+uniform random number that depends only on (request seed, j, t). A sample therefore does not depend on other sequences
+in the batch, except for rounding of the logits.
 
-Terms used in this module: A *row* is one sample being decoded. A *trunk* is a token sequence that is computed
-once: a prefix that may begin with several shorter prefixes. A *wave* is a set of trunks whose rows are decoded in one
-batch.
+Terms used in this module:
+
+- A *row* is one sample that is being decoded.
+- A *trunk* is a token sequence whose keys and values are computed once. The prefix of a row consists of the first
+  tokens of a trunk, so rows with different prefixes can share a trunk.
+- The *branch* of a row holds the keys and values of the tokens that were sampled for the row.
+- A *wave* is a set of trunks whose rows are decoded in one batch. Waves are decoded one after another.
+- The *tree* (class `KVTree` in tree.py) holds the keys and values of the trunks and branches of one wave.
+- The *position* of a sampled token is its index in the completion, counted from 0.
+
+Letters in shapes: M trunks, L tokens of the longest trunk, N rows of a wave, B' unfinished rows, B rows of a tensor, V
+tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,11 +41,15 @@ from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
 _KEEP_SHARE = 0.85
-"""Finished rows are removed from the tree when at most this share of the rows is unfinished."""
+"""Finished rows are removed from the tree when at most this share of the rows in the tree is unfinished."""
 _BLOCK = 256
-"""Number of vocabulary entries per block when a token is drawn."""
-_LOGITS_AT_ONCE = 1 << 19
-"""Maximum number of logits from which tokens are drawn at once; this number of logits fits into the CPU cache."""
+"""Block size of `invert`. If the vocabulary is larger, `invert` draws a token in two stages: first the block of this
+many tokens that contains the token, then the token in the block."""
+_LOGITS_AT_ONCE = {"cpu": 1 << 19}
+"""Maximum number of logits that `draw` processes at once, by type of device. On a CPU they fit into its cache as
+float32 numbers (2 MiB)."""
+_LOGITS_AT_ONCE_ELSEWHERE = 1 << 28
+"""The same for other devices, where a call takes longer than the work in it. The float32 numbers take 1 GiB."""
 
 
 class LanguageModel(Protocol):
@@ -45,6 +58,7 @@ class LanguageModel(Protocol):
     model: Any
     """A transformers causal language model."""
     codec: Codec
+    """Decodes token ids, and knows the end-of-sequence tokens."""
 
     @property
     def device(self) -> torch.device:
@@ -54,28 +68,28 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class _Row:
-    """One sample to decode."""
+    """One sample that is being decoded."""
 
     request: int
-    """Index of its request."""
+    """Index of the sample's request among the requests that `TorchSampler.sample` received."""
     sample: int
-    """Index of the sample in its request."""
+    """Index of the sample among the samples of the request, counted from 0."""
     prefix_length: int
-    """Number of tokens of the row's prefix. The prefix consists of the first tokens of the row's trunk."""
+    """Number of tokens of the row's prefix, which consists of the first tokens of the row's trunk."""
     budget: int
     """Maximum number of new tokens."""
 
 
 @dataclass(frozen=True)
 class _Trunk:
-    """A token sequence that is computed once, and the rows whose prefixes are prefixes of it."""
+    """A token sequence whose keys and values are computed once, and the rows whose prefixes are its first tokens."""
 
     token_ids: tuple[int, ...]
     rows: tuple[_Row, ...]
 
     @property
     def budget(self) -> int:
-        """The largest budget of its rows."""
+        """The largest `budget` of the trunk's rows."""
         return max(row.budget for row in self.rows)
 
 
@@ -83,8 +97,8 @@ class TorchSampler:
     """Samples with the weights of a policy in the same process; implements `types.Sampler`.
 
     Args:
-        policy: the policy. Its weights are shared, not copied, so every call uses its current weights.
-        max_rows: maximum number of sequences decoded at once. If there are more, they are divided into waves.
+        policy: the policy. Its weights are shared and not copied, so every call of `sample` uses the current weights.
+        max_rows: maximum number of rows of a wave.
         kv_memory: maximum number of bytes of the keys and values of a wave.
     """
 
@@ -103,7 +117,11 @@ class TorchSampler:
             )
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Store the version; the weights are shared with the policy."""
+        """Store `version`, the number of policy updates that the weights include.
+
+        The function `weights`, which returns the new weights, is not called, because the sampler uses the tensors of
+        the policy.
+        """
         self.version = version
 
     @torch.no_grad()
@@ -113,8 +131,10 @@ class TorchSampler:
         """Return one list of `num_samples` completions per request, in the order of the requests.
 
         A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
-        `on_finished`. Requests with different temperatures or stop strings are decoded as in separate calls.
+        `on_finished`. Requests with different temperatures or stop strings are never decoded in the same batch.
 
+        Args:
+            on_finished: called with completions as soon as they end; each completion is passed once.
         Raises:
             UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
         """
@@ -136,7 +156,7 @@ class TorchSampler:
     def _kv_tokens(self) -> int:
         """Return the number of tokens whose keys and values fit into `kv_memory`.
 
-        Without tree attention no keys and values are stored, and the result is a very large number.
+        Without tree attention, no keys and values are stored. The result is then so large that it is no limit.
         """
         if not self.tree_attention:
             return 1 << 62
@@ -144,9 +164,16 @@ class TorchSampler:
 
 
 class _Wave:
-    """Decodes M trunks with N rows in total. All requests must have the same temperature and stop strings.
+    """Decodes the N rows of one wave, which must have the same temperature and stop strings.
 
-    The rows are in the order of their trunks. B' is the number of rows that are unfinished at some position.
+    The rows are in the order of their M trunks. Arrays with one entry per row have the shape (N,). At each position, B'
+    of the N rows are unfinished.
+
+    Args:
+        sampler: the sampler whose policy is used.
+        requests: all requests of the call of `sample`. A row refers to its request by its index in this list.
+        trunks: the trunks of the wave, with their rows.
+        on_finished: function that is called with the completions that end at a position; None: no function.
     """
 
     def __init__(
@@ -161,37 +188,46 @@ class _Wave:
         self.device = sampler.policy.device
         self.trunks = trunks
         self.rows: list[_Row] = [row for trunk in trunks for row in trunk.rows]
+        # Index of the trunk of each row.
         self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
         self.budgets = np.array([row.budget for row in self.rows])
+        # The random number for position t of a row depends only on t and on this key of the row, which is computed from
+        # the seed of the request and the index of the sample.
         self.keys = stream_keys(
             np.array([requests[row.request].seed for row in self.rows], dtype=np.uint64),
             np.array([requests[row.request].first_sample + row.sample for row in self.rows]),
         )
         first = requests[self.rows[0].request]
         self.temperature, self.stop = first.temperature, first.stop
-        # A stop string may begin in the response prefix.
+        # A stop string may begin in the part of the response that the prefix already contains. Therefore the last
+        # tokens of this part are needed for finding stop strings.
         window = max((len(text.encode()) for text in self.stop), default=0)
         self.tails = [_tail(requests[row.request], window) for row in self.rows]
+        # Index of a row -> token ids that must not be drawn at position 0.
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
         steps = int(self.budgets.max())
+        # The sampled tokens and their log-probabilities, shape (N, largest budget).
         self.token_ids = np.zeros((len(self.rows), steps), dtype=np.int64)
         self.logprobs = np.zeros((len(self.rows), steps), dtype=np.float32)
+        # For each row: number of sampled tokens, whether the row is finished, and whether a token ended it (an
+        # end-of-sequence token, or one that completed a stop string) and not its budget.
         self.counts = np.zeros(len(self.rows), dtype=np.int64)
         self.finished = np.zeros(len(self.rows), dtype=bool)
         self.stopped = np.zeros(len(self.rows), dtype=bool)
 
     def run(self) -> list[tuple[_Row, Completion]]:
-        """Decode until all rows have finished, and return the completion of each row."""
+        """Decode until all rows are finished. Return a pair (row, completion) for each row."""
         decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
         for position, (logits, alive) in enumerate(decode()):
             self._sample_tokens(logits, alive, position)
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
     def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """For each position yield the logits (B', V) of the unfinished rows and the indices (B',) of these rows.
+        """For each position, yield the logits (B', V) of the unfinished rows and the indices (B',) of these rows.
 
-        Finished rows are removed from the tree only when there are enough of them, because removal copies the branches.
+        The caller must draw a token for each of these rows (`_sample_tokens`) before it asks for the next position.
+        Finished rows are not removed from the tree at every position, because each removal copies the other branches.
         """
         with tree_mode(self.model):
             tree, logits = self._prefill()
@@ -205,7 +241,9 @@ class _Wave:
                 if active.mean() <= _KEEP_SHARE:
                     tree.keep(self._on_device(np.flatnonzero(active)))
                     rows = rows[active]
-                # A finished row in the tree stays at its last position: the next one may exceed the context.
+                # A finished row that is still in the tree is computed, too, and its logits are ignored. Its last token
+                # is computed again at the same place in the sequence, because the next place may exceed the maximum
+                # length of the model.
                 ids = self.token_ids[rows, self.counts[rows] - 1]
                 positions = self.prefix_lengths[rows] + self.counts[rows] - 1
                 logits = self.model(
@@ -217,10 +255,10 @@ class _Wave:
                 tree.length += 1
 
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
-        """Compute the keys and values of the trunks.
+        """Compute the keys and values of the trunks, and the logits of the first token of each row.
 
         Returns:
-            (tree with these keys and values, logits after the prefix of each row with shape (N, V)).
+            (tree with the keys and values of the trunks, logits of shape (N, V)).
         """
         token_ids = pad([trunk.token_ids for trunk in self.trunks], torch.int64, self.device)  # (M, L)
         tree = KVTree(
@@ -229,20 +267,23 @@ class _Wave:
             token_ids.shape[1],
             int(self.budgets.max()),
         )
+        # Several rows can have the same prefix. The logits after each different prefix are computed once.
         select = np.zeros(token_ids.shape, dtype=bool)
         last_tokens = self.trunk_of, self.prefix_lengths - 1
         select[last_tokens] = True
-        indices = (select.reshape(-1).cumsum() - 1).reshape(select.shape)  # (M, L): index of each selected position
-        logits = selected_logits(self.model, token_ids, self._on_device(select), tree=tree)  # (prefixes, V)
+        # (M, L): for each selected token, the row in `logits` below.
+        indices = (select.reshape(-1).cumsum() - 1).reshape(select.shape)
+        logits = selected_logits(self.model, token_ids, self._on_device(select), tree=tree)  # (different prefixes, V)
         return tree, logits[self._on_device(indices[last_tokens])]
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        """Convert a NumPy array to a tensor on the device of the policy."""
         return torch.from_numpy(array).to(self.device)
 
     def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """Yield the same as `_decode_tree` for models without tree support.
+        """Yield the same as `_decode_tree`, for a model that does not support tree attention.
 
-        The whole sequence is recomputed for every token.
+        The whole sequence of every unfinished row is computed again for each token, without stored keys and values.
         """
         prefixes = [trunk.token_ids[: row.prefix_length] for trunk in self.trunks for row in trunk.rows]
         while not self.finished.all():
@@ -254,7 +295,13 @@ class _Wave:
             yield selected_logits(self.model, token_ids, select), alive
 
     def _sample_tokens(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
-        """Draw and store one token for each unfinished row (`alive`), and mark the rows that have finished."""
+        """Draw and store one token for each unfinished row, and mark the rows that this token finishes.
+
+        Args:
+            logits: logits of the unfinished rows, shape (B', V).
+            alive: indices of the unfinished rows, shape (B',).
+            position: index of the new token in the completion.
+        """
         if position == 0 and self.excluded:
             logits = self._without_excluded(logits, alive)
         drawn, logprobs = draw(logits, self.temperature, uniforms(self.keys[alive], position))
@@ -271,7 +318,7 @@ class _Wave:
             self.on_finished([(self.rows[i].request, self._completion(i)) for i in ended])
 
     def _without_excluded(self, logits: torch.Tensor, alive: np.ndarray) -> torch.Tensor:
-        """Return the logits (B', V) of the first position, with -inf for the excluded tokens of each row."""
+        """Return a copy of the logits (B', V) of position 0, with -inf for the excluded tokens of each row."""
         pairs = [(index, token) for index, row in enumerate(alive) for token in self.excluded.get(row, ())]
         batch_indices, tokens = torch.tensor(pairs, device=logits.device).T
         logits = logits.clone()
@@ -279,10 +326,10 @@ class _Wave:
         return logits
 
     def _ends_with_stop(self, row: int) -> bool:
-        """Return whether the last token completed a stop string.
+        """Return whether the last token of a row completed a stop string.
 
-        If the longest stop string has n bytes, only the last n + 1 tokens are decoded. These suffice, because a token
-        has at least one byte.
+        If the longest stop string has n bytes, it is spread over at most n tokens, because a token has at least one
+        byte. One more token is decoded, because some decoders drop a space at the start of a text.
         """
         window = 1 + max(len(text.encode()) for text in self.stop)
         last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
@@ -290,6 +337,7 @@ class _Wave:
         return any(stop in text for stop in self.stop)
 
     def _completion(self, row: int) -> Completion:
+        """Return the completion of a finished row."""
         n = self.counts[row]
         return Completion(
             token_ids=tuple(self.token_ids[row, :n].tolist()),
@@ -303,17 +351,20 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
     """Draw one token per row by inverting the cumulative distribution, with one random number per row.
 
     Args:
-        logits: shape (B, V).
+        logits: next-token logits, shape (B, V).
         temperature: sampling temperature; 0 selects the most likely token.
         uniform: random numbers in [0, 1), shape (B,).
     Returns:
-        (token ids (B,), log-probabilities (B,) of these tokens under the distribution that they were sampled from).
+        (token ids, log-probabilities), each of shape (B,). The log-probabilities are in nats, under the distribution
+        that the tokens were drawn from; they are 0 at temperature 0.
     """
     if temperature == 0:
         best = logits.argmax(-1).cpu().numpy()
         return best, np.zeros(len(best), dtype=np.float32)
-    size = max(1, min(len(logits), _LOGITS_AT_ONCE // logits.shape[1]))
-    # All parts share one buffer, because allocating memory takes longer than the computation in it.
+    limit = _LOGITS_AT_ONCE.get(logits.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
+    size = max(1, min(len(logits), limit // logits.shape[1]))
+    # The rows are divided into parts of `size` rows. All parts use the same memory, because allocating memory takes
+    # longer than the computation in it.
     weights = torch.empty(size, logits.shape[1], device=logits.device)
     parts = [
         _draw(logits[start : start + size], temperature, uniform[start : start + size], weights)
@@ -325,56 +376,71 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
 def _draw(
     logits: torch.Tensor, temperature: float, uniform: np.ndarray, memory: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Do the work of `draw` for some of the rows, at a temperature above 0.
+
+    Args:
+        memory: float32 tensor with at least as many rows as `logits`, and V columns. Its content is overwritten.
+    """
     weights = memory[: len(logits)].copy_(logits)  # (B, V), float32
     if temperature != 1:
         weights /= temperature
     highest = weights.amax(-1, keepdim=True)  # (B, 1)
     weights.sub_(highest).exp_()
     drawn, total = invert(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
-    # Computed from the logit, because the exponential of a very negative logit has lost precision.
+    # The log-probability is computed from the logit and not from the weight, because the weight of a very unlikely
+    # token is so small that it has lost precision.
     logprobs = (logits.gather(1, drawn).float() / temperature - highest).double() - total.log()  # (B, 1)
     return drawn.squeeze(1).cpu().numpy(), logprobs.squeeze(1).float().cpu().numpy()
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each row the first entry at which the cumulative sum exceeds `uniform` times the total of the row.
+    """Draw one index per row, with probabilities proportional to the weights of the row.
 
-    A long row is divided into blocks. The sums of the blocks determine the block that contains the entry, and then the
-    entry is searched in this block. This avoids a cumulative sum over the whole row, which is slow for large
+    The result is the first index at which the cumulative sum of the weights exceeds `uniform` times the sum of the row.
+    A long row is divided into blocks. The sums of the blocks determine the block that contains the index, and then the
+    index is searched in this block. This avoids a cumulative sum over the whole row, which is slow for large
     vocabularies.
 
     Args:
         weights: numbers of at least 0, not all 0 in a row, shape (B, V).
         uniform: random numbers in [0, 1), float64, shape (B, 1).
     Returns:
-        (indices (B, 1), totals of the rows (B, 1) in float64). The weight at each returned index is above 0.
+        (indices, sums of the rows in float64), each of shape (B, 1). The weight at each returned index is above 0.
     """
     B, V = weights.shape
     if V <= _BLOCK:
         sums = weights.cumsum(-1, dtype=torch.float64)  # (B, V)
         return _first_above(sums, uniform * sums[:, -1:]), sums[:, -1:]
-    blocks = F.pad(weights, (0, -V % _BLOCK)).view(B, -1, _BLOCK)  # (B, blocks, _BLOCK); no copy if V fits
-    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, blocks)
+    padded = F.pad(weights, (0, -V % _BLOCK)) if V % _BLOCK else weights
+    blocks = padded.view(B, -1, _BLOCK)  # (B, number of blocks, _BLOCK)
+    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, number of blocks)
     level = uniform * sums[:, -1:]  # (B, 1)
     block = _first_above(sums, level)  # (B, 1)
-    before = F.pad(sums, (1, 0)).gather(1, block)  # (B, 1)
+    before = F.pad(sums, (1, 0)).gather(1, block)  # (B, 1): sum of all weights before the block
+    # Cumulative sums within the block, shape (B, _BLOCK).
     inside = blocks.gather(1, block[:, :, None].expand(B, 1, _BLOCK)).squeeze(1).cumsum(-1, dtype=torch.float64)
     return block * _BLOCK + _first_above(inside, level - before), sums[:, -1:]
 
 
 def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    """Return for each row the index of the first cumulative sum above the level, shape (B, 1).
+    """Return for each row the index of the first cumulative sum above the row's level, shape (B, 1).
 
-    The index is never that of an entry of 0. The cumulative sums have the shape (B, n) and the levels (B, 1).
+    Args:
+        sums: cumulative sums of n weights of at least 0, shape (B, n). The weight at the returned index is never 0.
+        level: one number per row, at least 0 and about at most the last cumulative sum, shape (B, 1).
     """
     total = sums[:, -1:]
-    # Rounding may raise a level to the total, and no cumulative sum is above the total.
+    # Rounding may raise a level to the total or above it. No cumulative sum is above the total, so the level is then
+    # lowered to the largest number below the total.
     level = torch.minimum(level, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
 
 def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
-    """Return the indices of the requests, grouped by temperature and stop strings; each group is decoded separately."""
+    """Return the indices of the requests in groups with equal temperature and stop strings.
+
+    Only requests of the same group may be decoded in one wave.
+    """
     groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault((request.temperature, request.stop), []).append(i)
@@ -382,7 +448,11 @@ def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
 
 
 def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_Trunk]:
-    """Return the trunks and rows of the requests at these indices. A trunk begins with the prefixes of its rows."""
+    """Return the trunks, with their rows, of the requests with the given indices.
+
+    Every prefix becomes a trunk, except for a prefix with which a longer prefix begins. The rows of such a prefix use
+    the trunk of the longer prefix.
+    """
     rows_by_prefix: dict[tuple[int, ...], list[_Row]] = {}
     for i in indices:
         request = requests[i]
@@ -391,7 +461,8 @@ def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_
                 _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)
             )
     trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
-    # In descending order, a prefix comes directly after the longer sequences that begin with it.
+    # In descending order, a prefix comes directly after the longer prefixes that begin with it. Therefore comparing it
+    # with the last trunk suffices.
     for ids in sorted((ids for ids, rows in rows_by_prefix.items() if rows), reverse=True):
         if not trunks or trunks[-1][0][: len(ids)] != ids:
             trunks.append((ids, []))
@@ -400,7 +471,7 @@ def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_
 
 
 def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
-    """Return the last ids of the response prefix of a request, at most `length` of them."""
+    """Return the last ids of the part of the response that the request's prefix contains, at most `length` ids."""
     size = min(length, request.response_tokens)
     return request.prompt_ids[-size:] if size else ()
 
@@ -414,10 +485,15 @@ def kv_bytes_per_token(model: Any) -> int:
 
 
 def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[_Trunk]]:
-    """Divide the trunks into waves of trunks with similar numbers of rows.
+    """Divide the trunks into waves, and yield each wave as a list of trunks.
 
-    A wave has at most `max_rows` rows, and its keys and values have room for at most `kv_tokens` tokens. Trunks are
-    padded to the longest trunk of the wave, and branches to the largest budget.
+    The trunks of a wave have similar numbers of rows, so that the tree has few empty places (see `KVTree`). A trunk
+    whose rows do not fit into one wave is first divided into several trunks.
+
+    Args:
+        max_rows: maximum number of rows of a wave.
+        kv_tokens: limit on the size of a wave in tokens. The size is (number of trunks x length of the longest trunk) +
+            (number of rows x largest budget).
     """
     pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
     wave: list[_Trunk] = []
@@ -431,7 +507,11 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[
 
 
 def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
-    """Divide the rows of a trunk so that each part, together with the trunk, fits into one wave."""
+    """Yield copies of a trunk with parts of its rows, such that each copy fits into one wave.
+
+    Raises:
+        UserError: if not even the trunk with one row fits.
+    """
     length, budget = len(trunk.token_ids), trunk.budget
     size = min(max_rows, (kv_tokens - length) // budget)
     if size < 1:
@@ -444,6 +524,7 @@ def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
 
 
 def _fits(wave: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> bool:
+    """Return whether the trunks fit into one wave. The limits have the same meaning as in `_waves`."""
     rows = sum(len(trunk.rows) for trunk in wave)
     trunks = len(wave) * max(len(trunk.token_ids) for trunk in wave)
     return rows <= max_rows and trunks + rows * max(trunk.budget for trunk in wave) <= kv_tokens

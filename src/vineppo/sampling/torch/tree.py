@@ -1,12 +1,21 @@
-"""Attention over a tree of keys and values. The tree has trunks, which many rows share, and one branch per row.
+"""Tree attention: attention for decoding many sequences that share prefixes. The sampler in sampler.py uses it.
 
-A row is a sequence that is being decoded. A trunk is a token sequence whose keys and values are computed once; the
-prefix of every row is a prefix of one trunk. The branch of a row holds the keys and values of the tokens sampled for
-it. Attention to the trunk and to the branch is computed separately and combined exactly by means of the log-sum-exps,
-so the keys of a trunk are read once for all its rows and are never copied per row.
+Terms used in this module:
 
-The attention is registered in transformers' attention interface, so it works with the unchanged modules of any
+- A *row* is one sequence that is being decoded: a prefix and the tokens sampled so far.
+- A *trunk* is a token sequence whose keys and values are computed once. The prefix of a row consists of the first
+  tokens of a trunk, and many rows can share a trunk.
+- The *branch* of a row holds the keys and values of the tokens that were sampled for the row.
+
+The attention of a row to its trunk and to its branch is computed separately. The two results are then combined exactly
+by means of their log-sum-exps (the logarithms of the softmax denominators). Therefore the keys and values of a trunk
+are read once for all its rows, and are not copied for each row.
+
+Tree attention is registered in the attention interface of transformers, so it works with the unchanged modules of any
 architecture that uses this interface.
+
+Letters in shapes: M trunks, L tokens of the longest trunk, B rows, R rows of the trunk with the most rows, H query
+heads, Hkv key-value heads, d dimensions of a head, q queries, k keys, T tokens, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,20 +29,26 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 NAME = "vineppo_tree"
+"""Name of tree attention in the attention interface of transformers."""
 _TRIAL_TOKENS = 8
+"""Number of tokens of the test sequence of `tree_supported`."""
 _TRIAL_DISTANCE = 0.05
-"""Largest accepted total variation distance between next-token distributions in float32: above the effect of rounding,
-below that of a wrong attention."""
+"""Largest total variation distance between two next-token distributions that `tree_supported` accepts in float32. The
+effect of rounding is smaller, and the effect of a wrong attention is larger."""
 _TRIAL_DISTANCE_ROUNDED = 0.3
-"""The same limit for 16-bit weights. For SmolLM2-135M the distance is below 1e-6 in float32 and 0.10 in bfloat16."""
+"""The same limit for 16-bit weights. As an example, the distance for SmolLM2-135M is below 1e-6 in float32 and 0.10 in
+bfloat16."""
 
 
 class KVTree:
-    """Keys and values of one wave: M trunks, and B rows in the order of their trunks.
+    """Keys and values of M trunks and of the branches of B rows. The rows are in the order of their trunks.
 
-    Shapes per layer: trunks (M, Hkv, L, d); branches (B, Hkv, capacity, d), of which the first `length` tokens are
-    used. Attention to the trunks needs the same number of rows per trunk, so the queries of the rows are copied into a
-    tensor of M x R places, with R the largest number of rows of one trunk; some of the places may be empty.
+    For each layer of the model, the keys of the trunks have the shape (M, Hkv, L, d), and those of the branches
+    (B, Hkv, capacity, d). Of the capacity, the first `length` tokens are used. The values have the same shapes.
+
+    Attention to the trunks is one batched matrix product over the trunks, which needs the same number of rows for every
+    trunk. Therefore the queries of the rows are copied into a tensor with R *places* for each trunk. A trunk with fewer
+    than R rows has empty places.
     """
 
     def __init__(
@@ -42,49 +57,61 @@ class KVTree:
         """Create a tree without keys and values.
 
         Args:
-            trunk_of: index of the trunk of each row, ascending, every trunk at least once, shape (B,).
-            prefix_lengths: number of tokens of its trunk that each row uses, shape (B,).
-            trunk_length: L.
-            branch_limit: maximum number of tokens of a branch, which limits the allocated memory.
+            trunk_of: index of the trunk of each row, shape (B,). The indices ascend, and every trunk occurs.
+            prefix_lengths: for each row, the number of tokens of its trunk that are the prefix of the row, shape (B,).
+            trunk_length: L, the number of tokens of the longest trunk.
+            branch_limit: maximum number of tokens of a branch. The capacity of the branches does not exceed it.
         """
+        # Dictionaries from the index of a layer to a tensor.
         self.trunk_keys: dict[int, torch.Tensor] = {}
         self.trunk_values: dict[int, torch.Tensor] = {}
         self.branch_keys: dict[int, torch.Tensor] = {}
         self.branch_values: dict[int, torch.Tensor] = {}
+        # Number of tokens in every branch. The caller increases it after each forward pass of the model.
         self.length = 0
         self.trunk_length, self.branch_limit = trunk_length, branch_limit
+        # Whether a layer has used sliding-window attention.
         self.windowed = False
         self._set_rows(trunk_of, prefix_lengths)
 
     def _set_rows(self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor) -> None:
+        """Store the trunk and the prefix length of each row, both of shape (B,), and assign a place to each row."""
         self.trunk_of, self.prefix_lengths = trunk_of, prefix_lengths
         counts = trunk_of.bincount()  # (M,)
-        first = counts.cumsum(0) - counts
+        first = counts.cumsum(0) - counts  # (M,): index of the first row of each trunk
         M, R = len(counts), int(counts.max())
+        # The index of each row's place among all M * R places.
         self.places = trunk_of * R + torch.arange(len(trunk_of), device=trunk_of.device) - first[trunk_of]  # (B,)
-        # An empty place attends to one token of its trunk, because a softmax over no tokens would be nan.
+        # For each place, the number of trunk tokens that its row may attend to. An empty place attends to one token,
+        # because a softmax over no tokens may be nan.
         self.lengths_by_place = prefix_lengths.new_ones(M * R).index_copy(0, self.places, prefix_lengths).view(M, R)
         self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def to_places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Copy one entry per row, shape (B, ...), to the places of the trunks, (M, R, ...); empty places are 0."""
+        """Copy a tensor with one entry per row to the places of the rows.
+
+        Args:
+            tensor: shape (B, ...).
+        Returns:
+            A tensor of shape (M, R, ...), which is 0 at empty places.
+        """
         M, R = self.lengths_by_place.shape
         spread = tensor.new_zeros(M * R, *tensor.shape[1:]).index_copy(0, self.places, tensor)
         return spread.view(M, R, *tensor.shape[1:])
 
     def from_places(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Invert `to_places`: return one entry per row, (B, ...), from the places of the trunks, (M, R, ...)."""
+        """Copy the entries at the places of the rows from a tensor of shape (M, R, ...), to the shape (B, ...)."""
         return tensor.flatten(0, 1)[self.places]
 
     def trunk_bias(self, groups: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """Return the attention bias of the trunk tokens, shape (M, 1, R * groups, L).
+        """Return the numbers that are added to the attention scores of the trunk tokens, shape (M, 1, R * groups, L).
 
-        The bias is 0 for tokens that a row may attend to, and -inf for others. It is cached until rows are removed.
-        With a sliding window it is not cached, because the window moves with every token.
+        The number is 0 for a token that the row at a place may attend to, and -inf for other tokens. Without a sliding
+        window the result is cached until rows are removed. A sliding window moves with every token.
 
         Args:
-            groups: number of query heads per key head.
-            window: size of the sliding window, or None.
+            groups: number of query heads per key-value head.
+            window: size of the sliding window in tokens, or None.
         """
         if window is None and (groups, dtype) in self._bias:
             return self._bias[groups, dtype]
@@ -92,6 +119,7 @@ class KVTree:
         lengths = self.lengths_by_place[:, :, None]  # (M, R, 1)
         visible = columns < lengths  # (M, R, L)
         if window is not None:
+            # The token that is being decoded has the position lengths + self.length.
             visible &= columns > lengths + self.length - window
         M, R, L = visible.shape
         visible = visible[:, None, :, None].expand(M, 1, R, groups, L).reshape(M, 1, R * groups, L)
@@ -101,11 +129,16 @@ class KVTree:
         return bias
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Keep only the given rows, shape (B',), ascending, and the trunks that they use."""
+        """Remove all rows except the given ones, and all trunks that no remaining row uses.
+
+        Args:
+            rows: indices of the B' rows to keep, ascending, shape (B',).
+        """
         trunks, trunk_of = self.trunk_of[rows].unique(return_inverse=True)
         prefix_lengths = self.prefix_lengths[rows]
         longest = int(prefix_lengths.max())
         if len(trunks) < len(self.lengths_by_place) or longest < self.trunk_length:
+            # The trunks are also cut to the longest prefix of a remaining row.
             for store in (self.trunk_keys, self.trunk_values):
                 for layer, tensor in store.items():
                     store[layer] = tensor[trunks, :, :longest].contiguous()
@@ -118,12 +151,19 @@ class KVTree:
         self._set_rows(trunk_of, prefix_lengths)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the key and value of one token, each (B, Hkv, 1, d), to the branches; return the whole branches."""
+        """Append the keys and values of one token per row to the branches of a layer.
+
+        Args:
+            key, value: shape (B, Hkv, 1, d).
+        Returns:
+            (keys, values) of the branches with the new token, each of shape (B, Hkv, length + 1, d).
+        """
         for store, tensor in ((self.branch_keys, key), (self.branch_values, value)):
             branch = store.get(layer)
             if branch is None:
                 branch = tensor.new_empty(*tensor.shape[:2], min(32, self.branch_limit), tensor.shape[3])
             if self.length == branch.shape[2]:
+                # The capacity is doubled, but does not exceed the limit.
                 added = min(self.length, self.branch_limit - self.length)
                 branch = torch.cat([branch, branch.new_empty(*branch.shape[:2], added, branch.shape[3])], dim=2)
             branch[:, :, self.length] = tensor[:, :, 0]
@@ -146,13 +186,26 @@ def tree_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute attention in place of transformers' functions: query (B, H, q, d), key and value (B, Hkv, q, d).
+    """Compute the attention of one layer. In `tree_mode`, the attention modules of transformers call this function.
 
-    The result has the shape (B, q, H, d). In the first call for a layer the sequences of the batch are the trunks, and
-    the attention is causal. In every later call they are the rows, with one new token each (q = 1).
+    In the first call for a layer, the sequences are the trunks: the first dimension is M, q is L, the attention is
+    causal, and the keys and values are stored in the tree. In every later call, the sequences are the rows, with one
+    new token each (q = 1).
 
+    Args:
+        module: the attention module; only its `layer_idx` is used.
+        query: shape (B, H, q, d).
+        key, value: shape (B, Hkv, q, d).
+        attention_mask: ignored, because the tree determines which tokens a query may attend to.
+        tree: the keys and values. They are extended by those of the new tokens.
+        scaling: factor of the attention scores; None means d ** -0.5.
+        softcap: if given, each score s is replaced by softcap * tanh(s / softcap).
+        sliding_window: number of most recent tokens that a query may attend to; None means all tokens.
+        s_aux: attention sinks, which are not supported.
+    Returns:
+        (attention output of shape (B, q, H, d), None in place of attention weights).
     Raises:
-        TypeError: if the model has attention sinks (`s_aux`), which are not supported.
+        TypeError: if `s_aux` is given.
     """
     if s_aux is not None:
         raise TypeError("tree attention does not support attention sinks")
@@ -176,13 +229,18 @@ def _prefill_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute causal attention within the trunks."""
+    """Return the causal attention within the trunks, shape (M, H, L, d).
+
+    Args:
+        query: shape (M, H, L, d).
+        key, value: shape (M, Hkv, L, d).
+    """
     groups = query.shape[1] // key.shape[1]
     if softcap is None and window is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
     length = query.shape[2]
     position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]  # (T, T)
+    distance = position[:, None] - position[None, :]  # (L, L)
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
@@ -201,15 +259,22 @@ def _decode_attention(
     softcap: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Compute the attention of one query per row to the row's trunk and branch."""
+    """Return the attention of one query per row to the row's trunk and branch, shape (B, H, 1, d).
+
+    Args:
+        query: queries of the new tokens, shape (B, H, 1, d).
+        keys, values: keys and values of the branches, including the new tokens, shape (B, Hkv, k, d).
+    """
     B, H, _, d = query.shape
     M, R = tree.lengths_by_place.shape
     Hkv = keys.shape[1]
-    g = H // Hkv
+    g = H // Hkv  # number of query heads per key-value head
     query = query.view(B, Hkv, g, d)
-    # All rows of a trunk and all query heads of a key head are the rows of one matrix product.
+    # The queries of all rows of a trunk, and of all query heads of a key-value head, form one matrix.
     by_trunk = tree.to_places(query).transpose(1, 2).reshape(M, Hkv, R * g, d)
     bias = tree.trunk_bias(g, query.dtype, window)
+    # PyTorch's fused CPU kernel does not support softcap. For a query that may attend to no token, it returns a
+    # log-sum-exp of 0 instead of -inf. This happens with a sliding window when a branch is longer than the window.
     plain = softcap is not None or window is not None or query.device.type != "cpu"
     attend = _attend if plain else _attend_fused
     out_trunk, lse_trunk = attend(by_trunk, tree.trunk_keys[layer], tree.trunk_values[layer], bias, scale, softcap)
@@ -217,8 +282,10 @@ def _decode_attention(
     lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
     if window is not None and keys.shape[2] > window:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # With one query per head and row the fused kernel is slower than batched products, by a fifth to two thirds.
+    # Every row has a separate branch, so there is one query per head and row. The fused kernel is slower than batched
+    # matrix products for so few queries, by a fifth to two thirds.
     out_branch, lse_branch = _attend(query, keys, values, None, scale, softcap)
+    # The trunk's share of the softmax over all tokens.
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
 
@@ -231,15 +298,24 @@ def _attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the softmax attention (..., q, d) and the log-sum-exp of the scores (..., q) in float32.
+    """Compute softmax attention, and the log-sum-exp of the attention scores of each query.
 
-    For a query that may attend to no key, they are 0 and -inf.
+    Args:
+        query: shape (..., q, d).
+        key, value: shape (..., k, d).
+        bias: numbers that are added to the scores, of a shape that broadcasts to (..., q, k), or None.
+        scale: factor of the scores.
+        softcap: if given, each score s is replaced by softcap * tanh(s / softcap).
+    Returns:
+        (output of shape (..., q, d), log-sum-exps of shape (..., q) in float32). For a query whose bias is -inf for all
+        keys, they are 0 and -inf.
     """
     scores = ((query * scale) @ key.transpose(-1, -2)).float()  # (..., q, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores += bias
+    # If all scores are -inf, their maximum is replaced by a finite number, because -inf - -inf would be nan.
     highest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)  # (..., q, 1)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)  # (..., q, 1)
@@ -255,7 +331,10 @@ def _attend_fused(
     scale: float,
     _softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same as `_attend` with PyTorch's fused CPU kernel, which does not store the scores."""
+    """Compute the same as `_attend` without softcap, with PyTorch's fused CPU kernel, which does not store the scores.
+
+    Every query must have at least one key with a finite bias.
+    """
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=bias, scale=scale
     )
@@ -264,7 +343,10 @@ def _attend_fused(
 
 @contextlib.contextmanager
 def tree_mode(model: Any) -> Iterator[None]:
-    """Context manager in which the model uses tree attention instead of its configured implementation."""
+    """Context manager in which a model uses tree attention instead of its configured attention implementation.
+
+    In the context, every call of the model needs the argument `tree`, a `KVTree`.
+    """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     for config in configs.values():
@@ -280,14 +362,15 @@ def tree_mode(model: Any) -> Iterator[None]:
 def tree_supported(model: Any) -> bool:
     """Return whether decoding with tree attention gives the same next-token distributions as the model's forward pass.
 
-    Tree attention supports full and sliding-window attention. It does not support layers with
-    another state (convolutions, recurrences), chunked attention, attention sinks, and windows that only the attention
-    mask contains.
-    Some of these are visible in the configuration; the others are detected by comparing the distributions on a few
-    tokens.
+    Tree attention supports full attention and sliding-window attention. It does not support layers with a state other
+    than keys and values (convolutions, recurrences), chunked attention, attention sinks, and models that pass a sliding
+    window to the attention only as part of the attention mask. Some unsupported models are recognised by their
+    configuration. For the others, the last tokens of a short sequence are decoded with tree attention, and the
+    resulting distribution is compared with that of the normal forward pass.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
+    # Whether some layers have a sliding window according to the configuration.
     windowed = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
     if not getattr(model, "_supports_attention_backend", False) or kinds - {"full_attention", "sliding_attention"}:
         return False
@@ -295,6 +378,7 @@ def tree_supported(model: Any) -> bool:
     ids = torch.arange(_TRIAL_TOKENS, device=device)[None] % config.vocab_size  # (1, T)
     one_row = torch.zeros(1, dtype=torch.int64, device=device)
     tree = KVTree(one_row, one_row + _TRIAL_TOKENS - 2, _TRIAL_TOKENS - 2)
+    # The last two tokens are decoded one at a time; the tokens before them are the prefix.
     try:
         with tree_mode(model):
             model(input_ids=ids[:, :-2], use_cache=False, tree=tree)
@@ -306,6 +390,8 @@ def tree_supported(model: Any) -> bool:
         return False
     expected = model(input_ids=ids, use_cache=False).logits  # (1, T, V)
     distance = (expected[0, -1].float().softmax(-1) - decoded[0, -1].float().softmax(-1)).abs().sum() / 2
+    # The sequence is shorter than any sliding window, so the distance does not show whether the windows are applied.
+    # Therefore the windows that the configuration describes must also have been passed to tree attention.
     limit = _TRIAL_DISTANCE if expected.dtype == torch.float32 else _TRIAL_DISTANCE_ROUNDED
     return bool(distance < limit) and tree.windowed == windowed
 

@@ -1,7 +1,8 @@
-"""Graders, that is, reward functions: the built-in ones, and `load_grader`, which loads a reward function by name.
+"""Define the built-in reward functions `exact`, `hash` and `boxed`, and load any reward function by its name.
 
-As in TRL, a reward function is fn(prompts, completions, completion_ids, **columns) -> one number per completion.
-None in place of a number means that the function does not apply to the completion.
+A grader is a reward function that has a name in the settings. As in TRL, a reward function is called as
+fn(prompts, completions, completion_ids, **columns), where the completions are responses. It returns one number per
+completion, the reward. None instead of a number means that the function does not apply to the completion.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from vineppo.types import RewardFn, UserError
 
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9])"  # the last alternative is for numbers such as .5
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?(?P<inner_sign>[-+]?)(?P<digits>{_DIGITS})(?P<decimals>(?:\.[0-9]+)?)\.?")
+"""A number as described in `hash_number`. The sign may be before or after the dollar sign."""
 
 
-def grade_exact(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """Return 1 if the whole response equals the answer, except for leading and trailing white space; else 0.
+def grade_exact(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any
+) -> list[float | None]:
+    """Return 1 for each response that equals its reference answer, except for white space at both ends; else 0.
 
-    Raises:
-        UserError: if an answer is missing.
+    The reward is None (not applicable) if there is no reference answer: an empty response would be right.
     """
     golds = [_gold(a).strip() for a in answer]
-    if "" in golds:
-        raise UserError("grader exact: a reference answer is missing, so an empty response would be right; add answers")
-    return [float(text_of(c).strip() == gold) for c, gold in zip(completions, golds, strict=True)]
+    return [float(text_of(c).strip() == gold) if gold else None for c, gold in zip(completions, golds, strict=True)]
 
 
 def grade_hash(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **_: Any) -> list[float]:
-    """Return 1 if the number after the last `####` of the response equals that of the answer; else 0.
+    """Return 1 for each response that has the same number after its last `####` as its reference answer; else 0.
 
     Both numbers are read by `hash_number` and compared exactly. There is no tolerance, no factor of 100 for
     percentages, and no fallback to the last number of the text.
 
     Raises:
-        UserError: if an answer has no such number, because every response would then be graded as wrong.
+        UserError: if `hash_number` finds no number in a reference answer. Without this error, every response to the
+            problem would be graded as wrong.
     """
     golds = [hash_number(_gold(gold)) for gold in answer]
     if None in golds:
@@ -58,7 +60,7 @@ def _gold(answer: Any) -> str:
 
 
 def hash_number(text: str) -> Decimal | None:
-    """Return the number between the last `####` and the end of the line; None if this text is not exactly one number.
+    """Return the number between the last `####` and the end of its line, or None if this text is not a single number.
 
     The number may have commas between groups of three digits, a sign, a leading `$`, decimals and a trailing period. If
     the text contains anything else (a unit, a second number, a fraction, a misplaced comma), the result is None.
@@ -78,14 +80,15 @@ def no_hash_number(answer: str) -> str:
 
 
 GRADERS: dict[str, RewardFn] = {"exact": grade_exact, "hash": grade_hash, "boxed": grade_boxed}
+"""Name -> built-in reward function."""
 QUICK = ("exact", "hash")
-"""Names of graders that are fast and safe, so that they need no worker processes."""
+"""Names of the built-in reward functions that need no grader process, because they are fast and safe."""
 
 
 def load_grader(spec: str) -> RewardFn:
     """Load a reward function by name: `exact`, `hash`, `boxed`, or `module:function`.
 
-    Modules are looked up in the current directory first, as with `python -m`.
+    The module of `module:function` is searched first in the current directory, as with `python -m`.
 
     Raises:
         UserError: if the name, module or function does not exist, or importing the module fails.

@@ -1,4 +1,4 @@
-"""`apply_rewards` calls reward functions, awaits those that are asynchronous, and checks the returned rewards."""
+"""Call reward functions for the judges, await the asynchronous ones, and check the rewards that they return."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vineppo.objects import first_line
 from vineppo.types import Problem, RewardFn, UserError
 
 _RESERVED = ("prompts", "completions", "completion_ids", "answer")
+"""Arguments that every reward function gets. A column of the data set with one of these names is not passed."""
 
 
 def apply_rewards(
@@ -24,10 +25,10 @@ def apply_rewards(
     """Return the rewards of each response to the problem at the same index.
 
     Let B be the number of responses and F the number of reward functions. Each function is called once, with the
-    keyword arguments `prompts`, `completions`, `completion_ids`, `answer` and one per further column of the data set,
-    each a list of length B. Missing values are None. Columns named like one of the first four arguments are not passed
-    separately. If the prompt is a conversation, prompt and completion are lists of messages, as in TRL. Asynchronous
-    functions run concurrently.
+    keyword arguments `prompts`, `completions`, `completion_ids` and `answer`, and one more for each other column of the
+    data set. Every argument is a list of length B. If a problem has no value in a column, the list contains None. If
+    the prompt is a conversation, prompt and completion are lists of messages, as in TRL. Asynchronous functions run
+    concurrently.
 
     Args:
         fns: F reward functions.
@@ -47,9 +48,9 @@ def apply_rewards(
 
 
 def _run(coroutine: Coroutine[Any, Any, list[list[float | None]]]) -> list[list[float | None]]:
-    """Run a coroutine to completion.
+    """Run a coroutine to completion and return its result.
 
-    If the current thread already has a running event loop (for example in a notebook), use a separate thread.
+    If an event loop is already running in this thread, as in a notebook, the coroutine runs in another thread.
     """
     try:
         asyncio.get_running_loop()
@@ -84,6 +85,11 @@ async def _call_all(fns: Sequence[RewardFn], arguments: dict[str, list[Any]], co
 
 
 async def _call(fn: RewardFn, arguments: dict[str, list[Any]], count: int) -> list[float | None]:
+    """Call one reward function and return its `count` rewards, each a finite number or None.
+
+    Raises:
+        UserError: if the function raises an exception or returns anything else.
+    """
     name = _label(fn)
     try:
         rewards: Any = fn(**arguments)
@@ -104,10 +110,17 @@ async def _call(fn: RewardFn, arguments: dict[str, list[Any]], count: int) -> li
 
 
 def _label(fn: RewardFn) -> str:
+    """Return the name of a reward function in error messages, such as `my_rewards:length`."""
     return f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
 
 
 def _checked_reward(name: str, index: int, reward: Any) -> float | None:
+    """Convert a returned reward to a float, or keep None. Raise UserError if it is not a finite number.
+
+    Args:
+        name: name of the reward function in the error message.
+        index: index of the response in the error message.
+    """
     if reward is None:
         return None
     try:

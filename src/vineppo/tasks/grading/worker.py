@@ -1,6 +1,8 @@
-"""The program of a grader process: `python -m vineppo.tasks.grading.worker FD`, started by `workers.WorkerPool`.
+"""Run a grader process, which grades responses for `workers.WorkerPool` in the main process.
 
-The process loads the reward functions and sends "ready". It then receives responses and sends a verdict on each one.
+`WorkerPool` starts it with `python -m vineppo.tasks.grading.worker FD`. FD is the number of the file descriptor of a
+connection to the main process. The grader process receives functions that load the reward functions, calls them, and
+sends "ready". It then receives lists of responses, and sends a verdict on each response.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ from multiprocessing.connection import Connection
 from vineppo.tasks.grading.rewards import apply_rewards
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux: an option of `prctl` that sends a signal to this process when its parent ends."""
 
 
 def main() -> None:
     """Grade responses until the other end of the connection is closed."""
     if sys.platform == "linux":
-        # Otherwise a worker whose reward function hangs would continue after the main process has been killed.
+        # Otherwise this process would continue if a reward function hangs and the main process is killed.
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     connection = Connection(int(sys.argv[1]))
-    # Output of reward functions goes to stderr, because the output of `vineppo` may be JSON.
+    # Output of reward functions goes to stderr, because stdout belongs to `vineppo`, whose output may be JSON.
     os.dup2(2, 1)
     try:
         loaders, memory, path = pickle.loads(connection.recv_bytes())
@@ -44,17 +47,20 @@ def main() -> None:
 
 
 def _verdict(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int]) -> Verdict | UserError:
+    """Return the verdict on one response, or the error that must end the run."""
     try:
         return apply_rewards(fns, [problem], [text], [token_ids])[0]
     except UserError as error:
-        # A UserError without a cause (raised by the grader, or about the returned rewards) ends the run. Any other
-        # exception of a reward function is a failure of this response.
+        # `apply_rewards` converts other exceptions of a reward function to a UserError with a cause. They concern only
+        # this response. A UserError without a cause was raised by the reward function itself, or is about a returned
+        # value that is not allowed. It ends the run.
         return error if error.__cause__ is None else Failure(str(error))
     except MemoryError:
         return Failure("a reward function ran out of memory (task.grading.memory)")
 
 
 def _limit_memory(limit: int) -> None:
+    """Limit the address space of this process to `limit` bytes. 0 means no limit."""
     if limit:
         import resource
 

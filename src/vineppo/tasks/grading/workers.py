@@ -1,8 +1,9 @@
-"""Grading in separate processes, with limits on time and memory, while sampling continues.
+"""Grade responses in separate processes, with limits on time and memory, while sampling continues.
 
-A reward function can hang in C code, use up the memory or crash the interpreter; only a separate process can be stopped
-safely. Each worker receives a few responses and grades them one after another. A response that exceeds the time limit
-or ends the process is a failure; the worker is then replaced, and its other responses are graded again.
+A reward function can hang in C code, use up the memory or crash the interpreter. Only a separate process can then be
+stopped safely. A worker is such a process. It receives a few responses at a time and grades them one after another. If
+a response exceeds the time limit, or its grading ends the process, its verdict is a `Failure`. Another worker then
+grades the responses that the first worker had received but not graded.
 """
 
 from __future__ import annotations
@@ -25,49 +26,54 @@ from typing import Any
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 _CHUNK = 8
-"""Maximum number of responses sent to a worker at once. Large enough to keep the worker busy; small enough that little
-work is repeated if it crashes."""
+"""Maximum number of responses that are sent to a worker at once. A small number would leave the worker idle between two
+messages. With a large number, many responses would have to be sent again if the worker ends."""
 _START_SECONDS = 180.0
 """Time limit for a worker to import the modules of the reward functions."""
 _GRACE_SECONDS = 2.0
 """Time limit for a worker process to end after it has closed its connection."""
 _Key = tuple[str, str]
-"""(problem id, response text). Responses with equal keys are graded once."""
+"""(problem id, response text). Responses with equal keys are one job and are graded once."""
 _Job = tuple[Problem, str, list[int]]
+"""(problem, response text, token ids of the response): a response to grade."""
 
 
 @dataclass
 class _Worker:
+    """A grader process and the jobs that were sent to it."""
+
     process: subprocess.Popen[bytes]
     connection: Connection
     jobs: deque[_Key] = field(default_factory=deque)
     """Jobs sent to the worker that have no verdict yet, in the order in which the worker processes them."""
     ready: bool = False
+    """Whether the process has loaded the reward functions and has sent "ready"."""
     busy_since: float = field(default_factory=time.monotonic)
-    """Time when the worker began its current job (`jobs[0]`), or when its process was launched if it is not ready
-    yet."""
+    """Value of `time.monotonic()` when the worker began its current job, `jobs[0]`. If the worker is not ready yet, the
+    value when its process was started."""
 
 
 class WorkerPool:
     """Grades responses in worker processes; implements `judge.Judge`. Equal responses to a problem are graded once.
 
     Args:
-        loaders: picklable functions without arguments; each is called in the worker and returns a reward function.
+        loaders: picklable functions without arguments. Each is called in the worker and returns a reward function.
         workers: maximum number of processes; they are started when the first responses are submitted.
         seconds: time limit for grading one response with all functions.
         memory: limit on the address space of a worker in bytes; 0 means no limit.
     """
 
     grades_in_background = True
-    """`expect` starts grading in the worker processes."""
+    """True, because `expect` starts grading in the worker processes."""
 
     def __init__(self, loaders: Sequence[Callable[[], RewardFn]], workers: int, seconds: float, memory: int):
         self._setup = pickle.dumps((tuple(loaders), memory, list(sys.path)))
         self._size, self._seconds = workers, seconds
         self._workers: list[_Worker] = []
         self._queue: deque[_Key] = deque()
+        """Keys of the jobs that have not been sent to a worker."""
         self._jobs: dict[_Key, _Job] = {}
-        """Jobs that wait, are being graded, or have a verdict that has not been returned yet."""
+        """Jobs in the queue, jobs that were sent to a worker, and jobs whose verdict has not been returned yet."""
         self._verdicts: dict[_Key, Verdict] = {}
 
     def expect(
@@ -83,7 +89,8 @@ class WorkerPool:
         """Wait until all responses have been graded, and return the verdict on each response.
 
         Raises:
-            UserError: if a worker cannot load the functions, or a grader raises UserError.
+            UserError: if a worker cannot load the reward functions, if a reward function raises UserError or returns a
+                value that is not allowed, or if a problem cannot be pickled.
         """
         keys = self._submit(problems, texts, completion_ids)
         while any(key not in self._verdicts for key in keys):
@@ -106,6 +113,7 @@ class WorkerPool:
     def _submit(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[_Key]:
+        """Queue a job for each response that does not have one yet. Return the key of each response."""
         keys = [(problem.id, text) for problem, text in zip(problems, texts, strict=True)]
         for i, (key, problem) in enumerate(zip(keys, problems, strict=True)):
             if key not in self._jobs:
@@ -114,7 +122,11 @@ class WorkerPool:
         return keys
 
     def _serve(self, timeout: float) -> None:
-        """Receive verdicts, replace workers that exceeded their time limit, and send waiting jobs."""
+        """Start workers, send queued jobs, receive verdicts, and replace workers that exceeded their time limit.
+
+        Args:
+            timeout: maximum time in seconds to wait for a message from a worker.
+        """
         while self._queue and len(self._workers) < min(self._size, len(self._jobs)):
             self._workers.append(self._start())
         self._send_jobs()
@@ -130,6 +142,7 @@ class WorkerPool:
         self._send_jobs()
 
     def _send_jobs(self) -> None:
+        """Send queued jobs to the workers that have none, in equal shares of at most _CHUNK jobs."""
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for index, worker in enumerate(idle):
             share = -(-len(self._queue) // (len(idle) - index))
@@ -138,7 +151,7 @@ class WorkerPool:
                 worker.jobs, worker.busy_since = deque(keys), time.monotonic()
                 try:
                     worker.connection.send([self._jobs[key] for key in keys])
-                except OSError:  # the process has ended; _receive handles it
+                except OSError:  # The process has ended. The next call of _receive replaces the worker.
                     pass
                 except Exception as error:
                     raise UserError(f"the columns of a problem cannot be sent to a grader process: {error}") from error
@@ -151,7 +164,7 @@ class WorkerPool:
         except (EOFError, OSError):
             try:
                 code = worker.process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:  # other threads keep the process alive
+            except subprocess.TimeoutExpired:  # Threads of a reward function keep the process alive.
                 code = -signal.SIGKILL
             self._replace(worker, Failure(f"the grader process ended unexpectedly ({_cause(code)})"))
 
@@ -176,15 +189,18 @@ class WorkerPool:
             self._queue.extendleft(reversed(worker.jobs))
 
     def _start(self) -> _Worker:
+        """Start a grader process, and send it the loaders, the memory limit and sys.path."""
         parent_end, worker_end = Pipe()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # With the source folder of this module in PYTHONPATH, the worker imports the same copy of vineppo.
         root = str(Path(__file__).resolve().parents[3])
         environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         process = subprocess.Popen(
             [sys.executable, "-m", "vineppo.tasks.grading.worker", str(worker_end.fileno())],
             pass_fds=[worker_end.fileno()],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is delivered only to the main process, which then stops the workers
+            # In a new session, Ctrl-C does not reach the worker. The main process gets it and stops the workers.
+            start_new_session=True,
             env=environment,
         )
         worker_end.close()
@@ -194,11 +210,14 @@ class WorkerPool:
 
 
 def _kill(worker: _Worker) -> None:
+    """Close the connection to a worker and stop its process."""
     worker.connection.close()
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(worker.process.pid, signal.SIGKILL)  # also ends processes that a reward function started
+        # killpg also ends the processes that a reward function started.
+        os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
 
 
 def _cause(code: int) -> str:
+    """Describe the exit code of a process. A negative code is the number of the signal that ended the process."""
     return f"exit code {code}" if code >= 0 else f"signal {-code}"
