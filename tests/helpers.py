@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -26,6 +26,14 @@ from vineppo.training.configure import config_class
 from vineppo.types import Capabilities, Completion, Metrics, Sampler, SampleRequest, TrainingSample, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
+
+
+def known(entries: Sequence[T | None]) -> list[T]:
+    """Return the entries, such as values of states or rewards, and fail if one is None."""
+    present = [entry for entry in entries if entry is not None]
+    assert len(present) == len(entries)
+    return present
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "vineppo"
 # The folders and top-level modules, lowest first. A folder imports only from itself and from the rows below it. Folders
 # of one row do not import each other.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"types", "seeds"}),
+    frozenset({"types", "seeds", "sentences"}),
     frozenset({"objects"}),
     frozenset({"steps", "statistics"}),
     frozenset({"config"}),

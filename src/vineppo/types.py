@@ -39,11 +39,25 @@ Metrics = dict[str, float]
 """Dictionary from the name of each metric to its value."""
 
 
+def printable(text: str) -> str:
+    r"""Return a text in which characters that can control a terminal are escaped, for example ESC as `\x1b`.
+
+    Newlines and tabs are kept. All other characters that cannot be printed are escaped: control characters, marks that
+    change the direction of the text, and unpaired surrogates, which many streams cannot encode.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """An error that the user can correct.
 
     The message is one line. It says what is wrong and where, and what is allowed or how to correct the error.
+
+    `str` of the error is printable, because the message may contain what a model wrote.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class TrainingWarning(UserWarning):
@@ -190,8 +204,9 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     """The response as text, without special tokens."""
-    reward: float
-    """Reward of the whole response."""
+    reward: float | None
+    """Reward of the whole response. None means that no reward function applies to the response (each returned None).
+    Such a rollout has advantages of 0, and it is left out of all means and baselines."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +230,8 @@ class StepCredit:
     values: tuple[float, ...] = ()
     """Value of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
     num_mc_rollouts: tuple[int, ...] = ()
-    """Number of MC rollouts from which each value was estimated, shape (S,). It is 0 for a value that was known without
-    sampling."""
+    """Number of MC rollouts from which each value was estimated, shape (S,). MC rollouts without a reward do not count.
+    The number is 0 for a value that was known without sampling."""
     step_advantages: tuple[float, ...] = ()
     """Advantage of each step, in reward units, shape (S,); empty if the algorithm has no step advantages."""
 
@@ -249,10 +264,11 @@ class TrainingSample:
     """Log-probability of each token in nats, computed by the sampler."""
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
-    """Target of the value network for the state *before* each token; None if there is no value network."""
+    """Target of the value network for the state *before* each token. None if there is no value network, or if the
+    rollout has no reward; the value network is not trained on such a sample."""
     values: tuple[float, ...] | None = None
     """Prediction of the value network for the state before each token, made when the credit was computed. The clipped
-    loss of the value network uses it. None if there is no value network."""
+    loss of the value network uses it. None if `returns` is None."""
     credit: StepCredit | None = None
     """Steps, values and step advantages for the records of the run; None if the algorithm computes none."""
     alternatives: tuple[Alternative, ...] = ()
@@ -266,6 +282,11 @@ class TrainingSample:
     rollout: Rollout | None = None
     """The rollout from which the sample was built (the same object as in the rollout's group). It is written to the
     records of the run. None if the sequence is not a rollout but, for example, a shared prefix or an MC rollout."""
+
+    @property
+    def without_reward(self) -> bool:
+        """Whether the sample was built from a rollout that has no reward, because no reward function applies to it."""
+        return self.rollout is not None and self.rollout.reward is None
 
     @property
     def trained_weights(self) -> tuple[float, ...]:
@@ -284,8 +305,8 @@ high reward; or more, for example also prefixes that rollouts share, or MC rollo
 RewardFn = Callable[..., Any]
 """Reward function: fn(prompts, completions, completion_ids, **columns) -> list of rewards. All arguments and the result
 are lists with one entry per completion. A reward is a number, or None if the function does not apply to the completion.
-The function may also return an awaitable of the list. The columns are those of the data set; they always include
-`answer`."""
+If all functions return None for a completion, the completion has no reward (`Rollout.reward` is None). The function may
+also return an awaitable of the list. The columns are those of the data set; they always include `answer`."""
 
 
 @dataclass(frozen=True)
@@ -400,8 +421,8 @@ class Task(ProblemSource, Protocol):
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """Return the reward of each response.
+    ) -> Sequence[float | None]:
+        """Return the reward of each response, or None if no reward function applies to the response.
 
         Args:
             problems: problem of each response.

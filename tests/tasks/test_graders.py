@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers import data_directory
 from vineppo.tasks.grading.graders import grade_exact, grade_hash, hash_number, load_grader
 from vineppo.tasks.grading.rewards import apply_rewards
-from vineppo.types import Problem, UserError
+from vineppo.types import Failure, Problem, UserError
 
 
 def by_hash(completion: str, answer: str) -> float:
@@ -126,7 +127,9 @@ def test_gsm8k_gold_answers_grade_1_and_perturbed_ones_0() -> None:
 
 
 def apply_reward(fn: Any, problems: Sequence[Problem], texts: Sequence[str]) -> list[float | None]:
-    return [reward for (reward,) in apply_rewards([fn], problems, texts)]
+    verdicts = apply_rewards([fn], problems, texts)
+    assert not any(isinstance(verdict, Failure) for verdict in verdicts)
+    return [reward for (reward,) in verdicts]  # type: ignore[misc]
 
 
 PROBLEMS = [Problem("a", "1+1", "2", {"level": 1}), Problem("b", "2+2", "4", {"level": 2, "unit": "cm"})]
@@ -168,11 +171,31 @@ def test_rewards_may_be_a_numpy_array_and_no_function_is_called_without_problems
     assert apply_reward(never, [], []) == []
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "1.0", [1.0], 10**400, "two\nlines"])
-def test_a_reward_that_is_not_a_finite_number_raises_with_its_index(bad: Any) -> None:
-    with pytest.raises(UserError, match=r"reward 1 is .*allowed: a finite number or None") as caught:
+@pytest.mark.parametrize("bad", ["1.0", [1.0], torch.zeros(2), "two\nlines"])
+def test_a_reward_that_is_not_a_number_raises_with_its_index(bad: Any) -> None:
+    with pytest.raises(UserError, match=r"reward 1 is .*allowed: a number from -1e12 to 1e12, or None") as caught:
         apply_reward(lambda prompts, completions, **_: [1.0, bad], PROBLEMS, ["", ""])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "shown"),
+    [
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        (1e308, "1e\\+308"),
+        (10**400, "1000000000[0]*"),
+        (10**5000, "a value of type int that cannot be shown"),
+    ],
+    ids=["nan", "infinity", "1e308", "401 digits", "5001 digits"],
+)
+def test_a_reward_that_is_nan_or_too_large_is_a_failure_of_its_response_only(bad: Any, shown: str) -> None:
+    """Cases 1 and 4: squares of such rewards would overflow; other responses keep their rewards."""
+    first, second = apply_rewards([lambda prompts, completions, **_: [1e12, bad]], PROBLEMS, ["", ""])
+    assert first == (1e12,)
+    assert isinstance(second, Failure) and re.search(
+        f"reward 1 is {shown}; allowed: a number from -1e12 to 1e12, or None$", second.text
+    )
 
 
 def test_a_wrong_number_of_rewards_raises() -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.helpers import data_directory
+from tests.helpers import data_directory, known
 from vineppo.config.schema import TaskConfig
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.boxed import grade_boxed, last_boxed
@@ -130,7 +130,7 @@ def test_math_gold_answers_grade_1_and_perturbed_ones_0() -> None:
     assert isinstance(task, Graded)
     problems = problems_of(task) + problems_of(task, "validation")
     rewards = task.grade(problems, [rf"Thus $\boxed{{{p.answer}}}$." for p in problems])
-    assert len(problems) == 2_500 and sum(rewards) == len(problems)
+    assert len(problems) == 2_500 and sum(known(rewards)) == len(problems)
     random.Random(0).shuffle(problems)
     changed = [(p, answer) for p in problems if (answer := bumped(p.answer))][:200]
     assert task.grade([p for p, _ in changed], [rf"\boxed{{{answer}}}" for _, answer in changed]) == [0.0] * 200
@@ -168,7 +168,7 @@ def test_reasoning_gym_scores_the_text_after_the_mark(name: str) -> None:
     problems = [task.problem("validation", i) for i in range(5)]
     assert task.grade(problems, [f"So\n#### {p.answer}" for p in problems]) == [1.0] * 5
     assert task.grade(problems, [p.answer for p in problems]) == [0.0] * 5
-    assert max(task.grade(problems, ["#### no idea"] * 5)) < 0.5
+    assert max(known(task.grade(problems, ["#### no idea"] * 5))) < 0.5
 
 
 @pytest.mark.real

@@ -30,6 +30,7 @@ def _run(request: Request) -> int:
         rows[name] = version_of(name) or "not installed" + (" (optional)" if name in _EXTRAS else "")
     rows["cores"] = str(os.cpu_count())
     rows["device"] = _devices()
+    rows["grading"] = _sandbox()
     models = importlib.resources.files("vineppo") / "models"
     names = sorted(item.name for item in models.iterdir() if item.is_dir()) if models.is_dir() else []
     rows["models"] = ", ".join(f"embedded:{name}" for name in names) or "none installed"
@@ -49,6 +50,14 @@ def _devices() -> str:
     cpu = f"cpu ({torch.get_num_threads()} threads; bfloat16: {bfloat16})"
     cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return ", ".join([cpu, *cuda])
+
+
+def _sandbox() -> str:
+    from vineppo.tasks.grading.sandbox import landlock_version, missing_protection
+
+    if reason := missing_protection():
+        return f"no sandbox for grader processes: {reason}"
+    return f"grader processes run in a sandbox (Landlock {landlock_version()}, seccomp)"
 
 
 COMMAND = Command(

@@ -45,7 +45,8 @@ class ModelConfig(Settings):
 
     path: str = "embedded:judgement"
     """A Hugging Face model directory or hub id, or one of the small models included in the package:
-    `embedded:judgement`, `embedded:habit`."""
+    `embedded:judgement`, `embedded:habit`. It can also be the directory of a run, for its final model (or the model in
+    its newest checkpoint, if the run did not finish), or a checkpoint, such as `runs/a/checkpoints/000020`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation."""
     device: str = "cpu"
@@ -83,6 +84,10 @@ class GradingConfig(Settings):
     max_error_share: float = Field(0.1, ge=0, le=1)
     """The run stops when the share of responses that could not be graded exceeds this value. Until then, responses that
     could not be graded get the reward 0."""
+    trust_scorer: bool = False
+    """Also run scorers of reasoning-gym that evaluate the model's answer as Python code (such as that of `countdown`)
+    where the system has no sandbox for grader processes. `vineppo doctor` shows whether there is one. `false`: the task
+    is refused there. Where there is a sandbox, it is used in any case."""
 
 
 class TaskConfig(Settings):
@@ -132,6 +137,10 @@ class TaskConfig(Settings):
     which is the text of the problem alone for `dataset`. The task `chain` does not use this setting."""
     chat_template: bool = False
     """Format the prompt as a user message with the tokenizer's chat template."""
+    overlong: Literal["error", "drop"] = "error"
+    """dataset, gsm8k, math: what to do with problems whose prompt is too long for the model's context together with a
+    response of maximum length. `error`: refuse them before the run starts. `drop`: leave them out, with a warning that
+    counts them."""
     options: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: options of the data set, such as `{min_terms: 2, max_terms: 4}`. The option `size` is the number
     of training problems, 10000 by default."""
@@ -168,6 +177,10 @@ class TaskConfig(Settings):
             not self.demonstrator or self.name != "chain",
             "task.demonstrator is set, but task.name is chain, which generates its demonstrations (task.writers); "
             "remove task.demonstrator",
+        )
+        require(
+            self.overlong == "error" or (self.name in TASKS and self.name != "chain"),
+            f"task.overlong is drop, but task.name is {self.name}, which generates its problems; remove task.overlong",
         )
         require(
             not self.options or self.name.startswith(GYM),
@@ -341,7 +354,8 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(20, ge=0)
     """Number of iterations between checkpoints. If it is 0, checkpoints are saved only at the start and at the end."""
     keep_checkpoints: int = Field(1, ge=1)
-    """Number of most recent checkpoints to keep. Older checkpoints are removed."""
+    """Number of most recent checkpoints to keep. Older checkpoints are removed, except the one with the best validation
+    accuracy, which is kept in addition."""
     save_rollouts: bool = True
     """Write every rollout with its steps, values and advantages to a Parquet file."""
     report_to: tuple[str, ...] = ()

@@ -47,7 +47,8 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
     """Check the lengths and numbers of the training samples that a credit function returned.
 
     Args:
-        with_returns: whether the samples must have `returns` and `values`, because a value network is trained.
+        with_returns: whether the samples must have `returns` and `values`, because a value network is trained. Samples
+            of rollouts without a reward need none.
     Raises:
         UserError: if a sample is invalid. The message describes the first invalid sample.
     """
@@ -78,7 +79,7 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
                     f"training sample {number} of the credit function has {infinite[0]} in {name}; allowed: finite "
                     "numbers"
                 )
-        if with_returns and (sample.returns is None or sample.values is None):
+        if with_returns and not sample.without_reward and (sample.returns is None or sample.values is None):
             raise UserError(
                 f"training sample {number} of the credit function has no returns or no values, but the training "
                 "of the value network needs both; set returns and values in every sample"

@@ -61,10 +61,10 @@ class Scores:
     entropy: float
     """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
     excess: float
-    """Mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if the
-    tokens were sampled from the scored distributions."""
+    """Weighted mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if
+    the tokens were sampled from the scored distributions."""
     excess_error: float
-    """Standard error of `excess` if the tokens were sampled from the scored distributions."""
+    """Standard error of `excess` if the tokens were sampled from the scored distributions, each once."""
 
 
 class TorchLearner:
@@ -243,9 +243,11 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+        counted = [(0.0,) * len(w) if s.without_reward else w for s, w in zip(samples, weights, strict=True)]
         # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, weights)
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
+        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
         scaled = [
             replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
             for s, row in zip(samples, rows, strict=True)
@@ -278,9 +280,10 @@ class TorchLearner:
                 batch.loss_mask,
                 (batch.alternative_places, batch.alternative_ids),
             )  # (N + A,)
-            entropy += float((batch.weights[batch.loss_mask] * entropies).sum())
-            excess += float((flat_logprobs[: len(entropies)] + entropies).double().sum())
-            variance += float(logprob_variances(distribution, entropies).double().sum())
+            token_weights = batch.weights[batch.loss_mask]  # (N,)
+            entropy += float((token_weights * entropies).sum())
+            excess += float((token_weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
+            variance += float((token_weights**2 * logprob_variances(distribution, entropies)).double().sum())
             flat = flat_logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
@@ -288,10 +291,8 @@ class TorchLearner:
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        weight, tokens = sum(sum(s.trained_weights) for s in samples), sum(sum(s.loss_mask) for s in samples)
-        return Scores(
-            rows, alternatives, entropy / (weight or 1), excess / (tokens or 1), variance**0.5 / (tokens or 1)
-        )
+        weight = sum(sum(s.trained_weights) for s in samples) or 1
+        return Scores(rows, alternatives, entropy / weight, excess / weight, variance**0.5 / weight)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
@@ -394,10 +395,14 @@ class TorchLearner:
         return loss, {**metrics, "policy/objective": loss.item()}
 
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
-        tokens, total = total_weight(minibatch) or 1, 0.0
-        for group in self._micro_batches([e.sample for e in minibatch]):
-            batch = collate([minibatch[i].sample for i in group], self.policy.device)
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss.
+
+        Samples without returns, whose rollouts have no reward, are left out.
+        """
+        chosen = [e for e in minibatch if e.sample.returns is not None]
+        tokens, total = total_weight(chosen) or 1, 0.0
+        for group in self._micro_batches([e.sample for e in chosen]):
+            batch = collate([chosen[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
             loss.backward()
             total += loss.item()

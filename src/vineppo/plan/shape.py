@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import Config
-from vineppo.model.loading import resolve_model_path
+from vineppo.model.loading import configuration_path
 from vineppo.types import UserError
 
 GIB = float(1 << 30)
@@ -55,7 +55,7 @@ def shape_from_config(config: Config) -> Shape:
     Raises:
         UserError: if the configuration of the model cannot be read.
     """
-    path = resolve_model_path(config.model.path)
+    path = configuration_path(config.model)
     if path in KNOWN:
         return KNOWN[path]
     from transformers import AutoConfig, AutoModelForCausalLM

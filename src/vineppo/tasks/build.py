@@ -17,6 +17,7 @@ from vineppo.tasks.dataset import DatasetTask, Layout
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
+from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
@@ -55,7 +56,7 @@ def build_task(
         from vineppo.tasks.gym import GymTask
 
         gym = GymTask(config, format_prompt)
-        return _graded(config, gym, fns, lambda: ((config.name,), _in_workers(config, [gym.load_reward])))
+        return _graded(config, gym, fns, lambda: _from_scorer(config, gym.load_reward))
     default_rewards: tuple[str, ...] = ("exact",)
     layout = Layout()
     if config.name in BENCHMARKS:
@@ -114,17 +115,28 @@ def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
             f"grader {in_script!r} is defined in the running script, which grader processes do not run; move it to a "
             "separate module, or pass the function itself (reward_fn, reward_funcs)"
         )
-    return rewards, _in_workers(config, [functools.partial(load_grader, spec) for spec in rewards])
+    # The user's own functions may need the network or programs, such as a language model that judges or a compiler.
+    protection: Protection = "available" if set(rewards) <= set(GRADERS) else "none"
+    return rewards, _in_workers(config, [functools.partial(load_grader, spec) for spec in rewards], protection)
 
 
-def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]]) -> WorkerPool:
+def _from_scorer(config: TaskConfig, load_scorer: Callable[[], RewardFn]) -> _NamesAndJudge:
+    """Return the scorer of a reasoning-gym data set as the only reward function, called in grader processes."""
+    from vineppo.tasks.gym import scorer_protection
+
+    protection = scorer_protection(config.name.removeprefix(GYM), config.grading.trust_scorer)
+    return (config.name,), _in_workers(config, [load_scorer], protection)
+
+
+def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]], protection: Protection) -> WorkerPool:
     """Return a judge that calls the reward functions in grader processes, with the limits of `config.grading`.
 
     Args:
         loaders: picklable functions without arguments, each of which returns a reward function.
+        protection: whether the processes run in the sandbox.
     """
     limits = config.grading
-    return WorkerPool(loaders, limits.workers, limits.seconds, int(limits.memory * 2**30))
+    return WorkerPool(loaders, limits.workers, limits.seconds, int(limits.memory * 2**30), protection)
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:

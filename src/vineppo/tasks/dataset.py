@@ -6,7 +6,7 @@ A table has a column with prompts, a column with reference answers, and any numb
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,8 @@ class _Item:
     problem: Problem
     demonstration: str | None
     """The response to imitate, or None if the row has none."""
+    place: str
+    """The location of the row, for messages, such as `train.jsonl line 3`."""
 
 
 def layout_of(config: TaskConfig, default: Layout) -> Layout:
@@ -114,14 +116,17 @@ class DatasetTask:
         for split, items in items_by_split.items():
             if items:
                 problems = (replace(item.problem, id=f"{split}/{i}") for i, item in enumerate(items))
-                self._splits[split] = [_Item(p, item.demonstration) for p, item in zip(problems, items, strict=True)]
+                self._splits[split] = [replace(item, problem=p) for p, item in zip(problems, items, strict=True)]
 
     def size(self, split: Split) -> int:
         """Return the number of problems in a split. Raise UserError if there is no table for the split."""
         return len(self._split(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Return the problem with this index in a split, 0 <= index < size(split). Its id is "split/index"."""
+        """Return the problem with this index in a split, 0 <= index < size(split).
+
+        Its id is "split/index", with the index before `drop` removed problems.
+        """
         assert 0 <= index < self.size(split), f"{split} has {self.size(split)} problems; no index {index}"
         return self._split(split)[index].problem
 
@@ -135,6 +140,15 @@ class DatasetTask:
                 f"(it has: {', '.join(problem.columns)}); set task.demonstration_column or task.demonstrator"
             )
         return problem.prompt, demonstration
+
+    def place(self, split: Split, index: int) -> str:
+        """Return the location of a problem for messages, such as `train.jsonl line 3`."""
+        return self._split(split)[index].place
+
+    def drop(self, split: Split, indices: Collection[int]) -> None:
+        """Remove problems from a split. The others keep their ids and their order, and get new indices."""
+        dropped = set(indices)
+        self._splits[split] = [item for i, item in enumerate(self._split(split)) if i not in dropped]
 
     def _split(self, split: Split) -> list[_Item]:
         """Return the items of a split. Raise UserError if there is no table for the split."""
@@ -192,7 +206,7 @@ class DatasetTask:
         # column with another name, such as `question`, is kept, because reward functions may use this name.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
-        return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
+        return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration, where)
 
     def _answer(self, where: str, row: Row) -> tuple[str, Any]:
         """Return (reference answer as text, answer as stored if reward functions get it in this form, else None)."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from vineppo.config.schema import GYM, TaskConfig
 from vineppo.objects import first_line
+from vineppo.tasks.grading.sandbox import Protection, missing_protection
 from vineppo.types import Problem, RewardFn, Split, UserError
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}
@@ -26,6 +27,22 @@ TEMPLATE = "{prompt}\n\nThink step by step, one short line per step. End with a 
 """Default text of the prompt, in which `{prompt}` is replaced by the question."""
 MARK = "####"
 """Text in front of the final answer of a response."""
+EVALUATING = frozenset(
+    {
+        "binary_matrix",
+        "composite",
+        "countdown",
+        "intermediate_integration",
+        "n_queens",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+        "spiral_matrix",
+        "string_insertion",
+    }
+)
+"""Data sets whose scorers evaluate the answer as Python code, by `eval` or by SymPy's `parse_expr`. The data set
+`composite` uses the scorers of other data sets."""
 
 
 class GymTask:
@@ -117,6 +134,24 @@ def load_scorer(name: str, options: Mapping[str, Any]) -> RewardFn:
         ]
 
     return reward
+
+
+def scorer_protection(name: str, trusted: bool) -> Protection:
+    """Return whether the scorer of a data set must run in the sandbox.
+
+    Args:
+        trusted: the setting `task.grading.trust_scorer`.
+    Raises:
+        UserError: if the scorer evaluates answers as code, the system has no sandbox, and the scorer is not trusted.
+    """
+    if name not in EVALUATING or trusted:
+        return "available"
+    if reason := missing_protection():
+        raise UserError(
+            f"task.name {GYM}{name}: its scorer evaluates the model's answers as Python code, and this system has no "
+            f"sandbox for that: {reason}; use Linux with Landlock and seccomp, or set task.grading.trust_scorer to true"
+        )
+    return "required"
 
 
 def final_answer(text: str) -> str | None:

@@ -19,6 +19,7 @@ from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
+from vineppo.training.overlong import fit_prompts, used_problems
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import (
     CreditFn,
@@ -54,6 +55,8 @@ class Parts:
     """G, the number of rollouts that each group must have."""
     stop: tuple[str, ...]
     """Strings that end a response, in addition to the end-of-sequence tokens."""
+    left_out: Mapping[Split, int]
+    """Number of problems of each split that were left out because their prompts are too long."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
         """Sample and grade a group of rollouts for each problem.
@@ -111,6 +114,8 @@ def build_parts(
     settings = algorithm_settings(config, algorithm)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
+    limit = config.rollouts.max_new_tokens
+    left_out = fit_prompts(task, policy.codec, limit, config.task.overlong, used_problems(config.eval))
     learner = build_learner(config, algorithm, policy)
     sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
     parts = CreditParts(
@@ -126,7 +131,19 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, parts.stop)
+    return Parts(
+        algorithm,
+        policy,
+        policy.codec,
+        task,
+        sampler,
+        sample,
+        credit,
+        learner,
+        parts.group_size,
+        parts.stop,
+        left_out,
+    )
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:

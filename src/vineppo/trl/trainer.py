@@ -173,7 +173,8 @@ class VinePPOTrainer:
             eval_dataset: rows with a column `prompt`; None means the `eval_dataset` of the trainer.
         Returns:
             A dictionary with the mean reward `eval_reward`, and `eval_reward_low` and `eval_reward_high`, the bounds of
-            its 95% confidence interval.
+            its 95% confidence interval. Completions for which every reward function returned None are left out; if none
+            remains, the numbers are NaN.
         """
         rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vineppo.tasks.grading.judge import Judge
+from vineppo.tasks.grading.rewards import MAX_REWARD
 from vineppo.types import Failure, Problem, ProblemSource, Split, Tally, UserError, Verdict
 
 _MIN_GRADED = 20
@@ -21,9 +22,9 @@ class Graded:
     """Problems graded by reward functions; implements `types.Task`.
 
     The reward of a response is the weighted sum of the rewards that the functions return. A function can return None,
-    which means that it does not apply to the response; it is then left out of the sum. The reward is 0 if no function
-    applies or if grading fails. If grading fails too often, `grade` raises UserError, which stops the run: otherwise
-    the policy would learn from wrong rewards.
+    which means that it does not apply to the response; it is then left out of the sum. The reward is None if no
+    function applies, and 0 if grading fails. If grading fails too often, `grade` raises UserError, which stops the run:
+    otherwise the policy would learn from wrong rewards.
     """
 
     source: ProblemSource
@@ -73,13 +74,13 @@ class Graded:
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """Return the reward of each response to the problem at the same index.
+    ) -> list[float | None]:
+        """Return the reward of each response to the problem at the same index, or None if no function applies to it.
 
         Raises:
             UserError: if grading failed for more than the share `max_error_share` of the responses counted in `total`
                 or in `tally`. If fewer than 20 responses are counted, the share is computed as if there were 20. The
-                message contains the first error.
+                message contains the first error. Also if a weighted sum of rewards is too large.
         """
         verdicts = self.judge.verdicts(problems, texts, completion_ids)
         for verdict in verdicts:
@@ -100,9 +101,16 @@ class Graded:
         self.tally = Tally()
         return self.tally
 
-    def _reward(self, verdict: Verdict) -> float:
-        """Return the weighted sum of the rewards in a verdict, or 0 if grading failed."""
+    def _reward(self, verdict: Verdict) -> float | None:
+        """Return the weighted sum of the rewards in a verdict, None if all are None, or 0 if grading failed."""
         if isinstance(verdict, Failure):
             return 0.0
+        if all(reward is None for reward in verdict):
+            return None
         # math.fsum rounds only once, so that the weights 0.7, 0.2 and 0.1 sum to exactly 1.
-        return math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
+        total = math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
+        if not abs(total) <= MAX_REWARD:
+            raise UserError(
+                f"the weighted sum of the rewards is {total:g}; allowed: -1e12 to 1e12; use smaller task.reward_weights"
+            )
+        return total
