@@ -67,7 +67,7 @@ def test_a_problem_has_the_id_text_and_columns_of_its_row(tmp_path: Path) -> Non
     problem = build_task(config).problem("train", 17)
     assert problem.id == "train/17"
     assert problem.prompt == "{x} Problem:\nIs \\frac{17}{2} {prompt}?\u2028é\n\nSolution:"
-    assert problem.answer == "3.0"  # a number becomes text
+    assert problem.answer == "3"  # a number becomes text
     assert problem.columns == {**data[17], "level": [17]}  # prompt and answer columns keep their original names too
 
 

@@ -18,8 +18,8 @@ from tests.helpers import data_directory, known
 from vineppo.config.schema import TaskConfig
 from vineppo.config.settings import replace
 from vineppo.tasks import build_task
+from vineppo.tasks.grading.boxed import grade_boxed, last_boxed
 from vineppo.tasks.grading.graded import Graded
-from vineppo.tasks.grading.graders import grade_boxed, last_boxed
 from vineppo.tasks.gym import final_answer
 from vineppo.tasks.mathematics import without_calculator_notes
 from vineppo.types import Chat, Problem, Task, UserError
@@ -131,7 +131,7 @@ def test_math_gold_answers_grade_1_and_perturbed_ones_0() -> None:
     assert isinstance(task, Graded)
     problems = problems_of(task) + problems_of(task, "validation")
     rewards = task.grade(problems, [rf"Thus $\boxed{{{p.answer}}}$." for p in problems])
-    assert len(problems) == 2_500 and sum(known(rewards)) >= 0.995 * len(problems)
+    assert len(problems) == 2_500 and sum(known(rewards)) == len(problems)
     random.Random(0).shuffle(problems)
     changed = [(p, answer) for p in problems if (answer := bumped(p.answer))][:200]
     assert task.grade([p for p, _ in changed], [rf"\boxed{{{answer}}}" for _, answer in changed]) == [0.0] * 200
@@ -305,7 +305,7 @@ def test_conversations_are_formatted_by_the_chat_template() -> None:
         ("a.csv", "q,a\n1,2\n3\n", r"a.csv line 3 does not have the same number of cells as the header, which has 2"),
         ("a.csv", "q,a\n1,2,3\n", r"line 2 does not have the same number of cells"),
         ("a.csv", "", r"a.csv is empty; it must contain problems"),
-        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 1 is not valid CSV"),
+        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 2 is not valid CSV"),
         ("a.json", '{"q": 1}', r"a.json contains a dict; it must contain a list of objects"),
         ("a.json", '{"q": 1}\n{"q": 2}', r"a.json is not valid JSON .*must be named .jsonl"),
         ("a.json", "[1]", r"a.json row 0 is a int; every row must map column names to values"),

@@ -122,9 +122,9 @@ class TaskConfig(Settings):
     """chain: kind of the demonstrations that `vineppo sft` imitates. The ways of writing a step vary more in `wavering`
     than in `settled` demonstrations (details: the docstring of `vineppo.tasks.chain`)."""
     train_path: str = ""
-    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv or .parquet file, a directory saved by
-    `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math use the data set on
-    the hub."""
+    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
+    directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math
+    use the data set on the hub."""
     validation_path: str = ""
     """dataset, gsm8k, math: validation problems, in one of the forms allowed for `train_path`. Empty: the last training
     problems are used for validation instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH,
@@ -136,8 +136,9 @@ class TaskConfig(Settings):
     """dataset, gsm8k, math: column with the text of the problem, or with a conversation as a list of messages. Empty:
     the default of the task, which is `prompt` for `dataset`."""
     answer_column: str = ""
-    """dataset, gsm8k, math: column with the reference answer. Empty: the default of the task, which is `answer` for
-    `dataset`."""
+    """dataset, gsm8k, math: column with the reference answer, as text or a number (72.0 is `72`).
+    `reward_model.ground_truth` is the entry `ground_truth` in the column `reward_model`. Empty: the default of the
+    task, which is `answer` for `dataset`; this column may be missing if all rewards are `module:function`."""
     demonstration_column: str = ""
     """dataset, gsm8k, math: column with the response that `vineppo sft` imitates. Empty: the default of the task, which
     is the answer column for `dataset`."""
@@ -162,9 +163,9 @@ class TaskConfig(Settings):
     rewards: tuple[str, ...] = ()
     """Reward functions. `exact` gives 1 if the response equals the reference answer except for white space at both
     ends, `hash` if the numbers after their last `####` are equal, `boxed` if the content of the last `\\boxed{}` is
-    mathematically equal to the reference answer. `module:function` is a function fn(prompts, completions,
-    completion_ids, **columns) -> list with a number or None for each completion, called with one response at a time in
-    a separate process. Empty: the default of the task, which is `exact` for `dataset`."""
+    exactly equal to the reference answer, in any usual notation. `module:function` is a function fn(prompts,
+    completions, completion_ids, **columns) -> list with a number or None for each completion, called with one response
+    at a time in a separate process. Empty: the default of the task, which is `exact` for `dataset`."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function in the reward, which is a weighted sum. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)

@@ -65,8 +65,15 @@ def build_task(
             config = replace(config, train_path=benchmark.train_path, test_path=config.test_path or benchmark.test_path)
     elif not config.train_path and not tables:
         raise UserError("task.train_path is empty; task.name dataset needs problems: a file or a Hugging Face Hub id")
-    hash_answers = not fns and "hash" in (config.rewards or default_rewards)
-    source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
+    rewards = () if fns else config.rewards or default_rewards
+    source = DatasetTask(
+        config,
+        layout,
+        format_prompt,
+        tables=tables,
+        hash_answers="hash" in rewards,
+        needs_answer=any(name in GRADERS for name in rewards),
+    )
     return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
 
 
