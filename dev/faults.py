@@ -273,6 +273,10 @@ class Counter:
 
     def start(self) -> None: ...
 
+    def before_iteration(self, iteration: int) -> None: ...
+
+    def saved(self, iteration: int) -> None: ...
+
     def iteration(self, metrics: Any) -> None:
         self.last = metrics["iteration"]
 

@@ -733,6 +733,12 @@ class InTime:
         """Note the time at which the first evaluation starts."""
         self.began = time.perf_counter()
 
+    def before_iteration(self, iteration: int) -> None:
+        """Do nothing."""
+
+    def saved(self, iteration: int) -> None:
+        """Do nothing."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Record the accuracy, if the iteration has one."""
         if metrics["iteration"] == 0:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers import small_config, weights_hash
+from tests.helpers import SilentReporter, small_config, weights_hash
 from tests.run.test_lock_and_disk import file_size_limit
 from vineppo.cli.main import main
 from vineppo.config.schema import Config, EvalConfig, LearnerConfig, LoraConfig, ModelConfig, RunConfig
@@ -38,24 +38,15 @@ class Crash(Exception):
     """Simulates an error that stops the run."""
 
 
-class At:
+class At(SilentReporter):
     """A reporter that calls a function after the metrics of an iteration are logged and before its checkpoint."""
 
     def __init__(self, iteration: int, call: Callable[[], Any]):
         self.at, self.call = iteration, call
 
-    def start(self) -> None:
-        pass
-
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         if metrics["iteration"] == self.at:
             self.call()
-
-    def wants_to_stop(self) -> bool:
-        return False
-
-    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        pass
 
 
 def crash() -> None:

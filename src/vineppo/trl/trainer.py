@@ -101,6 +101,7 @@ class VinePPOTrainer:
     ):
         require_one_process()
         self.args = args or VinePPOConfig()
+        self.reward_funcs: list[Any] = []
         with self.args.names.in_errors():
             self._build(
                 model, _reward_functions(reward_funcs), train_dataset, eval_dataset, processing_class, peft_config
