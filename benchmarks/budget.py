@@ -41,6 +41,7 @@ from tests.world import build_world
 
 from vineppo.config.schema import ModelConfig, TaskConfig
 from vineppo.credit.advantages import spread_over_tokens, step_advantages
+from vineppo.credit.sample import reward_of
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit
 from vineppo.model.policy import Policy
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -171,7 +172,7 @@ def embedded_scene(rollouts: int, level: Level, truth: int) -> Scene:
 
     def value(states: Sequence[State]) -> tuple[list[float], list[float]]:
         estimator = MonteCarlo(sampler, task, policy.codec.decode, truth, 120, run_seed=-1, temperature=1.0)
-        values = [v.mean for v in estimator.evaluate(states, 0)[0]]
+        values = [v.mean for v in estimator.evaluate(states, 0)[0] if v is not None]
         # The unbiased estimate of the variance of a mean of `truth` rewards, each 0 or 1.
         return values, [v * (1 - v) / (truth - 1) for v in values]
 
@@ -189,7 +190,7 @@ def true_advantages(scene: Scene) -> Truth:
             starts = (0, *ends[:-1])
             states = [State(group.problem, rollout.prompt_ids, rollout.response_ids[:b], rollout) for b in starts]
             values, noise = scene.value(states)
-            advantages += spread_over_tokens(step_advantages(values, rollout.reward), ends)
+            advantages += spread_over_tokens(step_advantages(values, reward_of(rollout)), ends)
             # An advantage is the difference of two values, so its variance is the sum of their variances.
             steps = [a + b for a, b in zip(noise, [*noise[1:], 0.0], strict=True)]
             variance += spread_over_tokens(steps, ends)

@@ -44,7 +44,7 @@ from vineppo.tasks import build_task
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import problem_range, sample_groups
-from vineppo.types import Problem, SampleRequest, Task
+from vineppo.types import Chat, Problem, SampleRequest, Task
 
 ENGINES = ("native", "generate", "generate_batch", "vllm", "matmul")
 INSTRUCTION = "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n"
@@ -73,7 +73,8 @@ class WordProblems:
 
     def problem(self, split: str, index: int) -> Problem:
         """Return one of the problems. Its prompt is formatted with the model's chat template."""
-        return Problem(id=str(index), prompt=self.policy.codec.chat_prompt(INSTRUCTION + WORD_PROBLEMS[index]))
+        chat = Chat.of_user(INSTRUCTION + WORD_PROBLEMS[index])
+        return Problem(id=str(index), prompt=self.policy.codec.chat_prompt(chat), chat=chat)
 
     def demonstration(self, split: str, index: int) -> tuple[str, str]:
         """Raise NotImplementedError, because this benchmark needs no demonstrations."""

@@ -191,8 +191,14 @@ def dropout_in_scoring() -> AbstractContextManager[Any]:
     original = TorchLearner.logprobs
 
     def logprobs(self: TorchLearner, policy: Policy, *arguments: Any, **options: Any) -> Any:
-        with policy.dropout(0):
+        layers = [module for name, module in policy.model.named_modules() if "lora_dropout" in name]
+        for layer in layers:
+            layer.train()
+        try:
             return original(self, policy, *arguments, **options)
+        finally:
+            for layer in layers:
+                layer.eval()
 
     return patch.object(TorchLearner, "logprobs", logprobs)
 
@@ -266,6 +272,10 @@ class Counter:
     last = 0
 
     def start(self) -> None: ...
+
+    def before_iteration(self, iteration: int) -> None: ...
+
+    def saved(self, iteration: int) -> None: ...
 
     def iteration(self, metrics: Any) -> None:
         self.last = metrics["iteration"]

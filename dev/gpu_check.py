@@ -228,7 +228,7 @@ def trained_policy(path: str, part: Part, dtype: Dtype) -> Policy:
 def chain_prompts(policy: Policy, number: int) -> list[tuple[int, ...]]:
     """Return prompts of the chain task, which the embedded models have learned."""
     task = build_task(TaskConfig())
-    return [policy.codec.encode_prompt(problem.prompt) for problem in problem_range(task, "train", number)]
+    return [policy.codec.prompt_ids(problem) for problem in problem_range(task, "train", number)]
 
 
 def random_prompts(policy: Policy, number: int, length: int) -> list[tuple[int, ...]]:
@@ -732,6 +732,12 @@ class InTime:
     def start(self) -> None:
         """Note the time at which the first evaluation starts."""
         self.began = time.perf_counter()
+
+    def before_iteration(self, iteration: int) -> None:
+        """Do nothing."""
+
+    def saved(self, iteration: int) -> None:
+        """Do nothing."""
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Record the accuracy, if the iteration has one."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -26,6 +26,36 @@ from vineppo.training.configure import config_class
 from vineppo.types import Capabilities, Completion, Metrics, Sampler, SampleRequest, TrainingSample, Weights
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
+
+
+def known(entries: Sequence[T | None]) -> list[T]:
+    """Return the entries, such as values of states or rewards, and fail if one is None."""
+    present = [entry for entry in entries if entry is not None]
+    assert len(present) == len(entries)
+    return present
+
+
+class SilentReporter:
+    """A reporter that does nothing. Base class of reporters in tests."""
+
+    def start(self) -> None:
+        pass
+
+    def before_iteration(self, iteration: int) -> None:
+        pass
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def saved(self, iteration: int) -> None:
+        pass
+
+    def wants_to_stop(self) -> bool:
+        return False
+
+    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
+        pass
 
 
 @dataclass(frozen=True)

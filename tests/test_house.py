@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "vineppo"
 # The folders and top-level modules, lowest first. A folder imports only from itself and from the rows below it. Folders
 # of one row do not import each other.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"types", "seeds"}),
+    frozenset({"types", "seeds", "sentences"}),
     frozenset({"objects", "hub"}),
     frozenset({"steps", "statistics"}),
     frozenset({"config"}),
@@ -204,6 +204,17 @@ def test_the_pattern_of_machine_paths() -> None:
     assert MACHINE_PATH.search('out = "' + "/ho" + 'me/someone/runs"')
     assert MACHINE_PATH.search("/wo" + "rk/main")
     assert not MACHINE_PATH.search("see docs" + "/ho" + "me/page and ~/wo" + "rk/x")
+
+
+def test_prompts_of_problems_are_encoded_with_their_chat_template() -> None:
+    """`Codec.prompt_ids(problem)` is right for every problem, `encode_prompt(problem.prompt)` only for plain text."""
+    offenders = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in source_files()
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if "encode_prompt(" in line and path.name != "codec.py"
+    ]
+    assert not offenders, "encode_prompt; use Codec.prompt_ids(problem):\n" + "\n".join(offenders)
 
 
 ALGORITHM_NAMES = {"ppo", "grpo", "rloo", "reinforce"}  # not "vineppo", which is also the name of the package

@@ -34,7 +34,7 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.steps import build_splitter
 from vineppo.training.configure import config_class
 from vineppo.training.loop import train
-from vineppo.types import SampleRequest
+from vineppo.types import Chat, Problem, SampleRequest
 
 pytestmark = pytest.mark.real
 
@@ -89,10 +89,15 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
     return config
 
 
+def user_prompt(policy: Policy, text: str) -> tuple[int, ...]:
+    """Return the token ids of a message of the user, formatted with the chat template."""
+    return policy.codec.prompt_ids(Problem("p", text, chat=Chat.of_user(text)))
+
+
 def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
     """For prompts and for states, in float32, with grouped-query attention and a vocabulary of 49,152."""
     policy = Policy.load(ModelConfig(path=str(smollm2)))
-    prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("What is 12 + 30? Think in steps."))
+    prompt = user_prompt(policy, "What is 12 + 30? Think in steps.")
     for temperature in (1.0, 0.6):
         sampler = TorchSampler(policy)
         first = sampler.sample([SampleRequest(prompt, 4, 24, seed=1, temperature=temperature)])[0]
@@ -113,7 +118,7 @@ def test_sampler_equals_trainer_on_a_real_model(smollm2: Path) -> None:
 
 def test_greedy_equals_generate_on_a_real_model(smollm2: Path) -> None:
     policy = Policy.load(ModelConfig(path=str(smollm2)))
-    prompt = policy.codec.encode_prompt(policy.codec.chat_prompt("Name three primes."))
+    prompt = user_prompt(policy, "Name three primes.")
     request = SampleRequest(prompt, 1, 24, seed=0, temperature=0.0)
     sampled = TorchSampler(policy).sample([request])[0][0].token_ids
     expected = policy.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]

@@ -1,10 +1,12 @@
-"""Splitters: step boundaries as token indices, defined for every response."""
+"""Splitters: step boundaries as token indices, defined for every response and independent of later tokens."""
 
 from __future__ import annotations
 
 import math
 import random
+import re
 import sys
+import warnings
 from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -32,14 +34,8 @@ def texts_of(tokens: list[str], boundaries: tuple[int, ...]) -> list[str]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The expected steps: non-blank lines, with answer lines joined to the previous line."""
-    lines: list[str] = []
-    for line in text.split("\n"):
-        if line.strip() and lines and line.strip().startswith("####"):
-            lines[-1] += "\n" + line
-        elif line.strip():
-            lines.append(line)
-    return lines
+    """The expected steps: each line with its newline and with the blank lines before it, and the blank rest."""
+    return re.findall(r"\s*\S[^\n]*(?:\n|\Z)|\s+\Z", text)
 
 
 @settings(deadline=None)
@@ -50,31 +46,32 @@ def test_newline_boundaries_strictly_increase_end_at_t_and_leave_no_blank_step(t
     assert all(start < end for start, end in pairwise((0, *boundaries)))
     steps = texts_of(tokens, boundaries)
     assert "".join(steps) == "".join(tokens)
-    assert all(step.strip() for step in steps) or len(steps) == 1
-    assert not any(step.lstrip().startswith("####") for step in steps[1:])
+    assert all(step.strip() for step in steps[:-1])
 
 
 @settings(deadline=None)
 @given(responses)
-def test_newline_state_ends_in_white_space_only_if_one_token_has_text_and_white_space(tokens: list[str]) -> None:
-    for boundary in newline(tokens)[:-1]:
-        last = next(token for token in reversed(tokens[:boundary]) if token)
-        assert not last[-1].isspace() or last.strip()
+def test_a_line_ends_with_the_token_of_its_newline(tokens: list[str]) -> None:
+    for start, end in pairwise((0, *newline(tokens))):
+        visible = next((i for i in range(start, end) if tokens[i].strip()), end)
+        newlines = [i for i in range(start, end) if "\n" in tokens[i] and "".join(tokens[visible : i + 1]).strip()]
+        if end < len(tokens):
+            assert newlines[-1] == end - 1
+        # A newline in the first visible token may stand before the visible text.
+        assert set(newlines) <= {visible, end - 1}
 
 
 @settings(deadline=None)
 @given(st.text("a#. \n\r", min_size=1, max_size=60))
 def test_newline_steps_of_single_character_tokens_are_the_lines(text: str) -> None:
-    steps = texts_of(list(text), newline(list(text)))
-    expected = [line.split() for line in lines_of(text)] or [[]]
-    assert [step.split() for step in steps] == expected
+    assert texts_of(list(text), newline(list(text))) == lines_of(text)
 
 
 @settings(deadline=None)
 @given(responses)
 def test_newline_moves_each_cut_to_the_first_token_start_at_or_after_it(tokens: list[str]) -> None:
     text = "".join(tokens)
-    exact = set(newline(list(text))[:-1]) if text else set()
+    exact = set(newline([*text, ""])[:-1])
     starts = list(accumulate(map(len, tokens), initial=0))
     snapped = {next(index for index, start in enumerate(starts) if start >= cut) for cut in exact}
     assert set(newline(tokens)[:-1]) <= snapped
@@ -83,22 +80,23 @@ def test_newline_moves_each_cut_to_the_first_token_start_at_or_after_it(tokens: 
 @pytest.mark.parametrize(
     ("tokens", "ends"),
     [
-        (["a", "=", "1", "\n", "b", "=", "2", ""], (3, 8)),  # the newline belongs to the next step, EOS to the last one
-        (["x", ".\n\n", "y", "."], (2, 4)),  # newlines merged with the period stay with it
-        (["x", ".\n", "\n", "y"], (2, 4)),  # the rest of the white space belongs to the next step
-        (["x", "\n\n\n", "y"], (1, 3)),
-        (["x", " ", "\n", " ", "\n", "y"], (1, 6)),  # blank lines, and a space before the newline
-        (["x", "\n", "####", " 7", "\n", ""], (6,)),  # the answer line belongs to the previous step
-        (["x", "\n", "##", "##", " 7", "\n", "y"], (5, 7)),
-        (["#### 7", "\n", "y"], (1, 3)),  # an answer line without a previous step
+        (["a", "=", "1", "\n", "b", "=", "2", ""], (4, 8)),  # the newline belongs to its line; EOS to the last step
+        (["x", ".\n\n", "y", "."], (2, 4)),
+        (["x", ".\n", "\n", "y"], (2, 4)),  # a blank line belongs to the next step
+        (["x", "\n\n\n", "y"], (2, 3)),
+        (["x", " ", "\n", " ", "\n", "y"], (3, 6)),
+        (["x", "\n", "####", " 7", "\n", ""], (2, 5, 6)),  # EOS after a newline is a step
+        (["x", "\n", "##", "##", " 7", "\n", "y"], (2, 6, 7)),
+        (["#### 7", "\n", "y"], (2, 3)),
         (["\n", "\n", "x"], (3,)),
-        (["x", "\n", "", "\n"], (4,)),
+        (["x", "\n", "", "\n"], (2, 4)),
         (["\n", "", " "], (3,)),  # entirely blank
         (["", ""], (2,)),
+        (["x", "\n"], (2,)),
         (["a\nb\nc", "\n", "d"], (1, 3)),  # lines inside one token are not separated
-        (["a\nb", "\n####", " 7"], (3,)),  # the cut would move to the start of an answer line, so there is none
-        (["\ufffd", "\ufffd", "\n", "\ufffd", "\ufffd"], (2, 5)),  # partial characters count as text
-        (["x", "\r\n", "y"], (1, 3)),
+        (["a\nb", "\n####", " 7"], (1, 3)),  # a cut inside a token moves to its end
+        (["\ufffd", "\ufffd", "\n", "\ufffd", "\ufffd"], (3, 5)),  # partial characters count as text
+        (["x", "\r\n", "y"], (2, 3)),
     ],
 )
 def test_newline_by_hand(tokens: list[str], ends: tuple[int, ...]) -> None:
@@ -167,7 +165,7 @@ def at_a(tokens):
     return [i for i, token in enumerate(tokens, 1) if token == "a" and i < len(tokens)] + [len(tokens)]
 
 def with_default(tokens, every=2):
-    return range(every, len(tokens) + 1, every) if len(tokens) % every == 0 else (len(tokens),)
+    return [*range(every, len(tokens), every), len(tokens)]
 
 def by_name(tokens, *, logprobs=()):
     return tuple(i for i, p in enumerate(logprobs, 1) if p < -1 or i == len(tokens))
@@ -198,6 +196,15 @@ zero, twice, down = returns([0, 3]), returns([1, 1, 3]), returns([2, 1, 3])
 short, long = returns([1, 2]), returns([1, 4])
 part, truth, endless = returns([1.0, 3.0]), returns([True, 3]), lambda tokens: itertools.count(1)
 constant = 5
+
+def before_newlines(tokens):
+    return [*(i for i in range(1, len(tokens)) if tokens[i] == "\\n"), len(tokens)]
+
+def in_halves(tokens):
+    return sorted({max(1, len(tokens) // 2), len(tokens)})
+
+def not_before_eos(tokens, logprobs):
+    return [i for i in range(1, len(tokens)) if tokens[i]] + [len(tokens)]
 """
 
 
@@ -275,24 +282,65 @@ def test_failures_of_user_defined_splitters_raise_one_line_messages(cuts: str) -
         assert str(refused.value).startswith(f"splitter 'my_cuts:{name}'")
 
 
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        ("before_newlines", (2, "[]", "1", "[2]", "\n")),
+        ("in_halves", (2, "[]", "1", "[1]", "")),
+        ("not_before_eos", (1, "[1]", "=", "[]", "")),
+    ],
+)
+def test_a_user_defined_splitter_that_looks_ahead_gives_one_warning(
+    cuts: str, name: str, difference: tuple[int, str, str, str, str]
+) -> None:
+    """Case 24."""
+    split = build_splitter(f"{cuts}:{name}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            split(["x", "=", "1", "\n", "y", "=", "2", ""], [-0.5] * 8)
+    place, ends, token, other_ends, other = difference
+    message = (
+        f"splitter 'my_cuts:{name}' decides cuts by later tokens, which biases the credit: up to token {place} of a "
+        f"response, the ends are {ends} if the next token is {token!r}, and {other_ends} if the response ends with "
+        f"{other!r} there; decide whether a step ends at b by tokens[:b] and logprobs[:b] only"
+    )
+    assert [str(warning.message) for warning in caught] == [message]
+
+
+@pytest.mark.parametrize("name", ["at_a", "with_default", "by_name", "by_position", "one_by_one", "halves"])
+def test_a_user_defined_splitter_that_does_not_look_ahead_gives_no_warning(cuts: str, name: str) -> None:
+    split = build_splitter(f"{cuts}:{name}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for length in range(1, 9):
+            assert (
+                split(list("bacadaab")[:length], [-2.0, -0.5, -2.0, -0.5, -2.0, -0.5, -2.0, -0.5][:length])[-1]
+                == length
+            )
+
+
 @settings(deadline=None)
-@given(st.sets(st.integers(1, 200), min_size=1), st.integers(0, 40))
-def test_merged_steps_are_even_and_keep_the_end(ends: set[int], max_states: int) -> None:
+@given(st.sets(st.integers(1, 200), min_size=1), st.integers(0, 40), st.integers(1, 200))
+def test_merged_steps_are_few_and_do_not_depend_on_later_steps(ends: set[int], max_states: int, length: int) -> None:
     boundaries = tuple(sorted(ends))
     merged = merge_steps(boundaries, max_states)
-    assert len(merged) == (min(max_states, len(boundaries)) or len(boundaries))
-    assert merged[-1] == boundaries[-1]
-    positions = [-1, *(boundaries.index(end) for end in merged)]
-    sizes = [after - before for before, after in pairwise(positions)]
-    assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+    assert set(merged) <= ends and merged[-1] == boundaries[-1]
+    assert len(merged) <= (max_states or len(ends))
+    shorter = merge_steps(boundaries[:length], max_states)
+    assert shorter[:-1] == tuple(end for end in merged if end < shorter[-1])
 
 
 def test_merged_steps_by_hand() -> None:
     boundaries = (2, 5, 9, 10, 14)
     assert merge_steps(boundaries, 0) == boundaries
-    assert merge_steps(boundaries, 5) == boundaries
-    assert merge_steps(boundaries, 2) == (5, 14)
+    assert merge_steps(boundaries, 5) == (2, 5, 10, 14)
+    assert merge_steps(boundaries, 4) == (2, 5, 10, 14)
+    assert merge_steps(boundaries, 3) == (2, 9, 14)
+    assert merge_steps(boundaries, 2) == (2, 14)
     assert merge_steps(boundaries, 1) == (14,)
+    assert merge_steps(range(1, 101), 8) == (1, 2, 3, 4, 6, 8, 12, 100)
+    assert merge_steps(range(1, 13), 25) == tuple(range(1, 13))
     with pytest.raises(ValueError, match="0 steps"):
         merge_steps((), 3)
     with pytest.raises(ValueError, match="at most -1"):
@@ -354,6 +402,27 @@ def tokens_of(kind: str, text: str) -> list[str]:
     return [*(tokenizer.decode([token]) for token in tokenizer.encode(text).ids), ""]
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "tokens:1", "cutpoints:1:0.9", "regex:.", r"regex:a(?=b)|x$|\bA|\n(?!\n)"])
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_cuts_do_not_depend_on_later_tokens(spec: str, data: st.DataObject) -> None:
+    """Responses with equal first n tokens have equal ends up to n, whatever follows and however long it is. Case 24.
+
+    The end n is included: a cut that the next token decides would differ between the continuations.
+    """
+    pieces = st.sampled_from([*PIECES, *FRAGMENTS, *"$\\{}[](). ,=!aAbx1\n"])
+    beginning = data.draw(st.lists(pieces, min_size=1, max_size=30))
+    if data.draw(st.booleans()):
+        beginning = list("".join(beginning)) or ["a"]
+    logprob = st.sampled_from([-1.0, 0.0])
+    n, ends = len(beginning), []
+    logprobs = data.draw(st.lists(logprob, min_size=n, max_size=n))
+    for more in [[""], ["\n"], ["#### 7", ""], data.draw(st.lists(pieces, min_size=1, max_size=6))]:
+        later = data.draw(st.lists(logprob, min_size=len(more), max_size=len(more)))
+        ends.append([end for end in build_splitter(spec)(beginning + more, logprobs + later) if end <= n])
+    assert ends == [ends[0]] * 4
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("kind", ["byte-level", "unigram", "characters"])
 @settings(deadline=None, max_examples=60)
@@ -367,8 +436,7 @@ def test_every_splitter_works_with_every_tokenizer(kind: str, spec: str, text: s
     assert all(start < end for start, end in pairwise((0, *boundaries)))
     assert "".join(texts_of(tokens, boundaries)) == "".join(tokens)
     assert split(tokens, logprobs) == boundaries
-    if not spec.startswith("tokens:"):
-        assert all(step.strip() for step in texts_of(tokens, boundaries)) or len(boundaries) == 1
+    assert all(step.strip() for step in texts_of(tokens, boundaries)[:-1])
 
 
 def steps_of(spec: str, text: str) -> list[str]:
@@ -379,42 +447,72 @@ def test_math_splits_at_sentences_and_lines_but_not_inside_formulas() -> None:
     assert steps_of("math", TEXT) == [
         "First, we expand: $(x+1)^2 = x^2 + 2x + 1$.",
         " Then e.g. Mr. Euler says $x = 3.5$ is fine.",
-        " So we get",
-        "\n\\begin{align*}",
-        "\nx &= \\frac{a = b}{2} \\\\",
-        "\n&= 7. And so",
-        "\n\\end{align*}",
-        "\n\n  The answer is $\\boxed{7}$.\n#### 7",
+        " So we get\n",
+        "\\begin{align*}\n",
+        "x &= \\frac{a = b}{2} \\\\\n",
+        "&= 7. And so\n",
+        "\\end{align*}\n",
+        "\n  The answer is $\\boxed{7}$.",
+        "\n#### 7",
     ]
 
 
-def test_math_bisects_long_pieces_near_their_middle() -> None:
-    long = "the first of the summands is a, the second of the summands is b, the third one is c and the fourth is d"
-    assert steps_of("math", long) == [
-        "the first of the summands is a, the second of the summands is b,",
-        " the third one is c and the fourth is d",
+def test_math_recognises_sentence_ends_before_the_next_sentence_begins() -> None:
+    """After a digit or a single letter, the mark counts only together with white space."""
+    assert steps_of("math", "So x = 3.5. Then y = 7. We use n! = 6! now? Yes! e.g. a) ... b") == [
+        "So x = 3.5. ",
+        "Then y = 7. ",
+        "We use n! = 6! now?",
+        " Yes!",
+        " e.g. a) .",
+        ".. b",
     ]
-    assert steps_of("math", long[:100]) == [long[:100]]
-    chain = "$" + " = ".join(f"\\frac{{{n} = n}}{{{'9' * 20}}}" for n in range(4)) + "$"
-    pieces = steps_of("math", chain)
-    assert len(pieces) == 2 and pieces[1].startswith(" = \\frac{2")  # never inside the braces
+    assert build_splitter("math")(["x", " =", " ", "3", ".", " Then", " y", ".", "\n", ""]) == (6, 9, 10)
+
+
+def test_math_cuts_long_steps_at_commas_and_equals_signs() -> None:
+    words = (
+        "the first of the summands is a, the second of the summands is 1,000, the third one is c and the fourth is d"
+    )
+    assert len(words) == 107
+    assert steps_of("math", words + ", the end") == [words + ",", " the end"]
+    assert steps_of("math", words[:90] + " for 2,000, and 3") == [words[:90] + " for 2,000, ", "and 3"]
+    assert steps_of("math", words[:96] + " for it and 3") == [words[:96] + " for it and", " 3"]
+    chain = "$" + " = ".join(f"\\frac{{{n} = n}}{{{'9' * 20}}}" for n in range(5)) + "$"
+    assert [len(piece) for piece in steps_of("math", chain)] == [111, 73]  # never inside the braces
+    assert steps_of("math", chain)[1].startswith(" \\frac{3")
     protected = "$(" + "a, " * 60 + "b)$"
     assert steps_of("math", protected) == [protected]
 
 
-@pytest.mark.parametrize("text", ["a $ b. C", "a \\[ b. C", "a \\begin{align} b. C", "a \\begin{x} b. C \\end{y}"])
-def test_math_treats_an_unclosed_formula_as_text(text: str) -> None:
-    assert steps_of("math", text)[0].endswith("b.")
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("a $ b. C\nd. E", ["a $ b. C\n", "d. ", "E"]),  # $ ends at the newline
+        ("a \\( bc. C\nde. E", ["a \\( bc. C\n", "de.", " E"]),
+        ("a \\[ bc. C\nde. E\n\nfg. H", ["a \\[ bc. C\n", "de. E\n", "\nfg.", " H"]),  # \[ at the blank line
+        ("\\begin{x} bc. C \\end{y} de. E \\end{x} fg. H", ["\\begin{x} bc. C \\end{y} de. E \\end{x} fg.", " H"]),
+        ("ab \\$5. cd. E", ["ab \\$5. ", "cd.", " E"]),  # an escaped dollar sign opens no formula
+        ("$$ab. C $ de. E$$ fg. H", ["$$ab. C $ de. E$$ fg.", " H"]),
+    ],
+)
+def test_math_sentences_do_not_end_inside_formulas(text: str, steps: list[str]) -> None:
+    assert steps_of("math", text) == steps
 
 
-def test_cutpoints_end_after_every_nth_uncertain_token_and_never_look_ahead() -> None:
+@pytest.mark.parametrize("token", ["\\[", "\\begin{a}", "\\begin{a", "$", "$$", "{", ",", "a.\n", "\n", " "])
+def test_math_is_linear_in_the_number_of_formulas(token: str) -> None:
+    """A search for the end of every formula would take minutes here. Case 24."""
+    tokens = [token] * 100_000
+    assert build_splitter("math")(tokens)[-1] == len(tokens)
+
+
+def test_cutpoints_end_after_every_nth_uncertain_token() -> None:
     tokens = ["a", " b", " ", "c", "d", "e", "f", "g", ""]
     sure, unsure = math.log(0.95), math.log(0.4)
     logprobs = [unsure, sure, unsure, unsure, sure, unsure, unsure, unsure, unsure]
     split = build_splitter("cutpoints:2:0.5")
-    assert split(tokens, logprobs) == (3, 6, 9)  # the last two uncertain tokens belong to the last step
-    for end in range(4, 9):
-        assert split(tokens[:end], logprobs[:end])[:-1] == tuple(b for b in split(tokens, logprobs)[:-1] if b < end)
+    assert split(tokens, logprobs) == (3, 6, 8, 9)  # EOS is a separate step
     assert build_splitter("cutpoints")(tokens, logprobs) == (7, 9)
     with pytest.raises(ValueError, match="9 tokens but 0 log-probabilities"):
         split(tokens)
@@ -422,7 +520,11 @@ def test_cutpoints_end_after_every_nth_uncertain_token_and_never_look_ahead() ->
 
 def test_regex_splits_after_matches() -> None:
     assert steps_of("regex:;", "a; b;; c;") == ["a;", " b;", ";", " c;"]
-    assert steps_of("regex:(?=Step)", "Step 1 x\nStep 2 y") == ["Step 1 x\n", "Step 2 y"]
+    assert steps_of("regex:\\n+(?=Step)", "Step 1 x\nStep 2 y") == ["Step 1 x\nStep", " 2 y"]
+    assert steps_of("regex:[.]$", "1.5 a.\nb") == ["1.", "5 a.", "\nb"]  # the pattern does not see later tokens
+    assert steps_of("regex:^b", "ab\nbc") == ["ab\nb", "c"]
+    assert steps_of("regex:x.*y", "x" + 150 * "-" + "yz") == ["x" + 150 * "-" + "y", "z"]
+    assert len(steps_of("regex:x.*y", "x" + 250 * "-" + "yz")) == 1  # a match starts at most 200 characters before
     with pytest.raises(UserError, match=r"'\(' is not a valid regular expression \(missing"):
         build_splitter("regex:(")
 
@@ -452,4 +554,4 @@ def test_token_texts_of_a_llama_tokenizer_keep_their_spaces() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", clean_up_tokenization_spaces=False)
     texts = Codec(tokenizer, eos_ids=(0,)).token_texts([*(vocabulary[word] for word in words), 0])
     assert texts == [word.replace("▁", " ") for word in words] + [""]
-    assert build_splitter("math")(texts) == (4, 10)
+    assert build_splitter("math")(texts) == (5, 10)

@@ -6,37 +6,37 @@ example, the ends (3, 7) cut a response of 7 tokens into the steps response[0:3]
 A step never ends inside a token. If a step ends after b tokens, the state after the step is prompt + response[:b]. A
 state therefore consists of token ids that the policy sampled; no text is tokenized again.
 
-Most splitters first choose cuts in the text, which are character positions. A cut inside a token is then moved to the
-end of this token.
+Whether a step ends after a token is decided by this token and the tokens before it, never by later tokens or by the
+length of the response. Otherwise the credit would be biased (docs/algorithms.md). An end-of-sequence token can
+therefore be a step of its own.
+
+Most splitters first choose cuts in the text, which are character positions. Only the text before a cut decides whether
+it is made. A cut inside a token is then moved to the end of this token.
 """
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import operator
 import re
 import reprlib
+import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise
 from typing import Any, Protocol
 
 from vineppo.objects import first_line, load_object
+from vineppo.sentences import mathematical_places
 from vineppo.types import Rollout, UserError
 
-_BLANK = re.compile(r"\s+")
-# The mark of the final answer in GSM8K, and the white space before it.
-_ANSWER_LINE = re.compile(r"\s*####")
-# Punctuation with closing quotation marks or brackets, if the next word starts like a new sentence.
-_SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[A-Z\d$\\(])")
-# An abbreviation, whose period does not end a sentence.
-_ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|etc|cf|Fig|Eq|No|approx)|\be\.g|\bi\.e)\.$")
-_FORMULA = re.compile(r"\$\$.+?\$\$|\$[^$]+?\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
-# A comma, the white space before "and" or "=", or the position before "=". Long sentences are cut there.
-_SPLIT_POINT = re.compile(r",(?=\s)|(?<!\s)\s+(?=and\s|=)|(?<![\s<>=!:])(?==)")
-_MAX_PIECE = 100
-"""Maximum number of characters of a sentence or line; `split_mathematics` cuts longer ones in two."""
+_VISIBLE = re.compile(r"\S")
+_MAX_MATCH = 200
+"""Number of characters before a token in which `split_at_matches` looks for the start of a match."""
+_CHECKED_RESPONSES = 8
+"""Number of responses for which it is checked whether a user-defined splitter depends on later tokens."""
 _CUTPOINT_EVERY, _CUTPOINT_BELOW = 5, 0.9
 """Default values of N and P in the splitter `cutpoints:N:P` (see `split_at_cutpoints`)."""
 _NAMES = ("newline", "math", "tokens", "cutpoints", "regex")
@@ -51,7 +51,8 @@ class Splitter(Protocol):
     def __call__(self, tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
         """Return the end of each of the S steps as a number of tokens, shape (S,).
 
-        The ends are strictly increasing, and the last one is T.
+        The ends are strictly increasing, and the last one is T. Whether an end b < T is among them depends only on
+        tokens[:b] and logprobs[:b].
 
         Args:
             tokens: text of each of the T response tokens, decoded alone, shape (T,). Special tokens have the text "".
@@ -74,10 +75,9 @@ def build_splitter(spec: str) -> Splitter:
     - `cutpoints:N:P`: `split_at_cutpoints` with these values of N and P. `cutpoints` means `cutpoints:5:0.9`.
     - `regex:PATTERN`: `split_at_matches` with this regular expression.
     - `module:function`: a user-defined function `cut(tokens, logprobs=()) -> ends` or `cut(tokens) -> ends`, with
-      arguments and result as in `Splitter`. The returned ends are checked at every call.
-
-    A user-defined function must decide whether a step ends at b from tokens[:b] and logprobs[:b] only. If the decision
-    depends on later tokens, the credit is biased.
+      arguments and result as in `Splitter`. The returned ends are checked at every call. With the first 8 responses it
+      is also checked whether the ends depend on later tokens. If they do, a warning is given once, because the credit
+      is then biased.
 
     Args:
         spec: name of the splitter.
@@ -119,9 +119,9 @@ def _load_splitter(spec: str) -> Splitter:
     if not callable(function):
         raise UserError(f"splitter {spec!r} is a {type(function).__name__}; it must be a function")
     call = _as_splitter(spec, function)
+    num_unchecked = _CHECKED_RESPONSES
 
-    def split(tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
-        _refuse_empty(tokens)
+    def ends_of(tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[int, ...]:
         try:
             returned = call(list(tokens), list(logprobs))
             # At most T + 1 ends are read, because a generator may be infinite.
@@ -135,7 +135,55 @@ def _load_splitter(spec: str) -> Splitter:
             ) from error
         return _checked_ends(spec, ends, len(tokens))
 
+    def split(tokens: Sequence[str], logprobs: Sequence[float] = ()) -> tuple[int, ...]:
+        nonlocal num_unchecked
+        _refuse_empty(tokens)
+        ends = ends_of(tokens, logprobs)
+        if num_unchecked:
+            difference = _effect_of_later_tokens(ends_of, tokens, logprobs, ends)
+            num_unchecked = 0 if difference else num_unchecked - 1
+            if difference:
+                warnings.warn(
+                    f"splitter {spec!r} decides cuts by later tokens, which biases the credit: {difference}; decide "
+                    "whether a step ends at b by tokens[:b] and logprobs[:b] only",
+                    stacklevel=2,
+                )
+        return ends
+
     return split
+
+
+def _effect_of_later_tokens(
+    ends_of: Callable[[Sequence[str], Sequence[float]], tuple[int, ...]],
+    tokens: Sequence[str],
+    logprobs: Sequence[float],
+    ends: Sequence[int],
+) -> str:
+    """Return a description of ends that change if later tokens change, or "" if there are none.
+
+    The response is cut off at a few places, and another token is put there. The ends up to the place must not change.
+
+    Args:
+        ends_of: returns the ends of a response.
+        tokens: text of each token, shape (T,).
+        logprobs: log-probability of each token, shape (T,) or empty.
+        ends: the ends of the response.
+    """
+    T = len(tokens)
+    places = {*ends[:4], *(i * T // 4 for i in range(1, 4)), T - 1} & set(range(1, T))
+    for place, token in itertools.product(sorted(places), ("", "\n", tokens[0])):
+        try:
+            changed = ends_of([*tokens[:place], token], [*logprobs[:place], -1.0] if logprobs else ())
+        except UserError:
+            # The function may fail for a response that no policy would write.
+            continue
+        before, after = ([end for end in some if end <= place] for some in (ends, changed))
+        if before != after:
+            return (
+                f"up to token {place} of a response, the ends are {_shortened(before)} if the next token is "
+                f"{tokens[place]!r}, and {_shortened(after)} if the response ends with {token!r} there"
+            )
+    return ""
 
 
 def _as_splitter(spec: str, function: Callable[..., Any]) -> Callable[[list[str], list[float]], Any]:
@@ -201,51 +249,43 @@ def _shortened(ends: Any) -> str:
 def split_at_newlines(tokens: Sequence[str]) -> tuple[int, ...]:
     r"""Make each line of the response a step.
 
-    A step ends after the last visible character of its line. The newline and the white space around the newline belong
-    to the next step: the text "x = 1\ny = 2" has the steps "x = 1" and "\ny = 2".
+    A step ends after the first newline that follows visible text: the text "x = 1\n\ny = 2" has the steps "x = 1\n" and
+    "\ny = 2".
 
-    - A blank line is not a step.
-    - A line that begins with `####` (the mark of the final answer) belongs to the step before it.
-    - White space and special tokens at the end of the response, such as EOS, belong to the last step.
-    - A cut inside a token is moved to the end of that token. For example, the tokens ["x", ".\n", "\n", "y"] give the
-      steps "x.\n" and "\ny". The first step includes a newline, because the token ".\n" cannot be divided.
-    - A line that lies entirely inside one token is not a separate step.
-
-    Returns:
-        The end of each step as a number of tokens, shape (S,). A step is blank only if the whole response is blank.
+    - A blank line belongs to the step after it.
+    - A cut inside a token is moved to the end of that token. For example, the tokens ["x", ".\n\n", "y"] give the steps
+      "x.\n\n" and "y". If a line lies entirely inside one token, that line is not a separate step.
+    - If the response ends in a newline and EOS, EOS is a step of its own. A step without visible text can only be the
+      last one.
     """
     text = "".join(tokens)
-    return _cut(tokens, text, _newlines(text), answer_lines=False)
+    return _cut(tokens, text, ((match.end(), 0) for match in re.finditer("\n", text)))
 
 
 def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
-    r"""Make each sentence and each line of a mathematical text a step, as the VinePPO paper does for MATH.
+    r"""Make each sentence and each line of a mathematical text a step, similar to the VinePPO paper for MATH.
 
-    - A sentence does not end inside a formula (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`). A formula that is
-      not closed is treated as ordinary text.
-    - A line also ends inside a formula, so each line of an `align` environment is a step.
-    - A sentence or line of more than 100 characters is cut in two near its middle. Parts that are still too long are
-      cut again. Such cuts are made after a comma or before the word "and" outside formulas, or before an equals sign
-      outside braces.
-    - White space, cuts inside tokens, `####` lines and EOS are treated as in `split_at_newlines`.
-
-    Returns:
-        The end of each step as a number of tokens, shape (S,).
+    - A line ends after its newline.
+    - A sentence ends after a full stop, question mark or exclamation mark. If the mark follows a digit or a single
+      letter, it ends the sentence only if white space follows (3.5 is no end), and the step includes this white space.
+      An exclamation mark after a digit or a single letter is a factorial. Common abbreviations do not end a sentence.
+    - A sentence does not end inside a formula (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`). A line ends
+      inside a formula, too, so each line of an `align` environment is a step. A formula that is not closed ends at the
+      next blank line; `$` and `\(` end at the next newline.
+    - A step of more than 100 characters also ends after a comma or the word "and" outside formulas, and after an equals
+      sign outside braces.
+    - Blank lines, cuts inside tokens and EOS are treated as in `split_at_newlines`.
     """
     text = "".join(tokens)
-    formulas = [match.span() for match in _FORMULA.finditer(text)]
-    cuts = sorted({*_newlines(text), *_sentence_ends(text, formulas)})
-    split_points = _split_points(text, formulas)
-    edges = [0, *cuts, len(text)]
-    for start, end in pairwise(edges):
-        cuts += _bisections(start, end, split_points)
-    return _cut(tokens, text, sorted(cuts), answer_lines=False)
+    return _cut(tokens, text, mathematical_places(text))
 
 
 def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[int, ...]:
-    """End a step after every match of a regular expression. White space after the match belongs to the next step.
+    r"""End a step after each token with which a match of a regular expression is complete.
 
-    Cuts inside tokens, blank steps and EOS are treated as in `split_at_newlines`.
+    After each token, the pattern is searched in the text up to there, so look-ahead, `$` and `\b` do not see later
+    tokens: `(?=Step)` ends a step after the word "Step". A match starts after the match before it, at most 200
+    characters before the token. Blank steps and EOS are treated as in `split_at_newlines`.
 
     Args:
         pattern: the regular expression. `build_splitter` compiles it so that `^` and `$` match at every line.
@@ -254,14 +294,23 @@ def split_at_matches(pattern: re.Pattern[str], tokens: Sequence[str]) -> tuple[i
         The end of each step as a number of tokens, shape (S,).
     """
     text = "".join(tokens)
-    return _cut(tokens, text, [match.end() for match in pattern.finditer(text)], answer_lines=True)
+
+    def places() -> Iterator[tuple[int, int]]:
+        start = end = 0
+        for token in filter(None, tokens):
+            start, end = max(start, end - _MAX_MATCH), end + len(token)
+            if pattern.search(text, start, end):
+                yield end, 0
+                start = end
+
+    return _cut(tokens, text, places())
 
 
 def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs: Sequence[float]) -> tuple[int, ...]:
-    """End a step as soon as it contains N uncertain tokens, as in SPO. No step is blank.
+    """End a step as soon as it contains N uncertain tokens and visible text, as in SPO.
 
-    A token is uncertain if the policy sampled it with a probability below P. Whether a step ends at a position depends
-    only on the tokens before this position, so the cuts do not bias the credit.
+    A token is uncertain if the policy sampled it with a probability below P. A step ends after an uncertain token, not
+    before it: a cut before the token would depend on a later token.
 
     Args:
         every: N, the number of uncertain tokens per step.
@@ -276,127 +325,54 @@ def split_at_cutpoints(every: int, below: float, tokens: Sequence[str], logprobs
     _refuse_empty(tokens)
     if len(logprobs) != len(tokens):
         raise ValueError(f"{len(tokens)} tokens but {len(logprobs)} log-probabilities")
-    # Index of the last token with visible text. All later tokens are blank, so they belong to the last step.
-    last = max((i for i, token in enumerate(tokens) if token.strip()), default=0)
     boundaries: list[int] = []
     uncertain, blank = 0, True
-    for i, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+    for end, (token, logprob) in enumerate(zip(tokens[:-1], logprobs, strict=False), start=1):
         uncertain += logprob < math.log(below)
         blank &= not token.strip()
-        if uncertain >= every and not blank and i < last:
-            boundaries.append(i + 1)
+        if uncertain >= every and not blank:
+            boundaries.append(end)
             uncertain, blank = 0, True
     return (*boundaries, len(tokens))
 
 
-def _cut(tokens: Sequence[str], text: str, cuts: Iterable[int], *, answer_lines: bool) -> tuple[int, ...]:
-    """Convert cuts in the text to the ends of steps.
+def _cut(tokens: Sequence[str], text: str, places: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Convert places in the text to the ends of steps.
 
-    A cut inside a token is moved to the end of that token. A cut is dropped if the step before it would be blank, or if
-    only white space and special tokens follow it.
+    A cut inside a token is moved to the end of that token. There is no cut if the step before it would be blank.
 
     Args:
         text: text of all tokens.
-        cuts: character positions in `text`, in ascending order.
-        answer_lines: whether a step may begin with `####`.
+        places: pairs (position, n) in ascending order of the character positions in `text`. The text is cut at a
+            position if the step before it has more than n characters.
     Returns:
         The end of each step as a number of tokens, shape (S,).
     """
     _refuse_empty(tokens)
     # starts[i] is the number of characters before token i.
     starts = list(accumulate(map(len, tokens), initial=0))  # (T + 1,)
-    text_end = len(text.rstrip())
     boundaries: list[int] = []
-    step_start = 0  # in characters
-    for position in cuts:
+    step_start, visible = 0, _next_visible(text, 0)  # in characters
+    for position, min_length in places:
         boundary = bisect_left(starts, position)
-        cut = starts[boundary]
-        if cut >= text_end or not text[step_start:cut].strip():
-            continue
-        # A cut that was moved to the end of a token may now be directly before a `####` line.
-        if not answer_lines and _ANSWER_LINE.match(text, cut):
-            continue
-        boundaries.append(boundary)
-        step_start = cut
+        if boundary < len(tokens) and visible < position and position - step_start > min_length:
+            boundaries.append(boundary)
+            step_start = starts[boundary]
+            visible = _next_visible(text, step_start)
     return (*boundaries, len(tokens))
 
 
-def _newlines(text: str) -> list[int]:
-    """Return the position at which the white space around each newline begins, except before a `####` line."""
-    return [
-        blank.start()
-        for blank in _BLANK.finditer(text)
-        if "\n" in blank.group() and not _ANSWER_LINE.match(text, blank.end())
-    ]
-
-
-def _sentence_ends(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the positions after the punctuation marks that end a sentence outside formulas.
-
-    Args:
-        formulas: (start, end) character positions of the formulas in `text`.
-    """
-    # No abbreviation is longer than 8 characters, so the search for one begins 8 characters before the mark.
-    return [
-        match.end()
-        for match in _SENTENCE_END.finditer(text)
-        if not _inside(match.start(), formulas)
-        and not _ABBREVIATION.search(text, max(0, match.start() - 8), match.end())
-    ]
-
-
-def _split_points(text: str, formulas: Sequence[tuple[int, int]]) -> list[int]:
-    """Return the positions where a sentence or line that is too long may be cut.
-
-    Args:
-        formulas: (start, end) character positions of the formulas in `text`.
-    """
-    # For each character, the number of braces that are open after it.
-    depths = list(accumulate((character == "{") - (character == "}") for character in text))
-    positions = []
-    for match in _SPLIT_POINT.finditer(text):
-        position = match.end() if match.group() == "," else match.start()
-        equals = text.startswith("=", match.end())
-        if (equals and depths[match.start() - 1 if match.start() else 0] <= 0) or (
-            not equals and not _inside(match.start(), formulas)
-        ):
-            positions.append(position)
-    return positions
-
-
-def _bisections(start: int, end: int, split_points: Sequence[int]) -> list[int]:
-    """Return the cuts that divide text[start:end] until each part is short enough or contains no split point.
-
-    Each part that is too long is cut at the split point nearest to its middle.
-
-    Args:
-        split_points: positions where the text may be cut (see `_split_points`).
-    """
-    if end - start <= _MAX_PIECE:
-        return []
-    inside = split_points[bisect_left(split_points, start + 1) : bisect_left(split_points, end)]
-    if not inside:
-        return []
-    middle = min(inside, key=lambda point: abs(2 * point - start - end))
-    return [*_bisections(start, middle, split_points), middle, *_bisections(middle, end, split_points)]
-
-
-def _inside(position: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """Return whether a position lies in one of the spans.
-
-    Args:
-        spans: (start, end) pairs of positions, in ascending order and without overlap.
-    """
-    index = bisect_left(spans, (position + 1, 0)) - 1
-    return index >= 0 and position < spans[index][1]
+def _next_visible(text: str, start: int) -> int:
+    """Return the position of the first character from `start` that is not white space."""
+    match = _VISIBLE.search(text, start)
+    return match.start() if match else len(text)
 
 
 def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
     """End a step after every `num_tokens` tokens. A step that would be blank is merged into the next one.
 
-    Whether a step ends at a position depends only on the tokens before this position, so the cuts do not bias the
-    credit. The last step may be shorter or blank. It is not merged into the step before it, because the end of that
-    step would then depend on later tokens.
+    The last step may be shorter or blank. It is not merged into the step before it, because the end of that step would
+    then depend on later tokens.
 
     Args:
         num_tokens: number of tokens per step.
@@ -417,8 +393,10 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
 def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
     """Merge neighbouring steps so that at most `max_states` steps remain.
 
-    Each remaining step consists of S / max_states of the S original steps, rounded down or up. The cuts are therefore
-    spread evenly over the response.
+    The first half of the `max_states` - 1 first steps are single steps, half of the others consist of two steps each,
+    half of those that are then left of four, and so on. The last step contains all others. With a maximum of 8, the
+    ends of the steps 1, 2, 3, 4, 6, 8 and 12 remain. Which ends remain does not depend on the number of steps, because
+    this number depends on later tokens.
 
     Args:
         boundaries: the end of each step as a number of tokens, strictly increasing, shape (S,).
@@ -432,9 +410,15 @@ def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
     num_steps = len(boundaries)
     if not num_steps or max_states < 0:
         raise ValueError(f"cannot merge {num_steps} steps into at most {max_states}")
-    if max_states == 0 or num_steps <= max_states:
+    if max_states == 0:
         return tuple(boundaries)
-    return tuple(boundaries[(i + 1) * num_steps // max_states - 1] for i in range(max_states))
+    remaining: list[int] = []  # numbers of steps, counted from 1
+    last, size, num_left = 0, 1, max_states - 1
+    while num_left and last < num_steps:
+        num_equal = (num_left + 1) // 2
+        remaining += range(last + size, last + size * num_equal + 1, size)
+        last, size, num_left = last + size * num_equal, 2 * size, num_left - num_equal
+    return (*(boundaries[step - 1] for step in remaining if step < num_steps), boundaries[-1])
 
 
 def step_ends(
@@ -445,7 +429,8 @@ def step_ends(
     Args:
         splitter: cuts the response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps; 0 means no limit. If there are more, neighbouring steps are merged.
+        max_states: maximum number of steps; 0 means no limit. If there are more, neighbouring steps are merged (see
+            `merge_steps`).
     """
     return merge_steps(splitter(token_texts(rollout.response_ids), rollout.sampler_logprobs), max_states)
 

@@ -65,6 +65,24 @@ class TrainingWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A conversation that the tokenizer's chat template formats as the prompt of a problem."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    """The messages, at least one. If the last message is the assistant's, the response continues it. Otherwise the
+    response is a new message of the assistant."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that the template describes in the prompt."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template and their values, such as `{"enable_thinking": False}`."""
+
+    @classmethod
+    def of_user(cls, text: str, template_kwargs: Mapping[str, Any] | None = None) -> Chat:
+        """Return the conversation that consists of one message of the user."""
+        return cls(({"role": "user", "content": text},), template_kwargs=template_kwargs or {})
+
+
+@dataclass(frozen=True)
 class Problem:
     """One item of a task: a prompt and its reference answer."""
 
@@ -77,12 +95,15 @@ class Problem:
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Dictionary from the names of the other columns of the data set to their values for this problem. Reward functions
     receive them as keyword arguments."""
-    messages: tuple[Mapping[str, str], ...] = ()
-    """The conversation from which `prompt` was formatted; empty if there is none. With a conversation, reward functions
-    receive prompts and completions as lists of messages instead of texts."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The conversation in the data set from which `prompt` was formatted; empty if the data set has a text. With a
+    conversation, reward functions receive prompts and completions as lists of messages instead of texts."""
     reference: Any = None
     """The reference answer as stored in the data set; None if the stored answer is text. If it is not None, reward
     functions receive this object as `answer`."""
+    chat: Chat | None = None
+    """The conversation that the chat template formatted as `prompt`; None if `prompt` was written without a chat
+    template. `Codec.prompt_ids` needs it, because the ids of a prompt cannot always be computed from its text."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +225,9 @@ class Rollout:
     finish_reason: FinishReason
     text: str
     """The response as text, without special tokens."""
-    reward: float
-    """Reward of the whole response."""
+    reward: float | None
+    """Reward of the whole response. None means that no reward function applies to the response (each returned None).
+    Such a rollout has advantages of 0, and it is left out of all means and baselines."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +251,8 @@ class StepCredit:
     values: tuple[float, ...] = ()
     """Value of the state before each step, in reward units, shape (S,); empty if the algorithm has no step values."""
     num_mc_rollouts: tuple[int, ...] = ()
-    """Number of MC rollouts from which each value was estimated, shape (S,). It is 0 for a value that was known without
-    sampling."""
+    """Number of MC rollouts from which each value was estimated, shape (S,). MC rollouts without a reward do not count.
+    The number is 0 for a value that was known without sampling."""
     step_advantages: tuple[float, ...] = ()
     """Advantage of each step, in reward units, shape (S,); empty if the algorithm has no step advantages."""
 
@@ -263,10 +285,11 @@ class TrainingSample:
     """Log-probability of each token in nats, computed by the sampler."""
     advantages: tuple[float, ...]
     returns: tuple[float, ...] | None = None
-    """Target of the value network for the state *before* each token; None if there is no value network."""
+    """Target of the value network for the state *before* each token. None if there is no value network, or if the
+    rollout has no reward; the value network is not trained on such a sample."""
     values: tuple[float, ...] | None = None
     """Prediction of the value network for the state before each token, made when the credit was computed. The clipped
-    loss of the value network uses it. None if there is no value network."""
+    loss of the value network uses it. None if `returns` is None."""
     credit: StepCredit | None = None
     """Steps, values and step advantages for the records of the run; None if the algorithm computes none."""
     alternatives: tuple[Alternative, ...] = ()
@@ -280,6 +303,11 @@ class TrainingSample:
     rollout: Rollout | None = None
     """The rollout from which the sample was built (the same object as in the rollout's group). It is written to the
     records of the run. None if the sequence is not a rollout but, for example, a shared prefix or an MC rollout."""
+
+    @property
+    def without_reward(self) -> bool:
+        """Whether the sample was built from a rollout that has no reward, because no reward function applies to it."""
+        return self.rollout is not None and self.rollout.reward is None
 
     @property
     def trained_weights(self) -> tuple[float, ...]:
@@ -298,8 +326,8 @@ high reward; or more, for example also prefixes that rollouts share, or MC rollo
 RewardFn = Callable[..., Any]
 """Reward function: fn(prompts, completions, completion_ids, **columns) -> list of rewards. All arguments and the result
 are lists with one entry per completion. A reward is a number, or None if the function does not apply to the completion.
-The function may also return an awaitable of the list. The columns are those of the data set; they always include
-`answer`."""
+If all functions return None for a completion, the completion has no reward (`Rollout.reward` is None). The function may
+also return an awaitable of the list. The columns are those of the data set; they always include `answer`."""
 
 
 @dataclass(frozen=True)
@@ -414,8 +442,8 @@ class Task(ProblemSource, Protocol):
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """Return the reward of each response.
+    ) -> Sequence[float | None]:
+        """Return the reward of each response, or None if no reward function applies to the response.
 
         Args:
             problems: problem of each response.

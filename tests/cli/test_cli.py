@@ -108,7 +108,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["trian"], "unknown command trian; did you mean train?"),
-        (["zzz"], "unknown command zzz; commands: train, sft, eval, plan, compare, demo, doctor"),
+        (["zzz"], "unknown command zzz; commands: train, sft, eval, plan, plot, compare, demo, doctor"),
         (["--verison"], "unknown option --verison; did you mean --version?"),
         (["train", "--lr", "3"], "unknown option --lr; did you mean --learner.lr?"),
         (["train", "--lr=3"], "unknown option --lr; did you mean --learner.lr?"),
@@ -179,9 +179,9 @@ def test_wrong_keys_in_a_recipe_file(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_resume_refuses_changed_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", Config())
-    message = user_error(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "0")
-    assert "cannot change the settings of the run (learner.lr: 0.0001 -> 0.0002)" in message
-    assert "run.seed" not in message  # given with the same value
+    message = user_error(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "1")
+    assert "cannot change the settings of the run (run.seed: 0 -> 1)" in message
+    assert "learner.lr" not in message  # later iterations may have another learning rate
 
 
 def test_error_of_a_damaged_run_contains_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_error_of_a_damaged_run_contains_the_file(capsys: pytest.CaptureFixture[
     assert f"unknown key learner.speed in {run.path}/config.yaml" in user_error(
         capsys, "train", "--resume", str(run.path)
     )
-    assert f"{run.path} has no final model yet" in user_error(capsys, "eval", str(run.path))
+    assert f"{run.path} has no model yet" in user_error(capsys, "eval", str(run.path))
 
 
 def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +218,15 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
         assert (spec.task.num_steps, spec.task.level, spec.max_new_tokens) == (7, "habit", 33)
         assert (spec.stop, spec.k, spec.model.path) == (("X",), (1, 2), str(run.final))
 
+    # Case 13: adapters are merged into the final model in float32.
+    trained = build_config({}, None, {"model.dtype": "bfloat16", "model.lora.r": "8"})
+    adapted = RunDirectory.create(tmp_path / "adapted", trained)
+    (adapted.final / "adapter").mkdir(parents=True)
+    with pytest.raises(Stop):
+        main(["eval", str(adapted.path)])
+    spec = specs.pop()
+    assert (spec.model.dtype, spec.model.lora.r) == ("float32", 0)
+
     recipe = tmp_path / "mine.yaml"
     content = "model: {path: 'embedded:habit'}\ntask: {num_steps: 5}\nrollouts: {max_new_tokens: 21}\n"
     recipe.write_text(content, encoding="utf-8")
@@ -231,6 +240,21 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
         main(["eval", "habit"])
     spec = specs.pop()
     assert (spec.model.path, spec.task.level) == ("embedded:habit", "habit"), "case 21: the recipe's starting model"
+
+
+def test_eval_says_how_many_responses_have_no_reward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Case 3."""
+    from vineppo.training import evaluate
+
+    unknown = {"mean": None, "low": None, "high": None}
+    result = {"greedy": unknown, "pass@1": unknown, "num_problems": 4, "num_samples": 2, "truncated_share": 0.0}
+    more = {"tokens": 9, "seconds": 1.0, "grader/error_share": 0.0, "grader/not_applicable_share": 0.25}
+    monkeypatch.setattr(evaluate, "evaluate_model", lambda spec: {**result, **more})
+    assert main(["eval", "embedded:judgement"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "25.0% of responses have no reward, because no reward function applies; they are left out"
 
 
 # --- processes

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from vineppo.compare.comparison import compare
 from vineppo.compare.figures import Curves, align, analyse, first_reach, load_run, versus
+from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, plan_runs, run_state
 from vineppo.compare.spec import Budget, CompareSpec, parse_budget
 from vineppo.compare.tables import conclusions, table_rows
@@ -485,15 +486,56 @@ def test_failed_run_is_reported_and_the_others_continue(tmp_path: Path, monkeypa
     console = buffer_console()
     result = compare(make_spec(out, algorithms=("ppo",), jobs=2), console)
     assert result["missing"] == [
-        {"algorithm": "ppo", "seed": 0, "reason": "error: no such model [x]", "log": str(plans[0].log)}
+        {
+            "algorithm": "ppo",
+            "seed": 0,
+            "state": "failed",
+            "reason": "error: no such model [x]",
+            "log": str(plans[0].log),
+        }
     ]
     assert result["algorithms"]["ppo"]["num_runs"] == 1
-    assert table_rows(result)[0][1] == "1 of 2"
-    assert conclusions(result)[-1] == "MISSING: ppo seed 0: error: no such model [x]"
+    assert table_rows(result)[0][1] == "1 of 2 (1 failed)"
+    assert conclusions(result)[-1] == "FAILED: ppo seed 0: error: no such model [x]"
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert "ppo seed 0 FAILED with exit code 1" in output and "    error: no such model [x]" in output
     assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in output
-    assert "MISSING: ppo seed 0" in (out / "table.md").read_text()
+    assert "FAILED: ppo seed 0" in (out / "table.md").read_text()
+
+
+def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path) -> None:
+    """A stopped run can be continued; a skipped one was never started."""
+    plans = [scripted_plan(tmp_path, seed, "") for seed in range(4)]
+    for seed, reason in ((0, "interrupted"), (1, None), (3, None)):
+        plans[seed].directory.mkdir(parents=True)
+        if reason:
+            (plans[seed].directory / "summary.json").write_text(json.dumps({"finish_reason": reason}))
+    failures = {"ppo seed 0": "last line", "ppo seed 3": "error: disk is full"}
+    entries = [missing_entry(plan, failures) for plan in plans]
+    assert [(entry["seed"], entry["state"]) for entry in entries] == [
+        (0, "stopped"),
+        (1, "stopped"),
+        (2, "skipped"),
+        (3, "failed"),
+    ]
+    assert entries[3]["reason"] == "error: disk is full"
+    figures = {name: {"mean": None, "low": None, "high": None} for name in ("accuracy_before", "final_accuracy")}
+    result = {
+        "spec": {"seeds": 5},
+        "reference": None,
+        "missing": entries,
+        "algorithms": {
+            "ppo": {
+                **figures,
+                "num_runs": 1,
+                "reach_reference_best": None,
+                "updates": None,
+                "tokens": {"rollouts": None, "mc": None},
+                "seconds": {"mean": None},
+            }
+        },
+    }
+    assert table_rows(result)[0][:2] == ("ppo", "1 of 5 (1 failed, 2 stopped, 1 skipped)")
 
 
 def test_reports_are_written_if_all_runs_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

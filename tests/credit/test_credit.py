@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from tests.helpers import known
 from tests.world import build_world
 from vineppo.config.schema import LearnerConfig, TaskConfig
 from vineppo.credit import BUILT_IN, find_algorithm
@@ -24,6 +25,7 @@ from vineppo.credit.grpo import grpo_credit
 from vineppo.credit.ppo import explained_variance
 from vineppo.credit.reinforce import reinforce_credit
 from vineppo.credit.rloo import rloo_credit
+from vineppo.credit.sample import reward_of
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss
 from vineppo.model.batch import collate
@@ -59,23 +61,25 @@ BUDGET = 40
 K = 4
 PROBLEM = Problem(id="train/0", prompt="a=7;b=a*3;c=b+5;d=c-2;d?\n", answer="4")
 
-# A newline belongs to the step after it; the answer line belongs to the last step. Numbers of tokens: 8, 9, 9, 14, 14.
-FIRST = "b=7*3 by rote = 1"
-SECOND, SECOND_SLIPS = "\nc=1+5 by rule is 6", "\nc=1+5 by rote is 7"
-THIRD, THIRD_OF_7 = "\nd=6-2 by rule -> 4\n#### 4</s>", "\nd=7-2 by rule -> 5\n#### 5</s>"
-RIGHT, WRONG = FIRST + SECOND + THIRD, FIRST + SECOND_SLIPS + THIRD_OF_7
-CUT_OFF = FIRST + "\n" + 31 * "1"  # 40 tokens, without EOS
+# A line is a step, with its newline; the answer line is the last step. Numbers of tokens: 9 per line, 4 of the answer.
+FIRST = "b=7*3 by rote = 1\n"
+SECOND, SECOND_SLIPS = "c=1+5 by rule is 6\n", "c=1+5 by rote is 7\n"
+THIRD, THIRD_OF_7 = "d=6-2 by rule -> 4\n", "d=7-2 by rule -> 5\n"
+FOUR, FIVE = "#### 4</s>", "#### 5</s>"
+RIGHT, WRONG = FIRST + SECOND + THIRD + FOUR, FIRST + SECOND_SLIPS + THIRD_OF_7 + FIVE
+CUT_OFF = FIRST + 31 * "1"  # 40 tokens, without EOS
 # These are truncated too, but a grader would accept them.
-CUT_OFF_AT_THE_ANSWER = FIRST + SECOND + "\nd=6-2 by rule -> 4\n" + 9 * "1" + "\n#### 4"  # 40 tokens
-CUT_OFF_AFTER_THE_SLIP = "\n" + 18 * "1" + "\n#### 4"  # 23 tokens
+CUT_OFF_AT_THE_ANSWER = FIRST + SECOND + THIRD + 9 * "1" + "\n#### 4"  # 40 tokens
+CUT_OFF_AFTER_THE_SLIP = 18 * "1" + "\n#### 4"  # 22 tokens
 
 CONTINUATIONS: dict[str, list[str]] = {
     "": [RIGHT, WRONG, RIGHT, CUT_OFF_AT_THE_ANSWER],
-    FIRST: [SECOND + THIRD, SECOND + THIRD, SECOND_SLIPS + THIRD_OF_7, SECOND + THIRD],
-    FIRST + SECOND: [THIRD] * 4,
-    FIRST + SECOND_SLIPS: ["\n#### 4</s>", THIRD_OF_7, CUT_OFF_AFTER_THE_SLIP, THIRD_OF_7],
+    FIRST: [SECOND + THIRD + FOUR, SECOND + THIRD + FOUR, SECOND_SLIPS + THIRD_OF_7 + FIVE, SECOND + THIRD + FOUR],
+    FIRST + SECOND: [THIRD + FOUR] * 4,
+    FIRST + SECOND_SLIPS: [FOUR, THIRD_OF_7 + FIVE, CUT_OFF_AFTER_THE_SLIP, THIRD_OF_7 + FIVE],
+    FIRST + SECOND + THIRD: [FOUR] * 4,
+    FIRST + SECOND_SLIPS + THIRD_OF_7: [FIVE, FOUR, FIVE, FOUR],
 }
-VALUES = {"": 0.5, FIRST: 0.75, FIRST + SECOND: 1.0, FIRST + SECOND_SLIPS: 0.25}
 
 
 @cache
@@ -206,9 +210,9 @@ def response_part(sample: TrainingSample) -> list[float]:
 
 
 def test_lengths_and_rewards_of_the_prepared_texts() -> None:
-    lengths = [len(ids(text)) for text in (FIRST, SECOND, SECOND_SLIPS, THIRD, THIRD_OF_7, CUT_OFF)]
-    assert lengths == [8, 9, 9, 14, 14, BUDGET]
-    assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 17
+    lengths = [len(ids(text)) for text in (FIRST, SECOND, SECOND_SLIPS, THIRD, THIRD_OF_7, FOUR, FIVE, CUT_OFF)]
+    assert lengths == [9, 9, 9, 9, 9, 4, 4, BUDGET]
+    assert len(ids(CUT_OFF_AT_THE_ANSWER)) == BUDGET and len(ids(CUT_OFF_AFTER_THE_SLIP)) == BUDGET - 18
     right = [RIGHT, CUT_OFF_AT_THE_ANSWER, FIRST + SECOND_SLIPS + CUT_OFF_AFTER_THE_SLIP]
     texts = [policy().codec.decode(ids(text)) for text in [*right, WRONG, CUT_OFF]]
     assert chain().grade([PROBLEM] * 5, texts) == [1, 1, 1, 0, 0]
@@ -216,12 +220,12 @@ def test_lengths_and_rewards_of_the_prepared_texts() -> None:
 
 
 def test_vine_credit_by_hand() -> None:
-    """Values .5, .75, then 1 after the right second step and .25 after the wrong one; the last step uses the reward."""
+    """Values .5, .75, then 1 and 1 after the right second step, .25 and .5 after the wrong one, and the reward."""
     samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
     right, wrong, duplicate, cut_off = samples
-    assert response_part(right) == [0.25] * 8 + [0.25] * 9 + [0.0] * 14
-    assert response_part(wrong) == [0.25] * 8 + [-0.5] * 9 + [-0.25] * 14
-    assert response_part(cut_off) == [0.25] * 8 + [-0.75] * 32
+    assert response_part(right) == [0.25] * 9 + [0.25] * 9 + [0.0] * 9 + [0.0] * 4
+    assert response_part(wrong) == [0.25] * 9 + [-0.5] * 9 + [0.25] * 9 + [-0.5] * 4
+    assert response_part(cut_off) == [0.25] * 9 + [-0.75] * 31
     assert duplicate == right
     for sample, rollout in zip(samples, group_of_four().rollouts, strict=True):
         assert sample.credit is not None
@@ -233,27 +237,27 @@ def test_step_credit_contains_boundaries_values_and_step_advantages() -> None:
     samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
     step_credit = samples[1].credit
     assert step_credit is not None
-    assert step_credit.boundaries == (8, 17, 31)
-    assert step_credit.values == (0.5, 0.75, 0.25)
-    assert step_credit.num_mc_rollouts == (K, K, K)
-    assert step_credit.step_advantages == (0.25, -0.5, -0.25)
-    assert samples[3].credit is not None and samples[3].credit.boundaries == (8, 40)
+    assert step_credit.boundaries == (9, 18, 27, 31)
+    assert step_credit.values == (0.5, 0.75, 0.25, 0.5)
+    assert step_credit.num_mc_rollouts == (K, K, K, K)
+    assert step_credit.step_advantages == (0.25, -0.5, 0.25, -0.5)
+    assert samples[3].credit is not None and samples[3].credit.boundaries == (9, 40)
 
 
 def test_equal_states_are_sampled_once_and_cost_is_counted() -> None:
-    """3 + 3 + 3 + 2 states, of which 4 are distinct. Tokens: 3 * 31 + 40, 4 * 23, 4 * 14, 5 + 23 + 2 * 14."""
+    """4 + 4 + 4 + 2 states, of which 6 are distinct. Tokens: 3 * 31 + 40, 4 * 22, 4 * 13, 4 + 22 + 2 * 13, 2 * 16."""
     sampler = scripted(CONTINUATIONS)
     _, metrics = vine_samples([group_of_four()], sampler)
-    assert len(sampler.requests) == 4
-    assert len({request.prompt_ids for request in sampler.requests}) == 4
+    assert len(sampler.requests) == 6
+    assert len({request.prompt_ids for request in sampler.requests}) == 6
     assert {request.num_samples for request in sampler.requests} == {K}
     assert metrics == {
-        "tokens/mc": 133 + 92 + 56 + 56,
-        "credit/mc_rollouts": 16,
-        "credit/states": 11,
-        "credit/distinct_states": 4,
-        "credit/steps_per_response": 2.75,
-        "credit/zero_step_share": 2 / 11,
+        "tokens/mc": 133 + 88 + 52 + 52 + 32,
+        "credit/mc_rollouts": 24,
+        "credit/states": 14,
+        "credit/distinct_states": 6,
+        "credit/steps_per_response": 3.5,
+        "credit/zero_step_share": 4 / 14,
     }
 
 
@@ -261,14 +265,14 @@ def test_states_are_shared_across_groups_of_a_problem_but_not_across_problems() 
     """States with equal tokens but different problems are different, because the reference answers differ."""
     sampler = scripted(CONTINUATIONS)
     vine_samples([group_of_four(), group_of_four()], sampler)
-    assert len(sampler.requests) == 4
+    assert len(sampler.requests) == 6
     other = replace(PROBLEM, id="train/1", answer="5")
     group = RolloutGroup(other, group_of_four().rollouts)
     sampler = scripted(CONTINUATIONS)
     samples, _ = vine_samples([group_of_four(), group], sampler)
-    assert len(sampler.requests) == 8
+    assert len(sampler.requests) == 12
     credit = samples[4].credit
-    assert credit is not None and credit.values == (0.25, 0.25, 0.0)
+    assert credit is not None and credit.values == (0.25, 0.25, 0.0, 0.0)
 
 
 def test_the_budget_of_a_continuation_is_reduced_by_its_prefix() -> None:
@@ -276,7 +280,7 @@ def test_the_budget_of_a_continuation_is_reduced_by_its_prefix() -> None:
     vine_samples([group_of_four()], sampler)
     prompt = len(policy().codec.encode_prompt(PROBLEM.prompt))
     budgets = {len(request.prompt_ids) - prompt: request.max_new_tokens for request in sampler.requests}
-    assert budgets == {0: BUDGET, 8: BUDGET - 8, 17: BUDGET - 17}
+    assert budgets == {0: BUDGET, 9: BUDGET - 9, 18: BUDGET - 18, 27: BUDGET - 27}
 
 
 def test_a_state_at_the_length_limit_has_value_0_and_is_not_sampled() -> None:
@@ -289,7 +293,7 @@ def test_a_state_at_the_length_limit_has_value_0_and_is_not_sampled() -> None:
     states = [State(PROBLEM, prompt, cut_off[:length]) for length in (40, 39, 40)]
     values, cost = monte_carlo.evaluate([*states, State(PROBLEM, prompt, (*cut_off, 1))], 1)
     assert [request.max_new_tokens for request in sampler.requests] == [1]
-    assert [(value.mean, value.num_mc_rollouts) for value in values] == [(0, 0), (0, K), (0, 0), (0, 0)]
+    assert [(value.mean, value.num_mc_rollouts) for value in known(values)] == [(0, 0), (0, K), (0, 0), (0, 0)]
     assert (cost.states, cost.distinct_states, cost.mc_rollouts, cost.tokens) == (4, 3, K, 4)
     assert len(graded) == 2
 
@@ -299,18 +303,18 @@ def test_the_sampler_is_not_called_if_all_values_are_known() -> None:
         ScriptedSampler({}), chain(), policy().codec.decode, K, BUDGET, run_seed=0, temperature=1.0
     )
     state = State(PROBLEM, policy().codec.encode_prompt(PROBLEM.prompt), ids(CUT_OFF))
-    assert [value.mean for value in monte_carlo.evaluate([state], 1)[0]] == [0.0]
+    assert [value.mean for value in known(monte_carlo.evaluate([state], 1)[0])] == [0.0]
     assert monte_carlo.evaluate([], 1)[0] == []
 
 
 def test_the_ids_of_a_state_are_the_ids_of_the_rollout() -> None:
     """The ids of this response differ from the tokenization of its text: " = " is one token, but here three."""
-    unusual = (*ids("b=7*3 by rote"), *ids(" "), *ids("="), *ids(" "), *ids("1\nc=1"), *ids("\n#### 4</s>"))
+    unusual = (*ids("b=7*3 by rote"), *ids(" "), *ids("="), *ids(" "), *ids("1\n#### 4</s>"))
     text = policy().codec.decode(unusual)
     assert ids(text) != unusual and len(ids(text)) < len(unusual)
     prompt = policy().codec.encode_prompt(PROBLEM.prompt)
     group = group_of([Completion(unusual, (-0.5,) * len(unusual), "stop")])
-    cut = 10  # before the first newline
+    cut = 11  # after the newline
     assert policy().codec.decode(unusual[:cut]) == FIRST
     sampler = ScriptedSampler(
         {
@@ -333,7 +337,7 @@ def test_continuations_are_graded_with_their_prefix_and_not_if_truncated() -> No
         for text in texts
         if text.endswith("</s>")
     ]
-    assert len(finished) == 14
+    assert len(finished) == 22
     assert Counter(graded) == Counter(finished)
     assert all(text.startswith(FIRST) for text in graded)
 
@@ -350,9 +354,10 @@ def test_a_truncated_rollout_is_not_graded() -> None:
 @pytest.mark.parametrize(
     ("max_states", "boundaries", "advantages"),
     [
-        (0, (8, 17, 31), (0.25, -0.5, -0.25)),
-        (3, (8, 17, 31), (0.25, -0.5, -0.25)),
-        (2, (8, 31), (0.25, -0.75)),
+        (0, (9, 18, 27, 31), (0.25, -0.5, 0.25, -0.5)),
+        (5, (9, 18, 31), (0.25, -0.5, -0.25)),
+        (3, (9, 27, 31), (0.25, -0.25, -0.5)),
+        (2, (9, 31), (0.25, -0.75)),
         (1, (31,), (-0.5,)),
     ],
 )
@@ -363,7 +368,7 @@ def test_max_states_merges_steps_and_their_advantages(
     samples, _ = vine_samples([group_of_four()], sampler, max_states=max_states)
     credit = samples[1].credit
     assert credit is not None and (credit.boundaries, credit.step_advantages) == (boundaries, advantages)
-    assert len(sampler.requests) == {0: 4, 3: 4, 2: 2, 1: 1}[max_states]
+    assert len(sampler.requests) == {0: 6, 5: 4, 3: 4, 2: 2, 1: 1}[max_states]
     assert response_part(samples[1])[-1] == advantages[-1]
 
 
@@ -389,7 +394,7 @@ def test_every_state_has_a_different_seed() -> None:
     for iteration in (1, 2):
         sample_groups([PROBLEM, PROBLEM], policy().codec, rollouts, task, **shape, address=(0, iteration))
     seeds += [request.seed for request in rollouts.requests]
-    assert len(seeds) == 4 * 4 + 2 * 2 == len(set(seeds))
+    assert len(seeds) == 4 * 6 + 2 * 2 == len(set(seeds))
 
 
 def test_values_do_not_depend_on_the_order_of_states_or_on_other_states() -> None:
@@ -397,7 +402,7 @@ def test_values_do_not_depend_on_the_order_of_states_or_on_other_states() -> Non
     monte_carlo = w.monte_carlo(3)
     states = [State(w.problem, w.prompt_ids, state) for state in w.states]
     together, _ = monte_carlo.evaluate(states, 7)
-    assert len({value.mean for value in together}) > 20
+    assert len({value.mean for value in known(together)}) > 20
     reversed_values, _ = monte_carlo.evaluate(states[::-1], 7)
     assert reversed_values[::-1] == together
     for state, value in list(zip(states, together, strict=True))[::9]:
@@ -464,14 +469,14 @@ def test_an_incomplete_minibatch_is_trained() -> None:
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 150, 100_000])
 def test_the_denominator_is_the_number_of_response_tokens(micro_batch_tokens: int) -> None:
-    """At a ratio of 1 the loss is minus the mean token advantage: 2 * 4.25 - 6 - 22 over 3 * 31 + 40 tokens.
+    """At a ratio of 1 the loss is minus the mean token advantage: 2 * 4.5 - 2 - 21 over 3 * 31 + 40 tokens.
 
     Several epochs are tested too, so the test fails if training modifies the mask.
     """
     samples, _ = vine_samples([group_of_four()], scripted(CONTINUATIONS))
     for epochs in (1, 3):
         learner = build_learner(minibatch_size=4, epochs=epochs, micro_batch_tokens=micro_batch_tokens)
-        assert learner.update(samples, 1, len(samples))["policy/loss"] == pytest.approx(19.5 / 133, abs=1e-6)
+        assert learner.update(samples, 1, len(samples))["policy/loss"] == pytest.approx(14 / 133, abs=1e-6)
 
 
 def test_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
@@ -494,7 +499,7 @@ def test_extra_padding_changes_neither_the_loss_nor_its_gradient() -> None:
 # --- credit relative to other responses ---
 
 
-def group_with(rewards: Sequence[float]) -> RolloutGroup:
+def group_with(rewards: Sequence[float | None]) -> RolloutGroup:
     """Rollouts of 2, 3, 4 ... tokens with these rewards."""
     return RolloutGroup(
         PROBLEM,
@@ -550,7 +555,7 @@ def test_every_algorithm_gives_one_sample_per_rollout_in_order(algorithm: str) -
     if algorithm != "ppo":
         assert ends == pytest.approx(
             {
-                "vineppo": [0, -0.25, 0, -0.75],
+                "vineppo": [0, -0.5, 0, -0.75],
                 "grpo": [0.5, -0.5, 0.5, -0.5],
                 "rloo": [2 / 3, -2 / 3, 2 / 3, -2 / 3],
                 "reinforce": [2 / 3, -2 / 3, 2 / 3, -2 / 3],
@@ -570,7 +575,7 @@ def test_ppo_credit_is_reward_minus_value_at_lambda_1() -> None:
     for sample, rollout, values in zip(samples, group.rollouts, predicted, strict=True):
         assert sample.values is not None and sample.returns is not None
         assert sample.values == (0.0,) * prompt + tuple(pytest.approx(v, abs=1e-6) for v in values)
-        assert response_part(sample) == pytest.approx([rollout.reward - v for v in values], abs=1e-6)
+        assert response_part(sample) == pytest.approx([reward_of(rollout) - v for v in values], abs=1e-6)
         assert sample.returns[prompt:] == pytest.approx([rollout.reward] * len(values), abs=1e-6)
         assert sample.returns[:prompt] == (0.0,) * prompt
     flat = [value for values in predicted for value in values]

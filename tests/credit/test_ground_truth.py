@@ -3,7 +3,8 @@
 Model, sampler, grading, credit and loss are those of the package. A credit function is correct if the expectation of
 sum_t A_t grad log pi(a_t) is the gradient of the expected reward. The expectation is computed by enumerating all
 responses, or all tuples of responses, with their probabilities. If Monte-Carlo values are random too, the mean over
-many iterations is tested with a z-test and fixed seeds.
+many iterations is tested with a z-test and fixed seeds. tests/credit/test_estimators.py compares every estimator more
+precisely, without the model.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers import WrappedSampler
+from tests.helpers import known
 from tests.world import World, build_policy, build_world, policy_gradient
 from vineppo.credit.grpo import grpo_credit
 from vineppo.credit.ppo import gae_credit
@@ -33,7 +34,7 @@ from vineppo.sampling.graded import grade_finished
 from vineppo.seeds import derive_seed
 from vineppo.steps import build_splitter
 from vineppo.training.rollouts import sample_groups
-from vineppo.types import Completion, CreditFn, Rollout, RolloutGroup, SampleRequest, TrainingSample
+from vineppo.types import CreditFn, Rollout, RolloutGroup, SampleRequest, TrainingSample
 from vineppo.values import MonteCarlo, State, Value, ValueCost
 
 ABSOLUTE = 1e-6
@@ -131,7 +132,7 @@ def test_a_truncated_response_has_reward_0_although_the_task_would_reward_its_te
     w = world(4)
     cut_off = [o for o in w.outcomes if o.rollout.finish_reason == "length"]
     texts = [o.rollout.text for o in cut_off]
-    assert len(cut_off) == 4**4 and min(w.task.grade([w.problem] * len(texts), texts)) > 0
+    assert len(cut_off) == 4**4 and min(known(w.task.grade([w.problem] * len(texts), texts))) > 0
     assert grade_finished(w.task, [w.problem] * len(texts), texts, [False] * len(texts)) == [0.0] * len(texts)
     assert {o.rollout.reward for o in cut_off} == {0.0}
 
@@ -187,12 +188,13 @@ def test_sampled_rollouts_have_the_rewards_and_logprobs_of_the_world() -> None:
 
 def monte_carlo_errors(w: World, num_mc_rollouts: int, iterations: int) -> np.ndarray:
     """Estimate minus exact value of every state in every iteration, shape (iterations, states)."""
-    monte_carlo = w.monte_carlo(num_mc_rollouts)
+    monte_carlo = w.monte_carlo(num_mc_rollouts, by_table=True)
     states = [State(w.problem, w.prompt_ids, state) for state in w.states]
     truth = np.array([w.value(state) for state in w.states])
     means = []
     for iteration in range(iterations):
-        values, cost = monte_carlo.evaluate(states, iteration)
+        estimates, cost = monte_carlo.evaluate(states, iteration)
+        values = known(estimates)
         assert {value.num_mc_rollouts for value in values} == {num_mc_rollouts}
         assert cost.mc_rollouts == num_mc_rollouts * len(states)
         means.append([value.mean for value in values])
@@ -204,7 +206,7 @@ def test_monte_carlo_values_are_unbiased(num_mc_rollouts: int) -> None:
     """The sum of z^2 over states has a chi-square distribution: too large values show a bias, too small ones a
     dependence between iterations.
     """
-    w, iterations = world(4), 100
+    w, iterations = world(4), 200
     errors = monte_carlo_errors(w, num_mc_rollouts, iterations).mean(0)
     variances = np.array([w.moments[state][1] for state in w.states])
     z = errors / np.sqrt(variances / (num_mc_rollouts * iterations))
@@ -234,6 +236,7 @@ def test_values_with_a_wrong_budget_are_detectably_wrong() -> None:
     state = State(short.problem, short.prompt_ids, prefix)
     (right,), _ = short.monte_carlo(4096).evaluate([state], 0)
     (wrong,), _ = replace(short.monte_carlo(4096), max_new_tokens=4).evaluate([state], 0)
+    assert right and wrong
     assert right.mean == pytest.approx(short.value(prefix), abs=0.02)
     assert wrong.mean == pytest.approx(long.value(prefix), abs=0.02)
     assert long.value(prefix) - short.value(prefix) > 0.1
@@ -259,11 +262,7 @@ def test_the_gradient_of_a_second_problem_is_exact_too() -> None:
 
 
 def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
-    """The gradient is exact only if each cut is decided by the tokens before it.
-
-    `max_states` places cuts by the length of the response. A splitter that makes no cut before EOS or before an answer
-    line (like `newline`) depends on the next token. Both change the gradient, but hardly its direction.
-    """
+    """A splitter that makes no cut before EOS depends on the next token: the gradient is off by 28%."""
     w = world(4)
     exact = w.exact_gradient()
 
@@ -272,10 +271,9 @@ def test_cuts_that_depend_on_later_tokens_are_not_exact() -> None:
 
     values = cast(MonteCarlo, ExactValues(w))
     looks_ahead = vine_credit(values, skips_the_cut_before_eos, policy().codec.token_texts, max_states=0)
-    for credit in (vine(ExactValues(w), "tokens:1", max_states=2), looks_ahead):
-        gradient = expected_gradient(w, credit)
-        assert largest_error(gradient, exact) > 0.01
-        assert (gradient @ exact) / (gradient.norm() * exact.norm()) > 0.95
+    gradient = expected_gradient(w, looks_ahead)
+    assert ((gradient - exact).norm() / exact.norm()).item() == pytest.approx(0.282, abs=0.001)
+    assert (gradient @ exact / (exact @ exact)).item() == pytest.approx(1.119, abs=0.001)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
@@ -343,36 +341,12 @@ def test_reinforce_is_exact_for_an_iteration_of_two_problems() -> None:
 # --- the expected gradient with Monte-Carlo values ---
 
 
-class EverythingFinished(WrappedSampler):
-    """A sampler whose truncated completions have the finish reason "stop", so that they are graded."""
-
-    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
-        return [[replace(c, finish_reason="stop") for c in group] for group in self.sampler.sample(requests)]
-
-
 def z_scores(gradients: Sequence[torch.Tensor], exact: torch.Tensor) -> list[float]:
     """Error of the mean gradient in standard errors, along the exact gradient and eight fixed directions."""
     random = torch.randn(8, len(exact), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     directions = torch.cat([exact[None], random])
     errors = (torch.stack(list(gradients)) - exact) @ directions.T  # (iterations, 9)
     return (errors.mean(0) / (errors.std(0) / math.sqrt(len(errors)))).tolist()
-
-
-@pytest.mark.parametrize(("num_mc_rollouts", "splitter"), [(1, "tokens:1"), (2, "tokens:2")])
-def test_vineppo_with_few_continuations_is_unbiased(num_mc_rollouts: int, splitter: str) -> None:
-    """Responses are enumerated and values are sampled, so K affects only the variance."""
-    w = world(3)
-    credit = vine(w.monte_carlo(num_mc_rollouts), splitter)
-    gradients = [expected_gradient(w, credit, iteration) for iteration in range(100)]
-    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS
-
-
-def test_grading_truncated_continuations_causes_a_bias() -> None:
-    """The previous test fails if truncated continuations are graded."""
-    w = world(3)
-    credit = vine(replace(w.monte_carlo(1), sampler=EverythingFinished(w.sampler())), "tokens:1")
-    gradients = [expected_gradient(w, credit, iteration) for iteration in range(50)]
-    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) > 3 * SIGMAS
 
 
 def test_sampling_credit_and_loss_together_are_unbiased() -> None:
@@ -401,7 +375,7 @@ def test_more_continuations_have_less_variance() -> None:
     w = world(3)
     variance = {}
     for K in (1, 8):
-        credit = vine(w.monte_carlo(K), "tokens:1")
+        credit = vine(w.monte_carlo(K, by_table=True), "tokens:1")
         gradients = torch.stack([expected_gradient(w, credit, iteration) for iteration in range(60)])
         variance[K] = gradients.var(0).sum().item()
     assert variance[1] / variance[8] == pytest.approx(8, rel=0.25)

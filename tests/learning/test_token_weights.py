@@ -25,7 +25,7 @@ from tests.learning.test_learner import (
     with_alternatives,
 )
 from vineppo.config.schema import CriticConfig, KLConfig, LoraConfig, ModelConfig
-from vineppo.learning.experience import minibatches
+from vineppo.learning.experience import Experience, minibatches
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.learning.optim import lr_factor
@@ -400,3 +400,27 @@ def test_weights_have_merged_adapters_and_the_model_is_unchanged() -> None:
 def test_a_checkpoint_without_the_learners_file_is_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no learner.pt: another version of vineppo wrote it"):
         build_learner(build_policy()).load(tmp_path)
+
+
+def test_the_clip_share_counts_alternatives_in_both_numbers() -> None:
+    """By hand: of the weights 1, 2, 1 of three tokens and 2 of an alternative, those of the first and last are clipped.
+
+    The first token and the alternative have ratio 2 and a positive advantage. The second token has ratio 1. The third
+    has ratio 2 and a negative advantage, which is not clipped.
+    """
+    policy = build_policy(dtype=torch.float64)
+    sample = TrainingSample(
+        token_ids=(3, 4, 5, 6),
+        loss_mask=(0, 1, 1, 1),
+        sampler_logprobs=(0.0, 0.0, 0.0, 0.0),
+        advantages=(0.0, 1.0, 1.0, -1.0),
+        alternatives=(Alternative(1, 7, 1.0),),
+        weights=(0.0, 1.0, 2.0, 1.0),
+    )
+    learner = build_learner(policy)
+    scores = learner.logprobs(policy, [sample])
+    rows, alternatives = scores.logprobs, scores.alternatives
+    double = math.log(2)
+    old = (rows[0][0] - double, rows[0][1], rows[0][2] - double)
+    experience = Experience(sample, old, (alternatives[0][0] - double,), None)
+    assert learner._policy_gradient([experience], 1)["policy/clip_share"] == pytest.approx((1 + 2) / (1 + 2 + 1 + 2))

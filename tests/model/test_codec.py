@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, MambaConfig
 from vineppo.model.codec import Codec
 from vineppo.model.tiny import build_model, build_tokenizer
 from vineppo.tasks.chain import LEVELS, ChainTask
-from vineppo.types import UserError
+from vineppo.types import Chat, UserError
 
 CHAT = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -99,7 +99,7 @@ def test_a_codec_can_be_pickled(codec: Codec) -> None:
     assert loaded.encode_prompt(prompt + response) == ids
     assert loaded.decode(ids) == chat.decode(ids) == prompt + response
     assert loaded.token_texts(ids) == chat.token_texts(ids)
-    assert loaded.chat_prompt("2+3?") == chat.chat_prompt("2+3?")
+    assert loaded.chat_prompt(Chat.of_user("2+3?")) == chat.chat_prompt(Chat.of_user("2+3?"))
     assert (loaded.eos_ids, loaded.max_length) == (chat.eos_ids, chat.max_length) == ((1,), 99)
 
 
@@ -119,6 +119,6 @@ def test_chat_prompt_ends_at_the_start_of_the_answer() -> None:
     with pytest.raises(
         UserError, match=r"the model's tokenizer has no chat template; set task\.chat_template to false"
     ):
-        codec.chat_prompt("2+3?")
+        codec.chat_prompt(Chat.of_user("2+3?"))
     codec.tokenizer.chat_template = CHAT
-    assert codec.chat_prompt("2+3?") == "user: 2+3?\nassistant: "
+    assert codec.chat_prompt(Chat.of_user("2+3?")) == "user: 2+3?\nassistant: "

@@ -130,9 +130,12 @@ def test_the_critic_has_separate_adapters_and_shares_the_other_weights() -> None
 def test_dropout_is_active_in_updates_only() -> None:
     policy = policy_with_trained_adapters(ModelConfig(lora=replace(LORA, dropout=0.5)))
     assert torch.equal(logprobs(policy), logprobs(policy))
-    with policy.dropout(1):
-        first, second = logprobs(policy), logprobs(policy)
-    with policy.dropout(1):
+    masks = [samples()[1].loss_mask]
+    with policy.dropout([1], masks):
+        first = logprobs(policy)
+    with policy.dropout([2], masks):
+        second = logprobs(policy)
+    with policy.dropout([1], masks):
         again = logprobs(policy)
     assert torch.equal(first, again) and not torch.equal(first, second)
     assert torch.equal(logprobs(policy), logprobs(policy))

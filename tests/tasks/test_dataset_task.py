@@ -11,7 +11,7 @@ import pytest
 from vineppo.config.schema import TaskConfig
 from vineppo.config.settings import replace
 from vineppo.tasks import build_task
-from vineppo.types import Task, UserError
+from vineppo.types import Chat, Task, UserError
 
 
 def write(path: Path, rows: list[Any]) -> str:
@@ -67,7 +67,7 @@ def test_a_problem_has_the_id_text_and_columns_of_its_row(tmp_path: Path) -> Non
     problem = build_task(config).problem("train", 17)
     assert problem.id == "train/17"
     assert problem.prompt == "{x} Problem:\nIs \\frac{17}{2} {prompt}?\u2028é\n\nSolution:"
-    assert problem.answer == "3.0"  # a number becomes text
+    assert problem.answer == "3"  # a number becomes text
     assert problem.columns == {**data[17], "level": [17]}  # prompt and answer columns keep their original names too
 
 
@@ -81,8 +81,8 @@ def test_an_index_out_of_range_raises(tmp_path: Path) -> None:
 def test_the_chat_template_is_applied_to_the_finished_prompt_if_configured(tmp_path: Path) -> None:
     config = config_of(tmp_path, rows(20), prompt_template="Q: {prompt}", chat_template=True)
 
-    def wrap(prompt: str) -> str:
-        return f"<user>{prompt}</user>"
+    def wrap(chat: Chat) -> str:
+        return f"<user>{chat.messages[0]['content']}</user>"
 
     assert build_task(config, wrap).problem("train", 1).prompt == "<user>Q: 1+1</user>"
     assert build_task(replace(config, chat_template=False), wrap).problem("train", 1).prompt == "Q: 1+1"

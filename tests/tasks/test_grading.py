@@ -15,6 +15,7 @@ import pytest
 
 from vineppo.config.schema import GradingConfig, ModelConfig, TaskConfig
 from vineppo.model.policy import Policy
+from vineppo.sampling.graded import grade_finished
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graded import Graded
@@ -162,7 +163,7 @@ def test_rewards_are_weighted_and_counted_and_none_is_left_out() -> None:
         TaskConfig(num_steps=3, rewards=("exact", "hash"), reward_weights=(2.0, -1.0)), reward_fn=[half, one]
     )
     assert isinstance(task, Graded)
-    assert task.grade([problem(0)] * 3, ["a", "x", "y"]) == [2 * 0.5 - 1.0, 0.0, 1.0]
+    assert task.grade([problem(0)] * 3, ["a", "x", "y"]) == [2 * 0.5 - 1.0, None, 1.0]  # case 3
     assert task.tally.shares() == {
         "grader/graded": 3.0,
         "grader/error_share": 0.0,
@@ -172,6 +173,13 @@ def test_rewards_are_weighted_and_counted_and_none_is_left_out() -> None:
     assert task.tally.means() == {"rewards/half/mean": 0.5, "rewards/one/mean": 1.0}
     task.count_anew()
     assert task.tally.shares() == task.tally.means() == {}
+
+
+def test_none_of_all_functions_is_no_reward_and_a_truncated_response_has_reward_0() -> None:
+    """Case 3: the first response has no reward; the second is truncated and not graded."""
+    task = build_task(TaskConfig(num_steps=3), reward_fn=lambda completions, **_: [None for _ in completions])
+    assert grade_finished(task, [problem(0)] * 2, ["x", "x"], [True, False]) == [None, 0.0]
+    assert (task.total.graded, task.total.not_applicable, task.total.errors) == (1, 1, 0)
 
 
 def test_the_chain_task_is_graded_like_every_other() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, known
 from vineppo.cli.main import main
 from vineppo.config.schema import GradingConfig, TaskConfig
 from vineppo.tasks import build_task
@@ -230,7 +230,8 @@ def test_code_in_an_answer_has_no_effect(name: str, tmp_path: Path, monkeypatch:
         return
     task = build_task(TaskConfig(name=f"reasoning_gym:{name}", grading=GradingConfig(workers=1)))
     problem = task.problem("train", 0)
-    right, wrong, *rewards = task.grade([problem] * 7, [f"#### {text}" for text in (problem.answer, "wrong", *CODE)])
+    texts = [f"#### {text}" for text in (problem.answer, "wrong", *CODE)]
+    right, wrong, *rewards = known(task.grade([problem] * 7, texts))
     assert right == 1.0 and wrong <= 0.05
     assert all(reward <= 0.05 for reward in rewards)
     assert list(tmp_path.iterdir()) == []

@@ -14,14 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from tests.helpers import data_directory
+from tests.helpers import data_directory, known
 from vineppo.config.schema import TaskConfig
+from vineppo.config.settings import replace
 from vineppo.tasks import build_task
+from vineppo.tasks.grading.boxed import grade_boxed, last_boxed
 from vineppo.tasks.grading.graded import Graded
-from vineppo.tasks.grading.graders import grade_boxed, last_boxed
 from vineppo.tasks.gym import final_answer
 from vineppo.tasks.mathematics import without_calculator_notes
-from vineppo.types import Problem, Task, UserError
+from vineppo.types import Chat, Problem, Task, UserError
 
 
 def data(name: str) -> str:
@@ -31,8 +32,8 @@ def data(name: str) -> str:
     return str(path)
 
 
-def chat(text: Any) -> str:
-    return f"<user>{text}</user>"
+def chat(conversation: Chat) -> str:
+    return "".join(f"<{m['role']}>{m['content']}</{m['role']}>" for m in conversation.messages)
 
 
 def problems_of(task: Task, split: Any = "train") -> list[Problem]:
@@ -130,7 +131,7 @@ def test_math_gold_answers_grade_1_and_perturbed_ones_0() -> None:
     assert isinstance(task, Graded)
     problems = problems_of(task) + problems_of(task, "validation")
     rewards = task.grade(problems, [rf"Thus $\boxed{{{p.answer}}}$." for p in problems])
-    assert len(problems) == 2_500 and sum(rewards) >= 0.995 * len(problems)
+    assert len(problems) == 2_500 and sum(known(rewards)) == len(problems)
     random.Random(0).shuffle(problems)
     changed = [(p, answer) for p in problems if (answer := bumped(p.answer))][:200]
     assert task.grade([p for p, _ in changed], [rf"\boxed{{{answer}}}" for _, answer in changed]) == [0.0] * 200
@@ -156,6 +157,16 @@ def test_reasoning_gym_problems_are_reproducible_and_splits_are_disjoint() -> No
     task, again = build_task(config, chat), build_task(config, chat)
     assert (task.size("train"), task.size("validation")) == (50, 1_000)
     assert [p.prompt for p in problems_of(task)] == [p.prompt for p in problems_of(again)]
+    with_kwargs = replace(config, chat_template=True, chat_template_kwargs={"a": 1})
+    problem = build_task(with_kwargs, chat).problem("train", 3)
+    assert problem.prompt == f"<user>{task.problem('train', 3).prompt}</user>"
+    assert problem.chat == Chat(({"role": "user", "content": task.problem("train", 3).prompt},), (), {"a": 1})
+
+    def broken(conversation: Chat) -> str:
+        raise UserError("the chat template fails")
+
+    with pytest.raises(UserError, match=r"^problem train/3: the chat template fails$"):
+        build_task(with_kwargs, broken).problem("train", 3)
     splits = [{task.problem(split, i).prompt for i in range(50)} for split in ("train", "validation", "test")]
     assert not splits[0] & splits[1] and not splits[1] & splits[2] and not splits[0] & splits[2]
     assert all(p.columns["entry"]["metadata"]["num_terms"] == 3 for p in problems_of(task))
@@ -168,7 +179,7 @@ def test_reasoning_gym_scores_the_text_after_the_mark(name: str) -> None:
     problems = [task.problem("validation", i) for i in range(5)]
     assert task.grade(problems, [f"So\n#### {p.answer}" for p in problems]) == [1.0] * 5
     assert task.grade(problems, [p.answer for p in problems]) == [0.0] * 5
-    assert max(task.grade(problems, ["#### no idea"] * 5)) < 0.5
+    assert max(known(task.grade(problems, ["#### no idea"] * 5))) < 0.5
 
 
 @pytest.mark.real
@@ -270,7 +281,7 @@ def test_conversations_are_formatted_by_the_chat_template() -> None:
         for n in range(5)
     ]
     task = build_task(TaskConfig(name="dataset"), chat, tables={"train": rows})
-    assert task.problem("train", 1).prompt == chat(rows[1]["prompt"])
+    assert task.problem("train", 1).prompt == "<system>Be brief.</system><user>1?</user>"
     seen: list[Any] = []
 
     def reward(**columns: Any) -> list[float]:
@@ -294,7 +305,7 @@ def test_conversations_are_formatted_by_the_chat_template() -> None:
         ("a.csv", "q,a\n1,2\n3\n", r"a.csv line 3 does not have the same number of cells as the header, which has 2"),
         ("a.csv", "q,a\n1,2,3\n", r"line 2 does not have the same number of cells"),
         ("a.csv", "", r"a.csv is empty; it must contain problems"),
-        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 1 is not valid CSV"),
+        ("a.csv", 'q,a\n"1,2\n', r"a.csv line 2 is not valid CSV"),
         ("a.json", '{"q": 1}', r"a.json contains a dict; it must contain a list of objects"),
         ("a.json", '{"q": 1}\n{"q": 2}', r"a.json is not valid JSON .*must be named .jsonl"),
         ("a.json", "[1]", r"a.json row 0 is a int; every row must map column names to values"),

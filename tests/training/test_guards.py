@@ -84,7 +84,7 @@ def test_entropy_and_variance_of_a_known_distribution() -> None:
 
 def requests_of(parts: Parts, temperature: float = 1.0, samples: int = 64) -> list[SampleRequest]:
     problems = draw_problems(parts.task, 3, 1, 4)
-    ids = [parts.codec.encode_prompt(problem.prompt) for problem in problems]
+    ids = [parts.codec.prompt_ids(problem) for problem in problems]
     return [SampleRequest(row, samples, 40, seed=i, temperature=temperature) for i, row in enumerate(ids)]
 
 
@@ -386,6 +386,7 @@ def test_a_quiet_run_has_no_sign(parts: Parts) -> None:
     ("name", "first", "lines"),
     [
         ("truncated", 1, [{"response/truncated_share": 1.0}]),
+        ("no reward", 1, [{"reward/mean": None, "reward/std": None}]),
         ("equal rewards", 3, [{"reward/std": 0.0}] * 3),
         ("no signal", 3, [{"credit/advantage_abs_mean": 0.0}] * 3),
         ("entropy", 4, [{}] + [{"policy/entropy": 1.31}] * 3),
@@ -406,6 +407,16 @@ def test_values_at_the_bounds_are_no_signs(parts: Parts) -> None:
     assert watched(parts, [{}] + [at_bounds] * 12) == {}
     assert watched(parts, [{"value/explained_variance": 0.0 if i % 5 == 0 else -1.0} for i in range(20)]) == {}
     assert watched(parts, [{"value/explained_variance": None}] * 10) == {}
+
+
+def test_iterations_without_a_reward_have_one_sign(parts: Parts) -> None:
+    """Case 3."""
+    line = {"reward/mean": None, "reward/std": None, "credit/advantage_abs_mean": 0.0}
+    found = watched(parts, [line] * 12)
+    assert found == {
+        "no reward": "iteration 1: every reward function returned None for all rollouts, so their advantages are 0; if "
+        "this happens often, raise rollouts.num_problems, or remove the problems without a reward from the data"
+    }
 
 
 def test_a_falling_reward_is_compared_with_its_noise(parts: Parts) -> None:

@@ -17,6 +17,7 @@ from vineppo.config.schema import Config, LearnerConfig, RunConfig
 from vineppo.credit import BUILT_IN
 from vineppo.credit.algorithm import CreditParts
 from vineppo.credit.reinforce import REINFORCE
+from vineppo.credit.sample import reward_of
 from vineppo.training.loop import resume, train
 from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
@@ -41,7 +42,7 @@ def with_credit(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
 
 def only_rewarded(samples: list[TrainingSample], iteration: int) -> list[TrainingSample]:
     """Keep the samples with a reward, in reverse order; in the second iteration return none."""
-    rewarded = [sample for sample in reversed(samples) if sample.rollout and sample.rollout.reward > 0]
+    rewarded = [sample for sample in reversed(samples) if sample.rollout and reward_of(sample.rollout) > 0]
     return rewarded if iteration != 2 else []
 
 

@@ -17,7 +17,7 @@ from tests.training.test_train import Crash, CrashAt
 from vineppo.config.schema import LearnerConfig, RolloutConfig
 from vineppo.credit import BUILT_IN
 from vineppo.credit.algorithm import Algorithm, CreditParts, SampleFn
-from vineppo.credit.sample import training_sample
+from vineppo.credit.sample import reward_of, training_sample
 from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed
 from vineppo.training.loop import resume, train
@@ -36,7 +36,7 @@ def sample_tree(settings: Any, parts: CreditParts) -> SampleFn:
         return [grow(problem, iteration) for problem in problems]
 
     def grow(problem: Problem, iteration: int) -> RolloutGroup:
-        prompt, address = parts.codec.encode_prompt(problem.prompt), (parts.run_seed, iteration, problem.id)
+        prompt, address = parts.codec.prompt_ids(problem), (parts.run_seed, iteration, problem.id)
         (prefixes,) = parts.sampler.sample(
             [SampleRequest(prompt, parts.group_size // LEAVES, PREFIX, derive_seed(*address, "prefixes"))]
         )
@@ -79,7 +79,7 @@ def build_tree(settings: Any, parts: CreditParts) -> CreditFn:
         samples: list[TrainingSample] = []
         for group in groups:
             families = [group.rollouts[i : i + LEAVES] for i in range(0, len(group.rollouts), LEAVES)]
-            means = [fmean(rollout.reward for rollout in family) for family in families]
+            means = [fmean(reward_of(rollout) for rollout in family) for family in families]
             for number, family in enumerate(families):
                 advantage = means[number] - fmean(means[:number] + means[number + 1 :])
                 first = family[0]
@@ -90,7 +90,7 @@ def build_tree(settings: Any, parts: CreditParts) -> CreditFn:
                 samples.append(replace(edge, rollout=None))
                 for leaf in family:
                     rest = len(leaf.response_ids) - PREFIX
-                    own = leaf.reward - fmean(other.reward for other in family if other is not leaf)
+                    own = reward_of(leaf) - fmean(reward_of(other) for other in family if other is not leaf)
                     weights = [0.0] * PREFIX + [1.0] * rest
                     samples.append(training_sample(leaf, [0.0] * PREFIX + [own] * rest, weights_T=weights))
         return samples, {}

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import WrappedSampler, small_config, weights_hash
+from tests.helpers import SilentReporter, WrappedSampler, small_config, weights_hash
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import (
     Config,
@@ -48,24 +48,15 @@ class Crash(Exception):
     """Simulates a crash of the machine."""
 
 
-class CrashAt:
+class CrashAt(SilentReporter):
     """A reporter that crashes the run after the metrics of an iteration are logged and before its checkpoint."""
 
     def __init__(self, iteration: int):
         self.at = iteration
 
-    def start(self) -> None:
-        pass
-
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         if metrics["iteration"] == self.at:
             raise Crash
-
-    def wants_to_stop(self) -> bool:
-        return False
-
-    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        pass
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:

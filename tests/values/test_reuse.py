@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
-from tests.helpers import WrappedSampler
+from tests.helpers import WrappedSampler, known
 from tests.world import World, policy_gradient
+from vineppo.credit.sample import reward_of
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit, vine_node_credit
 from vineppo.steps import build_splitter
-from vineppo.training.rollouts import sample_groups
 from vineppo.types import (
     Capabilities,
     Completion,
@@ -29,17 +28,18 @@ from vineppo.types import (
     RolloutGroup,
     Sampler,
     SampleRequest,
-    TrainingSample,
     UserError,
 )
 from vineppo.values import ReusingMonteCarlo, State, ValueCost
 
 K = 4
-ITERATIONS = 800
+ITERATIONS = 1500
 
 
 def reusing(w: World, num_mc_rollouts: int = K, sampler: Sampler | None = None) -> ReusingMonteCarlo:
-    return ReusingMonteCarlo(replace(w.monte_carlo(num_mc_rollouts), sampler=sampler or w.sampler()))
+    """The estimator with a sampler; the default samples from the table of the world."""
+    monte_carlo = w.monte_carlo(num_mc_rollouts, by_table=sampler is None)
+    return ReusingMonteCarlo(replace(monte_carlo, sampler=sampler) if sampler else monte_carlo)
 
 
 def rollouts(w: World) -> list[Rollout]:
@@ -72,7 +72,8 @@ def estimates(w: World, chosen: Sequence[Rollout], iterations: int) -> tuple[np.
     monte_carlo, states = reusing(w), states_of(w, chosen)
     means, costs = [], []
     for iteration in range(iterations):
-        values, cost = monte_carlo.evaluate(states, iteration)
+        estimated, cost = monte_carlo.evaluate(states, iteration)
+        values = known(estimated)
         assert {value.num_mc_rollouts for value in values} == {K}
         means.append([value.mean for value in values])
         costs.append(cost)
@@ -88,9 +89,9 @@ def test_values_are_unbiased_and_as_precise_as_k_new_continuations() -> None:
     variance = np.array([w.moments[state.response_ids][1] for state in states]) / K
     z = (means.mean(0) - truth) / np.sqrt(variance / ITERATIONS)
     assert np.abs(z).max() < SIGMAS
-    # The variance of a single state is not precisely known after 800 iterations; the mean over states is.
-    assert (means.var(0) / variance).mean() == pytest.approx(1, abs=0.1)
-    assert means.var(0) == pytest.approx(variance, rel=0.5)
+    # The variance of a single state is not precisely known after 1500 iterations; the mean over states is.
+    assert (means.var(0) / variance).mean() == pytest.approx(1, abs=0.06)
+    assert means.var(0) == pytest.approx(variance, rel=0.35)
     without_reuse = K * len({state.key for state in states})
     assert 0.2 * without_reuse < np.mean([cost.mc_rollouts for cost in costs]) < 0.95 * without_reuse
     assert {cost.distinct_states for cost in costs} == {without_reuse // K}
@@ -127,7 +128,7 @@ def test_a_tree_that_contains_all_responses_needs_no_sampling() -> None:
     monte_carlo, states = reusing(w, 4096), states_of(w, all_rollouts)
     values, cost = monte_carlo.evaluate(states, 0)
     assert (cost.mc_rollouts, cost.tokens) == (0, 0)
-    for state, value in zip(states, values, strict=True):
+    for state, value in zip(states, known(values), strict=True):
         mean, variance = w.moments[state.response_ids]
         assert value.mean == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / 4096) + 1e-4)
 
@@ -228,15 +229,15 @@ def test_excluding_tokens_renormalizes_the_probabilities_of_the_others() -> None
 
 def test_neither_order_nor_repetition_nor_other_problems_change_a_value() -> None:
     w, other = world(4), world(4, 1)
-    states = states_of(w, rollouts(w))
-    values, cost = reusing(w).evaluate(states, 3)
+    states, estimator = states_of(w, rollouts(w)), reusing(w, sampler=w.sampler())
+    values, cost = estimator.evaluate(states, 3)
     assert cost.states == len(states) > cost.distinct_states
-    reversed_values, _ = reusing(w).evaluate(states[::-1], 3)
+    reversed_values, _ = estimator.evaluate(states[::-1], 3)
     assert reversed_values[::-1] == values
     other_states = states_of(other, [other.outcomes[-1].rollout])
-    together, _ = reusing(w).evaluate([*other_states, *states], 3)
+    together, _ = estimator.evaluate([*other_states, *states], 3)
     assert together[len(other_states) :] == values
-    assert reusing(w).evaluate(states, 4)[0] != values
+    assert estimator.evaluate(states, 4)[0] != values
 
 
 # --- alternatives: next tokens of continuations at each token of a rollout ---
@@ -251,7 +252,7 @@ def test_nodes_contain_all_continuations_that_pass_through() -> None:
         values, nodes, cost = reusing(w).evaluate_nodes(by_step, [(w.problem, r) for r in chosen], iteration)
         again, same_cost = reusing(w).evaluate(by_step, iteration)
         assert (values, cost) == (again, same_cost)
-        value_of = {state.key: value.mean for state, value in zip(by_step, values, strict=True)}
+        value_of = {state.key: value.mean for state, value in zip(by_step, known(values), strict=True)}
         for rollout, nodes_T in zip(chosen, nodes, strict=True):
             assert len(nodes_T) == len(rollout.response_ids)
             assert nodes_T == nodes[chosen.index(rollout)]
@@ -282,43 +283,18 @@ def test_next_tokens_of_a_node_have_the_distribution_of_the_policy() -> None:
     for token, rewards in rewards_by_token.items():
         paths = [o for o in w.outcomes if o.rollout.response_ids[0] == token]
         p = sum(o.probability for o in paths)
-        mean = sum(o.probability * o.rollout.reward for o in paths) / p
-        variance = max(0.0, sum(o.probability * o.rollout.reward**2 for o in paths) / p - mean**2)
+        mean = sum(o.probability * reward_of(o.rollout) for o in paths) / p
+        variance = max(0.0, sum(o.probability * reward_of(o.rollout) ** 2 for o in paths) / p - mean**2)
         assert len(rewards) / total == pytest.approx(p, abs=SIGMAS * math.sqrt(p * (1 - p) / total))
         assert np.mean(rewards) == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / len(rewards)) + 1e-12)
 
 
-def node_gradients(w: World, splitter: str, iterations: int, *, drop: bool = False) -> list[torch.Tensor]:
-    """Gradients of sampled groups of eight responses; `drop` removes the alternatives."""
-    credit = vine_node_credit(reusing(w, 3), build_splitter(splitter), w.policy.codec.token_texts, 0)
+def test_the_loss_with_alternatives_has_the_exact_gradient() -> None:
+    """The model samples, and the package's loss trains the alternatives (tests/credit/test_estimators.py: by table)."""
+    w = world(3)
+    credit = vine_node_credit(reusing(w, 3, w.sampler()), build_splitter("tokens:2"), w.policy.codec.token_texts, 0)
     gradients = []
-    for iteration in range(iterations):
-        groups = sample_groups(
-            [w.problem],
-            w.policy.codec,
-            w.sampler(),
-            w.task,
-            group_size=8,
-            max_new_tokens=3,
-            temperature=w.temperature,
-            address=(0, iteration, "rollouts"),
-        )
-        samples: list[TrainingSample] = credit(groups, iteration)[0]
-        if drop:
-            samples = [replace(sample, alternatives=()) for sample in samples]
+    for iteration in range(120):
+        samples, _ = credit([w.sampled_group(8, iteration)], iteration)
         gradients.append(policy_gradient(w.policy, w.temperature, [(1 / 8, sample) for sample in samples]))
-    return gradients
-
-
-@pytest.mark.parametrize("splitter", ["tokens:1", "tokens:2", "tokens:3"])
-def test_vineppo_with_alternatives_is_unbiased(splitter: str) -> None:
-    w = world(3)
-    z = z_scores(node_gradients(w, splitter, 250), w.exact_gradient())
-    assert max(map(abs, z)) < SIGMAS
-
-
-def test_alternatives_are_part_of_the_gradient() -> None:
-    """The previous test fails if the alternatives are missing."""
-    w = world(3)
-    z = z_scores(node_gradients(w, "tokens:2", 250, drop=True), w.exact_gradient())
-    assert max(map(abs, z)) > 2 * SIGMAS
+    assert max(map(abs, z_scores(gradients, w.exact_gradient()))) < SIGMAS

@@ -48,6 +48,9 @@ class ConsoleReporter:
         self._row = self._bar.add_task("evaluating the starting model", total=1.0)
         self._bar.start()
 
+    def before_iteration(self, iteration: int) -> None:
+        """Print nothing."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of one iteration.
 
@@ -67,6 +70,9 @@ class ConsoleReporter:
         reduced = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
         short = progress_line(reduced, iterations) if metrics.get("iteration") else "first iteration"
         self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
+
+    def saved(self, iteration: int) -> None:
+        """Print nothing."""
 
     def wants_to_stop(self) -> bool:
         """Return False: this reporter never stops a run. The user stops it with Ctrl-C."""

@@ -26,7 +26,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser,
         "MODEL",
         "A model directory, a model id on the Hugging Face Hub, or one of the models included in the package: "
-        "embedded:judgement or embedded:habit. MODEL can also be the directory of a run, to measure its final model, "
+        "embedded:judgement or embedded:habit. MODEL can also be the directory of a run, to measure its final model "
+        "(or the model in its newest checkpoint, if the run did not finish), the directory of one of its checkpoints, "
         "or a recipe (the path of a YAML file, or a name such as judgement), to measure its starting model. Task, "
         "response budget and stop strings are then those of the run or recipe. Accuracy with greedy decoding is always "
         "measured.",
@@ -60,10 +61,11 @@ def _run(request: Request) -> int:
 def _run_of(path: Path) -> Path | None:
     """Return the run directory that `path` refers to, or None.
 
-    `path` refers to a run directory if it is the directory itself or the folder `final` in it. A directory is a run
-    directory if it contains config.yaml.
+    `path` refers to a run directory if it is the directory itself, or the folder `final` or a checkpoint in it. A
+    directory is a run directory if it contains config.yaml.
     """
     run_dir = path.parent if path.name == "final" else path
+    run_dir = path.parents[1] if path.parent.name == "checkpoints" else run_dir
     return run_dir if os.path.isfile(run_dir / "config.yaml") else None
 
 
@@ -78,7 +80,12 @@ def _settings_of_model(model: str) -> Layer:
     """
     run_dir = _run_of(Path(model))
     if run_dir:
-        return _evaluation_of(_settings_of_finished(run_dir), str(run_dir / "final")), f"in {run_dir}/config.yaml"
+        path = _path_of_model(Path(model), run_dir)
+        settings = _evaluation_of(_settings_of_run(run_dir), path)
+        if (Path(path) / "adapter").is_dir():
+            # Adapters are merged into the final model in float32; 16 bits would lose small adapters.
+            settings["model"] = settings["model"] | {"dtype": "float32", "lora": {}}
+        return settings, f"in {run_dir}/config.yaml"
     if Path(model).suffix in (".yaml", ".yml") or (model in recipe_names() and not os.path.isdir(model)):
         recipe = training_config(model, {})
         return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
@@ -97,17 +104,20 @@ class _EvaluationSettings(Settings):
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
 
 
-def _settings_of_finished(run_dir: Path) -> _EvaluationSettings:
-    """Read the settings of a finished run from its config.yaml.
+def _path_of_model(path: Path, run_dir: Path) -> str:
+    """Return the model directory or checkpoint of a run. Say which one it is, unless the run is finished."""
+    from vineppo.model.of_run import model_of_run
 
-    Raises:
-        UserError: if the run has no final model, or config.yaml is damaged.
-    """
+    found = model_of_run(run_dir) if path == run_dir else path
+    if path == run_dir and found.name != "final":
+        print(f"{run_dir} has not finished; this is the model after iteration {int(found.name.partition('.')[0])}")
+    return str(found)
+
+
+def _settings_of_run(run_dir: Path) -> _EvaluationSettings:
     from vineppo.run.directory import RunDirectory
 
     run = RunDirectory.open(run_dir, writable=False)
-    if not run.final.is_dir():
-        raise UserError(f"{run_dir} has no final model yet; finish it with `vineppo train --resume {run_dir}`")
     sections = {name: run.config[name] for name in _EvaluationSettings.model_fields if name in run.config}
     return settings_from_layers(_EvaluationSettings, [(sections, f"in {run_dir}/config.yaml")])
 
@@ -154,6 +164,8 @@ def _print_evaluation(model: str, result: Mapping[str, Any]) -> None:
     if result.get("grader/error_share"):
         errors, timeouts = (f"{100 * result[f'grader/{kind}_share']:.1f}%" for kind in ("error", "timeout"))
         print(f"{errors} of responses could not be graded ({timeouts} timed out) and count as wrong")
+    if share := result.get("grader/not_applicable_share"):
+        print(f"{100 * share:.1f}% of responses have no reward, because no reward function applies; they are left out")
 
 
 COMMAND = Command(
@@ -165,7 +177,7 @@ COMMAND = Command(
     settings=lambda: EvalSpec,
     examples=(
         ("measure the small model included in the package on its task", "vineppo eval embedded:judgement"),
-        ("measure the final model of a run on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
+        ("measure the model of a run on 512 test problems", "vineppo eval runs/demo --num_problems 512"),
         ("measure the starting model of a recipe on validation problems", "vineppo eval my.yaml --split validation"),
         (
             "measure pass@1 and pass@4, and also write them as JSON",

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, plan, sft, train
+from vineppo.cli import compare, demo, doctor, eval, plan, plot, sft, train
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line, without the source file and line number."""
-    print(f"warning: {printable(' '.join(str(message).splitlines()))}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone while a run goes on
+        print(f"warning: {printable(' '.join(str(message).splitlines()))}", file=sys.stderr, flush=True)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -104,6 +105,7 @@ COMMANDS: dict[str, Command] = {
     "sft": sft.COMMAND,
     "eval": eval.COMMAND,
     "plan": plan.COMMAND,
+    "plot": plot.COMMAND,
     "compare": compare.COMMAND,
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, training_config
 from vineppo.cli.console import ConsoleReporter
 from vineppo.cli.options import Command, Request, add_settings
-from vineppo.config.load import COMMAND_LINE, Layer, diff_configs
+from vineppo.config.load import COMMAND_LINE
 from vineppo.config.recipes import recipe_stem
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
@@ -25,7 +23,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="continue the run in the directory RUN from its newest complete checkpoint, with its recorded settings",
+        help="continue the run in the directory RUN from its newest complete checkpoint, with its recorded settings; "
+        "options change settings that later iterations alone depend on, such as --learner.lr or --run.iterations",
+    )
+    parser.add_argument(
+        "--from",
+        metavar="WHICH",
+        help="with --resume: the checkpoint to continue from: newest, best (highest validation accuracy) or the number "
+        "of an iteration; later checkpoints are removed (default: newest)",
     )
     add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
     add_settings(parser, config_class_with_all_sections())
@@ -35,6 +40,8 @@ def _run(request: Request) -> int:
     """Start a new run, or resume a run if `--resume` is given. Return the exit code."""
     if request.options["resume"] is not None:
         return _resume(request)
+    if request.options["from"] is not None:
+        raise UserError("--from is only for --resume; give --resume RUN, or remove --from")
     recipe = request.positional or DEFAULT_RECIPE
     config = with_run_dir(training_config(recipe, request.overrides), recipe_stem(recipe))
     return exit_code(train_with(config, recipe_stem(recipe)))
@@ -72,29 +79,14 @@ def _resume(request: Request) -> int:
         )
     folder = request.options["resume"]
     run = RunDirectory.open(folder, writable=False)
-    layers: list[Layer] = [(run.config, f"in {folder}/config.yaml")]
+    layers = [(run.config, f"in {folder}/config.yaml"), (request.overrides, COMMAND_LINE)]
     config = config_from_layers(layers)
-    changes = diff_configs(config, config_from_layers([*layers, (request.overrides, COMMAND_LINE)]))
-    if changes:
-        advice = "remove those options, or start a new run with them"
-        raise UserError(f"--resume {folder} cannot change the settings of the run ({'; '.join(changes)}); {advice}")
     # The recorded run.dir is wrong if the directory was moved after the run started. Use the path given by the user.
     config = replace(config, run=replace(config.run, dir=str(folder)))
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:
-        return exit_code(resume(config, recipe=_recipe_of(run.summary), reporter=reporter))
-
-
-def _recipe_of(summary: Path) -> str:
-    """Return the name of the recipe in the file summary.json.
-
-    The name is empty if the file is missing or damaged. The file is missing if the process of the run was killed.
-    """
-    try:
-        return str(json.loads(summary.read_text(encoding="utf-8")).get("recipe") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+        return exit_code(resume(config, reporter=reporter, checkpoint=request.options["from"] or "newest"))
 
 
 @contextlib.contextmanager
@@ -120,15 +112,15 @@ COMMAND = Command(
     run=_run,
     settings=config_class_with_all_sections,
     examples=(
-        ("train with the default recipe and VinePPO", "vineppo train"),
-        (
-            "train on the same problems with PPO and another seed",
-            "vineppo train judgement --algorithm ppo --run.seed 1",
-        ),
+        ("train with the default recipe, PPO and another seed", "vineppo train --algorithm ppo --run.seed 1"),
         (
             "train another model on problems from a file",
             "vineppo train mine.yaml --model.path org/name --task.name dataset --task.train_path train.jsonl",
         ),
         ("continue a run that was stopped", "vineppo train --resume runs/judgement-vineppo-seed0"),
+        (
+            "continue a run from its best checkpoint with a lower learning rate",
+            "vineppo train --resume runs/judgement-vineppo-seed0 --from best --learner.lr 1e-5",
+        ),
     ),
 )

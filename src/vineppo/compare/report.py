@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vineppo.compare.figures import RunRecord
 from vineppo.compare.plots import plot_comparison
-from vineppo.compare.runs import PlannedRun, print_line
+from vineppo.compare.runs import PlannedRun, outcome_of_missing, print_line
 from vineppo.compare.spec import CompareSpec
 from vineppo.compare.tables import conclusions, header, markdown, table_rows
 from vineppo.run.environment import version_of
@@ -55,12 +55,15 @@ def environment_record() -> dict[str, Any]:
 def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
     """Return the entry of a run that did not finish, for the list `missing` in `compare.json`.
 
+    Its state is `failed` if the process of the run ended with an error, `stopped` if the run was interrupted, and
+    `skipped` if it was not started.
+
     Args:
         plan: the run.
         failures: name of each failed run -> reason.
     """
-    reason = failures.get(plan.name, "did not finish")
-    return {"algorithm": plan.algorithm, "seed": plan.seed, "reason": reason, "log": str(plan.log)}
+    state, reason = outcome_of_missing(plan, failures)
+    return {"algorithm": plan.algorithm, "seed": plan.seed, "state": state, "reason": reason, "log": str(plan.log)}
 
 
 def write_reports(result: dict[str, Any], out: Path) -> None:

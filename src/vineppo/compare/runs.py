@@ -234,6 +234,20 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
         print_line(console, f"    {line}")
 
 
+def outcome_of_missing(
+    plan: PlannedRun, failures: dict[str, str]
+) -> tuple[Literal["failed", "stopped", "skipped"], str]:
+    """Return (state, reason) of a run that did not finish."""
+    if run_state(plan.directory) == "absent" and plan.name not in failures:
+        return "skipped", "it was not started"
+    reason = (read_json(plan.directory / "summary.json") or {}).get("finish_reason")
+    if reason == "interrupted":
+        return "stopped", "it was interrupted; run the same command again to continue it"
+    if plan.name in failures:
+        return "failed", failures[plan.name]
+    return "stopped", "its process ended before the run finished; run the same command again to continue it"
+
+
 def _last_lines(log: Path, num_lines: int = 8) -> list[str]:
     """Return the last `num_lines` lines of a log, without empty lines and without the command line at its start."""
     # A progress bar writes a carriage return (\r) to overwrite its line. Split the log there too.

@@ -41,7 +41,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         reach = figures["reach_reference_best"] or {}
         row: tuple[str, ...] = (
             name,
-            f"{figures['num_runs']} of {result['spec']['seeds']}",
+            _runs_cell(result, name, figures["num_runs"]),
             format_percent(figures["accuracy_before"]["mean"]),
             _percent_interval(figures["final_accuracy"]),
             format_count(figures["updates"]),
@@ -53,6 +53,13 @@ def table_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             row = (*row, format_count(reach.get("updates")), format_count(reach.get("seconds")))
         rows.append(row)
     return rows
+
+
+def _runs_cell(result: dict[str, Any], algorithm: str, finished: int) -> str:
+    """Return the number of finished runs, such as `3 of 5 (1 failed, 1 stopped)`."""
+    states = [gap.get("state", "failed") for gap in result["missing"] if gap["algorithm"] == algorithm]
+    counts = [f"{states.count(state)} {state}" for state in ("failed", "stopped", "skipped") if state in states]
+    return f"{finished} of {result['spec']['seeds']}" + (f" ({', '.join(counts)})" if counts else "")
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
@@ -71,7 +78,10 @@ def conclusions(result: dict[str, Any]) -> list[str]:
         f"Budget of each run: {spec['budget']}. Accuracy after: mean over runs with its 95% Student t interval. "
         f"Seconds: training without evaluation, on {result['cpu_count']} cores, {spec['jobs']} run(s) at a time."
     )
-    lines += [f"MISSING: {gap['algorithm']} seed {gap['seed']}: {gap['reason']}" for gap in result["missing"]]
+    lines += [
+        f"{gap.get('state', 'failed').upper()}: {gap['algorithm']} seed {gap['seed']}: {gap['reason']}"
+        for gap in result["missing"]
+    ]
     return [line for line in lines if line]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from vineppo.config.messages import did_you_mean
 from vineppo.config.settings import SettingError, Settings, accepts_none, is_section
-from vineppo.config.trl_fields import setting_for
+from vineppo.config.trl_fields import settings_for
 from vineppo.types import UserError
 
 T = TypeVar("T", bound=Settings)
@@ -142,8 +142,8 @@ def suggestion(cls: type[Settings], name: str, *, others: Iterable[str] = (), pr
         prefix: text before the suggested name, for example "--".
     """
     settings, others = settings_of(cls), list(others)
-    same = setting_for(name.rpartition(".")[2])
-    if same in settings or same in others:
+    same = next((key for key in settings_for(name.rpartition(".")[2]) if key in settings or key in others), None)
+    if same:
         return f"did you mean {prefix}{same}?"
     letters = {setting.doc[0]: key for key, setting in settings.items() if setting.doc[1:3] == ": "}
     letter = letters.get(name.split(".")[-1].upper())

@@ -50,7 +50,8 @@ class ModelConfig(Settings):
 
     path: str = "embedded:judgement"
     """A Hugging Face model directory or hub id, or one of the small models included in the package:
-    `embedded:judgement`, `embedded:habit`."""
+    `embedded:judgement`, `embedded:habit`. It can also be the directory of a run, for its final model (or the model in
+    its newest checkpoint, if the run did not finish), or a checkpoint, such as `runs/a/checkpoints/000020`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation."""
     device: str = "cpu"
@@ -80,6 +81,19 @@ TASKS = ("chain", "gsm8k", "math", "dataset")
 """Values of `task.name`, apart from the data sets of reasoning-gym."""
 GYM = "reasoning_gym:"
 """Prefix of `task.name` for a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
+
+_SET_BY_THE_TASK = (
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+)
+"""Arguments of `apply_chat_template` and variables of every template that are not allowed in
+`task.chat_template_kwargs`."""
 
 
 class GradingConfig(Settings):
@@ -125,9 +139,9 @@ class TaskConfig(Settings):
     """chain: kind of the demonstrations that `vineppo sft` imitates. The ways of writing a step vary more in `wavering`
     than in `settled` demonstrations (details: the docstring of `vineppo.tasks.chain`)."""
     train_path: str = ""
-    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv or .parquet file, a directory saved by
-    `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math use the data set on
-    the hub."""
+    """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
+    directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math
+    use the data set on the hub."""
     validation_path: str = ""
     """dataset, gsm8k, math: validation problems, in one of the forms allowed for `train_path`. Empty: the last training
     problems are used for validation instead of training (a tenth of them, at most 200; 373 for GSM8K and 500 for MATH,
@@ -139,8 +153,9 @@ class TaskConfig(Settings):
     """dataset, gsm8k, math: column with the text of the problem, or with a conversation as a list of messages. Empty:
     the default of the task, which is `prompt` for `dataset`."""
     answer_column: str = ""
-    """dataset, gsm8k, math: column with the reference answer. Empty: the default of the task, which is `answer` for
-    `dataset`."""
+    """dataset, gsm8k, math: column with the reference answer, as text or a number (72.0 is `72`).
+    `reward_model.ground_truth` is the entry `ground_truth` in the column `reward_model`. Empty: the default of the
+    task, which is `answer` for `dataset`; this column may be missing if all rewards are `module:function`."""
     demonstration_column: str = ""
     """dataset, gsm8k, math: column with the response that `vineppo sft` imitates. Empty: the default of the task, which
     is the answer column for `dataset`."""
@@ -151,16 +166,23 @@ class TaskConfig(Settings):
     """Text of the prompt, in which `{prompt}` is replaced by the text of the problem. Empty: the default of the task,
     which is the text of the problem alone for `dataset`. The task `chain` does not use this setting."""
     chat_template: bool = False
-    """Format the prompt as a user message with the tokenizer's chat template."""
+    """Format the prompt as a user message with the tokenizer's chat template. A prompt that is a list of messages is
+    always formatted."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values of variables of the chat template, such as `{enable_thinking: false}`."""
+    overlong: Literal["error", "drop"] = "error"
+    """dataset, gsm8k, math: what to do with problems whose prompt is too long for the model's context together with a
+    response of maximum length. `error`: refuse them before the run starts. `drop`: leave them out, with a warning that
+    counts them."""
     options: dict[str, Any] = Field(default_factory=dict)
     """reasoning_gym: options of the data set, such as `{min_terms: 2, max_terms: 4}`. The option `size` is the number
     of training problems, 10000 by default."""
     rewards: tuple[str, ...] = ()
     """Reward functions. `exact` gives 1 if the response equals the reference answer except for white space at both
     ends, `hash` if the numbers after their last `####` are equal, `boxed` if the content of the last `\\boxed{}` is
-    mathematically equal to the reference answer. `module:function` is a function fn(prompts, completions,
-    completion_ids, **columns) -> list with a number or None for each completion, called with one response at a time in
-    a separate process. Empty: the default of the task, which is `exact` for `dataset`."""
+    exactly equal to the reference answer, in any usual notation. `module:function` is a function fn(prompts,
+    completions, completion_ids, **columns) -> list with a number or None for each completion, called with one response
+    at a time in a separate process. Empty: the default of the task, which is `exact` for `dataset`."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function in the reward, which is a weighted sum. Empty: all weights are 1."""
     grading: GradingConfig = Field(default_factory=GradingConfig)
@@ -184,6 +206,7 @@ class TaskConfig(Settings):
             f"task.prompt_template is {self.prompt_template!r}; it must contain {{prompt}}, which is replaced by the "
             "text of the problem",
         )
+        self._check_chat_template()
         require(
             not self.grading.truncated or self.name != "chain",
             "task.grading.truncated is true, but task.name is chain, and a truncated response to a chain problem is "
@@ -195,6 +218,10 @@ class TaskConfig(Settings):
             "remove task.demonstrator",
         )
         require(
+            self.overlong == "error" or (self.name in TASKS and self.name != "chain"),
+            f"task.overlong is drop, but task.name is {self.name}, which generates its problems; remove task.overlong",
+        )
+        require(
             not self.options or self.name.startswith(GYM),
             f"task.options is only for reasoning_gym tasks, but task.name is {self.name}; remove task.options",
         )
@@ -202,6 +229,26 @@ class TaskConfig(Settings):
             not (self.rewards and self.reward_weights) or len(self.reward_weights) == len(self.rewards),
             f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
             "one number for each reward function, or no numbers",
+        )
+
+    def _check_chat_template(self) -> None:
+        """Raise UserError if the settings of the chat template have no effect or change what the task decides."""
+        formatted = self.chat_template or not (self.name == "chain" or self.name.startswith(GYM))
+        require(
+            not self.chat_template_kwargs or formatted,
+            "task.chat_template_kwargs is set, but no chat template is applied to the prompts; set task.chat_template "
+            "to true, or remove task.chat_template_kwargs",
+        )
+        require(
+            not self.chat_template or self.name != "chain",
+            "task.chat_template is true, but task.name is chain, whose prompts are plain text; set task.chat_template "
+            "to false",
+        )
+        reserved = [name for name in self.chat_template_kwargs if name in _SET_BY_THE_TASK]
+        require(
+            not reserved,
+            f"task.chat_template_kwargs has {', '.join(reserved)}, which the task sets itself; remove it, and give "
+            "variables of the chat template only",
         )
 
 
@@ -260,9 +307,10 @@ class KLConfig(Settings):
     place: Literal["loss", "reward"] = "loss"
     """`loss`: the penalty is a differentiable term of the loss. `reward`: the advantage of a token is reduced by the
     penalties of this token and of all later ones."""
-    reduction: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    reduction: Literal["sequence_sum", "token_mean", "as_policy"] = "sequence_sum"
     """For `place: loss`. `sequence_sum`: sum over the tokens of a response and mean over responses, as in the code of
-    the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length."""
+    the VinePPO paper. `token_mean`: mean over all tokens, which is smaller by a factor of the mean response length.
+    `as_policy`: like the policy loss (`learner.reduction`)."""
     clamp: float = Field(10.0, gt=0)
     """The KL estimate of each token is clamped to [-clamp, clamp], in nats."""
     importance_weighted: bool = False
@@ -287,8 +335,8 @@ class LearnerConfig(Settings):
     """Peak learning rate of the policy (optimizer AdamW)."""
     warmup_updates: int = Field(0, ge=0)
     """Number of updates over which the learning rate of the policy rises linearly from 0."""
-    decay: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up: `constant`, or `linear`, which falls linearly to 0 at the end of the run."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: `constant`, or falling to 0 at the end of the run, `linear` or as a `cosine`."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -312,6 +360,13 @@ class LearnerConfig(Settings):
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
     """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
     deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""
+    reduction: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """How the policy loss of an update is reduced to one number. `token_mean`: mean over all tokens, so long responses
+    count more. `sequence_mean`: mean over the tokens of each response, then mean over responses, as in GRPO's paper.
+    `constant`: sum over all tokens, divided by the number of responses times `rollouts.max_new_tokens` (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leave responses that reached `rollouts.max_new_tokens` out of the loss. Their rewards still count in baselines.
+    They count as responses in the reductions `sequence_mean` and `constant`."""
     entropy_coefficient: float = Field(0.0, ge=0)
     """Weight of the entropy bonus, which is the entropy of the next-token distribution, averaged over tokens."""
     kl: KLConfig = Field(default_factory=KLConfig)
@@ -366,7 +421,8 @@ class RunConfig(Settings):
     checkpoint_every: int = Field(20, ge=0)
     """Number of iterations between checkpoints. If it is 0, checkpoints are saved only at the start and at the end."""
     keep_checkpoints: int = Field(1, ge=1)
-    """Number of most recent checkpoints to keep. Older checkpoints are removed."""
+    """Number of most recent checkpoints to keep. Older checkpoints are removed, except the one with the best validation
+    accuracy, which is kept in addition."""
     save_rollouts: bool = True
     """Write every rollout with its steps, values and advantages to a Parquet file."""
     report_to: tuple[str, ...] = ()
@@ -417,12 +473,12 @@ class Config(Settings):
         return _rebuilt, (sections, {name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self) -> None:
-        """Raise UserError for a linear decay of the learning rate if the number of updates is unknown."""
+        """Raise UserError for a decay of the learning rate to 0 if the number of updates is unknown."""
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,
-            f"learner.decay is linear and {' and '.join(open_ended)} may end the run, so it is unknown at which update "
-            "the learning rate should reach 0; set run.max_updates too, or set learner.decay to constant",
+            f"learner.decay is {self.learner.decay} and {' and '.join(open_ended)} may end the run, so it is unknown "
+            "at which update the learning rate reaches 0; set run.max_updates too, or set learner.decay to constant",
         )
 
 

@@ -4,6 +4,9 @@ The functions take and return lists of numbers; they use no model, no text and n
 variable says what the entries of a list belong to. A list with the suffix `_S` has one entry per reasoning step of a
 response (S steps), `_T` one per token of a response (T tokens), and `_G` one per response to the same problem
 (G responses).
+
+A reward of None belongs to a response to which no reward function applies. Such a response has the advantage 0, and the
+other advantages are computed as if it did not exist.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequenc
     return advantages_T
 
 
-def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[float]:
+def grpo_advantages(rewards_G: Sequence[float | None], scale_by_std: bool) -> list[float]:
     """Return the advantage of each response to one problem, as in GRPO (arXiv 2402.03300).
 
     The advantage of response i is (r_i - mean) / (std + 1e-4). Here, r_i is the reward of response i, and mean and std
@@ -59,6 +62,9 @@ def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[floa
 
     The mean includes r_i. Therefore r_i - mean is only (G - 1) / G times the difference between r_i and the mean of the
     other rewards.
+
+    Rewards that are None are left out of mean, standard deviation and G, and their advantage is 0. If fewer than two
+    rewards are left, all advantages are 0, because there is nothing to compare.
 
     Args:
         rewards_G: rewards of the responses to one problem, shape (G,), G >= 2.
@@ -70,19 +76,25 @@ def grpo_advantages(rewards_G: Sequence[float], scale_by_std: bool) -> list[floa
     """
     if len(rewards_G) < 2:
         raise ValueError("GRPO needs at least two responses to a problem")
-    mean = sum(rewards_G) / len(rewards_G)
-    centred = [reward - mean for reward in rewards_G]
+    known = [reward for reward in rewards_G if reward is not None]
+    if len(known) < 2:
+        return [0.0] * len(rewards_G)
+    mean = sum(known) / len(known)
+    centred = [0.0 if reward is None else reward - mean for reward in rewards_G]
     if not scale_by_std:
         return centred
-    std = math.sqrt(sum(c * c for c in centred) / (len(rewards_G) - 1))
+    std = math.sqrt(sum(c * c for c in centred) / (len(known) - 1))
     return [c / (std + STD_EPSILON) for c in centred]
 
 
-def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
+def leave_one_out_advantages(rewards: Sequence[float | None]) -> list[float]:
     """Return each reward minus the mean of the other rewards, as in RLOO (arXiv 2402.14740).
 
     The mean of the other rewards does not depend on the reward that it is subtracted from. As a baseline, it therefore
     does not bias the policy gradient.
+
+    Rewards that are None are left out of the means, and their advantage is 0. If fewer than two rewards are left, all
+    advantages are 0, because there is nothing to compare.
 
     Args:
         rewards: rewards of n responses, shape (n,), n >= 2.
@@ -91,11 +103,13 @@ def leave_one_out_advantages(rewards: Sequence[float]) -> list[float]:
     Raises:
         ValueError: if n is less than 2.
     """
-    n = len(rewards)
-    if n < 2:
+    if len(rewards) < 2:
         raise ValueError("leave-one-out needs at least two rewards")
-    total = sum(rewards)
-    return [reward - (total - reward) / (n - 1) for reward in rewards]
+    known = [reward for reward in rewards if reward is not None]
+    n, total = len(known), sum(known)
+    if n < 2:
+        return [0.0] * len(rewards)
+    return [0.0 if reward is None else reward - (total - reward) / (n - 1) for reward in rewards]
 
 
 def node_advantages(

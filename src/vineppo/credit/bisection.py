@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vineppo.credit.advantages import spread_over_tokens
-from vineppo.credit.sample import training_sample
+from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.statistics import wilson
 from vineppo.steps import Splitter, step_ends
@@ -45,6 +45,10 @@ def bisected_vine_credit(
 
     The value of the prompt plus the advantages of all stretches of a response is the reward of the response.
 
+    A rollout without a reward has advantages of 0, and its states are not evaluated. If none of the continuations of a
+    state has a reward, the state gets the value of the next evaluated state of the response, or the reward of the
+    response if there is none (as in `vine_credit`).
+
     Bisection biases the advantages. If a stretch is not halved, a small change of the value at one of its steps is
     assigned to all its steps, so small differences between steps are underestimated. The advantages differ from those
     of the halves by V(b) - V(m) in the first half and by V(m) - V(a) in the second half. The bias of the expected
@@ -54,27 +58,20 @@ def bisected_vine_credit(
         estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
-            merged.
+        max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
         level: confidence level at which V(a) and V(b) must differ for a stretch to be halved, above 0 and below 1.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         searches = [
-            _Bisection(
-                group.problem,
-                rollout,
-                (0, *step_ends(rollout, splitter, token_texts, max_states)),
-                level,
-            )
-            for group in groups
-            for rollout in group.rollouts
+            _Bisection(problem, rollout, (0, *step_ends(rollout, splitter, token_texts, max_states)), level)
+            for problem, rollout in with_reward(groups)
         ]
         cost, rounds = _evaluate(searches, estimator, iteration)
         samples = [search.sample() for search in searches]
         steps = sum(search.num_steps for search in searches)
         metrics = {"credit/rounds": float(rounds), "credit/measured_share": cost.states / max(1, steps)}
-        return samples, {**value_metrics(samples, cost), **metrics}
+        return one_per_rollout(groups, samples), {**value_metrics(samples, cost), **metrics}
 
     return credit
 
@@ -87,7 +84,7 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
     Returns:
         (total cost of all rounds, number of rounds).
     """
-    known: dict[Key, Value] = {}
+    known: dict[Key, Value | None] = {}
     costs: list[ValueCost] = []
     while pending := [(search, step) for search in searches for step in search.next_steps()]:
         states = {state.key: state for search, step in pending if (state := search.state(step)).key not in known}
@@ -95,7 +92,7 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
         costs.append(cost)
         known.update(zip(states, values, strict=True))
         for search, step in pending:
-            search.values[step] = known[search.state(step).key]
+            search.add(step, known[search.state(step).key])
     evaluated = sum(len(search.values) for search in searches)
     total = ValueCost(evaluated, len(known), sum(c.mc_rollouts for c in costs), sum(c.tokens for c in costs))
     return total, len(costs)
@@ -142,19 +139,27 @@ class _Bisection:
     def next_steps(self) -> list[int]:
         """Halve the pending stretches, and return the indices of the states that must be evaluated next.
 
-        The list is empty when the bisection is finished. Before the next call, the caller must add the values of the
-        returned states to `values`.
+        The list is empty when the bisection is finished. Before the next call, the caller must `add` the values of the
+        returned states.
         """
         if not self.values:
             return [0]
         stretches = [half for stretch in self.pending for half in self._halves(stretch)]
         if not self.pending and not self.finished:
             # Only the first state has been evaluated. The search starts with the whole response as one stretch.
-            stretches = [_Stretch(0, self.num_steps, self.rollout.reward - self.values[0].mean)]
+            stretches = [_Stretch(0, self.num_steps, reward_of(self.rollout) - self.values[0].mean)]
         self.pending = []
         for stretch in stretches:
             (self.pending if self._must_be_halved(stretch) else self.finished).append(stretch)
         return [_middle(stretch) for stretch in self.pending]
+
+    def add(self, step: int, value: Value | None) -> None:
+        """Add the value of the state before a step.
+
+        If it is None, the value of the next evaluated state is added instead, or the reward if there is none.
+        """
+        following = min((later for later in self.values if later > step), default=self.num_steps)
+        self.values[step] = value or self._value(following)
 
     def _halves(self, stretch: _Stretch) -> tuple[_Stretch, _Stretch]:
         """Return both halves of a stretch with their advantages. The state in its middle must have been evaluated."""
@@ -173,7 +178,7 @@ class _Bisection:
 
     def _value(self, step: int) -> Value:
         """Return the value of the state before a step; for `step` = S, the reward of the response."""
-        return self.values[step] if step < self.num_steps else Value(self.rollout.reward, 0)
+        return self.values[step] if step < self.num_steps else Value(reward_of(self.rollout), 0)
 
     def sample(self) -> TrainingSample:
         """Build the training sample of the rollout. In its `StepCredit`, each finished stretch counts as one step."""

@@ -12,7 +12,7 @@ from pydantic import Field
 from vineppo.config.schema import CriticConfig
 from vineppo.credit.advantages import gae
 from vineppo.credit.algorithm import Algorithm, CreditParts, PredictValues
-from vineppo.credit.sample import training_sample
+from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.types import CreditFn, Metrics, RolloutGroup, TrainingSample
 
 
@@ -32,6 +32,8 @@ def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float
     The credit function also returns two metrics of the predictions: their mean, and the share of the variance of the
     rewards that they explain.
 
+    A rollout without a reward has advantages of 0 and no targets, and it is left out of the metrics.
+
     Args:
         predict_values: returns the predictions of the value network for given rollouts.
         gamma: discount factor per token.
@@ -39,14 +41,16 @@ def gae_credit(predict_values: PredictValues, *, gamma: float, gae_lambda: float
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        values = predict_values(rollouts)
+        rollouts = [rollout for _, rollout in with_reward(groups)]
+        values = predict_values(rollouts) if rollouts else []
         samples = []
         for rollout, values_T in zip(rollouts, values, strict=True):
-            advantages_T, returns_T = gae(values_T, rollout.reward, gamma, gae_lambda)
+            advantages_T, returns_T = gae(values_T, reward_of(rollout), gamma, gae_lambda)
             samples.append(training_sample(rollout, advantages_T, returns_T=returns_T, values_T=values_T))
-        targets = [r.reward for r, row in zip(rollouts, values, strict=True) for _ in row]
-        return samples, {
+        if not samples:
+            return one_per_rollout(groups, ()), {}
+        targets = [reward_of(r) for r, row in zip(rollouts, values, strict=True) for _ in row]
+        return one_per_rollout(groups, samples), {
             "value/explained_variance": explained_variance([v for row in values for v in row], targets),
             "value/mean": sum(map(sum, values)) / max(1, sum(map(len, values))),
         }

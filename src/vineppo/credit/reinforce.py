@@ -12,7 +12,8 @@ def reinforce_credit() -> CreditFn:
     """Build the credit function of REINFORCE.
 
     The advantage of a response is its reward minus the mean reward of all other rollouts of the iteration, including
-    rollouts of other problems. All tokens of a response get the advantage of the response.
+    rollouts of other problems. All tokens of a response get the advantage of the response. Rollouts without a reward
+    are in no baseline, and their advantage is 0.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:

@@ -1,10 +1,14 @@
-"""Build a training sample from a rollout and the advantages of its response tokens, for all credit functions."""
+"""Build a training sample from a rollout and the advantages of its response tokens, for all credit functions.
+
+No reward function applies to some rollouts, so that they have no reward. `with_reward` leaves them out before credit is
+computed, and `one_per_rollout` adds their training samples, whose advantages are 0.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vineppo.types import Alternative, Rollout, StepCredit, TrainingSample, UserError
+from vineppo.types import Alternative, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
 
 
 def training_sample(
@@ -57,3 +61,30 @@ def training_sample(
         weights=None if weights_T is None else of_sequence(weights_T),
         rollout=rollout,
     )
+
+
+def with_reward(groups: Sequence[RolloutGroup]) -> list[tuple[Problem, Rollout]]:
+    """Return (problem, rollout) for every rollout that has a reward, in the order of the groups."""
+    return [(group.problem, rollout) for group in groups for rollout in group.rollouts if rollout.reward is not None]
+
+
+def one_per_rollout(groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Return one training sample per rollout, in the order of the groups.
+
+    Args:
+        groups: all rollouts.
+        samples: one training sample for every rollout that has a reward, in the order of the groups. A rollout without
+            a reward gets a sample with advantages of 0.
+    """
+    remaining = iter(samples)
+    return [
+        training_sample(rollout, [0.0] * len(rollout.response_ids)) if rollout.reward is None else next(remaining)
+        for group in groups
+        for rollout in group.rollouts
+    ]
+
+
+def reward_of(rollout: Rollout) -> float:
+    """Return the reward of a rollout that has one."""
+    assert rollout.reward is not None, "the rollout has no reward; `with_reward` leaves such rollouts out"
+    return rollout.reward

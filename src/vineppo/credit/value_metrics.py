@@ -12,7 +12,7 @@ def value_metrics(samples: Sequence[TrainingSample], cost: ValueCost) -> Metrics
     """Return a dictionary of metrics of one iteration. docs/metrics.md describes each metric.
 
     Args:
-        samples: the training samples of the iteration, one per rollout.
+        samples: the training samples of the iteration, one for each rollout that has a reward.
         cost: cost of estimating the values of the states of these rollouts.
     """
     advantages = [a for sample in samples if sample.credit for a in sample.credit.step_advantages]

@@ -16,10 +16,10 @@ from vineppo.config.settings import Settings, require
 from vineppo.credit.advantages import node_advantages, spread_over_tokens, step_advantages
 from vineppo.credit.algorithm import Algorithm, CreditParts, PlanHints
 from vineppo.credit.bisection import bisected_vine_credit
-from vineppo.credit.sample import training_sample
+from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.model.codec import Codec
-from vineppo.steps import Splitter, build_splitter, step_ends
+from vineppo.steps import Splitter, build_splitter, merge_steps, step_ends
 from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
 from vineppo.values import (
     MonteCarlo,
@@ -40,10 +40,10 @@ class VinePPOSettings(Settings):
     """K: number of continuations sampled from each state."""
     splitter: str = "newline"
     """How a response is cut into reasoning steps: `newline` (one step per line), `math` (one step per sentence or line;
-    a sentence does not end inside a formula, and a long sentence is halved), `tokens:N` (every N tokens), `cutpoints`
-    (after every fifth token that had a probability below 0.9), `cutpoints:N:P` (after every N-th token that had a
-    probability below P), `regex:PATTERN` (after every match of a regular expression), or `module:function` (a
-    user-defined function)."""
+    a sentence does not end inside a formula, and a step of more than 100 characters also ends at a comma or an equals
+    sign), `tokens:N` (every N tokens), `cutpoints` (after every fifth token that had a probability below 0.9),
+    `cutpoints:N:P` (after every N-th token that had a probability below P), `regex:PATTERN` (after every match of a
+    regular expression), or `module:function` (a user-defined function)."""
     reuse: bool = True
     """Let a continuation count for several states: if its first tokens are those of the response up to the next state,
     it is also one of the K continuations of that state. The values remain unbiased, fewer tokens are sampled, and the
@@ -61,9 +61,9 @@ class VinePPOSettings(Settings):
     """For `bisection`: confidence level at which the values at the two ends of a range of steps must differ for the
     range to be halved."""
     max_states: int = Field(0, ge=0)
-    """Maximum number of states per response whose values are estimated; 0 means no limit. If a response has more steps
-    than this, neighbouring steps are merged, evenly along the response. The cuts then depend on the length of the
-    response, which makes the expected gradient slightly smaller (docs/algorithms.md)."""
+    """Maximum number of states per response whose values are estimated; 0 means no limit. The first half of them are
+    the states before single steps. Later steps are merged, two at first, then four and so on, because the number of
+    steps is not yet known where a step ends (docs/algorithms.md)."""
 
     def check(self) -> None:
         """Raise UserError if two of the settings exclude each other."""
@@ -136,11 +136,12 @@ def vine_node_credit(
     The arguments, the states and their values are the same as for `vine_credit`. The advantage of a token is computed
     by `node_advantages` from the continuations that pass through the state before the token (derivation in
     docs/algorithms.md). If such a continuation sampled another token there, that token is trained as an alternative.
-    The step advantages are written to `StepCredit` for the records, but they are not trained.
+    The step advantages are written to `StepCredit` for the records, but they are not trained. Continuations without a
+    reward are left out.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+        rollouts = with_reward(groups)
         ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
         values, nodes, cost = estimator.evaluate_nodes(_states(rollouts, ends), rollouts, iteration)
         records = _records(rollouts, ends, values)
@@ -149,7 +150,8 @@ def vine_node_credit(
             for (_, rollout), record, nodes_T in zip(rollouts, records, nodes, strict=True)
         ]
         alternatives = sum(len(sample.alternatives) for sample in samples)
-        return samples, {**value_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
+        metrics = {**value_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
+        return one_per_rollout(groups, samples), metrics
 
     return credit
 
@@ -167,23 +169,28 @@ def vine_credit(
       3. The advantage of step i is A_i = V(s_{i+1}) - V(s_i). For the last step it is reward - V(s_{S-1}).
       4. Every token of step i gets the advantage A_i.
 
+    If no reward function applies to a response or to a continuation, it has no reward. A rollout without a reward has
+    advantages of 0, and its states are not evaluated. Continuations without a reward are left out of the mean. A state
+    whose K continuations all have no reward gets the value of the next state that has one, or the reward of the
+    response if there is none. So its step has the advantage 0, because there is nothing to compare it with, and the
+    step before it has the change up to the next known value. The sum of the advantages is still reward - V(s_0).
+
     Args:
         estimator: estimates the values of states.
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
-        max_states: maximum number of steps per response; 0 means no limit. If there are more, neighbouring steps are
-            merged.
+        max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        rollouts = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+        rollouts = with_reward(groups)
         ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
         values, cost = estimator.evaluate(_states(rollouts, ends), iteration)
         samples = [
             training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
             for (_, rollout), record in zip(rollouts, _records(rollouts, ends, values), strict=True)
         ]
-        return samples, value_metrics(samples, cost)
+        return one_per_rollout(groups, samples), value_metrics(samples, cost)
 
     return credit
 
@@ -202,13 +209,14 @@ def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence
 
 
 def _records(
-    rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], values: Sequence[Value]
+    rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], values: Sequence[Value | None]
 ) -> list[StepCredit]:
     """Return the `StepCredit` of each rollout.
 
     Args:
         ends: for each rollout, the end of each step as a number of response tokens, shape (S,).
-        values: value of each state, in the order in which `_states` returns the states.
+        values: value of each state, in the order in which `_states` returns the states. It is None if none of the
+            continuations of the state has a reward.
     """
     remaining = iter(values)
     return [
@@ -217,14 +225,30 @@ def _records(
     ]
 
 
-def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value]) -> StepCredit:
+def _record(rollout: Rollout, ends_S: Sequence[int], values_S: Sequence[Value | None]) -> StepCredit:
     """Return the `StepCredit` of one rollout from the end of each step and the value of the state before each step."""
+    reward = reward_of(rollout)
+    known_S = _with_next_known(values_S, reward)
     return StepCredit(
         boundaries=tuple(ends_S),
-        values=tuple(value.mean for value in values_S),
-        num_mc_rollouts=tuple(value.num_mc_rollouts for value in values_S),
-        step_advantages=tuple(step_advantages([value.mean for value in values_S], rollout.reward)),
+        values=tuple(value.mean for value in known_S),
+        num_mc_rollouts=tuple(value.num_mc_rollouts for value in known_S),
+        step_advantages=tuple(step_advantages([value.mean for value in known_S], reward)),
     )
+
+
+def _with_next_known(values_S: Sequence[Value | None], reward: float) -> list[Value]:
+    """Return the values with each None replaced by the next value that is not None, or by the reward if there is none.
+
+    The earlier value would not do: the step after the state would then be compared with the value of another state,
+    which biases its advantage if the step changes the probability that the reward functions apply.
+    """
+    known: list[Value] = []
+    following = Value(reward, 0)
+    for value in reversed(values_S):
+        following = value or following
+        known.append(following)
+    return known[::-1]
 
 
 def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) -> TrainingSample:
@@ -235,7 +259,7 @@ def _node_sample(rollout: Rollout, record: StepCredit, nodes_T: Sequence[Node]) 
     """
     # For each token, the value of the state before and after the step that contains the token.
     before_T = spread_over_tokens(record.values, record.boundaries)
-    after_T = spread_over_tokens((*record.values[1:], rollout.reward), record.boundaries)
+    after_T = spread_over_tokens((*record.values[1:], reward_of(rollout)), record.boundaries)
     advantages_T: list[float] = []
     alternatives: list[Alternative] = []
     for t, (node, before, after) in enumerate(zip(nodes_T, before_T, after_T, strict=True)):
@@ -264,7 +288,7 @@ def _expected_mc_tokens(settings: VinePPOSettings, rollouts: int, steps: int, le
         steps: number of steps per response.
         length: number of tokens per response.
     """
-    states = min(steps, settings.max_states or steps)
+    states = len(merge_steps(range(1, steps + 1), settings.max_states))
     share = _REUSE_SHARE if settings.reuse else 1.0
     return rollouts * settings.num_mc_rollouts * states * length / 2 * share
 

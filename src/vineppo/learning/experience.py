@@ -28,6 +28,8 @@ class Experience:
     """Log-probabilities of the alternatives under the policy, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
     """Log-probabilities of the trained tokens under the reference model, shape (N,); None without a reference model."""
+    scale: float = 1.0
+    """Factor of the policy loss of every trained token (`loss_scale`)."""
 
 
 class Counts(NamedTuple):
@@ -37,17 +39,23 @@ class Counts(NamedTuple):
     """Sum of the weights of all trained tokens of the minibatch."""
     rollouts: float
     """Number of rollouts in the iteration, multiplied by the fraction of the samples that are in the minibatch. The KL
-    penalty in the loss is divided by this number if `learner.kl.reduction` is `sequence_sum`."""
+    penalty in the loss is divided by this number if `learner.kl.reduction` is `sequence_sum`, and the policy loss if
+    `learner.reduction` is `sequence_mean`."""
     seen: float
     """Sum of the weights of the trained tokens that remain after the function `credited` has removed others. Only these
     tokens are in the forward pass, so the metric `policy/kl_old` is a mean over them."""
+    ratios: float
+    """Sum of the weights of all trained tokens and alternatives of the minibatch. Each of them has a ratio that can be
+    clipped, so the metric `policy/clip_share` is a share of them. An alternative has the weight of the token that it
+    replaces."""
 
 
 def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> None:
     """Check the lengths and numbers of the training samples that a credit function returned.
 
     Args:
-        with_returns: whether the samples must have `returns` and `values`, because a value network is trained.
+        with_returns: whether the samples must have `returns` and `values`, because a value network is trained. Samples
+            of rollouts without a reward need none.
     Raises:
         UserError: if a sample is invalid. The message describes the first invalid sample.
     """
@@ -78,11 +86,36 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
                     f"training sample {number} of the credit function has {infinite[0]} in {name}; allowed: finite "
                     "numbers"
                 )
-        if with_returns and (sample.returns is None or sample.values is None):
+        if with_returns and not sample.without_reward and (sample.returns is None or sample.values is None):
             raise UserError(
                 f"training sample {number} of the credit function has no returns or no values, but the training "
                 "of the value network needs both; set returns and values in every sample"
             )
+
+
+def without_truncated(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Return the samples with a weight of 0 for all tokens of rollouts that reached the limit of new tokens.
+
+    These samples stay in their minibatches, so that the number of rollouts of a minibatch does not change. Samples that
+    were not built from one rollout stay unchanged.
+    """
+    return [
+        replace(sample, weights=(0.0,) * len(sample.token_ids))
+        if sample.rollout is not None and sample.rollout.finish_reason == "length"
+        else sample
+        for sample in samples
+    ]
+
+
+def loss_scale(sample: TrainingSample, reduction: str) -> float:
+    """Return the factor of the policy loss of every token of a sample, before the sum over the minibatch is divided.
+
+    It is 1, or 1 / (sum of the weights of the sample's trained tokens) for the reduction `sequence_mean`.
+
+    Args:
+        reduction: the setting `learner.reduction`.
+    """
+    return 1 / (sum(sample.trained_weights) or 1) if reduction == "sequence_mean" else 1.0
 
 
 def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequence[T]]:
@@ -146,12 +179,22 @@ def _part_with_gradient(experience: Experience) -> Experience:
         tuple(experience.old_logprobs[n] for n in kept),
         tuple(old for _, old in alternatives),
         None,
+        experience.scale,
     )
 
 
 def total_weight(experience: Sequence[Experience]) -> float:
     """Return the sum of the weights of all trained tokens of the samples."""
     return sum(sum(e.sample.trained_weights) for e in experience)
+
+
+def ratio_weight(experience: Sequence[Experience]) -> float:
+    """Return the sum of the weights of all trained tokens and alternatives of the samples."""
+    total = total_weight(experience)
+    for sample in (e.sample for e in experience if e.sample.alternatives):
+        weights = sample.trained_weights
+        total += sum(weights[a.position] for a in sample.alternatives)
+    return total
 
 
 def trained_part(row: Sequence[float], sample: TrainingSample) -> list[float]:

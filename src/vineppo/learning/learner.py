@@ -2,9 +2,10 @@
 
 All algorithms use the same learner. A training sample is a token sequence in which each trained token (`loss_mask` 1)
 has an advantage and a weight. Each epoch is split into minibatches (one optimizer step each), and each minibatch into
-micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by the sum of the weights
-of the whole minibatch. Therefore an update does not depend on the size or order of the micro-batches, nor on how a tree
-of responses is split into samples.
+micro-batches (one forward and backward pass each). Sums over tokens are weighted and divided by a number of the whole
+minibatch: by default the sum of the weights (`learner.reduction` selects others for the policy loss). Therefore an
+update does not depend on the size or order of the micro-batches. With the default reduction, it does not depend on how
+a tree of responses is split into samples either.
 
 Letters in shapes: B sequences, T tokens of the longest sequence, N trained tokens, A alternatives (tokens that are
 trained in place of a token of a sequence).
@@ -29,10 +30,13 @@ from vineppo.learning.experience import (
     credited,
     divided,
     largest_gap,
+    loss_scale,
     minibatches,
     padded,
+    ratio_weight,
     total_weight,
     trained_part,
+    without_truncated,
 )
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.learning.optim import Optimizer, lr_factor
@@ -61,10 +65,10 @@ class Scores:
     entropy: float
     """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
     excess: float
-    """Mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if the
-    tokens were sampled from the scored distributions."""
+    """Weighted mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if
+    the tokens were sampled from the scored distributions."""
     excess_error: float
-    """Standard error of `excess` if the tokens were sampled from the scored distributions."""
+    """Standard error of `excess` if the tokens were sampled from the scored distributions, each once."""
 
 
 class TorchLearner:
@@ -79,8 +83,10 @@ class TorchLearner:
         critic_settings: settings of the learning rate and of the loss of the value network; None without a value
             network.
         temperature: sampling temperature of the rollouts; log-probabilities are computed with the same temperature.
-        total_updates: planned number of updates. A linear decay of the learning rate reaches 0 after the last update.
+        total_updates: planned number of updates. A linear or cosine decay of the learning rate reaches 0 after the last
+            update.
         seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
+        max_new_tokens: maximum number of tokens of a response, which the reduction `constant` divides by.
     """
 
     def __init__(
@@ -94,10 +100,12 @@ class TorchLearner:
         temperature: float,
         total_updates: int,
         seed: int,
+        max_new_tokens: int = 1,
     ):
         self.policy, self.reference, self.critic = policy, reference, critic
         self.config, self.critic_settings = config, critic_settings or CriticConfig()
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
+        self.max_new_tokens = max_new_tokens
         self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
@@ -134,6 +142,8 @@ class TorchLearner:
             UserError: if a sample is invalid, or the norm of a gradient is not finite.
         """
         check_samples(samples, with_returns=self.critic is not None)
+        if self.config.mask_truncated:
+            samples = without_truncated(samples)
         experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
         if check is not None:
             check(metrics)
@@ -243,16 +253,18 @@ class TorchLearner:
                     [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                     for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
                 ]
+        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+        counted = [(0.0,) * len(w) if s.without_reward else w for s, w in zip(samples, weights, strict=True)]
         # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, weights)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, weights)
+        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
+        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
         scaled = [
             replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
             for s, row in zip(samples, rows, strict=True)
         ]
         refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
         experience = [
-            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r))
+            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r), loss_scale(s, self.config.reduction))
             for s, o, a, r in zip(scaled, old, scores.alternatives, refs, strict=True)
         ]
         return experience, metrics
@@ -278,9 +290,10 @@ class TorchLearner:
                 batch.loss_mask,
                 (batch.alternative_places, batch.alternative_ids),
             )  # (N + A,)
-            entropy += float((batch.weights[batch.loss_mask] * entropies).sum())
-            excess += float((flat_logprobs[: len(entropies)] + entropies).double().sum())
-            variance += float(logprob_variances(distribution, entropies).double().sum())
+            token_weights = batch.weights[batch.loss_mask]  # (N,)
+            entropy += float((token_weights * entropies).sum())
+            excess += float((token_weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
+            variance += float((token_weights**2 * logprob_variances(distribution, entropies)).double().sum())
             flat = flat_logprobs.tolist()
             for i in group:
                 length = sum(samples[i].loss_mask)
@@ -288,10 +301,8 @@ class TorchLearner:
             for i in group:
                 length = len(samples[i].alternatives)
                 alternatives[i], flat = flat[:length], flat[length:]
-        weight, tokens = sum(sum(s.trained_weights) for s in samples), sum(sum(s.loss_mask) for s in samples)
-        return Scores(
-            rows, alternatives, entropy / (weight or 1), excess / (tokens or 1), variance**0.5 / (tokens or 1)
-        )
+        weight = sum(sum(s.trained_weights) for s in samples) or 1
+        return Scores(rows, alternatives, entropy / weight, excess / weight, variance**0.5 / weight)
 
     def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
         """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
@@ -328,13 +339,17 @@ class TorchLearner:
     def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
         """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics."""
         parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
-        counts = Counts(total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1)
+        counts = Counts(
+            total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1, ratio_weight(minibatch) or 1
+        )
         seed = derive_seed(self.seed, "dropout", self.updates)
         totals: dict[str, float] = defaultdict(float)
         for group in self._micro_batches([e.sample for e in parts]):
-            with self.policy.dropout(derive_seed(seed, group[0])):
-                loss, sums = self._policy_loss([parts[i] for i in group], counts)
-            loss.backward()
+            chosen = [parts[i] for i in group]
+            # The backward pass is inside, too, because gradient checkpointing computes layers again.
+            with self.policy.dropout([derive_seed(seed, i) for i in group], [e.sample.loss_mask for e in chosen]):
+                loss, sums = self._policy_loss(chosen, counts)
+                loss.backward()
             for key, value in sums.items():
                 totals[key] += value
         return dict(totals)
@@ -370,15 +385,18 @@ class TorchLearner:
         advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
         token_weights = batch.weights[batch.loss_mask]  # (N,)
         weights = torch.cat([token_weights, token_weights[batch.alternative_places]])  # (N + A,)
+        scales = torch.tensor([e.scale for e in chosen for _ in e.old_logprobs], device=device)  # (N,)
+        all_scales = torch.cat([scales, scales[batch.alternative_places]])  # (N + A,)
         policy_loss, clipped = clipped_policy_loss(
-            logprobs, old, advantages, config.clip_low, config.clip_high, weights
+            logprobs, old, advantages * all_scales, config.clip_low, config.clip_high, weights
         )
-        loss = policy_loss / tokens
+        divisor = self._divisor(counts)
+        loss = policy_loss / divisor
         # How far the policy has moved since the first update of the iteration; only a metric.
         kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
         metrics = {
             "policy/loss": loss.item(),
-            "policy/clip_share": float(clipped) / tokens,
+            "policy/clip_share": float(clipped) / counts.ratios,
             "policy/kl_old": float(kl_old) / counts.seen,
         }
         if entropies is not None:
@@ -388,16 +406,31 @@ class TorchLearner:
             penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
             if config.kl.importance_weighted:
                 penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
-            loss = loss + config.kl.coefficient * (token_weights * penalties).sum() / (
-                counts.rollouts if config.kl.reduction == "sequence_sum" else tokens
-            )
+            if config.kl.reduction == "as_policy":
+                penalties = penalties * scales  # (N,)
+            divisors = {"sequence_sum": counts.rollouts, "token_mean": tokens, "as_policy": divisor}
+            total = (token_weights * penalties).sum()
+            loss = loss + config.kl.coefficient * total / divisors[config.kl.reduction]
         return loss, {**metrics, "policy/objective": loss.item()}
 
+    def _divisor(self, counts: Counts) -> float:
+        """Return the number by which the sum of the policy loss over a minibatch is divided (`learner.reduction`)."""
+        divisors = {
+            "token_mean": counts.tokens,
+            "sequence_mean": counts.rollouts,
+            "constant": counts.rollouts * self.max_new_tokens,
+        }
+        return divisors[self.config.reduction]
+
     def _value_gradient(self, critic: ValueNetwork, minibatch: Sequence[Experience]) -> float:
-        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss."""
-        tokens, total = total_weight(minibatch) or 1, 0.0
-        for group in self._micro_batches([e.sample for e in minibatch]):
-            batch = collate([minibatch[i].sample for i in group], self.policy.device)
+        """Compute the gradient of the value loss of a minibatch by backpropagation, and return the loss.
+
+        Samples without returns, whose rollouts have no reward, are left out.
+        """
+        chosen = [e for e in minibatch if e.sample.returns is not None]
+        tokens, total = total_weight(chosen) or 1, 0.0
+        for group in self._micro_batches([e.sample for e in chosen]):
+            batch = collate([chosen[i].sample for i in group], self.policy.device)
             loss = self._value_loss(critic, batch) / tokens
             loss.backward()
             total += loss.item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,20 +14,21 @@ from vineppo.types import UserError
 def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
     """Return the learning rate of an update as a fraction of the peak learning rate.
 
-    The fraction rises linearly during the warm-up and is 1 at the last update of the warm-up. Afterwards it stays 1, or
-    falls linearly to 0.
+    The fraction rises linearly during the warm-up and is 1 at the last update of the warm-up. Afterwards it stays 1,
+    falls linearly to 0, or falls to 0 along half a period of a cosine.
 
     Args:
         update: number of the update, counted from 0.
         warmup: number of updates of the warm-up.
-        total: number of updates after which a linear decay reaches 0.
-        decay: "constant" or "linear".
+        total: number of updates after which a linear or cosine decay reaches 0.
+        decay: "constant", "linear" or "cosine".
     """
     if update < warmup:
         return (update + 1) / warmup
     if decay == "constant":
         return 1.0
-    return max(0.0, (total - update) / max(1, total - warmup))
+    remaining = max(0.0, (total - update) / max(1, total - warmup))
+    return (1 - math.cos(math.pi * remaining)) / 2 if decay == "cosine" else remaining
 
 
 class Optimizer:

@@ -25,12 +25,17 @@ def scale_advantages(
         scaling: `none` changes nothing, `std` divides by the standard deviation, and `whiten` subtracts the mean and
             divides by the standard deviation. `whiten` can make advantages of 0 non-zero.
         weights: weight of each token in the mean and the standard deviation, in lists like `rows`; None weights all
-            tokens equally.
+            tokens equally. The mean is not subtracted from an advantage with weight 0.
     Returns:
         The scaled advantages, in lists like `rows`. If all advantages are equal, they are not divided.
     """
     shift, divisor = shift_and_divisor(rows, scaling, weights)
-    return [[(a - shift) / divisor for a in row] for row in rows]
+    if weights is None:
+        return [[(a - shift) / divisor for a in row] for row in rows]
+    return [
+        [(a - shift if w else a) / divisor for w, a in zip(ws, row, strict=True)]
+        for ws, row in zip(weights, rows, strict=True)
+    ]
 
 
 def shift_and_divisor(

@@ -37,9 +37,17 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
         model: a transformers model. If it has adapters: the transformers model inside the peft model.
         share: parameters and buffers of `model` that are not copied, so that `model` and the copy share them.
     Raises:
-        UserError: if layers were replaced, so that the model differs from a model built from its configuration.
+        UserError: if layers were replaced, so that the model differs from a model built from its configuration, or if
+            adapters of this kind cannot be built on the meta device.
     """
-    clone = _skeleton(model)
+    try:
+        clone = _skeleton(model)
+    except (RuntimeError, NotImplementedError) as error:  # PyTorch raises both for computations with meta tensors.
+        kinds = ", ".join(str(settings.peft_type.value) for settings in getattr(model, "peft_config", {}).values())
+        raise UserError(
+            f"a model with adapters of kind {kinds} cannot be copied; use LORA adapters, or an algorithm without a "
+            "value network and no KL penalty (learner.kl.coefficient 0; for VinePPOTrainer beta 0)"
+        ) from error
     sources = dict(model.named_modules(remove_duplicate=False))
     targets = dict(clone.named_modules(remove_duplicate=False))
     for name in (*sources, *targets):

@@ -1,20 +1,33 @@
-"""Load a causal language model and its tokenizer from a directory, the Hugging Face hub or the package."""
+"""Load a causal language model and its tokenizer from a directory, a run, the Hugging Face hub or the package."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from vineppo.config.schema import ModelConfig
+from vineppo.config.settings import replace
 from vineppo.model.hardware import cpu_multiplies
-from vineppo.model.location import only_local_copy, resolve_model_path
+from vineppo.model.location import only_local_copy, resolve_model_path, run_of_checkpoint
+from vineppo.model.lora import load_trained_state, with_adapters
 from vineppo.model.modes import with_checkpointing
+from vineppo.model.of_run import base_of_checkpoint
+from vineppo.run.checkpoint import read_state, verify_checkpoint
 from vineppo.types import UserError
+
+
+def configuration_path(config: ModelConfig) -> str:
+    """Return the directory or hub id with the configuration of a model. A checkpoint has that of its starting model."""
+    path = resolve_model_path(config.path)
+    if run_of_checkpoint(Path(path)):
+        return configuration_path(base_of_checkpoint(replace(config, path=path)))
+    return path
 
 
 def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
@@ -31,6 +44,8 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     with device_errors_in_one_line(config.device):
         torch.empty(0, device=config.device)
     _warn_of_slow_dtype(config)
+    if run_of_checkpoint(Path(path)):
+        return _load_checkpoint(replace(config, path=path))
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": local}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
@@ -42,6 +57,21 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     with device_errors_in_one_line(config.device):
         model = model.to(config.device)
     return with_checkpointing(model) if config.gradient_checkpointing else model, tokenizer
+
+
+def _load_checkpoint(config: ModelConfig) -> tuple[Any, Any]:
+    """Load (model, tokenizer) from a checkpoint of a run, with adapters merged."""
+    folder, base = Path(config.path), base_of_checkpoint(config)
+    verify_checkpoint(folder)
+    weights = read_state(folder / "learner.pt")["policy"]
+    model, tokenizer = load_pretrained(base)
+    adapters = with_adapters(model, base.lora) if base.lora.r else None
+    try:
+        load_trained_state(model, weights)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"checkpoint {folder} does not fit the model {base.path!r} of its run: {reason}") from error
+    return (model if adapters is None else adapters.merge_and_unload()).requires_grad_(True), tokenizer
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ EMBEDDED = "embedded:"
 """Beginning of a `model.path` that names a small model included in the package."""
 NEW_TINY = "new:tiny"
 """The `model.path` with which `vineppo sft` starts from a tiny model with random weights."""
+_CHECKPOINTS = "checkpoints"
 _ENDINGS = (".yaml", ".yml", ".json", ".jsonl", ".safetensors", ".bin", ".pt", ".gguf")
 """Endings of names of files, which are not names of models on the hub."""
 
@@ -24,7 +25,7 @@ def resolve_model_path(path: str) -> str:
     """Return the directory or hub id of a model from the setting `model.path`. The hub is not asked.
 
     A path of the form `embedded:NAME` names a small model included in the package. The result is then the directory of
-    this model.
+    this model. For the directory of a run, the result is its final model or its newest checkpoint.
 
     Raises:
         UserError: if the package has no model NAME, a local path is not a model directory, or the text looks like a
@@ -37,6 +38,17 @@ def resolve_model_path(path: str) -> str:
             raise UserError(f"model.path is {path!r}, but the package does not include this model; allowed: {known}")
         return str(_models() / name)
     local = Path(path).expanduser()
+    if path and is_run(local):
+        from vineppo.model.of_run import model_of_run  # imports PyTorch
+
+        return str(model_of_run(local))
+    if run_of_checkpoint(local):
+        if not local.is_dir():
+            raise UserError(
+                f"model.path {path!r} does not exist any more: its run has removed that checkpoint; give another one, "
+                "and keep it with run.keep_checkpoints or copy it"
+            )
+        return str(local)
     if path and local.is_dir():
         if not (local / "config.json").exists():
             raise UserError(f"model.path {path!r} has no config.json; give a directory written by save_pretrained")
@@ -61,6 +73,16 @@ def only_local_copy(path: str) -> bool:
     hint = did_you_mean(path, _embedded_names(), EMBEDDED)
     advice = "give an existing model directory, or a hub id such as org/name while the hub can be reached"
     return needs_local_copy(f"model.path {path!r}", path, "model", hint or advice)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a path is the directory of a run, and not a model directory."""
+    return (path / "config.yaml").is_file() and not (path / "config.json").exists()
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """Return the directory of the run if `path` is a checkpoint in it, such as `runs/a/checkpoints/000020`."""
+    return path.parents[1] if path.parent.name == _CHECKPOINTS and is_run(path.parents[1]) else None
 
 
 def _looks_like_a_path(path: str) -> bool:

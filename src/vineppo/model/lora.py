@@ -41,30 +41,39 @@ def with_adapters(model: Any, config: LoraConfig) -> Any:
             ) from error
 
 
-def merged_weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the (name, tensor) pairs of the model's `state_dict`, with all adapters merged into the weights.
 
     The names are those of the model without adapters. The tensors are equal to those that `merge_and_unload` of peft
     produces, for every kind of adapter. The model is not changed: each layer with adapters is copied and merged, one at
     a time to save memory. Other layers are not copied.
+
+    Args:
+        dtype: dtype in which layers with adapters are merged and yielded; None means their own dtype. In a 16-bit
+            dtype, the sum of a weight and a small adapter is often rounded to the weight.
     """
+    layers = adapter_layers(model)
+    for name, tensor in model.state_dict().items():
+        if not _inside(name, layers):
+            yield name, tensor
+    for name, layer in layers.items():
+        yield from merged_layer(layer, dtype).state_dict(prefix=f"{name}.").items()
+
+
+def adapter_layers(model: Any) -> dict[str, Any]:
+    """Return the outermost layers of a model that have adapters of peft, as a dictionary from names to layers."""
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
     except ModuleNotFoundError:
-        yield from model.state_dict().items()
-        return
+        return {}
     layers: dict[str, Any] = {}
     # named_modules yields a layer before the layers inside it. An adapter layer inside another one is skipped, because
     # its tensors are among those of the merged outer layer.
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, layers):
             layers[name] = module
-    for name, tensor in model.state_dict().items():
-        if not _inside(name, layers):
-            yield name, tensor
-    for name, layer in layers.items():
-        yield from _merged_layer(layer).state_dict(prefix=f"{name}.").items()
+    return layers
 
 
 def _inside(name: str, layers: dict[str, Any]) -> bool:
@@ -72,9 +81,14 @@ def _inside(name: str, layers: dict[str, Any]) -> bool:
     return any(name[:end] in layers for end, character in enumerate(name) if character == ".")
 
 
-def _merged_layer(layer: Any) -> nn.Module:
-    """Return a copy of a layer with its adapters merged. The layer is copied because peft merges adapters in place."""
+def merged_layer(layer: Any, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a layer with its adapters merged, in a dtype or in the dtype of the layer.
+
+    The layer is copied because peft merges adapters in place.
+    """
     copied = copy.deepcopy(layer)
+    if dtype is not None:
+        copied = copied.to(dtype)
     # peft wraps layers that are trained without an adapter (ModulesToSaveWrapper and others). Only such wrappers have
     # this method.
     if hasattr(copied, "unload_and_optionally_merge_module"):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import Config
-from vineppo.model.location import only_local_copy, resolve_model_path
+from vineppo.model.loading import configuration_path
+from vineppo.model.location import only_local_copy
 from vineppo.types import UserError
 
 GIB = float(1 << 30)
@@ -55,10 +56,10 @@ def shape_from_config(config: Config) -> Shape:
     Raises:
         UserError: if the configuration of the model cannot be read.
     """
-    path = resolve_model_path(config.model.path)
+    path = configuration_path(config.model)
     if path in KNOWN:
         return KNOWN[path]
-    local = only_local_copy(config.model.path)
+    local = only_local_copy(path)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:

@@ -7,8 +7,10 @@ files:
 ```
 checkpoints/000020/state.pt       progress of the run (here after 20 iterations)
 checkpoints/000020/learner.pt     weights and optimizer states, written by the learner
-checkpoints/000020/manifest.json  size and SHA-256 of every other file
+checkpoints/000020/manifest.json  format, version of the package, and size and SHA-256 of every other file
 ```
+
+A checkpoint can be a symbolic link to a directory. When it is no longer needed, only the link is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,15 +26,22 @@ from typing import Any
 
 import torch
 
-from vineppo.run.files import fsync_directory, fsync_file, sha256
+from vineppo.run.environment import package_version
+from vineppo.run.files import disk_error, fsync_directory, fsync_file, remove_tree, sha256
 from vineppo.types import UserError
 
 STATE_FILE = "state.pt"
 """Name of the file with the progress of the run."""
+FORMAT = 1
+"""Number of the format of a checkpoint. A change that earlier versions of the package cannot read increases it."""
 _NAME = re.compile(r"(\d+)(\.old)?")
 """Names of checkpoints: the number of iterations, with the suffix `.old` while the checkpoint is being replaced."""
 _SCALARS = (bool, int, float, str, bytes, type(None))
 """Types of the values in a state that are neither tensors nor containers."""
+
+
+class OtherFormat(UserError):
+    """A checkpoint was written by a version of the package that uses another format."""
 
 
 def save_checkpoint(
@@ -42,6 +50,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 1,
     writers: Sequence[Callable[[Path], None]] = (),
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint, and then remove older checkpoints.
 
@@ -56,55 +65,84 @@ def save_checkpoint(
         keep: number of checkpoints to keep, including the new one; at least 1.
         writers: functions that write more files of the checkpoint, such as `Learner.save`. Each function is called with
             the path of the directory into which it writes.
+        best: an earlier iteration whose checkpoint is kept too, if there is one.
     Returns:
         The path of the new checkpoint.
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
+        UserError: if the disk is full or cannot be written. The earlier checkpoints are kept, and no temporary
+            directory is left.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(".*.tmp"):  # A process that was killed while it wrote a checkpoint leaves these.
-        shutil.rmtree(leftover)
+    for leftover in directory.glob(".*.tmp"):  # from a run that was killed while writing
+        remove_tree(leftover)
     temporary = directory / f".{iteration:06d}.tmp"
-    temporary.mkdir()
-    write_state(temporary / STATE_FILE, state)
-    for write in writers:
-        write(temporary)
-    _write_manifest(temporary, iteration)
+    try:
+        temporary.mkdir()
+        write_state(temporary / STATE_FILE, state)
+        for write in writers:
+            write(temporary)
+        _write_manifest(temporary, iteration)
+    except BaseException as error:
+        remove_tree(temporary)
+        if isinstance(error, Exception) and (reason := disk_error(error)):
+            raise UserError(
+                f"the checkpoint of iteration {iteration} cannot be written to {directory}: {reason}; the earlier "
+                f"checkpoints are intact; free some space, then continue with --resume {directory.parent}"
+            ) from error
+        raise
 
-    path = directory / f"{iteration:06d}"
-    old = directory / f"{iteration:06d}.old"
-    # os.rename cannot replace a directory that is not empty, so an existing checkpoint is renamed first. If the process
-    # is killed before the second rename, `latest_checkpoint` still finds the existing checkpoint under the name `.old`.
-    if path.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(path, old)
-    os.rename(temporary, path)
-    fsync_directory(directory)
-
+    path = _put_in_place(temporary, directory / f"{iteration:06d}")
     earlier = [other for number, other in _newest_first(directory) if number < iteration]
-    kept = {path, *earlier[: keep - 1]}
+    kept = {path, *earlier[: keep - 1], *(directory / f"{number:06d}" for number in (best,) if number is not None)}
     for _, other in _newest_first(directory):
         if other not in kept:
-            shutil.rmtree(other)
+            remove_tree(other)
     return path
+
+
+def _put_in_place(temporary: Path, path: Path) -> Path:
+    """Rename a complete checkpoint to its final path, where an earlier one of the same iteration may be."""
+    old = path.with_name(f"{path.name}.old")
+    # os.rename cannot replace a directory. If the process is killed here, latest_checkpoint finds `.old`.
+    if path.exists() or path.is_symlink():
+        remove_tree(old)
+        os.rename(path, old)
+    os.rename(temporary, path)
+    fsync_directory(path.parent)
+    return path
+
+
+def remove_later_checkpoints(directory: Path, iteration: int) -> None:
+    """Remove the checkpoints of all iterations after `iteration`."""
+    for number, path in _newest_first(directory):
+        if number > iteration:
+            remove_tree(path)
 
 
 def verify_checkpoint(path: str | Path) -> None:
     """Check that every file of a checkpoint has the size and the checksum that manifest.json records.
 
     Raises:
+        OtherFormat: if another version of the package wrote the checkpoint, in another format.
         UserError: if a file is missing or damaged. The message names the first such file.
     """
     path = Path(path)
     try:
-        files = dict(json.loads((path / "manifest.json").read_bytes())["files"])
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        files = dict(manifest["files"])
         expected = {name: (int(facts["size"]), str(facts["sha256"])) for name, facts in files.items()}
     except OSError:
         raise UserError(f"checkpoint {path} is damaged: manifest.json is missing or unreadable") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"checkpoint {path} is damaged: manifest.json is not a valid manifest") from None
+    if manifest.get("format", FORMAT) != FORMAT:
+        writer = f"vineppo {manifest.get('vineppo', '(unknown version)')}"
+        raise OtherFormat(
+            f"checkpoint {path} has format {manifest['format']} of {writer}; this is vineppo {package_version()}, "
+            f"which reads format {FORMAT}; continue with {writer}, or start a new run"
+        )
     if STATE_FILE not in expected:
         raise UserError(f"checkpoint {path} is damaged: manifest.json does not list {STATE_FILE}")
     for name, (size, digest) in expected.items():
@@ -131,13 +169,15 @@ def latest_checkpoint(directory: str | Path, warn: Callable[[str], None] | None 
         warn: function that is called with a message for each damaged checkpoint. By default, the message is printed to
             standard error.
     Raises:
-        UserError: if there is no undamaged checkpoint.
+        UserError: if there is no undamaged checkpoint, or another version of the package wrote the newest one.
     """
     directory = Path(directory)
     candidates = _newest_first(directory)
     for _, path in candidates:
         try:
             verify_checkpoint(path)
+        except OtherFormat:
+            raise
         except UserError as error:
             (warn or _warn)(f"{error}; this checkpoint is skipped")
         else:
@@ -162,7 +202,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
     """
-    torch.save(_plain(state, path.stem), path)
+    with open(path, "wb") as file:  # for a file object, the error of a full disk keeps its number
+        torch.save(_plain(state, path.stem), file)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -175,8 +216,8 @@ def read_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(
-            f"checkpoint {path.parent} has no {path.name}: another version of vineppo wrote it; resume with "
-            "that version, or start a new run"
+            f"checkpoint {path.parent} has no {path.name}: another version of vineppo ({_writer(path.parent)}) wrote "
+            "it; resume with that version, or start a new run"
         ) from None
     except (RuntimeError, pickle.UnpicklingError, EOFError):
         raise UserError(
@@ -191,11 +232,19 @@ def _write_manifest(directory: Path, iteration: int) -> None:
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         fsync_file(path)
         files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    manifest = {"format": 1, "iteration": iteration, "files": files}
+    manifest = {"format": FORMAT, "vineppo": package_version(), "iteration": iteration, "files": files}
     (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     fsync_file(directory / "manifest.json")
     for folder in [*(path for path in directory.rglob("*") if path.is_dir()), directory]:
         fsync_directory(folder)
+
+
+def _writer(checkpoint: Path) -> str:
+    """Return the version of the package that wrote a checkpoint, or a description if it is not recorded."""
+    try:
+        return str(json.loads((checkpoint / "manifest.json").read_bytes())["vineppo"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a version that did not record its number"
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -2,11 +2,13 @@
 
 ```
 config.yaml             every setting of the run
+run.json                name of the recipe, version of the package, and settings that were changed on a resume
 metrics.jsonl           one JSON object per iteration
 rollouts/000001.parquet one file per iteration, one row per rollout and per other training sample
 checkpoints/000020/     checkpoints (see checkpoint.py)
 final/                  the trained model
 plots/, summary.json    written at the end
+.lock                   locked by the process that trains (see lock.py)
 ```
 """
 
@@ -24,9 +26,14 @@ from typing import Any
 import yaml
 
 from vineppo.config.load import config_to_dict
-from vineppo.run.files import check_writable, fsync_directory, write_text
+from vineppo.run.environment import package_version
+from vineppo.run.files import check_writable, fsync_directory, remove_tree, write_text
+from vineppo.run.lock import LOCK_FILE
 from vineppo.run.records import Decode, rollout_rows, write_parquet
 from vineppo.types import RolloutGroup, TrainingSample, UserError
+
+_BEFORE_CONFIG = (LOCK_FILE, "run.json", ".run.json.tmp", ".config.yaml.tmp")
+"""Files that are written to a new run directory before config.yaml is complete."""
 
 
 def _json_ready(value: Any) -> Any:
@@ -53,44 +60,62 @@ class RunDirectory:
     """The content of config.yaml: plain dicts, lists and scalars."""
 
     @classmethod
-    def create(cls, path: str | Path, config: Any) -> RunDirectory:
-        """Create a new run directory and write config.yaml to it.
+    def create(cls, path: str | Path, config: Any, recipe: str = "", *, in_memory: bool = False) -> RunDirectory:
+        """Create a new run directory and write config.yaml and run.json to it.
 
         Args:
             path: path of the directory, which must not exist or must be empty.
             config: a `vineppo.config.schema.Config` with all settings of the run.
+            recipe: name of the recipe.
+            in_memory: whether the starting model was passed in memory and not loaded from `config.model.path`.
         Raises:
             UserError: if the directory exists and is not empty, or cannot be written.
         """
-        cls.check_new(path)
         run = cls(Path(path), config_to_dict(config))
+        run.make_folder()
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-            write_text(run.path / "config.yaml", text)
+            # With config.yaml the directory is a run. If the process is killed before, the directory counts as new.
+            run.write_record({"recipe": recipe, "vineppo": package_version(), "model_in_memory": in_memory})
+            run.write_config(run.config)
             for directory in (run.rollouts, run.checkpoints, run.plots):
                 directory.mkdir()
         except OSError as error:
             raise _unwritable(run.path, error) from error
         return run
 
-    @staticmethod
-    def check_new(path: str | Path) -> None:
+    @classmethod
+    def check_new(cls, path: str | Path) -> None:
         """Check that `create` can create the directory. Nothing is left behind.
 
         Raises:
             UserError: if the directory exists and is not empty, or cannot be written.
         """
-        run = Path(path)
+        run = cls(Path(path), {})
         try:
-            if run.is_dir() and any(run.iterdir()):
-                raise UserError(
-                    f"run directory {path} already exists and is not empty; give another run.dir, or continue that "
-                    f"run with --resume {path}"
-                )
-            check_writable(run)
+            run._require_new()
+            check_writable(run.path)
         except OSError as error:
-            raise _unwritable(run, error) from error
+            raise _unwritable(run.path, error) from error
+
+    def make_folder(self) -> None:
+        """Create the folder of a new run. It may contain what a process wrote that was killed before it had started.
+
+        Raises:
+            UserError: if the folder exists and is not empty, or cannot be created.
+        """
+        try:
+            self._require_new()
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _require_new(self) -> None:
+        """Raise UserError if the directory contains more than what is written before config.yaml."""
+        if self.path.is_dir() and any(entry.name not in _BEFORE_CONFIG for entry in self.path.iterdir()):
+            raise UserError(
+                f"run directory {self.path} already exists and is not empty; give another run.dir, or continue "
+                f"that run with --resume {self.path}"
+            )
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:
@@ -110,6 +135,7 @@ class RunDirectory:
             config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
             if writable:
                 tempfile.TemporaryFile(dir=run).close()  # raises OSError if the directory cannot be written
+                (run / "checkpoints").mkdir(exist_ok=True)  # raises OSError for a link whose target is gone
         except FileNotFoundError:
             raise UserError(f"{path} is not a run directory: it has no config.yaml") from None
         except (yaml.YAMLError, UnicodeDecodeError):
@@ -155,14 +181,52 @@ class RunDirectory:
         return self.rollouts / f"{iteration:06d}.parquet"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Append metrics as one line to metrics.jsonl, and force the file to disk. NaN and infinity become null."""
+        """Append metrics as one line to metrics.jsonl, and force the file to disk. NaN and infinity become null.
+
+        The line is written by one system call and ends with a line break, so a last line without one is incomplete. If
+        the disk is full, the part that was written is removed again.
+        """
         is_new = not self.metrics.exists()
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_json_ready(metrics), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = (json.dumps(_json_ready(metrics), allow_nan=False) + "\n").encode()
+        with open(self.metrics, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                written = file.write(line) or 0
+                while written < len(line):
+                    written += file.write(line[written:]) or 0
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)
+                raise
         if is_new:
             fsync_directory(self.path)
+
+    def read_record(self) -> dict[str, Any]:
+        """Return the content of run.json; empty if the file is missing, as in runs of earlier versions, or damaged."""
+        return _read_object(self.path / "run.json")
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write run.json, atomically."""
+        write_text(self.path / "run.json", json.dumps(_json_ready(record), indent=2) + "\n")
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.yaml, atomically."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the content of summary.json; empty if the file is missing or damaged."""
+        return _read_object(self.summary)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has reached its end. A run that was interrupted has not."""
+        return self.read_summary().get("finish_reason") not in (None, "interrupted")
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files that a killed process left. Only a process that holds the lock may call this."""
+        for folder in (self.path, self.rollouts, self.checkpoints, self.plots):
+            for path in folder.glob(".*.tmp"):
+                remove_tree(path)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl as dictionaries, or an empty list if the file does not exist.
@@ -232,6 +296,14 @@ def _unwritable(path: Path, error: OSError) -> UserError:
     """Return the error for a run directory that cannot be written."""
     reason = error.strerror or type(error).__name__
     return UserError(f"run directory {path} cannot be written ({reason}); give another run.dir")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _parse_object(line: bytes) -> dict[str, Any]:

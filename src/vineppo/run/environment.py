@@ -1,8 +1,11 @@
-"""Determine the versions of this package and of other installed packages."""
+"""Determine the versions of installed packages, and check how this process was started."""
 
 from __future__ import annotations
 
+import os
 from importlib.metadata import PackageNotFoundError, version
+
+from vineppo.types import UserError
 
 
 def package_version() -> str:
@@ -16,3 +19,16 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def require_one_process() -> None:
+    """Raise UserError if a launcher for distributed training, such as torchrun, started this process with others.
+
+    Training uses one process. Without this check, every process would train the same run in the same directory.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1").strip()
+    if world_size.isdigit() and int(world_size) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {world_size}: a launcher (torchrun, accelerate launch) started {world_size} processes, but "
+            "vineppo trains in one process; start one process without a launcher, or unset WORLD_SIZE"
+        )

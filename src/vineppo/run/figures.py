@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from vineppo.run.files import written_aside
+
 GREY = "#444444"
 """Colour of subtitles, and of lines and markers that belong to no single algorithm."""
 
@@ -119,9 +121,10 @@ def plain_text(text: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Save the figure as PNG and return the path.
+    """Save the figure as PNG, atomically, and return the path.
 
     The version of Matplotlib is left out of the metadata, so that it does not change the content of the file.
     """
-    figure.savefig(path, metadata={"Software": None})
+    with written_aside(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     return path

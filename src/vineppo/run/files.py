@@ -1,4 +1,4 @@
-"""Write files atomically, and compute their checksums.
+"""Write files and directories atomically, and compute checksums of files.
 
 A file is written atomically in three steps: a temporary file is written, forced to disk, and renamed. After a crash,
 either the old file or the complete new file exists.
@@ -6,12 +6,57 @@ either the old file or the complete new file exists.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vineppo.types import UserError
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO})
+"""Errors of a disk that is full, read-only or defective."""
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Return the reason, such as `No space left on device`, if `error` comes from a disk that cannot be written.
+
+    PyTorch raises a RuntimeError while it handles the OSError. safetensors writes the number of the error into its
+    message.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if match := re.search(r"\(os error (\d+)\)", str(cause)):
+            number = int(match[1])
+        if number in _DISK_ERRORS:
+            return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextmanager
+def disk_errors_in_one_line(run_dir: Path) -> Iterator[None]:
+    """Convert an error of the disk, raised inside the block, to a message of one line.
+
+    Raises:
+        UserError: if the disk is full, read-only or defective.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not (reason := disk_error(error)):
+            raise
+        raise UserError(
+            f"{run_dir} cannot be written: {reason}; the run stopped and its checkpoints are intact; free some space, "
+            f"then continue with --resume {run_dir}"
+        ) from error
 
 
 def fsync_file(path: Path) -> None:
@@ -53,6 +98,44 @@ def written_aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+@contextmanager
+def directory_written_aside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for a directory. When the block ends, the temporary directory replaces `path`.
+
+    If the process is killed, there is either a complete directory `path` or none. If the block raises, the temporary
+    directory is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove_tree(temporary)
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        remove_tree(path)
+        os.rename(temporary, path)
+    except BaseException:
+        remove_tree(temporary)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Force all files and directories below a directory to disk, and the directory itself."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            fsync_directory(path)
+        else:
+            fsync_file(path)
+    fsync_directory(directory)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory, a file or nothing. Of a symbolic link only the link is removed, not its target."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def write_text(path: Path, text: str) -> None:

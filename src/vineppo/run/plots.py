@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ def plot_run(run_dir: Path) -> list[Path]:
         Paths of `accuracy.png`, `tokens.png` and `seconds.png`; empty if the run has no finished iteration.
     """
     run_dir = Path(run_dir)
-    records = RunDirectory.open(run_dir, writable=False).read_metrics()
+    run = RunDirectory.open(run_dir, writable=False)
+    records = run.read_metrics()
     iterations = [record for record in records if record.get("iteration", 0) > 0]
     if not iterations:
         return []
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
-    name = _run_title(run_dir)
+    name = _run_title(run)
     return [
         save(_accuracy_figure(records, iterations, name), folder / "accuracy.png"),
         save(_tokens_figure(iterations, name), folder / "tokens.png"),
@@ -46,15 +47,14 @@ def plot_run(run_dir: Path) -> list[Path]:
     ]
 
 
-def _run_title(run_dir: Path) -> str:
+def _run_title(run: RunDirectory) -> str:
     """Return a text that names the run, such as `VinePPO, seed 0, judgement`.
 
     If the run is not finished, it has no summary.json, and the text is the name of the directory.
     """
-    summary_path = run_dir / "summary.json"
-    if not summary_path.exists():
-        return run_dir.resolve().name
-    summary = json.loads(summary_path.read_text(encoding="utf-8"))
+    summary = run.read_summary()
+    if not summary:
+        return run.path.resolve().name
     parts = [plain_text(summary.get("label", "")), f"seed {summary.get('seed')}", str(summary.get("recipe") or "")]
     return ", ".join(part for part in parts if part)
 
@@ -69,7 +69,8 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
     """
     figure, axes = canvas("Accuracy and reward over updates", name)
     updates = [record["updates"] for record in iterations]
-    rewards = [record["reward/mean"] for record in iterations]
+    # The mean is None if no rollout has a reward. The curve has a gap at NaN.
+    rewards = [math.nan if record["reward/mean"] is None else record["reward/mean"] for record in iterations]
     axes.plot(updates, rewards, color="#56B4E9", linewidth=1, alpha=0.6, label="mean reward of the rollouts")
     if len(rewards) >= 10:
         width = max(5, len(rewards) // 10)
@@ -84,16 +85,20 @@ def _accuracy_figure(records: Sequence[dict[str, Any]], iterations: Sequence[dic
         axes.plot(x, mean, color="#D55E00", marker="o", markersize=5, linewidth=2, label=label)
         band(axes, x, low, high, "#D55E00", "95% interval over problems")
     finish(axes, "updates", "accuracy, reward")
-    if all(0 <= reward <= 1 for reward in rewards):
+    if all(0 <= reward <= 1 for reward in rewards if not math.isnan(reward)):
         percent_axis(axes)
     legend_below(axes)
     return figure
 
 
 def _trailing_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return, for each value, the mean of this value and the `width - 1` values before it (fewer at the start)."""
+    """Return, for each value, the mean of this value and the `width - 1` values before it (fewer at the start).
+
+    Values that are NaN are left out. A mean is NaN if no value is left.
+    """
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    known = [[value for value in window if not math.isnan(value)] for window in windows]
+    return [sum(window) / len(window) if window else math.nan for window in known]
 
 
 def _tokens_figure(iterations: Sequence[dict[str, Any]], name: str) -> Figure:

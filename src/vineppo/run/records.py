@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("response", pa.string()),
-        ("reward", pa.float64()),  # null for a sample without a rollout
+        ("reward", pa.float64()),  # null if no reward function applies, and for a sample without a rollout
         ("finish_reason", pa.string()),  # null for a sample without a rollout
         ("num_tokens", pa.int32()),  # T
         ("response_ids", pa.list_(pa.int32())),  # (T,)

@@ -7,10 +7,12 @@ import importlib.util
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from vineppo.objects import first_line
 from vineppo.run.files import write_text
 from vineppo.types import UserError
 
@@ -157,7 +159,46 @@ def build_trackers(
     """
     names = tuple(report_to)
     require_trackers(names)
-    return [_build(name, Path(run_dir), config, start) for name in names]
+    return [TolerantTracker(name, _started(name, Path(run_dir), config, start)) for name in names]
+
+
+class TolerantTracker:
+    """Wraps a tracker, so that its failures do not end the run. The first failure is a warning."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker = name, tracker
+        self._warned = False
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Send the metrics of an iteration to the tracker."""
+        self._tolerate(lambda: self._tracker.log(metrics, step), f"at iteration {step}")
+
+    def close(self) -> None:
+        """Close the tracker."""
+        self._tolerate(self._tracker.close, "at the end of the run")
+
+    def _tolerate(self, call: Callable[[], None], when: str) -> None:
+        try:
+            call()
+        except Exception as error:
+            if not self._warned:
+                warnings.warn(
+                    f"the tracker {self._name} failed {when} ({first_line(error)}); the run goes on, and metrics.jsonl "
+                    "has all metrics; later failures of this tracker are not reported",
+                    stacklevel=4,
+                )
+            self._warned = True
+
+
+def _started(name: str, run_dir: Path, config: Mapping[str, Any], start: int) -> Tracker:
+    try:
+        return _build(name, run_dir, config, start)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the tracker {name} did not start ({first_line(error)}); mend that, or remove {name} from run.report_to"
+        ) from error
 
 
 def _build(name: str, run_dir: Path, config: Mapping[str, Any], start: int) -> Tracker:

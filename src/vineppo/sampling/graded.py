@@ -17,7 +17,7 @@ def grade_finished(
     texts: Sequence[str],
     finished: Sequence[bool],
     completion_ids: Sequence[Sequence[int]] = (),
-) -> list[float]:
+) -> list[float | None]:
     """Return the reward of each response. Truncated responses are graded only if `task.grade_truncated` is true.
 
     Args:
@@ -30,12 +30,12 @@ def grade_finished(
         One reward per response. The reward of a response that is not graded is 0.
     """
     gradable = [i for i, done in enumerate(finished) if done or task.grade_truncated]
-    rewards = [0.0] * len(texts)
+    rewards: list[float | None] = [0.0] * len(texts)
     if gradable:
         ids = [completion_ids[i] for i in gradable] if completion_ids else ()
         graded = task.grade([problems[i] for i in gradable], [texts[i] for i in gradable], ids)
         for i, reward in zip(gradable, graded, strict=True):
-            rewards[i] = float(reward)
+            rewards[i] = None if reward is None else float(reward)
     return rewards
 
 
@@ -45,7 +45,7 @@ def sampled_and_graded(
     decode: Callable[[Sequence[int]], str],
     requests: Sequence[SampleRequest],
     owners: Sequence[tuple[Problem, tuple[int, ...]]],
-) -> list[list[tuple[Completion, str, float]]]:
+) -> list[list[tuple[Completion, str, float | None]]]:
     """Sample the completions of each request, and grade the response that ends with each completion.
 
     Args:
@@ -57,7 +57,8 @@ def sampled_and_graded(
         owners: one pair (problem, token ids of the response prefix) per request. A response is the response prefix
             followed by a completion.
     Returns:
-        One list per request, with a tuple (completion, text of the whole response, reward) for each completion.
+        One list per request, with a tuple (completion, text of the whole response, reward) for each completion. The
+        reward is None if no reward function applies to the response.
     """
     completions = sampler.sample(requests, _grades_early(task, decode, owners))
     flat = [(*owner, c) for owner, group in zip(owners, completions, strict=True) for c in group]

@@ -12,8 +12,9 @@ from typing import Any
 from vineppo.config.schema import GYM, TaskConfig
 from vineppo.config.settings import replace
 from vineppo.objects import first_line
+from vineppo.tasks.cells import MISSING, cell, text_cell
 from vineppo.tasks.chain import ChainTask, grade_chain
-from vineppo.tasks.dataset import DatasetTask, Layout, layout_of, no_column
+from vineppo.tasks.dataset import DatasetTask, Layout, layout_of
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
@@ -21,7 +22,7 @@ from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
 from vineppo.tasks.rows import check_source
-from vineppo.types import Problem, ProblemSource, RewardFn, Split, Task, UserError
+from vineppo.types import Chat, Problem, ProblemSource, RewardFn, Split, Task, UserError
 
 _NamesAndJudge = tuple[tuple[str, ...], Judge]
 """(names of the reward functions, which are used in metrics; judge that calls these functions)."""
@@ -29,7 +30,7 @@ _NamesAndJudge = tuple[tuple[str, ...], Judge]
 
 def build_task(
     config: TaskConfig,
-    format_prompt: Callable[[Any], str] | None = None,
+    format_prompt: Callable[[Chat], str] | None = None,
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     tables: Mapping[Split, Any] | None = None,
 ) -> Task:
@@ -37,9 +38,8 @@ def build_task(
 
     Args:
         config: the settings of the section `task`.
-        format_prompt: function that applies the tokenizer's chat template to a text or to a list of messages and
-            returns the text of the prompt. It is needed if `config.chat_template` is true, or if prompts are lists of
-            messages.
+        format_prompt: function that applies the tokenizer's chat template to a conversation and returns the text of the
+            prompt. It is needed if `config.chat_template` is true, or if prompts are lists of messages.
         reward_fn: one or several reward functions that replace those of the task. Each is called in this process, once
             with all responses of a batch.
         tables: split -> its rows in memory. Tasks that read tables (`dataset`, `gsm8k`, `math`) use these rows instead
@@ -62,8 +62,15 @@ def build_task(
         layout, default_rewards = Layout(), ("exact",)
     else:
         config, layout, default_rewards = _table_settings(config)
-    hash_answers = not fns and "hash" in (config.rewards or default_rewards)
-    source = DatasetTask(config, layout, format_prompt, tables=tables, hash_answers=hash_answers)
+    rewards = () if fns else config.rewards or default_rewards
+    source = DatasetTask(
+        config,
+        layout,
+        format_prompt,
+        tables=tables,
+        hash_answers="hash" in rewards,
+        needs_answer=any(name in GRADERS for name in rewards),
+    )
     return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
 
 
@@ -87,8 +94,8 @@ def check_task(config: TaskConfig) -> None:
         for setting in ("train_path", "validation_path", "test_path"):
             if source := getattr(config, setting):
                 row = check_source(setting, source)
-                if row is not None and prompt_column not in row:
-                    raise no_column(f"task.{setting}: {source}", "prompt_column", prompt_column, row)
+                if row is not None and cell(row, prompt_column) is MISSING:
+                    text_cell(f"task.{setting}: {source}", row, "prompt_column", prompt_column)  # raises UserError
 
 
 def _table_settings(config: TaskConfig) -> tuple[TaskConfig, Layout, tuple[str, ...]]:

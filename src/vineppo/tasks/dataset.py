@@ -5,15 +5,26 @@ A table has a column with prompts, a column with reference answers, and any numb
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vineppo.config.schema import TaskConfig
+from vineppo.tasks.cells import (
+    MISSING,
+    answer_cell,
+    cell,
+    is_blank,
+    is_number,
+    number_text,
+    text_cell,
+    whole_number_texts,
+)
+from vineppo.tasks.chat import as_conversation, messages_of, tools_of
 from vineppo.tasks.grading.graders import hash_number, no_hash_number
-from vineppo.tasks.rows import Row, empty_table, read_rows, table_rows
-from vineppo.types import Problem, Split, UserError
+from vineppo.tasks.rows import Row, Rows, empty_table, read_rows, table_rows
+from vineppo.types import Chat, Problem, Split, UserError
 
 MAX_HELD_OUT = 200
 """Default maximum of the number of training problems that are used for validation instead of training."""
@@ -38,6 +49,8 @@ class Layout:
     training. It is called if there is no validation table."""
     demonstrate: Callable[[str], str] = str
     """(text in the demonstration column) -> response to imitate."""
+    blank_answers: bool = False
+    """Whether the published data has rows without an answer. They are kept; graders do not apply to them."""
     response_prefix: str = ""
     """Text in front of every response to imitate. It is not used if `task.chat_template` is true."""
 
@@ -49,6 +62,8 @@ class _Item:
     problem: Problem
     demonstration: str | None
     """The response to imitate, or None if the row has none."""
+    place: str
+    """The location of the row, for messages, such as `train.jsonl line 3`."""
 
 
 def layout_of(config: TaskConfig, default: Layout) -> Layout:
@@ -64,17 +79,20 @@ class DatasetTask:
     """Problems from tables; implements `types.ProblemSource`.
 
     All rows are read and checked when the task is built, so that mistakes are reported before sampling starts. Prompts
-    must be text or the messages of a conversation. Answers may be text or numbers (72 becomes "72"). The other columns
-    of a row are passed to the reward functions.
+    must be text or the messages of a conversation. Answers may be text or numbers (72 and 72.0 become "72"). The other
+    columns of a row are passed to the reward functions. A column may be inside another one, as in
+    `reward_model.ground_truth`.
 
     Args:
         config: the settings of the section `task`.
         layout: how the tables are read, unless `config` says otherwise.
-        format_prompt: function that applies the tokenizer's chat template to a text or to messages and returns the text
-            of the prompt. Messages are always formatted, a text only if `config.chat_template` is true.
+        format_prompt: function that applies the tokenizer's chat template to a conversation and returns the text of the
+            prompt. Messages are always formatted, a text only if `config.chat_template` is true.
         tables: split -> its rows in memory, used instead of files. With `tables`, no training rows are used for
-            validation, and answers may be missing or of any type.
+            validation.
         hash_answers: whether to check that every answer has a number after `####`, as the grader `hash` requires.
+        needs_answer: whether every row must have an answer that is text or a number. Otherwise answers may be missing
+            or of any type.
     Raises:
         UserError: if a table cannot be used; the message names the table, the row and what is required.
     """
@@ -83,28 +101,33 @@ class DatasetTask:
         self,
         config: TaskConfig,
         layout: Layout,
-        format_prompt: Callable[[Any], str] | None = None,
+        format_prompt: Callable[[Chat], str] | None = None,
         *,
         tables: Mapping[Split, Any] | None = None,
         hash_answers: bool = False,
+        needs_answer: bool = True,
     ) -> None:
         self._config, self._layout, self._format_prompt = config, layout_of(config, layout), format_prompt
-        self._hash_answers, self._tables = hash_answers, bool(tables)
+        self._hash_answers, self._needs_answer, self._tables = hash_answers, needs_answer, bool(tables)
         self._splits: dict[Split, list[_Item]] = {}
         items_by_split = {split: self._items(split, tables or {}) for split in SPLITS}
         if not items_by_split["validation"] and not self._tables:
             items_by_split["train"], items_by_split["validation"] = self._hold_out(items_by_split["train"])
+        _warn_about_shared_prompts(items_by_split)
         for split, items in items_by_split.items():
             if items:
                 problems = (replace(item.problem, id=f"{split}/{i}") for i, item in enumerate(items))
-                self._splits[split] = [_Item(p, item.demonstration) for p, item in zip(problems, items, strict=True)]
+                self._splits[split] = [replace(item, problem=p) for p, item in zip(problems, items, strict=True)]
 
     def size(self, split: Split) -> int:
         """Return the number of problems in a split. Raise UserError if there is no table for the split."""
         return len(self._split(split))
 
     def problem(self, split: Split, index: int) -> Problem:
-        """Return the problem with this index in a split, 0 <= index < size(split). Its id is "split/index"."""
+        """Return the problem with this index in a split, 0 <= index < size(split).
+
+        Its id is "split/index", with the index before `drop` removed problems.
+        """
         assert 0 <= index < self.size(split), f"{split} has {self.size(split)} problems; no index {index}"
         return self._split(split)[index].problem
 
@@ -113,10 +136,20 @@ class DatasetTask:
         problem, demonstration = self.problem(split, index), self._split(split)[index].demonstration
         if demonstration is None:
             raise UserError(
-                f"problem {problem.id} has no demonstration column {self._layout.demonstration_column!r} "
+                f"problem {problem.id} has no demonstration column "
+                f"{self._layout.demonstration_column or self._layout.answer_column!r} "
                 f"(it has: {', '.join(problem.columns)}); set task.demonstration_column or task.demonstrator"
             )
         return problem.prompt, demonstration
+
+    def place(self, split: Split, index: int) -> str:
+        """Return the location of a problem for messages, such as `train.jsonl line 3`."""
+        return self._split(split)[index].place
+
+    def drop(self, split: Split, indices: Collection[int]) -> None:
+        """Remove problems from a split. The others keep their ids and their order, and get new indices."""
+        dropped = set(indices)
+        self._splits[split] = [item for i, item in enumerate(self._split(split)) if i not in dropped]
 
     def _split(self, split: Split) -> list[_Item]:
         """Return the items of a split. Raise UserError if there is no table for the split."""
@@ -134,7 +167,16 @@ class DatasetTask:
         rows = table_rows(source, tables[split]) if tables else read_rows(setting, source, split)
         if not rows:
             raise empty_table(source if tables else f"task.{setting}: {source}")
+        if not tables and source.lower().endswith((".csv", ".csv.gz")):
+            rows = self._whole_answers(rows)
         return [self._item(where, row) for where, row in rows]
+
+    def _whole_answers(self, rows: Rows) -> Rows:
+        """Return the rows of a CSV file with 72 in the place of 72.0 if pandas wrote the answers as floats."""
+        column = self._layout.answer_column
+        if not whole_number_texts([row.get(column) for _, row in rows]):
+            return rows
+        return [(where, {**row, column: row[column].strip().removesuffix(".0")}) for where, row in rows]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:
         """Divide the items of the training table. Return (items for training, items at the end for validation)."""
@@ -154,86 +196,108 @@ class DatasetTask:
             where: location of the row for error messages, such as `train.jsonl line 3`.
         """
         layout = self._layout
-        prompt, messages = self._prompt(where, row)
-        reference = None
-        if self._tables and (layout.answer_column not in row or not isinstance(row[layout.answer_column], str)):
-            reference, answer = row.get(layout.answer_column), _as_text(row.get(layout.answer_column))
-        else:
-            answer = _cell(where, row, "answer_column", layout.answer_column)
+        prompt, chat, messages = self._prompt(where, row)
+        answer, reference = self._answer(where, row)
         if self._hash_answers and hash_number(answer) is None:
             raise UserError(f"{where}: {no_hash_number(answer)}")
-        column, demonstration = layout.demonstration_column, None
-        if not column or column in row:
-            text = _cell(where, row, "demonstration_column", column) if column else answer
-            prefix = "" if self._config.chat_template else layout.response_prefix
-            demonstration = prefix + layout.demonstrate(text)
+        demonstration = self._demonstration(where, row, answer)
         # Reward functions get prompts and answers anyway, so columns named `prompt` and `answer` are left out. A prompt
         # column with another name, such as `question`, is kept, because reward functions may use this name.
         reserved = {layout.prompt_column, layout.answer_column} & {"prompt", "answer"}
         columns = {name: value for name, value in row.items() if name not in reserved}
-        return _Item(Problem("", prompt, answer, columns, messages, reference), demonstration)
+        return _Item(Problem("", prompt, answer, columns, messages, reference, chat), demonstration, where)
 
-    def _prompt(self, where: str, row: Row) -> tuple[str, tuple[Mapping[str, str], ...]]:
-        """Return (text of the prompt, messages of the prompt) for a row.
+    def _answer(self, where: str, row: Row) -> tuple[str, Any]:
+        """Return (reference answer as text, answer as stored if reward functions get it in this form, else None)."""
+        column = self._layout.answer_column
+        value = cell(row, column)
+        if self._needs_answer:
+            text = answer_cell(where, row, column, self._layout.blank_answers)
+            return text, value if self._tables and not isinstance(value, str) else None
+        if value is MISSING and self._config.answer_column:
+            text_cell(where, row, "answer_column", column)  # raises: the setting names a column that is not there
+        if value is MISSING or value is None:
+            return "", None
+        if isinstance(value, str):
+            return text_cell(where, row, "answer_column", column), None
+        if is_number(value) and not is_blank(value):
+            return number_text(value), value if self._tables else None
+        return str(value), value
+
+    def _demonstration(self, where: str, row: Row, answer: str) -> str | None:
+        """Return the response to imitate; None if the row has none."""
+        layout, column = self._layout, self._layout.demonstration_column
+        if (column and cell(row, column) is MISSING) or (not column and not answer):
+            return None
+        text = text_cell(where, row, "demonstration_column", column) if column else answer
+        prefix = "" if self._config.chat_template else layout.response_prefix
+        return prefix + layout.demonstrate(text)
+
+    def _prompt(self, where: str, row: Row) -> tuple[str, Chat | None, tuple[Mapping[str, Any], ...]]:
+        """Return (text of the prompt, conversation for the chat template or None, messages of the table) for a row.
 
         The messages are empty unless the prompt column contains a conversation.
         """
         layout, column = self._layout, self._layout.prompt_column
-        if isinstance(row.get(column), list) and self._format_prompt:
-            messages = _messages(where, column, row[column])
-            return self._format_prompt(messages), tuple(messages)
-        text = _cell(where, row, "prompt_column", column)
+        kwargs = self._config.chat_template_kwargs
+        conversation = as_conversation(cell(row, column))
+        if conversation is not None and self._format_prompt:
+            if self._config.prompt_template:
+                raise UserError(
+                    f"{where}: column {column!r} is a conversation, to which task.prompt_template cannot be applied; "
+                    "remove task.prompt_template"
+                )
+            messages = messages_of(where, column, conversation)
+            return *self._formatted(where, Chat(messages, tools_of(where, row), kwargs)), messages
+        text = text_cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
         # str.replace is used because str.format fails if a template contains other braces, as in LaTeX or code.
-        if not self._config.chat_template:
-            return layout.prompt_template.replace("{prompt}", text), ()
+        if self._config.chat_template:
+            chat = Chat.of_user(layout.chat_template.replace("{prompt}", text), kwargs)
+            return *self._formatted(where, replace(chat, tools=tools_of(where, row))), ()
+        if kwargs:
+            raise UserError(
+                f"task.chat_template_kwargs is set, but {where} has a prompt of plain text, to which no chat template "
+                "is applied; set task.chat_template to true, or remove task.chat_template_kwargs"
+            )
+        return layout.prompt_template.replace("{prompt}", text), None, ()
+
+    def _formatted(self, where: str, chat: Chat) -> tuple[str, Chat]:
+        """Format a conversation with the chat template. Return (text of the prompt, conversation)."""
         assert self._format_prompt, "task.chat_template is on but no format_prompt was passed"
-        return self._format_prompt(layout.chat_template.replace("{prompt}", text)), ()
+        try:
+            text = self._format_prompt(chat)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        _check_unicode(f"{where}: column {self._layout.prompt_column!r}", text)
+        return text, chat
 
 
-def _as_text(answer: Any) -> str:
-    """Convert an answer of any type to text. The text is empty if the answer is None."""
-    return "" if answer is None else str(answer)
-
-
-def _messages(where: str, column: str, value: list[Any]) -> list[dict[str, str]]:
-    """Check that a list in the prompt column is a conversation. Return its messages with only role and content."""
-    valid = all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value)
-    if not value or not valid:
-        raise UserError(f"{where}: column {column!r} is a list; allowed: text, or messages with role and content")
-    return [{"role": str(m["role"]), "content": m["content"]} for m in value]
-
-
-def no_column(where: str, setting: str, column: str, row: Row) -> UserError:
-    """Return the error for a row without the column that a setting names. The arguments are those of `_cell`."""
-    near = difflib.get_close_matches(column, row, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"{where} has no column {column!r} (it has: {', '.join(row) or 'none'}); {hint}set task.{setting}")
-
-
-def _cell(where: str, row: Row, setting: str, column: str) -> str:
-    """Return the text in the prompt, answer or demonstration column of a row.
+def _check_unicode(place: str, text: str) -> None:
+    """Raise UserError if a text has unpaired surrogates. JSON escapes can contain them; tokenizers cannot encode them.
 
     Args:
-        where: location of the row for error messages.
-        setting: name of the setting that names the column, such as `answer_column`.
-        column: name of the column.
-    Raises:
-        UserError: if the row does not have the column, or the value is not valid text. A number is a valid answer.
+        place: location of the text for the error message.
     """
-    if column not in row:
-        raise no_column(where, setting, column, row)
-    value = row[column]
-    # Answers are often numbers. A number as prompt is rejected: the setting almost certainly names a wrong column.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and setting == "answer_column":
-        return str(value)
-    if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
-        allowed = "text or a number" if setting == "answer_column" else "text"
-        raise UserError(f"{where}: column {column!r} is {kind}; it must be {allowed} (task.{setting} names the column)")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        # JSON escapes can contain unpaired surrogates, which tokenizers cannot encode.
-        raise UserError(f"{where}: column {column!r} contains an unpaired surrogate; it must be valid Unicode text")
-    return value
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{place} contains an unpaired surrogate; it must be valid Unicode text")
+
+
+def _warn_about_shared_prompts(items: Mapping[Split, list[_Item]]) -> None:
+    """Warn if problems are both in the training data and in the validation or test data, or contradict each other."""
+    train = {item.problem.prompt: item.problem.answer for item in items["train"]}
+    for split in ("validation", "test"):
+        shared = sum(item.problem.prompt in train for item in items[split])
+        if shared:
+            warnings.warn(
+                f"{shared} of {len(items[split])} {split} problems are also training problems; the accuracy on them "
+                "says nothing about new problems",
+                stacklevel=2,
+            )
+    contradictions = sum(train[item.problem.prompt] != item.problem.answer for item in items["train"])
+    if contradictions:
+        warnings.warn(
+            f"{contradictions} training problems have the same prompt as a later one but another reference answer",
+            stacklevel=2,
+        )

@@ -17,7 +17,7 @@ from typing import Any
 from vineppo.config.schema import GYM, TaskConfig
 from vineppo.objects import first_line
 from vineppo.tasks.grading.sandbox import Protection, missing_protection
-from vineppo.types import Problem, RewardFn, Split, UserError
+from vineppo.types import Chat, Problem, RewardFn, Split, UserError
 
 SEEDS: dict[Split, int] = {"train": 0, "validation": 1 << 28, "test": 1 << 29}
 """Seed of each split. The seeds are far apart, because the library generates a problem from seed + index."""
@@ -51,13 +51,13 @@ class GymTask:
     Args:
         config: the settings of the section `task`. `config.options` are passed to the data set, except for `size`,
             which is the number of training problems.
-        format_prompt: function that applies the tokenizer's chat template to a text. It is used if
-            `config.chat_template` is true.
+        format_prompt: function that applies the tokenizer's chat template to a conversation and returns the text of the
+            prompt. It is used if `config.chat_template` is true.
     Raises:
         UserError: if reasoning-gym is not installed, has no such data set, or rejects the options.
     """
 
-    def __init__(self, config: TaskConfig, format_prompt: Callable[[Any], str] | None = None):
+    def __init__(self, config: TaskConfig, format_prompt: Callable[[Chat], str] | None = None):
         name = config.name[len(GYM) :]
         options = dict(config.options)
         size = options.pop("size", SIZES["train"])
@@ -71,6 +71,7 @@ class GymTask:
         }
         self._template = config.prompt_template or TEMPLATE
         self._format_prompt = format_prompt if config.chat_template else None
+        self._template_kwargs = config.chat_template_kwargs
         self.load_reward: Callable[[], RewardFn] = functools.partial(load_scorer, name, options)
         # Problems are cached, because generating one can be slow and training reads the same problems many times.
         self.problem = functools.lru_cache(maxsize=4096)(self._problem)  # type: ignore[method-assign]
@@ -91,10 +92,15 @@ class GymTask:
         """Generate the problem. `problem` is this method with a cache."""
         entry = _seeded_entry(self._data[split], SEEDS[split] + index, index)
         prompt = self._template.replace("{prompt}", str(entry["question"]).strip())
+        chat = None
         if self._format_prompt:
-            prompt = self._format_prompt(prompt)
+            chat = Chat.of_user(prompt, self._template_kwargs)
+            try:
+                prompt = self._format_prompt(chat)
+            except UserError as error:
+                raise UserError(f"problem {split}/{index}: {error}") from error
         answer = "" if entry.get("answer") is None else str(entry["answer"])
-        return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry})
+        return Problem(f"{split}/{index}", prompt, answer, {"question": entry["question"], "entry": entry}, chat=chat)
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
         """Raise UserError, because reasoning-gym has answers but no worked solutions."""

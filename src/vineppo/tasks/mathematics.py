@@ -71,6 +71,7 @@ BENCHMARKS = {
             prompt_template=PAPER_PROMPT,
             chat_template=_STEP_BY_STEP + "Write the final answer as \\boxed{answer}.\n\n{prompt}",
             held_out=_held_out(12_000, 500),
+            blank_answers=True,
             response_prefix=" ",
         ),
         train_path="nlile/hendrycks-MATH-benchmark",

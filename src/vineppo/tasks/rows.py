@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import gzip
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vineppo.hub import is_repository_name, needs_local_copy, without_requests
 from vineppo.objects import first_line
@@ -31,8 +34,8 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
 
     Args:
         setting: name of the setting that contains `source`, such as `train_path`, for error messages.
-        source: a path ending in .jsonl, .json, .csv or .parquet; a directory written by `save_to_disk` of `datasets`;
-            or a Hub id, `org/name` or `org/name/subset`, optionally followed by `:split`.
+        source: a path ending in .jsonl, .json, .csv (also with .gz behind it) or .parquet; a directory written by
+            `save_to_disk` of `datasets`; or a Hub id, `org/name` or `org/name/subset`, optionally followed by `:split`.
         default_split: split to read from a directory with several splits, or from the Hub if `source` names no split.
     Raises:
         UserError: if the rows cannot be read; the message names the file, the row and what is required.
@@ -40,7 +43,7 @@ def read_rows(setting: str, source: str, default_split: str) -> Rows:
     path = Path(source).expanduser()
     if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         return table_rows(source, _from_disk(setting, source, default_split))
-    if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
+    if _kind(path) in _KINDS or path.is_file() or path.is_dir():
         return _from_file(setting, path)
     return table_rows(source, _from_hub(setting, source, default_split))
 
@@ -55,13 +58,12 @@ def check_source(setting: str, source: str) -> Row | None:
             or it cannot be reached and there is no copy.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() not in (".json", ".parquet"):
-        reader = _csv_rows if path.suffix.lower() == ".csv" else _json_lines
-        rows = _from_file(setting, path, lambda path: islice(reader(path), 1))
+    if path.is_file() and _kind(path) not in (".json", ".parquet"):
+        rows = _from_file(setting, path, limit=1)
         if not rows:
             raise empty_table(f"task.{setting}: {source}")
         return rows[0][1]
-    if path.suffix.lower() in _KINDS or path.is_file() or path.is_dir():
+    if _kind(path) in _KINDS or path.is_file() or path.is_dir():
         if not path.exists():
             raise _no_file(setting, path)
         return None
@@ -112,27 +114,79 @@ def table_rows(name: str, table: Any) -> Rows:
     return rows
 
 
-def _from_file(setting: str, path: Path, read: Callable[[Path], Iterable[tuple[str, Row]]] | None = None) -> Rows:
-    """Read a file with the function `read`, or in the format of its suffix. An unknown suffix means JSON lines."""
+_LINE_END = "\n"
+_MAGIC = {
+    b"PAR1": "is a Parquet file; name it .parquet",
+    b"\x1f\x8b": "is compressed by gzip; add .gz to its name",
+    b"PK\x03\x04": "is a zip archive or an Excel sheet; unpack it, or save it as .csv",
+    b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
+}
+"""First bytes of files that are often given a wrong name."""
+
+
+def _kind(path: Path) -> str:
+    """Return the suffix that says how a file is read, without `.gz`."""
+    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _from_file(setting: str, path: Path, limit: int | None = None) -> Rows:
+    """Read a file in the format of its suffix. A file without a suffix is read as JSON lines.
+
+    Args:
+        limit: maximum number of rows to read; None means all.
+    """
     readers = {".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers |= dict.fromkeys((".jsonl", ".ndjson", ".txt", ""), _json_lines)
     try:
-        return list((read or readers.get(path.suffix.lower(), _json_lines))(path))
+        if not path.is_dir():
+            _check_name(setting, path, readers)
+        return list(islice(readers.get(_kind(path), _json_lines)(path), limit))
     except FileNotFoundError as error:
         raise _no_file(setting, path) from error
     except UnicodeDecodeError as error:
         raise UserError(f"task.{setting}: {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"task.{setting}: cannot read {path}: {error.strerror or first_line(error)}") from error
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"task.{setting}: cannot read {path}: {reason}") from error
+
+
+def _check_name(setting: str, path: Path, readers: Mapping[str, Any]) -> None:
+    """Raise UserError if the name of a file does not fit its content, or names a form that is not read."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    kind, compressed = _kind(path), path.suffix.lower() == ".gz"
+    found = next((text for magic, text in _MAGIC.items() if start.startswith(magic)), "")
+    expected = "Parquet" if kind == ".parquet" else "gzip" if compressed else ""
+    if found and not (expected and expected in found):
+        raise UserError(f"task.{setting}: {path} {found}")
+    if kind not in readers or (compressed and kind == ".parquet"):
+        raise UserError(f"task.{setting}: {path} ends in {path.suffix}; allowed: {', '.join(_KINDS)} files")
+
+
+def _open(path: Path, newline: str | None = None) -> IO[str]:
+    """Open a text file, compressed or not. A byte order mark is skipped."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dictionary. Raises ValueError if a key occurs twice: one value would be lost."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the key {Counter(names).most_common(1)[0][0]!r} occurs more than once")
+    return dict(pairs)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (location, row) for each line of a JSON lines file that is not blank. Lines are counted from 1."""
-    with path.open(encoding="utf-8-sig") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path} line {number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_unique_keys)
                 except (ValueError, RecursionError) as error:
                     raise UserError(
                         f"{where} is not a JSON object ({first_line(error)}); every line must be one"
@@ -144,31 +198,58 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _json_rows(path: Path) -> Rows:
     """Return the rows of a file that contains one JSON list of objects."""
-    text = path.read_text(encoding="utf-8-sig")
+    with _open(path) as file:
+        text = file.read()
     try:
-        table = json.loads(text)
+        table = json.loads(text, object_pairs_hook=_unique_keys) if text.strip() else []
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({first_line(error)}); a file with one object per line must be named .jsonl"
         ) from error
     if not isinstance(table, list):
-        raise UserError(f"{path} contains a {type(table).__name__}; it must contain a list of objects")
+        raise UserError(
+            f"{path} contains a {type(table).__name__}; it must contain a list of objects, one for each row (pandas: "
+            "to_json with orient='records')"
+        )
     return table_rows(str(path), table)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (location, row) for each row of a CSV file with a header line. All values are text."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, strict=True)
+    with _open(path, newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header: list[str] = []
+        last = 0
         try:
-            for row in reader:
-                where = f"{path} line {reader.line_num}"
-                if None in row or None in row.values():
-                    count = len(reader.fieldnames or ())
-                    raise UserError(f"{where} does not have the same number of cells as the header, which has {count}")
-                yield where, row
+            for cells in reader:
+                last = reader.line_num
+                where = f"{path} line {last - sum(value.count(_LINE_END) for value in cells)}"
+                if not header:
+                    header = _csv_header(path, cells)
+                elif cells:
+                    yield where, _csv_row(where, header, cells)
         except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
+            raise UserError(f"{path} line {last + 1} is not valid CSV: {error}") from error
+
+
+def _csv_header(path: Path, cells: list[str]) -> list[str]:
+    """Return the names of the columns, without spaces around them."""
+    header = [name.strip() for name in cells]
+    if repeated := [name for name, count in Counter(header).items() if count > 1]:
+        raise UserError(f"{path} line 1: column {repeated[0]!r} occurs more than once; every column needs its own name")
+    if len(header) == 1 and (separator := re.search(r"[;\t|]", header[0])):
+        raise UserError(f"{path} line 1: columns are separated by {separator[0]!r}; allowed: commas")
+    return header
+
+
+def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        raise UserError(f"{where} does not have the same number of cells as the header, which has {len(header)}")
+    for name, value in zip(header, cells, strict=True):
+        if re.fullmatch(r'\s+".*"\s*', value, re.DOTALL):
+            # The quotes would become a part of the value.
+            raise UserError(f"{where}: column {name!r} has a space before a quotation mark; remove the space")
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -176,9 +257,12 @@ def _parquet_rows(path: Path) -> Rows:
     from pyarrow import ArrowInvalid
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        # `read_table` would add columns for folders named like `level=3`.
+        table = pyarrow.parquet.ParquetFile(path).read()
     except ArrowInvalid as error:
         raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
+    if repeated := [name for name, count in Counter(table.column_names).items() if count > 1]:
+        raise UserError(f"{path}: column {repeated[0]!r} occurs more than once; every column needs its own name")
     return table_rows(str(path), table.to_pylist())
 
 

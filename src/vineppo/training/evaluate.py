@@ -1,7 +1,11 @@
-"""Measure the mean reward, pass@k and greedy accuracy on held-out problems, with confidence intervals."""
+"""Measure the mean reward, pass@k and greedy accuracy on held-out problems, with confidence intervals.
+
+Responses without a reward, to which no reward function applies, are left out of all results and counted.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
+from vineppo.training.overlong import fit_prompts
 from vineppo.training.rollouts import generated_tokens, problem_range, sample_groups
 from vineppo.types import Problem, Sampler, Task
 
@@ -24,8 +29,8 @@ from vineppo.types import Problem, Sampler, Task
 class Measurement:
     """Rewards of `num_samples` responses to each of P problems, and numbers of sampled tokens and cut-off responses."""
 
-    rewards: tuple[tuple[float, ...], ...]
-    """Reward of each response, shape (P, num_samples)."""
+    rewards: tuple[tuple[float | None, ...], ...]
+    """Reward of each response, shape (P, num_samples). It is None if no reward function applies to the response."""
     tokens: int
     """Number of sampled response tokens."""
     truncated_share: float
@@ -34,32 +39,48 @@ class Measurement:
     @property
     def graded(self) -> bool:
         """Whether any reward is partial, that is, neither 0 nor 1."""
-        return any(reward not in (0, 1) for row in self.rewards for reward in row)
+        return any(reward not in (0, 1) for row in self._known for reward in row)
+
+    @property
+    def not_applicable_share(self) -> float:
+        """Share of the responses that have no reward."""
+        return 1 - sum(map(len, self._known)) / sum(map(len, self.rewards))
+
+    @property
+    def _known(self) -> list[list[float]]:
+        """The rewards of each problem that are not None."""
+        return [[reward for reward in row if reward is not None] for row in self.rewards]
 
     def mean_reward(self, seed: int) -> Interval:
         """Return the mean reward over all responses, with a bootstrap confidence interval over problems.
 
-        If all rewards are 0 or 1, the mean reward equals pass@1.
+        If all rewards are 0 or 1, the mean reward equals pass@1. Responses without a reward are left out, and so are
+        problems without any response that has a reward. If no problem is left, the numbers are NaN.
 
         Args:
             seed: seed of the bootstrap.
         """
-        return bootstrap_mean([sum(row) / len(row) for row in self.rewards], seed=seed)
+        return _mean_over_problems([sum(row) / len(row) for row in self._known if row], seed)
 
     def pass_at_k(self, k: int, seed: int) -> Interval:
         """Return pass@k, the probability that at least one of k responses to a problem is right (reward at least 1).
 
         The estimate is unbiased. The result is the mean over problems, with a bootstrap confidence interval over
-        problems.
+        problems. Responses without a reward are left out, and so are problems with fewer than k responses that have a
+        reward. If no problem is left, the numbers are NaN.
 
         Args:
             k: number of responses, at most `num_samples`.
             seed: seed of the bootstrap.
         """
         # The tolerance absorbs rounding errors of weighted rewards.
-        solved = [sum(reward >= 1 - 1e-9 for reward in row) for row in self.rewards]
-        values = [pass_at_k(len(row), n, k) for row, n in zip(self.rewards, solved, strict=True)]
-        return bootstrap_mean(values, seed=seed)
+        values = [pass_at_k(len(row), sum(r >= 1 - 1e-9 for r in row), k) for row in self._known if len(row) >= k]
+        return _mean_over_problems(values, seed)
+
+
+def _mean_over_problems(values: Sequence[float], seed: int) -> Interval:
+    """Return the mean of one number per problem with its interval, or NaN if there are no numbers."""
+    return bootstrap_mean(values, seed=seed) if values else Interval(math.nan, math.nan, math.nan)
 
 
 def measure(
@@ -112,6 +133,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     began = time.perf_counter()
     policy = Policy.load(spec.model)
     task = build_task(spec.task, policy.codec.chat_prompt)
+    fit_prompts(task, policy.codec, spec.max_new_tokens, spec.task.overlong, {spec.split: spec.num_problems})
     sampler = TorchSampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 

@@ -170,12 +170,16 @@ class Guards:
         """Return the function that the learner calls with the metrics of the samples before its first update.
 
         The function raises `SamplerFault` if the log-probability gap is above its bound, or if the tokens are not
-        distributed as the trainer expects. The second check needs all tokens of all rollouts, because an algorithm that
-        chooses among its rollouts changes the distribution of the tokens.
+        distributed as the trainer expects. The second check needs all tokens of all rollouts, each with weight 1,
+        because an algorithm that chooses among its rollouts changes the distribution of the tokens.
         """
         tokens = sum(sum(sample.loss_mask) for sample in samples)
-        is_complete = all(sample.rollout is not None for sample in samples) and tokens == sum(
-            len(rollout.response_ids) for group in groups for rollout in group.rollouts
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        # An algorithm with its own sampling may return responses that share sampled tokens, which are not independent.
+        is_complete = (
+            self.parts.algorithm.sample is None
+            and all(sample.rollout is not None and sample.weights is None for sample in samples)
+            and tokens == sum(len(rollout.response_ids) for rollout in rollouts)
         )
 
         def check(metrics: Metrics) -> None:

@@ -6,21 +6,23 @@ logs metrics. Some iterations also evaluate the model or save a checkpoint.
 
 from __future__ import annotations
 
-import json
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from vineppo.config.schema import Config
-from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint, load_checkpoint
+from vineppo.config.settings import replace
+from vineppo.model.of_run import started_from
+from vineppo.objects import first_line
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
+from vineppo.run.environment import require_one_process
+from vineppo.run.files import disk_errors_in_one_line
+from vineppo.run.lock import locked
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
@@ -28,8 +30,18 @@ from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
 from vineppo.training.progress import Progress, advance, metrics_line
-from vineppo.training.rollouts import draw_problems
+from vineppo.training.resuming import (
+    changed_settings,
+    check_goes_on,
+    chosen_checkpoint,
+    read_progress,
+    record_changes,
+    restore,
+    with_changes,
+)
+from vineppo.training.rollouts import check_rewards, draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
+from vineppo.training.stopping import LastingReporter, graceful_stop, limit_reached
 from vineppo.training.watch import Watch
 from vineppo.types import RewardFn, UserError
 
@@ -57,19 +69,24 @@ def train(
     Returns:
         The content of summary.json.
     Raises:
-        UserError: if the settings, the model, the data or the graders cannot be used, or if the run directory exists
-            and is not empty.
+        UserError: if the settings, the model, the data or the graders cannot be used, if the run directory exists and
+            is not empty, or if the disk is full.
     """
+    require_one_process()
     config = with_run_dir(with_algorithm_section(config), recipe)
     check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
+    if in_memory.policy is None:
+        config = replace(config, model=started_from(config.model))
     parts = build_parts(config, reward_fn, in_memory)
-    run = RunDirectory.create(config.run.dir, config)
-    try:
-        session = _session(config, parts, run, reporter, 0)
-    except UserError:  # A tracker did not start. Remove the directory, so that the same command can be run again.
-        shutil.rmtree(run.path)
-        raise
-    return _run(session, Progress(recipe=recipe))
+    RunDirectory(Path(config.run.dir), {}).make_folder()
+    with locked(Path(config.run.dir)):
+        run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
+        try:
+            session = _session(config, parts, run, reporter, 0)
+        except UserError:  # A tracker did not start. Remove the directory, so that the same command can be run again.
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return _run(session, Progress(recipe=recipe))
 
 
 def resume(
@@ -79,46 +96,43 @@ def resume(
     reward_fn: RewardFn | Sequence[RewardFn] | None = None,
     reporter: Reporter | None = None,
     in_memory: InMemory = NOTHING_IN_MEMORY,
+    checkpoint: str = "newest",
 ) -> dict[str, Any]:
-    """Continue the run in `config.run.dir` from its newest undamaged checkpoint.
+    """Continue the run in `config.run.dir` from a checkpoint.
 
     On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
-    starts from the beginning. The other arguments and the result are those of `train`.
+    starts from the beginning. Some settings may differ from those of the run (`resuming.CHANGEABLE`); the changes are
+    recorded. With a higher limit, a finished run goes on. The other arguments and the result are those of `train`.
 
     Args:
         config: the settings of the run, with `run.dir` set.
+        checkpoint: `newest`, which is the newest undamaged checkpoint; `best`, the checkpoint with the best validation
+            accuracy; or the number of an iteration. Later checkpoints are removed.
     Raises:
-        UserError: if the run is finished, all its checkpoints are damaged, or the model, the data or the graders cannot
-            be used.
+        UserError: if the run is finished, another process trains in its directory, a setting differs that must not
+            change, all checkpoints are damaged, or the model, the data or the graders cannot be used.
     """
+    require_one_process()
     config = with_algorithm_section(config)
     run = RunDirectory.open(config.run.dir)
-    _check_unfinished(run)
-    parts = build_parts(config, reward_fn, in_memory)
-    progress = Progress(recipe=recipe)
-    if has_checkpoint(run.checkpoints):
-        checkpoint = latest_checkpoint(run.checkpoints)
-        state = load_checkpoint(checkpoint)
-        parts.learner.load(checkpoint)
-        parts.update_sampler()
-        torch.set_rng_state(state["torch_rng"])
-        progress = Progress(**state["progress"])
-    # The run repeats everything after the checkpoint. Without `accuracy_before`, it also repeats the measurement before
-    # training, whose metrics have the iteration 0.
-    run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
-    run.remove_rollouts(progress.iteration)
-    return _run(_session(config, parts, run, reporter, progress.iteration), progress)
-
-
-def _check_unfinished(run: RunDirectory) -> None:
-    """Raise UserError if the run is finished. A run that was interrupted is not finished."""
-    if run.summary.exists():
-        reason = json.loads(run.summary.read_text())["finish_reason"]
-        if reason != "interrupted":
-            raise UserError(
-                f"run {run.path} is finished (finish_reason: {reason}) and cannot be resumed; to train its model "
-                f"further, start a new run with --model.path {run.final} and another run.dir"
-            )
+    with locked(run.path), disk_errors_in_one_line(run.path):
+        changes = changed_settings(run, config)
+        start = chosen_checkpoint(run, checkpoint)
+        recorded, state = read_progress(start)
+        recipe = recipe or str(run.read_record().get("recipe") or "")
+        progress = with_changes(recorded or Progress(recipe=recipe), changes)
+        check_goes_on(run, limit_reached(config.run, progress, updates_per_iteration(config)))
+        parts = build_parts(config, reward_fn, in_memory)
+        if start is not None:
+            restore(run, parts, start, state)
+        run = record_changes(run, config, changes, progress.iteration)
+        run.remove_leftovers()
+        run.summary.unlink(missing_ok=True)
+        # The run repeats everything after the checkpoint. Without `accuracy_before`, it also repeats the measurement
+        # before training, whose metrics have the iteration 0.
+        run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
+        run.remove_rollouts(progress.iteration)
+        return _run(_session(config, parts, run, reporter, progress.iteration), progress)
 
 
 def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Session:
@@ -127,7 +141,7 @@ def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter
         parts=parts,
         run=run,
         trackers=build_trackers(config.run.report_to, run.path, run.config, start),
-        reporter=reporter,
+        reporter=reporter and LastingReporter(reporter),
         limits=config.run,
         rollouts=config.rollouts,
         evaluation=config.eval,
@@ -146,19 +160,30 @@ def _watch(config: Config, parts: Parts) -> Watch:
 
 def _run(session: Session, progress: Progress) -> dict[str, Any]:
     """Train from `progress` to the end of the run, write all results, and return the content of summary.json."""
-    if session.reporter:
-        session.reporter.start()
-    with _graceful_stop() as stop:
+    with graceful_stop() as stop, disk_errors_in_one_line(session.run.path):
+        if session.reporter:
+            session.reporter.start()
         progress, reason = _loop(session, progress, stop)
         summary = finish(session, progress, reason)
-    session.run.write_summary(summary)
-    if reason != "interrupted":
-        plot_run(session.run.path)
-    for tracker in session.trackers:
-        tracker.close()
-    if session.reporter:
-        session.reporter.finish(summary, session.run.path)
+        session.run.write_summary(summary)
+        if reason != "interrupted":
+            _plot(session.run)
+        for tracker in session.trackers:
+            tracker.close()
+        if session.reporter:
+            session.reporter.finish(summary, session.run.path)
     return summary
+
+
+def _plot(run: RunDirectory) -> None:
+    """Plot the metrics of a finished run. If that fails, the run is complete nevertheless."""
+    try:
+        plot_run(run.path)
+    except Exception as error:
+        warnings.warn(
+            f"the plots could not be made ({first_line(error)}); make them with `vineppo plot {run.path}`",
+            stacklevel=2,
+        )
 
 
 def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[Progress, str]:
@@ -174,6 +199,8 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
         iteration = progress.iteration + 1
+        if session.reporter:
+            session.reporter.before_iteration(iteration)
         guards.before_iteration(iteration)
         # The task adds all responses of this iteration to the tally: those of the rollouts, and those of MC rollouts.
         tally = parts.task.count_anew()
@@ -181,6 +208,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
             problems = draw_problems(parts.task, limits.seed, iteration, session.rollouts.num_problems)
             groups, rollout_tokens = parts.sample(problems, iteration)
             guards.check_rollouts(groups, iteration)
+        check_rewards(groups, parts.task.total)
         reward_means = tally.means()  # of the rollouts, because no MC rollouts have been graded yet
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)
@@ -201,48 +229,14 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         log(session, line)
         session.watch.after_iteration(line, groups, samples)
         if limits.checkpoint_every and iteration % limits.checkpoint_every == 0:
-            save(session, progress)
+            progress = save(session, progress)
     return progress, reason
 
 
 def _reason_to_stop(session: Session, progress: Progress, stop: threading.Event) -> str:
     """Return the reason to stop the loop, or an empty string to continue."""
-    limits = session.limits
     if stop.is_set():
         return "interrupted"
-    if progress.iteration >= limits.iterations:
-        return "iterations"
-    # The limit applies to planned updates, which include minibatches without samples. The learning-rate schedule, which
-    # ends with the run, counts in the same way.
-    if limits.max_updates and progress.iteration * session.updates_per_iteration >= limits.max_updates:
-        return "updates"
-    if limits.max_tokens and progress.rollout_tokens + progress.mc_tokens >= limits.max_tokens:
-        return "tokens"
-    if limits.max_seconds and progress.seconds_train >= limits.max_seconds:
-        return "seconds"
+    if limit := limit_reached(session.limits, progress, session.updates_per_iteration):
+        return limit
     return "callback" if session.reporter and session.reporter.wants_to_stop() else ""
-
-
-@contextmanager
-def _graceful_stop() -> Iterator[threading.Event]:
-    """Context manager that yields an event, which the first Ctrl-C or SIGTERM sets to request the end of the run.
-
-    A second signal raises KeyboardInterrupt. Outside the main thread, Python cannot handle signals, and the event is
-    never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def request_stop(signum: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous_handlers.items():
-            signal.signal(number, handler)

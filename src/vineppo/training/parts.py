@@ -19,6 +19,7 @@ from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
+from vineppo.training.overlong import fit_prompts, used_problems
 from vineppo.training.rollouts import sample_groups, warn_of_few_problems
 from vineppo.types import (
     CreditFn,
@@ -54,6 +55,8 @@ class Parts:
     """G, the number of rollouts that each group must have."""
     stop: tuple[str, ...]
     """Strings that end a response, in addition to the end-of-sequence tokens."""
+    left_out: Mapping[Split, int]
+    """Number of problems of each split that were left out because their prompts are too long."""
 
     def sample(self, problems: Sequence[Problem], iteration: int) -> tuple[list[RolloutGroup], int]:
         """Sample and grade a group of rollouts for each problem.
@@ -111,6 +114,8 @@ def build_parts(
     settings = algorithm_settings(config, algorithm)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
+    limit = config.rollouts.max_new_tokens
+    left_out = fit_prompts(task, policy.codec, limit, config.task.overlong, used_problems(config.eval))
     warn_of_few_problems(task, config.rollouts.num_problems)
     learner = build_learner(config, algorithm, policy)
     sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
@@ -127,7 +132,8 @@ def build_parts(
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, parts.group_size, parts.stop)
+    size, stop = parts.group_size, parts.stop
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, left_out)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
@@ -184,6 +190,7 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
         temperature=config.rollouts.temperature,
         total_updates=total_updates(config),
         seed=config.run.seed,
+        max_new_tokens=config.rollouts.max_new_tokens,
     )
 
 
@@ -222,8 +229,8 @@ def updates_per_iteration(config: Config) -> int:
 def total_updates(config: Config) -> int:
     """Return the planned number of updates of a run, at most `run.max_updates`.
 
-    A linear learning-rate decay reaches 0 after this number of updates. The run may make more updates, because it
-    finishes its last iteration. The learning rate of these further updates is 0.
+    A linear or cosine decay of the learning rate reaches 0 after this number of updates. The run may make more updates,
+    because it finishes its last iteration. The learning rate of these further updates is 0.
     """
     updates = config.run.iterations * updates_per_iteration(config)
     return min(updates, config.run.max_updates) if config.run.max_updates else updates

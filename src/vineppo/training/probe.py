@@ -69,7 +69,7 @@ class Probe:
     def run(self, iteration: int, temperature: float, max_new_tokens: int) -> ProbeResult:
         """Sample and score the states with the current weights."""
         sampler = self.parts.sampler.sampler
-        prompt_ids = self.parts.codec.encode_prompt(self.parts.task.problem("train", 0).prompt)
+        prompt_ids = self.parts.codec.prompt_ids(self.parts.task.problem("train", 0))
         length = min(_TOKENS, max_new_tokens)
 
         def request(prefix: tuple[int, ...], count: int, name: str, excluded: tuple[int, ...] = ()) -> SampleRequest:

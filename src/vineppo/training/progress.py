@@ -39,6 +39,22 @@ class Progress:
     """Accuracy before training as {mean, low, high}; empty if the run has not measured it yet."""
     best_validation_accuracy: float | None = None
     """Highest accuracy of an evaluation on the validation problems, or None before the first evaluation."""
+    evaluated_iteration: int | None = None
+    """The last iteration after which the validation accuracy was measured."""
+    evaluated_accuracy: float | None = None
+    """The validation accuracy after that iteration."""
+    best_checkpoint: int | None = None
+    """Iteration of the checkpoint with the best validation accuracy; the later one if two are equal. None if no
+    checkpoint was evaluated."""
+    best_checkpoint_accuracy: float | None = None
+
+
+def with_best_checkpoint(progress: Progress) -> Progress:
+    """Return the progress that a checkpoint of this iteration contains: it may be the best checkpoint."""
+    accuracy, best = progress.evaluated_accuracy, progress.best_checkpoint_accuracy
+    if progress.evaluated_iteration != progress.iteration or accuracy is None or (best is not None and accuracy < best):
+        return progress
+    return replace(progress, best_checkpoint=progress.iteration, best_checkpoint_accuracy=accuracy)
 
 
 def advance(
@@ -78,17 +94,20 @@ def metrics_line(
         groups: the rollouts of the iteration.
         metrics: metrics of the credit function, the learner and the task.
         seconds: duration of each phase of the iteration in seconds.
+    Returns:
+        The metrics. Those of the reward are None if no rollout has a reward.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    rewards = torch.tensor([rollout.reward for rollout in rollouts], dtype=torch.float64)
+    known = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    rewards = torch.tensor(known, dtype=torch.float64)
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return {
         **metrics,
         "iteration": progress.iteration,
         **cumulative(progress),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(unbiased=False).item(),
+        "reward/mean": rewards.mean().item() if known else None,
+        "reward/std": rewards.std(unbiased=False).item() if known else None,
         "response/length_mean": sum(lengths) / len(lengths),
         "response/length_min": min(lengths),
         "response/length_max": max(lengths),

@@ -18,10 +18,14 @@ from vineppo.types import (
     Sampler,
     SampleRequest,
     Split,
+    Tally,
     Task,
     TrainingWarning,
     UserError,
 )
+
+_MIN_GRADED = 20
+"""Number of responses without a reward after which a run stops if there was no response with a reward."""
 
 
 def draw_problems(task: ProblemSource, seed: int, iteration: int, count: int) -> list[Problem]:
@@ -83,7 +87,7 @@ def sample_groups(
     Raises:
         UserError: if the tokens of a prompt plus `max_new_tokens` exceed the model's context.
     """
-    prompts = [codec.encode_prompt(problem.prompt) for problem in problems]
+    prompts = [codec.prompt_ids(problem) for problem in problems]
     for problem, prompt_ids in zip(problems, prompts, strict=True):
         check_length(problem.id, len(prompt_ids), max_new_tokens, codec.max_length)
     # A problem of a small data set can occur several times in an iteration. Its groups must have different seeds, so a
@@ -122,6 +126,24 @@ def check_length(problem_id: str, prompt_tokens: int, max_new_tokens: int, max_l
         )
 
 
+def check_rewards(groups: Sequence[RolloutGroup], total: Tally) -> None:
+    """Stop a run whose reward functions have not applied to any response. They are then probably wrong.
+
+    Args:
+        groups: the rollouts of an iteration.
+        total: statistics of all responses that were graded since the process started.
+    Raises:
+        UserError: if neither any of the rollouts nor any graded response has a reward, and at least 20 responses were
+            graded.
+    """
+    rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+    if all(reward is None for reward in rewards) and total.not_applicable == total.graded >= _MIN_GRADED:
+        raise UserError(
+            f"every reward function returned None for all {total.graded} responses that were graded so far, so there "
+            "is nothing to learn; return a number for each response to which a reward function applies"
+        )
+
+
 def generated_tokens(groups: Sequence[RolloutGroup]) -> int:
     """Return the total number of response tokens of all rollouts."""
     return sum(len(rollout.response_ids) for group in groups for rollout in group.rollouts)
@@ -133,7 +155,7 @@ def problem_range(task: ProblemSource, split: Split, count: int) -> list[Problem
     return [task.problem(split, index) for index in range(count if size is None else min(count, size))]
 
 
-def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float) -> Rollout:
+def _rollout(prompt_ids: tuple[int, ...], completion: Completion, text: str, reward: float | None) -> Rollout:
     """Return a rollout whose whole response is one completion."""
     return Rollout(
         prompt_ids=prompt_ids,

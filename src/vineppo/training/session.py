@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from vineppo.config.schema import EvalConfig, RolloutConfig, RunConfig
 from vineppo.run.checkpoint import save_checkpoint
 from vineppo.run.clock import peak_memory
 from vineppo.run.directory import RunDirectory
+from vineppo.run.files import directory_written_aside
 from vineppo.run.trackers import Tracker
 from vineppo.run.trl_names import with_trl_names
 from vineppo.training.evaluate import Measurement, measure
 from vineppo.training.parts import Parts
-from vineppo.training.progress import Progress, cumulative
+from vineppo.training.progress import Progress, cumulative, with_best_checkpoint
+from vineppo.training.resuming import random_state
 from vineppo.training.rollouts import problem_range
 from vineppo.training.watch import Watch
 from vineppo.types import Split
@@ -30,8 +30,14 @@ class Reporter(Protocol):
     def start(self) -> None:
         """Start the report. The training loop calls this method once, before the first iteration."""
 
+    def before_iteration(self, iteration: int) -> None:
+        """Report the beginning of an iteration. Iterations are counted from 1."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Report an iteration. `metrics` is the content of the iteration's line in metrics.jsonl."""
+
+    def saved(self, iteration: int) -> None:
+        """Report that a checkpoint was written. `iteration` is the number of completed iterations."""
 
     def wants_to_stop(self) -> bool:
         """Return whether the run should end now, with a final evaluation. The loop asks between iterations."""
@@ -100,22 +106,28 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
 
     Returns:
         (progress with the duration of the evaluation and the best accuracy so far, metrics of the evaluation).
+        The accuracy is None if no response has a reward.
     """
     began = time.perf_counter()
     measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
-    interval = measurement.mean_reward(session.limits.seed)
-    seconds, best = time.perf_counter() - began, progress.best_validation_accuracy
+    interval = measurement.mean_reward(session.limits.seed).as_dict()
+    seconds, accuracies = time.perf_counter() - began, (progress.best_validation_accuracy, interval["mean"])
     progress = replace(
         progress,
         seconds_eval=progress.seconds_eval + seconds,
-        best_validation_accuracy=interval.mean if best is None else max(best, interval.mean),
+        best_validation_accuracy=max((mean for mean in accuracies if mean is not None), default=None),
+        evaluated_iteration=progress.iteration,
+        evaluated_accuracy=interval["mean"],
     )
-    return progress, {
-        "eval/accuracy": interval.mean,
-        "eval/accuracy_low": interval.low,
-        "eval/accuracy_high": interval.high,
+    metrics: dict[str, float | None] = {
+        "eval/accuracy": interval["mean"],
+        "eval/accuracy_low": interval["low"],
+        "eval/accuracy_high": interval["high"],
         "seconds/eval": seconds,
     }
+    if measurement.not_applicable_share:
+        metrics["eval/not_applicable_share"] = measurement.not_applicable_share
+    return progress, metrics
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
@@ -135,8 +147,7 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
         progress, accuracy = evaluate(session, progress)
         line.update(accuracy)
     log(session, line)
-    save(session, progress)
-    return progress
+    return save(session, progress)
 
 
 def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
@@ -147,13 +158,14 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
     Args:
         reason: why the run ends: "iterations", "updates", "tokens", "seconds", "callback" or "interrupted".
     """
-    save(session, progress)
+    progress = save(session, progress)
     after: dict[str, float | None] | None = None
     if reason != "interrupted":
         began = time.perf_counter()
         after = _final_accuracy(session, "after")
         progress = replace(progress, seconds_eval=progress.seconds_eval + time.perf_counter() - began)
-        session.parts.policy.save(session.run.final)
+        with directory_written_aside(session.run.final) as folder:
+            session.parts.policy.save(folder)
     return {
         "algorithm": session.parts.algorithm.name,
         "label": session.parts.algorithm.label,
@@ -163,6 +175,8 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
         "accuracy_before": progress.accuracy_before,
         "accuracy_after": after,
         "best_validation_accuracy": progress.best_validation_accuracy,
+        "best_checkpoint": progress.best_checkpoint,
+        "problems_left_out": dict(session.parts.left_out),
         "updates": session.parts.learner.updates,
         "iterations": progress.iteration,
         "seconds": progress.seconds_train,
@@ -204,11 +218,25 @@ def log(session: Session, line: dict[str, Any]) -> None:
         session.reporter.iteration(line)
 
 
-def save(session: Session, progress: Progress) -> None:
-    """Write a checkpoint with the progress of the run and the state of the learner."""
+def save(session: Session, progress: Progress) -> Progress:
+    """Write a checkpoint with the progress of the run and the state of the learner.
+
+    The newest checkpoints are kept, and the one with the best validation accuracy. Returns the progress, which includes
+    the best checkpoint so far.
+    """
+    progress = with_best_checkpoint(progress)
     state = {
         "progress": asdict(replace(progress, seconds_total=session.seconds_total(progress))),
-        "torch_rng": torch.get_rng_state(),
+        **random_state(),
     }
-    keep = session.limits.keep_checkpoints
-    save_checkpoint(session.run.checkpoints, progress.iteration, state, keep, [session.parts.learner.save])
+    save_checkpoint(
+        session.run.checkpoints,
+        progress.iteration,
+        state,
+        session.limits.keep_checkpoints,
+        [session.parts.learner.save],
+        best=progress.best_checkpoint,
+    )
+    if session.reporter:
+        session.reporter.saved(progress.iteration)
+    return progress

@@ -1,7 +1,8 @@
 """Supervised fine-tuning (SFT) of a model on a task's demonstrations, for `vineppo sft`.
 
 A demonstration is a prompt with a response to imitate. The loss is the cross-entropy of the tokens of the response and
-of the end-of-sequence (EOS) token after it.
+of the token that ends it: the token with which the chat template ends a turn, or else the tokenizer's end-of-sequence
+(EOS) token.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from vineppo.model.loading import device_errors_in_one_line
 from vineppo.model.location import NEW_TINY
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
+from vineppo.run.environment import require_one_process
 from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
 from vineppo.training.preflight import check_sft
-from vineppo.types import Task, UserError
+from vineppo.types import Problem, Task, UserError
 
 Demonstration = tuple[tuple[int, ...], int]
-"""(token ids of prompt + response + EOS, number of prompt tokens)."""
+"""(token ids of the prompt, the response and the token that ends it; number of prompt tokens)."""
 
 
 def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
@@ -42,6 +44,7 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         UserError: if `config.out` exists and is not an empty directory, if the task has no demonstrations, or if all
             demonstrations of an update are too long.
     """
+    require_one_process()
     check_sft(config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,15 +87,10 @@ def _starting_policy(config: SFTConfig) -> Policy:
     return Policy(model, Codec.for_model(model, tokenizer))
 
 
-def encode_demonstration(codec: Codec, prompt: str, response: str) -> Demonstration:
-    """Return (token ids of prompt + response + EOS, number of prompt tokens).
-
-    Prompt and response are tokenized separately. Tokenized together, a token could contain the end of the prompt and
-    the beginning of the response, but the sampler gives the policy prompts without a response.
-    """
-    prompt_ids = codec.encode_prompt(prompt)
-    response_ids = codec.tokenizer(response, add_special_tokens=False).input_ids
-    return (*prompt_ids, *response_ids, codec.tokenizer.eos_token_id), len(prompt_ids)
+def encode_demonstration(codec: Codec, problem: Problem, response: str) -> Demonstration:
+    """Return (token ids of the prompt and of the complete response, number of prompt tokens)."""
+    prompt_ids = codec.prompt_ids(problem)
+    return (*prompt_ids, *codec.response_ids(problem, response)), len(prompt_ids)
 
 
 def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Demonstration]:
@@ -111,7 +109,8 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
     batch: list[Demonstration] = []
     for position in range(first, first + config.batch_size):
         index = position if size is None else shuffled_index(position, size, "sft order", config.seed)
-        item = encode_demonstration(codec, *task.demonstration("train", index))
+        _, response = task.demonstration("train", index)
+        item = encode_demonstration(codec, task.problem("train", index), response)
         if len(item[0]) <= config.max_length:
             batch.append(item)
     if not batch:

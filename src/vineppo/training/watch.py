@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vineppo.credit.sample import reward_of
 from vineppo.training.guards import Guards
 from vineppo.types import RolloutGroup, TrainingSample, TrainingWarning
 
@@ -57,6 +58,7 @@ class Watch:
         self.value_error += _value_errors(groups, samples)
         signs = {
             "truncated": self._truncated(),
+            "no reward": self._no_reward(),
             "equal rewards": self._equal_rewards(),
             "no signal": self._no_signal(),
             "frozen": self._frozen(),
@@ -87,6 +89,14 @@ class Watch:
             )
         return ""
 
+    def _no_reward(self) -> str:
+        if self.lines[-1].get("reward/mean", 0.0) is None:
+            return (
+                "every reward function returned None for all rollouts, so their advantages are 0; if this happens "
+                "often, raise rollouts.num_problems, or remove the problems without a reward from the data"
+            )
+        return ""
+
     def _equal_rewards(self) -> str:
         if self._last("reward/std") == [0.0] * _IN_A_ROW:
             reward = self.lines[-1]["reward/mean"]
@@ -98,7 +108,7 @@ class Watch:
 
     def _no_signal(self) -> str:
         advantages = self._last("credit/advantage_abs_mean", missing=0.0)
-        if advantages == [0.0] * _IN_A_ROW and any(self._last("reward/std")):
+        if advantages == [0.0] * _IN_A_ROW and any(std > 0 for std in self._last("reward/std")):
             return (
                 f"all advantages of the last {_IN_A_ROW} iterations are 0 although the rewards differ; check the "
                 "credit function, or raise rollouts.group_size"
@@ -166,6 +176,8 @@ class Watch:
         if len(self.lines) < 2 * _ENDS:
             return ""
         ends = self.lines[:_ENDS], self.lines[-_ENDS:]
+        if any(line["reward/mean"] is None for end in ends for line in end):
+            return ""
         means = [sum(line["reward/mean"] for line in end) / _ENDS for end in ends]
         variance = sum(line["reward/std"] ** 2 for end in ends for line in end) / (_ENDS**2 * self.problems)
         if means[0] - means[1] > _STANDARD_ERRORS * math.sqrt(variance):
@@ -202,7 +214,8 @@ class Watch:
 def _value_errors(groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample]) -> list[float]:
     """Return the Monte-Carlo value of each group's prompt minus the mean reward of the group.
 
-    Groups without a Monte-Carlo value of the prompt are left out. The expectation of a difference is 0.
+    Groups without a Monte-Carlo value of the prompt, or with a rollout without a reward, are left out. The expectation
+    of a difference is 0.
     """
     values = {
         id(sample.rollout): sample.credit.values[0]
@@ -213,7 +226,7 @@ def _value_errors(groups: Sequence[RolloutGroup], samples: Sequence[TrainingSamp
         and any(sample.credit.num_mc_rollouts[:1])
     }
     return [
-        sum(values[id(rollout)] - rollout.reward for rollout in group.rollouts) / len(group.rollouts)
+        sum(values[id(rollout)] - reward_of(rollout) for rollout in group.rollouts) / len(group.rollouts)
         for group in groups
         if group.rollouts and all(id(rollout) in values for rollout in group.rollouts)
     ]

@@ -8,99 +8,54 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from vineppo.config.messages import did_you_mean
 from vineppo.config.schema import Config
-from vineppo.config.trl_fields import SAME_VALUE
 from vineppo.credit import find_algorithm
 from vineppo.training.configure import config_from_dict, refuse_settings_of_other_algorithms
+from vineppo.trl.fields import (
+    FIXED,
+    NEUTRAL,
+    WITHOUT_EFFECT,
+    check_other_field,
+    transformers_defaults,
+)
+from vineppo.trl.names import FieldNames
 from vineppo.types import UserError
 
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "top_p": (1.0,),
-    "top_k": (0, -1, None),
-    "min_p": (None,),
-    "repetition_penalty": (1.0,),
-    "use_vllm": (False,),
-    "loss_type": ("dapo", "bnpo", None),
-    "mask_truncated_completions": (False,),
-    "importance_sampling_level": ("token",),
-    "sync_ref_model": (False,),
-    "delta": (None,),
-    "top_entropy_quantile": (1.0,),
-    "fp16": (False,),
-    "scale_rewards": ("group", True, "none", False),
-    "eval_strategy": ("no", "steps", "epoch"),
+_REDUCTIONS = {
+    None: "token_mean",
+    "dapo": "token_mean",
+    "bnpo": "token_mean",
+    "grpo": "sequence_mean",
+    "dr_grpo": "constant",
 }
-"""Fields of GRPOConfig for which only the listed values are supported. The first value is the default."""
-_NEUTRAL: dict[str, Any] = {
-    "router_aux_loss_coef": None,
-    "cast_lm_head_to_fp32": False,
-    "generation_kwargs": None,
-    "chat_template_kwargs": None,
-    "multi_objective_aggregation": "sum_then_normalize",
-    "use_adaptive_entropy": False,
-    "max_tool_calling_iterations": None,
-    "off_policy_mask_threshold": None,
-    "log_completions_hub_repo": None,
-    "use_transformers_continuous_batching": False,
-    "transformers_continuous_batching_config": None,
-    "use_transformers_paged": False,
+"""`loss_type` -> `learner.reduction`."""
+_DECAYS = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+"""`lr_scheduler_type` -> `learner.decay`."""
+_FIELD_OF_ALGORITHMS = {
+    "num_mc_rollouts": "num_mc_rollouts",
+    "splitter": "splitter",
+    "value_lr": "learning_rate",
+    "scale_by_std": "scale_rewards",
 }
-"""Fields of GRPOConfig that control a feature which is not supported. Only the listed value is accepted. It is the
-default in TRL and switches the feature off."""
-_WITHOUT_EFFECT: dict[str, Any] = {
-    "log_completions": False,
-    "num_completions_to_print": None,
-    "log_unique_prompts": False,
-    "log_multimodal": True,
-    "disable_dropout": False,
-    "shuffle_dataset": True,
-    "ds3_gather_for_generation": True,
-    "max_prompt_length": None,
-    "cache_implementation": None,
-    "pad_to_multiple_of": "auto",
-    "ref_model_mixup_alpha": 0.6,
-    "ref_model_sync_steps": 512,
-    "logging_dir": None,
-}
-"""Fields of GRPOConfig that are accepted with any value and have no effect, with their default values. Such a field
-controls something that is always on here, always off, or part of an unsupported feature."""
-_WITHOUT_EFFECT_BEGINNINGS = (
-    "vllm_",
-    "sapo_",
-    "vespo_",
-    "entropy_coef_",
-    "entropy_target",
-    "dataloader_",
-    "log_",
-    "hub_",
-)
-"""A field whose name begins with one of these texts is accepted with any value and has no effect."""
-_WITHOUT_EFFECT_OF_TRANSFORMERS = (
-    "remove_unused_columns",
-    "logging_strategy",
-    "logging_first_step",
-    "logging_nan_inf_filter",
-    "run_name",
-    "disable_tqdm",
-    "save_strategy",
-    "save_only_model",
-    "per_device_eval_batch_size",
-    "do_train",
-    "do_eval",
-    "tf32",
-    "label_names",
-    "gradient_checkpointing_kwargs",
-    "torch_empty_cache_steps",
-    "skip_memory_metrics",
-    "average_tokens_across_devices",
-    "include_num_input_tokens_seen",
-)
-"""Fields of TrainingArguments (transformers) that are accepted with any value and have no effect."""
+"""Setting in the section of an algorithm -> the field that determines it, if the algorithm has the setting."""
+
+
+class _Plan(NamedTuple):
+    """Numbers of a run that follow from the batch sizes, `max_steps` and `num_train_epochs`."""
+
+    num_problems: int
+    """Number of problems per iteration."""
+    iterations: int
+    per_iteration: int
+    """Number of updates per iteration."""
+    updates: int
+    """Number of updates of the run."""
+    epoch: int
+    """Number of updates in one pass over the training problems."""
 
 
 @dataclass
@@ -147,6 +102,8 @@ class VinePPOConfig:
     num_generations_eval: int | None = None
     """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Values of variables of the chat template, such as `{"enable_thinking": False}`."""
     num_train_epochs: float = 3.0
     max_steps: int = -1
     """Number of optimizer updates; -1 means that `num_train_epochs` determines the number."""
@@ -168,7 +125,7 @@ class VinePPOConfig:
     warmup_steps: float = 0
     warmup_ratio: float | None = None
     lr_scheduler_type: str = "linear"
-    """`linear`, `constant` or `constant_with_warmup`."""
+    """`linear`, `cosine`, `constant` or `constant_with_warmup`."""
     entropy_coef: float = 0.0
     seed: int = 42
     bf16: bool = False
@@ -178,13 +135,20 @@ class VinePPOConfig:
     model_init_kwargs: dict[str, Any] | None = None
     """Arguments for loading the model: `dtype`, `attn_implementation`, `trust_remote_code`."""
     trust_remote_code: bool = False
+    save_strategy: str = "steps"
+    """When checkpoints are saved, in addition to those at the start and at the end: `steps` (every `save_steps`
+    updates), `epoch`, or `no`."""
     save_steps: float = 500
     save_total_limit: int | None = None
     eval_strategy: str = "no"
     eval_steps: float | None = None
     """Number of updates between evaluations; None means `logging_steps`, as in transformers."""
+    logging_strategy: str = "steps"
+    """When callbacks and `state.log_history` get metrics: `steps` (every `logging_steps` updates), `epoch`, or `no`.
+    metrics.jsonl and trackers get every iteration."""
     logging_steps: float = 10
-    """Used only as the default of `eval_steps`. Every iteration is logged."""
+    """Number of updates between logs; also the default of `eval_steps`. Logs contain means since the last log."""
+    logging_first_step: bool = False
     report_to: str | Sequence[str] = "none"
     optim: str = "adamw_torch_fused"
     """Any name that contains `adamw`. All of them select the same AdamW, which is the only optimizer."""
@@ -194,7 +158,11 @@ class VinePPOConfig:
     repetition_penalty: float = 1.0
     use_vllm: bool = False
     loss_type: str | None = "dapo"
+    """How the loss of an update is reduced: `dapo` and `bnpo`: mean over all tokens; `grpo`: mean over the tokens of
+    each response, then over responses; `dr_grpo`: sum over all tokens, divided by the number of responses times
+    `max_completion_length`. None means `dapo`."""
     mask_truncated_completions: bool = False
+    """Leave responses that reached `max_completion_length` out of the loss."""
     importance_sampling_level: str = "token"
     sync_ref_model: bool = False
     delta: float | None = None
@@ -202,7 +170,7 @@ class VinePPOConfig:
     fp16: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in _FIXED.items():
+        for name, allowed in FIXED.items():
             value = getattr(self, name)
             # The value of a field may be a member of an enumeration of transformers, whose `value` is the text.
             if getattr(value, "value", value) not in allowed:
@@ -213,14 +181,31 @@ class VinePPOConfig:
             raise UserError(
                 "settings has a key of the section model; pass the model to VinePPOTrainer (peft_config adds adapters)"
             )
+        self._check_numbers()
         self._check_batches()
+
+    def _check_numbers(self) -> None:
+        """Check the counts and intervals that `to_config` calculates with, before `Config` checks the other fields."""
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
+        optional_counts = ("steps_per_generation", "generation_batch_size", "num_generations_eval", "save_total_limit")
+        for name in (*counts, *optional_counts):
+            value = getattr(self, name)
+            if not ((_is_number(value, whole=True) and value >= 1) or (value is None and name in optional_counts)):
+                raise UserError(f"{name} is {value!r}; it must be at least 1, and a whole number")
+        if not _is_number(self.max_steps, whole=True):
+            raise UserError(f"max_steps is {self.max_steps!r}; it must be a number of updates")
+        if not (_is_number(self.warmup_steps) and self.warmup_steps >= 0):
+            raise UserError(f"warmup_steps is {self.warmup_steps!r}; it must be a number of updates, at least 0")
+        intervals = ["save_steps", "logging_steps"]
+        intervals += ["num_train_epochs"] * (self.max_steps < 1) + ["eval_steps"] * (self.eval_steps is not None)
+        for name in intervals:
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a number above 0")
+        if self.warmup_ratio is not None and not (_is_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1):
+            raise UserError(f"warmup_ratio is {self.warmup_ratio!r}; it must be a fraction of all updates, from 0 to 1")
 
     def _check_batches(self) -> None:
         """Check that an iteration consists of whole groups and has enough responses for at least one update."""
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations")
-        for name in (*counts, "steps_per_generation", "generation_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.rollouts_per_iteration % self.num_generations:
             raise UserError(
                 f"a generation batch has {self.rollouts_per_iteration} responses (per_device_train_batch_size x "
@@ -236,7 +221,7 @@ class VinePPOConfig:
     def __getattr__(self, name: str) -> Any:
         """Return the default value of a field of TRL or transformers. Python calls this if the field was not set."""
         if not name.startswith("_"):
-            for table in (_WITHOUT_EFFECT, _NEUTRAL, _transformers_defaults()):
+            for table in (WITHOUT_EFFECT, NEUTRAL, transformers_defaults()):
                 if name in table:
                     return table[name]
         raise AttributeError(f"VinePPOConfig has no field {name}")
@@ -264,29 +249,78 @@ class VinePPOConfig:
         Raises:
             UserError: if a setting is unknown or has a value that is not allowed.
         """
-        refuse_settings_of_other_algorithms(find_algorithm(self.algorithm), self.settings, "in settings")
+        with self.names.in_errors():
+            refuse_settings_of_other_algorithms(find_algorithm(self.algorithm), self.settings, "in settings")
+            plan = self._plan(num_train)
+            values = {
+                **self._renamed(),
+                **self._lengths(plan),
+                **self._evaluation(num_eval, plan),
+                **self.settings,
+            }
+            return config_from_dict(Config, values, "in VinePPOConfig")
+
+    @property
+    def names(self) -> FieldNames:
+        """Replaces the names of settings in messages by those of the fields of this object."""
+        algorithm = find_algorithm(self.algorithm).name
+        changed = {f"{algorithm}.{name}": field for name, field in _FIELD_OF_ALGORITHMS.items()}
+        if self.epsilon_high is None:
+            changed["learner.clip_high"] = "epsilon"
+        if self.warmup_ratio is not None:
+            changed["learner.warmup_updates"] = "warmup_ratio"
+        if self.max_steps > 0:
+            changed["run.iterations"] = "max_steps"
+        if self.eval_steps is None:
+            changed["eval.every"] = "logging_steps"
+        return FieldNames(changed, self.settings)
+
+    def logging_interval(self, num_train: int) -> int:
+        """Return the number of updates between logs, or 0 if nothing is logged (`logging_strategy`).
+
+        Args:
+            num_train: number of training problems.
+        """
+        return self._interval(self.logging_strategy, self.logging_steps, self._plan(num_train))
+
+    def _plan(self, num_train: int) -> _Plan:
+        """Return the numbers of updates and iterations of a run on `num_train` problems."""
         num_problems = self.rollouts_per_iteration // self.num_generations
         per_iteration = self.num_iterations * -(-self.rollouts_per_iteration // self.minibatch_size)
         iterations = max(1, round(self.num_train_epochs * num_train / num_problems))
         if self.max_steps > 0:
             iterations = -(-self.max_steps // per_iteration)
         updates = min(iterations * per_iteration, self.max_steps if self.max_steps > 0 else 1 << 62)
-        warmup = self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio
-        values = {
-            "rollouts.num_problems": num_problems,
-            "learner.minibatch_size": self.minibatch_size,
-            "learner.warmup_updates": _num_updates(warmup, updates),
-            "run.iterations": iterations,
-            "run.max_updates": max(0, self.max_steps),
-            "run.checkpoint_every": max(1, -(-_num_updates(self.save_steps, updates) // per_iteration)),
-        }
-        epoch = per_iteration * max(1, num_train // num_problems)
-        evaluation = self._evaluation(num_eval, updates, per_iteration, epoch)
-        return config_from_dict(
-            Config, {**self._renamed(), **values, **evaluation, **self.settings}, "in VinePPOConfig"
+        return _Plan(
+            num_problems, iterations, per_iteration, updates, per_iteration * max(1, num_train // num_problems)
         )
 
-    def _evaluation(self, num_eval: int, updates: int, per_iteration: int, epoch: int) -> dict[str, Any]:
+    def _lengths(self, plan: _Plan) -> dict[str, Any]:
+        """Return the settings that depend on the number of updates of the run, as dotted key -> value."""
+        warmup = self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio
+        save = self._interval(self.save_strategy, self.save_steps, plan)
+        return {
+            "rollouts.num_problems": plan.num_problems,
+            "learner.minibatch_size": self.minibatch_size,
+            "learner.warmup_updates": _num_updates(warmup, plan.updates),
+            "run.iterations": plan.iterations,
+            "run.max_updates": max(0, self.max_steps),
+            "run.checkpoint_every": -(-save // plan.per_iteration),
+        }
+
+    def _interval(self, strategy: Any, steps: float, plan: _Plan) -> int:
+        """Return the number of updates between two logs, evaluations or checkpoints; 0 means never.
+
+        Args:
+            strategy: `no`, `steps` or `epoch`.
+            steps: a number of updates, or a fraction of all updates if it is below 1. Used for `steps`.
+        """
+        strategy = getattr(strategy, "value", strategy)
+        if strategy == "no":
+            return 0
+        return plan.epoch if strategy == "epoch" else max(1, _num_updates(steps, plan.updates))
+
+    def _evaluation(self, num_eval: int, plan: _Plan) -> dict[str, Any]:
         """Return the settings of the section `eval`, as dotted key -> value.
 
         As in TRL, the evaluation uses all rows, and samples in the same way as training. The model is evaluated before
@@ -294,18 +328,14 @@ class VinePPOConfig:
 
         Args:
             num_eval: number of evaluation problems.
-            updates: number of updates of the run.
-            per_iteration: number of updates per iteration.
-            epoch: number of updates in one pass over the training problems.
         """
-        strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         samples = self.num_generations_eval or self.num_generations
         like_training = {"eval.num_samples": samples, "eval.temperature": self.temperature}
-        if strategy == "no" or not num_eval:
+        steps = self._interval(self.eval_strategy, self.eval_steps or self.logging_steps, plan)
+        if not steps or not num_eval:
             return {"eval.every": 0, "eval.final_num_problems": 0, **like_training}
-        steps = epoch if strategy == "epoch" else _num_updates(self.eval_steps or self.logging_steps, updates)
         return {
-            "eval.every": max(1, -(-steps // per_iteration)),
+            "eval.every": -(-steps // plan.per_iteration),
             "eval.num_problems": num_eval,
             "eval.final_num_problems": num_eval,
             **like_training,
@@ -316,17 +346,33 @@ class VinePPOConfig:
 
         The result maps dotted keys of `Config` to values. The constants make a run behave as in TRL.
         """
+        reduction = _REDUCTIONS[self.loss_type]
         return {
             "algorithm": self.algorithm,
             "task.name": "dataset",
+            "task.chat_template_kwargs": self.chat_template_kwargs or {},
             "task.grading.truncated": True,
             "task.reward_weights": list(self.reward_weights or ()),
-            **{key: getattr(self, name) for name, key in SAME_VALUE.items()},
+            "rollouts.group_size": self.num_generations,
+            "rollouts.temperature": self.temperature,
+            "rollouts.max_new_tokens": self.max_completion_length,
             **self._algorithm_fields(),
+            "learner.lr": self.learning_rate,
+            "learner.epochs": self.num_iterations,
+            "learner.clip_low": self.epsilon,
             "learner.clip_high": self.epsilon if self.epsilon_high is None else self.epsilon_high,
-            "learner.kl.reduction": "token_mean",
-            "learner.decay": self._decay(),
+            "learner.kl.coefficient": self.beta,
+            "learner.kl.reduction": "token_mean" if reduction == "token_mean" else "as_policy",
+            "learner.kl.importance_weighted": self.use_bias_correction_kl,
+            "learner.decay": _DECAYS[str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))],
+            "learner.reduction": reduction,
+            "learner.mask_truncated": self.mask_truncated_completions,
+            "learner.weight_decay": self.weight_decay,
             "learner.betas": [self.adam_beta1, self.adam_beta2],
+            "learner.max_grad_norm": self.max_grad_norm,
+            "learner.entropy_coefficient": self.entropy_coef,
+            "run.dir": self.output_dir,
+            "run.seed": self.seed,
             "run.keep_checkpoints": self.save_total_limit or 1,
             "run.report_to": self._trackers(),
         }
@@ -334,27 +380,20 @@ class VinePPOConfig:
     def _algorithm_fields(self) -> dict[str, Any]:
         """Return the settings of the selected algorithm that depend on fields of this class, as dotted key -> value."""
         algorithm = find_algorithm(self.algorithm)
-        fields = {
-            "num_mc_rollouts": self.num_mc_rollouts,
-            "splitter": self.splitter,
-            "value_lr": self.learning_rate,
-            "scale_by_std": self.scale_rewards in (True, "group"),
-        }
+        fields = {name: getattr(self, field) for name, field in _FIELD_OF_ALGORITHMS.items()}
+        fields["scale_by_std"] = self.scale_rewards in (True, "group")
         known = algorithm.settings.model_fields
         return {f"{algorithm.name}.{name}": value for name, value in fields.items() if name in known}
-
-    def _decay(self) -> str:
-        """Return the value of `learner.decay` that corresponds to `lr_scheduler_type`."""
-        decays = {"linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
-        name = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
-        if name not in decays:
-            raise UserError(f"lr_scheduler_type is {name!r}; allowed: {', '.join(decays)}")
-        return decays[name]
 
     def _trackers(self) -> list[str]:
         """Return the value of `run.report_to`. `none` and `all` are left out, so both mean no tracker."""
         names = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to)
         return [name for name in names if name not in ("none", "all")]
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    """Return whether a value is a number, and not a boolean."""
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
 
 
 def _num_updates(steps: float, updates: int) -> int:
@@ -367,26 +406,10 @@ def _num_updates(steps: float, updates: int) -> int:
     return round(steps * updates) if steps < 1 else int(steps)
 
 
-@functools.cache
-def _transformers_defaults() -> Mapping[str, Any]:
-    """Return a mapping from the fields of transformers' TrainingArguments to their defaults.
-
-    GRPOConfig inherits these fields. Fields without a default are left out.
-    """
-    from transformers import TrainingArguments
-
-    factories = {f.name: f.default_factory for f in dataclasses.fields(TrainingArguments)}
-    return {
-        f.name: f.default if factories[f.name] is dataclasses.MISSING else factories[f.name]()  # type: ignore[operator]
-        for f in dataclasses.fields(TrainingArguments)
-        if f.default is not dataclasses.MISSING or factories[f.name] is not dataclasses.MISSING
-    }
-
-
 def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
     """Wrap `VinePPOConfig.__init__` so that it also accepts fields of GRPOConfig which the class does not define.
 
-    `_check_other_field` checks these fields. They become attributes of the object.
+    `check_other_field` checks these fields. They become attributes of the object.
     """
 
     @functools.wraps(init)
@@ -394,34 +417,12 @@ def _checked_init(init: Callable[..., None]) -> Callable[..., None]:
         known = {f.name for f in dataclasses.fields(VinePPOConfig)}
         other_fields = {name: kwargs.pop(name) for name in list(kwargs) if name not in known}
         for name, value in other_fields.items():
-            _check_other_field(name, value, known)
+            check_other_field(name, value, known)
         init(self, *args, **kwargs)
         for name, value in other_fields.items():
             setattr(self, name, value)
 
     return checked
-
-
-def _check_other_field(name: str, value: Any, known: set[str]) -> None:
-    """Check a field of GRPOConfig that VinePPOConfig does not define.
-
-    Args:
-        name: name of the field.
-        value: value of the field.
-        known: names of the fields of VinePPOConfig, for the hint in the message.
-    Raises:
-        UserError: if TRL has no field with this name, or if the value requires a feature that is not supported.
-    """
-    if name in _WITHOUT_EFFECT or name in _WITHOUT_EFFECT_OF_TRANSFORMERS:
-        return
-    neutral = {**_transformers_defaults(), **_NEUTRAL}
-    if name in neutral:
-        if value == neutral[name] or name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
-            return
-        raise UserError(f"{name} is {value!r}, which is not supported; allowed: {neutral[name]!r}")
-    if not name.startswith(_WITHOUT_EFFECT_BEGINNINGS):
-        hint = did_you_mean(name, known) or "docs/from-trl.md lists the fields"
-        raise UserError(f"VinePPOConfig has no field {name}; {hint}")
 
 
 VinePPOConfig.__init__ = _checked_init(VinePPOConfig.__init__)  # type: ignore[method-assign]

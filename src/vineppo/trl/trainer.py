@@ -20,31 +20,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from vineppo.config.load import diff_configs
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
 from vineppo.config.settings import replace
+from vineppo.model.adapters import check_new_adapters
 from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
-from vineppo.run.directory import RunDirectory
-from vineppo.run.trl_names import with_trl_names
+from vineppo.run.environment import require_one_process
+from vineppo.statistics import Interval
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.rows import as_sequence
 from vineppo.training.configure import config_from_dict
 from vineppo.training.evaluate import measure
 from vineppo.training.loop import resume, train
-from vineppo.training.parts import InMemory, build_engine, total_updates
+from vineppo.training.parts import InMemory, build_engine, total_updates, updates_per_iteration
 from vineppo.training.rollouts import problem_range
+from vineppo.trl.callbacks import Listener, Schedule
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
 
@@ -81,7 +80,8 @@ class VinePPOTrainer:
             `args.eval_strategy` determines. If `args.eval_strategy` is "no", only `evaluate()` uses the rows.
         processing_class: the tokenizer. It is required if `model` is an object and its tokenizer cannot be loaded from
             the path in its configuration.
-        callbacks: `TrainerCallback` objects or classes of transformers.
+        callbacks: `TrainerCallback` objects or classes of transformers. docs/from-trl.md lists the methods that are
+            called.
         peft_config: a `peft.LoraConfig`. If it is given, adapters are added to the model and trained instead of the
             weights of the model.
     Raises:
@@ -99,68 +99,111 @@ class VinePPOTrainer:
         callbacks: Sequence[Any] | None = None,
         peft_config: Any = None,
     ):
+        require_one_process()
         self.args = args or VinePPOConfig()
-        self.reward_funcs = _reward_functions(reward_funcs)
-        self.train_dataset, self.eval_dataset = _rows("train_dataset", train_dataset), eval_dataset
-        self.policy = _policy(model, processing_class, peft_config, self.args)
-        self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.codec.tokenizer
-        num_eval = 0 if eval_dataset is None else len(_rows("eval_dataset", eval_dataset))
-        config = self.args.to_config(len(self.train_dataset), num_eval)
-        self.config = replace(config, model=_model_config(self.policy, self.args))
-        if all(isinstance(function, str) for function in self.reward_funcs):
-            # With `task.rewards`, `build_task` runs slow graders in separate processes, which can be stopped if they
-            # exceed the time limit.
-            names, self.reward_funcs = tuple(self.reward_funcs), []
-            self.config = replace(self.config, task=replace(self.config.task, rewards=names))
-        self.reward_funcs = [load_grader(reward) if isinstance(reward, str) else reward for reward in self.reward_funcs]
-        self._listener = _Listener(self, [entry() if isinstance(entry, type) else entry for entry in callbacks or ()])
+        self.reward_funcs: list[Any] = []
+        with self.args.names.in_errors():
+            self._build(
+                model, _reward_functions(reward_funcs), train_dataset, eval_dataset, processing_class, peft_config
+            )
+        objects = {"model": self.model, "processing_class": self.processing_class}
+        self._listener = Listener(callbacks or (), self.args, objects, self._schedule)
         self.state = self._listener.state
         more = {"trainer_state": self.state, "log_metric": self._listener.note, "log_extra": _ignore}
         self.reward_funcs = [_with_extra_arguments(reward, more) for reward in self.reward_funcs]
         self._train_called = False
+        self._listener.call("on_init_end")
 
-    def train(self, resume_from_checkpoint: bool = False) -> TrainOutput:
+    def _build(
+        self,
+        model: Any,
+        reward_funcs: list[Any],
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        peft_config: Any,
+    ) -> None:
+        """Set the policy, the data, the reward functions and the configuration from the arguments of the trainer."""
+        self.train_dataset, self.eval_dataset = _rows("train_dataset", train_dataset), eval_dataset
+        num_eval = 0 if eval_dataset is None else len(_rows("eval_dataset", eval_dataset))
+        config = self.args.to_config(len(self.train_dataset), num_eval)
+        self.policy = _policy(model, processing_class, peft_config, self.args)
+        self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.codec.tokenizer
+        self.config = replace(config, model=_model_config(self.policy, self.args))
+        if all(isinstance(function, str) for function in reward_funcs):
+            # With `task.rewards`, `build_task` runs slow graders in separate processes, which can be stopped if they
+            # exceed the time limit.
+            self.config = replace(self.config, task=replace(self.config.task, rewards=tuple(reward_funcs)))
+            reward_funcs = []
+        self.reward_funcs = [load_grader(reward) if isinstance(reward, str) else reward for reward in reward_funcs]
+
+    def _schedule(self) -> Schedule:
+        """Return the planned numbers of the run, for the callbacks."""
+        return Schedule(
+            max_steps=total_updates(self.config),
+            updates_per_iteration=updates_per_iteration(self.config),
+            logging_interval=self.args.logging_interval(len(self.train_dataset)),
+            epochs_per_iteration=self.config.rollouts.num_problems / len(self.train_dataset),
+        )
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, given as an object or class. Its method `on_init_end` is not called."""
+        self._listener.add(callback)
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Train the model.
 
         Args:
-            resume_from_checkpoint: whether to continue the run in `args.output_dir` from its last checkpoint. On a CPU,
-                the results are bit-identical to those of an uninterrupted run.
+            resume_from_checkpoint: True continues the run in `args.output_dir` from its newest checkpoint. A path of a
+                folder in `checkpoints` of this directory continues from that checkpoint. On a CPU, the results are
+                bit-identical to those of an uninterrupted run. Fields that only later iterations depend on, such as
+                `max_steps` and `learning_rate`, may differ from those of the run.
         Raises:
-            UserError: if `args.output_dir` already contains a run and `resume_from_checkpoint` is False, or if the run
-                to resume has different settings.
+            UserError: if `args.output_dir` already contains a run and `resume_from_checkpoint` is None or False, if the
+                path is not a checkpoint of the run, or if the run to resume has other settings that must not change.
         """
-        if resume_from_checkpoint:
-            self._check_resume()
-        self._train_called = True
-        tables: dict[Split, Any] = {"train": self.train_dataset}
-        if self.eval_dataset is not None:
-            tables["validation"] = _rows("eval_dataset", self.eval_dataset)
-        start = resume if resume_from_checkpoint else train
-        summary = start(
-            self.config,
-            recipe="trainer",
-            reward_fn=self.reward_funcs,
-            reporter=self._listener,
-            in_memory=InMemory(self.policy, tables),
-        )
-        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        with self.args.names.in_errors():
+            start: Any = train
+            if resume_from_checkpoint not in (None, False):
+                start = functools.partial(resume, checkpoint=self._checkpoint(resume_from_checkpoint))
+                self._check_reference()
+            self._train_called = True
+            tables: dict[Split, Any] = {"train": self.train_dataset}
+            if self.eval_dataset is not None:
+                tables["validation"] = _rows("eval_dataset", self.eval_dataset)
+            summary = start(
+                self.config,
+                recipe="trainer",
+                reward_fn=self.reward_funcs,
+                reporter=self._listener,
+                in_memory=InMemory(self.policy, tables),
+            )
+        losses = self._listener.losses
         return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
 
-    def _check_resume(self) -> None:
-        """Raise UserError if the run in `args.output_dir` cannot be resumed.
+    def _checkpoint(self, given: Any) -> str:
+        """Return the argument `checkpoint` of `resume`: `newest`, or the number of an iteration.
 
-        This is the case if the run has other settings. It is also the case if the KL penalty needs the starting model,
-        and `train` has already changed the weights of the model in this object.
+        Args:
+            given: the argument `resume_from_checkpoint` of `train`, which is not None or False.
+        Raises:
+            UserError: if `given` is a path that is not a checkpoint of the run in `args.output_dir`.
         """
-        recorded = RunDirectory.open(self.args.output_dir, writable=False).config
-        before = config_from_dict(Config, recorded, f"in {self.args.output_dir}/config.yaml")
-        changes = diff_configs(before, self.config)
-        if changes:
-            raise UserError(
-                f"resuming {self.args.output_dir} cannot change the run's settings ({'; '.join(changes)}); restore the "
-                "old settings, or start a new run in another output_dir"
-            )
-        if self._train_called and self.config.learner.kl.coefficient > 0 and self.policy.adapters is None:
+        if not isinstance(given, str | Path):
+            return "newest"
+        folder, path = Path(self.args.output_dir) / "checkpoints", Path(given)
+        if path.is_dir() and path.name.isdigit() and path.resolve().parent == folder.resolve():
+            return str(int(path.name))
+        present = [str(entry) for entry in sorted(folder.glob("*")) if entry.name.isdigit()]
+        problem = "is not a checkpoint of the run in output_dir" if path.exists() else "does not exist"
+        raise UserError(
+            f"resume_from_checkpoint is {str(given)!r}, which {problem}; allowed: True (the newest checkpoint of the "
+            f"run in output_dir){''.join(f', {name}' for name in present)}"
+        )
+
+    def _check_reference(self) -> None:
+        """Raise UserError if the KL penalty needs the starting model, but `train` has already changed its weights."""
+        if self._train_called and self.config.learner.kl.coefficient > 0 and not self.policy.restorable:
             raise UserError(
                 "the model of this trainer is already trained, but beta needs the model that the run started from; "
                 "create a new VinePPOTrainer and call its train(resume_from_checkpoint=True)"
@@ -173,9 +216,17 @@ class VinePPOTrainer:
             eval_dataset: rows with a column `prompt`; None means the `eval_dataset` of the trainer.
         Returns:
             A dictionary with the mean reward `eval_reward`, and `eval_reward_low` and `eval_reward_high`, the bounds of
-            its 95% confidence interval.
+            its 95% confidence interval. Completions for which every reward function returned None are left out; if none
+            remains, the numbers are NaN.
         """
-        rows = _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
+        with self.args.names.in_errors():
+            interval = self._mean_reward(
+                _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
+            )
+        return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
+
+    def _mean_reward(self, rows: Any) -> Interval:
+        """Measure the mean reward of responses to the prompts of a data set."""
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
         measured = measure(
             self.policy.codec,
@@ -188,8 +239,7 @@ class VinePPOTrainer:
             stop=self.config.rollouts.stop,
             address=(self.config.run.seed, "evaluate"),
         )
-        interval = measured.mean_reward(self.config.run.seed)
-        return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
+        return measured.mean_reward(self.config.run.seed)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """Save the model and the tokenizer.
@@ -201,75 +251,6 @@ class VinePPOTrainer:
             output_dir: directory to write to; None means the folder `final` in the run directory.
         """
         self.policy.save(output_dir or Path(self.args.output_dir) / "final")
-
-
-class _Listener:
-    """Calls transformers callbacks during a run; implements `vineppo.training.session.Reporter`.
-
-    Args:
-        trainer: the trainer that runs.
-        callbacks: `TrainerCallback` objects.
-    """
-
-    def __init__(self, trainer: VinePPOTrainer, callbacks: Sequence[Any]):
-        from transformers import TrainerControl, TrainerState
-
-        self.trainer, self.callbacks = trainer, list(callbacks)
-        self.state, self.control = TrainerState(), TrainerControl()
-        self._noted: dict[str, list[float]] = defaultdict(list)
-
-    def note(self, name: str, value: float) -> None:
-        """Record a number that a reward function passed to `log_metric`.
-
-        The logs of an iteration contain, for each name, the mean of the numbers recorded during the iteration.
-        """
-        self._noted[name].append(float(value))
-
-    def start(self) -> None:
-        """Set `state.max_steps` and call `on_train_begin`."""
-        self.state.max_steps = total_updates(self.trainer.config)
-        self._call_callbacks("on_train_begin")
-
-    def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Call `on_step_end`, `on_evaluate` if there was an evaluation, and `on_log`. Print the mean rewards as JSON.
-
-        For the callbacks, an iteration is one step. `state.global_step` counts updates.
-
-        Args:
-            metrics: content of the iteration's line in metrics.jsonl. Iteration 0 is the time before training.
-        """
-        logs = with_trl_names(metrics)
-        logs |= {name: sum(values) / len(values) for name, values in self._noted.items()}
-        self._noted.clear()
-        self.state.global_step = int(metrics.get("updates") or 0)
-        logs["step"] = self.state.global_step
-        problems = self.trainer.config.rollouts.num_problems * metrics["iteration"]
-        self.state.epoch = logs["epoch"] = problems / len(self.trainer.train_dataset)
-        self.state.log_history.append(logs)
-        if metrics["iteration"]:
-            self._call_callbacks("on_step_end")
-        if "eval/accuracy" in metrics:
-            self._call_callbacks("on_evaluate", metrics=logs)
-        self._call_callbacks("on_log", logs=logs)
-        print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
-
-    def wants_to_stop(self) -> bool:
-        """Return whether a callback has set `control.should_training_stop` to True."""
-        return bool(self.control.should_training_stop)
-
-    def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
-        """Call `on_train_end`."""
-        self._call_callbacks("on_train_end")
-
-    def _call_callbacks(self, event: str, **more: Any) -> None:
-        """Call the method named `event` of each callback that has it, with `more` as additional arguments."""
-        for callback in self.callbacks:
-            method = getattr(callback, event, None)
-            if method is not None:
-                given = {"model": self.trainer.model, "processing_class": self.trainer.processing_class, **more}
-                changed = method(self.trainer.args, self.state, self.control, **given)
-                # A callback may return a new TrainerControl, or None.
-                self.control = self.control if changed is None else changed
 
 
 def _reward_functions(given: Any) -> list[Any]:
@@ -352,6 +333,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         return Policy(model, codec)
     import peft  # installed, because peft_config is an object of peft
 
+    check_new_adapters(peft_config)
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)  # The initial adapters depend only on args.seed.
         try:

@@ -5,6 +5,9 @@ state is the expected reward of responses that start with this prefix. To evalua
 K continuations are sampled from the state, and each is graded together with the prefix as one response. The mean of the
 K rewards is an unbiased estimate of the value. A continuation ends at the latest when prefix and continuation together
 have the maximum length of a response.
+
+If no reward function applies to a continuation, it has no reward and is left out of the mean. If none of the K
+continuations has a reward, the state has no value (None).
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class Value:
     mean: float
     """The estimate in reward units: the mean reward of the continuations."""
     num_mc_rollouts: int
-    """Number of continuations in the mean; 0 if the value is known without sampling."""
+    """Number of continuations in the mean, which are those with a reward; 0 if the value is known without sampling."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Node:
     """The continuations that pass through the state before one token of a response.
 
     These continuations have the same tokens as the response before this token. Their next token is the response's token
-    or another one.
+    or another one. Continuations without a reward are left out.
     """
 
     followed: tuple[float, ...]
@@ -80,13 +83,14 @@ class ValueCost:
 class ValueEstimator(Protocol):
     """Estimates the values of states."""
 
-    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[Sequence[Value | None], ValueCost]:
         """Estimate the values of states.
 
         Args:
             iteration: index of the iteration, from which the seeds are derived.
         Returns:
-            (value of each state in the order of `states`, cost of the estimates).
+            (value of each state in the order of `states`, cost of the estimates). The value is None if none of the
+            continuations of the state has a reward.
         """
         ...
 
@@ -96,7 +100,7 @@ class NodeEstimator(ValueEstimator, Protocol):
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
-    ) -> tuple[list[Value], list[list[Node]], ValueCost]:
+    ) -> tuple[Sequence[Value | None], list[list[Node]], ValueCost]:
         """Estimate the values of states, and return the nodes of rollouts.
 
         Args:
@@ -104,8 +108,9 @@ class NodeEstimator(ValueEstimator, Protocol):
             rollouts: (problem, rollout) pairs. Each rollout must be the `State.rollout` of at least one of the states.
             iteration: index of the iteration, from which the seeds are derived.
         Returns:
-            (values, nodes, cost): the value of each state in the order of `states`, one list of nodes per rollout with
-            a node for each response token, and the cost of the estimates.
+            (values, nodes, cost): the value of each state in the order of `states` (None if none of its continuations
+            has a reward), one list of nodes per rollout with a node for each response token, and the cost of the
+            estimates.
         """
         ...
 
@@ -134,7 +139,7 @@ class MonteCarlo:
     temperature: float
     stop: tuple[str, ...] = ()
 
-    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value | None], ValueCost]:
         """Estimate the values of states.
 
         Equal states share the same K continuations. If a state has `max_new_tokens` response tokens, it has no
@@ -143,23 +148,26 @@ class MonteCarlo:
         Args:
             iteration: index of the iteration, from which the seeds are derived.
         Returns:
-            (value of each state in the order of `states`, cost of the estimates).
+            (value of each state in the order of `states`, cost of the estimates). The value is None if none of the
+            continuations of the state has a reward.
         """
         distinct = {state.key: state for state in states}
-        known = {key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens}
+        known: dict[Key, Value | None] = {
+            key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens
+        }
         open_states = [state for key, state in distinct.items() if key not in known]
         rewards, tokens = self._rewards(open_states, iteration)
         K = self.num_mc_rollouts
         for state, group in zip(open_states, rewards, strict=True):
-            known[state.key] = Value(sum(group) / K, K)
+            known[state.key] = _mean_value(group)
         cost = ValueCost(len(states), len(distinct), K * len(open_states), tokens)
         return [known[state.key] for state in states], cost
 
-    def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float]], int]:
+    def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float | None]], int]:
         """Sample and grade K continuations of each state.
 
         Returns:
-            (one list of K rewards per state, total number of sampled tokens).
+            (one list of K rewards per state, None for a continuation without a reward; total number of sampled tokens).
         """
         requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
         rewards, completions = self.graded(states, requests)
@@ -199,19 +207,26 @@ class MonteCarlo:
 
     def graded(
         self, states: Sequence[State], requests: Sequence[SampleRequest]
-    ) -> tuple[list[list[float]], list[list[Completion]]]:
+    ) -> tuple[list[list[float | None]], list[list[Completion]]]:
         """Sample and grade continuations of states.
 
         Args:
             states: the states from which continuations are sampled.
             requests: the request for each state (see `request`).
         Returns:
-            (rewards, completions): for each request, the list of rewards and the list of continuations.
+            (rewards, completions): for each request, the list of rewards (None for a continuation without a reward) and
+            the list of continuations.
         """
         owners = [(state.problem, state.response_ids) for state in states]
         graded = sampled_and_graded(self.sampler, self.task, self.decode, requests, owners)
         rewards = [[reward for _, _, reward in group] for group in graded]
         return rewards, [[completion for completion, _, _ in group] for group in graded]
+
+
+def _mean_value(rewards: Sequence[float | None]) -> Value | None:
+    """Return the mean of the rewards that are not None as a value, or None if there are none."""
+    known = [reward for reward in rewards if reward is not None]
+    return Value(sum(known) / len(known), len(known)) if known else None
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:

@@ -31,6 +31,7 @@ Responses to the same problem can share continuations, too. This module uses the
 - A *walker* is a continuation. It starts at a state that is evaluated. At each token, it takes one of the tokens that
   come next in the tree, each with its probability, or it *leaves the tree*.
 - If a walker reaches the end of a response, it gets the reward of that response.
+- A walker has no reward if no reward function applies to its response. It is then left out of the means.
 - If a walker leaves the tree, the sampler decodes its remaining tokens. The first of them must differ from all tokens
   that come next in the tree.
 
@@ -39,6 +40,7 @@ In comments on shapes, n is a number of walkers and T a number of tokens.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,14 +65,14 @@ class ReusingMonteCarlo:
 
     monte_carlo: MonteCarlo
 
-    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+    def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value | None], ValueCost]:
         """Return (value of each state in the order of `states`, cost), as described for `ValueEstimator.evaluate`."""
         values, _, cost = self.evaluate_nodes(states, (), iteration)
         return values, cost
 
     def evaluate_nodes(
         self, states: Sequence[State], rollouts: Sequence[tuple[Problem, Rollout]], iteration: int
-    ) -> tuple[list[Value], list[list[Node]], ValueCost]:
+    ) -> tuple[list[Value | None], list[list[Node]], ValueCost]:
         """Return (values, nodes, cost), as described for `NodeEstimator.evaluate_nodes`."""
         states_by_problem: dict[tuple[str, tuple[int, ...]], list[State]] = {}
         for state in states:
@@ -81,7 +83,7 @@ class ReusingMonteCarlo:
         exits = [exit for walk in walks for exit in walk.exits]
         rewards, completions = self.monte_carlo.graded([exit.state for exit in exits], [exit.request for exit in exits])
         for exit, exit_rewards, exit_completions in zip(exits, rewards, completions, strict=True):
-            exit.walkers.rewards[exit.indices] = exit_rewards
+            exit.walkers.rewards[exit.indices] = [_number(reward) for reward in exit_rewards]
             exit.walkers.exit_tokens[exit.indices] = [completion.token_ids[0] for completion in exit_completions]
         known = {key: value for walk in walks for key, value in walk.values()}
         walkers = {(walk.problem.id, walk.prompt_ids): walk.walkers for walk in walks}
@@ -127,7 +129,7 @@ class _Walkers:
 
     def __init__(self, size: int):
         self.rewards = np.zeros(size)
-        """Reward of the walker; 0 until it is known."""
+        """Reward of the walker; 0 until it is known, and NaN if the walker has no reward."""
         self.starts = np.full(size, -1, dtype=np.int64)
         """Depth of the state at which the walker starts; -1 if no walker has this index."""
         self.ends = np.zeros(size, dtype=np.int64)
@@ -149,13 +151,16 @@ class _Walkers:
         self.ends[indices] = depth
 
     def nodes(self, rollout: Rollout) -> list[Node]:
-        """Return one node per token of a rollout, with the walkers that pass through the state before the token."""
+        """Return one node per token of a rollout, with the walkers that pass through the state before the token.
+
+        Walkers without a reward are left out.
+        """
         response, responses = rollout.response_ids, list(self.responses)
         # For each response, the number of first tokens that are equal to those of the rollout.
         shared = np.array([_shared_length(other, response) for other in responses])
         # For each walker, the depth up to which it has the tokens of the rollout.
         last_shared = np.minimum(self.ends, shared[self.followed])  # (n,)
-        passing = np.flatnonzero((self.starts <= last_shared) & (self.starts >= 0))
+        passing = np.flatnonzero((self.starts <= last_shared) & (self.starts >= 0) & ~np.isnan(self.rewards))
         followed: list[list[float]] = [[] for _ in response]
         diverged: list[list[tuple[int, float]]] = [[] for _ in response]
         for walker in passing.tolist():
@@ -211,10 +216,18 @@ class _TreeWalk:
         while stack:
             stack.extend(self._advance(*stack.pop()))
 
-    def values(self) -> Iterator[tuple[Key, Value]]:
-        """Yield (key, value) of every evaluated state. The rewards of all walkers must be known."""
+    def values(self) -> Iterator[tuple[Key, Value | None]]:
+        """Yield (key, value) of every evaluated state. The rewards of all walkers must be known.
+
+        The value is None if none of the walkers at the state has a reward.
+        """
         for key, pool in self.pools.items():
-            yield key, Value(float(self.walkers.rewards[pool].mean()) if len(pool) else 0.0, len(pool))
+            if not len(pool):  # the state is at the length limit
+                yield key, Value(0.0, 0)
+                continue
+            rewards = self.walkers.rewards[pool]
+            rewards = rewards[~np.isnan(rewards)]
+            yield key, Value(float(rewards.mean()), len(rewards)) if len(rewards) else None
 
     def _advance(
         self, branches: list[_Branch], depth: int, walkers: np.ndarray
@@ -234,7 +247,7 @@ class _TreeWalk:
         if any(depth in branch.depths for branch in branches):
             walkers = self._start_missing(walkers, response[:depth])
         if len(response) == depth:  # the response ends here, and the walkers get its reward
-            self.walkers.rewards[walkers] = branches[0].rollout.reward
+            self.walkers.rewards[walkers] = _number(branches[0].rollout.reward)
             self.walkers.finish(walkers, response, depth)
             return
         children: dict[int, list[_Branch]] = {}
@@ -341,6 +354,11 @@ def _next_place(branches: list[_Branch], depth: int) -> int:
     while end < limit and first[end] == last[end]:
         end += 1
     return end
+
+
+def _number(reward: float | None) -> float:
+    """Return a reward as an entry of an array, in which NaN means that there is no reward."""
+    return math.nan if reward is None else reward
 
 
 def _shared_length(first: Sequence[int], second: Sequence[int]) -> int:

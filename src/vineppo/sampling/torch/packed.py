@@ -2,8 +2,10 @@
 
 There are two kinds of copies:
 
-- Merged: the weight of a layer with LoRA adapters plus the product of the adapter matrices. One matrix product then
-  replaces three.
+- Merged: the float32 weight of a layer with LoRA adapters plus the product of the adapter matrices. One matrix product
+  then replaces three. A 16-bit weight is not merged, because its entries would be rounded to 16 bits again, and the
+  outputs would differ from those of the learner. Such a layer multiplies by its weight and by its adapter matrices, as
+  the learner does.
 - Packed: a 16-bit weight on the CPU in the memory layout that oneDNN needs for matrix products. Without packing,
   PyTorch converts the weight to this layout in every product with few rows, hundreds of times while it decodes.
   With packing, a product with 16 rows is twice as fast, and a product with 100 rows is 20% faster. Packing does not
@@ -40,10 +42,14 @@ def packed_weights(model: Any) -> Iterator[None]:
     inside = {id(module) for layer in merged for module in layer.modules()} - set(map(id, merged))
     try:
         for module in model.modules():
-            if id(module) not in inside and (_mergeable(module) or _packable(module)):
-                weight, bias = _merged(module) if _mergeable(module) else (module.weight.detach(), module.bias)
+            if id(module) in inside:
+                continue
+            if _mergeable(module):
                 patched.append(module)
-                module.forward = _product(weight, bias)
+                module.forward = _adapted_product(module)
+            elif _packable(module):
+                patched.append(module)
+                module.forward = _product(module.weight.detach(), module.bias)
         yield
     finally:
         for module in patched:
@@ -52,30 +58,49 @@ def packed_weights(model: Any) -> Iterator[None]:
 
 
 def _mergeable(module: Any) -> bool:
-    """Return whether a module is a linear layer with LoRA adapters (peft) that can be merged into its weight.
+    """Return whether a module is a linear layer whose active LoRA adapters (peft) only add a product of two matrices.
 
-    The result is False if the adapters are disabled or already merged, or if one of them uses DoRA, whose effect is
-    not a sum of weights. It is also False if `forward` has been replaced.
+    The result is False for other kinds of adapters and for variants of LoRA such as DoRA, whose effect is not such a
+    sum. It is also False if the adapters are disabled or already merged, or if `forward` has been replaced.
     """
-    base = getattr(module, "base_layer", None)
     return (
-        type(base) is nn.Linear
-        and hasattr(module, "get_delta_weight")
+        _is_lora_linear(module)
+        and type(module.base_layer) is nn.Linear
         and "forward" not in module.__dict__
-        and not getattr(module, "merged", True)
+        and not module.merged
         and not module.disable_adapters
-        and not any(getattr(module, "use_dora", {}).get(name) for name in module.active_adapters)
+        and not any(name in module.lora_variant or module.lora_bias.get(name) for name in module.active_adapters)
     )
 
 
-def _merged(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (weight, bias) of a linear layer with LoRA adapters, where the weight includes the active adapters.
+def _is_lora_linear(module: Any) -> bool:
+    """Return whether a module is a linear layer with LoRA adapters of peft, and of no subclass."""
+    try:
+        from peft.tuners.lora import Linear
+    except ModuleNotFoundError:
+        return False
+    return type(module) is Linear
 
-    The weight has the shape (out, in) and the dtype of the layer. The sum is computed in float32.
+
+def _adapted_product(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that computes the output of a linear layer with LoRA adapters.
+
+    A float32 weight is merged with the adapters. A 16-bit weight and the matrices of the adapters are multiplied
+    separately.
     """
     base = module.base_layer
-    delta = sum(module.get_delta_weight(name).float() for name in module.active_adapters if name in module.lora_A)
-    return (base.weight.detach().float() + delta).to(base.weight.dtype), base.bias
+    weight, bias = base.weight.detach(), base.bias
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if weight.dtype == torch.float32:
+        delta = sum(module.get_delta_weight(name).float() for name in names)
+        return _product(weight + delta, bias)
+    product = _product(weight, bias)
+    if not names:
+        return product
+    # The matrices of several adapters form one pair: down (R, in) and up (out, R), where R is the sum of the ranks.
+    down = torch.cat([module.lora_A[name].weight.detach() for name in names]).to(weight.dtype)
+    up = torch.cat([module.lora_B[name].weight.detach() * module.scaling[name] for name in names], 1).to(weight.dtype)
+    return lambda x: product(x) + F.linear(F.linear(x, down), up)
 
 
 def _packable(module: Any) -> bool:

@@ -282,9 +282,13 @@ def _decode_attention(
     lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
     if window is not None and keys.shape[2] > window:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # Every row has a separate branch, so there is one query per head and row. The fused kernel is slower than batched
-    # matrix products for so few queries, by a fifth to two thirds.
-    out_branch, lse_branch = _attend(query, keys, values, None, scale, softcap)
+    # Every row has a separate branch, so there is one query per head and row. In float32, the fused kernel is slower
+    # than batched matrix products for so few queries, by a fifth to two thirds. In 16 bits the matrix products round
+    # the scores to 16 bits before the softmax, which doubles the error of the output. There the fused kernel is used,
+    # which computes the scores in float32.
+    rounds = query.dtype != torch.float32 and query.device.type == "cpu" and softcap is None
+    attend = _attend_fused if rounds else _attend
+    out_branch, lse_branch = attend(query, keys, values, None, scale, softcap)
     # The trunk's share of the softmax over all tokens.
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)

@@ -22,9 +22,9 @@ class Graded:
     """Problems graded by reward functions; implements `types.Task`.
 
     The reward of a response is the weighted sum of the rewards that the functions return. A function can return None,
-    which means that it does not apply to the response; it is then left out of the sum. The reward is 0 if no function
-    applies or if grading fails. If grading fails too often, `grade` raises UserError, which stops the run: otherwise
-    the policy would learn from wrong rewards.
+    which means that it does not apply to the response; it is then left out of the sum. The reward is None if no
+    function applies, and 0 if grading fails. If grading fails too often, `grade` raises UserError, which stops the run:
+    otherwise the policy would learn from wrong rewards.
     """
 
     source: ProblemSource
@@ -74,8 +74,8 @@ class Graded:
 
     def grade(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]] = ()
-    ) -> list[float]:
-        """Return the reward of each response to the problem at the same index.
+    ) -> list[float | None]:
+        """Return the reward of each response to the problem at the same index, or None if no function applies to it.
 
         Raises:
             UserError: if grading failed for more than the share `max_error_share` of the responses counted in `total`
@@ -101,10 +101,12 @@ class Graded:
         self.tally = Tally()
         return self.tally
 
-    def _reward(self, verdict: Verdict) -> float:
-        """Return the weighted sum of the rewards in a verdict, or 0 if grading failed."""
+    def _reward(self, verdict: Verdict) -> float | None:
+        """Return the weighted sum of the rewards in a verdict, None if all are None, or 0 if grading failed."""
         if isinstance(verdict, Failure):
             return 0.0
+        if all(reward is None for reward in verdict):
+            return None
         # math.fsum rounds only once, so that the weights 0.7, 0.2 and 0.1 sum to exactly 1.
         total = math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
         if not abs(total) <= MAX_REWARD:
