@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "vineppo"
 # of one row do not import each other.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "seeds", "sentences"}),
-    frozenset({"objects", "hub"}),
+    frozenset({"objects"}),
     frozenset({"steps", "statistics"}),
     frozenset({"config"}),
     frozenset({"run"}),

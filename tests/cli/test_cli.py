@@ -63,7 +63,7 @@ def test_help_contains_the_text_of_nested_fields(name: str, capsys: pytest.Captu
     words = " ".join(capsys.readouterr().out.split())
     assert "--learner.kl.coefficient X Weight of the penalty. If it is 0, there is no penalty" in words
     assert "--vineppo.num_mc_rollouts N K: number of continuations sampled from each state. (default: 9)" in words
-    assert "--learner.decay {constant,linear}" in words
+    assert "--learner.decay {constant,linear,cosine}" in words
     assert "learner.kl: Penalty on the KL divergence from the frozen starting model:" in words
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import vineppo
-from vineppo import hub
 from vineppo.cli.main import main
+from vineppo.config import hub
 
 DATA = ("--task.name", "dataset", "--task.train_path")
 OUT = ("--out", "o")

@@ -126,5 +126,5 @@ def test_case_8_settings_of_the_template() -> None:
     ):
         with pytest.raises(UserError, match=f"^{message}"):
             build_config({"task": settings}, "grpo")
-    with pytest.raises(UserError, match=r"^task.chat_template_kwargs is 'x' in VinePPOConfig; it must map names to"):
+    with pytest.raises(UserError, match=r"^chat_template_kwargs is 'x' in VinePPOConfig; it must map names to"):
         VinePPOConfig(chat_template_kwargs="x").to_config(num_train=8)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
+from vineppo.config.hub import is_repository_name, needs_local_copy
 from vineppo.config.messages import did_you_mean
-from vineppo.hub import is_repository_name, needs_local_copy
 from vineppo.types import UserError
 
 EMBEDDED = "embedded:"

@@ -58,8 +58,9 @@ def build_task(
 
         gym = GymTask(config, format_prompt)
         return _graded(config, gym, fns, lambda: _from_scorer(config, gym.load_reward))
+    default_rewards: tuple[str, ...] = ("exact",)
     if config.name == "dataset" and tables:
-        layout, default_rewards = Layout(), ("exact",)
+        layout = Layout()
     else:
         config, layout, default_rewards = _table_settings(config)
     rewards = () if fns else config.rewards or default_rewards

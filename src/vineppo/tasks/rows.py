@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from vineppo.hub import is_repository_name, needs_local_copy, without_requests
+from vineppo.config.hub import is_repository_name, needs_local_copy, without_requests
 from vineppo.objects import first_line
 from vineppo.types import UserError
 

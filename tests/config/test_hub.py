@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vineppo import hub
+from vineppo.config import hub
 from vineppo.types import UserError
 
 
@@ -44,7 +44,12 @@ def test_a_copy_is_used_if_the_hub_cannot_be_reached(empty_cache: Path, monkeypa
 
 def test_an_absent_name_is_told_and_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(hub, "_ask", lambda name, kind: asked.append(name) or "absent")
+
+    def ask(name: str, kind: str) -> str:
+        asked.append(name)
+        return "absent"
+
+    monkeypatch.setattr(hub, "_ask", ask)
     for _ in range(2):
         with pytest.raises(UserError, match="the Hugging Face Hub has no model org/none that is public"):
             hub.needs_local_copy("model.path 'org/none'", "org/none", "model", "check the name")
