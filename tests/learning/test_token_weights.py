@@ -196,6 +196,8 @@ def test_weighted_edges_and_leaves_give_the_same_update(setting: str, micro_batc
         outcomes.append((first, metrics, weights(critic)))
     (gradient, metrics, values), (other, other_metrics, other_values) = outcomes
     assert metrics["policy/clip_share"] > 0.01 and metrics["policy/kl_old"] > 1e-3
+    # The leaves repeat sampled tokens, so their standard error does not count each token once.
+    metrics.pop("policy/logprob_excess_error"), other_metrics.pop("policy/logprob_excess_error")
     assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
     assert (gradient - other).abs().max() < 1e-4 * other.abs().max()
     assert torch.allclose(values, other_values, rtol=0, atol=1e-5)
@@ -398,7 +400,7 @@ def test_weights_have_merged_adapters_and_the_model_is_unchanged() -> None:
 
 
 def test_a_checkpoint_without_the_learners_file_is_an_error_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no learner.pt: another version of vineppo wrote it"):
+    with pytest.raises(UserError, match=r"has no learner.pt: another version of vineppo \(.*\) wrote it"):
         build_learner(build_policy()).load(tmp_path)
 
 
