@@ -41,8 +41,12 @@ def dataset(**fields: Any) -> Callable[[], Any]:
     return lambda: check_task(TaskConfig(name="dataset", **fields))
 
 
+def unknown(name: str) -> dict[str, Any]:
+    return {name: 4}
+
+
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: LearnerConfig(**{"learning_rate": 1e-4}), "LearnerConfig has no field 'learning_rate'"),
+    (lambda: LearnerConfig(**unknown("learning_rate")), "LearnerConfig has no field 'learning_rate'"),
     (lambda: LearnerConfig(lr=-1), "LearnerConfig.lr is -1; it must be at least 0"),
     (lambda: LearnerConfig(lr=True), "LearnerConfig.lr is True; it must be a number"),
     (lambda: LearnerConfig(lr=None), "LearnerConfig.lr is None"),
@@ -79,7 +83,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: build_splitter("math:sqrt"), "unknown splitter 'math:sqrt'"),
     (lambda: RunDirectory.check_new("/dev/null/run"), "run directory /dev/null/run cannot be written"),
     (lambda: RunDirectory.open("absent"), "no run directory at absent"),
-    (lambda: VinePPOConfig(**{"num_generation": 4}), "VinePPOConfig has no field num_generation; did you mean"),
+    (lambda: VinePPOConfig(**unknown("num_generation")), "VinePPOConfig has no field num_generation; did you mean"),
     (lambda: VinePPOConfig(num_generations=3), "not a multiple of num_generations 3"),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_interval_as_dict() -> None:
 # --- ratios
 
 
-def ratio_of_means(first: np.ndarray, second: np.ndarray) -> tuple[float, list[np.ndarray]]:
+def ratio_of_means(first: np.ndarray, second: np.ndarray) -> tuple[float, list[Any]]:
     """Return mean(first) / mean(second), and this ratio without each run of the first and of the second group."""
     means = [(values.sum() - values) / (values.size - 1) for values in (first, second)]
     return first.mean() / second.mean(), [means[0] / second.mean(), first.mean() / means[1]]
