@@ -241,15 +241,3 @@ def test_a_mistake_is_reported_before_pytorch_is_imported(argv: list[str], tmp_p
     )
     assert json.loads(process.stdout) == [2, []]
     assert len(process.stderr.splitlines()) == 1
-
-
-def test_a_finished_run_is_not_resumed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vineppo.config.schema import Config
-    from vineppo.run.directory import RunDirectory
-
-    run = RunDirectory.create(tmp_path / "run", Config())
-    run.write_summary({"finish_reason": "iterations"})
-    assert main(["train", "--resume", str(run.path)]) == 2
-    assert f"run {run.path} is finished (finish_reason: iterations)" in capsys.readouterr().err

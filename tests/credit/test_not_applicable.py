@@ -13,9 +13,9 @@ import torch
 
 from tests.credit.test_credit import (
     FIRST,
+    FOUR,
     RIGHT,
     SECOND,
-    THIRD,
     build_learner,
     completion,
     credit_of,
@@ -129,14 +129,18 @@ def continuations(prefix: str, rewards: Sequence[float | None]) -> tuple[list[st
     return [text + "</s>" for text in texts], responses
 
 
+THREE = FIRST + SECOND + FOUR
+"""A response of three steps."""
+
+
 def vine_with(rewards_by_prefix: dict[str, Sequence[float | None]], reward: float | None) -> TrainingSample:
     """The sample of a response of three steps whose continuations have these rewards."""
-    script, rewards = {}, {policy().codec.decode(ids(RIGHT)): reward}
+    script, rewards = {}, {policy().codec.decode(ids(THREE)): reward}
     for prefix, given in rewards_by_prefix.items():
         script[prefix], more = continuations(prefix, given)
         rewards |= more
     (sample,), _ = vine_samples(
-        [group_of([completion(RIGHT)], graded_by(rewards))], scripted(script), task=graded_by(rewards)
+        [group_of([completion(THREE)], graded_by(rewards))], scripted(script), task=graded_by(rewards)
     )
     return sample
 
@@ -146,7 +150,7 @@ def steps_of(sample: TrainingSample) -> tuple[tuple[float, ...], tuple[int, ...]
     assert sample.credit is not None and sample.rollout is not None and sample.rollout.reward is not None
     credit = sample.credit
     assert credit.values[0] + sum(credit.step_advantages) == sample.rollout.reward
-    lengths = [len(ids(text)) for text in (FIRST, SECOND, THIRD)]
+    lengths = [len(ids(text)) for text in (FIRST, SECOND, FOUR)]
     spread = [a for a, n in zip(credit.step_advantages, lengths, strict=True) for _ in range(n)]
     assert response_part(sample) == spread
     return credit.values, credit.num_mc_rollouts, credit.step_advantages
