@@ -222,6 +222,7 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
     trained = build_config({}, None, {"model.dtype": "bfloat16", "model.lora.r": "8"})
     adapted = RunDirectory.create(tmp_path / "adapted", trained)
     (adapted.final / "adapter").mkdir(parents=True)
+    (adapted.final / "config.json").write_text("{}")
     with pytest.raises(Stop):
         main(["eval", str(adapted.path)])
     spec = specs.pop()
