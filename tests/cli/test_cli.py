@@ -122,7 +122,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
             ["train", "--learner.epochs", "1.5"],
             "learner.epochs is '1.5' on the command line; it must be a whole number",
         ),
-        (["train", "--learner.decay=cosine"], "allowed: constant, linear"),
+        (["train", "--learner.decay=cubic"], "allowed: constant, linear, cosine"),
         (["train", "--algorithm", "dpo"], "allowed: vineppo, ppo, grpo, rloo, reinforce"),
         (
             ["train", "--vineppo.num_mc_rollouts", "0"],
