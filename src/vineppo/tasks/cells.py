@@ -34,6 +34,16 @@ def cell(row: Mapping[str, Any], column: str) -> Any:
     return MISSING
 
 
+def check_unicode(place: str, text: str) -> None:
+    """Raise UserError if a text has unpaired surrogates. JSON escapes can contain them; tokenizers cannot encode them.
+
+    Args:
+        place: location of the text for the error message.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{place} contains an unpaired surrogate; it must be valid Unicode text")
+
+
 def text_cell(where: str, row: Mapping[str, Any], setting: str, column: str) -> str:
     """Return the value of the prompt, answer or demonstration column of a row as text.
 
@@ -44,9 +54,7 @@ def text_cell(where: str, row: Mapping[str, Any], setting: str, column: str) -> 
     if value is MISSING:
         raise UserError(_no_column(where, row, setting, column))
     if isinstance(value, str):
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            # JSON escapes can contain unpaired surrogates, which tokenizers cannot encode.
-            raise UserError(f"{where}: column {column!r} contains an unpaired surrogate; it must be valid Unicode text")
+        check_unicode(f"{where}: column {column!r}", value)
         return value
     # If a prompt is a number, the setting almost certainly names a wrong column.
     if setting == "answer_column" and is_number(value):

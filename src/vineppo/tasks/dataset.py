@@ -15,6 +15,7 @@ from vineppo.tasks.cells import (
     MISSING,
     answer_cell,
     cell,
+    check_unicode,
     is_blank,
     is_number,
     number_text,
@@ -270,18 +271,8 @@ class DatasetTask:
             text = self._format_prompt(chat)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        _check_unicode(f"{where}: column {self._layout.prompt_column!r}", text)
+        check_unicode(f"{where}: column {self._layout.prompt_column!r}", text)
         return text, chat
-
-
-def _check_unicode(place: str, text: str) -> None:
-    """Raise UserError if a text has unpaired surrogates. JSON escapes can contain them; tokenizers cannot encode them.
-
-    Args:
-        place: location of the text for the error message.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{place} contains an unpaired surrogate; it must be valid Unicode text")
 
 
 def _warn_about_shared_prompts(items: Mapping[Split, list[_Item]]) -> None:

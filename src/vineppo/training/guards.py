@@ -18,7 +18,7 @@ from vineppo.config.schema import GuardConfig
 from vineppo.learning.experience import trained_part
 from vineppo.training.parts import Parts
 from vineppo.training.probe import Agreement, Probe, ProbeResult, agreement, repeated
-from vineppo.types import Completion, Metrics, RolloutGroup, TrainingSample, UserError
+from vineppo.types import Completion, Metrics, Rollout, RolloutGroup, TrainingSample, UserError
 
 _FLOAT32_GAP, _LOW_PRECISION_GAP = 0.01, 1.0
 """Default bounds of the log-probability gap in nats. Without a fault it is about 3e-5 in float32, and up to about 0.3
@@ -37,7 +37,10 @@ class SamplerFault(UserError):
 
 @dataclass
 class Deviation:
-    """A sum over many tokens or samples that has an expectation of 0, and the variance of the sum."""
+    """A sum over many tokens or samples that has an expectation of 0, and the variance of the sum.
+
+    If the variances of the terms are not known, `variance` is the sum of their squares, which estimates it.
+    """
 
     total: float = 0.0
     variance: float = 0.0
@@ -132,37 +135,37 @@ class Guards:
             SamplerFault: if a rollout is incomplete, or if responses to the same problem repeat each other.
         """
         where = f"iteration {iteration}"
-        eos_ids, vocabulary = self.parts.codec.eos_ids, self.parts.policy.model.get_output_embeddings().weight.shape[0]
         for group in groups:
             for rollout in group.rollouts:
-                problem, ids = group.problem.id, rollout.response_ids
-                if len(rollout.sampler_logprobs) != len(ids) or not ids:
-                    raise SamplerFault(
-                        f"a response to {problem} in {where} has {len(ids)} tokens and {len(rollout.sampler_logprobs)} "
-                        "log-probabilities; a sampler must return at least one token, and one log-probability for each"
-                    )
-                if not all(0 <= token < vocabulary for token in ids):
-                    raise SamplerFault(
-                        f"a response to {problem} in {where} has token id {max(ids)}; the model's vocabulary has "
-                        f"{vocabulary} tokens"
-                    )
-                if not all(-math.inf < logprob <= 1e-3 for logprob in rollout.sampler_logprobs):
-                    raise SamplerFault(
-                        f"a response to {problem} in {where} has a log-probability of "
-                        f"{max(rollout.sampler_logprobs):.3g} or not a finite one; allowed: finite numbers up to 0"
-                    )
-                ended = ids[-1] in eos_ids or any(text in rollout.text for text in self.parts.stop)
-                if rollout.finish_reason == "stop" and not ended:
-                    raise SamplerFault(
-                        f"a response to {problem} in {where} has finish reason stop, but it ends neither with an "
-                        "end-of-sequence token nor with a stop string; the sampler must return the token that ended "
-                        "the response, because it is trained"
-                    )
+                self._check_rollout(rollout, f"a response to {group.problem.id} in {where}")
         completions = [
             [Completion(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group.rollouts]
             for group in groups
         ]
         self._check_repeats(*repeated(completions), where)
+
+    def _check_rollout(self, rollout: Rollout, name: str) -> None:
+        """Raise SamplerFault if a rollout is incomplete. The message calls the rollout `name`."""
+        ids, logprobs = rollout.response_ids, rollout.sampler_logprobs
+        if len(logprobs) != len(ids) or not ids:
+            raise SamplerFault(
+                f"{name} has {len(ids)} tokens and {len(logprobs)} log-probabilities; a sampler must return at least "
+                "one token, and one log-probability for each"
+            )
+        vocabulary = self.parts.policy.model.get_output_embeddings().weight.shape[0]
+        if not all(0 <= token < vocabulary for token in ids):
+            raise SamplerFault(f"{name} has token id {max(ids)}; the model's vocabulary has {vocabulary} tokens")
+        if not all(-math.inf < logprob <= 1e-3 for logprob in logprobs):
+            raise SamplerFault(
+                f"{name} has a log-probability of {max(logprobs):.3g} or not a finite one; allowed: finite numbers up "
+                "to 0"
+            )
+        ended = ids[-1] in self.parts.codec.eos_ids or any(text in rollout.text for text in self.parts.stop)
+        if rollout.finish_reason == "stop" and not ended:
+            raise SamplerFault(
+                f"{name} has finish reason stop, but it ends neither with an end-of-sequence token nor with a stop "
+                "string; the sampler must return the token that ended the response, because it is trained"
+            )
 
     def before_update(
         self, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], iteration: int

@@ -115,15 +115,21 @@ def agreement(parts: Parts, pairs: Sequence[tuple[SampleRequest, Completion]]) -
     Args:
         pairs: completions with their requests, whose temperature must be that of the learner.
     """
-    scores = parts.learner.logprobs(parts.policy, [_sample(request, completion) for request, completion in pairs])
+    plain = [pair for pair in pairs if not pair[0].excluded_first]
     # The first token of a completion with excluded tokens has another distribution, so it is left out of the sums.
-    plain = [_sample(request, completion) for request, completion in pairs if not request.excluded_first]
-    if not plain:
-        return Agreement(_gap(pairs, scores), 0.0, 0.0, 0)
-    unconditional = parts.learner.logprobs(parts.policy, plain)
-    tokens = sum(sum(sample.loss_mask) for sample in plain)
-    variance = (unconditional.excess_error * tokens) ** 2
-    return Agreement(_gap(pairs, scores), unconditional.excess * tokens, variance, tokens)
+    excluding = [pair for pair in pairs if pair[0].excluded_first]
+    scores, scores_of_excluding = _scored(parts, plain), _scored(parts, excluding)
+    tokens = sum(len(completion.token_ids) for _, completion in plain)
+    return Agreement(
+        gap=max(_gap(plain, scores), _gap(excluding, scores_of_excluding)),
+        excess=scores.excess * tokens,
+        variance=(scores.excess_error * tokens) ** 2,
+        tokens=tokens,
+    )
+
+
+def _scored(parts: Parts, pairs: Sequence[tuple[SampleRequest, Completion]]) -> Scores:
+    return parts.learner.logprobs(parts.policy, [_sample(request, completion) for request, completion in pairs])
 
 
 def repeated(groups: Sequence[Sequence[Completion]]) -> tuple[int, float]:

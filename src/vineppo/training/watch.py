@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vineppo.credit.sample import reward_of
-from vineppo.training.guards import Guards
+from vineppo.training.guards import Deviation, Guards
 from vineppo.types import RolloutGroup, TrainingSample, TrainingWarning
 
 _IN_A_ROW = 3
@@ -46,8 +46,8 @@ class Watch:
     """The metrics of the first and the last iterations."""
     problems: int = 1
     """Number of problems per iteration."""
-    value_error: list[float] = field(default_factory=list)
-    """For each group with a Monte-Carlo value of its prompt: this value minus the mean reward."""
+    value_errors: Deviation = field(default_factory=Deviation)
+    """Sums over the groups with a Monte-Carlo value of their prompt: this value minus the mean reward."""
 
     def after_iteration(self, line: Line, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample]) -> None:
         """Add the metrics of an iteration, and warn with `warnings.warn` about signs that are new."""
@@ -55,7 +55,8 @@ class Watch:
         if len(self.lines) > 2 * _ENDS:
             del self.lines[_ENDS]
         self.problems = max(1, len(groups))
-        self.value_error += _value_errors(groups, samples)
+        errors = _value_errors(groups, samples)
+        self.value_errors.add(sum(errors), sum(error**2 for error in errors), len(errors))
         signs = {
             "truncated": self._truncated(),
             "no reward": self._no_reward(),
@@ -198,11 +199,10 @@ class Watch:
         return ""
 
     def _values(self) -> str:
-        count = len(self.value_error)
+        count, mean = round(self.value_errors.count), self.value_errors.mean
         if count < 30:
             return ""
-        mean = sum(self.value_error) / count
-        variance = sum((error - mean) ** 2 for error in self.value_error) / (count - 1)
+        variance = (self.value_errors.variance - count * mean**2) / (count - 1)
         if abs(mean) > _STANDARD_ERRORS * math.sqrt(variance / count):
             return (
                 f"the Monte-Carlo values of the prompts are {mean:+.3f} above the mean reward on average over {count} "
