@@ -86,8 +86,9 @@ class CurrentSampler:
         return completions
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Call `update_weights` of the wrapped sampler."""
+        """Call `update_weights` of the wrapped sampler, and forget the seeds of requests before long-past updates."""
         self.sampler.update_weights(version, weights)
+        self._seeds = {key: used for key, used in self._seeds.items() if used > version - _REMEMBERED_UPDATES}
 
     def _check_seeds(self, requests: Sequence[SampleRequest], version: int) -> None:
         """Raise RepeatedSeeds if random numbers would be used twice. Greedy requests use no random numbers."""
@@ -103,5 +104,4 @@ class CurrentSampler:
                 f"a request has the same seed as a request before update {earlier[0] + 1}, so the two iterations would "
                 "use the same random numbers; derive the seed of a request from the iteration too"
             )
-        self._seeds = {key: used for key, used in self._seeds.items() if used > version - _REMEMBERED_UPDATES}
         self._seeds |= dict.fromkeys(keys, version)
