@@ -41,16 +41,8 @@ _REFUSED = {
         *(76, 85, 90, 91, 268, 92, 93, 94, 260, 452),  # truncate, creat, chmod, fchmod, fchmodat, chown (4), fchmodat2
         *(132, 235, 261, 280),  # utime, utimes, futimesat, utimensat
         *(188, 189, 190, 197, 198, 199),  # setxattr and removexattr
-        *(
-            160,
-            302,
-            319,
-            447,
-            29,
-            64,
-            68,
-            240,
-        ),  # setrlimit, prlimit64, memfd_create, _secret, shm-, sem-, msgget, mq_open
+        *(160, 302, 319, 447),  # setrlimit, prlimit64, memfd_create, memfd_secret
+        *(29, 64, 68, 240),  # shmget, semget, msgget, mq_open
         *(425, 426, 427, 321, 298, 323, 248, 249, 250),  # io_uring, bpf, perf_event_open, userfaultfd, keys
     ),
     "aarch64": (
@@ -61,7 +53,8 @@ _REFUSED = {
         *(45, 52, 53, 54, 55, 452),
         88,
         *(5, 6, 7, 14, 15, 16),
-        *(164, 261, 279, 447, 194, 190, 186, 180),
+        *(164, 261, 279, 447),
+        *(194, 190, 186, 180),
         *(425, 426, 427, 280, 241, 282, 217, 218, 219),
     ),
 }
