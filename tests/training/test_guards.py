@@ -435,8 +435,8 @@ def test_other_temperatures_are_a_sign(parts: Parts) -> None:
 
 
 def test_the_direction_of_the_update(parts: Parts) -> None:
-    assert watched(parts, [{}], direction=-0.09) == {}
-    assert list(watched(parts, [{}], direction=-0.11)) == ["direction"]
+    assert watched(parts, [{}], direction=-0.04) == {}
+    assert list(watched(parts, [{}], direction=-0.06)) == ["direction"]
 
 
 def test_values_that_differ_from_the_rewards_are_a_sign(parts: Parts) -> None:

@@ -16,7 +16,7 @@ _IN_A_ROW = 3
 """Number of iterations in a row that show a sign before the warning is given."""
 _ENDS = 5
 """Number of iterations at the start and at the end of the run whose mean rewards are compared."""
-_WRONG_DIRECTION = -0.1
+_WRONG_DIRECTION = -0.05
 """Correlation of advantages with changes of log-probabilities below which the update has the wrong direction."""
 _KL_STEP = 0.5
 """KL divergence of one iteration, in nats per token, above which the steps are too large."""
