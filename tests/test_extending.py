@@ -132,14 +132,18 @@ def test_two_algorithms_of_the_same_name(page: str) -> None:
 
 
 def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
+    """The compared algorithm has the name of the recipe's one, and a label with characters of Markdown and TeX."""
     Path("mine.yaml").write_text(RECIPE)
-    arguments = ["--algorithms", "grpo,grpo_lambda:grpo_lambda", "--grpo_lambda.decay", "0.7", "--seeds", "1"]
+    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{[/x]"')
+    Path("odd_label.py").write_text(source)
+    arguments = ["--algorithms", "grpo,odd_label:grpo_lambda", "--grpo_lambda.decay", "0.7", "--seeds", "1"]
     command = ["compare", "mine.yaml", *SMALL, *arguments, "--budget", "updates=1", "--out", "out"]
     assert main(command) == 0
     assert "decay: 0.7" in Path("out/runs/grpo_lambda-seed0/config.yaml").read_text()
     assert "decay" not in Path("out/runs/grpo-seed0/config.yaml").read_text().replace("weight_decay", "").replace(
         "  decay: constant", ""
     )
+    assert r"updates to a\|b $x{[/x]'s best" in Path("out/table.md").read_text().splitlines()[0]
 
 
 def test_evaluation_of_a_run_does_not_need_its_algorithm(page: str) -> None:
@@ -252,14 +256,6 @@ bad = Algorithm("bad", "Bad | $ bad", lambda settings, parts: lambda groups, ite
     assert main(["train", "judgement", *SMALL, "--algorithm", "bad_credit:bad", "--run.iterations", "1"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-
-
-def test_labels_with_special_characters(page: str) -> None:
-    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{[/x]"')
-    Path("odd_label.py").write_text(source)
-    arguments = ["--algorithms", "grpo,odd_label:grpo_lambda", "--seeds", "1", "--budget", "updates=1", "--out", "odd"]
-    assert main(["compare", "judgement", *SMALL, *arguments]) == 0
-    assert r"updates to a\|b $x{[/x]'s best" in Path("odd/table.md").read_text().splitlines()[0]
 
 
 def test_the_splitter(page: str) -> None:

@@ -20,6 +20,7 @@ from vineppo import VinePPOConfig
 from vineppo.config.schema import (
     Config,
     EvalConfig,
+    GradingConfig,
     LearnerConfig,
     ModelConfig,
     RolloutConfig,
@@ -79,6 +80,7 @@ def real_config(model: Path, problems: Path, run_dir: Path) -> Config:
             rewards=("hash",),
             prompt_template=TEMPLATE,
             chat_template=True,
+            grading=GradingConfig(truncated=False),
         ),
         rollouts=RolloutConfig(num_problems=2, group_size=2, max_new_tokens=48),
         vineppo=VinePPOSettings(num_mc_rollouts=2, max_states=4),

@@ -11,6 +11,8 @@ import torch
 
 from dev import gpu_check
 
+pytestmark = pytest.mark.real  # a minute
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
