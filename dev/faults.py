@@ -30,6 +30,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+import vineppo
 from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config
 from vineppo.learning.learner import TorchLearner
@@ -225,6 +226,8 @@ def states_off_by_one() -> AbstractContextManager[Any]:
 
 LORA = ("model.lora.r=8", "model.lora.dropout=0.2", "learner.lr=3e-3")
 KL = ("learner.kl.coefficient=0.001",)
+# With five times the learning rate of the recipe and without clipping, targets of the wrong sign show within the run.
+CRITIC = ("ppo.value_lr=5e-3", "ppo.value_clip=0")
 VINES = ("vineppo.alternatives=false", "vineppo.reuse=false", "vineppo.num_mc_rollouts=3")
 FAULTS = {
     "stale weights": Fault("The sampler ignores new weights and reports their version.", engine(StaleSampler)),
@@ -247,7 +250,7 @@ FAULTS = {
         lambda: patch.object(Graded, "_reward", lambda self, verdict: 0.0),
     ),
     "returns negated": Fault(
-        "The value network learns returns of the wrong sign.", changed_samples(negated_returns), "ppo"
+        "The value network learns returns of the wrong sign.", changed_samples(negated_returns), "ppo", CRITIC
     ),
     "learning rate x 1000": Fault("The learning rate is 0.3.", contextlib.nullcontext, settings=("learner.lr=0.3",)),
     "continuations at another temperature": Fault(
@@ -260,7 +263,7 @@ FAULTS = {
 CONTROLS = {
     "no fault (grpo)": Fault("", contextlib.nullcontext),
     "no fault (grpo, adapters)": Fault("", contextlib.nullcontext, settings=LORA),
-    "no fault (ppo)": Fault("", contextlib.nullcontext, "ppo"),
+    "no fault (ppo)": Fault("", contextlib.nullcontext, "ppo", CRITIC),
     "no fault (vineppo)": Fault("", contextlib.nullcontext, "vineppo", VINES),
     "no fault (vineppo, alternatives)": Fault("", contextlib.nullcontext, "vineppo"),
 }
@@ -304,6 +307,16 @@ def configuration(fault: Fault, folder: Path) -> Config:
     return build_config(load_recipe("judgement"), fault.algorithm, settings)
 
 
+def other_warnings(caught: Sequence[warnings.WarningMessage], known: Sequence[str]) -> list[str]:
+    """Return the texts of the package's own warnings that are not among `known`.
+
+    Warnings of other libraries, such as FutureWarning and DeprecationWarning, are left out.
+    """
+    package = str(Path(vineppo.__file__).parent)
+    own = [w for w in caught if issubclass(w.category, UserWarning) and w.filename.startswith(package)]
+    return [str(w.message) for w in own if str(w.message) not in known]
+
+
 def notice(fault: Fault) -> dict[str, Any]:
     """Train with a fault. Return what noticed it, and after how many iterations with an update."""
     reporter, found = Counter(), {"noticed": False, "by": "", "updates_before": None}
@@ -313,7 +326,7 @@ def notice(fault: Fault) -> dict[str, Any]:
             summary = train(configuration(fault, Path(folder)), reporter=reporter)
         except (UserError, StaleWeights, RepeatedSeeds) as error:
             return {"noticed": True, "how": "stopped", "by": str(error), "iterations": reporter.last}
-        texts = summary["warnings"] + [str(w.message) for w in caught if "iteration" not in str(w.message)]
+        texts = summary["warnings"] + other_warnings(caught, summary["warnings"])
     if texts:
         number = texts[0].partition("iteration ")[2].partition(":")[0]
         found = {"noticed": True, "how": "warned", "by": texts[0], "iterations": int(number or 0)}

@@ -132,7 +132,7 @@ def test_more_problems_per_iteration_than_there_are_give_a_warning(recwarn: pyte
     """Case 22."""
     warn_of_few_problems(FewProblems(), 4)  # type: ignore[arg-type]
     assert not recwarn
-    with pytest.warns(TrainingWarning, match="rollouts.num_problems is 64, but there are only 4 training problems"):
+    with pytest.warns(TrainingWarning, match="rollouts.num_problems is 64, but the task has only 4 training problems"):
         warn_of_few_problems(FewProblems(), 64)  # type: ignore[arg-type]
 
 

@@ -19,6 +19,11 @@ _BLOCK = 4_000_000
 """Maximum number of resampled values that `bootstrap_mean` keeps in memory at once."""
 
 
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean of one or more numbers. For equal numbers it is exactly this number, without a rounding error."""
+    return values[0] if min(values) == max(values) else sum(values) / len(values)
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean with its confidence interval. All numbers have the unit of the values."""

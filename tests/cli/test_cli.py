@@ -27,6 +27,7 @@ from vineppo.cli.demo import _free_directory
 from vineppo.cli.main import COMMANDS, main
 from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config
+from vineppo.run.checkpoint import save_checkpoint
 from vineppo.run.directory import RunDirectory
 from vineppo.training.configure import build_config
 
@@ -179,6 +180,7 @@ def test_wrong_keys_in_a_recipe_file(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_resume_refuses_changed_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", Config())
+    save_checkpoint(run.checkpoints, 1, {})
     message = user_error(capsys, "train", "--resume", str(run.path), "--learner.lr", "2e-4", "--run.seed", "1")
     assert "cannot change the settings of the run (run.seed: 0 -> 1)" in message
     assert "learner.lr" not in message  # later iterations may have another learning rate
@@ -191,6 +193,11 @@ def test_error_of_a_damaged_run_contains_the_file(capsys: pytest.CaptureFixture[
         capsys, "train", "--resume", str(run.path)
     )
     assert f"{run.path} has no model yet" in user_error(capsys, "eval", str(run.path))
+    run.write_record({"vineppo": "9.9"})
+    assert (
+        f"unknown key learner.speed in {run.path}/config.yaml (written by vineppo 9.9; this is vineppo "
+        in user_error(capsys, "train", "--resume", str(run.path))
+    )
 
 
 def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +232,11 @@ def test_eval_takes_task_and_budget_from_a_run_or_a_recipe(tmp_path: Path, monke
     (adapted.final / "config.json").write_text("{}")
     with pytest.raises(Stop):
         main(["eval", str(adapted.path)])
+    spec = specs.pop()
+    assert (spec.model.dtype, spec.model.lora.r) == ("float32", 0)
+    save_checkpoint(adapted.checkpoints, 3, {})
+    with pytest.raises(Stop):
+        main(["eval", str(adapted.checkpoints / "000003")])
     spec = specs.pop()
     assert (spec.model.dtype, spec.model.lora.r) == ("float32", 0)
 

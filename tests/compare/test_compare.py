@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from vineppo.compare.comparison import compare
 from vineppo.compare.figures import Curves, align, analyse, first_reach, load_run, versus
 from vineppo.compare.report import missing_entry
-from vineppo.compare.runs import PlannedRun, plan_runs, run_state
+from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
 from vineppo.compare.spec import Budget, CompareSpec, parse_budget
 from vineppo.compare.tables import conclusions, table_rows
 from vineppo.credit import find_algorithm
@@ -510,7 +511,7 @@ def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path
         plans[seed].directory.mkdir(parents=True)
         if reason:
             (plans[seed].directory / "summary.json").write_text(json.dumps({"finish_reason": reason}))
-    failures = {"ppo seed 0": "last line", "ppo seed 3": "error: disk is full"}
+    failures = {"ppo seed 3": "error: disk is full"}
     entries = [missing_entry(plan, failures) for plan in plans]
     assert [(entry["seed"], entry["state"]) for entry in entries] == [
         (0, "stopped"),
@@ -519,6 +520,9 @@ def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path
         (3, "failed"),
     ]
     assert entries[3]["reason"] == "error: disk is full"
+    # A run that was interrupted before and now fails has failed, although its summary is that of the interruption.
+    again = missing_entry(plans[0], {"ppo seed 0": "error: model.path 'm' does not exist"})
+    assert (again["state"], again["reason"]) == ("failed", "error: model.path 'm' does not exist")
     figures = {name: {"mean": None, "low": None, "high": None} for name in ("accuracy_before", "final_accuracy")}
     result = {
         "spec": {"seeds": 5},
@@ -536,6 +540,21 @@ def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path
         },
     }
     assert table_rows(result)[0][:2] == ("ppo", "1 of 5 (1 failed, 2 stopped, 1 skipped)")
+
+
+@pytest.mark.parametrize(("code", "failed"), [(130, False), (1, True), (-9, True)])
+def test_only_an_error_is_a_failure(tmp_path: Path, code: int, failed: bool) -> None:
+    """Exit code 130 is that of a run that a signal stopped, with a checkpoint."""
+    plan = scripted_plan(tmp_path, 0, "")
+    plan.log.parent.mkdir(parents=True)
+    plan.log.write_text("error: no\n")
+    process = subprocess.Popen(["true"])
+    process.wait()
+    process.returncode = code
+    failures: dict[str, str] = {}
+    with open(plan.log, encoding="utf-8") as log:
+        _report(_Child(plan, process, log), "[1/1]", failures, buffer_console())
+    assert failures == ({"ppo seed 0": "error: no"} if failed else {})
 
 
 def test_reports_are_written_if_all_runs_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from vineppo.credit.advantages import (
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
 from vineppo.learning.optim import Optimizer, lr_factor
 from vineppo.learning.scaling import penalty_to_go, scale_advantages
+from vineppo.statistics import mean_of
 from vineppo.steps import build_splitter, merge_steps
 from vineppo.training.configure import with_algorithm_section
 from vineppo.types import UserError
@@ -148,10 +149,12 @@ def test_grpo_without_std_is_leave_one_out_times_g_minus_1_over_g(group: list[fl
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, 0.7])
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8])
 def test_a_group_with_equal_rewards_has_no_advantage(reward: float, group_size: int) -> None:
-    """The mean of equal rewards may differ from them by rounding, and the std is about 0; the quotient stays small."""
+    """The rounded mean of equal rewards may differ from them, for example that of three rewards of 0.7."""
     for scale_by_std in (False, True):
-        assert max(map(abs, grpo_advantages([reward] * group_size, scale_by_std))) < 1e-10
-    assert max(map(abs, leave_one_out_advantages([reward] * group_size))) < 1e-10
+        assert grpo_advantages([reward] * group_size, scale_by_std) == [0.0] * group_size
+    assert leave_one_out_advantages([reward] * group_size) == [0.0] * group_size
+    assert node_advantages(reward, reward, [reward] * (group_size - 1), [reward]) == (0.0, [0.0])
+    assert mean_of([reward] * group_size) == reward
 
 
 def test_advantages_of_rewards_of_zero_and_one_are_bounded() -> None:

@@ -616,6 +616,7 @@ def test_explained_variance_by_hand() -> None:
     assert explained_variance([5.0, 6.0], [0, 1]) == 1  # a constant offset does not count
     assert explained_variance([1.0, 0.0], [0, 1]) == -3
     assert math.isnan(explained_variance([0.1, 0.2], [1, 1]))
+    assert math.isnan(explained_variance([0.1, 0.2] * 12, [0.1] * 24))  # their variance would be 2e-34
 
 
 # --- problems and groups ---

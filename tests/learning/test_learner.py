@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,10 +417,10 @@ def test_every_epoch_contains_every_sample_once_in_a_different_order() -> None:
     learner = build_learner(build_policy(), epochs=3, minibatch_size=3)
     original = learner._update
 
-    def recording_update(minibatch: Any, train_policy: bool, num_rollouts: float) -> Metrics:
+    def recording_update(minibatch: Any, train_policy: bool, num_rollouts: float, iteration: int) -> Metrics:
         seen.append(tuple(samples.index(replace(e.sample)) for e in minibatch))
         assert num_rollouts == len(minibatch)
-        return original(minibatch, train_policy, num_rollouts)
+        return original(minibatch, train_policy, num_rollouts, iteration)
 
     learner._update = recording_update  # type: ignore[method-assign]
     assert learner.update(samples, 1, len(samples))["updates"] == 9
@@ -436,8 +437,13 @@ def test_a_gradient_that_is_not_finite_is_an_error_and_changes_no_weights(bad: f
     samples[0] = replace(samples[0], advantages=(0.0,) * 3 + (bad, 1.0))
     policy = build_policy()
     before = weights(policy.model)
-    with pytest.raises(UserError, match=r"gradient's norm is .*; lower the learning rate"):
-        build_learner(policy).update(samples, 1, len(samples))
+    with pytest.raises(UserError) as error:
+        build_learner(policy).update(samples, 7, len(samples))
+    assert re.fullmatch(
+        r"iteration 7: the gradient's norm is (inf|nan) \(policy\); lower learner\.lr, which is \S+, and continue "
+        r"from the last checkpoint with --resume RUN --learner\.lr \S+, or start a new run with model\.dtype float32",
+        str(error.value),
+    )
     assert torch.equal(weights(policy.model), before)
 
 

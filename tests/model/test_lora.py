@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from vineppo.config.schema import CriticConfig, KLConfig, LearnerConfig, LoraCon
 from vineppo.config.settings import replace
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.critic import ValueNetwork
+from vineppo.model.loading import load_pretrained
 from vineppo.model.logits import token_logprobs
+from vineppo.model.lora import trained_state
 from vineppo.model.policy import Policy, Reference
+from vineppo.run.checkpoint import save_checkpoint, write_state
+from vineppo.run.directory import RunDirectory
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.tasks import build_task
 from vineppo.training.loop import resume, train
@@ -166,6 +171,31 @@ def test_a_resumed_run_has_the_same_bits_and_saves_merged_and_separate_adapters(
         assert torch.allclose(merged(ids).logits, separate(ids).logits, atol=1e-4)
         with separate.disable_adapter():
             assert not torch.allclose(merged(ids).logits, separate(ids).logits, atol=1e-2)
+
+
+def test_a_checkpoint_of_a_run_in_16_bits_keeps_its_adapters(tmp_path: Path) -> None:
+    """In 16 bits, the sum of a weight and a small adapter is often the weight, so that the adapter has no effect."""
+    config = small_config(tmp_path / "run", "grpo", model=replace(MODEL, path="embedded:judgement", dtype="bfloat16"))
+    run = RunDirectory.create(tmp_path / "run", config)
+    policy = Policy.load(config.model)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-4)
+    state = {"policy": trained_state(policy.model)}
+    path = save_checkpoint(run.checkpoints, 1, {}, writers=[lambda folder: write_state(folder / "learner.pt", state)])
+    policy.save(run.final)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded, final = (load_pretrained(ModelConfig(path=str(p)))[0].state_dict() for p in (path, run.final))
+    assert all(torch.equal(loaded[name], final[name].float()) for name in final)
+    start = Policy.load(replace(config.model, lora=LoraConfig())).model.state_dict()
+    changed = {name for name in start if not torch.equal(start[name].float(), loaded[name])}
+    assert changed == {name for name in start if name.endswith("proj.weight")}
+    for folder in (path, run.final):
+        with pytest.warns(UserWarning, match="has merged adapters, and model.dtype is bfloat16: rounding to 16 bits"):
+            model, _ = load_pretrained(ModelConfig(path=str(folder), dtype="bfloat16"))
+        assert all(torch.equal(t, final[name].bfloat16()) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,28 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: 
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """A reward function may fork. The lock ends with the run, although the forked process is still alive."""
+    ready, go_on = os.pipe(), os.pipe()
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.close(go_on[1])
+            os.write(ready[1], b"1")
+            os.read(go_on[0], 1)
+            os._exit(0)
+        assert os.read(ready[0], 1) == b"1"
+        with pytest.raises(UserError, match="is in use by"), locked(tmp_path):  # the child did not unlock it
+            pass
+    try:
+        with locked(tmp_path):
+            pass
+    finally:
+        os.close(go_on[1])
+        os.waitpid(child, 0)
+
+
 def test_a_folder_with_nothing_but_a_lock_is_a_new_run(tmp_path: Path) -> None:
     """Case 14. The process was killed before it wrote the configuration."""
     with locked(tmp_path):

@@ -25,6 +25,7 @@ from vineppo.training.guards import Guards, SamplerFault
 from vineppo.training.loop import resume, train
 from vineppo.training.parts import Parts, build_parts
 from vineppo.training.probe import agreement, repeated
+from vineppo.training.progress import Progress, metrics_line
 from vineppo.training.rollouts import draw_problems
 from vineppo.training.watch import Watch
 from vineppo.types import (
@@ -164,14 +165,14 @@ def test_a_gap_stops_before_the_first_update(parts: Parts) -> None:
     check = guards_of(parts).before_update([], [], 7)
     check({"policy/sampler_logprob_gap": 0.01})
     with pytest.raises(
-        SamplerFault, match=r"^iteration 7: a token's log-probability .* differ by 0.0101; allowed: 0.01"
+        SamplerFault, match=r"^iteration 7: the sampler's .* log-probability of a token differ by 0.0101; allowed: 0.01"
     ):
         check({"policy/sampler_logprob_gap": 0.0101})
     with pytest.raises(SamplerFault, match="differ by nan"):
         check({"policy/sampler_logprob_gap": math.nan})
 
 
-def test_an_excess_must_be_large_and_significant(parts: Parts) -> None:
+def test_an_excess_must_be_large_and_significant(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = groups_of(parts)
     samples = parts.credit(groups, 1)[0]
     tokens = sum(len(r.response_ids) for group in groups for r in group.rollouts)
@@ -188,6 +189,11 @@ def test_an_excess_must_be_large_and_significant(parts: Parts) -> None:
         check(0.5, 0.01)
     with pytest.raises(SamplerFault, match="too unlikely"):
         check(-0.5, 0.01)
+    large = guards_of(parts, max_logprob_excess=0.6).before_update(groups, samples, 1)
+    large({"policy/logprob_excess": 0.5, "policy/logprob_excess_error": 0.01})
+    # The learner leaves truncated responses out of the excess, so it is that of a choice of the responses.
+    monkeypatch.setattr(parts.learner, "config", changed(parts.learner.config, mask_truncated=True))
+    check(0.5, 0.01)
 
 
 def test_the_excess_accumulates_over_iterations(parts: Parts) -> None:
@@ -288,11 +294,11 @@ FAST = LearnerConfig(lr=3e-3, minibatch_size=8, epochs=1, advantage_scaling="std
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("stale weights", "iteration 2: a token's log-probability from the sampler and from the trainer differ by"),
-        ("temperature", "the probe before iteration 1: a token's log-probability"),
+        ("stale weights", "iteration 2: the sampler's and the trainer's log-probability of a token differ by"),
+        ("temperature", "the probe before iteration 1: the sampler's and the trainer's log-probability"),
         ("same random numbers", "iteration 1: .* responses repeat another response"),
         ("last token missing", "finish reason stop, but it ends neither with an end-of-sequence token"),
-        ("shifted mask", "iteration 1: a token's log-probability"),
+        ("shifted mask", "iteration 1: the sampler's and the trainer's log-probability"),
         ("seeds without iteration", "the same seed as a request before update 1"),
     ],
 )
@@ -303,7 +309,7 @@ def test_faults_that_stop_the_run(tmp_path: Path, fault: str, message: str) -> N
 
 def test_missing_adapters_stop_the_run(tmp_path: Path) -> None:
     model = ModelConfig(path="embedded:judgement", lora=LoraConfig(r=4))
-    with pytest.raises(SamplerFault, match="iteration 2: a token's log-probability"):
+    with pytest.raises(SamplerFault, match="iteration 2: the sampler's and the trainer's log-probability"):
         run_with("adapters missing", tmp_path, model=model, learner=changed(FAST, lr=3e-2))
 
 
@@ -392,7 +398,7 @@ def test_a_quiet_run_has_no_sign(parts: Parts) -> None:
         ("entropy", 4, [{}] + [{"policy/entropy": 1.31}] * 3),
         ("step", 1, [{"policy/kl_old": 0.51}]),
         ("reference", 1, [{"kl/ref": 20.1}]),
-        ("critic", 6, [{"value/explained_variance": -0.01}] * 6),
+        ("critic", 11, [{"value/explained_variance": -0.06}] * 11),
     ],
 )
 def test_signs_of_metrics(parts: Parts, name: str, first: int, lines: list[dict[str, Any]]) -> None:
@@ -405,8 +411,18 @@ def test_signs_of_metrics(parts: Parts, name: str, first: int, lines: list[dict[
 def test_values_at_the_bounds_are_no_signs(parts: Parts) -> None:
     at_bounds = {"policy/entropy": 1.3, "policy/kl_old": 0.5, "kl/ref": 20.0, "response/truncated_share": 0.99}
     assert watched(parts, [{}] + [at_bounds] * 12) == {}
-    assert watched(parts, [{"value/explained_variance": 0.0 if i % 5 == 0 else -1.0} for i in range(20)]) == {}
-    assert watched(parts, [{"value/explained_variance": None}] * 10) == {}
+    assert watched(parts, [{"value/explained_variance": -0.04 if i % 5 == 0 else -1.0} for i in range(20)]) == {}
+    assert watched(parts, [{"value/explained_variance": None}] * 12) == {}
+    # The first iterations of a correct run of PPO, whose value network then predicts about a constant.
+    first = [-10.6, -1.1, -0.34, -0.1, -0.1, -0.11, -0.02, -0.04, -0.02, *[-0.01] * 11]
+    assert watched(parts, [{"value/explained_variance": value} for value in first]) == {}
+
+
+@pytest.mark.parametrize(("reward", "std"), [((0.1, 0.1), 0.0), ((0.7, 0.7), 0.0), ((0.0, 1.0), 0.5)])
+def test_the_deviation_of_equal_rewards_is_exactly_0(reward: tuple[float, float], std: float) -> None:
+    rollouts = tuple(Rollout((1,), (2,), (-1.0,), "stop", "", reward[i % 2]) for i in range(24))
+    line = metrics_line(Progress(), [RolloutGroup(Problem("", ""), rollouts)], {}, {})
+    assert line["reward/std"] == std and line["reward/mean"] == pytest.approx(sum(reward) / 2)
 
 
 def test_iterations_without_a_reward_have_one_sign(parts: Parts) -> None:

@@ -23,13 +23,15 @@ from vineppo.config.settings import replace
 from vineppo.learning.learner import STATE_FILE
 from vineppo.model.lora import merged_weights
 from vineppo.model.policy import Policy
-from vineppo.run.checkpoint import read_state
+from vineppo.run.checkpoint import read_state, save_checkpoint
 from vineppo.run.directory import RunDirectory
 from vineppo.run.lock import locked
+from vineppo.statistics import Interval
+from vineppo.training.evaluate import Measurement
 from vineppo.training.loop import resume, train
 from vineppo.training.parts import build_parts
-from vineppo.training.progress import Progress, with_best_checkpoint
-from vineppo.training.resuming import random_state, set_random_state
+from vineppo.training.progress import Progress, is_new_best, with_best_checkpoint
+from vineppo.training.resuming import changed_settings, random_state, set_random_state
 from vineppo.training.stopping import LastingReporter, graceful_stop
 from vineppo.types import UserError
 
@@ -132,6 +134,7 @@ def test_a_resumed_run_must_not_change_its_past(
 ) -> None:
     """Case 15. Refused before a model is loaded; nothing is written."""
     run = RunDirectory.create(tmp_path / "run", config_of(tmp_path / "run"))
+    save_checkpoint(run.checkpoints, 1, {})
     before = (run.path / "config.yaml").read_bytes()
     assert main(["train", "--resume", str(run.path), *options]) == 2
     assert capsys.readouterr().err == (
@@ -167,6 +170,50 @@ def test_the_recipe_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) 
     assert resume(config)["recipe"] == "small"
 
 
+def test_a_run_without_checkpoint_may_change_every_setting(tmp_path: Path) -> None:
+    """No iteration depends on the settings yet."""
+    config = config_of(tmp_path / "run", iterations=1)
+    run = RunDirectory.create(tmp_path / "run", replace(config, rollouts=replace(config.rollouts, max_new_tokens=4000)))
+    with pytest.warns(UserWarning, match="^changed settings from iteration 1 on: rollouts.max_new_tokens: 4000 -> 40$"):
+        assert resume(config)["iterations"] == 1
+    assert RunDirectory.open(run.path).config["rollouts"]["max_new_tokens"] == 40
+    other = config_of(tmp_path / "run", algorithm="ppo")
+    assert changed_settings(run, other, any_change=True)["algorithm"] == ["reinforce", "ppo"]
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Return the content of all files of a run, except the lock, whose content names the process."""
+    paths = (path for path in run.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
+
+
+def test_a_resume_that_fails_changes_no_file(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    options = ["--run.iterations", "5", "--learner.lr", "1e-5"]
+    before = files_of(run)
+
+    def fails(*more: str) -> str:
+        assert main(["train", "--resume", str(run), *options, *more]) == 2
+        assert files_of(run) == before and "summary.json" in before
+        return capsys.readouterr().err
+
+    assert "wandb, which is not installed" in fails("--run.report_to", "wandb")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["vineppo.training.loop"], "build_trackers", refuse_to_start)
+        assert fails() == "error: wandb did not start\n"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("no metrics\n")
+    before = files_of(run)
+    assert "metrics.jsonl is damaged: line 4" in fails()
+
+
+def refuse_to_start(*_: object) -> None:
+    raise UserError("wandb did not start")
+
+
 def test_a_damaged_summary_does_not_prevent_a_resume(tmp_path: Path, whole: Path) -> None:
     """The run has no iteration left, but its final evaluation is repeated."""
     shutil.copytree(whole, tmp_path / "run")
@@ -195,16 +242,30 @@ def test_a_run_directory_is_locked_while_a_run_trains_in_it(tmp_path: Path) -> N
 
 
 def test_the_best_checkpoint_is_the_last_one_with_the_highest_accuracy() -> None:
-    progress, best = Progress(), []
+    progress, best, new_bests = Progress(), [], list[int]()
     for iteration, accuracy in ((0, 0.25), (1, 0.75), (2, 0.75), (3, None), (4, 0.5)):
         progress = Progress(
             **{**vars(progress), "iteration": iteration},
         )
         if accuracy is not None:
             progress = Progress(**{**vars(progress), "evaluated_iteration": iteration, "evaluated_accuracy": accuracy})
+        new_bests += [iteration] if is_new_best(progress) else []
         progress = with_best_checkpoint(progress)
         best.append((progress.best_checkpoint, progress.best_checkpoint_accuracy))
     assert best == [(0, 0.25), (1, 0.75), (2, 0.75), (2, 0.75), (2, 0.75)]
+    assert new_bests == [0, 1]
+
+
+def test_the_best_checkpoint_is_saved_after_its_evaluation(tmp_path: Path) -> None:
+    """Iteration 1 has the best evaluation, iteration 2 a worse one. Other checkpoints are due after every third."""
+    limits = RunConfig(dir=str(tmp_path / "run"), iterations=3, checkpoint_every=3)
+    evaluation = EvalConfig(every=1, num_problems=1, final_num_problems=0)
+    accuracies = iter([0.0, 1.0, 0.5])
+    config = small_config(tmp_path / "run", "reinforce", run=limits, eval=evaluation)
+    with pytest.raises(Crash), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Measurement, "mean_reward", lambda *_: Interval(next(accuracies), 0.0, 1.0))
+        train(config, reporter=At(2, crash))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["000001"]
 
 
 def test_a_run_continues_from_its_best_checkpoint(tmp_path: Path) -> None:
@@ -344,6 +405,17 @@ def test_a_reporter_without_console_is_silent_and_its_other_errors_are_raised() 
         LastingReporter(At(1, crash)).iteration({"iteration": 1})
     with pytest.raises(FileNotFoundError):
         LastingReporter(At(1, lambda: Path("absent").read_text())).iteration({"iteration": 1})
+
+
+def test_an_error_of_a_callback_that_looks_like_the_console_s_is_raised(tmp_path: Path) -> None:
+    """Only the package's own output is discarded without a console."""
+
+    class Uploads(SilentReporter):
+        def start(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        train(config_of(tmp_path / "run"), reporter=Uploads())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

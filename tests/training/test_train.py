@@ -331,8 +331,11 @@ def test_a_reward_function_replaces_the_graders(tmp_path: Path) -> None:
 def test_a_prompt_that_is_too_long_for_the_context_is_an_error(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run")
     config = replace(config, rollouts=replace(config.rollouts, max_new_tokens=510))
-    with pytest.raises(UserError, match="more than the model's context of 512"):
+    with pytest.raises(
+        UserError, match=r"with rollouts\.max_new_tokens 510 that is more than the model's context of 512"
+    ):
         train(config)
+    assert not (tmp_path / "run").exists()  # the same command can be run again with another value
 
 
 def test_training_on_a_json_lines_file(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from vineppo import VinePPOConfig, VinePPOTrainer
 from vineppo.config.load import config_to_dict
 from vineppo.run.directory import RunDirectory
 from vineppo.trl import fields
+from vineppo.trl.callbacks import Listener, Schedule
 from vineppo.trl.names import FIELD_OF
 from vineppo.types import UserError
 
@@ -52,6 +53,25 @@ def trainer_of(path: Path, *, callbacks: Any = (), rows: int = 8, **more: Any) -
         eval_dataset=chains(4) if "eval_strategy" in more else None,
         callbacks=callbacks,
     )
+
+
+def test_errors_of_callbacks_are_raised_and_those_of_the_log_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uploads(TrainerCallback):
+        def on_train_begin(self, *_: Any, **more: Any) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    def closed(*_: Any, **more: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    listener = Listener((), VinePPOConfig(), {}, lambda: Schedule(2, 1, 1, 1.0))
+    listener.start()
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", closed)
+        listener.iteration({"iteration": 1, "updates": 1, "reward/mean": 0.5})
+    assert [log["reward"] for log in listener.state.log_history] == [0.5]
+    listener.add(Uploads)
+    with pytest.raises(BrokenPipeError):
+        listener.start()
 
 
 def test_callbacks_are_called_in_the_order_of_transformers(tmp_path: Path) -> None:

@@ -81,9 +81,11 @@ def _settings_of_model(model: str) -> Layer:
     run_dir = _run_of(Path(model))
     if run_dir:
         path = _path_of_model(Path(model), run_dir)
-        settings = _evaluation_of(_settings_of_run(run_dir), path)
-        if (Path(path) / "adapter").is_dir():
-            # Adapters are merged into the final model in float32; 16 bits would lose small adapters.
+        recorded = _settings_of_run(run_dir)
+        settings = _evaluation_of(recorded, path)
+        has_adapters = recorded.model.lora.r and Path(path).parent.name == "checkpoints"
+        if has_adapters or (Path(path) / "adapter").is_dir():
+            # Adapters are merged in float32; 16 bits would lose small adapters.
             settings["model"] = settings["model"] | {"dtype": "float32", "lora": {}}
         return settings, f"in {run_dir}/config.yaml"
     if Path(model).suffix in (".yaml", ".yml") or (model in recipe_names() and not os.path.isdir(model)):
@@ -119,7 +121,7 @@ def _settings_of_run(run_dir: Path) -> _EvaluationSettings:
 
     run = RunDirectory.open(run_dir, writable=False)
     sections = {name: run.config[name] for name in _EvaluationSettings.model_fields if name in run.config}
-    return settings_from_layers(_EvaluationSettings, [(sections, f"in {run_dir}/config.yaml")])
+    return settings_from_layers(_EvaluationSettings, [(sections, run.source)])
 
 
 def _evaluation_of(config: Config | _EvaluationSettings, model: str) -> dict[str, Any]:

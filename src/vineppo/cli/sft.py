@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,9 +34,13 @@ def _run(request: Request) -> int:
 
     check_sft(config)
     from vineppo.training.sft import run_sft
+    from vineppo.training.stopping import hangup_ignored, without_console
 
-    for name, value in run_sft(config).items():
-        print(f"{name:<10} {_format_value(name, value)}")
+    # Like `vineppo train`, the training goes on if the terminal is closed.
+    with hangup_ignored():
+        for name, value in run_sft(config, lambda line: without_console(lambda: print(line, flush=True))).items():
+            text = f"{name:<10} {_format_value(name, value)}"
+            without_console(functools.partial(print, text, flush=True))
     return 0
 
 

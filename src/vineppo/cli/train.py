@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, training_config
 from vineppo.cli.console import ConsoleReporter
@@ -16,6 +16,9 @@ from vineppo.config.schema import Config
 from vineppo.config.settings import replace
 from vineppo.training.configure import config_class_with_all_sections, config_from_layers, with_run_dir
 from vineppo.types import UserError
+
+if TYPE_CHECKING:
+    from vineppo.training.session import Reporter
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +82,7 @@ def _resume(request: Request) -> int:
         )
     folder = request.options["resume"]
     run = RunDirectory.open(folder, writable=False)
-    layers = [(run.config, f"in {folder}/config.yaml"), (request.overrides, COMMAND_LINE)]
+    layers = [(run.config, run.source), (request.overrides, COMMAND_LINE)]
     config = config_from_layers(layers)
     # The recorded run.dir is wrong if the directory was moved after the run started. Use the path given by the user.
     config = replace(config, run=replace(config.run, dir=str(folder)))
@@ -90,13 +93,15 @@ def _resume(request: Request) -> int:
 
 
 @contextlib.contextmanager
-def _reporter(config: Config) -> Iterator[ConsoleReporter]:
-    """Yield a reporter, and close it also after an error, so that no progress bar is left on the terminal."""
+def _reporter(config: Config) -> Iterator[Reporter]:
+    """Yield a reporter that does without a closed terminal. It is closed also after an error, with its progress bar."""
+    from vineppo.training.stopping import LastingReporter, without_console
+
     reporter = ConsoleReporter(config)
     try:
-        yield reporter
+        yield LastingReporter(reporter)
     finally:
-        reporter.close()
+        without_console(reporter.close)
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:

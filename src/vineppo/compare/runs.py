@@ -27,6 +27,9 @@ from vineppo.run.directory import RunDirectory
 _STATUS_SECONDS = 2.0
 """Seconds between updates of the status line. Each update reads the metrics of all running processes."""
 
+_INTERRUPTED = 130
+"""Exit code of `vineppo train` after a signal that asks it to stop."""
+
 RunState = Literal["absent", "finished", "resumable", "broken"]
 """State of a run: `absent` (without a directory), `finished`, `resumable` (not finished, with a complete checkpoint) or
 `broken` (not finished, without a complete checkpoint)."""
@@ -213,6 +216,8 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
     """Print the result of a training process that has ended. If the run failed, add it to `failures`.
 
+    A run that was interrupted, for example by SIGTERM, has saved a checkpoint and did not fail.
+
     Args:
         child: the process.
         counter: text before the message, such as `[3/20]`.
@@ -227,6 +232,9 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
         updates, seconds = (format_count(run.summary.get(key)) for key in ("updates", "seconds"))
         print_line(console, f"{counter} {plan.name}: accuracy {before} -> {after}, {updates} updates, {seconds} s")
         return
+    if code == _INTERRUPTED:
+        print_line(console, f"{counter} {plan.name}: interrupted; run the same command again to continue it")
+        return
     lines = _last_lines(plan.log)
     failures[plan.name] = lines[-1] if lines else f"exit code {code}"
     print_line(console, f"{counter} {plan.name} FAILED with exit code {code}; last lines of {plan.log}:")
@@ -238,13 +246,13 @@ def outcome_of_missing(
     plan: PlannedRun, failures: dict[str, str]
 ) -> tuple[Literal["failed", "stopped", "skipped"], str]:
     """Return (state, reason) of a run that did not finish."""
-    if run_state(plan.directory) == "absent" and plan.name not in failures:
+    if plan.name in failures:
+        return "failed", failures[plan.name]
+    if run_state(plan.directory) == "absent":
         return "skipped", "it was not started"
     reason = (read_json(plan.directory / "summary.json") or {}).get("finish_reason")
     if reason == "interrupted":
         return "stopped", "it was interrupted; run the same command again to continue it"
-    if plan.name in failures:
-        return "failed", failures[plan.name]
     return "stopped", "its process ended before the run finished; run the same command again to continue it"
 
 

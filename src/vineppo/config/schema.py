@@ -419,7 +419,8 @@ class RunConfig(Settings):
     """Stop after the iteration in which this training time in seconds, without evaluation, is reached; 0 means no
     limit."""
     checkpoint_every: int = Field(20, ge=0)
-    """Number of iterations between checkpoints. If it is 0, checkpoints are saved only at the start and at the end."""
+    """Number of iterations between checkpoints. A checkpoint is also saved after every evaluation that is better than
+    those of all checkpoints before. If it is 0, checkpoints are saved only at the start and at the end."""
     keep_checkpoints: int = Field(1, ge=1)
     """Number of most recent checkpoints to keep. Older checkpoints are removed, except the one with the best validation
     accuracy, which is kept in addition."""
@@ -439,9 +440,12 @@ class GuardConfig(Settings):
     """Checks that stop a run whose sampler and trainer do not agree."""
 
     max_logprob_gap: float | None = Field(None, gt=0)
-    """Largest allowed difference between the log-probabilities of a token from the sampler and from the trainer, in
-    nats. A larger difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 1 for
-    bfloat16."""
+    """Largest allowed difference between the sampler's and the trainer's log-probability of a token, in nats. A larger
+    difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 1 for bfloat16."""
+    max_logprob_excess: float = Field(0.02, gt=0)
+    """Largest allowed mean of log-probability plus entropy of the sampled tokens, above or below 0, in nats per token.
+    The mean is 0 if tokens are sampled from the trainer's distributions. A mean beyond the bound that is also 6
+    standard errors from 0 stops the run before the update. A bound such as 100 switches the check off."""
     probe_every: int = Field(10, ge=0)
     """Number of iterations between probes. A probe samples a few tokens of a fixed prompt and compares their
     log-probabilities with those of the trainer. 0 switches the probes off."""

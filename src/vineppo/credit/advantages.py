@@ -7,12 +7,17 @@ response (S steps), `_T` one per token of a response (T tokens), and `_G` one pe
 
 A reward of None belongs to a response to which no reward function applies. Such a response has the advantage 0, and the
 other advantages are computed as if it did not exist.
+
+If all rewards that are compared with each other are equal, the advantages are exactly 0. A rounded mean would give tiny
+advantages, which the optimizer does not ignore.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from vineppo.statistics import mean_of
 
 STD_EPSILON = 1e-4
 """Number that GRPO adds to the standard deviation before dividing by it, as in TRL."""
@@ -79,7 +84,7 @@ def grpo_advantages(rewards_G: Sequence[float | None], scale_by_std: bool) -> li
     known = [reward for reward in rewards_G if reward is not None]
     if len(known) < 2:
         return [0.0] * len(rewards_G)
-    mean = sum(known) / len(known)
+    mean = mean_of(known)
     centred = [0.0 if reward is None else reward - mean for reward in rewards_G]
     if not scale_by_std:
         return centred
@@ -107,7 +112,7 @@ def leave_one_out_advantages(rewards: Sequence[float | None]) -> list[float]:
         raise ValueError("leave-one-out needs at least two rewards")
     known = [reward for reward in rewards if reward is not None]
     n, total = len(known), sum(known)
-    if n < 2:
+    if len(set(known)) < 2:
         return [0.0] * len(rewards)
     return [0.0 if reward is None else reward - (total - reward) / (n - 1) for reward in rewards]
 
@@ -147,7 +152,8 @@ def node_advantages(
     if n < 2:
         baseline = followed[0] if followed else diverged[0] if diverged else state_value
         return next_value - baseline, [0.0] * len(diverged)
-    mean = (math.fsum(followed) + math.fsum(diverged)) / n
+    is_equal = len({*followed, *diverged}) == 1
+    mean = (followed or diverged)[0] if is_equal else (math.fsum(followed) + math.fsum(diverged)) / n
     factor = n / (n - 1)  # factor * (r - mean) is r minus the mean of the other rewards
     followed_sum = factor * math.fsum(reward - mean for reward in followed)
     return (next_value - mean + followed_sum) / (n + 1), [factor * (reward - mean) / (n + 1) for reward in diverged]

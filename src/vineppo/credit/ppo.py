@@ -64,13 +64,14 @@ def explained_variance(predictions: Sequence[float], targets: Sequence[float]) -
     This is 1 - Var(target - prediction) / Var(target). It is 1 for perfect predictions, 0 for constant predictions, and
     nan if all targets are equal.
     """
+    if len(set(targets)) < 2:
+        return float("nan")
     # torch is slow to import. It is imported here, because commands that only read the settings do not need it.
     import torch
 
     target = torch.tensor(targets, dtype=torch.float64)
     error = target - torch.tensor(predictions, dtype=torch.float64)
-    variance = target.var(unbiased=False)
-    return float("nan") if variance == 0 else float(1 - error.var(unbiased=False) / variance)
+    return float(1 - error.var(unbiased=False) / target.var(unbiased=False))
 
 
 def _build(settings: PPOSettings, parts: CreditParts) -> CreditFn:

@@ -13,6 +13,7 @@ trained in place of a token of a sequence).
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +40,7 @@ from vineppo.learning.experience import (
     without_truncated,
 )
 from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
-from vineppo.learning.optim import Optimizer, lr_factor
+from vineppo.learning.optim import GradientError, Optimizer, lr_factor
 from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
 from vineppo.model.batch import Batch, collate, micro_batches, pad
 from vineppo.model.critic import ValueNetwork
@@ -157,7 +158,8 @@ class TorchLearner:
                 if indices:
                     # Number of rollouts that correspond to this part of the samples.
                     share = num_rollouts * len(indices) / len(order)
-                    for key, value in self._update([experience[i] for i in indices], train_policy, share).items():
+                    chosen = [experience[i] for i in indices]
+                    for key, value in self._update(chosen, train_policy, share, iteration).items():
                         totals[key] += value
                 self.scheduled += 1
         num_updates = max(1, self.updates - updates_before)
@@ -308,13 +310,16 @@ class TorchLearner:
         """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
         return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
 
-    def _update(self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float) -> Metrics:
+    def _update(
+        self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float, iteration: int
+    ) -> Metrics:
         """Make one optimizer step of the policy and one of the value network.
 
         Args:
             train_policy: whether the policy is trained; False trains only the value network.
             num_rollouts: number of rollouts in the iteration, multiplied by the fraction of the samples that are in the
                 minibatch.
+            iteration: number of the iteration, for error messages.
         Returns:
             The metrics of the minibatch.
         """
@@ -324,15 +329,16 @@ class TorchLearner:
         if train_policy:
             metrics |= self._policy_gradient(minibatch, num_rollouts)
             metrics["policy/lr"] = config.lr * factor
-            metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
+            with _gradient_errors_named(iteration, "policy", "learner.lr", config.lr):
+                metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
         if self.critic is not None and self.critic_optimizer is not None:
             metrics["value/loss"] = self._value_gradient(self.critic, minibatch)
             critic_factor = lr_factor(
                 self.scheduled, self.critic_settings.value_warmup_updates, self.total_updates, config.decay
             )
-            metrics["value/grad_norm"] = self.critic_optimizer.step(
-                self.critic_settings.value_lr * critic_factor, config.max_grad_norm
-            )
+            value_lr = self.critic_settings.value_lr
+            with _gradient_errors_named(iteration, "value network", "value_lr", value_lr):
+                metrics["value/grad_norm"] = self.critic_optimizer.step(value_lr * critic_factor, config.max_grad_norm)
         self.updates += 1
         return metrics
 
@@ -446,6 +452,19 @@ class TorchLearner:
         return clipped_value_loss(
             predicted, batch.values[mask], batch.returns[mask], self.critic_settings.value_clip, batch.weights[mask]
         )
+
+
+@contextlib.contextmanager
+def _gradient_errors_named(iteration: int, network: str, setting: str, lr: float) -> Iterator[None]:
+    """Add the iteration, the network and its learning rate to the message of a `GradientError`."""
+    option = setting if "." in setting else f"ALGORITHM.{setting}"
+    try:
+        yield
+    except GradientError as error:
+        raise UserError(
+            f"iteration {iteration}: {error} ({network}); lower {setting}, which is {lr:g}, and continue from the last "
+            f"checkpoint with --resume RUN --{option} {lr / 10:g}, or start a new run with model.dtype float32"
+        ) from None
 
 
 def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:

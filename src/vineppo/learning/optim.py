@@ -31,6 +31,10 @@ def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
     return (1 - math.cos(math.pi * remaining)) / 2 if decay == "cosine" else remaining
 
 
+class GradientError(UserError):
+    """The norm of a gradient is not finite."""
+
+
 class Optimizer:
     """AdamW with gradient clipping by global norm, for parameters with `requires_grad`.
 
@@ -55,14 +59,14 @@ class Optimizer:
         Returns:
             The global norm of the gradient before clipping.
         Raises:
-            UserError: if the norm of the gradient is not finite. In this case the weights are not changed.
+            GradientError: if the norm of the gradient is not finite. In this case the weights are not changed.
         """
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
         norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm or float("inf")))
         if not norm < float("inf"):
-            raise UserError(f"the gradient's norm is {norm}; lower the learning rate, or use model.dtype float32")
+            raise GradientError(f"the gradient's norm is {norm}")
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

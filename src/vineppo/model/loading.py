@@ -15,9 +15,9 @@ from vineppo.config.schema import ModelConfig
 from vineppo.config.settings import replace
 from vineppo.model.hardware import cpu_multiplies
 from vineppo.model.location import only_local_copy, resolve_model_path, run_of_checkpoint
-from vineppo.model.lora import load_trained_state, with_adapters
+from vineppo.model.lora import load_trained_state, merged_model, with_adapters
 from vineppo.model.modes import with_checkpointing
-from vineppo.model.of_run import base_of_checkpoint
+from vineppo.model.of_run import base_of_checkpoint, dtype_of_checkpoint
 from vineppo.run.checkpoint import read_state, verify_checkpoint
 from vineppo.types import UserError
 
@@ -46,6 +46,8 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
     _warn_of_slow_dtype(config)
     if run_of_checkpoint(Path(path)):
         return _load_checkpoint(replace(config, path=path))
+    if (Path(path) / "adapter").is_dir():
+        _warn_of_lost_adapters(config)
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": local}
     attention = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     try:
@@ -60,18 +62,29 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _load_checkpoint(config: ModelConfig) -> tuple[Any, Any]:
-    """Load (model, tokenizer) from a checkpoint of a run, with adapters merged."""
+    """Load (model, tokenizer) from a checkpoint of a run, with adapters merged in float32.
+
+    In float32, this is the model that the run trained, also if the weights under its adapters have 16 bits.
+    """
     folder, base = Path(config.path), base_of_checkpoint(config)
     verify_checkpoint(folder)
+    if base.lora.r:
+        _warn_of_lost_adapters(config)
     weights = read_state(folder / "learner.pt")["policy"]
     model, tokenizer = load_pretrained(base)
-    adapters = with_adapters(model, base.lora) if base.lora.r else None
+    adapters = None
+    if base.lora.r:
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.to(getattr(torch, dtype_of_checkpoint(config))))
+        adapters = with_adapters(model, base.lora)
     try:
         load_trained_state(model, weights)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"checkpoint {folder} does not fit the model {base.path!r} of its run: {reason}") from error
-    return (model if adapters is None else adapters.merge_and_unload()).requires_grad_(True), tokenizer
+    if adapters is not None:
+        model = merged_model(adapters, getattr(torch, base.dtype))
+    return model.requires_grad_(True), tokenizer
 
 
 @contextlib.contextmanager
@@ -90,6 +103,16 @@ def device_errors_in_one_line(device: str) -> Iterator[None]:
         raise UserError(
             f"model.device is {device!r}: {reason}; `vineppo doctor` lists the available devices"
         ) from error
+
+
+def _warn_of_lost_adapters(config: ModelConfig) -> None:
+    """Warn if a model with merged adapters is to be loaded in 16 bits."""
+    if getattr(torch, config.dtype).itemsize == 2:
+        warnings.warn(
+            f"model.path {config.path!r} has merged adapters, and model.dtype is {config.dtype}: rounding to 16 bits "
+            "removes most of what small adapters change; use model.dtype float32",
+            stacklevel=3,
+        )
 
 
 def _warn_of_slow_dtype(config: ModelConfig) -> None:

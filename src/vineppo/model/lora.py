@@ -60,6 +60,22 @@ def merged_weights(model: Any, dtype: torch.dtype | None = None) -> Iterator[tup
         yield from merged_layer(layer, dtype).state_dict(prefix=f"{name}.").items()
 
 
+def merged_model(adapters: Any, dtype: torch.dtype) -> Any:
+    """Merge the adapters of a peft model into its layers in place, in float32, and return the model without adapters.
+
+    Args:
+        dtype: dtype to which the layers that had adapters are rounded after the sum.
+    """
+    base = adapters.get_base_model()
+    names = list(adapter_layers(base))
+    for name in names:
+        base.get_submodule(name).to(torch.float32)
+    merged = adapters.merge_and_unload()
+    for name in names:
+        merged.get_submodule(name).to(dtype)
+    return merged
+
+
 def adapter_layers(model: Any) -> dict[str, Any]:
     """Return the outermost layers of a model that have adapters of peft, as a dictionary from names to layers."""
     try:

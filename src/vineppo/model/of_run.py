@@ -49,14 +49,28 @@ def base_of_checkpoint(config: ModelConfig) -> ModelConfig:
     Raises:
         UserError: if the checkpoint contains adapters of a model that was passed in memory.
     """
-    folder = run_of_checkpoint(Path(config.path).expanduser())
-    assert folder is not None
-    run = RunDirectory.open(folder, writable=False)
-    section: Any = run.config.get("model", {})
-    recorded = settings_from_layers(ModelConfig, [(section, f"in {folder}/config.yaml")])
+    run, recorded = _recorded(config)
     if recorded.lora.r and run.read_record().get("model_in_memory"):
         raise UserError(
             f"{config.path} contains adapters of a model that a script passed in memory; finish that run, and use "
             f"{run.final}"
         )
     return replace(config, path=recorded.path, lora=recorded.lora)
+
+
+def dtype_of_checkpoint(config: ModelConfig) -> str:
+    """Return the data type with which the run of a checkpoint loaded its starting model.
+
+    Args:
+        config: model settings whose path is a checkpoint.
+    """
+    return _recorded(config)[1].dtype
+
+
+def _recorded(config: ModelConfig) -> tuple[RunDirectory, ModelConfig]:
+    """Return the run of a checkpoint, and the model settings of this run."""
+    folder = run_of_checkpoint(Path(config.path).expanduser())
+    assert folder is not None
+    run = RunDirectory.open(folder, writable=False)
+    section: Any = run.config.get("model", {})
+    return run, settings_from_layers(ModelConfig, [(section, run.source)])

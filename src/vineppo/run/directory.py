@@ -147,6 +147,13 @@ class RunDirectory:
         return cls(run, config)
 
     @property
+    def source(self) -> str:
+        """The source of the run's settings in error messages, with the version that wrote them if it is another one."""
+        writer = self.read_record().get("vineppo")
+        other = f" (written by vineppo {writer}; this is vineppo {package_version()})"
+        return f"in {self.path}/config.yaml" + (other if writer not in (None, package_version()) else "")
+
+    @property
     def metrics(self) -> Path:
         """Path of the file with the metrics, which has one JSON object per line and one line per iteration."""
         return self.path / "metrics.jsonl"

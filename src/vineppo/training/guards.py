@@ -27,8 +27,6 @@ _STANDARD_ERRORS = 6.0
 """A mean that differs from its expectation by more than this number of standard errors counts as a fault."""
 _SAMPLES = 32
 """Maximum number of samples whose log-probabilities are compared before and after an update."""
-_SMALLEST_EXCESS = 0.02
-"""Mean of log-probability plus entropy, in nats per token, below which a difference can be rounding."""
 
 
 class SamplerFault(UserError):
@@ -174,13 +172,15 @@ class Guards:
 
         The function raises `SamplerFault` if the log-probability gap is above its bound, or if the tokens are not
         distributed as the trainer expects. The second check needs all tokens of all rollouts, each with weight 1,
-        because an algorithm that chooses among its rollouts changes the distribution of the tokens.
+        because an algorithm that chooses among its rollouts changes the distribution of the tokens. So does
+        `learner.mask_truncated`, which chooses the responses that ended.
         """
         tokens = sum(sum(sample.loss_mask) for sample in samples)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         # An algorithm with its own sampling may return responses that share sampled tokens, which are not independent.
         is_complete = (
             self.parts.algorithm.sample is None
+            and not self.parts.learner.config.mask_truncated
             and all(sample.rollout is not None and sample.weights is None for sample in samples)
             and tokens == sum(len(rollout.response_ids) for rollout in rollouts)
         )
@@ -232,7 +232,7 @@ class Guards:
     def _check_gap(self, gap: float, where: str) -> None:
         if not gap <= self.max_gap:
             raise SamplerFault(
-                f"{where}: a token's log-probability from the sampler and from the trainer differ by {gap:.3g}; "
+                f"{where}: the sampler's and the trainer's log-probability of a token differ by {gap:.3g}; "
                 f"allowed: {self.max_gap:g} (guards.max_logprob_gap). Likely causes: the sampler has old weights or no "
                 "adapters, another temperature, active dropout, other token ids or positions than the trainer, or a "
                 "lower precision"
@@ -241,11 +241,12 @@ class Guards:
     def _check_excess(self, total: float, variance: float, tokens: int, where: str) -> None:
         self.excess.add(total, variance, tokens)
         mean, errors = self.excess.mean, self.excess.standard_errors
-        if abs(mean) > _SMALLEST_EXCESS and abs(errors) > _STANDARD_ERRORS:
+        if abs(mean) > self.settings.max_logprob_excess and abs(errors) > _STANDARD_ERRORS:
             side = "too likely" if mean > 0 else "too unlikely"
             raise SamplerFault(
                 f"{where}: the sampled tokens are {side} under the policy: log-probability plus entropy is {mean:+.3f} "
-                f"nats per token on average, {abs(errors):.0f} standard errors from 0. Likely causes: the sampler uses "
+                f"nats per token on average, {abs(errors):.0f} standard errors from 0; allowed: up to "
+                f"{self.settings.max_logprob_excess:g} (guards.max_logprob_excess). Likely causes: the sampler uses "
                 "another temperature, top-p, top-k or old weights, but reports log-probabilities of the policy"
             )
 

@@ -11,9 +11,11 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
+from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
 from vineppo.model.of_run import started_from
@@ -24,16 +26,17 @@ from vineppo.run.environment import require_one_process
 from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.lock import locked
 from vineppo.run.plots import plot_run
-from vineppo.run.trackers import build_trackers
+from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
-from vineppo.training.progress import Progress, advance, metrics_line
+from vineppo.training.progress import Progress, advance, is_new_best, metrics_line
 from vineppo.training.resuming import (
     changed_settings,
     check_goes_on,
     chosen_checkpoint,
+    go_back,
     read_progress,
     record_changes,
     restore,
@@ -41,7 +44,7 @@ from vineppo.training.resuming import (
 )
 from vineppo.training.rollouts import check_rewards, draw_problems
 from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
-from vineppo.training.stopping import LastingReporter, graceful_stop, limit_reached
+from vineppo.training.stopping import graceful_stop, limit_reached
 from vineppo.training.watch import Watch
 from vineppo.types import RewardFn, UserError
 
@@ -100,9 +103,10 @@ def resume(
 ) -> dict[str, Any]:
     """Continue the run in `config.run.dir` from a checkpoint.
 
-    On a CPU the result is bit-identical to that of an uninterrupted run. A run that stopped before its first checkpoint
-    starts from the beginning. Some settings may differ from those of the run (`resuming.CHANGEABLE`); the changes are
-    recorded. With a higher limit, a finished run goes on. The other arguments and the result are those of `train`.
+    On a CPU the result is bit-identical to that of an uninterrupted run. Some settings may differ from those of the run
+    (`resuming.CHANGEABLE`); the changes are recorded. With a higher limit, a finished run goes on. A run that stopped
+    before its first checkpoint starts from the beginning, and all its settings may differ. The other arguments and the
+    result are those of `train`.
 
     Args:
         config: the settings of the run, with `run.dir` set.
@@ -116,23 +120,25 @@ def resume(
     config = with_algorithm_section(config)
     run = RunDirectory.open(config.run.dir)
     with locked(run.path), disk_errors_in_one_line(run.path):
-        changes = changed_settings(run, config)
         start = chosen_checkpoint(run, checkpoint)
+        changes = changed_settings(run, config, any_change=start is None)
+        if start is None and in_memory.policy is None:
+            config = replace(config, model=started_from(config.model))
         recorded, state = read_progress(start)
         recipe = recipe or str(run.read_record().get("recipe") or "")
         progress = with_changes(recorded or Progress(recipe=recipe), changes)
         check_goes_on(run, limit_reached(config.run, progress, updates_per_iteration(config)))
+        require_trackers(config.run.report_to)
         parts = build_parts(config, reward_fn, in_memory)
         if start is not None:
-            restore(run, parts, start, state)
-        run = record_changes(run, config, changes, progress.iteration)
-        run.remove_leftovers()
-        run.summary.unlink(missing_ok=True)
-        # The run repeats everything after the checkpoint. Without `accuracy_before`, it also repeats the measurement
-        # before training, whose metrics have the iteration 0.
-        run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
-        run.remove_rollouts(progress.iteration)
-        return _run(_session(config, parts, run, reporter, progress.iteration), progress)
+            restore(parts, start, state)
+        run.read_metrics()  # raises UserError if the file is damaged
+        run = replace_fields(run, config=config_to_dict(config))
+        session = _session(config, parts, run, reporter, progress.iteration)
+        # A mistake of the user has been found by now, so that it leaves the files of the run as they were.
+        record_changes(run, changes, progress.iteration)
+        go_back(run, progress)
+        return _run(session, progress)
 
 
 def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter | None, start: int) -> Session:
@@ -141,7 +147,7 @@ def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter
         parts=parts,
         run=run,
         trackers=build_trackers(config.run.report_to, run.path, run.config, start),
-        reporter=reporter and LastingReporter(reporter),
+        reporter=reporter,
         limits=config.run,
         rollouts=config.rollouts,
         evaluation=config.eval,
@@ -228,7 +234,9 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
             session.run.write_rollouts(iteration, groups, samples, parts.codec.decode)
         log(session, line)
         session.watch.after_iteration(line, groups, samples)
-        if limits.checkpoint_every and iteration % limits.checkpoint_every == 0:
+        if limits.checkpoint_every and (
+            iteration % limits.checkpoint_every == 0 or (is_new_best(progress) and not is_last)
+        ):
             progress = save(session, progress)
     return progress, reason
 

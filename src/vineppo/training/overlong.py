@@ -9,6 +9,7 @@ from typing import Literal
 from vineppo.config.schema import EvalConfig
 from vineppo.model.codec import Codec
 from vineppo.tasks.dataset import DatasetTask
+from vineppo.training.rollouts import check_length
 from vineppo.types import Problem, Split, Task, UserError
 
 _TOKENS_PER_BYTE = 4
@@ -36,7 +37,8 @@ def fit_prompts(
 ) -> dict[Split, int]:
     """Check that the prompts of a table fit into the model's context together with a response of maximum length.
 
-    Tasks that generate their problems are not checked here; `rollouts.check_length` checks each problem that is drawn.
+    Of a task that generates its problems, only the first problem of each split is checked. `rollouts.check_length`
+    checks each problem that is drawn.
 
     Args:
         max_new_tokens: maximum length of a response in tokens.
@@ -49,6 +51,10 @@ def fit_prompts(
     """
     source = getattr(task, "source", None)
     if not isinstance(source, DatasetTask):
+        for split in counts:
+            if task.size(split) != 0:
+                first = task.problem(split, 0)
+                check_length(first.id, len(codec.prompt_ids(first)), max_new_tokens, codec.max_length)
         return {}
     dropped: dict[Split, int] = {}
     for split, count in counts.items():
@@ -59,17 +65,17 @@ def fit_prompts(
         long = [index for index, tokens in enumerate(lengths) if tokens + max_new_tokens > codec.max_length]
         if not long:
             continue
-        first = source.place(split, long[0])
+        place = source.place(split, long[0])
         if overlong == "error" or len(long) == size:
             advice = "leave such problems out with task.overlong drop" if len(long) < size else "use another model"
             raise UserError(
-                f"{first}: the prompt has {lengths[long[0]]} tokens; with a response of {max_new_tokens} "
+                f"{place}: the prompt has {lengths[long[0]]} tokens; with a response of {max_new_tokens} "
                 f"(max_new_tokens) that is more than the model's context of {codec.max_length} ({len(long):,} of "
                 f"{checked:,} {split} problems are too long); shorten the prompts, lower max_new_tokens, or {advice}"
             )
         warnings.warn(
             f"task.overlong drop: {len(long):,} of {size:,} {split} problems are left out, because their prompts are "
-            f"too long for the model's context of {codec.max_length} tokens (the first: {first})",
+            f"too long for the model's context of {codec.max_length} tokens (the first: {place})",
             stacklevel=2,
         )
         source.drop(split, long)

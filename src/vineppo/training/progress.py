@@ -57,6 +57,14 @@ def with_best_checkpoint(progress: Progress) -> Progress:
     return replace(progress, best_checkpoint=progress.iteration, best_checkpoint_accuracy=accuracy)
 
 
+def is_new_best(progress: Progress) -> bool:
+    """Return whether the evaluation after this iteration is better than that of every checkpoint before."""
+    accuracy, best = progress.evaluated_accuracy, progress.best_checkpoint_accuracy
+    if progress.evaluated_iteration != progress.iteration or accuracy is None:
+        return False
+    return best is None or accuracy > best
+
+
 def advance(
     progress: Progress,
     rollout_tokens: int,
@@ -107,7 +115,8 @@ def metrics_line(
         **cumulative(progress),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
         "reward/mean": rewards.mean().item() if known else None,
-        "reward/std": rewards.std(unbiased=False).item() if known else None,
+        # The rounded mean of equal rewards may differ from them, and the standard deviation would then not be 0.
+        "reward/std": (rewards.std(unbiased=False).item() if len(set(known)) > 1 else 0.0) if known else None,
         "response/length_mean": sum(lengths) / len(lengths),
         "response/length_min": min(lengths),
         "response/length_max": max(lengths),

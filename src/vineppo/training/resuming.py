@@ -46,6 +46,7 @@ CHANGEABLE = (
     "task.grading.memory",
     "task.grading.max_error_share",
     "guards.max_logprob_gap",
+    "guards.max_logprob_excess",
     "guards.probe_every",
     "eval.every",
     "eval.num_problems",
@@ -66,18 +67,22 @@ CHANGEABLE_OF_ALGORITHMS = ("value_lr", "value_warmup_updates", "value_clip")
 _LIMITS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "seconds": "run.max_seconds"}
 
 
-def changed_settings(run: RunDirectory, config: Config) -> dict[str, list[Any]]:
+def changed_settings(run: RunDirectory, config: Config, *, any_change: bool = False) -> dict[str, list[Any]]:
     """Return the settings that differ from those recorded in the run: dotted key -> [old value, new value].
 
     `run.dir` is left out, because the directory may have been moved.
 
+    Args:
+        any_change: whether every setting may change, because no iteration depends on the settings yet.
     Raises:
         UserError: if a setting differs that a resumed run must not change.
     """
-    recorded = config_from_layers([(run.config, f"in {run.path}/config.yaml")])
+    recorded = config_from_layers([(run.config, run.source)])
     config = with_values(config, run=with_values(config.run, dir=recorded.run.dir))
     section = find_algorithm(config.algorithm).name
     allowed = {*CHANGEABLE, *(f"{section}.{name}" for name in CHANGEABLE_OF_ALGORITHMS)}
+    if any_change:
+        allowed = {*settings_of(type(recorded)), *settings_of(type(config))}
     changes = diff_configs(recorded, config)
     refused = [change for change in changes if change.partition(":")[0] not in allowed]
     if refused:
@@ -87,7 +92,8 @@ def changed_settings(run: RunDirectory, config: Config) -> dict[str, list[Any]]:
             "learning rate, limits, memory, evaluation and checkpoint intervals, limits of grading, trackers)"
         )
     old, new = ({key: _at(config_to_dict(settings), key) for key in allowed} for settings in (recorded, config))
-    return {key: [old[key], new[key]] for key in settings_of(type(config)) if key in allowed and old[key] != new[key]}
+    keys = dict.fromkeys([*settings_of(type(config)), *settings_of(type(recorded))])
+    return {key: [old[key], new[key]] for key in keys if key in allowed and old[key] != new[key]}
 
 
 def describe_changes(changes: Mapping[str, list[Any]]) -> str:
@@ -95,22 +101,20 @@ def describe_changes(changes: Mapping[str, list[Any]]) -> str:
     return "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in changes.items())
 
 
-def record_changes(run: RunDirectory, config: Config, changes: Mapping[str, list[Any]], iteration: int) -> RunDirectory:
+def record_changes(run: RunDirectory, changes: Mapping[str, list[Any]], iteration: int) -> None:
     """Write changed settings to config.yaml, and what changed to run.json, with a warning that names the changes.
 
-    Returns the run with its new settings.
-
     Args:
+        run: the run with its new settings.
         iteration: number of completed iterations when the settings changed.
     """
     if not changes:
-        return run
+        return
     record = run.read_record()
     warnings.warn(f"changed settings from iteration {iteration + 1} on: {describe_changes(changes)}", stacklevel=3)
     entries = [*record.get("changes", []), {"after_iteration": iteration, "settings": dict(changes)}]
     run.write_record({**record, "changes": entries})
-    run.write_config(config_to_dict(config))
-    return RunDirectory.open(run.path)
+    run.write_config(run.config)
 
 
 def chosen_checkpoint(run: RunDirectory, choice: str) -> Path | None:
@@ -179,8 +183,8 @@ def check_goes_on(run: RunDirectory, limit: str) -> None:
         )
 
 
-def restore(run: RunDirectory, parts: Parts, checkpoint: Path, state: Mapping[str, Any]) -> None:
-    """Load a checkpoint into the parts of a run. Later checkpoints are removed.
+def restore(parts: Parts, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Load a checkpoint into the parts of a run.
 
     Raises:
         UserError: if the checkpoint does not fit the model.
@@ -195,7 +199,20 @@ def restore(run: RunDirectory, parts: Parts, checkpoint: Path, state: Mapping[st
         ) from error
     parts.update_sampler()
     set_random_state(state)
-    remove_later_checkpoints(run.checkpoints, state["progress"]["iteration"])
+
+
+def go_back(run: RunDirectory, progress: Progress) -> None:
+    """Remove what a run wrote after its checkpoint, because the resumed run repeats it.
+
+    These are later checkpoints, metrics, rollouts, the summary and temporary files. Only a process that holds the lock
+    may call this function.
+    """
+    remove_later_checkpoints(run.checkpoints, progress.iteration)
+    run.remove_leftovers()
+    run.summary.unlink(missing_ok=True)
+    # Without `accuracy_before`, the run also repeats the measurement before training. Its metrics have the iteration 0.
+    run.truncate_metrics(progress.iteration if progress.accuracy_before else -1)
+    run.remove_rollouts(progress.iteration)
 
 
 def random_state() -> dict[str, Any]:

@@ -54,8 +54,8 @@ def warn_of_few_problems(task: ProblemSource, count: int) -> None:
     size = task.size("train")
     if size is not None and size < count:
         warnings.warn(
-            f"rollouts.num_problems is {count}, but there are only {size} training problems, so every iteration "
-            "contains problems several times; add problems, or lower rollouts.num_problems",
+            f"rollouts.num_problems is {count}, but the task has only {size} training problem{'s' * (size != 1)}, so "
+            "every iteration contains problems several times; add problems, or lower rollouts.num_problems",
             TrainingWarning,
             stacklevel=2,
         )

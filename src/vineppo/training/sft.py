@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from vineppo.config.schema import SFTConfig
-from vineppo.learning.optim import Optimizer, lr_factor
+from vineppo.learning.optim import GradientError, Optimizer, lr_factor
 from vineppo.model.batch import micro_batches, pad
 from vineppo.model.codec import Codec
 from vineppo.model.loading import device_errors_in_one_line
@@ -57,7 +57,12 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
         batch = _batch(config, policy.codec, task, update)
         left_out += config.batch_size - len(batch)
         loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
-        optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
+        try:
+            optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
+        except GradientError as error:
+            raise UserError(
+                f"update {update + 1}: {error}; lower lr, which is {config.lr:g}, or use model.dtype float32"
+            ) from None
         losses.append(loss)
         tokens += counted
         if (update + 1) % max(1, config.updates // 20) == 0:

@@ -54,19 +54,32 @@ def graceful_stop() -> Iterator[threading.Event]:
         stop.set()
 
     previous_handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(signal, "SIGHUP"):
-        previous_handlers[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        yield stop
+        with hangup_ignored():
+            yield stop
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
-class LastingReporter:
-    """Wraps a reporter, so that the run goes on if the terminal or the reader of a pipe goes away.
+@contextmanager
+def hangup_ignored() -> Iterator[None]:
+    """Ignore SIGHUP, which a closed terminal sends, inside the block. Outside the main thread, nothing is done."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
-    Output that can no longer be written is discarded. Other errors of the reporter are raised.
+
+class LastingReporter:
+    """Wraps a reporter that prints, so that the run goes on if the terminal or the reader of a pipe goes away.
+
+    Output that can no longer be written is discarded. Other errors of the reporter are raised. A reporter that calls
+    code of a user must not be wrapped, because an error of that code may look like one of the console.
     """
 
     def __init__(self, reporter: Reporter) -> None:
@@ -74,19 +87,19 @@ class LastingReporter:
 
     def start(self) -> None:
         """Start the report."""
-        _without_console(self._reporter.start)
+        without_console(self._reporter.start)
 
     def before_iteration(self, iteration: int) -> None:
         """Report the beginning of an iteration."""
-        _without_console(lambda: self._reporter.before_iteration(iteration))
+        without_console(lambda: self._reporter.before_iteration(iteration))
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Report an iteration."""
-        _without_console(lambda: self._reporter.iteration(metrics))
+        without_console(lambda: self._reporter.iteration(metrics))
 
     def saved(self, iteration: int) -> None:
         """Report that a checkpoint was written."""
-        _without_console(lambda: self._reporter.saved(iteration))
+        without_console(lambda: self._reporter.saved(iteration))
 
     def wants_to_stop(self) -> bool:
         """Return whether the run should end now."""
@@ -94,10 +107,10 @@ class LastingReporter:
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         """Report the end of the run."""
-        _without_console(lambda: self._reporter.finish(summary, run_dir))
+        without_console(lambda: self._reporter.finish(summary, run_dir))
 
 
-def _without_console(report: Callable[[], None]) -> None:
+def without_console(report: Callable[[], None]) -> None:
     """Call `report`. If it cannot write to the console, discard all further output."""
     try:
         report()

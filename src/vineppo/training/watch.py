@@ -22,6 +22,9 @@ _KL_STEP = 0.5
 """KL divergence of one iteration, in nats per token, above which the steps are too large."""
 _KL_TOTAL = 1.0
 """KL divergence from the reference model, in nats per token, above which the policy has left the reference model."""
+_WORSE_THAN_CONSTANT = -0.05
+"""Explained variance below which a value network is clearly worse than a constant. If it predicts about the same number
+everywhere, its explained variance is slightly below 0."""
 _STANDARD_ERRORS = 5.0
 
 Line = Mapping[str, Any]
@@ -166,10 +169,12 @@ class Watch:
 
     def _critic(self) -> str:
         values = self._last("value/explained_variance", _ENDS)
-        if len(self.lines) > _ENDS and values and max(values) < 0:
+        # In the first iterations, a new value network is often worse than a constant.
+        if self.lines[-1]["iteration"] > 2 * _ENDS and values and max(values) < _WORSE_THAN_CONSTANT:
             return (
-                f"the value network is worse than a constant (explained variance {values[-1]:.2f}, below 0 in the last "
-                f"{_ENDS} iterations); lower its learning rate, or train it alone at first (value_only_iterations)"
+                f"the value network is worse than a constant (explained variance {values[-1]:.2f}, below "
+                f"{_WORSE_THAN_CONSTANT} in the last {_ENDS} iterations); check its targets (the returns), lower its "
+                "learning rate, or train it alone at first (value_only_iterations)"
             )
         return ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vineppo.run.trl_names import with_trl_names
+from vineppo.training.stopping import without_console
 
 NOT_CALLED = ("on_pre_optimizer_step", "on_optimizer_step", "on_substep_end")
 """Methods of `TrainerCallback` that transformers calls during training, but this package does not."""
@@ -169,7 +170,8 @@ class Listener:
         logs = {**logs, "step": self.state.global_step, "epoch": self.state.epoch}
         self.state.log_history.append(logs)
         self.call("on_log", logs=logs)
-        print(json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs}), flush=True)
+        line = json.dumps({key: logs[key] for key in ("iteration", "reward", "eval_reward") if key in logs})
+        without_console(lambda: print(line, flush=True))
 
     def _mean_notes(self) -> dict[str, float]:
         """Return the mean of the numbers noted under each name, and forget the numbers."""

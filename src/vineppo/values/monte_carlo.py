@@ -18,6 +18,7 @@ from typing import Protocol
 
 from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed
+from vineppo.statistics import mean_of
 from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
@@ -226,7 +227,7 @@ class MonteCarlo:
 def _mean_value(rewards: Sequence[float | None]) -> Value | None:
     """Return the mean of the rewards that are not None as a value, or None if there are none."""
     known = [reward for reward in rewards if reward is not None]
-    return Value(sum(known) / len(known), len(known)) if known else None
+    return Value(mean_of(known), len(known)) if known else None
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:

@@ -227,7 +227,12 @@ class _TreeWalk:
                 continue
             rewards = self.walkers.rewards[pool]
             rewards = rewards[~np.isnan(rewards)]
-            yield key, Value(float(rewards.mean()), len(rewards)) if len(rewards) else None
+            if not len(rewards):
+                yield key, None
+                continue
+            # The rounded mean of equal rewards may differ from them.
+            mean = rewards[0] if rewards.min() == rewards.max() else rewards.mean()
+            yield key, Value(float(mean), len(rewards))
 
     def _advance(
         self, branches: list[_Branch], depth: int, walkers: np.ndarray
