@@ -213,18 +213,7 @@ def test_splitters(spec: str, count: int, tmp_path: Path) -> None:
 
 @pytest.mark.real
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the sandbox")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "countdown",
-        "string_insertion",
-        "simple_integration",
-        *(
-            pytest.param(name, marks=pytest.mark.faults)
-            for name in sorted(EVALUATING - {"composite", "countdown", "string_insertion", "simple_integration"})
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", sorted(EVALUATING - {"composite"}))
 def test_scorers_that_evaluate_text(name: str, owned: Path) -> None:
     """Case 5."""
     pytest.importorskip("reasoning_gym")
