@@ -54,7 +54,9 @@ def split_unit(text: str) -> tuple[str, str]:
     A number word becomes a factor: `1.5\\text{ million dollars}` is `(1.5)*10^6` with the unit `dollar`. If the words
     behind the number are no unit, as in `5\\text{ or more}`, the text is returned as it is.
     """
-    bare, currency, units = text.strip(), [], []
+    bare = text.strip()
+    currency: list[str] = []
+    units: list[str] = []
     if match := re.match(r"([-+]?)\s*\\money\s*", bare):
         bare, currency = match[1] + bare[match.end() :], ["dollar"]
     elif bare.endswith(r"\money"):

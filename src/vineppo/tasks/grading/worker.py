@@ -57,7 +57,7 @@ def main() -> None:
     channel = socket.socket(fileno=descriptor)
     # Both streams write to one pipe, in order and without a buffer. Unpaired surrogates of a model's text are escaped.
     raw = io.FileIO(2, "wb", closefd=False)
-    sys.stdout = sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)  # type: ignore[arg-type]
+    sys.stdout = sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
     try:
         _serve(channel)
     except UserError as error:
