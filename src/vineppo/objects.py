@@ -42,8 +42,14 @@ def load_object(spec: str, what: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type of an exception and the first line of its message, as one line."""
-    lines = str(error).strip().splitlines()
+    """Return the type of an exception and the first line of its message, as one line.
+
+    If the exception has no message, or its `__str__` fails, this is only the type.
+    """
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        lines = []
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

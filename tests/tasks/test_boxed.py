@@ -52,6 +52,7 @@ def test_sums_are_compared_by_math_verify() -> None:
     assert reward("6", r"\sum_{k=1}^{3} k") == 1.0
     assert reward("7", r"\sum_{k=1}^{3} k") == 0.0
     assert reward("5", r"\sum_{k=1}^{1000000000} k!") is None  # never evaluated
+    assert reward(r"\sum_{k=1}^{3} k", "6") == 0.0  # may repeat the problem
 
 
 LONG = [

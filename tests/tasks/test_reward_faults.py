@@ -25,7 +25,9 @@ from vineppo.config.schema import GradingConfig, TaskConfig
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import load_grader
+from vineppo.tasks.grading.output import Output
 from vineppo.tasks.grading.rewards import apply_rewards
+from vineppo.tasks.grading.worker import _grade
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.types import Failure, Problem, UserError, Verdict
 
@@ -33,6 +35,10 @@ REWARDS = """
 import asyncio, os, resource, sys
 
 leaked = []
+
+class NoText(Exception):
+    def __str__(self):
+        raise ValueError("no text")
 
 async def later(value):
     await asyncio.sleep(0)
@@ -67,6 +73,18 @@ def misbehave(completions, **_):
         os.closerange(3, 40)
     if text == "fork":
         os.fork()
+    if text == "program":
+        os.system("printf '\\033[2J program\\n'; printf '\\033[2J error\\n' >&2")
+    if text == "interrupt":
+        raise KeyboardInterrupt
+    if text == "no text":
+        raise NoText
+    if text.startswith("{"):
+        for descriptor in range(3, 40):
+            try:
+                os.write(descriptor, text.encode() + b"\\n")
+            except OSError:
+                pass
     if text == "escape":
         print("\\x1b[2J printed", flush=True)
         raise ValueError("\\x1b[2J raised")
@@ -135,7 +153,7 @@ def graded_by(pool: WorkerPool, texts: list[str]) -> list[Verdict]:
 def test_misbehaviour_in_a_worker_affects_at_most_its_own_response(pool_of: Any) -> None:
     """Cases 1 and 4."""
     texts = ["a", "asyncio.run", "own loop", "nan", "1e308", "descriptor 1", "other descriptors", "bc", "fork", "def"]
-    texts += ["invalid messages", "close descriptors", "ghij"]
+    texts += ["invalid messages", "close descriptors", "ghij", "interrupt", "no text"]
     verdicts = dict(zip(texts, graded_by(pool_of("misbehave"), texts), strict=True))
     failures = {text: verdict.text for text, verdict in verdicts.items() if isinstance(verdict, Failure)}
     assert {text: verdict for text, verdict in verdicts.items() if text not in failures} == {
@@ -159,7 +177,54 @@ def test_misbehaviour_in_a_worker_affects_at_most_its_own_response(pool_of: Any)
         "other descriptors": invalid,
         "invalid messages": invalid,
         "close descriptors": "the grader process ended unexpectedly (exit code 0)",
+        "interrupt": "a reward function raised KeyboardInterrupt",
+        "no text": "reward function my_faulty_rewards:misbehave failed: NoText; it is called as fn(prompts, "
+        "completions, completion_ids, **columns) with columns answer and must return a list of numbers",
     }
+
+
+@pytest.mark.parametrize(
+    ("message", "verdict"),
+    [
+        ('{"error":"ended by the model"}', "invalid message"),
+        ('{"job":0,"rewards":[1e300]}', "invalid message"),
+        ('{"job":0,"rewards":[5.0]}', (5.0,)),  # code that runs in a grader process can choose its own reward
+    ],
+)
+def test_forged_messages_neither_end_the_run_nor_fail_the_next_response(
+    message: str, verdict: Any, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = WorkerPool([functools.partial(load_grader, f"{module}:misbehave")], 1, 20.0, 0, "available")
+    forged, following = graded_by(pool, [message, "ab"])
+    pool.close()
+    assert following == (2.0,)
+    if isinstance(forged, Failure):
+        assert verdict in forged.text
+    else:
+        assert forged == verdict
+
+
+def test_a_user_error_in_the_sandbox_is_a_failure() -> None:
+    def reward(**_: Any) -> list[float]:
+        raise UserError("ended by the model")
+
+    assert _grade((reward,), problem(0), "x", [], trusted=False) == ({"failure": "ended by the model"}, False)
+    with pytest.raises(UserError, match="ended by the model"):
+        _grade((reward,), problem(0), "x", [], trusted=True)
+
+
+def test_output_is_printed_in_lines_and_a_flood_neither_hangs_nor_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    output = Output()
+    write_end = os.dup(output.write_end)
+    output.start()
+    for part in (b"one \x1b[2J ", "l\u00edne\n".encode()[:2], "l\u00edne\n".encode()[2:], b"\xff" * 3, b"\n"):
+        os.write(write_end, part)
+    for _ in range(100):  # more than a pipe holds: it ends because the pipe is read
+        os.write(write_end, b"x" * (1 << 14))
+    os.close(write_end)
+    output.drain()
+    lines = capfd.readouterr().err.split("\n")
+    assert lines == [r"one \x1b[2J líne", r"\xff\xff\xff", "x" * (100 << 14)]
 
 
 def test_plain_functions_run_in_the_thread_of_the_caller_outside_any_event_loop() -> None:
@@ -332,6 +397,7 @@ def test_escape_sequences_never_reach_the_terminal(
     """Case 5: texts of exceptions, of messages and of what a grader process prints are escaped."""
     limits = GradingConfig(workers=1, max_error_share=0.0)
     task = build_task(TaskConfig(num_steps=3, rewards=(f"{module}:misbehave",), grading=limits))
+    assert task.grade([problem(1)], ["program"]) == [7.0]
     with pytest.raises(UserError) as caught:
         task.grade([problem(0)], ["escape"])
     assert r"ValueError: \x1b[2J raised" in str(caught.value) and "\x1b" not in str(caught.value)
@@ -342,7 +408,8 @@ def test_escape_sequences_never_reach_the_terminal(
     assert isinstance(task, Graded) and isinstance(task.judge, WorkerPool)
     task.judge.close()
     printed = capfd.readouterr().err
-    assert r"\x1b[2J printed" in printed
+    for text in ("printed", "program", "error"):
+        assert rf"\x1b[2J {text}" in printed
     assert r"error: unknown command train\x1b[2J\x9b\u202e\ud800; commands:" in printed
     assert r"warning: \x1b[2J warned" in printed
     assert "\x1b" not in printed and "\x9b" not in printed

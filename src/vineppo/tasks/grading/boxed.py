@@ -27,7 +27,9 @@ def grade_boxed(
 
     The answer may be a solution with a `\boxed{}` or the bare answer. Text outside the box is ignored. Usual notations
     are equal: fractions and decimals, intervals and inequalities, lists in any order, units and percent signs that one
-    side leaves out. Numbers are compared exactly: 0.33 is not 1/3. The reward is None (not applicable) if the texts
+    side leaves out. Numbers are compared exactly: 0.33 is not 1/3. An equation that is not solved, such as 3x+1=7 for
+    x=2, is wrong, and so is a sum, an integral or a limit if the reference answer has none: both may repeat the
+    problem. The reward is None (not applicable) if the texts
     differ and the reference answer cannot be read.
 
     Raises:

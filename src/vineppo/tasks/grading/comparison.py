@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from vineppo.tasks.grading.answers import FLIPPED, Answer
 from vineppo.tasks.grading.formulas import Node
 from vineppo.tasks.grading.regions import same_region
-from vineppo.tasks.grading.values import same_up_to_factor, same_value
+from vineppo.tasks.grading.values import names, same_up_to_factor, same_value
+
+_PUNCTUATION = re.compile(r"(?:\\text\s*|[\s{}()\[\],;!?'\"]|\\(?![A-Za-z])|\.(?!\d))+")
 
 
 def same_answer(one: Answer, other: Answer) -> bool:
@@ -113,10 +115,15 @@ def _assigned(answer: Answer) -> Answer | None:
 
 
 def _same_relation(one: Answer, other: Answer) -> bool:
+    """Return whether two equations or two inequalities are equal, apart from a constant factor.
+
+    If one of them is solved for its only variable, as x = 2, the other one must be solved too: 3x + 1 = 7 may be the
+    equation of the problem.
+    """
     for candidate in (one, Answer("relation", "", one.parts[::-1], signs=tuple(FLIPPED[s] for s in one.signs[::-1]))):
         if candidate.signs == other.signs and _same_in_order(candidate.parts, other.parts):
             return True
-    if len(one.signs) != 1 or len(other.signs) != 1:
+    if len(one.signs) != 1 or len(other.signs) != 1 or _is_solved(one) or _is_solved(other):
         return False
     differences = [_difference(answer) for answer in (one, other)]
     if differences[0] is None or differences[1] is None:
@@ -127,6 +134,14 @@ def _same_relation(one: Answer, other: Answer) -> bool:
     if one.signs[0] in ("=", "!="):
         return one.signs == other.signs
     return (one.signs[0] if sign > 0 else FLIPPED[one.signs[0]]) == other.signs[0]
+
+
+def _is_solved(answer: Answer) -> bool:
+    """Return whether one side of a relation is a name and the other one a constant."""
+    left, right = answer.parts
+    return any(
+        a.node[:1] == ("name",) and b.kind == "scalar" and not names(b.node) for a, b in ((left, right), (right, left))
+    )
 
 
 def _difference(answer: Answer) -> Node | None:
@@ -143,6 +158,16 @@ def _compact(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Return the words of an answer without case, white space, punctuation and brackets."""
-    text = re.sub(r"\\text\s*|[\s{}()\[\],;!?'\"]|\\(?![A-Za-z])|\.(?!\d)", "", text)
+    """Return the words of an answer without case, white space, punctuation and brackets.
+
+    Between two digits, a space remains: June 1, 23 is not June 12, 3.
+    """
+    text = _PUNCTUATION.sub(_space_between_digits, text)
     return text if len(text) == 1 else text.lower()
+
+
+def _space_between_digits(match: re.Match[str]) -> str:
+    """Return a space if the match separates two numbers; a comma between groups of three digits does not."""
+    before, after = match.string[: match.start()][-1:], match.string[match.end() :][:4]
+    groups = match[0] == "," and re.fullmatch(r"\d{3}\D?", after)
+    return " " if before.isdigit() and after[:1].isdigit() and not groups else ""

@@ -87,7 +87,15 @@ def normal_notation(text: str) -> str:
     if match := _IN_BRACKETS.fullmatch(text.strip()):  # elsewhere, 0.5(3) is a product
         text = _fraction_of_repeating(match)
     text = _SCIENTIFIC.sub(r"\1*10^{\2}", _MIXED.sub(r"\1\\frac{\2}{\3}", text))
-    return re.sub(r"\s+", " ", text).strip().rstrip(".,;").strip()
+    return _without_end(re.sub(r"\s+", " ", text))
+
+
+def _without_end(text: str) -> str:
+    """Remove commas, semicolons and one full stop at the end. Three dots are no full stop."""
+    text = text.strip().rstrip(",; ")
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1].rstrip(",; ")
+    return text
 
 
 def _symbols(text: str) -> str:

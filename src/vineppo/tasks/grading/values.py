@@ -20,6 +20,8 @@ MAX_BITS = 2**16
 """Largest size of a numerator or denominator. 2^{2005} and 1/2004! are far below it."""
 MAX_REAL_BITS = 2**13
 """Largest total size of the rational numbers in a formula with irrational numbers, whose precision grows with it."""
+_MAX_SCALE = 2**11
+"""Largest total size in bits of the irrational constants of a formula, as e^{-1000}, that raises the precision."""
 _MAX_EXPONENT = 2.0**20
 """Largest natural logarithm of an irrational number, and largest size in bits of the argument of a function."""
 _NUM_POINTS = 8
@@ -40,14 +42,15 @@ def same_value(one: Node, other: Node) -> bool:
     """Return whether two formulas are equal: at all points where both are defined in the real numbers.
 
     Rational values are compared exactly. Other values are compared with more digits than the formulas contain, so that
-    equal decimals or a small difference do not make two values equal. Formulas that are too large to be computed are
-    equal only if they are identical.
+    equal decimals or a small difference do not make two values equal: 1 - e^{-1000} is not 1. Differences of less than
+    10^{-40} of the value are not seen in formulas with variables, and in long formulas with numbers such as e^{-1000}.
+    Formulas that are too large to be computed are equal only if they are identical.
     """
     if one == other:
         return True
-    names = sorted(_names(one) | _names(other), key=repr)
+    variables = sorted(names(one) | names(other), key=repr)
     try:
-        verdicts = [(_equal_at(one, other, point), _contains_i(one, other)) for point in _points(names)]
+        verdicts = [(_equal_at(one, other, point), _contains_i(one, other)) for point in _points(variables)]
     except TooLarge:
         return False
     return _judge(verdicts)
@@ -65,11 +68,11 @@ def _judge(verdicts: list[tuple[_Verdict, bool]]) -> bool:
 
 def same_up_to_factor(one: Node, other: Node) -> float | None:
     """Return the sign (1.0 or -1.0) of the constant c with one = c * other, or None if there is no such constant."""
-    names = sorted(_names(one) | _names(other), key=repr)
-    if not names:
+    variables = sorted(names(one) | names(other), key=repr)
+    if not variables:
         return None
     try:
-        pairs = [pair for point in _points(names) if (pair := _values(one, other, point)) is not None]
+        pairs = [pair for point in _points(variables) if (pair := _values(one, other, point)) is not None]
     except TooLarge:
         return None
     pairs = [pair for pair in pairs if pair[0] != 0 or pair[1] != 0]
@@ -87,7 +90,7 @@ def same_up_to_factor(one: Node, other: Node) -> float | None:
 
 def real_constant(node: Node) -> Any | None:
     """Return a number of mpmath with the value of a real constant, or None if the formula is no real constant."""
-    if _names(node):
+    if names(node):
         return None
     try:
         pair = _values(node, ("number", Fraction(0)), {})
@@ -123,7 +126,8 @@ def _values(one: Node, other: Node, point: Mapping[Node, Fraction]) -> tuple[_Nu
             return a, b, _MIN_DIGITS
         if first.bits > MAX_REAL_BITS:
             raise TooLarge
-        digits = _MIN_DIGITS + 2 * int(first.bits * math.log10(2))
+        scale = first.scale if not point and first.scale <= _MAX_SCALE else 0
+        digits = _MIN_DIGITS + 2 * int((first.bits + scale) * math.log10(2))
         return _precise(one, point, digits), _precise(other, point, digits), digits - 20
     except (Undefined, ZeroDivisionError):
         return None
@@ -169,26 +173,26 @@ def _context() -> Any:
     return mpmath.MPContext()
 
 
-def _points(names: list[Node]) -> Iterator[dict[Node, Fraction]]:
+def _points(variables: list[Node]) -> Iterator[dict[Node, Fraction]]:
     """Yield the points at which formulas are compared: small and large values, all positive in every second point."""
-    if not names:
+    if not variables:
         yield {}
         return
     generator = random.Random(0)
     for number in range(_NUM_POINTS):
         scale = (1, 3, 20, 300)[number // 2 % 4]
         point = {}
-        for name in names:
+        for name in variables:
             value = Fraction(generator.randint(1, 96), 97) * scale
             point[name] = -value if number % 2 and generator.random() < 0.75 else value
         yield point
 
 
-def _names(node: Node) -> frozenset[Node]:
+def names(node: Node) -> frozenset[Node]:
     """Return the variables of a formula. A value that is only known by its text counts as a variable."""
     if node[0] in ("name", "opaque"):
         return frozenset({node})
-    return frozenset().union(*(_names(part) for part in node[1:] if isinstance(part, tuple)))
+    return frozenset().union(*(names(part) for part in node[1:] if isinstance(part, tuple)))
 
 
 def _contains_i(*nodes: Node) -> bool:
@@ -206,6 +210,8 @@ class _Evaluation:
     digits: int
     bits: int = field(default=0, init=False)
     """Total size of the rational numbers that were converted."""
+    scale: int = field(default=0, init=False)
+    """Total magnitude of the binary exponents of irrational powers and function values, at least 64 for each."""
 
     def value(self, node: Node) -> _Number:
         """Return the value of a formula. Raises Undefined, TooLarge or ZeroDivisionError if there is none."""
@@ -275,7 +281,7 @@ class _Evaluation:
             return base
         if abs(_context().log(base)) * abs(exponent) > _MAX_EXPONENT:
             raise TooLarge
-        return base**exponent
+        return self._scaled(base**exponent)
 
     def _root(self, value: _Number, degree: _Number) -> _Number:
         if not (isinstance(degree, Fraction) and degree.denominator == 1 and 2 <= degree <= MAX_REAL_BITS):
@@ -295,7 +301,16 @@ class _Evaluation:
         values = [self._real(a) for a in arguments]
         if any(value and _context().mag(value) > math.log2(_MAX_EXPONENT) for value in values):
             raise TooLarge
-        return _real_function(name, values)
+        if name == "tanh":  # it differs from 1 by about 2e^{-2|x|}
+            self._scaled(_context().exp(-2 * abs(values[0])))
+        return self._scaled(_real_function(name, values))
+
+    def _scaled(self, value: _Number) -> _Number:
+        """Return an irrational value, and record its size, which the precision must cover."""
+        size = _context().mag(value)
+        if isinstance(size, int):  # not for 0 and infinity
+            self.scale += max(64, abs(size))
+        return value
 
 
 def _real_function(name: str, values: list[_Number]) -> _Number:

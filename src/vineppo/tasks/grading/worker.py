@@ -14,7 +14,9 @@ execute code, and a message may have been written by the text of a model. The me
 - `{"ready": [notice, ...]}`: the functions are loaded. The notices are shown to the user;
 - `{"job": number, "rewards": [...]}` or `{"job": number, "failure": text}`: the verdict on a response. With
   `"full": true`, the process has reached its memory limit and ends;
-- `{"error": text}`: a mistake of the user, which ends the run.
+- `{"error": text}`: a mistake of the user, which ends the run. In the sandbox, only before "ready".
+
+The standard streams of the process are a pipe, which the main process reads and prints.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from typing import Any
 
 from vineppo.tasks.grading.rewards import apply_rewards
 from vineppo.tasks.grading.sandbox import Protection, enter_sandbox, missing_protection
-from vineppo.types import Failure, Problem, RewardFn, UserError, printable
+from vineppo.types import Failure, Problem, RewardFn, UserError
 
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux: an option of `prctl` that sends a signal to this process when its parent ends."""
@@ -53,27 +55,15 @@ def main() -> None:
     _start_guard(trainer, descriptor)
     os.set_inheritable(descriptor, False)
     channel = socket.socket(fileno=descriptor)
-    # Output of reward functions goes to stderr, because stdout belongs to `vineppo`, whose output may be JSON.
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr = _PrintableStream(2)
+    # Both streams write to one pipe, in order and without a buffer. Unpaired surrogates of a model's text are escaped.
+    raw = io.FileIO(2, "wb", closefd=False)
+    sys.stdout = sys.stderr = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
     try:
         _serve(channel)
     except UserError as error:
         _send(channel, {"error": str(error)})
     except (EOFError, OSError):  # the trainer closed the connection, or a reward function did
         pass
-
-
-class _PrintableStream(io.TextIOWrapper):
-    """Escapes control characters, because reward functions print what a model wrote."""
-
-    def __init__(self, descriptor: int) -> None:
-        raw = io.FileIO(descriptor, "wb", closefd=False)
-        super().__init__(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
-
-    def write(self, text: str) -> int:
-        super().write(printable(text))
-        return len(text)
 
 
 def _start_guard(trainer: int, descriptor: int) -> None:
@@ -112,7 +102,7 @@ def _serve(channel: socket.socket) -> None:
     _send(channel, {"ready": notices})
     while True:
         for number, problem, text, token_ids in pickle.load(requests):
-            reply, full = _grade(fns, problem, text, token_ids)
+            reply, full = _grade(fns, problem, text, token_ids, trusted=protection == "none")
             if full or _address_space() > most:
                 _send(channel, {"job": number, **reply, "full": True})
                 os._exit(0)  # without cleaning up, for which the memory may not be sufficient
@@ -124,8 +114,15 @@ def _send(channel: socket.socket, message: dict[str, Any]) -> None:
     channel.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _grade(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int]) -> tuple[dict[str, Any], bool]:
-    """Return the verdict on a response as fields of a message, and whether the process ran out of memory."""
+def _grade(
+    fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: list[int], trusted: bool
+) -> tuple[dict[str, Any], bool]:
+    """Return the verdict on a response as fields of a message, and whether the process ran out of memory.
+
+    Args:
+        trusted: whether a UserError of a reward function is raised. Otherwise it may come from the text of the model,
+            and is a failure.
+    """
     process = os.getpid()
     try:
         [verdict] = apply_rewards(fns, [problem], [text], [token_ids])
@@ -135,9 +132,11 @@ def _grade(fns: tuple[RewardFn, ...], problem: Problem, text: str, token_ids: li
         # `apply_rewards` converts other exceptions of a reward function to a UserError with a cause. They concern only
         # this response. A UserError without a cause was raised by the reward function itself, or is about a returned
         # value that is not allowed. It ends the run.
-        if error.__cause__ is None:
+        if error.__cause__ is None and trusted:
             raise
         return {"failure": str(error)[:_MAX_TEXT]}, isinstance(error.__cause__, MemoryError)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt
+        return {"failure": f"a reward function raised {type(error).__name__}"[:_MAX_TEXT]}, False
     finally:
         if os.getpid() != process:
             os._exit(0)  # a reward function forked and returned in the new process too

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import pickle
 import signal
@@ -31,6 +30,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from vineppo.tasks.grading.output import Output
+from vineppo.tasks.grading.rewards import MAX_REWARD
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
@@ -61,6 +62,7 @@ class _Worker:
 
     process: subprocess.Popen[bytes]
     channel: socket.socket
+    output: Output
     jobs: deque[tuple[int, _Key]] = field(default_factory=deque)
     """Jobs sent to the worker that have no verdict yet, each with its number, in the order in which the worker
     processes them."""
@@ -99,6 +101,8 @@ class WorkerPool:
     ):
         self._setup = pickle.dumps((tuple(loaders), memory, list(sys.path), protection))
         self._size, self._seconds, self._num_rewards = workers, seconds, len(loaders)
+        self._trusted = protection == "none"
+        """Whether only a mistake of the user makes a worker send an error. In the sandbox, the text of a model may."""
         self._numbers = itertools.count()
         self._notices: set[str] = set()
         """Notices of workers that were shown as a warning."""
@@ -215,6 +219,8 @@ class WorkerPool:
         """Handle a message: the process is ready, the verdict on its first job, or an error that ends the run."""
         worker.busy_since = time.monotonic()
         if isinstance(message.get("error"), str):
+            if worker.ready and not self._trusted:
+                raise _InvalidMessage
             self.close()
             raise UserError(message["error"])
         if not worker.ready:
@@ -237,14 +243,18 @@ class WorkerPool:
             self._return_jobs(worker)
 
     def _replace(self, worker: _Worker, failure: Failure) -> None:
-        """Stop a worker. Its current job gets `failure` as verdict; its other jobs return to the front of the queue."""
+        """Stop a worker. Its current job gets `failure` as verdict; its other jobs return to the front of the queue.
+
+        Its current job returns too if an earlier response may be the cause, whose verdict the worker has sent already.
+        A new process then grades the job. This is not done after a time-out, because it would double the time.
+        """
         _kill(worker)
         self._workers.remove(worker)
         if not worker.ready:
             raise UserError(f"a grader process could not be started: {failure.text}")
-        if worker.jobs:
+        if worker.jobs and (failure.timed_out or not worker.graded):
             self._verdicts[worker.jobs.popleft()[1]] = failure
-            self._return_jobs(worker)
+        self._return_jobs(worker)
 
     def _return_jobs(self, worker: _Worker) -> None:
         """Put the jobs of a stopped worker back to the front of the queue."""
@@ -252,6 +262,7 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         trainer_end, worker_end = socket.socketpair()
+        output = Output()
         environment = {**os.environ, **_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
         # With the source folder of this module in PYTHONPATH, the worker imports the same copy of vineppo.
         root = str(Path(__file__).resolve().parents[3])
@@ -261,14 +272,17 @@ class WorkerPool:
                 [sys.executable, "-m", "vineppo.tasks.grading.worker", str(os.getpid()), str(worker_end.fileno())],
                 pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=output.write_end,
+                stderr=output.write_end,
                 # In a new session, Ctrl-C does not reach the worker. The main process gets it and stops the workers.
                 # The session is also a process group, which is killed as a whole.
                 start_new_session=True,
                 env=environment,
             )
+        output.start()
         with contextlib.suppress(OSError):  # the process has ended; _receive handles it
             trainer_end.sendall(self._setup)
-        return _Worker(process, trainer_end)
+        return _Worker(process, trainer_end, output)
 
 
 class _InvalidMessage(Exception):
@@ -295,13 +309,13 @@ def _notices(message: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(message: Mapping[str, Any], num_rewards: int) -> Verdict:
-    """Return the verdict in a message. Raise _InvalidMessage if it does not have `num_rewards` rewards."""
+    """Return the verdict in a message. Raise _InvalidMessage if it does not have `num_rewards` allowed rewards."""
     failure, rewards = message.get("failure"), message.get("rewards")
     if isinstance(failure, str):
         return Failure(failure)
     if not isinstance(rewards, list) or len(rewards) != num_rewards:
         raise _InvalidMessage
-    if not all(reward is None or (isinstance(reward, float) and math.isfinite(reward)) for reward in rewards):
+    if not all(reward is None or (isinstance(reward, float) and abs(reward) <= MAX_REWARD) for reward in rewards):
         raise _InvalidMessage
     return tuple(rewards)
 
@@ -313,6 +327,7 @@ def _kill(worker: _Worker) -> None:
         # killpg also ends the processes that a reward function started.
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
+    worker.output.drain()
 
 
 def _cause(code: int) -> str:
