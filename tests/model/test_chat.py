@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +158,68 @@ def test_case_8_tools_and_tool_calls_reach_the_template(tools: Any) -> None:
     assert list(codec_of(tokenizer).prompt_ids(problem)) == expected
     text = problem_of(tokenizer, "Weather?", {"tools": tools}, chat_template=True)
     assert text.prompt.startswith("Tools: [") and text.messages == ()
+
+
+ADD = {
+    "type": "function",
+    "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets", "disk"])
+def test_tools_and_tool_calls_of_an_arrow_table_are_those_of_json_lines(tmp_path: Path, kind: str) -> None:
+    """Arrow gives every struct of a column all keys, with null for those that it did not have."""
+    add = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    other = [WITH_CALL[0], {**WITH_CALL[1], "tool_calls": [add]}, WITH_CALL[2]]
+    rows = [
+        {"prompt": USER, "answer": "1", "tools": [WEATHER, ADD]},
+        {"prompt": WITH_CALL, "answer": "2", "tools": [WEATHER]},
+        {"prompt": other, "answer": "3", "tools": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = pa.Table.from_pylist(rows)
+    source, tables = "", {}
+    if kind == "parquet":
+        source = str(tmp_path / "a.parquet")
+        pa.parquet.write_table(table, source)
+    else:
+        datasets = pytest.importorskip("datasets")
+        tables = {"train": datasets.Dataset(table)}
+        if kind == "disk":
+            source = str(tmp_path / "saved")
+            tables.pop("train").save_to_disk(source)
+    template = codec_of(build_tokenizer(TOOLS)).chat_prompt
+
+    def chats(path: str, tables: Any = None) -> list[Any]:
+        config = TaskConfig(name="dataset", train_path=path, validation_path=path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the validation problems are those of the training
+            task = build_task(config, template, tables=tables)
+        found = [task.problem("train", i) for i in range(3)]
+        return [(problem.prompt, problem.messages, problem.chat and problem.chat.tools) for problem in found]
+
+    found = chats(source, tables or None)
+    assert found == chats(str(tmp_path / "a.jsonl"))
+    assert '"properties": {"city": {"type": "string"}}' in found[0][0] and "null" not in found[0][0]
+    assert set(found[1][1][1]) == {"role", "content", "tool_calls"}
+
+
+def test_null_in_tools_of_json_lines_reaches_the_template() -> None:
+    tool = {**ADD, "default": None}
+    assert '"default": null' in problem_of(build_tokenizer(TOOLS), USER, {"tools": [tool]}).prompt
+
+
+def test_tool_calls_that_the_template_does_not_use_are_refused() -> None:
+    tokenizer = build_tokenizer("{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}")
+    for content in (None, "ok"):
+        messages = [WITH_CALL[0], {**WITH_CALL[1], "content": content}, WITH_CALL[2]]
+        with pytest.raises(UserError) as caught:
+            problem_of(tokenizer, messages)
+        assert str(caught.value) == (
+            "the train data row 0: message 1 has tool_calls, but the model's chat template does not use tool_calls; "
+            "write the calls into the content of the message, or use a model whose template does"
+        )
+    assert problem_of(tokenizer, [{**USER[0], "tool_calls": []}]).prompt == "user:the 42"
 
 
 @pytest.mark.parametrize("tools", [None, [], "", float("nan"), "[]"])

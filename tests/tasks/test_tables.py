@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import decimal
+import fractions
 import gzip
 import json
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 
 from vineppo.config.schema import TaskConfig
 from vineppo.tasks import build_task
-from vineppo.tasks.cells import number_text
+from vineppo.tasks.cells import InexactFloat, number_text
 from vineppo.tasks.grading.graders import grade_boxed, grade_exact
 from vineppo.types import Problem, Task, UserError
 
@@ -145,6 +148,164 @@ def test_case_12_a_float_column_of_pandas_has_whole_numbers_and_its_missing_cell
     assert answers(tmp_path / "some.csv", **OWN) == ["72", "", "5"]
 
 
+NARROW = {
+    "float32": pa.array([0.1, 72.0], pa.float32()),
+    "float16": pa.array(np.array([0.1, 72.0], np.float16)),
+    "dictionary": pa.array([0.1, 72.0], pa.float32()).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_floats_of_16_and_32_bits_have_their_shortest_decimals(tmp_path: Path, kind: str) -> None:
+    prompts = pa.array(["p", "q"])
+    path = parquet(tmp_path / "a.parquet", pa.table({"prompt": prompts, "answer": NARROW[kind]}))
+    assert answers(path) == ["0.1", "72"]
+
+
+def test_nested_floats_of_32_bits_have_their_shortest_decimals(tmp_path: Path) -> None:
+    scores = pa.array([[0.1, None], []], pa.list_(pa.float32()))
+    gold = pa.StructArray.from_arrays([pa.array([0.2, 5.0], pa.float32()), scores], names=["gold", "scores"])
+    table = pa.table({"prompt": pa.array(["p", "q"]), "meta": gold})
+    found = problems(parquet(tmp_path / "a.parquet", table), answer_column="meta.gold")
+    assert [problem.answer for problem in found] == ["0.2", "5"]
+    assert found[0].columns["meta"] == {"gold": 0.2, "scores": [0.1, None]}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_large_floats_of_16_and_32_bits_are_refused(tmp_path: Path, dtype: str) -> None:
+    limit = {"float16": 2**11, "float32": 2**24}[dtype]
+    for value, expected in ((limit - 1, str(limit - 1)), (limit, "whose last digits may be lost")):
+        numbers = np.array([value], dtype)
+        table = pa.table({"prompt": pa.array(["p"]), "answer": pa.array(numbers), "other": pa.array(["1"])})
+        path = parquet(tmp_path / "a.parquet", table)
+        rows = [{"prompt": "p", "answer": numbers[0]}]
+        if value < limit:
+            assert answers(path) == [expected]
+            task = build_task(TaskConfig(name="dataset"), tables={"train": rows})
+            assert task.problem("train", 0).answer == expected
+        else:
+            assert f"is the float {value}.0, {expected}" in refusal(path)
+            assert problems(path, answer_column="other")[0].answer == "1"  # other columns may contain such floats
+            with pytest.raises(UserError, match=expected):
+                build_task(TaskConfig(name="dataset"), tables={"train": rows})
+
+
+def test_tables_of_datasets_have_shortest_decimals_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"prompt": datasets.Value("string"), "answer": datasets.Value("float32")})
+    table = datasets.Dataset.from_dict({"prompt": ["p", "q"], "answer": [0.1, 72.0]}, features=features)
+    for changed in (table, table.with_format("numpy"), table.select([0, 1])):
+        task = build_task(TaskConfig(name="dataset"), tables={"train": changed})
+        assert [task.problem("train", i).answer for i in range(2)] == ["0.1", "72"]
+    # A transform can return other values than the column has.
+    table.set_transform(lambda batch: {**batch, "answer": [x + 1 for x in batch["answer"]]})
+    task = build_task(TaskConfig(name="dataset"), tables={"train": table})
+    assert task.problem("train", 0).answer == "1.1000000014901161"
+    table.reset_format()
+    table.save_to_disk(str(tmp_path / "saved"))
+    assert answers(tmp_path / "saved") == ["0.1", "72"]
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("0.12345678901234567890", "0.1234567890123456789"),
+        ("-3.14159265358979323846", "-3.14159265358979323846"),
+        ("0.30000000000000001", "0.30000000000000001"),
+        ("0.30", "0.3"),
+        ("1.5E3", "1500"),
+        ("0e-999999999999999999999", "0"),
+    ],
+)
+def test_decimals_in_json_keep_their_digits(tmp_path: Path, written: str, expected: str) -> None:
+    row = f'{{"prompt": "p", "answer": {written}, "score": {written}}}'
+    for path in (text(tmp_path / "a.jsonl", row), text(tmp_path / "a.json", f"[{row}]")):
+        problem = problems(path)[0]
+        assert problem.answer == expected
+        assert problems(path, **OWN)[0].answer == expected
+        score = problem.columns["score"]
+        assert score == float(written) and 2 * score == 2 * float(written) and json.dumps(score) == repr(float(written))
+        assert number_text(pickle.loads(pickle.dumps(score))) == expected
+
+
+@pytest.mark.parametrize("written", ["1e400", "-1e400", "1e-400", "0.001e-999999999999999999999"])
+def test_numbers_outside_the_range_of_floats_are_refused(tmp_path: Path, written: str) -> None:
+    path = text(tmp_path / "a.jsonl", f'{{"prompt": "p", "answer": {written}}}')
+    assert refusal(path) == f"a.jsonl line 1: the number {written} is outside the range of floats; write it as text"
+
+
+def test_fractions_are_read() -> None:
+    assert [number_text(fractions.Fraction(n, 3)) for n in (1, 6)] == ["1/3", "2"]
+    assert number_text(InexactFloat(0.1)) == "0.1"
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ("72.0 -0.0 5.0", "72 0 5"),
+        ("1e-05 72.0 0.5", "0.00001 72 0.5"),
+        ("1e-05 72 0.5", "1e-05 72 0.5"),  # pandas would have written 72.0
+        ("72.0 1e5 5.0", "72.0 1e5 5.0"),  # and 100000.0
+        ("72.0 0.5 1.0", "72.0 0.5 1.0"),
+        ("1234567890123456789.0 1.0 1.0", "1234567890123456789 1 1"),
+    ],
+)
+def test_floats_of_pandas_in_csv(tmp_path: Path, cells: str, expected: str) -> None:
+    lines = [f"p{n},{cell}\n" for n, cell in enumerate(cells.split())]
+    assert answers(text(tmp_path / "a.csv", "prompt,answer\n" + "".join(lines))) == expected.split()
+
+
+def test_large_floats_of_pandas_in_csv_are_refused(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "prompt,answer\np,72.0\nq,1e+20\nr,5.0\n")
+    assert refusal(path) == (
+        "a.csv line 3: column 'answer' is the float 1e+20, whose last digits may be lost; store such answers as text "
+        "or whole numbers"
+    )
+    assert answers(path, **OWN) == ["72", "100000000000000000000", "5"]
+
+
+SAME: dict[str, list[Any]] = {
+    "whole numbers": [9007199254740993, -5],
+    "floats of whole numbers": [72.0, -0.0],
+    "decimals": [0.30000000000000004, 1e-07],
+    "large floats": [1e20, 1.0],
+    "zeros in front": ["007", "1e5"],
+    "blanks": [" 5", "6\n"],
+    "line separators": ["\u00e9\u2028\u00fc", "\u00a07"],
+    "quotes": ['"a"', "b,c"],
+    "line ends": ["a\r\nb", "c\td"],
+    "words for nothing": ["NA", "None"],
+    "words for truth": ["TRUE", "false"],
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_kind_of_table_is_read_alike(tmp_path: Path, name: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": f"p{n}", "answer": value} for n, value in enumerate(SAME[name])]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    text(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    text(tmp_path / "a.json", json.dumps(rows))
+    parquet(tmp_path / "a.parquet", rows)
+    config = {"name": "dataset"}
+
+    def outcome(read: Any) -> Any:
+        try:
+            return read()
+        except UserError as error:
+            return str(error).partition("column")[2]
+
+    def in_memory(table: Any) -> list[str]:
+        task = build_task(TaskConfig(**config), tables={"train": table})
+        return [task.problem("train", i).answer for i in range(2)]
+
+    expected = outcome(lambda: in_memory(rows))
+    assert outcome(lambda: in_memory(datasets.Dataset.from_list(rows))) == expected
+    for suffix in ("csv", "jsonl", "json", "parquet"):
+        assert outcome(lambda path=tmp_path / f"a.{suffix}": answers(path)) == expected, suffix
+
+
 def test_decimals_in_csv_stay_as_they_are_written(tmp_path: Path) -> None:
     assert answers(text(tmp_path / "a.csv", "prompt,answer\na,72.0\nb,0.50\n")) == ["72.0", "0.50"]
     assert answers(text(tmp_path / "a.csv", "prompt,answer\na,007\nb,1.10\n")) == ["007", "1.10"]
@@ -166,8 +327,6 @@ def test_missing_answers_and_other_values_are_refused(tmp_path: Path, value: str
 
 
 def test_dates_and_bytes_are_refused_and_categories_read(tmp_path: Path) -> None:
-    import datetime
-
     prompts = pa.array(["p", "q"])
     days = pa.table({"prompt": prompts, "answer": pa.array([datetime.date(2024, 1, 2)] * 2)})
     assert "column 'answer' is a date; it must be text" in refusal(parquet(tmp_path / "a.parquet", days))
@@ -253,6 +412,53 @@ def test_tables_that_cannot_be_read_right_are_refused_in_one_line(
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
     table = pa.table([["p"], ["1"], ["2"]], names=["prompt", "answer", "answer"])
     assert "a.parquet: column 'answer' occurs more than once" in refusal(parquet(tmp_path / "a.parquet", table))
+
+
+STRUCT = pa.StructArray.from_arrays([pa.array(["1"]), pa.array(["2"])], names=["gt", "gt"])
+MAP = pa.array([[("k", "1"), ("k", "2")]], pa.map_(pa.string(), pa.string()))
+TEXT = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (STRUCT, "ValueError: Converting to Python dictionary is not supported when duplicate field names are present"),
+        (MAP, "ValueError: the key 'k' occurs more than once"),
+        (TEXT, "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (pa.array([2**30], pa.date32()), "OverflowError: "),
+    ],
+)
+def test_a_parquet_column_without_values_in_python_is_refused(tmp_path: Path, column: Any, message: str) -> None:
+    table = pa.table({"prompt": ["p"], "answer": ["1"], "other": column})
+    found = refusal(parquet(tmp_path / "a.parquet", table))
+    assert found.startswith(f"a.parquet: column 'other' cannot be read ({message}")
+    assert found.endswith("); remove it, or write it in another type")
+
+
+def test_a_map_in_parquet_is_read_like_an_object_in_json(tmp_path: Path) -> None:
+    column = pa.array([[("gold", 0.1)], None], pa.map_(pa.string(), pa.float32()))
+    table = pa.table({"prompt": ["p", "q"], "meta": column})
+    found = problems(parquet(tmp_path / "a.parquet", table), **OWN)
+    assert [problem.columns["meta"] for problem in found] == [{"gold": 0.1}, None]
+    assert answers(parquet(tmp_path / "a.parquet", table.slice(0, 1)), answer_column="meta.gold") == ["0.1"]
+
+
+CONVERSATION = [{"role": "user", "content": "it's"}, {"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [json.dumps(CONVERSATION, indent=1), str(CONVERSATION), str(np.array(CONVERSATION)), str(CONVERSATION[0])],
+)
+def test_a_conversation_that_was_written_as_text_is_refused(tmp_path: Path, written: str) -> None:
+    path = text(tmp_path / "a.jsonl", json.dumps({"prompt": written, "answer": "1"}))
+    assert refusal(path) == (
+        "a.jsonl line 1: column 'prompt' is a conversation that was written as text; store it as a list of messages, "
+        "in JSON lines or Parquet"
+    )
+    for prompt in (f"Read {written}", '[{"name": "Ann", "role": "nurse"}]', "{role: content}", "[1, 2]"):
+        path = text(tmp_path / "a.jsonl", json.dumps({"prompt": prompt, "answer": "1"}))
+        assert problems(path)[0].prompt == prompt
 
 
 def test_folders_named_like_columns_add_no_column(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def chat_text(tokenizer: Any, chat: Chat) -> str:
 
     Raises:
         UserError: if the tokenizer has no chat template, if the template rejects the conversation or leaves out the
-            last message of the user, or if it does not use the tools or a variable of `chat.template_kwargs`.
+            last message of the user, or if it does not use the tools, the tool calls or a variable of
+            `chat.template_kwargs`.
     """
     _check_template(tokenizer, chat)
     chat = _readable(tokenizer, chat)
@@ -124,7 +125,7 @@ def _apply(tokenizer: Any, chat: Chat, *, tokenize: bool, complete: bool = False
 
 
 def _check_template(tokenizer: Any, chat: Chat) -> None:
-    """Raise UserError if there is no chat template, or if it does not use the tools or a variable of the chat.
+    """Raise UserError if there is no chat template, or if it does not use tools, tool calls or a variable of the chat.
 
     Jinja ignores variables that a template does not use, so a misspelt name would have no effect.
     """
@@ -139,6 +140,12 @@ def _check_template(tokenizer: Any, chat: Chat) -> None:
         raise UserError(
             "the column 'tools' describes tools, but the model's chat template does not use tools; remove or rename "
             "the column, or use a model whose template does"
+        )
+    called = next((i for i, message in enumerate(chat.messages) if message.get("tool_calls")), None)
+    if source and called is not None and not _mentions(source, "tool_calls"):
+        raise UserError(
+            f"message {called} has tool_calls, but the model's chat template does not use tool_calls; write the calls "
+            "into the content of the message, or use a model whose template does"
         )
     for name in chat.template_kwargs:
         if source and not _mentions(source, name):

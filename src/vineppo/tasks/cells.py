@@ -14,9 +14,47 @@ from vineppo.types import UserError
 
 MISSING = object()
 """The value of a column that a row does not have."""
-_EXACT_FLOATS = 2**53
-"""From here on, floats do not distinguish neighbouring whole numbers."""
+_EXACT_FLOATS = {"float16": 2**11, "float32": 2**24}
+"""Name of a float type of NumPy -> its limit, as `exact_until` returns it."""
 _NOT_A_NUMBER = ("nan", "<na>", "nat")
+
+
+class InexactFloat(float):
+    """A float of a table that is not exactly the number which the table contains.
+
+    It is used as a float everywhere, also by reward functions; only reference answers are made from `text`.
+
+    Args:
+        value: the float.
+        text: the number as the table has it, in the range of floats. Empty if the table itself may have lost digits.
+    """
+
+    text: str
+
+    def __new__(cls, value: float, text: str = "") -> InexactFloat:
+        """Create the number. Pickle calls this with `value` only, and restores `text` afterwards."""
+        number = super().__new__(cls, value)
+        number.text = text
+        return number
+
+
+def exact_until(kind: type) -> int:
+    """Return the whole number from which on a float type does not distinguish neighbouring whole numbers."""
+    return _EXACT_FLOATS.get(kind.__name__, 2**53)
+
+
+def written_float(text: str) -> float:
+    """Return a number of a JSON file as a float; as an `InexactFloat` if the float has fewer digits than the text.
+
+    Raises:
+        ValueError: if the number is outside the range of floats.
+    """
+    value = float(text)
+    if math.isinf(value) or (not value and re.match(r"-?[0.]*[1-9]", text)):
+        raise ValueError(f"the number {text} is outside the range of floats; write it as text")
+    if not value or Decimal(text) == Decimal(repr(value)):
+        return value
+    return InexactFloat(value, text)
 
 
 def cell(row: Mapping[str, Any], column: str) -> Any:
@@ -94,9 +132,14 @@ def is_blank(value: Any) -> bool:
 
 
 def number_text(value: Any) -> str:
-    """Return a finite number in decimal notation without exponent and trailing zeros: 72.0 is `72`, 1e-07 0.0000001."""
+    """Return a finite number in decimal notation without exponent and trailing zeros: 72.0 is `72`, 1e-07 0.0000001.
+
+    Fractions are written as such: 1/3.
+    """
     if isinstance(value, numbers.Integral):
         return str(int(value))
+    if isinstance(value, numbers.Rational):
+        return str(value)
     decimal = value if isinstance(value, Decimal) else Decimal(_shortest(value))
     text = format(decimal, "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text
@@ -105,6 +148,8 @@ def number_text(value: Any) -> str:
 
 def _shortest(value: Any) -> str:
     """Return the shortest decimal number that is read as this float; NumPy's float32 has fewer digits than a float."""
+    if isinstance(value, InexactFloat) and value.text:
+        return value.text
     return repr(value) if type(value) is float else str(value)
 
 
@@ -114,21 +159,48 @@ def _number_cell(where: str, column: str, value: Any) -> str:
             f"{where}: column {column!r} is {value}, which stands for a missing value; every problem needs a reference "
             "answer"
         )
-    if not isinstance(value, numbers.Integral | Decimal) and abs(value) >= _EXACT_FLOATS:
+    lost = isinstance(value, InexactFloat) and not value.text
+    if lost or (not isinstance(value, numbers.Rational | Decimal) and abs(value) >= exact_until(type(value))):
         raise UserError(
-            f"{where}: column {column!r} is the float {value!r}, whose last digits may be lost; store such answers as "
-            "text or whole numbers"
+            f"{where}: column {column!r} is the float {float(value)!r}, whose last digits may be lost; store such "
+            "answers as text or whole numbers"
         )
     return number_text(value)
 
 
-def whole_number_texts(values: Sequence[Any]) -> bool:
-    """Return whether all cells of a CSV column that are not blank are written like floats of pandas: 72.0.
+def has_floats_of_pandas(values: Sequence[Any]) -> bool:
+    """Return whether the cells of a CSV column that are not blank are written as pandas writes a column of floats.
 
-    pandas writes a column of whole numbers in this form if a cell is missing.
+    This is so if all are whole numbers like 72.0, which pandas writes if a cell is missing, or if some have an exponent
+    and all others are floats as Python writes them. Decimals such as 0.50 and 72.0 in one column may be meant as they
+    are written.
     """
-    texts = [value for value in values if isinstance(value, str) and value.strip()]
-    return bool(texts) and all(re.fullmatch(r"\s*-?\d+\.0\s*", text) for text in texts)
+    texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+    whole = [re.fullmatch(r"-?\d+\.0", text) is not None for text in texts]
+    if not any("e" in text for text in texts):
+        return bool(texts) and all(whole)
+    return all(map(_is_python_float, texts))
+
+
+def _is_python_float(text: str) -> bool:
+    """Return whether a text is a finite float as Python writes it."""
+    return re.fullmatch(r"-?\d+(\.\d+)?(e[+-]\d+)?", text) is not None and repr(float(text)) == text
+
+
+def float_of_pandas(where: str, column: str, text: str, *, exact: bool) -> str:
+    """Return a float of a CSV file in decimal notation: `72.0` is 72, `-0.0` 0, `1e-05` 0.00001.
+
+    Blank text becomes empty text.
+
+    Args:
+        exact: whether to refuse a float with an exponent that is so large that its last digits may be lost.
+    Raises:
+        UserError: if such a float is refused.
+    """
+    text = text.strip()
+    if "e" in text and exact:
+        return _number_cell(where, column, float(text))
+    return number_text(Decimal(text)) if text else ""
 
 
 def _no_column(where: str, row: Mapping[str, Any], setting: str, column: str) -> str:

@@ -1,29 +1,47 @@
 """Read conversations and tools from the cells of a table, and check their form.
 
-The contents are passed to the chat template as they are in the table, with every key that a message has.
+The contents are passed to the chat template as they are in the table, with every key that a message has. In Parquet
+files and tables of `datasets`, a key without value is the same as a missing key, so it is left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from vineppo.tasks.arrow import ArrowRow, without_nulls
+from vineppo.tasks.cells import cell
 from vineppo.tasks.rows import Row
 from vineppo.types import UserError
 
 TOOLS_COLUMN = "tools"
 """Column with the tools that the chat template describes in the prompt, as in TRL."""
+_CONVERSATION = re.compile(r"\[?\s*\{.*\}[\s,]*\]?", re.DOTALL)
+"""One mapping, or a list of mappings, in JSON or Python."""
 
 
-def as_conversation(value: Any) -> list[Any] | None:
+def conversation_of(row: Row, column: str) -> list[Any] | None:
     """Return the cell of a prompt column as a list, or None if it is not a list, a tuple or an array of NumPy.
 
-    Tables of pandas contain arrays in place of lists.
+    Tables of pandas contain arrays in place of lists. In a row of an Arrow table, keys of messages without value are
+    left out, apart from `content`.
     """
-    value = _without_arrays(value)
-    return list(value) if isinstance(value, list | tuple) else None
+    value = _without_arrays(cell(row, column))
+    if not isinstance(value, list | tuple):
+        return None
+    if not isinstance(row, ArrowRow):
+        return list(value)
+    return [_without_empty_keys(message) for message in value]
+
+
+def _without_empty_keys(message: Any) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    # Templates read `content` of every message, so a message without content keeps the key.
+    return {key: without_nulls(value) for key, value in message.items() if value is not None or key == "content"}
 
 
 def messages_of(where: str, column: str, value: list[Any]) -> tuple[Mapping[str, Any], ...]:
@@ -77,6 +95,25 @@ def _check_content(place: str, message: Mapping[str, Any]) -> None:
             )
 
 
+def check_no_conversation(where: str, column: str, text: str) -> None:
+    """Raise UserError if a prompt is a conversation that was written as text, in JSON or as Python prints it.
+
+    pandas writes conversations to CSV files in this form. The model would read the text as code.
+
+    Args:
+        where: location of the row for error messages.
+        column: name of the column, for error messages.
+    """
+    # Arrays of NumPy are printed without commas between the messages, which neither JSON nor Python can parse.
+    if _CONVERSATION.fullmatch(text.strip()) and all(
+        re.search(rf"""(["']){key}\1\s*:""", text) for key in ("role", "content")
+    ):
+        raise UserError(
+            f"{where}: column {column!r} is a conversation that was written as text; store it as a list of messages, "
+            "in JSON lines or Parquet"
+        )
+
+
 def tools_of(where: str, row: Row) -> tuple[Mapping[str, Any], ...]:
     """Return the tools in the column `tools` of a row, which is a list of JSON schemas or the JSON text of one.
 
@@ -88,6 +125,8 @@ def tools_of(where: str, row: Row) -> tuple[Mapping[str, Any], ...]:
         UserError: if the cell contains anything else.
     """
     value = _without_arrays(row.get(TOOLS_COLUMN))
+    if isinstance(row, ArrowRow):
+        value = without_nulls(value)
     if isinstance(value, str):
         # Text that is not JSON remains text, which is reported below.
         with contextlib.suppress(ValueError, RecursionError):

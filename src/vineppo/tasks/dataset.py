@@ -16,13 +16,14 @@ from vineppo.tasks.cells import (
     answer_cell,
     cell,
     check_unicode,
+    float_of_pandas,
+    has_floats_of_pandas,
     is_blank,
     is_number,
     number_text,
     text_cell,
-    whole_number_texts,
 )
-from vineppo.tasks.chat import as_conversation, messages_of, tools_of
+from vineppo.tasks.chat import check_no_conversation, conversation_of, messages_of, tools_of
 from vineppo.tasks.grading.graders import hash_number, no_hash_number
 from vineppo.tasks.rows import Row, Rows, empty_table, read_rows, table_rows
 from vineppo.types import Chat, Problem, Split, UserError
@@ -169,15 +170,17 @@ class DatasetTask:
         if not rows:
             raise empty_table(source if tables else f"task.{setting}: {source}")
         if not tables and source.lower().endswith((".csv", ".csv.gz")):
-            rows = self._whole_answers(rows)
+            rows = self._answers_of_pandas(rows)
         return [self._item(where, row) for where, row in rows]
 
-    def _whole_answers(self, rows: Rows) -> Rows:
+    def _answers_of_pandas(self, rows: Rows) -> Rows:
         """Return the rows of a CSV file with 72 in the place of 72.0 if pandas wrote the answers as floats."""
-        column = self._layout.answer_column
-        if not whole_number_texts([row.get(column) for _, row in rows]):
+        column, exact = self._layout.answer_column, self._needs_answer
+        if not has_floats_of_pandas([row.get(column) for _, row in rows]):
             return rows
-        return [(where, {**row, column: row[column].strip().removesuffix(".0")}) for where, row in rows]
+        return [
+            (where, {**row, column: float_of_pandas(where, column, row[column], exact=exact)}) for where, row in rows
+        ]
 
     def _hold_out(self, items: list[_Item]) -> tuple[list[_Item], list[_Item]]:
         """Divide the items of the training table. Return (items for training, items at the end for validation)."""
@@ -241,7 +244,7 @@ class DatasetTask:
         """
         layout, column = self._layout, self._layout.prompt_column
         kwargs = self._config.chat_template_kwargs
-        conversation = as_conversation(cell(row, column))
+        conversation = conversation_of(row, column)
         if conversation is not None and self._format_prompt:
             if self._config.prompt_template:
                 raise UserError(
@@ -253,6 +256,7 @@ class DatasetTask:
         text = text_cell(where, row, "prompt_column", column)
         if not text.strip():
             raise UserError(f"{where}: column {column!r} is blank; every problem needs a prompt")
+        check_no_conversation(where, column, text)
         # str.replace is used because str.format fails if a template contains other braces, as in LaTeX or code.
         if self._config.chat_template:
             chat = Chat.of_user(layout.chat_template.replace("{prompt}", text), kwargs)

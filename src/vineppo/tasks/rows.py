@@ -19,6 +19,8 @@ from typing import IO, Any
 
 from vineppo.config.hub import is_repository_name, needs_local_copy, without_requests
 from vineppo.objects import first_line
+from vineppo.tasks.arrow import ArrowRow, converter
+from vineppo.tasks.cells import written_float
 from vineppo.types import UserError
 
 Row = Mapping[str, Any]
@@ -111,7 +113,14 @@ def table_rows(name: str, table: Any) -> Rows:
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise UserError(f"{where} is a {type(row).__name__}; every row must map column names to values")
-    return rows
+    schema = getattr(getattr(table, "features", None), "arrow_schema", None)
+    if schema is None:
+        return rows
+    converters = {field.name: convert for field in schema if (convert := converter(field.type))}
+    return [
+        (where, ArrowRow({key: converters[key](value) if key in converters else value for key, value in row.items()}))
+        for where, row in rows
+    ]
 
 
 _LINE_END = "\n"
@@ -179,18 +188,28 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _parsed(where: str, text: str, message: str) -> Any:
+    """Parse JSON without losing digits or keys.
+
+    Args:
+        where: location of the text for error messages.
+        message: what is said of text that is not JSON, with {} in the place of the error.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys, parse_float=written_float)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} {message.format(first_line(error))}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (location, row) for each line of a JSON lines file that is not blank. Lines are counted from 1."""
     with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path} line {number}"
-                try:
-                    row = json.loads(line, object_pairs_hook=_unique_keys)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{where} is not a JSON object ({first_line(error)}); every line must be one"
-                    ) from error
+                row = _parsed(where, line, "is not a JSON object ({}); every line must be one")
                 if not isinstance(row, dict):
                     raise UserError(f"{where} is a {type(row).__name__}, not a JSON object; every line must be one")
                 yield where, row
@@ -200,12 +219,8 @@ def _json_rows(path: Path) -> Rows:
     """Return the rows of a file that contains one JSON list of objects."""
     with _open(path) as file:
         text = file.read()
-    try:
-        table = json.loads(text, object_pairs_hook=_unique_keys) if text.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({first_line(error)}); a file with one object per line must be named .jsonl"
-        ) from error
+    message = "is not valid JSON ({}); a file with one object per line must be named .jsonl"
+    table = _parsed(str(path), text, message) if text.strip() else []
     if not isinstance(table, list):
         raise UserError(
             f"{path} contains a {type(table).__name__}; it must contain a list of objects, one for each row (pandas: "
@@ -254,16 +269,32 @@ def _csv_row(where: str, header: list[str], cells: list[str]) -> Row:
 
 def _parquet_rows(path: Path) -> Rows:
     import pyarrow.parquet
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
 
     try:
         # `read_table` would add columns for folders named like `level=3`.
         table = pyarrow.parquet.ParquetFile(path).read()
-    except ArrowInvalid as error:
-        raise UserError(f"{path} is not a Parquet file: {first_line(error)}") from error
+    except ArrowException as error:
+        raise UserError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
     if repeated := [name for name, count in Counter(table.column_names).items() if count > 1]:
         raise UserError(f"{path}: column {repeated[0]!r} occurs more than once; every column needs its own name")
-    return table_rows(str(path), table.to_pylist())
+    columns = {name: _arrow_column(path, name, table[name]) for name in table.column_names}
+    values = zip(*columns.values(), strict=True)
+    return table_rows(str(path), [ArrowRow(zip(columns, row, strict=True)) for row in values])
+
+
+def _arrow_column(path: Path, name: str, column: Any) -> list[Any]:
+    """Return the values of a column of a Parquet file. Raise UserError if Python has no values for them."""
+    from pyarrow import ArrowException
+
+    try:
+        values: list[Any] = column.to_pylist()
+        convert = converter(column.type)
+        return [convert(value) for value in values] if convert else values
+    except (ValueError, KeyError, OverflowError, ArrowException) as error:
+        raise UserError(
+            f"{path}: column {name!r} cannot be read ({first_line(error)}); remove it, or write it in another type"
+        ) from error
 
 
 def _from_disk(setting: str, source: str, split: str) -> Any:
