@@ -139,7 +139,7 @@ class VinePPOTrainer:
         check_evaluation(eval_dataset, self.args)
         check_model(model, processing_class, peft_config)
         check_object_settings(model, self.args)
-        num_eval = 0 if eval_dataset is None else len(self.eval_dataset)
+        num_eval = 0 if self.eval_dataset is None else len(self.eval_dataset)
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.policy = _policy(model, processing_class, peft_config, self.args)
         self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.codec.tokenizer
