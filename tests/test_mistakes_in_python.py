@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 import vineppo
 from vineppo.config.schema import (
@@ -31,7 +32,9 @@ from vineppo.steps import build_splitter
 from vineppo.tasks.build import check_task
 from vineppo.training.configure import build_config, config_from_dict
 from vineppo.training.rollouts import warn_of_few_problems
+from vineppo.trl.arguments import check_model, check_object_settings
 from vineppo.trl.config import VinePPOConfig
+from vineppo.trl.trainer import VinePPOTrainer
 from vineppo.types import TrainingWarning, UserError
 
 Fields = dict[str, Any]
@@ -43,6 +46,34 @@ def dataset(**fields: Any) -> Callable[[], Any]:
 
 def unknown(name: str) -> dict[str, Any]:
     return {name: 4}
+
+
+ROWS = [{"prompt": "1+1", "answer": "2"}]
+
+
+class GRPOConfig:
+    """Stands for the class of TRL."""
+
+
+class Tokenizer:
+    """Stands for a tokenizer of transformers."""
+
+    all_special_ids = ()
+
+    def decode(self) -> None: ...
+    def apply_chat_template(self) -> None: ...
+
+
+class Stopper:
+    """A callback."""
+
+    def on_step_end(self, *_: Any, **__: Any) -> None: ...
+
+
+def trainer(**changes: Any) -> Callable[[], Any]:
+    """Return a function that creates a trainer of the model `absent`, which does not exist, with these arguments."""
+    arguments = {"model": "./absent", "reward_funcs": "exact", "train_dataset": ROWS, **changes}
+    return lambda: VinePPOTrainer(**arguments)
 
 
 MISTAKES: list[tuple[Callable[[], Any], str]] = [
@@ -85,6 +116,65 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: RunDirectory.open("absent"), "no run directory at absent"),
     (lambda: VinePPOConfig(**unknown("num_generation")), "VinePPOConfig has no field num_generation; did you mean"),
     (lambda: VinePPOConfig(num_generations=3), "not a multiple of num_generations 3"),
+    # names that only begin like a field
+    (lambda: VinePPOConfig(**unknown("log_steps")), "has no field log_steps; did you mean logging_steps?"),
+    (lambda: VinePPOConfig(**unknown("hub_foo")), "VinePPOConfig has no field hub_foo"),
+    (lambda: VinePPOConfig(**unknown("dataloader_workers")), "did you mean dataloader_num_workers?"),
+    (lambda: VinePPOConfig(**unknown("vllm_gpu")), "did you mean vllm_gpu_memory_utilization?"),
+    (lambda: VinePPOConfig(**unknown("entropy_coef_x")), "VinePPOConfig has no field entropy_coef_x"),
+    (lambda: VinePPOConfig(**unknown("log_completions_hub_repo")), "log_completions_hub_repo is 4, which is not supp"),
+    (lambda: VinePPOConfig(settings=cast(Any, ["a"])), "settings is ['a']; it must be a dictionary from dotted keys"),
+    # wrong types of arguments
+    (
+        lambda: vineppo.train(cast(Any, "judgement")),
+        "config is 'judgement'; it must be a vineppo.Config, as in train(b",
+    ),
+    (lambda: vineppo.train(cast(Any, {"run.seed": 1})), "config is a dict; it must be a vineppo.Config"),
+    (
+        lambda: build_config(cast(Any, "judgement")),
+        "recipe is 'judgement'; it must be a dictionary of settings, as in ",
+    ),
+    (lambda: build_config({}, None, cast(Any, ["lr"])), "overrides is a list; it must be a dictionary"),
+    (
+        trainer(args=GRPOConfig()),
+        "args is a GRPOConfig; it must be a VinePPOConfig (VinePPOConfig has the same fields;",
+    ),
+    (trainer(args={"seed": 1}), "args is a dict; it must be a VinePPOConfig (pass VinePPOConfig(**args))"),
+    (trainer(model=None), "model is None; it must be a path, a Hugging Face Hub id, or a causal language model"),
+    (trainer(model=torch.nn.Linear(2, 2)), "model is a Linear; it must be a path"),
+    (
+        trainer(model=Tokenizer()),
+        "model is a Tokenizer; it must be a path, a Hugging Face Hub id, or a causal language",
+    ),
+    (trainer(model=Tokenizer()), "peft; pass a tokenizer as processing_class"),
+    (trainer(processing_class="judgement"), "processing_class is 'judgement'; it must be a tokenizer, for example Aut"),
+    (
+        trainer(peft_config={"r": 4}),
+        "peft_config is {'r': 4}; it must be a configuration of peft, such as peft.LoraCon",
+    ),
+    (trainer(peft_config="lora"), "peft_config is 'lora'"),
+    (trainer(train_dataset="train.jsonl"), "train_dataset is 'train.jsonl'; it must be a datasets.Dataset or a list"),
+    (trainer(train_dataset=Path("a.csv")), "train_dataset is 'a.csv'; it must be a datasets.Dataset or a list of dict"),
+    (trainer(train_dataset={"train": ROWS}), "train_dataset is a dict with train; it must be"),
+    (trainer(train_dataset={"train": ROWS}), 'pass one split, such as ["train"]'),
+    (trainer(eval_dataset=3), "eval_dataset is 3; it must be a datasets.Dataset or a list of dictionaries"),
+    (trainer(callbacks=Stopper()), "callbacks is a Stopper; it must be a list: callbacks=[...]"),
+    (trainer(callbacks=[print]), "callbacks has a builtin_function_or_method; allowed: objects and classes with"),
+    (trainer(reward_funcs="org/reward-model"), "reward_funcs has 'org/reward-model'; allowed: functions and names of"),
+    (trainer(reward_funcs="org/reward-model"), "a reward model is not supported directly: pass a function that calls"),
+    (trainer(reward_funcs=[3]), "reward_funcs has 3; allowed: functions and names of graders (exact, hash, boxed, mod"),
+    (trainer(reward_funcs="exat"), "unknown grader 'exat'"),
+    (trainer(reward_funcs=lambda prompts, completions: [1.0]), "has the signature (prompts, completions), which does"),
+    # fields that would have no effect
+    (trainer(args=VinePPOConfig(eval_strategy="steps")), "eval_strategy is 'steps', but eval_dataset is missing"),
+    (
+        lambda: check_object_settings(torch.nn.Linear(1, 1), VinePPOConfig(bf16=True)),
+        "bf16 is True, but model is an object in float32, whose dtype is not changed; load it with dtype=torch.b",
+    ),
+    (
+        lambda: check_object_settings(torch.nn.Linear(1, 1), VinePPOConfig(model_init_kwargs={"dtype": "auto"})),
+        "model_init_kwargs is {'dtype': 'auto'}, but model is an object, which is already loaded",
+    ),
 ]
 
 
@@ -98,6 +188,14 @@ def test_a_mistake_raises_one_line(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_of_the_right_types_are_accepted() -> None:
+    check_model("org/name", Tokenizer(), None)
+    check_object_settings(torch.nn.Linear(1, 1).bfloat16(), VinePPOConfig(bf16=True))
+    check_object_settings("org/name", VinePPOConfig(bf16=True, model_init_kwargs={"dtype": "auto"}))
+    for field in ("vllm_mode", "dataloader_num_workers", "hub_token", "log_level", "entropy_coef_max"):
+        VinePPOConfig(**unknown(field))
 
 
 def test_there_are_many_mistakes() -> None:

@@ -13,6 +13,8 @@ import pytest
 import vineppo
 from vineppo.cli.main import main
 from vineppo.config import hub
+from vineppo.run.directory import RunDirectory
+from vineppo.training.configure import build_config
 
 DATA = ("--task.name", "dataset", "--task.train_path")
 OUT = ("--out", "o")
@@ -30,10 +32,11 @@ FILES = {
     "words.jsonl": "one word\n",
     "numbers.jsonl": "1\n2\n",
     "good.jsonl": '{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": "3"}\n',
+    "prompts.jsonl": '{"prompt": "1+1"}\n',
     "question.csv": "question,answer\n1+1,2\n",
     "ragged.csv": "prompt,answer\n1+1\n",
     "raises.py": "raise ValueError('no luck')\n",
-    "things.py": "number = 3\ndef cut(tokens):\n    return [len(tokens)]\n",
+    "things.py": "number = 3\ndef cut(tokens):\n    return [len(tokens)]\nclass Grader: pass\n",
     "needs.py": "import a_module_that_is_not_there\n",
     "some_file": "text",
 }
@@ -123,6 +126,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--vineppo.max_states", "-1"], "vineppo.max_states is '-1'"),
     (["train", "--vineppo.reuse", "false", "--vineppo.alternatives", "true"], "vineppo.alternatives is true, but"),
     # recipes
+    (["train", "judgment"], "is neither a recipe of the package nor a file; did you mean judgement?"),
     (["train", "my.yaml"], "recipe 'my.yaml' does not exist (a relative path starts at "),
     (["train", "a_folder"], "recipe 'a_folder' is a directory"),
     (["train", "broken.yaml"], "recipe broken.yaml is not valid YAML"),
@@ -143,7 +147,32 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", *DATA, "ragged.csv"], "ragged.csv line 2 does not have the same number of cells as the header"),
     (["train", *DATA, "empty.jsonl"], "task.train_path: empty.jsonl is empty"),
     (["train", *DATA, "good.jsonl", "--task.prompt_column", "promt"], "did you mean 'prompt'? set task.prompt_column"),
+    (["train", *DATA, "good.jsonl", "--task.answer_column", "ans"], "has no column 'ans' (it has: prompt, answer)"),
+    (
+        ["train", *DATA, "question.csv", "--task.prompt_column", "question", "--task.answer_column", "a"],
+        "no column 'a'",
+    ),
+    (
+        ["train", *DATA, "prompts.jsonl"],
+        "prompts.jsonl has no column 'answer' (it has: prompt); set task.answer_column",
+    ),
+    (["train", *DATA, "good.jsonl", "--eval.split", "test"], "or use --eval.split validation (the last rows of"),
+    (
+        ["eval", "embedded:habit", *DATA, "good.jsonl"],
+        "split is test, but there is no test split: task.test_path is empty; set task.test_path to a file of problems, "
+        "or use --split validation (the last rows of task.train_path)",
+    ),
+    (
+        ["eval", "embedded:habit", *DATA, "good.jsonl", "--task.validation_path", "good.jsonl"],
+        "or use --split validation (task.validation_path)",
+    ),
     (["train", *DATA, "good.jsonl", "--task.rewards", "exakt"], "'exakt'"),
+    (
+        ["train", *DATA, "good.jsonl", "--task.rewards", "things:cut"],
+        "reward function things:cut has the signature (tokens), which does not fit (got an unexpected keyword argument "
+        "'prompts'); it is called as fn(prompts, completions, completion_ids, answer, **columns)",
+    ),
+    (["train", "--task.rewards", "things:Grader"], "reward function things:Grader has the signature ()"),
     (["train", *DATA, "good.jsonl", "--task.rewards", "things:absent"], "module 'things' has no 'absent'"),
     (["train", *DATA, "good.jsonl", "--task.rewards", "exact", "--task.reward_weights", "1,2"], "has 2 numbers for 1"),
     (
@@ -157,6 +186,22 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--run.report_to", "mlflow"], "run.report_to has mlflow; allowed: tensorboard, wandb, trackio"),
     (["train", "--resume", "a_folder"], "a_folder is not a run directory: it has no config.yaml"),
     (["train", "--resume", "some_file"], "no run directory at some_file"),
+    (["train", "--resume", "a_run"], "run a_run is finished (finish_reason: iterations) and cannot be resumed"),
+    (["train", "--resume", "a_run", "--run.seed", "7"], "cannot change the settings of the run (run.seed: 0 -> 7)"),
+    (["train", "--resume", "a_run", "--algorithm", "ppo"], "(algorithm: vineppo -> ppo; "),
+    (
+        ["train", "--resume", "a_run", "--from", "7"],
+        "--from 7: allowed: newest, best, or the iteration of a checkpoint (0, 2)",
+    ),
+    (["train", "--resume", "a_run", "--from", "\u00b2"], "--from \u00b2: allowed: newest, best, or"),
+    (["train", "--resume", "a_run", "--from", "7" * 5000], "allowed: newest, best, or the iteration"),
+    (["train", "--resume", "a_run", "--run.dir", "other"], "--run.dir is 'other', but --resume continues the run in"),
+    (
+        ["train", "--resume", "a_run", "--run.iterations", "999", "--run.report_to", "mlflow"],
+        "run.report_to has mlflow; allowed: tensorboard",
+    ),
+    (["plot", "a_run"], "a_run/metrics.jsonl is damaged: the line of iteration 1 has no number 'updates'; remove that"),
+    (["plot", "b_run"], "the plots of b_run cannot be made: b_run/plots: File exists"),
     (["eval", "runs/nothing"], "model.path 'runs/nothing' does not exist"),
     (["eval", "org/none"], "model.path 'org/none' does not exist here, and the Hugging Face Hub cannot be reached"),
     (["eval", "sft-habit"], "sft-habit is a recipe for `vineppo sft`"),
@@ -183,11 +228,20 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 
 def write_files(folder: Path) -> None:
-    """Write the files of FILES, and a folder that is not empty."""
+    """Write the files of FILES, a folder that is not empty, and two finished runs."""
     for name, text in FILES.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "a_folder").mkdir()
     (folder / "a_folder" / "note.txt").write_text("text")
+    for name in ("a_run", "b_run"):
+        run = RunDirectory.create(folder / name, build_config({}, "vineppo", {"model.path": "embedded:habit"}))
+        for iteration in (0, 2):
+            (run.checkpoints / f"{iteration:06d}").mkdir()
+        run.write_summary({"finish_reason": "iterations"})
+    (folder / "a_run" / "metrics.jsonl").write_text('{"iteration": 0, "updates": 0}\n{"iteration": 1}\n')
+    (folder / "b_run" / "metrics.jsonl").write_text('{"iteration": 1, "updates": 1, "reward/mean": null}\n')
+    (folder / "b_run" / "plots").rmdir()
+    (folder / "b_run" / "plots").write_text("text")
 
 
 @pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=[" ".join(argv)[:60] for argv, _ in MISTAKES])
@@ -216,28 +270,54 @@ def test_there_are_many_different_mistakes() -> None:
     assert len({tuple(argv) for argv, _ in MISTAKES}) == len(MISTAKES) >= 90
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["train", "--vineppo.splitter", "newlines"],
-        ["train", "--run.dir", "some_file"],
-        ["train", "--model.device", "gpu"],
-        ["train", "--run.report_to", "tensorbord"],
-        ["eval", "runs/nothing"],
-        ["train", "--task.name", "dataset", "--task.train_path", "x.jsonl"],
-    ],
-    ids=lambda argv: argv[-2],
-)
-def test_a_mistake_is_reported_before_pytorch_is_imported(argv: list[str], tmp_path: Path) -> None:
-    """Case 23: importing PyTorch and transformers takes longer than finding the mistake."""
+BEFORE_PYTORCH = [
+    ["train", "--vineppo.splitter", "newlines"],
+    ["train", "--run.dir", "some_file"],
+    ["train", "--model.device", "gpu"],
+    ["train", "--run.report_to", "tensorbord"],
+    ["eval", "runs/nothing"],
+    ["train", *DATA, "x.jsonl"],
+    ["train", *DATA, "good.jsonl", "--task.answer_column", "ans"],
+    ["train", *DATA, "good.jsonl", "--task.rewards", "things:cut"],
+    ["train", *DATA, "good.jsonl", "--eval.split", "test"],
+    ["eval", "embedded:habit", *DATA, "good.jsonl"],
+    ["train", "--resume", "a_run"],
+    ["train", "--resume", "a_run", "--run.seed", "7"],
+    ["train", "--resume", "a_run", "--algorithm", "ppo"],
+    ["train", "--resume", "a_run", "--from", "7"],
+    ["train", "--resume", "a_run", "--run.iterations", "999", "--run.report_to", "mlflow"],
+    ["train", "--resume", "a_run", "--run.iterations", "999", "--model.path", "absent"],
+    ["WORLD_SIZE=2", "train"],
+    ["WORLD_SIZE=2", "train", "--resume", "a_run", "--run.iterations", "999"],
+    ["WORLD_SIZE=2", "sft", "--model.path", "embedded:habit", *OUT],
+]
+"""Mistakes for which PyTorch is not imported. A first word with `=` is a variable of the environment."""
+RUN_ALL = """
+import contextlib, io, json, os, sys
+from vineppo.cli.main import main
+
+results = []
+for argv in json.loads(sys.argv[1]):
+    variable, is_set, value = argv[0].partition("=")
+    if is_set:
+        os.environ[variable] = value
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        code = main(argv[1:] if is_set else argv)
+    os.environ.pop("WORLD_SIZE", None)
+    imported = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
+    results.append([code, len(error.getvalue().splitlines()), imported])
+print(json.dumps(results))
+"""
+
+
+def test_a_mistake_is_reported_before_pytorch_is_imported(tmp_path: Path) -> None:
+    """Case 23: importing PyTorch and transformers takes longer than finding the mistake. All in one process."""
     write_files(tmp_path)
-    code = (
-        "import json, sys; from vineppo.cli.main import main; code = main(sys.argv[1:]); "
-        "print(json.dumps([code, sorted({'torch', 'transformers', 'datasets'} & set(sys.modules))]))"
-    )
     environment = {**os.environ, "PYTHONPATH": str(Path(vineppo.__file__).parents[1])}
-    process = subprocess.run(
-        [sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert json.loads(process.stdout) == [2, []]
-    assert len(process.stderr.splitlines()) == 1
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(BEFORE_PYTORCH)]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    results = json.loads(process.stdout)
+    assert dict(zip(map(" ".join, BEFORE_PYTORCH), results, strict=True)) == {
+        " ".join(argv): [2, 1, []] for argv in BEFORE_PYTORCH
+    }

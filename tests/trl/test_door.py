@@ -263,9 +263,10 @@ def test_every_setting_that_a_field_determines_has_a_name() -> None:
 
 
 def test_fields_without_effect_are_documented() -> None:
-    documented = set(re.findall(r"`([A-Za-z_0-9]+)[*]?`", (ROOT / "docs/from-trl.md").read_text()))
-    names = {*fields.WITHOUT_EFFECT, *fields.WITHOUT_EFFECT_OF_TRANSFORMERS, *fields.WITHOUT_EFFECT_BEGINNINGS}
-    assert names - documented == set()
+    text = (ROOT / "docs/from-trl.md").read_text()
+    documented, beginnings = set(re.findall(r"`(\w+)`", text)), tuple(re.findall(r"`(\w+)[*]`", text))
+    names = {*fields.WITHOUT_EFFECT, *fields.WITHOUT_EFFECT_OF_TRANSFORMERS}
+    assert {name for name in names - documented if not name.startswith(beginnings)} == set()
     assert set(EVENTS) - documented == set()
 
 

@@ -46,7 +46,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(request: Request) -> int:
     """Run the comparison. Return the exit code: 1 if a run did not finish, else 0."""
     from vineppo.compare.spec import CompareSpec, parse_budget, settings_of_budget
-    from vineppo.training.preflight import check_model_and_task
+    from vineppo.training.preflight import check_model_and_task, needed_splits
 
     recipe, options = request.positional, request.options
     if recipe is None:
@@ -67,7 +67,7 @@ def _run(request: Request) -> int:
     # Build the configuration of each algorithm without using it, to report wrong settings before the first run starts.
     for algorithm, arm in zip(algorithms, spec.arms, strict=True):
         config = training_config(recipe, {**spec.overrides_of(arm), **settings_of_budget(spec.budget)}, algorithm)
-        check_model_and_task(config.model, config.task)
+        check_model_and_task(config.model, config.task, needed_splits(config))
     from vineppo.compare.comparison import compare
 
     return 1 if compare(spec)["missing"] else 0

@@ -49,7 +49,7 @@ def _run(request: Request) -> int:
     spec = settings_from_layers(EvalSpec, layers)
     from vineppo.training.preflight import check_model_and_task
 
-    check_model_and_task(spec.model, spec.task)
+    check_model_and_task(spec.model, spec.task, {"split": spec.split})
     from vineppo.training.evaluate import evaluate_model
 
     result = evaluate_model(spec)

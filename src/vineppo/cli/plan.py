@@ -24,7 +24,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(request: Request) -> int:
     """Print the prediction, and write it to the file given with `--json`. Return the exit code 0."""
     from vineppo.model.location import resolve_model_path
-    from vineppo.training.preflight import check_model_and_task
+    from vineppo.training.preflight import check_model_and_task, needed_splits
 
     config, target = training_config(request.positional or DEFAULT_RECIPE, request.overrides), json_target(request)
     gpu, response_tokens = request.options["gpu"], None
@@ -35,7 +35,7 @@ def _run(request: Request) -> int:
     if gpu:  # A prediction for another machine needs neither the weights nor the data.
         resolve_model_path(config.model.path)
     else:
-        check_model_and_task(config.model, config.task)
+        check_model_and_task(config.model, config.task, needed_splits(config))
     from vineppo.plan.predict import plan
     from vineppo.plan.report import report
 

@@ -21,11 +21,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(request: Request) -> int:
     if request.positional is None:
         raise UserError("no RUN is given; give the directory of a run, such as runs/demo")
-    from vineppo.run.files import disk_errors_in_one_line
     from vineppo.run.plots import plot_run
 
-    with disk_errors_in_one_line(Path(request.positional)):
+    try:
         paths = plot_run(Path(request.positional))
+    except OSError as error:
+        raise UserError(
+            f"the plots of {request.positional} cannot be made: {error.filename or request.positional}: "
+            f"{error.strerror or type(error).__name__}; make the directory writable, or free some space"
+        ) from error
     if not paths:
         raise UserError(f"{request.positional} has no finished iteration yet, so there is nothing to plot")
     for path in paths:

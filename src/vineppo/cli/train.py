@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, training_config
@@ -72,7 +73,8 @@ def _resume(request: Request) -> int:
     """Continue the run that `--resume` names, with its recorded settings. Return the exit code.
 
     Raises:
-        UserError: if a recipe is given, if an option would change a recorded setting, or if the run cannot be resumed.
+        UserError: if a recipe or another directory is given, if an option would change a recorded setting, or if the
+            run cannot be resumed.
     """
     from vineppo.run.directory import RunDirectory
 
@@ -81,15 +83,25 @@ def _resume(request: Request) -> int:
             f"--resume uses the recorded settings of the run, so no recipe can be given; remove {request.positional}"
         )
     folder = request.options["resume"]
+    given = request.overrides.get("run.dir")
+    if given is not None and Path(given).resolve() != Path(folder).resolve():
+        raise UserError(
+            f"--run.dir is {given!r}, but --resume continues the run in its own directory {folder}; remove --run.dir "
+            "(to keep the run as it is, copy its directory and resume the copy)"
+        )
     run = RunDirectory.open(folder, writable=False)
     layers = [(run.config, run.source), (request.overrides, COMMAND_LINE)]
     config = config_from_layers(layers)
     # The recorded run.dir is wrong if the directory was moved after the run started. Use the path given by the user.
     config = replace(config, run=replace(config.run, dir=str(folder)))
+    checkpoint = request.options["from"] or "newest"
+    from vineppo.training.preflight import check_resume
+
+    check_resume(config, checkpoint)
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:
-        return exit_code(resume(config, reporter=reporter, checkpoint=request.options["from"] or "newest"))
+        return exit_code(resume(config, reporter=reporter, checkpoint=checkpoint))
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def recipe_names() -> list[str]:
     """Return the sorted names of the recipes in the package. A recipe in a subfolder is named `folder/name`."""
     root = Path(str(importlib.resources.files("vineppo") / "recipes"))
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def _by_folder(names: list[str]) -> list[str]:
+    """Return the names without a folder, and one entry such as `paper/... (20)` for each folder of recipes."""
+    folders = Counter(name.partition("/")[0] for name in names if "/" in name)
+    return [name for name in names if "/" not in name] + [f"{name}/... ({n})" for name, n in folders.items()]
 
 
 def is_sft_recipe(name: str) -> bool:
@@ -54,8 +61,8 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
         what = "is a directory" if os.path.isdir(path) else "is neither a recipe of the package nor a file"
         if path.suffix in (".yaml", ".yml") and not os.path.isdir(path):
             what = f"does not exist (a relative path starts at {Path.cwd()})"
-        hint = did_you_mean(name, names)
-        raise UserError(f"recipe {name!r} {what}; {hint + ' ' if hint else ''}recipes: {', '.join(names)}")
+        hint = did_you_mean(name, names) or f"recipes: {', '.join(_by_folder(names))}"
+        raise UserError(f"recipe {name!r} {what}; {hint}")
     try:
         return _parse_recipe(path.read_text(encoding="utf-8"), name)
     except UnicodeDecodeError:

@@ -11,6 +11,8 @@ checkpoints/000020/manifest.json  format, version of the package, and size and S
 ```
 
 A checkpoint can be a symbolic link to a directory. When it is no longer needed, only the link is removed.
+
+PyTorch is imported inside the functions, so that a command can look for checkpoints without importing PyTorch.
 """
 
 from __future__ import annotations
@@ -23,8 +25,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from vineppo.run.environment import package_version
 from vineppo.run.files import disk_error, fsync_directory, fsync_file, remove_tree, sha256
@@ -202,6 +202,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         TypeError: if the state contains a value that cannot be loaded again.
     """
+    import torch
+
     with open(path, "wb") as file:  # for a file object, the error of a full disk keeps its number
         torch.save(_plain(state, path.stem), file)
 
@@ -212,6 +214,8 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing or cannot be read.
     """
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
@@ -259,6 +263,8 @@ def _plain(value: Any, where: str) -> Any:
     Raises:
         TypeError: if a value has another type.
     """
+    import torch
+
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, Mapping):

@@ -27,7 +27,7 @@ def require_one_process() -> None:
     Training uses one process. Without this check, every process would train the same run in the same directory.
     """
     world_size = os.environ.get("WORLD_SIZE", "1").strip()
-    if world_size.isdigit() and int(world_size) > 1:
+    if world_size.isdecimal() and int(world_size) > 1:
         raise UserError(
             f"WORLD_SIZE is {world_size}: a launcher (torchrun, accelerate launch) started {world_size} processes, but "
             "vineppo trains in one process; start one process without a launcher, or unset WORLD_SIZE"

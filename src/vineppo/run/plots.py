@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from vineppo.run.directory import RunDirectory
 from vineppo.run.figures import band, canvas, finish, legend_below, percent_axis, plain_text, save, short_number
+from vineppo.types import UserError
 
 _PHASES = {"rollouts": ("rollouts", "#0072B2"), "mc": ("MC rollouts", "#E69F00")}
 """Last part of the name of a metric `tokens/...` -> (label, colour)."""
@@ -30,13 +31,17 @@ def plot_run(run_dir: Path) -> list[Path]:
 
     Returns:
         Paths of `accuracy.png`, `tokens.png` and `seconds.png`; empty if the run has no finished iteration.
+    Raises:
+        UserError: if the directory is not a run directory, or a line of metrics.jsonl lacks a metric.
+        OSError: if the plots cannot be written.
     """
     run_dir = Path(run_dir)
     run = RunDirectory.open(run_dir, writable=False)
     records = run.read_metrics()
-    iterations = [record for record in records if record.get("iteration", 0) > 0]
+    iterations = [record for record in records if record["iteration"] > 0]
     if not iterations:
         return []
+    _check_records(run, records)
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     name = _run_title(run)
@@ -45,6 +50,23 @@ def plot_run(run_dir: Path) -> list[Path]:
         save(_tokens_figure(iterations, name), folder / "tokens.png"),
         save(_seconds_figure(iterations, name), folder / "seconds.png"),
     ]
+
+
+def _check_records(run: RunDirectory, records: Sequence[dict[str, Any]]) -> None:
+    """Raise UserError if a line of metrics.jsonl lacks a metric without which it cannot be plotted.
+
+    The mean reward is None if no rollout has a reward. Iteration 0, the starting model, has no mean reward.
+    """
+    for record in records:
+        required: dict[str, Any] = {"updates": int | float}
+        if record["iteration"] > 0:
+            required["reward/mean"] = int | float | None
+        for name, kind in required.items():
+            if name not in record or not isinstance(record[name], kind):
+                raise UserError(
+                    f"{run.metrics} is damaged: the line of iteration {record['iteration']} has no number {name!r}; "
+                    "remove that line"
+                )
 
 
 def _run_title(run: RunDirectory) -> str:

@@ -18,6 +18,7 @@ from vineppo.tasks.dataset import DatasetTask, Layout, layout_of
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
+from vineppo.tasks.grading.rewards import check_signature
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.tasks.mathematics import BENCHMARKS
@@ -75,28 +76,53 @@ def build_task(
     return _graded(config, source, fns, lambda: _from_names(config, default_rewards))
 
 
-def check_task(config: TaskConfig) -> None:
+def check_task(config: TaskConfig, splits: Mapping[str, Split] | None = None) -> None:
     """Check what can be checked about a task without a model: that its data exist and its reward functions load.
 
     `build_task` checks all rows. It needs the model's chat template for that.
 
+    Args:
+        config: the settings of the section `task`.
+        splits: name of a setting -> split of the problems that the setting selects, which must exist.
     Raises:
-        UserError: if a data set, a file or a reward function does not exist or cannot be used.
+        UserError: if a data set, a split, a file or a reward function does not exist or cannot be used.
     """
-    for spec in (*config.rewards, *filter(None, [config.demonstrator])):
-        load_grader(spec)
+    for spec in config.rewards:
+        check_signature(load_grader(spec), spec)
+    if config.demonstrator:
+        load_grader(config.demonstrator)
     if config.name.startswith(GYM):
         from vineppo.tasks.gym import GymTask
 
         GymTask(config, str)
     elif config.name != "chain":
-        config, layout, _ = _table_settings(config)
-        prompt_column = layout_of(config, layout).prompt_column
+        config, layout, default_rewards = _table_settings(config)
+        needs_answer = bool(config.answer_column) or any(n in GRADERS for n in config.rewards or default_rewards)
+        layout = layout_of(config, layout)
+        columns = {"prompt_column": layout.prompt_column}
+        if needs_answer:
+            columns["answer_column"] = layout.answer_column
         for setting in ("train_path", "validation_path", "test_path"):
             if source := getattr(config, setting):
                 row = check_source(setting, source)
-                if row is not None and cell(row, prompt_column) is MISSING:
-                    text_cell(f"task.{setting}: {source}", row, "prompt_column", prompt_column)  # raises UserError
+                for name, column in columns.items():
+                    if row is not None and cell(row, column) is MISSING:
+                        text_cell(f"task.{setting}: {source}", row, name, column)  # raises UserError
+        for name, split in (splits or {}).items():
+            _check_split(config, name, split)
+
+
+def _check_split(config: TaskConfig, setting: str, split: Split) -> None:
+    """Raise UserError if a task that reads tables has no table for a split. `setting` is the setting that selects it.
+
+    Problems for validation can be taken from the training table.
+    """
+    if split == "test" and not config.test_path:
+        origin = "task.validation_path" if config.validation_path else "the last rows of task.train_path"
+        raise UserError(
+            f"{setting} is test, but there is no test split: task.test_path is empty; set task.test_path to a file of "
+            f"problems, or use --{setting} validation ({origin})"
+        )
 
 
 def _table_settings(config: TaskConfig) -> tuple[TaskConfig, Layout, tuple[str, ...]]:
@@ -136,7 +162,13 @@ def _graded(
 
 
 def _from_functions(fns: tuple[RewardFn, ...]) -> _NamesAndJudge:
-    """Return the names of the functions, and a judge that calls the functions in this process."""
+    """Return the names of the functions, and a judge that calls the functions in this process.
+
+    Raises:
+        UserError: if the signature of a function does not fit.
+    """
+    for fn in fns:
+        check_signature(fn)
     return tuple(_unique([getattr(fn, "__name__", type(fn).__name__) for fn in fns])), InProcess(fns)
 
 
@@ -147,6 +179,8 @@ def _from_names(config: TaskConfig, rewards: tuple[str, ...]) -> _NamesAndJudge:
     """
     # The functions are always loaded in this process, so that a misspelt name is reported before a process starts.
     loaded = tuple(load_grader(spec) for spec in rewards)
+    for spec, fn in zip(rewards, loaded, strict=True):
+        check_signature(fn, spec)
     if set(rewards) <= set(QUICK):
         return rewards, InProcess(loaded)
     if in_script := next((spec for spec in rewards if spec.startswith("__main__:")), ""):

@@ -46,6 +46,12 @@ def build_config(
     Raises:
         UserError: for an unknown key, a wrong type, or values that are not allowed.
     """
+    if not isinstance(recipe, Mapping):
+        raise UserError(
+            f"recipe is {_shown(recipe)}; it must be a dictionary of settings, as in build_config(load_recipe(NAME))"
+        )
+    if not isinstance(overrides, Mapping | None):
+        raise UserError(f"overrides is {_shown(overrides)}; it must be a dictionary from dotted keys to values")
     where = f"in recipe {name}" if name else "in the recipe"
     base = {key: value for key, value in recipe.items() if key not in ("description", "overrides")}
     command_line = dict(overrides or {})
@@ -86,7 +92,15 @@ def with_algorithm_section(config: Config) -> Config:
     """Return the configuration with the section of its algorithm.
 
     If the section is missing, it is added with default values.
+
+    Raises:
+        UserError: if `config` is not a Config.
     """
+    if not isinstance(config, Config):
+        raise UserError(
+            f"config is {_shown(config)}; it must be a vineppo.Config, as in train(build_config(load_recipe(NAME))) or "
+            "train(config_from_dict(Config, {...}))"
+        )
     values = {name: getattr(config, name) for name in Config.model_fields}
     algorithm = find_algorithm(config.algorithm)
     section = getattr(config, algorithm.name, None)
@@ -106,6 +120,11 @@ def with_run_dir(config: Config, recipe: str) -> Config:
     name = find_algorithm(config.algorithm).name
     folder = f"runs/{recipe or config.task.name}-{name}-seed{config.run.seed}"
     return replace(config, run=replace(config.run, dir=folder))
+
+
+def _shown(value: Any) -> str:
+    """Return a text itself, or the type of another value, for an error message."""
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
 def _algorithm_spec(data: Mapping[str, Any]) -> str:

@@ -27,14 +27,13 @@ from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.lock import locked
 from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
+from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
 from vineppo.training.progress import Progress, advance, is_new_best, metrics_line
 from vineppo.training.resuming import (
-    changed_settings,
-    check_goes_on,
     chosen_checkpoint,
     go_back,
     read_progress,
@@ -104,7 +103,7 @@ def resume(
     """Continue the run in `config.run.dir` from a checkpoint.
 
     On a CPU the result is bit-identical to that of an uninterrupted run. Some settings may differ from those of the run
-    (`resuming.CHANGEABLE`); the changes are recorded. With a higher limit, a finished run goes on. A run that stopped
+    (`changes.CHANGEABLE`); the changes are recorded. With a higher limit, a finished run goes on. A run that stopped
     before its first checkpoint starts from the beginning, and all its settings may differ. The other arguments and the
     result are those of `train`.
 

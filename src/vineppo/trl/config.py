@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -177,7 +177,12 @@ class VinePPOConfig:
                 raise UserError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} (docs/from-trl.md)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
             raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
-        if any(key.startswith("model.") for key in self.settings):
+        if not isinstance(self.settings, Mapping):
+            raise UserError(
+                f"settings is {self.settings!r}; it must be a dictionary from dotted keys to values, such as "
+                '{"vineppo.alternatives": True}'
+            )
+        if any(str(key).startswith("model.") for key in self.settings):
             raise UserError(
                 "settings has a key of the section model; pass the model to VinePPOTrainer (peft_config adds adapters)"
             )

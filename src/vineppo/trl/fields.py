@@ -61,20 +61,37 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "ref_model_mixup_alpha": 0.6,
     "ref_model_sync_steps": 512,
     "logging_dir": None,
+    "vllm_mode": "colocate",
+    "vllm_model_impl": "vllm",
+    "vllm_enable_sleep_mode": False,
+    "vllm_guided_decoding_regex": None,
+    "vllm_structured_outputs_regex": None,
+    "vllm_server_base_url": None,
+    "vllm_server_host": "0.0.0.0",
+    "vllm_server_port": 8000,
+    "vllm_server_timeout": 240.0,
+    "vllm_group_port": 51216,
+    "vllm_gpu_memory_utilization": 0.3,
+    "vllm_max_model_length": None,
+    "vllm_tensor_parallel_size": 1,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_clip_max": 3.0,
+    "vllm_importance_sampling_clip_min": None,
+    "vllm_importance_sampling_cap": None,
+    "sapo_temperature_neg": 1.05,
+    "sapo_temperature_pos": 1.0,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_pos": 3.0,
+    "vespo_k_neg": 3.0,
+    "vespo_lambda_neg": 2.0,
+    "entropy_coef_min": 0.0,
+    "entropy_coef_max": 1.0,
+    "entropy_coef_delta": 0.005,
+    "entropy_target": 0.2,
 }
 """Fields of GRPOConfig that are accepted with any value and have no effect, with their default values. Such a field
 controls something that is always on here, always off, or part of an unsupported feature."""
-WITHOUT_EFFECT_BEGINNINGS = (
-    "vllm_",
-    "sapo_",
-    "vespo_",
-    "entropy_coef_",
-    "entropy_target",
-    "dataloader_",
-    "log_",
-    "hub_",
-)
-"""A field whose name begins with one of these texts is accepted with any value and has no effect."""
 WITHOUT_EFFECT_OF_TRANSFORMERS = (
     "remove_unused_columns",
     "logging_nan_inf_filter",
@@ -92,6 +109,22 @@ WITHOUT_EFFECT_OF_TRANSFORMERS = (
     "skip_memory_metrics",
     "average_tokens_across_devices",
     "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_token",
+    "hub_private_repo",
+    "hub_always_push",
+    "hub_revision",
+    "dataloader_drop_last",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+    "dataloader_in_order",
 )
 """Fields of TrainingArguments (transformers) that are accepted with any value and have no effect."""
 _INSTEAD = {
@@ -114,14 +147,12 @@ def check_other_field(name: str, value: Any, known: set[str]) -> None:
     if name in WITHOUT_EFFECT or name in WITHOUT_EFFECT_OF_TRANSFORMERS:
         return
     neutral = {**transformers_defaults(), **NEUTRAL}
-    if name in neutral:
-        if value == neutral[name] or name.startswith(WITHOUT_EFFECT_BEGINNINGS):
-            return
+    if name not in neutral:
+        hint = did_you_mean(name, {*known, *WITHOUT_EFFECT, *neutral}) or "docs/from-trl.md lists the fields"
+        raise UserError(f"VinePPOConfig has no field {name}; {hint}")
+    if value != neutral[name]:
         advice = _INSTEAD.get(name, "")
         raise UserError(f"{name} is {value!r}, which is not supported; allowed: {neutral[name]!r}{advice}")
-    if not name.startswith(WITHOUT_EFFECT_BEGINNINGS):
-        hint = did_you_mean(name, known) or "docs/from-trl.md lists the fields"
-        raise UserError(f"VinePPOConfig has no field {name}; {hint}")
 
 
 @functools.cache

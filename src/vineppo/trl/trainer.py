@@ -37,12 +37,20 @@ from vineppo.run.environment import require_one_process
 from vineppo.statistics import Interval
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
-from vineppo.tasks.rows import as_sequence
 from vineppo.training.configure import config_from_dict
 from vineppo.training.evaluate import measure
 from vineppo.training.loop import resume, train
 from vineppo.training.parts import InMemory, build_engine, total_updates, updates_per_iteration
 from vineppo.training.rollouts import problem_range
+from vineppo.trl.arguments import (
+    check_config,
+    check_evaluation,
+    check_model,
+    check_object_settings,
+    checked_callbacks,
+    checked_rows,
+    reward_functions,
+)
 from vineppo.trl.callbacks import Listener, Schedule
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
@@ -100,14 +108,16 @@ class VinePPOTrainer:
         peft_config: Any = None,
     ):
         require_one_process()
+        check_config(args)
         self.args = args or VinePPOConfig()
         self.reward_funcs: list[Any] = []
+        callbacks = checked_callbacks(callbacks)
         with self.args.names.in_errors():
             self._build(
-                model, _reward_functions(reward_funcs), train_dataset, eval_dataset, processing_class, peft_config
+                model, reward_functions(reward_funcs), train_dataset, eval_dataset, processing_class, peft_config
             )
         objects = {"model": self.model, "processing_class": self.processing_class}
-        self._listener = Listener(callbacks or (), self.args, objects, self._schedule)
+        self._listener = Listener(callbacks, self.args, objects, self._schedule)
         self.state = self._listener.state
         more = {"trainer_state": self.state, "log_metric": self._listener.note, "log_extra": _ignore}
         self.reward_funcs = [_with_extra_arguments(reward, more) for reward in self.reward_funcs]
@@ -124,8 +134,12 @@ class VinePPOTrainer:
         peft_config: Any,
     ) -> None:
         """Set the policy, the data, the reward functions and the configuration from the arguments of the trainer."""
-        self.train_dataset, self.eval_dataset = _rows("train_dataset", train_dataset), eval_dataset
-        num_eval = 0 if eval_dataset is None else len(_rows("eval_dataset", eval_dataset))
+        self.train_dataset = checked_rows("train_dataset", train_dataset)
+        self.eval_dataset = None if eval_dataset is None else checked_rows("eval_dataset", eval_dataset)
+        check_evaluation(eval_dataset, self.args)
+        check_model(model, processing_class, peft_config)
+        check_object_settings(model, self.args)
+        num_eval = 0 if self.eval_dataset is None else len(self.eval_dataset)
         config = self.args.to_config(len(self.train_dataset), num_eval)
         self.policy = _policy(model, processing_class, peft_config, self.args)
         self.model, self.processing_class = self.policy.adapters or self.policy.model, self.policy.codec.tokenizer
@@ -170,7 +184,7 @@ class VinePPOTrainer:
             self._train_called = True
             tables: dict[Split, Any] = {"train": self.train_dataset}
             if self.eval_dataset is not None:
-                tables["validation"] = _rows("eval_dataset", self.eval_dataset)
+                tables["validation"] = self.eval_dataset
             summary = start(
                 self.config,
                 recipe="trainer",
@@ -192,9 +206,9 @@ class VinePPOTrainer:
         if not isinstance(given, str | Path):
             return "newest"
         folder, path = Path(self.args.output_dir) / "checkpoints", Path(given)
-        if path.is_dir() and path.name.isdigit() and path.resolve().parent == folder.resolve():
+        if path.is_dir() and path.name.isdecimal() and path.resolve().parent == folder.resolve():
             return str(int(path.name))
-        present = [str(entry) for entry in sorted(folder.glob("*")) if entry.name.isdigit()]
+        present = [str(entry) for entry in sorted(folder.glob("*")) if entry.name.isdecimal()]
         problem = "is not a checkpoint of the run in output_dir" if path.exists() else "does not exist"
         raise UserError(
             f"resume_from_checkpoint is {str(given)!r}, which {problem}; allowed: True (the newest checkpoint of the "
@@ -221,7 +235,7 @@ class VinePPOTrainer:
         """
         with self.args.names.in_errors():
             interval = self._mean_reward(
-                _rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
+                checked_rows("eval_dataset", self.eval_dataset if eval_dataset is None else eval_dataset)
             )
         return {"eval_reward": interval.mean, "eval_reward_low": interval.low, "eval_reward_high": interval.high}
 
@@ -251,34 +265,6 @@ class VinePPOTrainer:
             output_dir: directory to write to; None means the folder `final` in the run directory.
         """
         self.policy.save(output_dir or Path(self.args.output_dir) / "final")
-
-
-def _reward_functions(given: Any) -> list[Any]:
-    """Return the argument `reward_funcs` as a list of functions and names. Raise UserError if it is not valid."""
-    functions = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    if not functions:
-        raise UserError("reward_funcs is empty; pass a function fn(prompts, completions, **columns) -> list of numbers")
-    for function in functions:
-        if not isinstance(function, str) and (isinstance(function, torch.nn.Module) or not callable(function)):
-            raise UserError(
-                f"reward_funcs has a {type(function).__name__}; allowed: functions and names of graders (hash, boxed, "
-                "exact, module:function); to use a reward model, pass a function that calls the model"
-            )
-    return functions
-
-
-def _rows(name: str, dataset: Any) -> Any:
-    """Return a data set as a sequence of rows. Raise UserError if it is missing or empty.
-
-    Args:
-        name: name of the argument in the error message, such as `train_dataset`.
-    """
-    if dataset is None:
-        raise UserError(f"{name} is missing; pass rows with a column named prompt")
-    rows = as_sequence(dataset)
-    if not len(rows):
-        raise UserError(f"{name} is empty; pass rows with a column named prompt")
-    return rows
 
 
 def _ignore(*_: Any) -> None:

@@ -126,6 +126,30 @@ def _is_asynchronous(fn: RewardFn) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
+def check_signature(fn: RewardFn, name: str = "") -> None:
+    """Check that a reward function accepts the keyword arguments that every reward function gets.
+
+    Arguments for further columns of the data set are not checked. A signature that cannot be read is accepted.
+
+    Args:
+        name: name of the function in the error message; empty means its module and name.
+    Raises:
+        UserError: if the function does not accept one of the arguments.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind_partial(**dict.fromkeys(_RESERVED))
+    except TypeError as error:
+        raise UserError(
+            f"reward function {name or _label(fn)} has the signature {_short(str(signature))}, which does not fit "
+            f"({error}); it is called as fn(prompts, completions, completion_ids, answer, **columns) and must return a "
+            "list of numbers; add **kwargs for the arguments that it does not use"
+        ) from None
+
+
 @contextlib.contextmanager
 def _failures_of(fn: RewardFn, arguments: dict[str, list[Any]]) -> Iterator[None]:
     """Convert an exception of a reward function to a UserError whose cause is that exception."""
@@ -187,6 +211,11 @@ def _checked_reward(name: str, index: int, reward: Any) -> float | Failure | Non
 def _shown(reward: Any) -> str:
     """Return at most 60 characters of the `repr` of a reward, as one line."""
     try:
-        return " ".join(repr(reward).split())[:60]
+        return _short(repr(reward))
     except Exception:  # for example an integer of more than 4,300 digits
         return f"a value of type {type(reward).__name__} that cannot be shown"
+
+
+def _short(text: str) -> str:
+    """Return at most 60 characters of a text, as one line."""
+    return " ".join(text.split())[:60]
