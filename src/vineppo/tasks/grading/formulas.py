@@ -137,7 +137,7 @@ class _Parser:
         return ("+", node, fraction)
 
     def _is_number(self) -> bool:
-        return self.peek()[:1].isdigit() or self.peek()[:1] == "."
+        return self.peek()[:1].isdecimal() or self.peek()[:1] == "."
 
     def _starts_factor(self) -> bool:
         token = self.peek()
@@ -197,7 +197,7 @@ class _Parser:
         return node
 
     def _atom(self, token: str) -> Node:
-        if token[:1].isdigit() or (token[:1] == "." and len(token) > 1):
+        if token[:1].isdecimal() or (token[:1] == "." and len(token) > 1):
             return self._number(token)
         if token in _CLOSING:
             return self._group(token)
@@ -236,7 +236,7 @@ class _Parser:
     def argument(self) -> Node:
         r"""Read the argument of a LaTeX command: a group, or a single digit, letter or command, as in \frac12."""
         token = self.peek()
-        if token.isdigit() and len(token) > 1:
+        if token.isdecimal() and len(token) > 1:
             self.tokens[self.position] = token[1:]
             return ("number", Fraction(token[0]))
         if token in ("+", "-", ""):
