@@ -47,8 +47,8 @@ class Shape(ctypes.Structure):
 class Library:
     """A compiled library."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, instructions: str):
+        self.path, self.instructions = path, instructions
         self._functions = ctypes.CDLL(str(path))
         for name in ("vineppo_model_new", "vineppo_job_new"):
             getattr(self._functions, name).restype = c_void_p
@@ -93,11 +93,11 @@ def load(instructions: str | None = None) -> Library | None:
     generic = FOLDER / "libvineppo_generic.so"
     if not generic.exists():
         return None
-    base = Library(generic)
+    base = Library(generic, "generic")
     for name in INSTRUCTIONS:
         path = FOLDER / f"libvineppo_{name}.so"
         if (instructions in (None, name)) and path.exists() and base.can_run(name):
-            return Library(path)
+            return Library(path, name)
     return None
 
 

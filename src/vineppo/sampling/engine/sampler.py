@@ -8,7 +8,6 @@ a row in the same order whatever rows are computed with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from vineppo.sampling.engine.families import EngineModel
 from vineppo.sampling.engine.library import Job, Library, start_job
 from vineppo.sampling.engine.stops import StopTokens
+from vineppo.sampling.torch.sampler import LanguageModel
 from vineppo.sampling.trunks import Row, Trunk, response_tail, trunks_of
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
@@ -43,7 +43,7 @@ class EngineSampler:
 
     def __init__(
         self,
-        policy: Any,
+        policy: LanguageModel,
         library: Library,
         *,
         max_rows: int = 2048,
@@ -54,6 +54,11 @@ class EngineSampler:
         self.max_rows, self.kv_memory, self.threads = max_rows, kv_memory, threads
         self._model = EngineModel(library, policy.model)
         self._stops = StopTokens(policy.codec, self._model.compiled.shape.vocabulary)
+
+    @property
+    def num_threads(self) -> int:
+        """Number of threads that decode."""
+        return self.threads or torch.get_num_threads()
 
     def update_weights(self, version: int, weights: Weights) -> None:
         """Store `version`, the number of policy updates that the weights include.
@@ -103,7 +108,8 @@ class EngineSampler:
         self._check_memory(trunks)
         self._model.refresh(max(len(t.token_ids) + t.budget for t in trunks), self.version)
         of_row = [requests[row.request] for row in rows]
-        kinds = list(dict.fromkeys(r.stop for r in of_row if r.stop))
+        stops = [self._stop_of(r) for r in of_row]
+        kinds = list(dict.fromkeys(stop for stop in stops if stop))
         samples = {
             "trunk": np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks]),
             "prefix_length": np.array([row.prefix_length for row in rows]),
@@ -113,9 +119,9 @@ class EngineSampler:
                 np.array([r.first_sample + row.sample for r, row in zip(of_row, rows, strict=True)]),
             ),
             "temperature": np.array([r.temperature for r in of_row]),
-            "ask_kind": np.array([kinds.index(r.stop) if r.stop else -1 for r in of_row]),
+            "ask_kind": np.array([kinds.index(stop) if stop else -1 for stop in stops]),
         }
-        threads = self.threads or torch.get_num_threads()
+        threads = self.num_threads
         most = max(1, min(_BATCH[self._model.compiled.shape.hidden > _LARGE], self.max_rows // threads))
         return start_job(
             self._model.compiled,
@@ -140,11 +146,25 @@ class EngineSampler:
                     "lower rollouts.max_new_tokens"
                 )
 
+    def _stop_of(self, request: SampleRequest) -> tuple[str, ...]:
+        """Return the stop strings for which tokens are checked.
+
+        If the part of the response in the prefix contains one already, every token is checked: the empty string stands
+        for that.
+        """
+        text = self.policy.codec.decode(response_tail(request, _longest(request))) if request.stop else ""
+        return (*request.stop, "") if any(stop in text for stop in request.stop) else request.stop
+
     def _stops_after(self, request: SampleRequest, token_ids: Sequence[int]) -> bool:
         """Return whether the last token of a completion completed a stop string."""
-        window = max(len(text.encode()) for text in request.stop)
+        window = _longest(request)
         text = self.policy.codec.decode((*response_tail(request, window), *token_ids)[-window - 1 :])
         return any(stop in text for stop in request.stop)
 
     def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
         return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", self.version)
+
+
+def _longest(request: SampleRequest) -> int:
+    """Return the number of bytes of the longest stop string."""
+    return max(len(text.encode()) for text in request.stop)

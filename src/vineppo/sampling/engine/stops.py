@@ -29,13 +29,17 @@ class StopTokens:
         """Return for each token id whether it may complete one of the strings: bytes of shape (size,).
 
         A token may complete a string if its text contains the string's last character, or if its text is unknown on its
-        own: a part of a character, or nothing.
+        own: a part of a character, or nothing. If one of the strings is empty, every token may.
         """
         key = tuple(stop)
         if key not in self._tables:
-            last = {text[-1] for text in stop}
+            last = {text[-1:] for text in stop}
             self._tables[key] = np.array(
-                [not text or _UNREADABLE in text or bool(last & set(text)) for text in self._token_texts()], np.uint8
+                [
+                    not text or "" in last or _UNREADABLE in text or bool(last & set(text))
+                    for text in self._token_texts()
+                ],
+                np.uint8,
             )
         return self._tables[key]
 

@@ -80,16 +80,23 @@ void logits(const Model& model, const float* hidden, int count, float* out) {
 }
 
 int draw(float* z, int size, double uniform, float temperature, float* logprob, Scratch& scratch) {
-  if (temperature == 0) {
-    *logprob = 0;
-    return static_cast<int>(std::max_element(z, z + size) - z);
-  }
-  if (temperature != 1)
+  if (temperature != 1 && temperature != 0)
     for (int i = 0; i < size; i++) z[i] /= temperature;
   for (int i = size; i < padded(size); i++) z[i] = -INFINITY;
   Vec best = load(z);
-  for (int i = LANES; i < padded(size); i += LANES) best = maximum(best, load(z + i));
+  IntVec unequal = best != best;  // NaN differs from itself
+  for (int i = LANES; i < padded(size); i += LANES) {
+    best = maximum(best, load(z + i));
+    unequal |= load(z + i) != load(z + i);
+  }
   const float top = largest(best);
+  bool finite = std::isfinite(top);
+  for (int i = 0; i < LANES; i++) finite = finite && !unequal[i];
+  if (!finite) return -1;
+  if (temperature == 0) {
+    *logprob = 0;
+    return static_cast<int>(std::find(z, z + size, top) - z);
+  }
   float* weights = scratch.weights.data();
   double* sums = scratch.block_sums.data();  // the sum of the weights up to the end of each block
   double total = 0;
