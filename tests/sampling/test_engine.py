@@ -127,7 +127,7 @@ def test_little_memory_changes_nothing(llama: Policy) -> None:
     smallest = engine(llama)._model.kv_bytes(19) + engine(llama)._model.kv_bytes(20)
     for memory in (smallest, 2 * smallest, 7 * smallest):
         assert engine(llama, kv_memory=memory, threads=3).sample(requests) == expected
-    with pytest.raises(UserError, match="raise rollouts.kv_memory or lower"):
+    with pytest.raises(UserError, match=r"raise rollouts\.kv_memory or lower"):
         engine(llama, kv_memory=smallest - 1).sample(requests)
 
 
