@@ -32,13 +32,13 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real test-faults check format models results results-default results-habit bench bench-vines \
+.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
 	bench-budget bench-length faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(READY_DEMO): pyproject.toml $(CONSTRAINTS)
+$(READY_DEMO): pyproject.toml hatch_build.py $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(PINS) $(TORCH)
@@ -56,6 +56,17 @@ $(READY_REAL): $(READY)
 
 demo: $(READY_DEMO)  ## train the embedded model with VinePPO: five minutes on two cores
 	$(BIN)/vineppo demo
+
+engine: $(READY_DEMO)  ## compile the engine again, after a change of its C++ files
+	$(BIN)/python src/vineppo/sampling/engine/build.py
+
+engine-sanitize:  ## run the engine under the sanitizers for memory, undefined behaviour and threads
+	mkdir -p build
+	for kind in address,undefined thread; do \
+		$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$kind -fno-sanitize-recover=all -I src/vineppo/sampling/engine/native \
+			dev/engine_check.cpp src/vineppo/sampling/engine/native/kernels.cpp \
+			src/vineppo/sampling/engine/native/decode.cpp -o build/engine-check && ./build/engine-check || exit 1; \
+	done
 
 test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal

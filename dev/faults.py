@@ -36,12 +36,12 @@ from vineppo.config.schema import Config
 from vineppo.learning.learner import TorchLearner
 from vineppo.learning.optim import Optimizer
 from vineppo.model.policy import Policy, Reference
+from vineppo.sampling import build as sampling_build
 from vineppo.sampling.torch import sampler as torch_sampler
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.version import RepeatedSeeds, StaleWeights
 from vineppo.seeds import derive_seed, stream_keys
 from vineppo.tasks.grading.graded import Graded
-from vineppo.training import parts as training_parts
 from vineppo.training import rollouts as training_rollouts
 from vineppo.training.configure import build_config
 from vineppo.training.loop import train
@@ -66,7 +66,7 @@ class Fault:
 
 def engine(cls: type[TorchSampler]) -> Patches:
     """Train with another sampler."""
-    return lambda: patch.object(training_parts, "TorchSampler", cls)
+    return lambda: patch.object(sampling_build, "TorchSampler", cls)
 
 
 class StaleSampler(TorchSampler):
@@ -274,7 +274,7 @@ class Counter:
 
     last = 0
 
-    def start(self) -> None: ...
+    def start(self, sampler: str) -> None: ...
 
     def before_iteration(self, iteration: int) -> None: ...
 
@@ -301,6 +301,7 @@ def configuration(fault: Fault, folder: Path) -> Config:
         "run.save_rollouts": False,
         "run.dir": str(folder / "run"),
         "eval.every": 0,
+        "sampler.engine": "torch",  # some faults replace functions of the PyTorch sampler
         "eval.final_num_problems": 0,
     }
     settings |= dict(setting.split("=") for setting in fault.settings)

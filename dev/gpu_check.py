@@ -729,7 +729,7 @@ class InTime:
         self.part = part
         self.began = self.evaluation = 0.0
 
-    def start(self) -> None:
+    def start(self, sampler: str) -> None:
         """Note the time at which the first evaluation starts."""
         self.began = time.perf_counter()
 

@@ -39,7 +39,7 @@ def known(entries: Sequence[T | None]) -> list[T]:
 class SilentReporter:
     """A reporter that does nothing. Base class of reporters in tests."""
 
-    def start(self) -> None:
+    def start(self, sampler: str) -> None:
         pass
 
     def before_iteration(self, iteration: int) -> None:

@@ -423,7 +423,7 @@ def test_report_of_an_interrupted_run_contains_the_command_to_resume() -> None:
 
 def test_output_without_terminal_has_one_line_per_iteration(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter(Config(), live=False)
-    reporter.start()
+    reporter.start("sampling with PyTorch")
     reporter.iteration({"iteration": 0, "eval/accuracy": 0.1})
     reporter.iteration(LINE)
     reporter.finish(SUMMARY, Path("runs/a"))
@@ -431,7 +431,7 @@ def test_output_without_terminal_has_one_line_per_iteration(capsys: pytest.Captu
     assert lines[0].startswith(
         "VinePPO on embedded:judgement, task chain (judgement, 10 steps): 8 problems x 4 responses"
     )
-    assert [line.split()[0] for line in lines[1:3]] == ["start", "iteration"]
+    assert [line.split()[0] for line in lines[1:4]] == ["sampling", "start", "iteration"]
     assert not any("\x1b" in line for line in lines)
 
 
@@ -442,7 +442,7 @@ def test_start_without_evaluation_has_no_line(capsys: pytest.CaptureFixture[str]
 
 def test_terminal_keeps_the_lines_of_evaluations(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = ConsoleReporter(Config(), live=True)
-    reporter.start()
+    reporter.start("sampling with PyTorch")
     reporter.iteration(LINE)
     reporter.close()
     reporter.close()

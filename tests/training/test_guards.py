@@ -16,7 +16,15 @@ import torch
 
 from dev import faults
 from tests.helpers import small_config, weights_hash
-from vineppo.config.schema import GuardConfig, KLConfig, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
+from vineppo.config.schema import (
+    GuardConfig,
+    KLConfig,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    RolloutConfig,
+    SamplerConfig,
+)
 from vineppo.config.settings import replace as changed
 from vineppo.model.logits import entropies_of, logprob_variances
 from vineppo.sampling.torch.sampler import TorchSampler
@@ -280,7 +288,8 @@ def test_seeds_are_used_once(parts: Parts) -> None:
 
 def run_with(fault: str, tmp_path: Path, **sections: Any) -> list[str]:
     """Train with a fault of dev/faults.py, and return the warnings."""
-    config = small_config(tmp_path / "run", "grpo", **sections)
+    # The faults replace functions of the PyTorch sampler.
+    config = small_config(tmp_path / "run", "grpo", sampler=SamplerConfig(engine="torch"), **sections)
     with faults.FAULTS[fault].patches(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         summary = train(config)
@@ -358,7 +367,7 @@ def test_the_probe_changes_no_result_and_has_no_false_alarm(tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore::vineppo.types.TrainingWarning")
 def test_a_run_that_was_stopped_by_a_guard_can_be_resumed(tmp_path: Path) -> None:
-    config = small_config(tmp_path / "run", "grpo", learner=FAST)
+    config = small_config(tmp_path / "run", "grpo", learner=FAST, sampler=SamplerConfig(engine="torch"))
     with faults.FAULTS["stale weights"].patches(), pytest.raises(SamplerFault):
         train(config)
     train(changed(config, run=changed(config.run, dir=str(tmp_path / "whole"))))

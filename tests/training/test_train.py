@@ -38,7 +38,7 @@ from vineppo.config.settings import replace
 from vineppo.credit import BUILT_IN
 from vineppo.credit.vineppo import VinePPOSettings
 from vineppo.model.policy import Policy
-from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.build import build_sampler
 from vineppo.sampling.version import StaleWeights
 from vineppo.training.loop import resume, train
 from vineppo.types import Sampler, UserError, Weights
@@ -162,7 +162,7 @@ class CopyingEngine(WrappedSampler):
 
 def copying_engine(config: Config, policy: Policy) -> Sampler:
     copy = Policy(deepcopy(policy.model), policy.codec)
-    return CopyingEngine(TorchSampler(copy), copy)
+    return CopyingEngine(build_sampler(copy), copy)
 
 
 def test_an_engine_with_separate_weights_trains_and_resumes_with_the_same_bits(

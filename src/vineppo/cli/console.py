@@ -30,9 +30,10 @@ class ConsoleReporter:
         self._bar: Any = None  # the rich.progress.Progress that is shown now, or None
         self._row: Any = None  # the id that rich gave to the only row of the bar
 
-    def start(self) -> None:
-        """Print the first line of the output, and start the progress bar if there is one."""
+    def start(self, sampler: str) -> None:
+        """Print the first two lines of the output, and start the progress bar if there is one."""
         _print(headline(self._config))
+        _print(sampler)
         if not self._live:
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -30,6 +30,7 @@ def _run(request: Request) -> int:
         rows[name] = version_of(name) or "not installed" + (" (optional)" if name in _EXTRAS else "")
     rows["cores"] = str(os.cpu_count())
     rows["device"] = _devices()
+    rows["engine"] = _engine()
     rows["grading"] = _sandbox()
     models = importlib.resources.files("vineppo") / "models"
     names = sorted(item.name for item in models.iterdir() if item.is_dir()) if models.is_dir() else []
@@ -50,6 +51,14 @@ def _devices() -> str:
     cpu = f"cpu ({torch.get_num_threads()} threads; bfloat16: {bfloat16})"
     cuda = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return ", ".join([cpu, *cuda])
+
+
+def _engine() -> str:
+    """Return the instruction set of the compiled engine, or a note that it is not built."""
+    from vineppo.sampling.engine.library import load
+
+    library = load()
+    return f"compiled, {library.instructions}" if library else "not built (it needs a C++ compiler: make engine)"
 
 
 def _sandbox() -> str:

@@ -278,6 +278,15 @@ class RolloutConfig(Settings):
         require(all(self.stop), "rollouts.stop contains an empty string; give the text that ends a response")
 
 
+class SamplerConfig(Settings):
+    """The program that samples responses and continuations."""
+
+    engine: Literal["auto", "engine", "torch"] = "auto"
+    """`engine`: the package's compiled engine, for the CPU and for the families of models that it knows. `torch`: the
+    PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used, or else the PyTorch
+    sampler."""
+
+
 class CriticConfig(Settings):
     """Settings of the value network. The settings class of an algorithm with a value network extends this class."""
 
@@ -464,6 +473,7 @@ class Config(Settings):
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     learner: LearnerConfig = Field(default_factory=LearnerConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     guards: GuardConfig = Field(default_factory=GuardConfig)

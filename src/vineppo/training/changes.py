@@ -33,6 +33,7 @@ CHANGEABLE = (
     "model.attn_implementation",
     "rollouts.max_rows",
     "rollouts.kv_memory",
+    "sampler.engine",
     "task.grading.workers",
     "task.grading.seconds",
     "task.grading.memory",

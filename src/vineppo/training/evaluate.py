@@ -16,7 +16,7 @@ import numpy as np
 from vineppo.config.schema import EvalSpec
 from vineppo.model.codec import Codec
 from vineppo.model.policy import Policy
-from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.build import build_sampler
 from vineppo.seeds import derive_seed
 from vineppo.statistics import Interval, bootstrap_mean, pass_at_k
 from vineppo.tasks import build_task
@@ -134,7 +134,7 @@ def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     policy = Policy.load(spec.model)
     task = build_task(spec.task, policy.codec.chat_prompt)
     fit_prompts(task, policy.codec, spec.max_new_tokens, spec.task.overlong, {spec.split: spec.num_problems})
-    sampler = TorchSampler(policy)
+    sampler = build_sampler(policy)
     problems = problem_range(task, spec.split, spec.num_problems)
 
     def measure_at(temperature: float, num_samples: int) -> Measurement:

@@ -167,7 +167,7 @@ def _run(session: Session, progress: Progress) -> dict[str, Any]:
     """Train from `progress` to the end of the run, write all results, and return the content of summary.json."""
     with graceful_stop() as stop, disk_errors_in_one_line(session.run.path):
         if session.reporter:
-            session.reporter.start()
+            session.reporter.start(session.parts.sampler_line)
         progress, reason = _loop(session, progress, stop)
         summary = finish(session, progress, reason)
         session.run.write_summary(summary)

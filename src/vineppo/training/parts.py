@@ -14,7 +14,7 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
-from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.build import build_sampler, sampler_line
 from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
@@ -27,6 +27,7 @@ from vineppo.types import (
     Problem,
     RewardFn,
     RolloutGroup,
+    Sampler,
     Split,
     Task,
     TrainingSample,
@@ -55,6 +56,8 @@ class Parts:
     """G, the number of rollouts that each group must have."""
     stop: tuple[str, ...]
     """Strings that end a response, in addition to the end-of-sequence tokens."""
+    sampler_line: str
+    """One line that says which sampler is used, and why."""
     left_out: Mapping[Split, int]
     """Number of problems of each split that were left out because their prompts are too long."""
 
@@ -133,7 +136,8 @@ def build_parts(
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
     size, stop = parts.group_size, parts.stop
-    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, left_out)
+    line = sampler_line(policy, config.sampler.engine)
+    return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, line, left_out)
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
@@ -194,9 +198,10 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
     )
 
 
-def build_engine(config: Config, policy: Policy) -> TorchSampler:
+def build_engine(config: Config, policy: Policy) -> Sampler:
     """Build the sampler that generates responses with the weights of a policy in this process."""
-    return TorchSampler(policy, max_rows=config.rollouts.max_rows, kv_memory=int(config.rollouts.kv_memory * 2**30))
+    kv_memory = int(config.rollouts.kv_memory * 2**30)
+    return build_sampler(policy, config.sampler.engine, max_rows=config.rollouts.max_rows, kv_memory=kv_memory)
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:

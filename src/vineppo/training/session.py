@@ -27,8 +27,12 @@ from vineppo.types import Split
 class Reporter(Protocol):
     """An object that receives the progress of a run, for example to print the progress."""
 
-    def start(self) -> None:
-        """Start the report. The training loop calls this method once, before the first iteration."""
+    def start(self, sampler: str) -> None:
+        """Start the report. The training loop calls this method once, before the first iteration.
+
+        Args:
+            sampler: one line that says which sampler is used, and why.
+        """
 
     def before_iteration(self, iteration: int) -> None:
         """Report the beginning of an iteration. Iterations are counted from 1."""

@@ -85,9 +85,9 @@ class LastingReporter:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
 
-    def start(self) -> None:
+    def start(self, sampler: str) -> None:
         """Start the report."""
-        without_console(self._reporter.start)
+        without_console(lambda: self._reporter.start(sampler))
 
     def before_iteration(self, iteration: int) -> None:
         """Report the beginning of an iteration."""

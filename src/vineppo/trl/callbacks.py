@@ -90,7 +90,7 @@ class Listener:
         """
         self._noted[name].append(float(value))
 
-    def start(self) -> None:
+    def start(self, sampler: str) -> None:
         """Set the planned numbers in the state, and call `on_train_begin`."""
         self._numbers = self._schedule()
         self.state.max_steps = self._numbers.max_steps

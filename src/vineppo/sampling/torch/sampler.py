@@ -8,9 +8,7 @@ in the batch, except for rounding of the logits.
 
 Terms used in this module:
 
-- A *row* is one sample that is being decoded.
-- A *trunk* is a token sequence whose keys and values are computed once. The prefix of a row consists of the first
-  tokens of a trunk, so rows with different prefixes can share a trunk.
+- *Rows* and *trunks* are described in sampling/trunks.py.
 - The *branch* of a row holds the keys and values of the tokens that were sampled for the row.
 - A *wave* is a set of trunks whose rows are decoded in one batch. Waves are decoded one after another.
 - The *tree* (class `KVTree` in tree.py) holds the keys and values of the trunks and branches of one wave.
@@ -25,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +34,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.logits import selected_logits
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.tree import KVTree, tree_mode, tree_supported
+from vineppo.sampling.trunks import Row, Trunk, response_tail, trunks_of
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
@@ -64,33 +62,6 @@ class LanguageModel(Protocol):
     def device(self) -> torch.device:
         """Device of the weights."""
         ...
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One sample that is being decoded."""
-
-    request: int
-    """Index of the sample's request among the requests that `TorchSampler.sample` received."""
-    sample: int
-    """Index of the sample among the samples of the request, counted from 0."""
-    prefix_length: int
-    """Number of tokens of the row's prefix, which consists of the first tokens of the row's trunk."""
-    budget: int
-    """Maximum number of new tokens."""
-
-
-@dataclass(frozen=True)
-class _Trunk:
-    """A token sequence whose keys and values are computed once, and the rows whose prefixes are its first tokens."""
-
-    token_ids: tuple[int, ...]
-    rows: tuple[_Row, ...]
-
-    @property
-    def budget(self) -> int:
-        """The largest `budget` of the trunk's rows."""
-        return max(row.budget for row in self.rows)
 
 
 class TorchSampler:
@@ -145,7 +116,7 @@ class TorchSampler:
         waves = [
             wave
             for indices in _groups(requests)
-            for wave in _waves(_trunks(requests, indices), self.max_rows, self._kv_tokens())
+            for wave in _waves(trunks_of(requests, indices), self.max_rows, self._kv_tokens())
         ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
@@ -180,14 +151,14 @@ class _Wave:
         self,
         sampler: TorchSampler,
         requests: Sequence[SampleRequest],
-        trunks: Sequence[_Trunk],
+        trunks: Sequence[Trunk],
         on_finished: OnFinished | None,
     ):
         self.on_finished = on_finished
         self.sampler, self.model = sampler, sampler.policy.model
         self.device = sampler.policy.device
         self.trunks = trunks
-        self.rows: list[_Row] = [row for trunk in trunks for row in trunk.rows]
+        self.rows: list[Row] = [row for trunk in trunks for row in trunk.rows]
         # Index of the trunk of each row.
         self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
@@ -203,7 +174,7 @@ class _Wave:
         # A stop string may begin in the part of the response that the prefix already contains. Therefore the last
         # tokens of this part are needed for finding stop strings.
         window = max((len(text.encode()) for text in self.stop), default=0)
-        self.tails = [_tail(requests[row.request], window) for row in self.rows]
+        self.tails = [response_tail(requests[row.request], window) for row in self.rows]
         # Index of a row -> token ids that must not be drawn at position 0.
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
         steps = int(self.budgets.max())
@@ -216,7 +187,7 @@ class _Wave:
         self.finished = np.zeros(len(self.rows), dtype=bool)
         self.stopped = np.zeros(len(self.rows), dtype=bool)
 
-    def run(self) -> list[tuple[_Row, Completion]]:
+    def run(self) -> list[tuple[Row, Completion]]:
         """Decode until all rows are finished. Return a pair (row, completion) for each row."""
         decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
         for position, (logits, alive) in enumerate(decode()):
@@ -447,35 +418,6 @@ def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _trunks(requests: Sequence[SampleRequest], indices: Sequence[int]) -> list[_Trunk]:
-    """Return the trunks, with their rows, of the requests with the given indices.
-
-    Every prefix becomes a trunk, except for a prefix with which a longer prefix begins. The rows of such a prefix use
-    the trunk of the longer prefix.
-    """
-    rows_by_prefix: dict[tuple[int, ...], list[_Row]] = {}
-    for i in indices:
-        request = requests[i]
-        if request.max_new_tokens > 0:
-            rows_by_prefix.setdefault(request.prompt_ids, []).extend(
-                _Row(i, j, len(request.prompt_ids), request.max_new_tokens) for j in range(request.num_samples)
-            )
-    trunks: list[tuple[tuple[int, ...], list[_Row]]] = []
-    # In descending order, a prefix comes directly after the longer prefixes that begin with it. Therefore comparing it
-    # with the last trunk suffices.
-    for ids in sorted((ids for ids, rows in rows_by_prefix.items() if rows), reverse=True):
-        if not trunks or trunks[-1][0][: len(ids)] != ids:
-            trunks.append((ids, []))
-        trunks[-1][1].extend(rows_by_prefix[ids])
-    return [_Trunk(ids, tuple(rows)) for ids, rows in trunks]
-
-
-def _tail(request: SampleRequest, length: int) -> tuple[int, ...]:
-    """Return the last ids of the part of the response that the request's prefix contains, at most `length` ids."""
-    size = min(length, request.response_tokens)
-    return request.prompt_ids[-size:] if size else ()
-
-
 def kv_bytes_per_token(model: Any) -> int:
     """Return the number of bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config()
@@ -484,7 +426,7 @@ def kv_bytes_per_token(model: Any) -> int:
     return int(2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize)
 
 
-def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[_Trunk]]:
+def _waves(trunks: Sequence[Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[Trunk]]:
     """Divide the trunks into waves, and yield each wave as a list of trunks.
 
     The trunks of a wave have similar numbers of rows, so that the tree has few empty places (see `KVTree`). A trunk
@@ -496,7 +438,7 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[
             (number of rows x largest budget).
     """
     pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
-    wave: list[_Trunk] = []
+    wave: list[Trunk] = []
     for piece in pieces:
         if wave and not _fits([*wave, piece], max_rows, kv_tokens):
             yield wave
@@ -506,7 +448,7 @@ def _waves(trunks: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> Iterator[
         yield wave
 
 
-def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
+def _pieces(trunk: Trunk, max_rows: int, kv_tokens: int) -> Iterator[Trunk]:
     """Yield copies of a trunk with parts of its rows, such that each copy fits into one wave.
 
     Raises:
@@ -520,10 +462,10 @@ def _pieces(trunk: _Trunk, max_rows: int, kv_tokens: int) -> Iterator[_Trunk]:
             f"but rollouts.kv_memory holds {kv_tokens}; raise rollouts.kv_memory or lower rollouts.max_new_tokens"
         )
     for start in range(0, len(trunk.rows), size):
-        yield _Trunk(trunk.token_ids, trunk.rows[start : start + size])
+        yield Trunk(trunk.token_ids, trunk.rows[start : start + size])
 
 
-def _fits(wave: Sequence[_Trunk], max_rows: int, kv_tokens: int) -> bool:
+def _fits(wave: Sequence[Trunk], max_rows: int, kv_tokens: int) -> bool:
     """Return whether the trunks fit into one wave. The limits have the same meaning as in `_waves`."""
     rows = sum(len(trunk.rows) for trunk in wave)
     trunks = len(wave) * max(len(trunk.token_ids) for trunk in wave)

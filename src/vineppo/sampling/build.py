@@ -1,0 +1,53 @@
+"""Choose and build the sampler that generates with the weights of a policy in the same process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vineppo.sampling.engine.families import unsupported
+from vineppo.sampling.engine.library import load
+from vineppo.sampling.engine.sampler import EngineSampler
+from vineppo.sampling.torch.sampler import LanguageModel, TorchSampler
+from vineppo.types import Sampler, UserError
+
+Engine = Literal["auto", "engine", "torch"]
+
+
+def build_sampler(
+    policy: LanguageModel, engine: Engine = "auto", *, max_rows: int = 2048, kv_memory: int = 4 << 30
+) -> Sampler:
+    """Build the sampler for a policy.
+
+    Args:
+        policy: the policy, whose weights the sampler uses.
+        engine: `engine` for the compiled engine, `torch` for the PyTorch sampler; `auto`: the compiled engine if it can
+            be used, or else the PyTorch sampler.
+        max_rows: maximum number of sequences that are decoded at the same time.
+        kv_memory: maximum number of bytes of keys and values.
+    Raises:
+        UserError: if `engine` is "engine" and the compiled engine cannot be used.
+    """
+    reason = why_torch(policy, engine)
+    if reason and engine == "engine":
+        raise UserError(f"sampler.engine is engine, but {reason}; set sampler.engine to auto or torch")
+    library = load()
+    if library is None or reason:
+        return TorchSampler(policy, max_rows=max_rows, kv_memory=kv_memory)
+    return EngineSampler(policy, library, max_rows=max_rows, kv_memory=kv_memory)
+
+
+def why_torch(policy: LanguageModel, engine: Engine) -> str:
+    """Return why `build_sampler` builds the PyTorch sampler, or an empty text if it builds the compiled engine."""
+    if engine == "torch":
+        return "sampler.engine is torch"
+    if load() is None:
+        return "the compiled engine is not built (it needs a C++ compiler: make engine)"
+    return unsupported(policy.model)
+
+
+def sampler_line(policy: LanguageModel, engine: Engine) -> str:
+    """Return one line that says which sampler `build_sampler` builds, and why."""
+    if reason := why_torch(policy, engine):
+        return f"sampling with PyTorch: {reason}"
+    library = load()
+    return f"sampling with the compiled engine ({library.instructions if library else ''})"

@@ -1,0 +1,1 @@
+"""The package's own engine: sampling on the CPU with a compiled decode loop."""

@@ -1,0 +1,220 @@
+"""Find and call the compiled engine.
+
+The engine is compiled once per instruction set, into a library each. `load` chooses the fastest one that the processor
+can run. The functions are called with ctypes, which releases Python's global lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent / "libraries"
+"""Folder of the compiled libraries."""
+INSTRUCTIONS = ("avx512", "avx2", "generic")
+"""The instruction sets, the fastest first."""
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+"""The matrices of a layer, in the order of `place_of` in native/interface.cpp."""
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")
+"""The norms of a layer, in the order of `norm_of` in native/interface.cpp."""
+_EVENTS = 4096
+"""Maximum number of events that are read at once."""
+_WAIT_MS = 100
+"""Longest time in a call of the library. Python handles signals such as Ctrl-C between two calls."""
+
+
+class EngineError(RuntimeError):
+    """Error: the compiled engine reported a failure."""
+
+
+class Shape(ctypes.Structure):
+    """Shape of a model, with the fields of `Shape` in native/model.h."""
+
+    _fields_ = [
+        *[(name, c_int32) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")],
+        *[(name, c_int32) for name in ("vocabulary", "rope_tables", "tied", "activation")],
+        *[(name, c_float) for name in ("epsilon", "attention_scale", "attention_softcap", "logit_softcap")],
+        ("embedding_scale", c_float),
+    ]
+
+
+class Library:
+    """A compiled library."""
+
+    def __init__(self, path: Path, instructions: str):
+        self.path, self.instructions = path, instructions
+        self._functions = ctypes.CDLL(str(path))
+        for name in ("vineppo_model_new", "vineppo_job_new"):
+            getattr(self._functions, name).restype = c_void_p
+        self._functions.vineppo_error.restype = c_char_p
+
+    def call(self, name: str, *arguments: Any) -> int:
+        """Call a function of the library, and return its result, which may be a pointer.
+
+        Raises:
+            EngineError: if the function reports a failure (-1 or a null pointer).
+        """
+        result = getattr(self._functions, f"vineppo_{name}")(*map(_argument, arguments))
+        if result is None or result == -1:
+            raise EngineError(self._functions.vineppo_error().decode(errors="replace"))
+        return int(result)
+
+    def free(self, kind: str, pointer: int) -> None:
+        """Free a model or a job."""
+        function = getattr(self._functions, f"vineppo_{kind}_free")
+        function.restype = None
+        function(c_void_p(pointer))
+
+    def can_run(self, instructions: str) -> bool:
+        """Return whether this processor can run a library for an instruction set."""
+        return bool(self._functions.vineppo_can_run(instructions.encode()))
+
+
+def _argument(value: Any) -> Any:
+    """Return a value in the form in which ctypes passes it. Arrays become pointers, None a null pointer."""
+    if isinstance(value, np.ndarray):
+        return value.ctypes.data_as(c_void_p)
+    return value
+
+
+@functools.cache
+def load(instructions: str | None = None) -> Library | None:
+    """Return the fastest library that this processor can run, or None if the engine is not compiled.
+
+    Args:
+        instructions: an instruction set of `INSTRUCTIONS`; None: the fastest one.
+    """
+    generic = FOLDER / "libvineppo_generic.so"
+    if not generic.exists():
+        return None
+    base = Library(generic, "generic")
+    for name in INSTRUCTIONS:
+        path = FOLDER / f"libvineppo_{name}.so"
+        if (instructions in (None, name)) and path.exists() and base.can_run(name):
+            return Library(path, name)
+    return None
+
+
+class CompiledModel:
+    """A model in the memory of a library. Arrays are float32 and contiguous."""
+
+    def __init__(self, library: Library, shape: Shape):
+        self.library, self.shape = library, shape
+        self.pointer = c_void_p(library.call("model_new", byref(shape)))
+
+    def __del__(self) -> None:
+        if pointer := getattr(self, "pointer", None):
+            self.library.free("model", pointer.value or 0)
+
+    def set_matrix(self, layer: int, name: str, values: np.ndarray, bias: np.ndarray | None) -> None:
+        """Set a matrix of a layer (out, in) and its bias (out,). Layer -1: the output matrix of the model."""
+        number = MATRICES.index(name) if layer >= 0 else 0
+        self.library.call("set_matrix", self.pointer, layer, number, values, *values.shape, bias)
+
+    def set_norm(self, layer: int, name: str, weight: np.ndarray) -> None:
+        """Set the weight of a norm. Layer -1: the final norm."""
+        self.library.call("set_norm", self.pointer, layer, NORMS.index(name) if layer >= 0 else 0, weight, weight.size)
+
+    def set_embedding(self, values: np.ndarray) -> None:
+        """Set the embeddings (vocabulary, hidden) of a model that does not tie them to the output matrix."""
+        self.library.call("set_embedding", self.pointer, values)
+
+    def set_rope(self, table: int, cosines: np.ndarray, sines: np.ndarray) -> None:
+        """Set a table of rotary positions (positions, head size)."""
+        self.library.call("set_rope", self.pointer, table, len(cosines), cosines, sines)
+
+    def set_layer(self, layer: int, rope_table: int, window: int) -> None:
+        """Set the table of positions of a layer, and the number of positions that a token attends to (0: all)."""
+        self.library.call("set_layer", self.pointer, layer, rope_table, window)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """Return the logits (tokens, vocabulary) after every token of a sequence."""
+        out = np.empty((len(token_ids), self.shape.vocabulary), np.float32)
+        self.library.call("logits", self.pointer, np.asarray(token_ids, np.int32), len(token_ids), out)
+        return out
+
+
+class Job:
+    """Samples that are being decoded by the threads of a library. Use it as a context manager."""
+
+    def __init__(self, library: Library, pointer: int, arrays: Sequence[np.ndarray]):
+        self.library, self.pointer = library, c_void_p(pointer)
+        self._arrays = arrays  # the library reads them
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.free("job", self.pointer.value or 0)
+
+    def events(self) -> Iterator[list[tuple[bool, int]]]:
+        """Yield lists of pairs (whether the sample asks about a stop string, index of the sample) until all is done.
+
+        A list may be empty. A sample that does not ask is finished.
+        """
+        pairs = np.empty((_EVENTS, 2), np.int32)
+        while (count := self.library.call("job_wait", self.pointer, _WAIT_MS, pairs, _EVENTS)) != -2:
+            yield [(bool(kind), int(sample)) for kind, sample in pairs[:count]]
+
+    def answer(self, sample: int, stops: bool) -> None:
+        """Say whether the last token of a sample that asks completed a stop string."""
+        self.library.call("job_answer", self.pointer, sample, int(stops))
+
+    def result(self, sample: int) -> tuple[list[int], list[float], bool]:
+        """Return (token ids, log-probabilities, whether it ended before its budget) of a sample."""
+        tokens, logprobs, finish = POINTER(c_int32)(), POINTER(c_float)(), c_int()
+        count = self.library.call("job_result", self.pointer, sample, byref(tokens), byref(logprobs), byref(finish))
+        return tokens[:count], logprobs[:count], finish.value == 1
+
+
+def start_job(
+    model: CompiledModel,
+    trunks: Sequence[Sequence[int]],
+    samples: dict[str, np.ndarray],
+    excluded: Sequence[Sequence[int]],
+    asks: np.ndarray,
+    end_tokens: Sequence[int],
+    threads: int,
+    batch: int,
+    memory: int,
+) -> Job:
+    """Start sampling.
+
+    Args:
+        trunks: token ids of each trunk.
+        samples: arrays with one entry per sample, in the order of the trunks: `trunk` (index), `prefix_length`,
+            `budget`, `key`, `temperature`, and `ask_kind` (row of `asks`, or -1 without stop strings).
+        excluded: for each sample, the token ids that its first token must not be.
+        asks: for each set of stop strings and each token id, whether the token may complete a stop string; (kinds, V).
+        threads: number of threads.
+        batch: maximum number of samples that a thread decodes together.
+        memory: maximum number of bytes of keys and values.
+    """
+    starts = np.cumsum([0, *map(len, trunks)], dtype=np.int32)
+    tokens = np.array([token for trunk in trunks for token in trunk], np.int32)
+    excluded_starts = np.cumsum([0, *map(len, excluded)], dtype=np.int32)
+    excluded_tokens = np.array([token for tokens in excluded for token in tokens], np.int32)
+    numbers = [
+        np.ascontiguousarray(samples[name], dtype)
+        for name, dtype in (
+            ("trunk", np.int32),
+            ("prefix_length", np.int32),
+            ("budget", np.int32),
+            ("key", np.uint64),
+            ("temperature", np.float32),
+        )
+    ]
+    kinds = np.ascontiguousarray(samples["ask_kind"], np.int32)
+    asks = np.ascontiguousarray(asks, np.uint8)
+    ends = np.array(end_tokens, np.int32)
+    pointer = model.library.call(
+        "job_new", model.pointer, len(trunks), starts, tokens, len(kinds), *numbers, excluded_starts, excluded_tokens,
+        kinds, asks, ends, len(ends), threads, batch, c_uint64(memory),
+    )  # fmt: skip
+    return Job(model.library, pointer, [asks])

@@ -1,0 +1,160 @@
+// Attention of rows to their trunks and branches.
+//
+// Rows on the same trunk are computed together: their queries are a matrix, and the keys and values of the trunk are
+// packed matrices. Positions that a row does not attend to get weight 0, which does not change a sum, so a row's result
+// has the same bits whatever rows are computed with it.
+#pragma once
+
+#include <algorithm>
+
+#include "product.h"
+
+namespace vineppo {
+
+// Scores of at most about this many numbers are computed at once, so that they stay in the cache of a core.
+constexpr size_t SCORES_AT_ONCE = 1 << 16;
+
+// Store the keys and values of a token.
+inline void remember(const Shape& s, int layer, const float* keys, const float* values, Cache& cache, int slot) {
+  const int d = s.head_dim;
+  for (int h = 0; h < s.kv_heads; h++) {
+    float* k = cache.keys(layer, h) + static_cast<size_t>(slot / PANEL) * d * PANEL + slot % PANEL;
+    for (int i = 0; i < d; i++) k[static_cast<size_t>(i) * PANEL] = keys[h * d + i];
+    float* v = cache.values(layer, h);
+    for (int i = 0; i < s.padded_head(); i++)
+      v[(static_cast<size_t>(i / PANEL) * cache.capacity() + slot) * PANEL + i % PANEL] = i < d ? values[h * d + i] : 0;
+  }
+}
+
+// A range of positions [begin, end) in the scores of a row.
+struct Range {
+  int begin, end;
+};
+
+// Replace scores by exp(score - maximum) in the ranges, and return the sum of the results. The numbers between
+// `floor16(begin)` and the range, and behind the range to the next multiple of 16, become 0.
+inline float exponentials(float* scores, const Range (&ranges)[2], float softcap) {
+  float top = -INFINITY;
+  for (const Range& range : ranges) {
+    int i = range.begin;
+    if (softcap > 0)
+      for (; i < range.end; i++) scores[i] = softcap * std::tanh(scores[i] / softcap);
+    i = range.begin;
+    for (; i < range.end && i % LANES != 0; i++) top = std::max(top, scores[i]);
+    if (i + LANES <= range.end) {
+      Vec best = load(scores + i);
+      for (; i + LANES <= range.end; i += LANES) best = maximum(best, load(scores + i));
+      top = std::max(top, largest(best));
+    }
+    for (; i < range.end; i++) top = std::max(top, scores[i]);
+  }
+  Vec total{};
+  for (const Range& range : ranges) {
+    if (range.begin >= range.end) continue;
+    const int first = range.begin / PANEL * PANEL, last = padded(range.end);
+    for (int i = first; i < range.begin; i++) scores[i] = -INFINITY;
+    for (int i = range.end; i < last; i++) scores[i] = -INFINITY;
+    for (int i = first; i < last; i += LANES) {
+      const Vec weight = exponential(load(scores + i) - top);
+      store(scores + i, weight);
+      total += weight;
+    }
+  }
+  return sum(total);
+}
+
+// Attention of rows [0, count), which have the same trunk, for all heads of a layer. `scratch.qkv` has the queries, and
+// `scratch.attended` receives the results.
+inline void attend_together(const Model& model, int layer, const Row* rows, int count, const float* qkv,
+                            float* attended, Scratch& scratch) {
+  const Shape& s = model.shape;
+  const int d = s.head_dim, group = s.heads / s.kv_heads, window = model.layers[layer].window;
+  const int qkv_stride = padded(s.qkv_columns()), out_stride = s.query_columns();
+  int trunk_end = 0, branch_end = 0, trunk_begin = 1 << 30;
+  auto first_position = [&](const Row& row) { return window ? std::max(0, row.position - window + 1) : 0; };
+  for (int r = 0; r < count; r++) {
+    const int begin = first_position(rows[r]);
+    branch_end = std::max(branch_end, rows[r].branch_length);
+    if (begin >= rows[r].trunk_length) continue;  // the row attends to its branch only
+    trunk_end = std::max(trunk_end, rows[r].trunk_length);
+    trunk_begin = std::min(trunk_begin, begin);
+  }
+  trunk_begin = trunk_end ? trunk_begin / PANEL * PANEL : 0;
+  const int trunk_span = padded(trunk_end) - trunk_begin;
+  const int stride = trunk_span + padded(branch_end);
+  if (scratch.scores.size() < static_cast<size_t>(count) * group * stride)
+    scratch.scores = Array<float>(static_cast<size_t>(count) * group * stride);
+  float* scores = scratch.scores.data();
+  float* queries = scratch.queries.data();
+  float* mixed = scratch.mixed.data();
+  float* totals = scratch.sums.data();
+  const Cache* trunk = rows[0].trunk;
+  for (int h = 0; h < s.kv_heads; h++) {
+    for (int r = 0; r < count; r++)
+      for (int i = 0; i < group * d; i++)
+        queries[r * group * d + i] = qkv[static_cast<size_t>(r) * qkv_stride + h * group * d + i] * s.attention_scale;
+    if (trunk_end)
+      product(queries, count * group, d, trunk->keys(layer, h) + static_cast<size_t>(trunk_begin) * d,
+              trunk_span / PANEL, static_cast<size_t>(d) * PANEL, d, scores, stride, false);
+    for (int r = 0; r < count; r++) {
+      const Row& row = rows[r];
+      float* own = scores + static_cast<size_t>(r) * group * stride;
+      if (row.branch_length)
+        product(queries + r * group * d, group, d, row.branch->keys(layer, h), padded(row.branch_length) / PANEL,
+                static_cast<size_t>(d) * PANEL, d, own + trunk_span, stride, false);
+      const int begin = first_position(row);
+      const Range ranges[2] = {
+          {std::min(begin, row.trunk_length) - trunk_begin, row.trunk_length - trunk_begin},
+          {trunk_span + std::max(0, begin - row.trunk_length), trunk_span + row.branch_length},
+      };
+      for (int j = 0; j < group; j++) {
+        float* line = own + j * stride;
+        totals[r * group + j] = exponentials(line, ranges, s.attention_softcap);
+        if (ranges[0].begin >= ranges[0].end) {
+          std::fill(line, line + trunk_span, 0.0f);
+        } else {
+          std::fill(line, line + ranges[0].begin / PANEL * PANEL, 0.0f);
+          std::fill(line + padded(ranges[0].end), line + trunk_span, 0.0f);
+        }
+        if (ranges[1].begin < ranges[1].end)
+          std::fill(line + trunk_span, line + ranges[1].begin / PANEL * PANEL, 0.0f);
+      }
+    }
+    const int mixed_stride = s.padded_head();
+    if (trunk_end)
+      product(scores, count * group, stride, trunk->values(layer, h) + static_cast<size_t>(trunk_begin) * PANEL,
+              mixed_stride / PANEL, static_cast<size_t>(trunk->capacity()) * PANEL, trunk_end - trunk_begin, mixed,
+              mixed_stride, false);
+    else
+      std::fill(mixed, mixed + static_cast<size_t>(count) * group * mixed_stride, 0.0f);
+    for (int r = 0; r < count; r++) {
+      const Row& row = rows[r];
+      float* own = mixed + static_cast<size_t>(r) * group * mixed_stride;
+      if (row.branch_length)
+        product(scores + static_cast<size_t>(r) * group * stride + trunk_span, group, stride,
+                row.branch->values(layer, h), mixed_stride / PANEL, static_cast<size_t>(row.branch->capacity()) * PANEL,
+                row.branch_length, own, mixed_stride, true);
+      for (int j = 0; j < group; j++) {
+        const float scale = 1.0f / totals[r * group + j];
+        float* out = attended + static_cast<size_t>(r) * out_stride + (h * group + j) * d;
+        for (int i = 0; i < d; i++) out[i] = own[j * mixed_stride + i] * scale;
+      }
+    }
+  }
+}
+
+// Attention of all rows of a batch. Rows with the same trunk should stand beside each other.
+inline void attend(const Model& model, int layer, const Row* rows, int count, Scratch& scratch) {
+  const Shape& s = model.shape;
+  for (int begin = 0, end; begin < count; begin = end) {
+    const size_t row_scores = static_cast<size_t>(s.heads / s.kv_heads) *
+                              (padded(rows[begin].trunk_length) + padded(rows[begin].branch_length) + 2 * PANEL);
+    const int most = static_cast<int>(std::max<size_t>(1, SCORES_AT_ONCE / row_scores));
+    for (end = begin + 1; end < count && end - begin < most && rows[end].trunk == rows[begin].trunk;) end++;
+    attend_together(model, layer, rows + begin, end - begin,
+                    scratch.qkv.data() + static_cast<size_t>(begin) * padded(s.qkv_columns()),
+                    scratch.attended.data() + static_cast<size_t>(begin) * s.query_columns(), scratch);
+  }
+}
+
+}  // namespace vineppo

@@ -1,0 +1,90 @@
+// Products of a batch of rows with a packed matrix.
+//
+// Every entry of the result is a sum over k in ascending order, in one accumulator. It therefore has the same bits for
+// every size of the batch.
+#pragma once
+
+#include "model.h"
+#include "vectors.h"
+
+namespace vineppo {
+
+// A tile of the result is held in registers: ROWS x (PANELS x 16) numbers. The sizes leave registers for one row of the
+// packed matrix. The loops over a tile must be unrolled, or else GCC stores the accumulators to memory in every step.
+#if LANES == 16
+constexpr int ROWS = 12, PANELS = 2;
+#elif LANES == 8
+constexpr int ROWS = 6, PANELS = 1;
+#elif defined(__aarch64__)
+constexpr int ROWS = 6, PANELS = 1;
+#else
+constexpr int ROWS = 3, PANELS = 1;
+#endif
+constexpr int VECS = PANEL / LANES;  // vectors of a panel's row
+
+// y = x W^T, or y += x W^T, for R rows of x and P panels of W. `step`: distance of the panels in `w`.
+template <int R, int P>
+inline __attribute__((always_inline)) void tile(const float* x, size_t x_stride, const float* w, size_t step, int inner,
+                                                float* y, size_t y_stride, bool add) {
+  Vec c[R][P * VECS];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * VECS; v++)
+      c[r][v] = add ? load(y + r * y_stride + v * LANES) : Vec{};
+  for (int k = 0; k < inner; k++) {
+    Vec b[P * VECS];
+#pragma GCC unroll 8
+    for (int v = 0; v < P * VECS; v++)
+      b[v] = load(w + (v / VECS) * step + static_cast<size_t>(k) * PANEL + (v % VECS) * LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      const float a = x[r * x_stride + k];
+#pragma GCC unroll 8
+      for (int v = 0; v < P * VECS; v++) c[r][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < P * VECS; v++) store(y + r * y_stride + v * LANES, c[r][v]);
+}
+
+// Call `tile` with R equal to the number of rows.
+template <int R, int P>
+inline void tile_of(int rows, const float* x, size_t x_stride, const float* w, size_t step, int inner, float* y,
+                    size_t y_stride, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      tile<R, P>(x, x_stride, w, step, inner, y, y_stride, add);
+    else
+      tile_of<R - 1, P>(rows, x, x_stride, w, step, inner, y, y_stride, add);
+  }
+}
+
+// y (rows x 16 panels) = x (rows x inner) W^T, or y += ..., for a matrix in panels with the distance `step`.
+inline void product(const float* x, int rows, size_t x_stride, const float* w, int panels, size_t step, int inner,
+                    float* y, size_t y_stride, bool add) {
+  int p = 0;
+  for (; p + PANELS <= panels; p += PANELS)
+    for (int r = 0; r < rows; r += ROWS)
+      tile_of<ROWS, PANELS>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride, x_stride, w + p * step, step, inner,
+                            y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
+  if constexpr (PANELS > 1)
+    for (; p < panels; p++)
+      for (int r = 0; r < rows; r += ROWS)
+        tile_of<ROWS, 1>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride, x_stride, w + p * step, step, inner,
+                         y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
+}
+
+// y = x W^T + bias, or y += x W^T + bias. The rows of y have padded(W.columns) numbers.
+inline void linear(const float* x, int rows, size_t x_stride, const Packed& w, float* y, size_t y_stride, bool add) {
+  product(x, rows, x_stride, w.values.data(), w.panels(), static_cast<size_t>(w.inner) * PANEL, w.inner, y, y_stride,
+          add);
+  if (w.bias.empty()) return;
+  for (int r = 0; r < rows; r++)
+    for (int n = 0; n < padded(w.columns); n += LANES)
+      store(y + r * y_stride + n, load(y + r * y_stride + n) + load(w.bias.data() + n));
+}
+
+}  // namespace vineppo

@@ -1,0 +1,170 @@
+"""The sampler that decodes with the compiled engine.
+
+Every thread of the engine decodes samples on its own, so no thread waits for another one. A result has the same bits
+for every number of threads and for every other set of requests in the call, because the engine computes each number of
+a row in the same order whatever rows are computed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from vineppo.sampling.engine.families import EngineModel
+from vineppo.sampling.engine.library import Job, Library, start_job
+from vineppo.sampling.engine.stops import StopTokens
+from vineppo.sampling.torch.sampler import LanguageModel
+from vineppo.sampling.trunks import Row, Trunk, response_tail, trunks_of
+from vineppo.seeds import stream_keys
+from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
+
+_BATCH = {False: 24, True: 96}
+"""Maximum number of rows that a thread decodes together, for small and for large models. The states of a batch and the
+weights of a layer of a small model fit into the cache of a core; those of a large model are read from memory, which
+pays only for many rows."""
+_LARGE = 256
+"""Smallest hidden size of a large model."""
+
+
+class EngineSampler:
+    """Samples with the weights of a policy in the same process; implements `types.Sampler`.
+
+    Args:
+        policy: the policy. Its weights are copied when they have changed.
+        library: the compiled library.
+        max_rows: maximum number of rows that are decoded at the same time.
+        kv_memory: maximum number of bytes of keys and values.
+        threads: number of threads; None: as many as PyTorch uses.
+    """
+
+    capabilities = Capabilities(excluded_first=True, reproducible=True)
+
+    def __init__(
+        self,
+        policy: LanguageModel,
+        library: Library,
+        *,
+        max_rows: int = 2048,
+        kv_memory: int = 4 << 30,
+        threads: int | None = None,
+    ):
+        self.policy, self.version = policy, 0
+        self.max_rows, self.kv_memory, self.threads = max_rows, kv_memory, threads
+        self._model = EngineModel(library, policy.model)
+        self._stops = StopTokens(policy.codec, self._model.compiled.shape.vocabulary)
+
+    @property
+    def num_threads(self) -> int:
+        """Number of threads that decode."""
+        return self.threads or torch.get_num_threads()
+
+    def update_weights(self, version: int, weights: Weights) -> None:
+        """Store `version`, the number of policy updates that the weights include.
+
+        The function `weights` is not called: the weights of the policy are copied in the next call of `sample`.
+        """
+        self.version = version
+
+    def sample(
+        self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
+    ) -> list[list[Completion]]:
+        """Return one list of `num_samples` completions per request, in the order of the requests.
+
+        A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
+        `on_finished`.
+
+        Args:
+            on_finished: called with completions as soon as they end; each completion is passed once.
+        Raises:
+            UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
+            EngineError: if the engine fails, for example because the logits are not finite.
+        """
+        results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
+        for i, request in enumerate(requests):
+            if request.max_new_tokens < 1:
+                results[i] = [Completion((), (), "length", self.version)] * request.num_samples
+        trunks = trunks_of(requests, range(len(requests)))
+        if trunks:
+            rows = [row for trunk in trunks for row in trunk.rows]
+            with self._start(requests, trunks, rows) as job:
+                for events in job.events():
+                    finished = []
+                    for asks, index in events:
+                        row = rows[index]
+                        if asks:
+                            job.answer(index, self._stops_after(requests[row.request], job.result(index)[0]))
+                            continue
+                        completion = self._completion(*job.result(index))
+                        results[row.request][row.sample] = completion
+                        finished.append((row.request, completion))
+                    if finished and on_finished:
+                        on_finished(finished)
+        return [[c for c in completions if c is not None] for completions in results]
+
+    def _start(self, requests: Sequence[SampleRequest], trunks: Sequence[Trunk], rows: Sequence[Row]) -> Job:
+        """Start to decode the rows, which are in the order of their trunks."""
+        self._check_memory(trunks)
+        self._model.refresh(max(len(t.token_ids) + t.budget for t in trunks), self.version)
+        of_row = [requests[row.request] for row in rows]
+        stops = [self._stop_of(r) for r in of_row]
+        kinds = list(dict.fromkeys(stop for stop in stops if stop))
+        samples = {
+            "trunk": np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks]),
+            "prefix_length": np.array([row.prefix_length for row in rows]),
+            "budget": np.array([row.budget for row in rows]),
+            "key": stream_keys(
+                np.array([r.seed for r in of_row], np.uint64),
+                np.array([r.first_sample + row.sample for r, row in zip(of_row, rows, strict=True)]),
+            ),
+            "temperature": np.array([r.temperature for r in of_row]),
+            "ask_kind": np.array([kinds.index(stop) if stop else -1 for stop in stops]),
+        }
+        threads = self.num_threads
+        most = max(1, min(_BATCH[self._model.compiled.shape.hidden > _LARGE], self.max_rows // threads))
+        return start_job(
+            self._model.compiled,
+            [trunk.token_ids for trunk in trunks],
+            samples,
+            [r.excluded_first for r in of_row],
+            np.array([self._stops.table(stop) for stop in kinds]),
+            sorted(self.policy.codec.eos_ids),
+            threads,
+            min(most, -(-len(rows) // threads)),
+            self.kv_memory,
+        )
+
+    def _check_memory(self, trunks: Sequence[Trunk]) -> None:
+        """Raise UserError if the keys and values of a trunk and of one of its rows do not fit into the memory."""
+        for trunk in trunks:
+            needed = self._model.kv_bytes(len(trunk.token_ids)) + self._model.kv_bytes(trunk.budget)
+            if needed > self.kv_memory:
+                raise UserError(
+                    f"a prefix of {len(trunk.token_ids)} tokens with {trunk.budget} new tokens needs {needed} bytes of "
+                    f"keys and values, but rollouts.kv_memory holds {self.kv_memory}; raise rollouts.kv_memory or "
+                    "lower rollouts.max_new_tokens"
+                )
+
+    def _stop_of(self, request: SampleRequest) -> tuple[str, ...]:
+        """Return the stop strings for which tokens are checked.
+
+        If the part of the response in the prefix contains one already, every token is checked: the empty string stands
+        for that.
+        """
+        text = self.policy.codec.decode(response_tail(request, _longest(request))) if request.stop else ""
+        return (*request.stop, "") if any(stop in text for stop in request.stop) else request.stop
+
+    def _stops_after(self, request: SampleRequest, token_ids: Sequence[int]) -> bool:
+        """Return whether the last token of a completion completed a stop string."""
+        window = _longest(request)
+        text = self.policy.codec.decode((*response_tail(request, window), *token_ids)[-window - 1 :])
+        return any(stop in text for stop in request.stop)
+
+    def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
+        return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", self.version)
+
+
+def _longest(request: SampleRequest) -> int:
+    """Return the number of bytes of the longest stop string."""
+    return max(len(text.encode()) for text in request.stop)

@@ -1,0 +1,313 @@
+"""The compiled engine: the logits of each family, and the promises of a sampler, for every instruction set."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.sampling.test_sampler import (
+    ALTERNATING,
+    EOS,
+    LLAMA,
+    TOKENIZER,
+    build_policy,
+    flatten,
+    largest_gap,
+    prompts_and_states,
+    random_ids,
+    stopped,
+    tokens,
+)
+from vineppo.model.policy import Policy
+from vineppo.sampling.build import build_sampler, sampler_line
+from vineppo.sampling.engine import build as engine_build
+from vineppo.sampling.engine.families import EngineModel, unsupported
+from vineppo.sampling.engine.library import INSTRUCTIONS, EngineError, Library, load
+from vineppo.sampling.engine.sampler import EngineSampler
+from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.types import Completion, SampleRequest, UserError
+
+pytestmark = pytest.mark.skipif(load() is None, reason="the engine is not built; it needs a C++ compiler")
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-multi-query": ("llama-tied-multi-query", {}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}}),
+    "linear-rope-and-biases": ("llama", {"rope_parameters": LINEAR, "attention_bias": True, "mlp_bias": True}),
+    "mistral-window": ("mistral-window", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, **ALTERNATING}),
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "gemma2": ("gemma2", {}),
+    "gemma3": ("gemma3", {"tie_word_embeddings": True}),
+    "odd-sizes": ("llama", {"hidden_size": 44, "intermediate_size": 50, "head_dim": 22, "num_key_value_heads": 4}),
+}
+
+
+def usable(instructions: str) -> Library:
+    library = load(instructions)
+    if library is None:
+        pytest.skip(f"this processor cannot run {instructions}")
+    return library
+
+
+def with_random_parameters(policy: Policy) -> Policy:
+    """Biases and norms are constant in a new model, so a mistake in them would not be seen."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for parameter in policy.model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return policy
+
+
+def engine(policy: Policy, instructions: str | None = None, **options: Any) -> EngineSampler:
+    library = usable(instructions) if instructions else load()
+    assert library is not None
+    return EngineSampler(policy, library, **options)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Policy:
+    return with_random_parameters(build_policy())
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_logits_are_those_of_the_model(name: str, instructions: str) -> None:
+    family, changes = FAMILIES[name]
+    policy = with_random_parameters(build_policy(family, **changes))
+    assert unsupported(policy.model) == ""
+    model = EngineModel(usable(instructions), policy.model)
+    ids = random_ids(60, 3)
+    model.refresh(len(ids), 0)
+    with torch.no_grad():
+        expected = policy.model(torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(model.compiled.logits(ids) - expected).max() < 1e-4
+    assert np.abs(expected).max() > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_completions_are_those_of_the_pytorch_sampler(name: str, temperature: float) -> None:
+    """Trunks, branches, windows and soft caps: the same random numbers give the same tokens."""
+    family, changes = FAMILIES[name]
+    policy = with_random_parameters(build_policy(family, **changes))
+    requests = prompts_and_states(temperature)
+    results = engine(policy).sample(requests)
+    assert tokens(results) == tokens(TorchSampler(policy).sample(requests))
+    assert largest_gap(policy, requests, results, temperature) < 1e-4
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_a_completion_has_the_same_bits_in_every_batch(llama: Policy, instructions: str) -> None:
+    """For every number of threads and rows, order, memory and set of other requests."""
+    requests = prompts_and_states()
+    together = engine(llama, instructions).sample(requests)
+    others = [SampleRequest(random_ids(n, 50 + n), 5, 25, seed=n) for n in range(1, 12)]
+    assert engine(llama, instructions).sample(others + requests)[len(others) :] == together
+    assert engine(llama, instructions).sample(requests[::-1])[::-1] == together
+    for options in ({"threads": 1}, {"threads": 3}, {"max_rows": 1}, {"max_rows": 5, "threads": 2}):
+        sampler = engine(llama, instructions, **options)
+        assert sampler.sample(requests) == together
+        assert [sampler.sample([request])[0] for request in requests] == together
+
+
+def test_little_memory_changes_nothing(llama: Policy) -> None:
+    requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
+    expected = engine(llama).sample(requests)
+    smallest = engine(llama)._model.kv_bytes(19) + engine(llama)._model.kv_bytes(20)
+    for memory in (smallest, 2 * smallest, 7 * smallest):
+        assert engine(llama, kv_memory=memory, threads=3).sample(requests) == expected
+    with pytest.raises(UserError, match=r"raise rollouts\.kv_memory or lower"):
+        engine(llama, kv_memory=smallest - 1).sample(requests)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
+def test_stop_strings_excluded_tokens_budgets_and_temperatures(llama: Policy, temperature: float) -> None:
+    """Requests of all kinds in one call are answered as by the PyTorch sampler."""
+    requests = []
+    for i, request in enumerate(prompts_and_states(temperature)):
+        free = tokens(engine(llama).sample([replace(request, num_samples=1)]))[0][0]
+        stop = "".join(llama.codec.token_texts(free[1:3])) or "a"
+        requests += [
+            replace(request, stop=("a", "7"), max_new_tokens=24),
+            replace(request, stop=(stop,), response_tokens=2, seed=i),
+            replace(request, excluded_first=(free[0], EOS), first_sample=2),
+            replace(request, max_new_tokens=i),
+        ]
+    results = engine(llama, threads=3).sample(requests)
+    expected = TorchSampler(llama).sample(requests)
+    assert tokens(results) == tokens(expected)
+    assert [c.finish_reason for c in flatten(results)] == [c.finish_reason for c in flatten(expected)]
+    assert {c.finish_reason for c in flatten(results)} == {"stop", "length"}
+    for request, completions in zip(requests, results, strict=True):
+        assert all(c.token_ids[0] not in request.excluded_first for c in completions if c.token_ids)
+
+
+def test_a_stop_string_may_begin_in_the_prefix(llama: Policy) -> None:
+    prompt = llama.codec.encode_prompt("ab####\nab")
+    request = SampleRequest(prompt, 40, 24, seed=2)
+    free = tokens(engine(llama).sample([request]))[0]
+    outside = engine(llama).sample([replace(request, stop=("ab", "#"))])[0]
+    assert [c.token_ids for c in outside] == [stopped(ids, ("ab", "#"), llama.codec.decode) for ids in free]
+    text = llama.codec.token_texts(free[0])[0]
+    inside = engine(llama).sample([replace(request, stop=("b" + text,), response_tokens=len(prompt))])[0]
+    assert len(inside[0].token_ids) == 1 and inside[0].finish_reason == "stop"
+
+
+def test_greedy_decoding_equals_generate(llama: Policy) -> None:
+    prompt = random_ids(5, 1)
+    ids = engine(llama).sample([SampleRequest(prompt, 1, 24, seed=0, temperature=0.0)])[0][0].token_ids
+    expected = llama.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert list(ids) == expected[0, len(prompt) :].tolist()
+
+
+def test_finished_completions_are_passed_on_once_and_an_error_ends_the_call(llama: Policy) -> None:
+    requests = [*prompts_and_states(), SampleRequest((5,), 2, 0, 0)]
+    seen: list[tuple[int, Completion]] = []
+    results = engine(llama).sample(requests, seen.extend)
+    expected = [(i, c) for i, completions in enumerate(results[:-1]) for c in completions]
+    assert sorted(seen, key=repr) == sorted(expected, key=repr)
+
+    def interrupt(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    sampler = engine(llama)
+    many = [replace(r, num_samples=500) for r in requests]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample(many, interrupt)
+    assert time.monotonic() - began < 5
+    assert sampler.sample(requests) == results
+
+
+def test_new_weights_are_used_at_once() -> None:
+    """After a change in place, and after a change that PyTorch does not count and `update_weights` announces."""
+    policy = build_policy()
+    requests = prompts_and_states()
+    sampler = engine(policy)
+    results = [tokens(sampler.sample(requests))]
+    for version, change in enumerate((lambda p: p.add_(0.05), lambda p: p.data.sub_(0.1)), 1):
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                change(parameter)
+        sampler.update_weights(version, lambda: iter(()))
+        after = sampler.sample(requests)
+        results.append(tokens(after))
+        assert {c.version for c in flatten(after)} == {version}
+        assert largest_gap(policy, requests, after, 1.0) < 1e-4
+    assert results[0] != results[1] != results[2]
+
+
+def test_adapters_are_added_in_float32() -> None:
+    peft = pytest.importorskip("peft")
+    policy = with_random_parameters(build_policy())
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_alpha=8)
+    adapted = Policy(peft.get_peft_model(policy.model, config), policy.codec)
+    sampler, requests = engine(adapted), prompts_and_states()
+    without = tokens(sampler.sample(requests))
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3
+    results = sampler.sample(requests)
+    assert tokens(results) != without
+    assert largest_gap(adapted, requests, results, 1.0) < 1e-4
+    dora = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    other = peft.get_peft_model(build_policy().model, dora)
+    assert unsupported(other) == "the engine does not know adapters of the kind in self_attn.q_proj"
+
+
+def test_weights_in_bfloat16_are_computed_in_float32() -> None:
+    policy = with_random_parameters(build_policy())
+    policy.model.to(torch.bfloat16)
+    exact = build_policy()
+    exact.model.load_state_dict({name: tensor.float() for name, tensor in policy.model.state_dict().items()})
+    for buffer, rounded in zip(exact.model.buffers(), policy.model.buffers(), strict=True):
+        buffer.copy_(rounded)  # the angles of the positions
+    requests = prompts_and_states()
+    assert tokens(engine(policy).sample(requests)) == tokens(engine(exact).sample(requests))
+
+
+def test_what_the_engine_does_not_know_is_sampled_with_pytorch() -> None:
+    for family, reason in {
+        "gpt2": "the engine does not know models of type gpt2",
+        "gpt-neo": "the engine does not know models of type gpt_neo",
+    }.items():
+        assert unsupported(build_policy(family).model) == reason
+    dynamic = build_policy("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert unsupported(dynamic.model) == "the engine does not know rotary positions of type dynamic"
+    relu = build_policy("llama", hidden_act="relu")
+    assert isinstance(build_sampler(relu), TorchSampler)
+    assert sampler_line(relu, "auto") == "sampling with PyTorch: the engine does not know the activation relu"
+    with pytest.raises(UserError, match="is engine, but the engine does not know the activation relu"):
+        build_sampler(relu, "engine")
+    assert isinstance(build_sampler(build_policy(), "torch"), TorchSampler)
+    assert isinstance(build_sampler(build_policy()), EngineSampler)
+
+
+def test_failures_are_python_errors(llama: Policy) -> None:
+    sampler = engine(llama)
+    for bad in ((len(TOKENIZER) + 5,), (-1,)):
+        with pytest.raises(EngineError, match="a token id is not in the vocabulary"):
+            sampler.sample([SampleRequest(bad, 1, 4, 0)])
+    with pytest.raises(EngineError, match="an excluded token is not in the vocabulary"):
+        sampler.sample([SampleRequest((5,), 1, 4, 0, excluded_first=(1000,))])
+    broken = build_policy()
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(EngineError, match="the logits of the model are not finite"):
+        engine(broken).sample(prompts_and_states())
+
+
+def test_a_thousand_calls_leave_no_memory_behind(llama: Policy) -> None:
+    sampler = engine(llama)
+    request = SampleRequest(random_ids(5, 1), 2, 4, seed=0)
+
+    def resident() -> int:
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory is read from /proc")
+    for _ in range(200):
+        sampler.sample([request])
+    before = resident()
+    for _ in range(1000):
+        sampler.sample([request])
+    assert resident() - before < 4 << 20
+
+
+def test_without_a_compiler_nothing_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    libraries, reason = engine_build.build(tmp_path / "libraries")
+    assert libraries == [] and reason.startswith("no C++ compiler was found")
+    monkeypatch.setenv("VINEPPO_ENGINE", "0")
+    assert engine_build.build(tmp_path / "libraries") == ([], "VINEPPO_ENGINE is 0")
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.delenv("VINEPPO_ENGINE")
+    libraries, reason = engine_build.build(tmp_path / "libraries")
+    assert libraries == [] and reason.endswith("failed: x.cpp:1: error: no such thing")
+    assert not list((tmp_path / "libraries").iterdir())
+
+
+def test_windows_longer_than_the_prefix_and_trunks_outside_of_the_window() -> None:
+    """Rows whose window does not reach the trunk any more, beside rows on the same trunk whose window does."""
+    policy = with_random_parameters(build_policy("mistral-window", **{**LLAMA, "sliding_window": 3}))
+    ids = random_ids(20, 0)
+    requests = [SampleRequest(ids[:n], 3, 30, seed=n) for n in (2, 3, 9, 20)]
+    results = engine(policy).sample(requests)
+    assert tokens(results) == tokens(TorchSampler(policy).sample(requests))
+    assert largest_gap(policy, requests, results, 1.0) < 1e-4
