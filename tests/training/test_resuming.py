@@ -27,11 +27,12 @@ from vineppo.run.checkpoint import read_state, save_checkpoint
 from vineppo.run.directory import RunDirectory
 from vineppo.run.lock import locked
 from vineppo.statistics import Interval
+from vineppo.training.changes import changed_settings
 from vineppo.training.evaluate import Measurement
 from vineppo.training.loop import resume, train
 from vineppo.training.parts import build_parts
 from vineppo.training.progress import Progress, is_new_best, with_best_checkpoint
-from vineppo.training.resuming import changed_settings, random_state, set_random_state
+from vineppo.training.resuming import random_state, set_random_state
 from vineppo.training.stopping import LastingReporter, graceful_stop
 from vineppo.types import UserError
 
@@ -411,7 +412,7 @@ def test_an_error_of_a_callback_that_looks_like_the_console_s_is_raised(tmp_path
     """Only the package's own output is discarded without a console."""
 
     class Uploads(SilentReporter):
-        def start(self) -> None:
+        def start(self, sampler: str) -> None:
             raise BrokenPipeError(32, "Broken pipe")
 
     with pytest.raises(BrokenPipeError):

@@ -64,14 +64,14 @@ def test_errors_of_callbacks_are_raised_and_those_of_the_log_are_not(monkeypatch
         raise OSError(5, "Input/output error")
 
     listener = Listener((), VinePPOConfig(), {}, lambda: Schedule(2, 1, 1, 1.0))
-    listener.start()
+    listener.start("")
     with monkeypatch.context() as patch:
         patch.setattr("builtins.print", closed)
         listener.iteration({"iteration": 1, "updates": 1, "reward/mean": 0.5})
     assert [log["reward"] for log in listener.state.log_history] == [0.5]
     listener.add(Uploads)
     with pytest.raises(BrokenPipeError):
-        listener.start()
+        listener.start("")
 
 
 def test_callbacks_are_called_in_the_order_of_transformers(tmp_path: Path) -> None:
