@@ -20,6 +20,7 @@ constexpr int ROWS = 6, PANELS = 1;
 #else
 constexpr int ROWS = 3, PANELS = 1;
 #endif
+constexpr int INNER = 256;  // terms of a sum that are added up at once
 constexpr int VECS = PANEL / LANES;  // vectors of a panel's row
 
 // y = x W^T, or y += x W^T, for R rows of x and P panels of W. `step`: distance of the panels in `w`.
@@ -31,7 +32,7 @@ inline __attribute__((always_inline)) void tile(const float* x, size_t x_stride,
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < P * VECS; v++)
-      c[r][v] = add ? load(y + r * y_stride + v * LANES) : Vec{};
+      c[r][v] = Vec{};
   for (int k = 0; k < inner; k++) {
     Vec b[P * VECS];
 #pragma GCC unroll 8
@@ -47,7 +48,10 @@ inline __attribute__((always_inline)) void tile(const float* x, size_t x_stride,
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < P * VECS; v++) store(y + r * y_stride + v * LANES, c[r][v]);
+    for (int v = 0; v < P * VECS; v++) {
+      float* out = y + r * y_stride + v * LANES;
+      store(out, add ? load(out) + c[r][v] : c[r][v]);
+    }
 }
 
 // Call `tile` with R equal to the number of rows.
@@ -63,18 +67,24 @@ inline void tile_of(int rows, const float* x, size_t x_stride, const float* w, s
 }
 
 // y (rows x 16 panels) = x (rows x inner) W^T, or y += ..., for a matrix in panels with the distance `step`.
+//
+// The sums over k are added up in blocks, because the rounding errors of one long sum are larger.
 inline void product(const float* x, int rows, size_t x_stride, const float* w, int panels, size_t step, int inner,
                     float* y, size_t y_stride, bool add) {
-  int p = 0;
-  for (; p + PANELS <= panels; p += PANELS)
-    for (int r = 0; r < rows; r += ROWS)
-      tile_of<ROWS, PANELS>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride, x_stride, w + p * step, step, inner,
-                            y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
-  if constexpr (PANELS > 1)
-    for (; p < panels; p++)
+  for (int k = 0; k < inner; k += INNER, add = true) {
+    const int size = inner - k < INNER ? inner - k : INNER;
+    const float* part = w + static_cast<size_t>(k) * PANEL;
+    int p = 0;
+    for (; p + PANELS <= panels; p += PANELS)
       for (int r = 0; r < rows; r += ROWS)
-        tile_of<ROWS, 1>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride, x_stride, w + p * step, step, inner,
-                         y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
+        tile_of<ROWS, PANELS>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride + k, x_stride, part + p * step, step,
+                              size, y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
+    if constexpr (PANELS > 1)
+      for (; p < panels; p++)
+        for (int r = 0; r < rows; r += ROWS)
+          tile_of<ROWS, 1>(rows - r < ROWS ? rows - r : ROWS, x + r * x_stride + k, x_stride, part + p * step, step,
+                           size, y + r * y_stride + static_cast<size_t>(p) * PANEL, y_stride, add);
+  }
 }
 
 // y = x W^T + bias, or y += x W^T + bias. The rows of y have padded(W.columns) numbers.
