@@ -15,6 +15,7 @@ are ignored, and every continuation has exactly its length, so all engines do th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 Work = dict[str, Any]
 """The workload, with the keys of WORK.json."""
@@ -33,16 +34,20 @@ GENERATE_ROWS = 64
 """Number of sequences in a static batch of `generate`."""
 
 
-def native(work: Work) -> Run:
-    """Load the sampler of this package, `TorchSampler`."""
+def own_sampler(work: Work, name: Literal["engine", "torch"]) -> Run:
+    """Load a sampler of this package.
+
+    Args:
+        name: the compiled engine or the PyTorch sampler, as in the setting `sampler.engine`.
+    """
     from vineppo.config.schema import ModelConfig
     from vineppo.model.policy import Policy
-    from vineppo.sampling.torch.sampler import TorchSampler
+    from vineppo.sampling.build import build_sampler
     from vineppo.types import SampleRequest
 
     policy = Policy.load(ModelConfig(path=work["model"], dtype=work["dtype"]))
     policy.codec = replace(policy.codec, eos_ids=())
-    sampler = TorchSampler(policy)
+    sampler = build_sampler(policy, name)
     requests = [
         SampleRequest(tuple(prefix), 1, length, seed=1000 * i + j)
         for i, (prefix, lengths) in enumerate(zip(work["prefixes"], work["lengths"], strict=True))
@@ -177,7 +182,7 @@ def matmul(work: Work) -> Run:
 
     A run applies the model's linear layers to as many rows as an engine needs: first one row for each distinct prefix
     token, then, position by position, one row for each continuation that is not finished. The time is a lower bound for
-    the engines. As in the native engine, packed copies of the weights are used, which makes the products faster.
+    the engines. As in the PyTorch sampler, packed copies of the weights are used, which makes the products faster.
     """
     import torch
 
@@ -210,7 +215,8 @@ def matmul(work: Work) -> Run:
 
 
 ENGINES: dict[str, Callable[[Work], Run]] = {
-    "native": native,
+    "engine": functools.partial(own_sampler, name="engine"),
+    "torch": functools.partial(own_sampler, name="torch"),
     "generate": generate,
     "generate_batch": generate_batch,
     "vllm": vllm,

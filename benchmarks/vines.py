@@ -3,20 +3,20 @@
     python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python .venv-vllm/bin/python \
         --out runs/vines
 
-An engine is a program that samples continuations of prefixes. benchmarks/engines.py contains all engines; `native` is
-the sampler of this package. An MC rollout is one of the K continuations with which VinePPO estimates the value of a
-state.
+An engine is a program that samples continuations of prefixes. benchmarks/engines.py contains all engines; `engine` is
+the compiled engine of this package, and `torch` its PyTorch sampler. An MC rollout is one of the K continuations with
+which VinePPO estimates the value of a state.
 
-The workload is determined once, with the native engine: G responses to each of P problems are sampled and cut into
+The workload is determined once, with the PyTorch sampler: G responses to each of P problems are sampled and cut into
 steps, and the lengths of K continuations of every state are recorded. Every engine then gets the same prefixes and the
 same numbers of tokens, in the same dtype and at the same temperature. Each engine has a separate process. In each of
 `--repeats` rounds, every engine runs once, while the others are idle. `matmul` computes only the matrix products of the
 model for the same tokens. Its time is a lower bound on the time of any engine with these weights on this machine. Reuse
-of continuations (`vineppo.reuse`) is off, because it would save tokens for the native engine only.
+of continuations (`vineppo.reuse`) is off, because it would save tokens for the samplers of this package only.
 
 The script prints a table and writes vines.json and vines.md. They contain for each engine the seconds (median, lowest,
-highest), tokens per second, the peak memory, and the median time divided by that of the native engine. They also
-contain the time of the matrix products divided by the time of the native engine.
+highest), tokens per second, the peak memory, and the median time divided by that of the compiled engine. They also
+contain the time of the matrix products divided by the time of the compiled engine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import problem_range, sample_groups
 from vineppo.types import Chat, Problem, SampleRequest, Task
 
-ENGINES = ("native", "generate", "generate_batch", "vllm", "matmul")
+ENGINES = ("engine", "torch", "generate", "generate_batch", "vllm", "matmul")
 INSTRUCTION = "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n"
 WORD_PROBLEMS = (
     "A baker makes 24 rolls in the morning and 18 in the afternoon. She sells 35 of them. How many rolls are left?",
@@ -201,7 +201,7 @@ class Worker:
 def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the engines in turn: one warm-up round, which is not counted, then `--repeats` measured rounds.
 
-    An engine that cannot run the model is left out, and its error is reported in `refused`. If `native` cannot run the
+    An engine that cannot run the model is left out, and its error is reported in `refused`. If `engine` cannot run the
     model, the script ends.
 
     Args:
@@ -226,7 +226,7 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
                 try:
                     answer = worker.run()
                 except EngineError as error:
-                    if engine == "native":
+                    if engine == "engine":
                         raise
                     refused[engine] = str(error)
                     print(f"  {engine} cannot run this model: {error}", flush=True)
@@ -259,7 +259,7 @@ def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, A
         tokens: number of tokens that each run sampled.
     Returns:
         `engines`, the times and the peak memory of each engine; `ratio_vs`, the median time of each other engine
-        divided by that of the native engine; `matmul_share`, the same ratio for the matrix products alone, or None if
+        divided by that of the compiled engine; `matmul_share`, the same ratio for the matrix products alone, or None if
         they were not measured.
     """
     engines = {}
@@ -272,9 +272,9 @@ def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, A
             "tokens_per_second": tokens / median(seconds),
             "peak_memory_bytes": max(answer["bytes"] for answer in answers),
         }
-    native = engines["native"]["seconds"]
-    ratios = {engine: r["seconds"] / native for engine, r in engines.items() if engine not in ("native", "matmul")}
-    share = engines["matmul"]["seconds"] / native if "matmul" in engines else None
+    own = engines["engine"]["seconds"]
+    ratios = {engine: r["seconds"] / own for engine, r in engines.items() if engine not in ("engine", "matmul")}
+    share = engines["matmul"]["seconds"] / own if "matmul" in engines else None
     return {"engines": engines, "ratio_vs": ratios, "matmul_share": share}
 
 
@@ -288,8 +288,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# MC rollouts of one iteration with every engine",
         "",
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}; medians "
-        f"of {result['repeats']} runs (lowest to highest), the engines in alternation. `native` is the package's own "
-        "sampler.",
+        f"of {result['repeats']} runs (lowest to highest), the engines in alternation. `engine` is the package's "
+        "compiled engine, `torch` its PyTorch sampler.",
     ]
     for name, model in result["models"].items():
         lines += [
@@ -299,7 +299,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{model['problems']} problems x {model['group_size']} responses, {model['states']} states, "
             f"K = {result['k']}, {model['tokens']:,} tokens, {model['dtype']}.",
             "",
-            "| engine | seconds | tokens per second | peak memory | native is faster by |",
+            "| engine | seconds | tokens per second | peak memory | engine is faster by |",
             "|---|---|---|---|---|",
         ]
         for engine, figures in model["engines"].items():
@@ -314,7 +314,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"| `{engine}` | does not run this model: {reason} | | | |" for engine, reason in model["refused"].items()
         ]
         if model["matmul_share"] is not None:
-            lines += ["", f"The matrix products alone are {model['matmul_share']:.0%} of the native engine's time."]
+            lines += ["", f"The matrix products alone are {model['matmul_share']:.0%} of the compiled engine's time."]
     return "\n".join(lines) + "\n"
 
 
@@ -322,7 +322,7 @@ def main() -> None:
     """Parse the arguments, run the measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="embedded:judgement", help="embedded:NAME or model directories")
-    parser.add_argument("--engines", default=",".join(ENGINES), help="must contain native")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="must contain engine")
     parser.add_argument(
         "--vllm-python", help="interpreter of the environment with vLLM (`make bench-vines` creates it)"
     )
@@ -346,8 +346,8 @@ def main() -> None:
     engines = arguments.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"--engines has {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
-    if "native" not in engines:
-        parser.error("--engines must contain native, because the ratios are relative to it")
+    if "engine" not in engines:
+        parser.error("--engines must contain engine, because the ratios are relative to it")
     if "vllm" in engines and not arguments.vllm_python:
         parser.error(
             "--engines has vllm: set --vllm-python (`make bench-vines` creates the environment), or leave vllm out"

@@ -26,6 +26,7 @@ from tests.sampling.test_sampler import (
     tokens,
 )
 from vineppo.model.policy import Policy
+from vineppo.sampling import build as sampling_build
 from vineppo.sampling.build import build_sampler, sampler_line
 from vineppo.sampling.engine import build as engine_build
 from vineppo.sampling.engine.families import EngineModel, unsupported
@@ -311,3 +312,13 @@ def test_windows_longer_than_the_prefix_and_trunks_outside_of_the_window() -> No
     results = engine(policy).sample(requests)
     assert tokens(results) == tokens(TorchSampler(policy).sample(requests))
     assert largest_gap(policy, requests, results, 1.0) < 1e-4
+
+
+def test_16_bits_are_sampled_with_pytorch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = build_policy()
+    policy.model.to(torch.bfloat16)
+    for fast, kind in ((True, TorchSampler), (False, EngineSampler)):
+        monkeypatch.setattr(sampling_build, "cpu_multiplies", lambda dtype, fast=fast: fast)
+        assert isinstance(build_sampler(policy), kind)
+        assert isinstance(build_sampler(policy, "engine"), EngineSampler)
+        assert ("multiplies bfloat16 faster" in sampler_line(policy, "auto")) == fast

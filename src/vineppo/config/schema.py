@@ -283,8 +283,9 @@ class SamplerConfig(Settings):
 
     engine: Literal["auto", "engine", "torch"] = "auto"
     """`engine`: the package's compiled engine, for the CPU and for the families of models that it knows. `torch`: the
-    PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used, or else the PyTorch
-    sampler."""
+    PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used and is faster, or else
+    the PyTorch sampler. The engine computes in float32, so it is slower for 16-bit weights on processors that multiply
+    16 bits fast."""
 
 
 class CriticConfig(Settings):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
+from vineppo.model.hardware import cpu_multiplies
 from vineppo.sampling.engine.families import unsupported
 from vineppo.sampling.engine.library import load
 from vineppo.sampling.engine.sampler import EngineSampler
@@ -21,7 +24,7 @@ def build_sampler(
     Args:
         policy: the policy, whose weights the sampler uses.
         engine: `engine` for the compiled engine, `torch` for the PyTorch sampler; `auto`: the compiled engine if it can
-            be used, or else the PyTorch sampler.
+            be used and is faster, or else the PyTorch sampler. The engine computes in float32.
         max_rows: maximum number of sequences that are decoded at the same time.
         kv_memory: maximum number of bytes of keys and values.
     Raises:
@@ -42,6 +45,8 @@ def why_torch(policy: LanguageModel, engine: Engine) -> str:
         return "sampler.engine is torch"
     if load() is None:
         return "the compiled engine is not built (it needs a C++ compiler: make engine)"
+    if engine == "auto" and policy.model.dtype != torch.float32 and cpu_multiplies(policy.model.dtype):
+        return f"this processor multiplies {str(policy.model.dtype).removeprefix('torch.')} faster than float32"
     return unsupported(policy.model)
 
 
