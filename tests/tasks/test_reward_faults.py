@@ -275,14 +275,15 @@ def test_one_nan_among_1000_rewards_is_one_counted_error() -> None:
     assert (task.total.graded, task.total.errors, task.total.sums) == (1000, 1, {"reward": 999.0})
 
 
-def test_a_weighted_sum_that_is_too_large_raises() -> None:
-    """Case 4."""
-    config = TaskConfig(num_steps=3, reward_weights=(1e308,))
-    task = build_task(config, reward_fn=lambda completions, **_: [10.0 for _ in completions])
-    with pytest.raises(
-        UserError, match=r"^the weighted sum of the rewards is inf; allowed: -1e12 to 1e12; use smaller"
-    ):
-        task.grade([problem(0)], ["x"])
+def test_weights_that_are_too_large_are_refused() -> None:
+    """Case 4. A reward is at most 1e12, so a weighted sum never ends a run."""
+    for weights in ((1e308,), (600.0, -500.0), (math.inf,)):
+        with pytest.raises(UserError, match=r"reward_weights"):
+            TaskConfig(num_steps=3, reward_weights=weights)
+    task = build_task(
+        TaskConfig(num_steps=3, reward_weights=(1000.0,)), reward_fn=lambda completions, **_: [1e12] * len(completions)
+    )
+    assert task.grade([problem(0)], ["x"]) == [1e15]
 
 
 def test_a_worker_that_leaks_memory_is_replaced(pool_of: Any) -> None:

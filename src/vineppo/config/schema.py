@@ -79,6 +79,8 @@ class ModelConfig(Settings):
 
 TASKS = ("chain", "gsm8k", "math", "dataset")
 """Values of `task.name`, apart from the data sets of reasoning-gym."""
+MAX_WEIGHTS = 1000.0
+"""Largest sum of the magnitudes of `task.reward_weights`."""
 GYM = "reasoning_gym:"
 """Prefix of `task.name` for a data set of reasoning-gym, such as `reasoning_gym:chain_sum`."""
 
@@ -229,6 +231,11 @@ class TaskConfig(Settings):
             not (self.rewards and self.reward_weights) or len(self.reward_weights) == len(self.rewards),
             f"task.reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} task.rewards; give "
             "one number for each reward function, or no numbers",
+        )
+        require(
+            sum(map(abs, self.reward_weights)) <= MAX_WEIGHTS,
+            f"the magnitudes in task.reward_weights add up to {sum(map(abs, self.reward_weights)):g}; allowed: at most "
+            f"{MAX_WEIGHTS:g}; divide all weights by the same number",
         )
 
     def _check_chat_template(self) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vineppo.tasks.grading.judge import Judge
-from vineppo.tasks.grading.rewards import MAX_REWARD
 from vineppo.types import Failure, Problem, ProblemSource, Split, Tally, UserError, Verdict
 
 _MIN_GRADED = 20
@@ -80,7 +79,7 @@ class Graded:
         Raises:
             UserError: if grading failed for more than the share `max_error_share` of the responses counted in `total`
                 or in `tally`. If fewer than 20 responses are counted, the share is computed as if there were 20. The
-                message contains the first error. Also if a weighted sum of rewards is too large.
+                message contains the first error.
         """
         verdicts = self.judge.verdicts(problems, texts, completion_ids)
         for verdict in verdicts:
@@ -108,9 +107,4 @@ class Graded:
         if all(reward is None for reward in verdict):
             return None
         # math.fsum rounds only once, so that the weights 0.7, 0.2 and 0.1 sum to exactly 1.
-        total = math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)
-        if not abs(total) <= MAX_REWARD:
-            raise UserError(
-                f"the weighted sum of the rewards is {total:g}; allowed: -1e12 to 1e12; use smaller task.reward_weights"
-            )
-        return total
+        return math.fsum(w * reward for w, reward in zip(self.weights, verdict, strict=True) if reward is not None)

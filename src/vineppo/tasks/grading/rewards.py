@@ -14,7 +14,8 @@ from vineppo.objects import first_line
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
 MAX_REWARD = 1e12
-"""Largest magnitude of a reward. Squares and sums of rewards must not overflow in single precision."""
+"""Largest magnitude of a reward. Squares and sums of weighted rewards must not overflow in single precision; the sum of
+the weights is limited too (`config.schema.MAX_WEIGHTS`)."""
 _RESERVED = ("prompts", "completions", "completion_ids", "answer")
 """Arguments that every reward function gets. A column of the data set with one of these names is not passed."""
 
