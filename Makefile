@@ -38,7 +38,9 @@ RESULTS_JOBS ?= 1
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-$(READY_DEMO): pyproject.toml hatch_build.py $(CONSTRAINTS)
+ENGINE := src/vineppo/sampling/engine
+
+$(READY_DEMO): pyproject.toml hatch_build.py $(CONSTRAINTS) $(ENGINE)/build.py $(wildcard $(ENGINE)/native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(PINS) $(TORCH)
@@ -58,14 +60,14 @@ demo: $(READY_DEMO)  ## train the embedded model with VinePPO: about a minute on
 	$(BIN)/vineppo demo
 
 engine: $(READY_DEMO)  ## compile the engine again, after a change of its C++ files
-	$(BIN)/python src/vineppo/sampling/engine/build.py
+	$(BIN)/python $(ENGINE)/build.py
 
 engine-sanitize:  ## run the engine under the sanitizers for memory, undefined behaviour and threads
 	mkdir -p build
 	for kind in address,undefined thread; do \
-		$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$kind -fno-sanitize-recover=all -I src/vineppo/sampling/engine/native \
-			dev/engine_check.cpp src/vineppo/sampling/engine/native/kernels.cpp \
-			src/vineppo/sampling/engine/native/decode.cpp -o build/engine-check && ./build/engine-check || exit 1; \
+		$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$kind -fno-sanitize-recover=all -I $(ENGINE)/native \
+			dev/engine_check.cpp $(ENGINE)/native/kernels.cpp \
+			$(ENGINE)/native/decode.cpp -o build/engine-check && ./build/engine-check || exit 1; \
 	done
 
 test: $(READY)  ## the test suite, without a real model

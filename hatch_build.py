@@ -27,3 +27,6 @@ class EngineHook(BuildHookInterface):
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform}"
+        if version != "editable":  # an editable installation reads the libraries where they were compiled
+            folder = "vineppo/sampling/engine/libraries"
+            build_data["force_include"] |= {str(path): f"{folder}/{path.name}" for path in libraries}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,18 @@ from vineppo.model.policy import Policy
 from vineppo.sampling import build as sampling_build
 from vineppo.sampling.build import build_sampler, sampler_line
 from vineppo.sampling.engine import build as engine_build
+from vineppo.sampling.engine import library
 from vineppo.sampling.engine.families import EngineModel, unsupported
 from vineppo.sampling.engine.library import INSTRUCTIONS, EngineError, Library, load
 from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import TorchSampler
+from vineppo.sampling.trunks import trunks_of
 from vineppo.types import Completion, SampleRequest, UserError
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the engine is not built; it needs a C++ compiler")
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -48,6 +53,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, **ALTERNATING}),
     "qwen3": ("qwen3", {"head_dim": 24}),
+    "yarn-rope": ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 16}}),
+    "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {}),
     "gemma3": ("gemma3", {"tie_word_embeddings": True}),
     "odd-sizes": ("llama", {"hidden_size": 44, "intermediate_size": 50, "head_dim": 22, "num_key_value_heads": 4}),
@@ -55,10 +62,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def usable(instructions: str) -> Library:
-    library = load(instructions)
-    if library is None:
+    found = load(instructions)
+    if found is None:
         pytest.skip(f"this processor cannot run {instructions}")
-    return library
+    return found
 
 
 def with_random_parameters(policy: Policy) -> Policy:
@@ -71,9 +78,9 @@ def with_random_parameters(policy: Policy) -> Policy:
 
 
 def engine(policy: Policy, instructions: str | None = None, **options: Any) -> EngineSampler:
-    library = usable(instructions) if instructions else load()
-    assert library is not None
-    return EngineSampler(policy, library, **options)
+    found = usable(instructions) if instructions else load()
+    assert found is not None
+    return EngineSampler(policy, found, **options)
 
 
 @pytest.fixture(scope="module")
@@ -322,3 +329,130 @@ def test_16_bits_are_sampled_with_pytorch_where_it_is_faster(monkeypatch: pytest
         assert isinstance(build_sampler(policy), kind)
         assert isinstance(build_sampler(policy, "engine"), EngineSampler)
         assert ("multiplies bfloat16 faster" in sampler_line(policy, "auto")) == fast
+
+
+@pytest.mark.parametrize("kind", ["norms", "tokens", "embedding", "head", "hook", "forward", "subclass"])
+def test_wrapped_and_changed_modules_are_sampled_with_pytorch(kind: str) -> None:
+    """The engine would read their weights and miss what they add."""
+    peft = pytest.importorskip("peft")
+    policy = build_policy()
+    model = policy.model
+    assert unsupported(model) == ""
+    if kind == "norms":
+        model = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["input_layernorm", "norm"]))
+    elif kind == "tokens":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6]))
+    elif kind in ("embedding", "head"):
+        name = {"embedding": "embed_tokens", "head": "lm_head"}[kind]
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", name]))
+    elif kind == "hook":
+        model.model.layers[0].register_forward_hook(lambda *_: None)
+    elif kind == "forward":
+        model.model.norm.forward = lambda x: x
+    else:
+        model.__class__ = type("Mine", (type(model),), {})
+    assert unsupported(model).startswith(("the engine does not know", "a "))
+    assert isinstance(build_sampler(Policy(model, policy.codec)), TorchSampler)
+
+
+def test_replaced_weights_are_used_at_once() -> None:
+    policy = with_random_parameters(build_policy())
+    other = with_random_parameters(build_policy("llama", tie_word_embeddings=True))
+    sampler, requests = engine(policy), prompts_and_states()
+    for version, change in enumerate(
+        [
+            lambda: policy.model.load_state_dict(build_policy().model.state_dict(), assign=True),
+            lambda: policy.model.requires_grad_(False).model.norm.weight.data.mul_(2),
+            lambda: setattr(policy.model.lm_head, "weight", policy.model.model.embed_tokens.weight),
+            lambda: setattr(policy.model.lm_head, "weight", other.model.lm_head.weight),
+        ]
+    ):
+        before = tokens(sampler.sample(requests))
+        change()
+        sampler.update_weights(version + 1, lambda: iter(()))
+        after = sampler.sample(requests)
+        assert tokens(after) != before
+        assert largest_gap(policy, requests, after, 1.0) < 1e-4
+    policy.model.model.norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(UserError, match="the model has changed since its sampler was built: a LlamaRMSNorm has a hook"):
+        sampler.sample(requests)
+
+
+def test_adapters_that_are_switched_off_or_scaled_are_noticed() -> None:
+    peft = pytest.importorskip("peft")
+    policy = with_random_parameters(build_policy())
+    model = peft.get_peft_model(policy.model, peft.LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=8))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3
+    adapted = Policy(model, policy.codec)
+    sampler, requests = engine(adapted), prompts_and_states()
+    before = tokens(sampler.sample(requests))
+    for layer in model.modules():
+        if hasattr(layer, "scaling") and isinstance(layer.scaling, dict):
+            layer.scaling["default"] *= -2
+    after = sampler.sample(requests)
+    assert tokens(after) != before
+    assert largest_gap(adapted, requests, after, 1.0) < 1e-4
+    with model.disable_adapter(), pytest.raises(UserError, match="the model has changed"):
+        sampler.sample(requests)
+
+
+def test_long_prefixes_with_a_window_have_the_same_bits_in_every_batch() -> None:
+    policy = with_random_parameters(build_policy("mistral-window", sliding_window=400, max_position_embeddings=1200))
+    ids = random_ids(900, 0)
+    requests = [SampleRequest(ids[:n], 2, 12, seed=n) for n in (300, 777, 900)]
+    together = engine(policy).sample(requests)
+    assert [engine(policy).sample([request])[0] for request in requests] == together
+    assert largest_gap(policy, requests, together, 1.0) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.norm"])
+def test_weights_that_are_not_finite_are_an_error(name: str) -> None:
+    policy = build_policy()
+    with torch.no_grad():
+        policy.model.get_submodule(name).weight.fill_(float("nan"))
+    with pytest.raises(EngineError, match="the logits of the model are not finite"):
+        engine(policy).sample(prompts_and_states())
+
+
+def test_a_library_that_cannot_be_loaded_leaves_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    for opened, reason in ((False, "is not built"), (True, "cannot be loaded")):
+        library.load.cache_clear()
+        library._open.cache_clear()
+        if opened:
+            for name in INSTRUCTIONS:
+                (tmp_path / engine_build.library_name(name)).write_bytes(b"no library")
+        assert library.load() is None and reason in library.why_not_loaded()
+        assert isinstance(build_sampler(build_policy()), TorchSampler)
+        with pytest.raises(UserError, match=reason):
+            build_sampler(build_policy(), "engine")
+    monkeypatch.undo()
+    library.load.cache_clear()
+    library._open.cache_clear()
+    assert library.load() is not None
+
+
+def test_calls_within_a_call_and_in_other_threads(llama: Policy) -> None:
+    requests, seen = prompts_and_states(), []
+    sampler = engine(llama, threads=64)  # more threads than rows
+    expected = sampler.sample(requests)
+    assert sampler.sample(requests, lambda _: seen.append(sampler.sample(requests))) == expected
+    assert seen and all(result == expected for result in seen)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(sampler.sample, [requests] * 8)) == [expected] * 8
+
+    def change(_: Any) -> None:
+        sampler.update_weights(1, lambda: iter(()))
+        sampler.sample(requests)
+
+    with pytest.raises(UserError, match="changed while samples were drawn"):
+        sampler.sample(requests, change)
+    trunks = trunks_of(requests, range(len(requests)))
+    job = sampler._start(requests, trunks, [row for trunk in trunks for row in trunk.rows])
+    threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 0
+    del job
+    gc.collect()
+    assert not threads or len(os.listdir("/proc/self/task")) < threads

@@ -59,6 +59,7 @@ TREE: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window": ("mistral", {**LLAMA, "sliding_window": WINDOW}),
     "qwen2": ("qwen2", LLAMA),
     "qwen3": ("qwen3", LLAMA),
+    "gemma": ("gemma", LLAMA),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", GEMMA),
     "gpt2": ("gpt2", GPT),

@@ -55,10 +55,10 @@ def _devices() -> str:
 
 def _engine() -> str:
     """Return the instruction set of the compiled engine, or a note that it is not built."""
-    from vineppo.sampling.engine.library import load
+    from vineppo.sampling.engine.library import load, why_not_loaded
 
     library = load()
-    return f"compiled, {library.instructions}" if library else "not built (it needs a C++ compiler: make engine)"
+    return f"compiled, {library.instructions}" if library else why_not_loaded()
 
 
 def _sandbox() -> str:

@@ -8,7 +8,7 @@ import torch
 
 from vineppo.model.hardware import cpu_multiplies
 from vineppo.sampling.engine.families import unsupported
-from vineppo.sampling.engine.library import load
+from vineppo.sampling.engine.library import load, why_not_loaded
 from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import LanguageModel, TorchSampler
 from vineppo.types import Sampler, UserError
@@ -44,7 +44,7 @@ def why_torch(policy: LanguageModel, engine: Engine) -> str:
     if engine == "torch":
         return "sampler.engine is torch"
     if load() is None:
-        return "the compiled engine is not built (it needs a C++ compiler: make engine)"
+        return why_not_loaded()
     if engine == "auto" and policy.model.dtype != torch.float32 and cpu_multiplies(policy.model.dtype):
         return f"this processor multiplies {str(policy.model.dtype).removeprefix('torch.')} faster than float32"
     return unsupported(policy.model)

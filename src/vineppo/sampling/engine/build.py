@@ -2,6 +2,8 @@
 
     python src/vineppo/sampling/engine/build.py     # make engine
 
+The name of a library contains a hash of the sources, so that a library of other sources is never used.
+
 The build of the package calls `build`, too (hatch_build.py). This file uses the standard library only, because the
 package is not installed at that time. A compiler for C++17 is needed: GCC or Clang. The environment variable CXX names
 it; without it, c++, g++ and clang++ are tried. VINEPPO_ENGINE=0 switches compiling off.
@@ -9,8 +11,10 @@ it; without it, c++, g++ and clang++ are tried. VINEPPO_ENGINE=0 switches compil
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,22 +42,31 @@ _INSTRUCTIONS = {
 """Compiler flags of each instruction set. Every 64-bit ARM processor has NEON, so the generic set contains it."""
 
 
-def compiler() -> str:
-    """Return the C++ compiler, or an empty text if there is none."""
-    named = os.environ.get("CXX")
-    return next(
-        (found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), ""
-    )
+def library_name(instructions: str) -> str:
+    """Return the file name of the library for an instruction set, with a hash of the sources and of this file."""
+    digest = hashlib.sha256()
+    for path in (*sorted((FOLDER / "native").iterdir()), Path(__file__)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"libvineppo_{instructions}-{platform.machine()}-{digest.hexdigest()[:12]}.so"
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler, or an empty list if there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else []
+    return [found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))][:1]
 
 
 def build(target: Path = FOLDER / "libraries", extra_flags: Sequence[str] = ()) -> tuple[list[Path], str]:
-    """Compile the libraries that do not exist or are older than the sources.
+    """Compile the libraries that do not exist, and remove those of other sources.
 
     Args:
         target: the folder of the libraries.
         extra_flags: further flags for the compiler.
     Returns:
-        (paths of the libraries, reason if there are none).
+        (paths of the libraries, reason if there are none). A library is left out if the compiler does not know its
+        instruction set.
     """
     if os.environ.get("VINEPPO_ENGINE") == "0":
         return [], "VINEPPO_ENGINE is 0"
@@ -62,37 +75,39 @@ def build(target: Path = FOLDER / "libraries", extra_flags: Sequence[str] = ()) 
     if not (command := compiler()):
         return [], "no C++ compiler was found (set CXX, or install g++ or clang++)"
     names = list(_INSTRUCTIONS) if platform.machine() in ("x86_64", "AMD64") else ["generic"]
-    target.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(lambda name: _compile(command, name, target, extra_flags), names))
-    errors = [error for _, error in results if error]
-    if errors:
-        return [], errors[0]
-    return [path for path, _ in results], ""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        current = {library_name(name) for name in names}
+        for old in target.glob("libvineppo_*"):
+            if old.name not in current:
+                old.unlink()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            errors = list(pool.map(lambda name: _compile(command, name, target, extra_flags), names))
+    except OSError as error:
+        return [], str(error)
+    if errors[names.index("generic")]:
+        return [], errors[names.index("generic")]
+    return [target / library_name(name) for name, error in zip(names, errors) if not error], ""
 
 
-def _compile(command: str, name: str, target: Path, extra_flags: Sequence[str]) -> tuple[Path, str]:
-    """Compile one library, and return its path and the compiler's first error, if any."""
-    native = FOLDER / "native"
-    library = target / f"libvineppo_{name}.so"
-    newest = max(path.stat().st_mtime for path in (*native.iterdir(), Path(__file__)))
-    if library.exists() and library.stat().st_mtime >= newest:
-        return library, ""
+def _compile(command: list[str], name: str, target: Path, extra_flags: Sequence[str]) -> str:
+    """Compile one library if it does not exist. Return the compiler's first error, or an empty text."""
+    library = target / library_name(name)
+    if library.exists():
+        return ""
     # The library gets its name when it is complete, so an interrupted build leaves no part of one.
     unfinished = library.with_suffix(f".{os.getpid()}.tmp")
-    sources = [str(native / source) for source in SOURCES]
-    arguments = [command, *_FLAGS, *_INSTRUCTIONS[name], *extra_flags, "-shared", *sources, "-o", str(unfinished)]
+    sources = [str(FOLDER / "native" / source) for source in SOURCES]
+    arguments = [*command, *_FLAGS, *_INSTRUCTIONS[name], *extra_flags, "-shared", *sources, "-o", str(unfinished)]
     try:
         done = subprocess.run(arguments, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            return library, f"{command} failed: {(lines or ['no message'])[0]}"
+            return f"{' '.join(command)} failed: {(lines or ['no message'])[0]}"
         unfinished.replace(library)
-    except OSError as error:
-        return library, f"{command} failed: {error}"
     finally:
         unfinished.unlink(missing_ok=True)
-    return library, ""
+    return ""
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ norms behind attention and MLP, soft caps, sliding windows, activation and rotar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from vineppo.sampling.engine.library import CompiledModel, Library, Shape
+from vineppo.sampling.torch.packed import has_variants, is_lora_linear
+from vineppo.types import UserError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """Values of `config.model_type` that the engine computes."""
@@ -45,26 +47,72 @@ _LINEAR = {
 
 
 def unsupported(model: Any) -> str:
-    """Return why the engine cannot compute a model, or an empty text if it can."""
+    """Return why the engine cannot compute a model, or an empty text if it can.
+
+    What the engine does not know must be refused, because it would be sampled wrongly without a sign: wrappers of peft
+    around norms and embeddings, hooks, replaced functions, and classes that extend a family.
+    """
     config = model.config.get_text_config()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if config.model_type not in SUPPORTED:
         return f"the engine does not know models of type {config.model_type}"
+    if not _is_of(base, "ForCausalLM") or getattr(config, "use_bidirectional_attention", False):
+        return f"the engine does not know models of the class {type(base).__name__} with this configuration"
     if kinds := set(_rope_kinds(config)) - _FIXED_ROPE:
         return f"the engine does not know rotary positions of type {', '.join(sorted(kinds))}"
     if _activation(config) not in _ACTIVATIONS:
         return f"the engine does not know the activation {_activation(config)}"
     if next(model.parameters()).device.type != "cpu":
         return "the engine computes on the CPU only"
-    for layer in _decoder(model).layers:
+    decoder = base.model
+    if hasattr(decoder, "rotary_emb_local"):
+        return "the engine needs a newer version of transformers for this model"
+    for module in model.modules():
+        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+            return f"a {type(module).__name__} has a hook or another function forward"
+    return _unknown_module(model, decoder, config.model_type)
+
+
+def _unknown_module(model: Any, decoder: Any, model_type: str) -> str:
+    """Return which module the engine does not know, or an empty text."""
+    for layer in decoder.layers:
         for name in _LINEAR.values():
             if _linear_parts(layer.get_submodule(name)) is None:
                 return f"the engine does not know adapters of the kind in {name}"
-    if (
-        not isinstance(model.get_output_embeddings(), nn.Linear)
-        or type(_decoder(model).embed_tokens).__mro__[-2] is not nn.Module
-    ):
+    norms = [
+        norm for layer in decoder.layers for name in _norms_of(model_type).values() if (norm := _find(layer, name))
+    ]
+    if not all(_is_of(norm, "RMSNorm") and "weight" in norm._parameters for norm in (*norms, decoder.norm)):
+        return "the engine does not know adapters of norms"
+    head, embedding = model.get_output_embeddings(), decoder.embed_tokens
+    if type(head) is not nn.Linear or "weight" not in head._parameters:
+        return "the engine does not know adapters of the output layer"
+    if type(embedding) is not nn.Embedding and not _is_of(embedding, "ScaledWordEmbedding"):
         return "the engine does not know adapters of embeddings"
+    if model_type.startswith("gemma") and not hasattr(embedding, "embed_scale"):
+        return "the engine needs a newer version of transformers for this model"
+    if "weight" not in embedding._parameters or embedding.weight.shape != head.weight.shape:
+        return "the embedding and the output layer have different sizes"
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        return "the weights were made in inference mode, so changes of them cannot be noticed"
     return ""
+
+
+def _is_of(module: Any, ending: str) -> bool:
+    """Return whether the class of a module is one of transformers' models, and its name has the ending."""
+    cls = type(module)
+    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith(ending)
+
+
+def _find(layer: Any, path: str) -> Any:
+    """Return a module within a layer, or None if the layer does not have it."""
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    return layer
+
+
+def _norms_of(model_type: str) -> dict[str, str]:
+    return _NORMS_OF_GEMMA if model_type in ("gemma2", "gemma3_text") else _NORMS
 
 
 def _rope_kinds(config: Any) -> list[str]:
@@ -74,7 +122,8 @@ def _rope_kinds(config: Any) -> list[str]:
 
 
 def _activation(config: Any) -> str:
-    return getattr(config, "hidden_activation", None) or config.hidden_act
+    named = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text") else config.hidden_act
+    return str(named)
 
 
 def _decoder(model: Any) -> Any:
@@ -89,26 +138,26 @@ def _linear_parts(module: Any) -> list[torch.Tensor] | None:
         return [t for t in (module.weight, module.bias) if t is not None]
     if not _is_simple_lora(module):
         return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
     return [
         *(t for t in (module.base_layer.weight, module.base_layer.bias) if t is not None),
-        *(t for name in names for t in (module.lora_A[name].weight, module.lora_B[name].weight)),
+        *(t for name in _adapters(module) for t in (module.lora_A[name].weight, module.lora_B[name].weight)),
     ]
 
 
 def _is_simple_lora(module: Any) -> bool:
     """Return whether a module is a linear layer whose active LoRA adapters only add a product of two matrices."""
-    try:
-        from peft.tuners.lora import Linear
-    except ModuleNotFoundError:
-        return False
     return (
-        type(module) is Linear
+        is_lora_linear(module)
         and type(module.base_layer) is nn.Linear
         and not module.merged
         and not module.disable_adapters
-        and not any(name in module.lora_variant or module.lora_bias.get(name) for name in module.active_adapters)
+        and not has_variants(module)
     )
+
+
+def _adapters(module: Any) -> list[str]:
+    """Return the names of the active adapters that a linear layer with LoRA has."""
+    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def _linear(module: Any) -> tuple[np.ndarray, np.ndarray | None]:
@@ -116,10 +165,9 @@ def _linear(module: Any) -> tuple[np.ndarray, np.ndarray | None]:
     base = module if type(module) is nn.Linear else module.base_layer
     weight = base.weight.detach().float()
     if base is not module:
-        for name in module.active_adapters:
-            if name in module.lora_A:
-                product = module.lora_B[name].weight.detach().float() @ module.lora_A[name].weight.detach().float()
-                weight = weight + module.scaling[name] * product
+        for name in _adapters(module):
+            product = module.lora_B[name].weight.detach().float() @ module.lora_A[name].weight.detach().float()
+            weight = weight + module.scaling[name] * product
     return _numbers(weight), None if base.bias is None else _numbers(base.bias)
 
 
@@ -129,15 +177,21 @@ def _numbers(tensor: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of the weights: the tensors that it depends on, and how it is copied to the engine."""
+    """A part of the weights: what it depends on, and how it is copied to the engine."""
 
     tensors: list[torch.Tensor]
-    copy: Any
+    factors: tuple[Any, ...]
+    """Other numbers that it depends on: names and scales of adapters."""
+    copy: Callable[[], None]
 
-    @property
-    def state(self) -> tuple[tuple[int, int], ...]:
-        """Changes if a tensor is replaced or changed in place."""
-        return tuple((t.data_ptr(), t._version) for t in self.tensors)
+    def equals(self, other: _Part | None) -> bool:
+        """Return whether the tensors are the same objects, with the same factors."""
+        return (
+            other is not None
+            and len(self.tensors) == len(other.tensors)
+            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+            and self.factors == other.factors
+        )
 
 
 class EngineModel:
@@ -149,19 +203,31 @@ class EngineModel:
     """
 
     def __init__(self, library: Library, model: Any):
-        self.model = model
-        self.config = config = model.config.get_text_config()
-        self.decoder = _decoder(model)
-        attention = self.decoder.layers[0].self_attn
-        gemma = config.model_type in ("gemma2", "gemma3_text")
-        self._norm_offset = 1.0 if config.model_type.startswith("gemma") else 0.0
-        self._norms = _NORMS_OF_GEMMA if gemma else _NORMS
-        head = model.get_output_embeddings()
-        embedding = self.decoder.embed_tokens
-        self.tied = head.weight is embedding.weight
-        kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ["full_attention"]))
-        self._rope_tables = kinds if config.model_type == "gemma3_text" else kinds[:1]
-        shape = Shape(
+        self.library, self.model = library, model
+        self.config = model.config.get_text_config()
+        self._norm_offset = 1.0 if self.config.model_type.startswith("gemma") else 0.0
+        kinds = list(dict.fromkeys(getattr(self.config, "layer_types", None) or ["full_attention"]))
+        self._rope_tables = kinds if self.config.model_type == "gemma3_text" else kinds[:1]
+        self._build()
+
+    def _build(self) -> None:
+        """Make a new copy, without weights."""
+        self.decoder = _decoder(self.model)
+        self.compiled = CompiledModel(self.library, self._shape())
+        self._positions = 0
+        self._copied: dict[tuple[int, str], tuple[_Part, list[int], int]] = {}
+        for number, layer in enumerate(self.decoder.layers):
+            kind = getattr(layer.self_attn, "layer_type", None)
+            table = self._rope_tables.index(kind) if kind in self._rope_tables else 0
+            window = getattr(layer.self_attn, "sliding_window", None) or _window(self.config)
+            self.compiled.set_layer(number, table, window)
+
+    def _shape(self) -> Shape:
+        config, attention = self.config, self.decoder.layers[0].self_attn
+        head, embedding = self.model.get_output_embeddings(), self.decoder.embed_tokens
+        softcap = config.attn_logit_softcapping if config.model_type == "gemma2" else None
+        final = config.final_logit_softcapping if config.model_type in ("gemma2", "gemma3_text") else None
+        return Shape(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -170,22 +236,14 @@ class EngineModel:
             intermediate=config.intermediate_size,
             vocabulary=head.weight.shape[0],
             rope_tables=len(self._rope_tables),
-            tied=int(self.tied),
+            tied=int(head.weight is embedding.weight),
             activation=_ACTIVATIONS[_activation(config)],
             epsilon=config.rms_norm_eps,
             attention_scale=attention.scaling,
-            attention_softcap=getattr(config, "attn_logit_softcapping", None) or 0.0,
-            logit_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            attention_softcap=softcap or 0.0,
+            logit_softcap=final or 0.0,
             embedding_scale=float(embedding.embed_scale.to(embedding.weight.dtype)) if self._norm_offset else 1.0,
         )
-        self.compiled = CompiledModel(library, shape)
-        self._positions = 0
-        for number, layer in enumerate(self.decoder.layers):
-            kind = getattr(layer.self_attn, "layer_type", None)
-            table = self._rope_tables.index(kind) if kind in self._rope_tables else 0
-            self.compiled.set_layer(number, table, getattr(layer.self_attn, "sliding_window", None) or _window(config))
-        self._parts = list(self._all_parts())
-        self._copied: list[Any] = [None] * len(self._parts)
 
     def kv_bytes(self, tokens: int) -> int:
         """Return the number of bytes of the keys and values of a sequence."""
@@ -193,21 +251,41 @@ class EngineModel:
         padded = -(-shape.head_dim // panel) * panel
         return 4 * (-(-tokens // panel) * panel) * (shape.head_dim + padded) * shape.kv_heads * shape.layers
 
-    def refresh(self, positions: int, version: int) -> None:
+    def refresh(self, positions: int, version: int, in_use: bool = False) -> None:
         """Copy the weights that have changed, and make the tables of positions large enough.
+
+        A weight is copied if it is another tensor than before, if PyTorch has counted a change in place, or if the
+        version has changed.
 
         Args:
             positions: number of positions that will be needed.
-            version: number of updates of the weights. Trainable weights are copied again if it has changed.
+            version: number of updates of the weights.
+            in_use: whether the engine computes with the weights at this moment.
+        Raises:
+            UserError: if the model has changed in a way that the engine does not know, or if a weight would have to be
+                copied while it is in use.
         """
-        for i, part in enumerate(self._parts):
-            trained = any(tensor.requires_grad for tensor in part.tensors)
-            state = (part.state, version if trained else None)
-            if self._copied[i] != state:
-                part.copy()
-                self._copied[i] = state
+        if reason := unsupported(self.model):
+            raise UserError(f"the model has changed since its sampler was built: {reason}; set sampler.engine to torch")
+        self.decoder = _decoder(self.model)
+        rebuild = bytes(self._shape()) != bytes(self.compiled.shape)
+        parts = dict(self._all_parts())
+        changed = [key for key in parts if rebuild or self._is_changed(key, parts[key], version)]
+        if in_use and (changed or positions > self._positions):
+            raise UserError("the weights or the length changed while samples were drawn; call sample when it has ended")
+        if rebuild:
+            self._build()
+        for key in changed:
+            part = parts[key]
+            part.copy()
+            self._copied[key] = (part, [tensor._version for tensor in part.tensors], version)
         if positions > self._positions:
             self._set_positions(max(positions, 2 * self._positions, 512))
+
+    def _is_changed(self, key: tuple[int, str], part: _Part, version: int) -> bool:
+        copied, counts, copied_version = self._copied.get(key, (None, [], -1))
+        counted = [tensor._version for tensor in part.tensors]
+        return not part.equals(copied) or counts != counted or copied_version != version
 
     def _set_positions(self, positions: int) -> None:
         place, x = torch.arange(positions)[None], torch.zeros(1, 1)
@@ -218,29 +296,33 @@ class EngineModel:
             self.compiled.set_rope(number, _numbers(cosines[0]), _numbers(sines[0]))
         self._positions = positions
 
-    def _all_parts(self) -> Iterator[_Part]:
+    def _all_parts(self) -> Iterator[tuple[tuple[int, str], _Part]]:
+        """Yield ((layer, name), part) for all weights; the layer is -1 for the parts of the whole model."""
         for number, layer in enumerate(self.decoder.layers):
             for name, path in _LINEAR.items():
-                yield self._matrix(number, name, layer.get_submodule(path))
-            for name, path in self._norms.items():
-                owner, _, attribute = path.rpartition(".")
-                norm = getattr(layer.get_submodule(owner) if owner else layer, attribute, None)
-                if norm is not None:
-                    yield self._norm(number, name, norm)
-        yield self._norm(-1, "", self.decoder.norm)
-        yield self._matrix(-1, "", self.model.get_output_embeddings())
-        if not self.tied:
-            weight = self.decoder.embed_tokens.weight
-            yield _Part([weight], lambda: self.compiled.set_embedding(_numbers(weight)))
+                yield (number, name), self._matrix(number, name, layer.get_submodule(path))
+            for name, path in _norms_of(self.config.model_type).items():
+                if (norm := _find(layer, path)) is not None:
+                    yield (number, f"norm {name}"), self._norm(number, name, norm)
+        yield (-1, "norm"), self._norm(-1, "", self.decoder.norm)
+        yield (-1, "head"), self._matrix(-1, "", self.model.get_output_embeddings())
+        weight = self.decoder.embed_tokens.weight
+        if weight is not self.model.get_output_embeddings().weight:
+            yield (-1, "embedding"), _Part([weight], (), lambda: self.compiled.set_embedding(_numbers(weight)))
 
     def _matrix(self, layer: int, name: str, module: Any) -> _Part:
-        return _Part(_linear_parts(module) or [], lambda: self.compiled.set_matrix(layer, name, *_linear(module)))
+        factors = () if type(module) is nn.Linear else tuple((n, module.scaling[n]) for n in _adapters(module))
+        return _Part(
+            _linear_parts(module) or [],
+            factors,
+            lambda: self.compiled.set_matrix(layer, name, *_linear(module)),
+        )
 
     def _norm(self, layer: int, name: str, module: Any) -> _Part:
-        return _Part(
-            [module.weight],
-            lambda: self.compiled.set_norm(layer, name, _numbers(module.weight.detach().float() + self._norm_offset)),
-        )
+        def copy() -> None:
+            self.compiled.set_norm(layer, name, _numbers(module.weight.detach().float() + self._norm_offset))
+
+        return _Part([module.weight], (), copy)
 
 
 def _window(config: Any) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from vineppo.sampling.engine.build import library_name
+
 FOLDER = Path(__file__).parent / "libraries"
 """Folder of the compiled libraries."""
 INSTRUCTIONS = ("avx512", "avx2", "generic")
@@ -85,20 +87,38 @@ def _argument(value: Any) -> Any:
 
 @functools.cache
 def load(instructions: str | None = None) -> Library | None:
-    """Return the fastest library that this processor can run, or None if the engine is not compiled.
+    """Return the fastest library that this processor can run, or None if there is none (`why_not_loaded`).
 
     Args:
         instructions: an instruction set of `INSTRUCTIONS`; None: the fastest one.
     """
-    generic = FOLDER / "libvineppo_generic.so"
-    if not generic.exists():
+    base = _open("generic")
+    if isinstance(base, str):
         return None
-    base = Library(generic, "generic")
     for name in INSTRUCTIONS:
-        path = FOLDER / f"libvineppo_{name}.so"
-        if (instructions in (None, name)) and path.exists() and base.can_run(name):
-            return Library(path, name)
+        if instructions in (None, name) and base.can_run(name):
+            library = _open(name)
+            if isinstance(library, Library):
+                return library
     return None
+
+
+def why_not_loaded() -> str:
+    """Return why `load` returns None."""
+    base = _open("generic")
+    return base if isinstance(base, str) else "no library fits this processor"
+
+
+@functools.cache
+def _open(instructions: str) -> Library | str:
+    """Return the library for an instruction set, or why it cannot be used."""
+    try:
+        path = FOLDER / library_name(instructions)
+        if not path.exists():
+            return "the compiled engine is not built (it needs a C++ compiler: make engine)"
+        return Library(path, instructions)
+    except (OSError, AttributeError) as error:
+        return f"the compiled engine cannot be loaded ({error})"
 
 
 class CompiledModel:
@@ -123,7 +143,7 @@ class CompiledModel:
 
     def set_embedding(self, values: np.ndarray) -> None:
         """Set the embeddings (vocabulary, hidden) of a model that does not tie them to the output matrix."""
-        self.library.call("set_embedding", self.pointer, values)
+        self.library.call("set_embedding", self.pointer, values, *values.shape)
 
     def set_rope(self, table: int, cosines: np.ndarray, sines: np.ndarray) -> None:
         """Set a table of rotary positions (positions, head size)."""
@@ -151,7 +171,16 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.library.free("job", self.pointer.value or 0)
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and free the job. Later calls do nothing."""
+        if pointer := self.pointer.value:
+            self.pointer.value = None
+            self.library.free("job", pointer)
 
     def events(self) -> Iterator[list[tuple[bool, int]]]:
         """Yield lists of pairs (whether the sample asks about a stop string, index of the sample) until all is done.

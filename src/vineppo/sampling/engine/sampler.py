@@ -7,6 +7,7 @@ a row in the same order whatever rows are computed with it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,7 @@ class EngineSampler:
         self.policy, self.version = policy, 0
         self.max_rows, self.kv_memory, self.threads = max_rows, kv_memory, threads
         self._model = EngineModel(library, policy.model)
+        self._lock, self._running = threading.RLock(), 0
         self._stops = StopTokens(policy.codec, self._model.compiled.shape.vocabulary)
 
     @property
@@ -78,7 +80,8 @@ class EngineSampler:
         Args:
             on_finished: called with completions as soon as they end; each completion is passed once.
         Raises:
-            UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
+            UserError: if the keys and values of a single sequence do not fit into `kv_memory`, or if the model has
+                changed in a way that the engine does not know.
             EngineError: if the engine fails, for example because the logits are not finite.
         """
         results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
@@ -86,29 +89,47 @@ class EngineSampler:
             if request.max_new_tokens < 1:
                 results[i] = [Completion((), (), "length", self.version)] * request.num_samples
         trunks = trunks_of(requests, range(len(requests)))
-        if trunks:
-            rows = [row for trunk in trunks for row in trunk.rows]
-            with self._start(requests, trunks, rows) as job:
-                for events in job.events():
-                    finished = []
-                    for asks, index in events:
-                        row = rows[index]
-                        if asks:
-                            job.answer(index, self._stops_after(requests[row.request], job.result(index)[0]))
-                            continue
-                        completion = self._completion(*job.result(index))
-                        results[row.request][row.sample] = completion
-                        finished.append((row.request, completion))
-                    if finished and on_finished:
-                        on_finished(finished)
+        # Calls in other threads wait. A call from `on_finished` is possible as long as no weight has to be copied.
+        with self._lock:
+            self._running += 1
+            try:
+                if trunks:
+                    self._decode(requests, trunks, results, on_finished)
+            finally:
+                self._running -= 1
         return [[c for c in completions if c is not None] for completions in results]
+
+    def _decode(
+        self,
+        requests: Sequence[SampleRequest],
+        trunks: Sequence[Trunk],
+        results: list[list[Completion | None]],
+        on_finished: OnFinished | None,
+    ) -> None:
+        """Decode the rows of the trunks, and store their completions in `results`."""
+        rows = [row for trunk in trunks for row in trunk.rows]
+        with self._start(requests, trunks, rows) as job:
+            for events in job.events():
+                finished = []
+                for asks, index in events:
+                    row = rows[index]
+                    if asks:
+                        job.answer(index, self._stops_after(requests[row.request], job.result(index)[0]))
+                        continue
+                    completion = self._completion(*job.result(index))
+                    results[row.request][row.sample] = completion
+                    finished.append((row.request, completion))
+                if finished and on_finished:
+                    on_finished(finished)
 
     def _start(self, requests: Sequence[SampleRequest], trunks: Sequence[Trunk], rows: Sequence[Row]) -> Job:
         """Start to decode the rows, which are in the order of their trunks."""
         self._check_memory(trunks)
-        self._model.refresh(max(len(t.token_ids) + t.budget for t in trunks), self.version)
+        positions = max(len(trunk.token_ids) + trunk.budget for trunk in trunks)
+        self._model.refresh(positions, self.version, in_use=self._running > 1)
         of_row = [requests[row.request] for row in rows]
-        stops = [self._stop_of(r) for r in of_row]
+        stop_of = [self._stop_of(request) for request in requests]
+        stops = [stop_of[row.request] for row in rows]
         kinds = list(dict.fromkeys(stop for stop in stops if stop))
         samples = {
             "trunk": np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks]),

@@ -64,16 +64,25 @@ def _mergeable(module: Any) -> bool:
     sum. It is also False if the adapters are disabled or already merged, or if `forward` has been replaced.
     """
     return (
-        _is_lora_linear(module)
+        is_lora_linear(module)
         and type(module.base_layer) is nn.Linear
         and "forward" not in module.__dict__
         and not module.merged
         and not module.disable_adapters
-        and not any(name in module.lora_variant or module.lora_bias.get(name) for name in module.active_adapters)
+        and not has_variants(module)
     )
 
 
-def _is_lora_linear(module: Any) -> bool:
+def has_variants(module: Any) -> bool:
+    """Return whether an active LoRA adapter of a linear layer is of a variant, such as DoRA, or has a bias."""
+    # Versions of peft before 0.16 have no `lora_variant`, and DoRA is their only variant.
+    variants = getattr(module, "lora_variant", None)
+    if variants is None:
+        variants = {name for name, used in module.use_dora.items() if used}
+    return any(name in variants or module.lora_bias.get(name) for name in module.active_adapters)
+
+
+def is_lora_linear(module: Any) -> bool:
     """Return whether a module is a linear layer with LoRA adapters of peft, and of no subclass."""
     try:
         from peft.tuners.lora import Linear

@@ -79,7 +79,8 @@ inline void attend_together(const Model& model, int layer, const Row* rows, int 
     trunk_end = std::max(trunk_end, rows[r].trunk_length);
     trunk_begin = std::min(trunk_begin, begin);
   }
-  trunk_begin = trunk_end ? trunk_begin / PANEL * PANEL : 0;
+  // A product adds up blocks of INNER positions. They must begin at the same positions for all sets of rows.
+  trunk_begin = trunk_end ? trunk_begin / INNER * INNER : 0;
   const int trunk_span = padded(trunk_end) - trunk_begin;
   const int stride = trunk_span + padded(branch_end);
   if (scratch.scores.size() < static_cast<size_t>(count) * group * stride)

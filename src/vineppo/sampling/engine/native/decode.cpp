@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <stdexcept>
+#include <system_error>
 
 #include "kernels.h"
 
@@ -48,7 +49,12 @@ Job::Job(const Model& model, std::vector<TrunkRequest> trunks,
     if (trunks_[t].trunk_bytes + trunks_[t].branch_bytes > memory_)
       throw std::invalid_argument("the keys and values of a sample do not fit into the memory");
   }
-  for (int i = 0; i < threads; i++) pool_.emplace_back(&Job::work, this);
+  // A system may refuse a thread. The others then do the work.
+  try {
+    for (int i = 0; i < std::min(threads, static_cast<int>(samples_.size())); i++) pool_.emplace_back(&Job::work, this);
+  } catch (const std::system_error&) {
+    if (pool_.empty()) throw;
+  }
 }
 
 Job::~Job() {
@@ -244,7 +250,7 @@ void Job::draw(Live& one, float* logits, Scratch& scratch, std::vector<Live>& li
   float logprob;
   const int token = vineppo::draw(logits, model_.shape.vocabulary, uniform(request.key, result.tokens.size()),
                                   request.temperature, &logprob, scratch);
-  if (token < 0) throw std::runtime_error("the logits of the model are not finite");
+  if (token < 0) throw std::runtime_error("the logits of the model are not finite, or all tokens are excluded");
   result.tokens.push_back(token);
   result.logprobs.push_back(logprob);
   if (std::find(end_tokens_.begin(), end_tokens_.end(), token) != end_tokens_.end()) {

@@ -99,7 +99,7 @@ class Job {
   std::vector<TrunkRequest> trunk_requests_;
   std::vector<SampleRequest> samples_;
   std::vector<int> end_tokens_;
-  int threads_, batch_;
+  int batch_;
   size_t memory_;
 
   std::vector<Result> results_;

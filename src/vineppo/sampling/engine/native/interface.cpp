@@ -160,8 +160,9 @@ EXPORT int vineppo_set_norm(Model* model, int layer, int norm, const float* valu
   });
 }
 
-EXPORT int vineppo_set_embedding(Model* model, const float* values) {
+EXPORT int vineppo_set_embedding(Model* model, const float* values, int rows, int columns) {
   return guarded(-1, [&] {
+    require(rows == model->shape.vocabulary && columns == model->shape.hidden, "the embedding has an unexpected shape");
     const Shape& s = model->shape;
     model->embedding = copied(values, static_cast<size_t>(s.vocabulary) * s.hidden);
     return 0;

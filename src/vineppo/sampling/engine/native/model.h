@@ -55,7 +55,7 @@ class Array {
 
 enum class Activation : int32_t { silu = 0, gelu_tanh = 1, gelu = 2 };
 
-// Shape of a model. Python fills a structure of the same layout (shape.py), so the order of the fields matters.
+// Shape of a model. Python fills a structure of the same layout (library.py), so the order of the fields matters.
 struct Shape {
   int32_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary;
   int32_t rope_tables;

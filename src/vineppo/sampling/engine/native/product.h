@@ -1,7 +1,7 @@
 // Products of a batch of rows with a packed matrix.
 //
-// Every entry of the result is a sum over k in ascending order, in one accumulator. It therefore has the same bits for
-// every size of the batch.
+// Every entry of the result is a sum over k in ascending order, in blocks of INNER terms. It therefore has the same bits
+// for every size of the batch.
 #pragma once
 
 #include "model.h"

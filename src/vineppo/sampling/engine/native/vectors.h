@@ -47,11 +47,12 @@ inline float largest(Vec v) {
   return best;
 }
 
-// exp(x) with a relative error of about 1e-7; 0 below -87.3 and a large finite number above 88.
+// exp(x) with a relative error of about 1e-7; 0 below -87.3, a large finite number above 88, and NaN for NaN.
 // x = n log 2 + r with |r| <= log(2) / 2; exp(r) is a polynomial (coefficients of the Cephes library by S. Moshier).
 inline Vec exponential(Vec x) {
   const Vec lowest = splat(-87.33654f);
-  const IntVec tiny = x < lowest;
+  const IntVec tiny = x < lowest, unequal = x != x;
+  const Vec given = x;
   x = minimum(maximum(x, lowest), splat(88.0f));
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest whole number
   const Vec n = (x * 1.44269504088896341f + shift) - shift;
@@ -67,7 +68,7 @@ inline Vec exponential(Vec x) {
   const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
   Vec power;
   std::memcpy(&power, &exponent, sizeof power);
-  return tiny ? Vec{} : y * power;
+  return unequal ? given : tiny ? Vec{} : y * power;
 }
 
 // tanh(x) with an absolute error of about 1e-7.
