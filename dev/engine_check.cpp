@@ -24,11 +24,7 @@ Array<float> random_numbers(size_t size, float scale) {
 }
 
 Packed random_matrix(int columns, int inner) {
-  Packed matrix;
-  matrix.columns = columns;
-  matrix.inner = inner;
-  matrix.values = Array<float>(static_cast<size_t>(matrix.panels()) * PANEL * inner);
-  matrix.values.fill(0);
+  Packed matrix(columns, inner);
   const Array<float> values = random_numbers(static_cast<size_t>(columns) * inner, 0.2f);
   pack(values.data(), columns, inner, matrix, 0);
   return matrix;

@@ -53,7 +53,7 @@ def _free_directory(first: Path) -> Path:
 
 
 COMMAND = Command(
-    purpose="Train the small model included in the package with VinePPO (about a minute on two CPU cores) and "
+    purpose="Train the small model included in the package with VinePPO (under two minutes on two CPU cores) and "
     "print a short report.",
     takes="",
     usage="[--KEY VALUE ...]",

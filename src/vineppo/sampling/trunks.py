@@ -6,10 +6,10 @@ prefix of a row consists of the first tokens of a trunk, so rows with different 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vineppo.types import SampleRequest
+from vineppo.types import Completion, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -66,3 +66,33 @@ def response_tail(request: SampleRequest, length: int) -> tuple[int, ...]:
     """Return the last ids of the part of the response that the request's prefix contains, at most `length` ids."""
     size = min(length, request.response_tokens)
     return request.prompt_ids[-size:] if size else ()
+
+
+def stop_window(stop: Sequence[str]) -> int:
+    """Return over how many tokens a stop string is spread at most: its bytes, as a token has at least one byte."""
+    return max((len(text.encode()) for text in stop), default=0)
+
+
+def has_stop(
+    decode: Callable[[Sequence[int]], str], tail: Sequence[int], token_ids: Sequence[int], stop: Sequence[str]
+) -> bool:
+    """Return whether the end of a sequence contains a stop string.
+
+    One token more than the window is decoded, because some decoders drop a space at the start of a text.
+
+    Args:
+        decode: function that converts token ids to text.
+        tail: the last ids of the part of the response in the prefix (`response_tail`).
+        token_ids: the sampled ids.
+        stop: the stop strings.
+    """
+    text = decode((*tail, *token_ids)[-1 - stop_window(stop) :])
+    return any(string in text for string in stop)
+
+
+def empty_results(requests: Sequence[SampleRequest], version: int) -> list[list[Completion | None]]:
+    """Return a list for the completions of each request. Those without new tokens are there already."""
+    return [
+        [None if request.max_new_tokens > 0 else Completion((), (), "length", version)] * request.num_samples
+        for request in requests
+    ]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vineppo.sampling.engine.library import CompiledModel, Library, Shape
-from vineppo.sampling.torch.packed import has_variants, is_lora_linear
+from vineppo.sampling.torch.packed import adds_a_product
 from vineppo.types import UserError
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -53,7 +53,7 @@ def unsupported(model: Any) -> str:
     around norms and embeddings, hooks, replaced functions, and classes that extend a family.
     """
     config = model.config.get_text_config()
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _without_adapters(model)
     if config.model_type not in SUPPORTED:
         return f"the engine does not know models of type {config.model_type}"
     if not _is_of(base, "ForCausalLM") or getattr(config, "use_bidirectional_attention", False):
@@ -126,33 +126,21 @@ def _activation(config: Any) -> str:
     return str(named)
 
 
-def _decoder(model: Any) -> Any:
-    """Return the module with the layers: `model.model`, also behind the wrapper of peft."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.model
+def _without_adapters(model: Any) -> Any:
+    """Return the model of transformers that peft has wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _linear_parts(module: Any) -> list[torch.Tensor] | None:
     """Return the tensors that the product of a linear layer depends on, or None if the layer is of an unknown kind."""
     if type(module) is nn.Linear:
         return [t for t in (module.weight, module.bias) if t is not None]
-    if not _is_simple_lora(module):
+    if not adds_a_product(module):
         return None
     return [
         *(t for t in (module.base_layer.weight, module.base_layer.bias) if t is not None),
         *(t for name in _adapters(module) for t in (module.lora_A[name].weight, module.lora_B[name].weight)),
     ]
-
-
-def _is_simple_lora(module: Any) -> bool:
-    """Return whether a module is a linear layer whose active LoRA adapters only add a product of two matrices."""
-    return (
-        is_lora_linear(module)
-        and type(module.base_layer) is nn.Linear
-        and not module.merged
-        and not module.disable_adapters
-        and not has_variants(module)
-    )
 
 
 def _adapters(module: Any) -> list[str]:
@@ -212,7 +200,7 @@ class EngineModel:
 
     def _build(self) -> None:
         """Make a new copy, without weights."""
-        self.decoder = _decoder(self.model)
+        self.decoder = _without_adapters(self.model).model
         self.compiled = CompiledModel(self.library, self._shape())
         self._positions = 0
         self._copied: dict[tuple[int, str], tuple[_Part, list[int], int]] = {}
@@ -267,7 +255,7 @@ class EngineModel:
         """
         if reason := unsupported(self.model):
             raise UserError(f"the model has changed since its sampler was built: {reason}; set sampler.engine to torch")
-        self.decoder = _decoder(self.model)
+        self.decoder = _without_adapters(self.model).model
         rebuild = bytes(self._shape()) != bytes(self.compiled.shape)
         parts = dict(self._all_parts())
         changed = [key for key in parts if rebuild or self._is_changed(key, parts[key], version)]

@@ -17,7 +17,7 @@ from vineppo.sampling.engine.families import EngineModel
 from vineppo.sampling.engine.library import Job, Library, start_job
 from vineppo.sampling.engine.stops import StopTokens
 from vineppo.sampling.torch.sampler import LanguageModel
-from vineppo.sampling.trunks import Row, Trunk, response_tail, trunks_of
+from vineppo.sampling.trunks import Row, Trunk, empty_results, has_stop, response_tail, stop_window, trunks_of
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
@@ -84,10 +84,7 @@ class EngineSampler:
                 changed in a way that the engine does not know.
             EngineError: if the engine fails, for example because the logits are not finite.
         """
-        results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
-        for i, request in enumerate(requests):
-            if request.max_new_tokens < 1:
-                results[i] = [Completion((), (), "length", self.version)] * request.num_samples
+        results = empty_results(requests, self.version)
         trunks = trunks_of(requests, range(len(requests)))
         # Calls in other threads wait. A call from `on_finished` is possible as long as no weight has to be copied.
         with self._lock:
@@ -173,19 +170,13 @@ class EngineSampler:
         If the part of the response in the prefix contains one already, every token is checked: the empty string stands
         for that.
         """
-        text = self.policy.codec.decode(response_tail(request, _longest(request))) if request.stop else ""
+        text = self.policy.codec.decode(response_tail(request, stop_window(request.stop))) if request.stop else ""
         return (*request.stop, "") if any(stop in text for stop in request.stop) else request.stop
 
     def _stops_after(self, request: SampleRequest, token_ids: Sequence[int]) -> bool:
         """Return whether the last token of a completion completed a stop string."""
-        window = _longest(request)
-        text = self.policy.codec.decode((*response_tail(request, window), *token_ids)[-window - 1 :])
-        return any(stop in text for stop in request.stop)
+        tail = response_tail(request, stop_window(request.stop))
+        return has_stop(self.policy.codec.decode, tail, token_ids, request.stop)
 
     def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
         return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", self.version)
-
-
-def _longest(request: SampleRequest) -> int:
-    """Return the number of bytes of the longest stop string."""
-    return max(len(text.encode()) for text in request.stop)

@@ -37,14 +37,14 @@ def packed_weights(model: Any) -> Iterator[None]:
     change.
     """
     patched = []
-    merged = [module for module in model.modules() if _mergeable(module)]
+    merged = [module for module in model.modules() if adds_a_product(module)]
     # A merged layer does not call the modules inside it, so these need no copies.
     inside = {id(module) for layer in merged for module in layer.modules()} - set(map(id, merged))
     try:
         for module in model.modules():
             if id(module) in inside:
                 continue
-            if _mergeable(module):
+            if adds_a_product(module):
                 patched.append(module)
                 module.forward = _adapted_product(module)
             elif _packable(module):
@@ -57,23 +57,23 @@ def packed_weights(model: Any) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _mergeable(module: Any) -> bool:
+def adds_a_product(module: Any) -> bool:
     """Return whether a module is a linear layer whose active LoRA adapters (peft) only add a product of two matrices.
 
     The result is False for other kinds of adapters and for variants of LoRA such as DoRA, whose effect is not such a
     sum. It is also False if the adapters are disabled or already merged, or if `forward` has been replaced.
     """
     return (
-        is_lora_linear(module)
+        _is_lora_linear(module)
         and type(module.base_layer) is nn.Linear
         and "forward" not in module.__dict__
         and not module.merged
         and not module.disable_adapters
-        and not has_variants(module)
+        and not _has_variants(module)
     )
 
 
-def has_variants(module: Any) -> bool:
+def _has_variants(module: Any) -> bool:
     """Return whether an active LoRA adapter of a linear layer is of a variant, such as DoRA, or has a bias."""
     # Versions of peft before 0.16 have no `lora_variant`, and DoRA is their only variant.
     variants = getattr(module, "lora_variant", None)
@@ -82,7 +82,7 @@ def has_variants(module: Any) -> bool:
     return any(name in variants or module.lora_bias.get(name) for name in module.active_adapters)
 
 
-def is_lora_linear(module: Any) -> bool:
+def _is_lora_linear(module: Any) -> bool:
     """Return whether a module is a linear layer with LoRA adapters of peft, and of no subclass."""
     try:
         from peft.tuners.lora import Linear

@@ -34,7 +34,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.logits import selected_logits
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.tree import KVTree, tree_mode, tree_supported
-from vineppo.sampling.trunks import Row, Trunk, response_tail, trunks_of
+from vineppo.sampling.trunks import Row, Trunk, empty_results, has_stop, response_tail, stop_window, trunks_of
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
@@ -109,10 +109,7 @@ class TorchSampler:
         Raises:
             UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
         """
-        results: list[list[Completion | None]] = [[None] * request.num_samples for request in requests]
-        for i, request in enumerate(requests):
-            if request.max_new_tokens < 1:
-                results[i] = [Completion((), (), "length", self.version)] * request.num_samples
+        results = empty_results(requests, self.version)
         waves = [
             wave
             for indices in _groups(requests)
@@ -173,7 +170,7 @@ class _Wave:
         self.temperature, self.stop = first.temperature, first.stop
         # A stop string may begin in the part of the response that the prefix already contains. Therefore the last
         # tokens of this part are needed for finding stop strings.
-        window = max((len(text.encode()) for text in self.stop), default=0)
+        window = stop_window(self.stop)
         self.tails = [response_tail(requests[row.request], window) for row in self.rows]
         # Index of a row -> token ids that must not be drawn at position 0.
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
@@ -297,15 +294,9 @@ class _Wave:
         return logits
 
     def _ends_with_stop(self, row: int) -> bool:
-        """Return whether the last token of a row completed a stop string.
-
-        If the longest stop string has n bytes, it is spread over at most n tokens, because a token has at least one
-        byte. One more token is decoded, because some decoders drop a space at the start of a text.
-        """
-        window = 1 + max(len(text.encode()) for text in self.stop)
-        last = (*self.tails[row], *self.token_ids[row, : self.counts[row]].tolist())[-window:]
-        text = self.sampler.policy.codec.decode(last)
-        return any(stop in text for stop in self.stop)
+        """Return whether the last token of a row completed a stop string."""
+        sampled = self.token_ids[row, : self.counts[row]].tolist()
+        return has_stop(self.sampler.policy.codec.decode, self.tails[row], sampled, self.stop)
 
     def _completion(self, row: int) -> Completion:
         """Return the completion of a finished row."""

@@ -41,15 +41,6 @@ Array<float> copied(const float* source, size_t size) {
   return made;
 }
 
-Packed empty_matrix(int columns, int inner) {
-  Packed matrix;
-  matrix.columns = columns;
-  matrix.inner = inner;
-  matrix.values = Array<float>(static_cast<size_t>(matrix.panels()) * PANEL * inner);
-  matrix.values.fill(0);
-  return matrix;
-}
-
 // Where a matrix of the model is stored: the packed matrix and the first of its rows.
 struct Place {
   Packed* matrix;
@@ -119,12 +110,12 @@ EXPORT Model* vineppo_model_new(const Shape* shape) {
             "impossible shape of a model");
     model.layers.resize(s.layers);
     for (Layer& layer : model.layers) {
-      layer.qkv = empty_matrix(s.qkv_columns(), s.hidden);
-      layer.output = empty_matrix(s.hidden, s.query_columns());
-      layer.gate_up = empty_matrix(2 * s.intermediate, s.hidden);
-      layer.down = empty_matrix(s.hidden, s.intermediate);
+      layer.qkv = Packed(s.qkv_columns(), s.hidden);
+      layer.output = Packed(s.hidden, s.query_columns());
+      layer.gate_up = Packed(2 * s.intermediate, s.hidden);
+      layer.down = Packed(s.hidden, s.intermediate);
     }
-    model.head = empty_matrix(s.vocabulary, s.hidden);
+    model.head = Packed(s.vocabulary, s.hidden);
     model.cosines.resize(s.rope_tables);
     model.sines.resize(s.rope_tables);
     return made.release();

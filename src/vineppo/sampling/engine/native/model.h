@@ -74,6 +74,12 @@ struct Shape {
 
 // A matrix W of N x K in panels of 16 rows of W: entry (n, k) is at [n / 16][k][n % 16]. Missing rows are 0.
 struct Packed {
+  Packed() = default;
+  Packed(int columns, int inner)
+      : columns(columns), inner(inner), values(static_cast<size_t>(panels()) * PANEL * inner) {
+    values.fill(0);
+  }
+
   int columns = 0, inner = 0;  // N and K
   Array<float> values;
   Array<float> bias;  // N rounded up to a panel, or empty
