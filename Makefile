@@ -64,11 +64,11 @@ engine: $(READY_DEMO)  ## compile the engine again, after a change of its C++ fi
 
 engine-sanitize:  ## run the engine under the sanitizers for memory, undefined behaviour and threads
 	mkdir -p build
-	for kind in address,undefined thread; do \
-		$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$kind -fno-sanitize-recover=all -I $(ENGINE)/native \
+	for numbers in "" -DVINEPPO_BF16; do for kind in address,undefined thread; do \
+		$(CXX) -std=c++17 -O1 -g -pthread -fsanitize=$$kind -fno-sanitize-recover=all $$numbers -I $(ENGINE)/native \
 			dev/engine_check.cpp $(ENGINE)/native/kernels.cpp \
 			$(ENGINE)/native/decode.cpp -o build/engine-check && ./build/engine-check || exit 1; \
-	done
+	done; done
 
 test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal

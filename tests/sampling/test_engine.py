@@ -32,7 +32,7 @@ from vineppo.sampling.build import build_sampler, sampler_line
 from vineppo.sampling.engine import build as engine_build
 from vineppo.sampling.engine import library
 from vineppo.sampling.engine.families import EngineModel, unsupported
-from vineppo.sampling.engine.library import INSTRUCTIONS, EngineError, Library, load
+from vineppo.sampling.engine.library import BF16_INSTRUCTIONS, INSTRUCTIONS, EngineError, Library, load
 from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.trunks import trunks_of
@@ -102,6 +102,33 @@ def test_logits_are_those_of_the_model(name: str, instructions: str) -> None:
     assert np.abs(expected).max() > 1
 
 
+def rounded_to_bf16(policy: Policy) -> Policy:
+    """Round the weights of a policy to bfloat16 numbers, which stay in float32."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return policy
+
+
+@pytest.mark.parametrize("instructions", BF16_INSTRUCTIONS)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_logits_in_bf16_are_as_exact_as_those_of_pytorch(name: str, instructions: str) -> None:
+    """The errors against a forward pass of the same weights in float32."""
+    family, changes = FAMILIES[name]
+    policy = rounded_to_bf16(with_random_parameters(build_policy(family, **changes)))
+    ids = torch.tensor([random_ids(60, 3)])
+    with torch.no_grad():
+        exact = policy.model(ids).logits[0].numpy()
+        policy.model.bfloat16()
+        of_pytorch = policy.model(ids).logits[0].float().numpy()
+    model = EngineModel(usable(instructions), policy.model)
+    model.refresh(ids.shape[1], 0)
+    error, allowed = (
+        np.sqrt(np.square(x - exact).mean()) for x in (model.compiled.logits(ids[0].tolist()), of_pytorch)
+    )
+    assert 0 < error < allowed
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_completions_are_those_of_the_pytorch_sampler(name: str, temperature: float) -> None:
@@ -114,7 +141,7 @@ def test_completions_are_those_of_the_pytorch_sampler(name: str, temperature: fl
     assert largest_gap(policy, requests, results, temperature) < 1e-4
 
 
-@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("instructions", [*INSTRUCTIONS, *BF16_INSTRUCTIONS])
 def test_a_completion_has_the_same_bits_in_every_batch(llama: Policy, instructions: str) -> None:
     """For every number of threads and rows, order, memory and set of other requests."""
     requests = prompts_and_states()
@@ -131,7 +158,8 @@ def test_a_completion_has_the_same_bits_in_every_batch(llama: Policy, instructio
 def test_little_memory_changes_nothing(llama: Policy) -> None:
     requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
     expected = engine(llama).sample(requests)
-    smallest = engine(llama)._model.kv_bytes(19) + engine(llama)._model.kv_bytes(20)
+    kv_bytes = engine(llama)._model.compiled.kv_bytes
+    smallest = kv_bytes(19) + kv_bytes(20)
     for memory in (smallest, 2 * smallest, 7 * smallest):
         assert engine(llama, kv_memory=memory, threads=3).sample(requests) == expected
     with pytest.raises(UserError, match=r"raise rollouts\.kv_memory or lower"):
@@ -325,12 +353,12 @@ def test_windows_longer_than_the_prefix_and_trunks_outside_of_the_window() -> No
 
 def test_16_bits_are_sampled_with_pytorch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = build_policy()
-    policy.model.to(torch.bfloat16)
+    policy.model.half()  # there is no library for float16
     for fast, kind in ((True, TorchSampler), (False, EngineSampler)):
         monkeypatch.setattr(sampling_build, "cpu_multiplies", lambda dtype, fast=fast: fast)
         assert isinstance(build_sampler(policy), kind)
         assert isinstance(build_sampler(policy, "engine"), EngineSampler)
-        assert ("multiplies bfloat16 faster" in sampler_line(policy, "auto")) == fast
+        assert ("multiplies float16 faster" in sampler_line(policy, "auto")) == fast
 
 
 @pytest.mark.parametrize("kind", ["norms", "tokens", "embedding", "head", "hook", "forward", "subclass"])
@@ -435,6 +463,36 @@ def test_a_library_that_cannot_be_loaded_leaves_pytorch(tmp_path: Path, monkeypa
     library.load.cache_clear()
     library._open.cache_clear()
     assert library.load() is not None
+
+
+@pytest.mark.parametrize("instructions", BF16_INSTRUCTIONS)
+def test_long_windows_and_trunks_in_bf16(instructions: str) -> None:
+    """The log-probabilities of completions are those of one pass over prefix and completion, within bfloat16."""
+    policy = build_policy("mistral-window", sliding_window=400, max_position_embeddings=1200)
+    rounded_to_bf16(with_random_parameters(policy))
+    ids = random_ids(900, 0)
+    requests = [SampleRequest(ids[:n], 20, 45, seed=n) for n in (1, 31, 33, 300, 777, 900)]
+    together = engine(policy, instructions).sample(requests)
+    assert [engine(policy, instructions).sample([request])[0] for request in requests] == together
+    assert 1e-3 < largest_gap(policy, requests, together, 1.0) < 0.15
+
+
+def test_the_library_follows_the_dtype_of_the_model() -> None:
+    """Weights in bfloat16 are sampled in bfloat16, where the processor multiplies it; weights with adapters are not."""
+    found = load(bf16=True)
+    if found is None:
+        pytest.skip("this processor does not multiply bfloat16")
+    policy = build_policy(head_dim=64)
+    sampler = build_sampler(policy)
+    assert isinstance(sampler, EngineSampler) and not sampler._model.library.bf16
+    wide = sampler._model.compiled.kv_bytes(64)
+    policy.model.bfloat16()
+    sampler = build_sampler(policy)
+    assert isinstance(sampler, EngineSampler) and sampler._model.library is found
+    assert sampler_line(policy, "auto") == f"sampling with the compiled engine ({found.instructions})"
+    assert wide == 2 * sampler._model.compiled.kv_bytes(64)
+    policy.adapters = object()
+    assert sampler_line(policy, "engine") == f"sampling with the compiled engine ({load().instructions})"  # type: ignore[union-attr]
 
 
 def test_calls_within_a_call_and_in_other_threads(llama: Policy) -> None:

@@ -54,11 +54,11 @@ def _devices() -> str:
 
 
 def _engine() -> str:
-    """Return the instruction set of the compiled engine, or a note that it is not built."""
+    """Return the instruction sets of the compiled engine, or a note that it is not built."""
     from vineppo.sampling.engine.library import load, why_not_loaded
 
-    library = load()
-    return f"compiled, {library.instructions}" if library else why_not_loaded()
+    libraries = [library.instructions for library in (load(), load(bf16=True)) if library]
+    return f"compiled, {', '.join(libraries)}" if libraries else why_not_loaded()
 
 
 def _sandbox() -> str:

@@ -8,7 +8,7 @@ import torch
 
 from vineppo.model.hardware import cpu_multiplies
 from vineppo.sampling.engine.families import unsupported
-from vineppo.sampling.engine.library import load, why_not_loaded
+from vineppo.sampling.engine.library import Library, load, why_not_loaded
 from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import LanguageModel, TorchSampler
 from vineppo.types import Sampler, UserError
@@ -24,7 +24,7 @@ def build_sampler(
     Args:
         policy: the policy, whose weights the sampler uses.
         engine: `engine` for the compiled engine, `torch` for the PyTorch sampler; `auto`: the compiled engine if it can
-            be used and is faster, or else the PyTorch sampler. The engine computes in float32.
+            be used and is faster, or else the PyTorch sampler.
         max_rows: maximum number of sequences that are decoded at the same time.
         kv_memory: maximum number of bytes of keys and values.
     Raises:
@@ -33,7 +33,7 @@ def build_sampler(
     reason = why_torch(policy, engine)
     if reason and engine == "engine":
         raise UserError(f"sampler.engine is engine, but {reason}; set sampler.engine to auto or torch")
-    library = load()
+    library = _library_of(policy)
     if library is None or reason:
         return TorchSampler(policy, max_rows=max_rows, kv_memory=kv_memory)
     return EngineSampler(policy, library, max_rows=max_rows, kv_memory=kv_memory)
@@ -43,16 +43,28 @@ def why_torch(policy: LanguageModel, engine: Engine) -> str:
     """Return why `build_sampler` builds the PyTorch sampler, or an empty text if it builds the compiled engine."""
     if engine == "torch":
         return "sampler.engine is torch"
-    if load() is None:
+    library, dtype = _library_of(policy), policy.model.dtype
+    if library is None:
         return why_not_loaded()
-    if engine == "auto" and policy.model.dtype != torch.float32 and cpu_multiplies(policy.model.dtype):
-        return f"this processor multiplies {str(policy.model.dtype).removeprefix('torch.')} faster than float32"
+    if engine == "auto" and dtype != torch.float32 and not library.bf16 and cpu_multiplies(dtype):
+        return f"this processor multiplies {str(dtype).removeprefix('torch.')} faster than float32"
     return unsupported(policy.model)
+
+
+def _library_of(policy: LanguageModel) -> Library | None:
+    """Return the compiled library for a policy: one with bfloat16 for a model in bfloat16, or else one with float32.
+
+    A model with adapters is computed in float32. Its adapters are added to the weights, and bfloat16 would lose small
+    ones.
+    """
+    adapted = getattr(policy, "adapters", None) is not None
+    bf16 = load(bf16=True) if policy.model.dtype == torch.bfloat16 and not adapted else None
+    return bf16 or load()
 
 
 def sampler_line(policy: LanguageModel, engine: Engine) -> str:
     """Return one line that says which sampler `build_sampler` builds, and why."""
     if reason := why_torch(policy, engine):
         return f"sampling with PyTorch: {reason}"
-    library = load()
+    library = _library_of(policy)
     return f"sampling with the compiled engine ({library.instructions if library else ''})"

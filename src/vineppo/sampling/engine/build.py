@@ -34,10 +34,13 @@ _FLAGS = (
     "-ffp-contract=fast",
     "-pthread",
 )
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 _INSTRUCTIONS = {
     "generic": (),
     "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16", "-DVINEPPO_BF16"),
+    "amx_bf16": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DVINEPPO_BF16"),
 }
 """Compiler flags of each instruction set. Every 64-bit ARM processor has NEON, so the generic set contains it."""
 

@@ -233,12 +233,6 @@ class EngineModel:
             embedding_scale=float(embedding.embed_scale.to(embedding.weight.dtype)) if self._norm_offset else 1.0,
         )
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Return the number of bytes of the keys and values of a sequence."""
-        shape, panel = self.compiled.shape, 16
-        padded = -(-shape.head_dim // panel) * panel
-        return 4 * (-(-tokens // panel) * panel) * (shape.head_dim + padded) * shape.kv_heads * shape.layers
-
     def refresh(self, positions: int, version: int, in_use: bool = False) -> None:
         """Copy the weights that have changed, and make the tables of positions large enough.
 

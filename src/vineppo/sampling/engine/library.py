@@ -1,7 +1,7 @@
 """Find and call the compiled engine.
 
-The engine is compiled once per instruction set, into a library each. `load` chooses the fastest one that the processor
-can run. The functions are called with ctypes, which releases Python's global lock during a call.
+The engine is compiled once per instruction set and number type, into a library each. `load` chooses the fastest one
+that the processor can run. The functions are called with ctypes, which releases Python's global lock during a call.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from vineppo.sampling.engine.build import library_name
 FOLDER = Path(__file__).parent / "libraries"
 """Folder of the compiled libraries."""
 INSTRUCTIONS = ("avx512", "avx2", "generic")
-"""The instruction sets, the fastest first."""
+"""The instruction sets with weights, keys and values in float32, the fastest first."""
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+"""The instruction sets that multiply bfloat16 numbers, the fastest first. Their libraries store weights, keys and
+values in bfloat16, and add products up in float32."""
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 """The matrices of a layer, in the order of `place_of` in native/interface.cpp."""
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query", "key")
@@ -51,9 +54,11 @@ class Library:
 
     def __init__(self, path: Path, instructions: str):
         self.path, self.instructions = path, instructions
+        self.bf16 = instructions in BF16_INSTRUCTIONS
         self._functions = ctypes.CDLL(str(path))
         for name in ("vineppo_model_new", "vineppo_job_new"):
             getattr(self._functions, name).restype = c_void_p
+        self._functions.vineppo_kv_bytes.restype = c_int64
         self._functions.vineppo_error.restype = c_char_p
 
     def call(self, name: str, *arguments: Any) -> int:
@@ -86,17 +91,21 @@ def _argument(value: Any) -> Any:
 
 
 @functools.cache
-def load(instructions: str | None = None) -> Library | None:
-    """Return the fastest library that this processor can run, or None if there is none (`why_not_loaded`).
+def load(instructions: str | None = None, *, bf16: bool = False) -> Library | None:
+    """Return the fastest library that this processor can run, or None if there is none.
+
+    `why_not_loaded` returns why there is none with float32.
 
     Args:
-        instructions: an instruction set of `INSTRUCTIONS`; None: the fastest one.
+        instructions: an instruction set; None: the fastest one.
+        bf16: whether the fastest one is chosen from `BF16_INSTRUCTIONS` or from `INSTRUCTIONS`.
     """
     base = _open("generic")
     if isinstance(base, str):
         return None
-    for name in INSTRUCTIONS:
-        if instructions in (None, name) and base.can_run(name):
+    names = BF16_INSTRUCTIONS if bf16 else INSTRUCTIONS
+    for name in names if instructions is None else (instructions,):
+        if base.can_run(name):
             library = _open(name)
             if isinstance(library, Library):
                 return library
@@ -152,6 +161,10 @@ class CompiledModel:
     def set_layer(self, layer: int, rope_table: int, window: int) -> None:
         """Set the table of positions of a layer, and the number of positions that a token attends to (0: all)."""
         self.library.call("set_layer", self.pointer, layer, rope_table, window)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Return the number of bytes of the keys and values of a sequence."""
+        return self.library.call("kv_bytes", self.pointer, tokens)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Return the logits (tokens, vocabulary) after every token of a sequence."""

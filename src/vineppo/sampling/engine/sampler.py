@@ -21,12 +21,12 @@ from vineppo.sampling.trunks import Row, Trunk, empty_results, has_stop, respons
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
-_BATCH = {False: 24, True: 96}
-"""Maximum number of rows that a thread decodes together, for small and for large models. The states of a batch and the
-weights of a layer of a small model fit into the cache of a core; those of a large model are read from memory, which
-pays only for many rows."""
 _LARGE = 256
 """Smallest hidden size of a large model."""
+_SMALL_BATCH, _LARGE_BATCH, _LARGE_BATCH_BF16 = 24, 96, 256
+"""Maximum number of rows that a thread decodes together, for small and for large models. The states of a batch and the
+weights of a layer of a small model fit into the cache of a core. Those of a large model are read from memory, which
+pays only for many rows: the more, the faster the products are."""
 
 
 class EngineSampler:
@@ -55,6 +55,8 @@ class EngineSampler:
         self.max_rows, self.kv_memory, self.threads = max_rows, kv_memory, threads
         self._model = EngineModel(library, policy.model)
         self._lock, self._running = threading.RLock(), 0
+        large = _LARGE_BATCH_BF16 if library.bf16 else _LARGE_BATCH
+        self._batch = large if self._model.compiled.shape.hidden > _LARGE else _SMALL_BATCH
         self._stops = StopTokens(policy.codec, self._model.compiled.shape.vocabulary)
 
     @property
@@ -140,7 +142,7 @@ class EngineSampler:
             "ask_kind": np.array([kinds.index(stop) if stop else -1 for stop in stops]),
         }
         threads = self.num_threads
-        most = max(1, min(_BATCH[self._model.compiled.shape.hidden > _LARGE], self.max_rows // threads))
+        most = max(1, min(self._batch, self.max_rows // threads))
         return start_job(
             self._model.compiled,
             [trunk.token_ids for trunk in trunks],
@@ -155,8 +157,9 @@ class EngineSampler:
 
     def _check_memory(self, trunks: Sequence[Trunk]) -> None:
         """Raise UserError if the keys and values of a trunk and of one of its rows do not fit into the memory."""
+        kv_bytes = self._model.compiled.kv_bytes
         for trunk in trunks:
-            needed = self._model.kv_bytes(len(trunk.token_ids)) + self._model.kv_bytes(trunk.budget)
+            needed = kv_bytes(len(trunk.token_ids)) + kv_bytes(trunk.budget)
             if needed > self.kv_memory:
                 raise UserError(
                     f"a prefix of {len(trunk.token_ids)} tokens with {trunk.budget} new tokens needs {needed} bytes of "

@@ -14,15 +14,19 @@ namespace vineppo {
 // Scores of at most about this many numbers are computed at once, so that they stay in the cache of a core.
 constexpr size_t SCORES_AT_ONCE = 1 << 16;
 
-// Store the keys and values of a token.
+// Store the keys and values of a token. With bfloat16 numbers, products read the values of a few positions behind the
+// last one, which must be finite. Therefore the first token of POSITIONS positions clears them.
 inline void remember(const Shape& s, int layer, const float* keys, const float* values, Cache& cache, int slot) {
-  const int d = s.head_dim;
-  for (int h = 0; h < s.kv_heads; h++) {
-    float* k = cache.keys(layer, h) + static_cast<size_t>(slot / PANEL) * d * PANEL + slot % PANEL;
-    for (int i = 0; i < d; i++) k[static_cast<size_t>(i) * PANEL] = keys[h * d + i];
-    float* v = cache.values(layer, h);
-    for (int i = 0; i < s.padded_head(); i++)
-      v[(static_cast<size_t>(i / PANEL) * cache.capacity() + slot) * PANEL + i % PANEL] = i < d ? values[h * d + i] : 0;
+  const int d = s.head_dim, columns = s.padded_head();
+  for (int h = 0; h < s.kv_heads; h++, keys += d, values += d) {
+    Number* k = cache.keys(layer, h);
+    for (int i = 0; i < s.head_terms(); i++)
+      k[packed_index(slot, i, s.head_terms())] = i < d ? narrow(keys[i]) : Number{};
+    Number* v = cache.values(layer, h);
+    if (NARROW && slot % POSITIONS == 0)
+      for (int i = 0; i < columns; i += PANEL)
+        std::memset(v + packed_index(i, slot, cache.capacity()), 0, POSITIONS * PANEL * sizeof(Number));
+    for (int i = 0; i < columns; i++) v[packed_index(i, slot, cache.capacity())] = i < d ? narrow(values[i]) : Number{};
   }
 }
 
@@ -32,7 +36,7 @@ struct Range {
 };
 
 // Replace scores by exp(score - maximum) in the ranges, and return the sum of the results. The numbers between
-// `floor16(begin)` and the range, and behind the range to the next multiple of 16, become 0.
+// the range and the multiples of POSITIONS before and behind it become 0.
 inline float exponentials(float* scores, const Range (&ranges)[2], float softcap) {
   float top = -INFINITY;
   for (const Range& range : ranges) {
@@ -51,7 +55,7 @@ inline float exponentials(float* scores, const Range (&ranges)[2], float softcap
   Vec total{};
   for (const Range& range : ranges) {
     if (range.begin >= range.end) continue;
-    const int first = range.begin / PANEL * PANEL, last = padded(range.end);
+    const int first = range.begin / POSITIONS * POSITIONS, last = padded_positions(range.end);
     for (int i = first; i < range.begin; i++) scores[i] = -INFINITY;
     for (int i = range.end; i < last; i++) scores[i] = -INFINITY;
     for (int i = first; i < last; i += LANES) {
@@ -61,6 +65,20 @@ inline float exponentials(float* scores, const Range (&ranges)[2], float softcap
     }
   }
   return sum(total);
+}
+
+// The rows of weights (rows x columns) in the numbers of the values.
+inline const Number* narrowed_weights(const float* weights, int rows, int columns, Scratch& scratch, size_t* stride) {
+#if defined(VINEPPO_BF16)
+  *stride = narrow_stride(columns);
+  Number* narrowed = Scratch::grown(scratch.narrow_scores, (rows + SPARE_ROWS) * *stride);
+  narrow_rows(weights, rows, columns, columns, narrowed, *stride);
+  return narrowed;
+#else
+  static_cast<void>(rows), static_cast<void>(scratch);
+  *stride = columns;
+  return weights;
+#endif
 }
 
 // Attention of rows [0, count), which have the same trunk, for all heads of a layer. `scratch.qkv` has the queries, and
@@ -81,28 +99,28 @@ inline void attend_together(const Model& model, int layer, const Row* rows, int 
   }
   // A product adds up blocks of INNER positions. They must begin at the same positions for all sets of rows.
   trunk_begin = trunk_end ? trunk_begin / INNER * INNER : 0;
-  const int trunk_span = padded(trunk_end) - trunk_begin;
-  const int stride = trunk_span + padded(branch_end);
-  if (scratch.scores.size() < static_cast<size_t>(count) * group * stride)
-    scratch.scores = Array<float>(static_cast<size_t>(count) * group * stride);
-  float* scores = scratch.scores.data();
-  float* queries = scratch.queries.data();
+  const int trunk_span = padded_positions(trunk_end) - trunk_begin;
+  const int stride = trunk_span + padded_positions(branch_end), terms = s.head_terms();
+  const size_t lines = static_cast<size_t>(count) * group;
+  float* scores = Scratch::grown(scratch.scores, lines * stride);
+  Number* queries = scratch.queries.data();
   float* mixed = scratch.mixed.data();
   float* totals = scratch.sums.data();
   const Cache* trunk = rows[0].trunk;
   for (int h = 0; h < s.kv_heads; h++) {
-    for (int r = 0; r < count; r++)
-      for (int i = 0; i < group * d; i++)
-        queries[r * group * d + i] = qkv[static_cast<size_t>(r) * qkv_stride + h * group * d + i] * s.attention_scale;
+    for (size_t line = 0; line < lines; line++) {
+      const float* q = qkv + line / group * qkv_stride + (h * group + line % group) * d;
+      for (int i = 0; i < terms; i++) queries[line * terms + i] = i < d ? narrow(q[i] * s.attention_scale) : Number{};
+    }
     if (trunk_end)
-      product(queries, count * group, d, trunk->keys(layer, h) + static_cast<size_t>(trunk_begin) * d,
-              trunk_span / PANEL, static_cast<size_t>(d) * PANEL, d, scores, stride, false);
+      product(queries, static_cast<int>(lines), terms, trunk->keys(layer, h) + static_cast<size_t>(trunk_begin) * terms,
+              trunk_span / PANEL, static_cast<size_t>(terms) * PANEL, terms, scores, stride, false);
     for (int r = 0; r < count; r++) {
       const Row& row = rows[r];
       float* own = scores + static_cast<size_t>(r) * group * stride;
       if (row.branch_length)
-        product(queries + r * group * d, group, d, row.branch->keys(layer, h), padded(row.branch_length) / PANEL,
-                static_cast<size_t>(d) * PANEL, d, own + trunk_span, stride, false);
+        product(queries + r * group * terms, group, terms, row.branch->keys(layer, h), padded(row.branch_length) / PANEL,
+                static_cast<size_t>(terms) * PANEL, terms, own + trunk_span, stride, false);
       const int begin = first_position(row);
       const Range ranges[2] = {
           {std::min(begin, row.trunk_length) - trunk_begin, row.trunk_length - trunk_begin},
@@ -114,25 +132,27 @@ inline void attend_together(const Model& model, int layer, const Row* rows, int 
         if (ranges[0].begin >= ranges[0].end) {
           std::fill(line, line + trunk_span, 0.0f);
         } else {
-          std::fill(line, line + ranges[0].begin / PANEL * PANEL, 0.0f);
-          std::fill(line + padded(ranges[0].end), line + trunk_span, 0.0f);
+          std::fill(line, line + ranges[0].begin / POSITIONS * POSITIONS, 0.0f);
+          std::fill(line + padded_positions(ranges[0].end), line + trunk_span, 0.0f);
         }
         if (ranges[1].begin < ranges[1].end)
-          std::fill(line + trunk_span, line + ranges[1].begin / PANEL * PANEL, 0.0f);
+          std::fill(line + trunk_span, line + ranges[1].begin / POSITIONS * POSITIONS, 0.0f);
       }
     }
+    size_t weights_stride;
+    const Number* weights = narrowed_weights(scores, static_cast<int>(lines), stride, scratch, &weights_stride);
     const int mixed_stride = s.padded_head();
     if (trunk_end)
-      product(scores, count * group, stride, trunk->values(layer, h) + static_cast<size_t>(trunk_begin) * PANEL,
-              mixed_stride / PANEL, static_cast<size_t>(trunk->capacity()) * PANEL, trunk_end - trunk_begin, mixed,
-              mixed_stride, false);
+      product(weights, static_cast<int>(lines), weights_stride,
+              trunk->values(layer, h) + static_cast<size_t>(trunk_begin) * PANEL, mixed_stride / PANEL,
+              static_cast<size_t>(trunk->capacity()) * PANEL, trunk_end - trunk_begin, mixed, mixed_stride, false);
     else
-      std::fill(mixed, mixed + static_cast<size_t>(count) * group * mixed_stride, 0.0f);
+      std::fill(mixed, mixed + lines * mixed_stride, 0.0f);
     for (int r = 0; r < count; r++) {
       const Row& row = rows[r];
       float* own = mixed + static_cast<size_t>(r) * group * mixed_stride;
       if (row.branch_length)
-        product(scores + static_cast<size_t>(r) * group * stride + trunk_span, group, stride,
+        product(weights + static_cast<size_t>(r) * group * weights_stride + trunk_span, group, weights_stride,
                 row.branch->values(layer, h), mixed_stride / PANEL, static_cast<size_t>(row.branch->capacity()) * PANEL,
                 row.branch_length, own, mixed_stride, true);
       for (int j = 0; j < group; j++) {
@@ -149,7 +169,7 @@ inline void attend(const Model& model, int layer, const Row* rows, int count, Sc
   const Shape& s = model.shape;
   for (int begin = 0, end; begin < count; begin = end) {
     const size_t row_scores = static_cast<size_t>(s.heads / s.kv_heads) *
-                              (padded(rows[begin].trunk_length) + padded(rows[begin].branch_length) + 2 * PANEL);
+                              (padded(rows[begin].trunk_length) + padded(rows[begin].branch_length) + 2 * POSITIONS);
     const int most = static_cast<int>(std::max<size_t>(1, SCORES_AT_ONCE / row_scores));
     for (end = begin + 1; end < count && end - begin < most && rows[end].trunk == rows[begin].trunk;) end++;
     attend_together(model, layer, rows + begin, end - begin,

@@ -209,7 +209,7 @@ void Job::draw_first(std::vector<Live>& fresh, std::vector<Live>& live, Scratch&
         trunks_[samples_[sample].trunk].hidden.data() + static_cast<size_t>(index_on_trunk_[sample]) * stride;
     std::copy(state, state + stride, scratch.normed.data() + i * stride);
   }
-  logits(model_, scratch.normed.data(), static_cast<int>(fresh.size()), scratch.logits.data());
+  logits(model_, scratch.normed.data(), static_cast<int>(fresh.size()), scratch.logits.data(), scratch);
   for (size_t i = 0; i < fresh.size(); i++) {
     float* row = scratch.logits.data() + i * columns;
     for (int token : samples_[fresh[i].sample].excluded_first) row[token] = -INFINITY;
@@ -236,7 +236,7 @@ void Job::step(std::vector<Live>& live, Scratch& scratch) {
   }
   const int columns = padded(model_.shape.vocabulary);
   forward(model_, rows.data(), static_cast<int>(rows.size()), scratch);
-  logits(model_, scratch.normed.data(), static_cast<int>(rows.size()), scratch.logits.data());
+  logits(model_, scratch.normed.data(), static_cast<int>(rows.size()), scratch.logits.data(), scratch);
   std::vector<Live> before;
   before.swap(live);
   for (size_t i = 0; i < before.size(); i++)

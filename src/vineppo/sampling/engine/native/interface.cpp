@@ -9,6 +9,14 @@
 #include "kernels.h"
 #include "model.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -81,6 +89,29 @@ std::pair<Array<float>*, int> norm_of(Model& model, int layer, int norm) {
   throw std::invalid_argument("unknown norm");
 }
 
+#if defined(__x86_64__)
+
+// A bit of the result of the instruction `cpuid` for leaf 7: features that GCC 12 has no names for.
+bool has_feature(unsigned subleaf, int result, int bit) {
+  unsigned registers[4] = {};  // eax, ebx, ecx, edx
+  __get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]);
+  return (registers[result] >> bit) & 1;
+}
+
+// Whether the processor multiplies tiles of bfloat16 numbers, and Linux lets this process use the tile registers. Linux
+// has to be asked once.
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  const bool amx_bf16 = has_feature(0, 3, 22), amx_tile = has_feature(0, 3, 24);
+  return amx_bf16 && amx_tile && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
+#endif
+
 }  // namespace
 
 EXPORT const char* vineppo_error() { return last_error.c_str(); }
@@ -93,9 +124,12 @@ EXPORT int vineppo_can_run(const char* instructions) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (name == "avx2") return avx2;
-  if (name == "avx512")
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (name == "avx512") return avx512;
+  const bool bf16 = avx512 && has_feature(1, 0, 5);
+  if (name == "avx512_bf16") return bf16;
+  if (name == "amx_bf16") return bf16 && tiles_permitted();
 #endif
   return 0;
 }
@@ -122,6 +156,11 @@ EXPORT Model* vineppo_model_new(const Shape* shape) {
   });
 }
 
+// The number of bytes of the keys and values of a sequence.
+EXPORT int64_t vineppo_kv_bytes(Model* model, int tokens) {
+  return static_cast<int64_t>(Cache::bytes(model->shape, tokens));
+}
+
 EXPORT void vineppo_model_free(Model* model) { delete model; }
 
 // Set a matrix from float32 numbers (rows x inner), and its bias, or null for none.
@@ -129,7 +168,7 @@ EXPORT int vineppo_set_matrix(Model* model, int layer, int matrix, const float* 
                               const float* bias) {
   return guarded(-1, [&] {
     const Place place = place_of(*model, layer, matrix);
-    require(rows == place.rows && inner == place.matrix->inner, "a matrix has an unexpected shape");
+    require(rows == place.rows && inner == place.matrix->terms, "a matrix has an unexpected shape");
     pack(values, rows, inner, *place.matrix, place.offset);
     if (bias != nullptr) {
       if (place.matrix->bias.empty()) {
@@ -198,7 +237,7 @@ EXPORT int vineppo_logits(Model* model, const int32_t* tokens, int count, float*
         rows.push_back({&cache, p + 1, nullptr, 0, &cache, p, p, tokens[p]});
       }
       forward(*model, rows.data(), end - begin, scratch);
-      logits(*model, scratch.normed.data(), end - begin, scratch.logits.data());
+      logits(*model, scratch.normed.data(), end - begin, scratch.logits.data(), scratch);
       for (int p = begin; p < end; p++)
         std::copy_n(scratch.logits.data() + static_cast<size_t>(p - begin) * columns, s.vocabulary,
                     out + static_cast<size_t>(p) * s.vocabulary);

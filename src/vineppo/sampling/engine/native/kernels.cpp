@@ -9,20 +9,18 @@
 namespace vineppo {
 
 void pack(const float* source, int rows, int inner, Packed& target, int offset) {
-  for (int begin = 0; begin < rows;) {
-    const int n = offset + begin, lane = n % PANEL, count = std::min(PANEL - lane, rows - begin);
-    float* panel = target.values.data() + static_cast<size_t>(n / PANEL) * inner * PANEL + lane;
-    const float* from = source + static_cast<size_t>(begin) * inner;
+  // A few rows at a time, because the columns of a row are far apart in a panel.
+  for (int begin = 0; begin < rows; begin += PANEL)
     for (int k = 0; k < inner; k++)
-      for (int i = 0; i < count; i++) panel[static_cast<size_t>(k) * PANEL + i] = from[static_cast<size_t>(i) * inner + k];
-    begin += count;
-  }
+      for (int n = begin; n < std::min(begin + PANEL, rows); n++)
+        target.values[packed_index(offset + n, k, target.inner)] = narrow(source[static_cast<size_t>(n) * inner + k]);
 }
 
 void forward(const Model& model, const Row* rows, int count, Scratch& scratch) {
   const Shape& s = model.shape;
   const int stride = padded(s.hidden), qkv_stride = padded(s.qkv_columns());
   const int gate_stride = padded(2 * s.intermediate), d = s.head_dim;
+  begin_products();
   float* residual = scratch.residual.data();
   float* normed = scratch.normed.data();
   float* qkv = scratch.qkv.data();
@@ -34,8 +32,8 @@ void forward(const Model& model, const Row* rows, int count, Scratch& scratch) {
   };
   // residual += product, or residual += norm(product) if the model has a norm behind the product.
   auto add_product = [&](const float* x, size_t x_stride, const Packed& w, const Array<float>& norm) {
-    if (norm.empty()) return linear(x, count, x_stride, w, residual, stride, true);
-    linear(x, count, x_stride, w, normed, stride, false);
+    if (norm.empty()) return linear(x, count, x_stride, w, residual, stride, true, scratch);
+    linear(x, count, x_stride, w, normed, stride, false, scratch);
     norm_rows(normed, norm, normed);
     for (size_t i = 0; i < static_cast<size_t>(count) * stride; i += LANES)
       store(residual + i, load(residual + i) + load(normed + i));
@@ -43,7 +41,7 @@ void forward(const Model& model, const Row* rows, int count, Scratch& scratch) {
   for (int l = 0; l < s.layers; l++) {
     const Layer& layer = model.layers[l];
     norm_rows(residual, layer.before_attention, normed);
-    linear(normed, count, stride, layer.qkv, qkv, qkv_stride, false);
+    linear(normed, count, stride, layer.qkv, qkv, qkv_stride, false, scratch);
     for (int r = 0; r < count; r++) {
       float* q = qkv + static_cast<size_t>(r) * qkv_stride;
       const size_t at = static_cast<size_t>(rows[r].position) * d;
@@ -60,7 +58,7 @@ void forward(const Model& model, const Row* rows, int count, Scratch& scratch) {
     attend(model, l, rows, count, scratch);
     add_product(scratch.attended.data(), s.query_columns(), layer.output, layer.after_attention);
     norm_rows(residual, layer.before_mlp, normed);
-    linear(normed, count, stride, layer.gate_up, gate_up, gate_stride, false);
+    linear(normed, count, stride, layer.gate_up, gate_up, gate_stride, false, scratch);
     for (int r = 0; r < count; r++) {
       float* gate = gate_up + static_cast<size_t>(r) * gate_stride;
       gated(s.activation, gate, gate + s.intermediate, s.intermediate);
@@ -70,10 +68,11 @@ void forward(const Model& model, const Row* rows, int count, Scratch& scratch) {
   norm_rows(residual, model.final_norm, normed);
 }
 
-void logits(const Model& model, const float* hidden, int count, float* out) {
+void logits(const Model& model, const float* hidden, int count, float* out, Scratch& scratch) {
+  begin_products();
   const Shape& s = model.shape;
   const int columns = padded(s.vocabulary);
-  linear(hidden, count, padded(s.hidden), model.head, out, columns, false);
+  linear(hidden, count, padded(s.hidden), model.head, out, columns, false, scratch);
   if (s.logit_softcap > 0)
     for (size_t i = 0; i < static_cast<size_t>(count) * columns; i++)
       out[i] = s.logit_softcap * std::tanh(out[i] / s.logit_softcap);

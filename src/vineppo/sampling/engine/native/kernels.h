@@ -13,7 +13,7 @@ void pack(const float* source, int rows, int inner, Packed& target, int offset);
 void forward(const Model& model, const Row* rows, int count, Scratch& scratch);
 
 // Logits (count x padded vocabulary) of hidden states (count x padded hidden).
-void logits(const Model& model, const float* hidden, int count, float* out);
+void logits(const Model& model, const float* hidden, int count, float* out, Scratch& scratch);
 
 // Draw a token by inversion of the cumulative distribution: the first token at which the cumulative sum of the weights
 // exceeds `uniform` times their sum. At temperature 0: the token with the largest logit, with log-probability 0.

@@ -55,9 +55,8 @@ inline void embed(const Model& model, int token, float* x) {
     for (int k = 0; k < s.hidden; k++) x[k] = row[k] * s.embedding_scale;
     return;
   }
-  const size_t start = static_cast<size_t>(token / PANEL) * s.hidden * PANEL + token % PANEL;
-  const float* column = model.head.values.data() + start;
-  for (int k = 0; k < s.hidden; k++) x[k] = column[static_cast<size_t>(k) * PANEL] * s.embedding_scale;
+  for (int k = 0; k < s.hidden; k++)
+    x[k] = widen(model.head.values[packed_index(token, k, model.head.inner)]) * s.embedding_scale;
 }
 
 }  // namespace vineppo

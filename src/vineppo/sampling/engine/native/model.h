@@ -8,12 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "numbers.h"
+
 namespace vineppo {
-
-// Columns of a packed weight, and positions of packed keys, are stored in panels of this many.
-constexpr int PANEL = 16;
-
-inline int padded(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 // Memory for numbers, at addresses that are multiples of 64 bytes. Not initialised.
 template <class T>
@@ -67,21 +64,27 @@ struct Shape {
   float logit_softcap;      // 0: none
   float embedding_scale;    // factor of the embeddings
 
-  int padded_head() const { return padded(head_dim); }
+  int padded_head() const { return padded(head_dim); }        // columns of the values of a head
+  int head_terms() const { return rounded_up(head_dim, TERMS); }  // terms of a score
   int query_columns() const { return heads * head_dim; }
   int qkv_columns() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
-// A matrix W of N x K in panels of 16 rows of W: entry (n, k) is at [n / 16][k][n % 16]. Missing rows are 0.
+// A matrix W of N x K in panels of 16 rows of W: entry (n, k) is at [n / 16][k / PAIR][n % 16][k % PAIR]
+// (`packed_index`). Missing entries are 0.
 struct Packed {
   Packed() = default;
-  Packed(int columns, int inner)
-      : columns(columns), inner(inner), values(static_cast<size_t>(panels()) * PANEL * inner) {
+  Packed(int columns, int terms)
+      : columns(columns),
+        terms(terms),
+        inner(rounded_up(terms, TERMS)),
+        values(static_cast<size_t>(panels()) * PANEL * inner) {
     values.fill(0);
   }
 
-  int columns = 0, inner = 0;  // N and K
-  Array<float> values;
+  int columns = 0, terms = 0;  // N and K
+  int inner = 0;               // K rounded up to a multiple of TERMS
+  Array<Number> values;
   Array<float> bias;  // N rounded up to a panel, or empty
 
   int panels() const { return padded(columns) / PANEL; }
@@ -106,27 +109,26 @@ struct Model {
 };
 
 // Keys and values of the tokens at consecutive positions, for all layers and heads.
-// Keys of a head: [capacity / 16][head_dim][16 positions]. Values of a head: [padded_head / 16][capacity][16].
-// Both are packed matrices for the product in attention.
+// The keys of a head are a packed matrix of (capacity x head_terms), its values one of (padded_head x capacity).
 class Cache {
  public:
   Cache(const Shape& shape, int capacity)
-      : capacity_(padded(capacity)),
-        head_keys_(static_cast<size_t>(capacity_) * shape.head_dim),
+      : capacity_(padded_positions(capacity)),
+        head_keys_(static_cast<size_t>(capacity_) * shape.head_terms()),
         head_values_(static_cast<size_t>(capacity_) * shape.padded_head()),
         heads_(shape.kv_heads),
         keys_(head_keys_ * heads_ * shape.layers),
         values_(head_values_ * heads_ * shape.layers) {}
 
   int capacity() const { return capacity_; }
-  float* keys(int layer, int head) { return keys_.data() + index(layer, head) * head_keys_; }
-  const float* keys(int layer, int head) const { return keys_.data() + index(layer, head) * head_keys_; }
-  float* values(int layer, int head) { return values_.data() + index(layer, head) * head_values_; }
-  const float* values(int layer, int head) const { return values_.data() + index(layer, head) * head_values_; }
+  Number* keys(int layer, int head) { return keys_.data() + index(layer, head) * head_keys_; }
+  const Number* keys(int layer, int head) const { return keys_.data() + index(layer, head) * head_keys_; }
+  Number* values(int layer, int head) { return values_.data() + index(layer, head) * head_values_; }
+  const Number* values(int layer, int head) const { return values_.data() + index(layer, head) * head_values_; }
 
   static size_t bytes(const Shape& shape, int capacity) {
-    return sizeof(float) * padded(capacity) * static_cast<size_t>(shape.head_dim + shape.padded_head()) *
-           shape.kv_heads * shape.layers;
+    return sizeof(Number) * padded_positions(capacity) *
+           static_cast<size_t>(shape.head_terms() + shape.padded_head()) * shape.kv_heads * shape.layers;
   }
 
  private:
@@ -134,7 +136,7 @@ class Cache {
   int capacity_;
   size_t head_keys_, head_values_;
   int heads_;
-  Array<float> keys_, values_;
+  Array<Number> keys_, values_;
 };
 
 // One token of a batch: it is computed at a position of its sequence, which is a trunk followed by a branch.
@@ -155,7 +157,8 @@ constexpr int BLOCK = 256;
 // Memory of one thread for batches of at most `rows` rows.
 struct Scratch {
   Array<float> residual, normed, qkv, attended, gate_up;  // one row per row of the batch
-  Array<float> queries, scores, mixed, sums;              // for attention
+  Array<float> scores, mixed, sums;                       // for attention
+  Array<Number> queries, narrow_scores;                   // for attention
   Array<float> logits, weights;
   Array<double> block_sums;
 
@@ -165,11 +168,23 @@ struct Scratch {
         qkv(static_cast<size_t>(rows) * padded(s.qkv_columns())),
         attended(static_cast<size_t>(rows) * s.query_columns()),
         gate_up(static_cast<size_t>(rows) * padded(2 * s.intermediate) + PANEL),
-        queries(static_cast<size_t>(rows) * s.heads / s.kv_heads * s.head_dim),
         mixed(static_cast<size_t>(rows) * s.heads / s.kv_heads * s.padded_head()),
         sums(static_cast<size_t>(rows) * s.heads / s.kv_heads),
+        queries((static_cast<size_t>(rows) * s.heads / s.kv_heads + SPARE_ROWS) * s.head_terms()),
         weights(padded(s.vocabulary)),
         block_sums((s.vocabulary + BLOCK - 1) / BLOCK) {}
+
+  // Memory for the rows of a product in the numbers of the weights.
+  Number* narrowed(int rows, size_t stride) { return grown(narrow_rows_, (rows + SPARE_ROWS) * stride); }
+  // Make an array large enough, and return its numbers, which are undefined if it has grown.
+  template <class T>
+  static T* grown(Array<T>& array, size_t size) {
+    if (array.size() < size) array = Array<T>(size);
+    return array.data();
+  }
+
+ private:
+  Array<Number> narrow_rows_;
 };
 
 }  // namespace vineppo
