@@ -19,14 +19,14 @@ constexpr size_t SCORES_AT_ONCE = 1 << 16;
 inline void remember(const Shape& s, int layer, const float* keys, const float* values, Cache& cache, int slot) {
   const int d = s.head_dim, columns = s.padded_head();
   for (int h = 0; h < s.kv_heads; h++, keys += d, values += d) {
-    Number* k = cache.keys(layer, h);
-    for (int i = 0; i < s.head_terms(); i++)
-      k[packed_index(slot, i, s.head_terms())] = i < d ? narrow(keys[i]) : Number{};
-    Number* v = cache.values(layer, h);
-    if (NARROW && slot % POSITIONS == 0)
-      for (int i = 0; i < columns; i += PANEL)
-        std::memset(v + packed_index(i, slot, cache.capacity()), 0, POSITIONS * PANEL * sizeof(Number));
-    for (int i = 0; i < columns; i++) v[packed_index(i, slot, cache.capacity())] = i < d ? narrow(values[i]) : Number{};
+    Number* k = cache.keys(layer, h) + packed_index(slot, 0, s.head_terms());
+    for (int i = 0; i < s.head_terms(); i += PAIR, k += PAIR * PANEL)
+      for (int j = 0; j < PAIR; j++) k[j] = i + j < d ? narrow(keys[i + j]) : Number{};
+    for (int i = 0; i < columns; i += PANEL) {
+      Number* v = cache.values(layer, h) + packed_index(i, slot, cache.capacity());
+      if (NARROW && slot % POSITIONS == 0) std::memset(v, 0, POSITIONS * PANEL * sizeof(Number));
+      for (int j = 0; j < PANEL; j++) v[j * PAIR] = i + j < d ? narrow(values[i + j]) : Number{};
+    }
   }
 }
 

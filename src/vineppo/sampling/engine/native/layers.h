@@ -21,11 +21,15 @@ inline void rms_norm(const float* x, const Array<float>& weight, int size, float
 // Rotate the two halves of a head by the angles of a position.
 inline void rotate(float* head, const float* cosine, const float* sine, int size) {
   const int half = size / 2;
-  for (int i = 0; i < half; i++) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * cosine[i] - b * sine[i];
-    head[i + half] = b * cosine[i + half] + a * sine[i + half];
-  }
+  auto turn = [&](auto a, auto b, int i, auto read, auto write) {
+    write(head + i, a * read(cosine + i) - b * read(sine + i));
+    write(head + i + half, b * read(cosine + i + half) + a * read(sine + i + half));
+  };
+  int i = 0;
+  for (; i + 4 <= half; i += 4)
+    turn(load_four(head + i), load_four(head + i + half), i, load_four, [](float* p, Four v) { store_four(p, v); });
+  for (; i < half; i++)
+    turn(head[i], head[i + half], i, [](const float* p) { return *p; }, [](float* p, float x) { *p = x; });
 }
 
 template <Activation activation>
@@ -55,8 +59,9 @@ inline void embed(const Model& model, int token, float* x) {
     for (int k = 0; k < s.hidden; k++) x[k] = row[k] * s.embedding_scale;
     return;
   }
-  for (int k = 0; k < s.hidden; k++)
-    x[k] = widen(model.head.values[packed_index(token, k, model.head.inner)]) * s.embedding_scale;
+  const Number* column = model.head.values.data() + packed_index(token, 0, model.head.inner);
+  for (int k = 0; k < s.hidden; k += PAIR, column += PAIR * PANEL)
+    for (int i = 0; i < PAIR && k + i < s.hidden; i++) x[k + i] = widen(column[i]) * s.embedding_scale;
 }
 
 }  // namespace vineppo

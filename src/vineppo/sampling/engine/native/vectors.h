@@ -29,6 +29,17 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Four numbers, for parts that are shorter than a vector.
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four load_four(const float* p) {
+  Four v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store_four(float* p, Four v) { std::memcpy(p, &v, sizeof v); }
+
 inline Vec splat(float x) { return Vec{} + x; }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
