@@ -15,7 +15,7 @@ the same responses:
 The model has random weights and a vocabulary of five tokens. Like those of trained models, its continuations stay near
 the response: all have the same length, and one token has a probability of about 0.96 in every state, so the entropy is
 about 0.2 nats per token (the measured entropy is in length.json). Its shape (`build_policy`) makes the share of
-attention in the computation about that of SmolLM2-135M.
+attention in the computation about that of TinyLlama-1.1B.
 
 Tokens and seconds are modelled as proportional to (number of steps)^exponent. The exponent is fitted to the numbers of
 at least 50 steps. Small sweeps give the exponents of the group size G, K and the number of parameters in the same way,
@@ -64,12 +64,16 @@ FIT_FROM = 50
 """The exponents of the length are fitted to the measurements with at least this number of steps."""
 SWEEPS = {"group": (1, 2, 4, 8), "k": (1, 3, 9), "width": (144, 288, 576)}
 """Quantity -> its values in a small sweep. The width is the hidden size of the model."""
-SWEEP_PROBLEMS = 4
+ENOUGH_SECONDS = 30.0
+"""When the runs of a row have taken this time, there is no further run."""
+SWEEP_PROBLEMS = 2
 """Number of problems in the sweeps."""
 WIDTH = 288
 """Hidden size of the model outside the sweep over widths."""
 USUAL = 1
 """Id of the token that is likely in every state; the letter "a"."""
+CANDIDATES = 2
+"""Number of responses that are sampled for each response whose cost is measured."""
 LIKELY = 0.96
 """Probability of this token, up to the noise of the random weights."""
 
@@ -133,19 +137,20 @@ class TwoDecisions:
 def build_policy(max_tokens: int, width: int = WIDTH) -> Policy:
     """Build a Llama with random weights, a vocabulary of five tokens, and one likely token.
 
-    With two layers of width 288, 6 heads and 2 key-value heads of size 24, attention over 2700 positions takes as many
-    products as the matrices of a layer. In SmolLM2-135M, this number is 3100. In a model with the shape of the embedded
-    one it is 600, so its costs would grow faster with the length than those of real models.
+    With two layers of width 288, intermediate size 1152, and 2 heads and 1 key-value head of size 24, attention over
+    11,000 positions takes as many products as the matrices of a layer. In TinyLlama-1.1B, the shape of the smaller
+    model of the paper, this number is 10,800, in SmolLM2-135M 3,100. In the embedded models it is 600, so their costs
+    grow faster with the length than those of models that are used.
 
     Args:
         max_tokens: maximum number of tokens of a response.
-        width: hidden size, a multiple of 48; the other sizes are proportional to it.
+        width: hidden size, a multiple of 144. The intermediate size and the number of heads are proportional to it.
     """
     config = AutoConfig.from_pretrained(resolve_model_path("embedded:judgement"))
     config.vocab_size, config.max_position_embeddings, config.eos_token_id = 1 + len(LETTERS), max_tokens + 16, None
     config.bos_token_id = config.pad_token_id = None
-    config.hidden_size, config.intermediate_size, config.tie_word_embeddings = width, 8 * width // 3, False
-    config.head_dim, config.num_attention_heads, config.num_key_value_heads = 24, width // 48, max(1, width // 144)
+    config.hidden_size, config.intermediate_size, config.tie_word_embeddings = width, 4 * width, False
+    config.head_dim, config.num_attention_heads, config.num_key_value_heads = 24, max(1, width // 144), 1
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     prefer_one_token(model)
@@ -219,6 +224,8 @@ def fixed_tokens(num_steps: int, step_tokens: int, k: int) -> int:
 def build_scene(policy: Policy, num_steps: int, shape: tuple[int, int, int], step_tokens: int) -> Scene:
     """Sample responses with this number of steps.
 
+    If there is one response per problem, a quarter of the responses have the reward 0 (see `quarter_wrong`).
+
     Args:
         policy: the model that writes the responses.
         num_steps: number of steps of each response.
@@ -229,7 +236,7 @@ def build_scene(policy: Policy, num_steps: int, shape: tuple[int, int, int], ste
     problems = TwoDecisions(num_steps, step_tokens)
     sampler = FullLengthSampler(build_sampler(policy, "auto"))
     groups = sample_groups(
-        [problems.problem("train", index) for index in range(num_problems)],
+        [problems.problem("train", index) for index in range(num_problems * (1 if group_size > 1 else CANDIDATES))],
         policy.codec,
         sampler,
         problems.task(),
@@ -238,7 +245,19 @@ def build_scene(policy: Policy, num_steps: int, shape: tuple[int, int, int], ste
         temperature=1.0,
         address=(0, "length"),
     )
-    return Scene(policy, problems, sampler, groups, k)
+    return Scene(policy, problems, sampler, quarter_wrong(groups, num_problems), k)
+
+
+def quarter_wrong(groups: Sequence[RolloutGroup], count: int) -> list[RolloutGroup]:
+    """Return the first `count` groups of which, if possible, a quarter has a first response with the reward 0.
+
+    Bisection evaluates more states of wrong responses than of right ones. With the same share at every length, its cost
+    does not depend on how many responses happen to be wrong.
+    """
+    wrong = [group for group in groups if not group.rollouts[0].reward]
+    right = [group for group in groups if group.rollouts[0].reward]
+    num_wrong = max(min(count // 4, len(wrong)), count - len(right))
+    return wrong[:num_wrong] + right[: count - num_wrong]
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
@@ -273,12 +292,21 @@ def measured_row(scene: Scene, method: str, repeats: int, labels: dict[str, Any]
     """Measure a scene several times, print one line, and return the row of length.json.
 
     Args:
-        repeats: number of runs. The seconds are their median. `generate` runs once.
+        repeats: largest number of runs. The seconds are their median. There are no more runs after ENOUGH_SECONDS.
         labels: what the row says about the scene, such as `steps`.
     """
+    runs: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        runs = [measure(scene, method, Path(folder)) for _ in range(1 if method == "generate" else repeats)]
-    row = {"method": method, **labels, "problems": len(scene.groups), **runs[0], "bytes": peak_memory(os.getpid())}
+        while len(runs) < repeats and sum(run["seconds"] for run in runs) * len(scene.groups) < ENOUGH_SECONDS:
+            runs.append(measure(scene, method, Path(folder)))
+    row: dict[str, Any] = {
+        "method": method,
+        **labels,
+        "problems": len(scene.groups),
+        "runs": len(runs),
+        **runs[0],
+        "bytes": peak_memory(os.getpid()),
+    }
     row["seconds"] = median(run["seconds"] for run in runs)
     text = ", ".join(f"{name} {value}" for name, value in labels.items())
     print(f"{method:10} {text:28} {row['tokens']:12,.0f} tokens {row['seconds']:9.3f} s", flush=True)
@@ -289,16 +317,16 @@ def length_rows(policy: Policy, arguments: argparse.Namespace) -> Iterator[dict[
     """Yield one row for each method and number of steps.
 
     There are `--responses` responses. For all methods except bisection, there are fewer if fixed K would need more than
-    --max-tokens for all of them (--max-generate-tokens for `generate`). If it needs more for one response, the length
-    is left out.
+    --max-tokens for all of them (--max-generate-tokens for `generate`), but at least one. `generate` is left out for a
+    length at which one response needs more than twice that number.
     """
     for method in arguments.methods:
         for num_steps in arguments.steps:
             needed, responses = fixed_tokens(num_steps, arguments.step_tokens, arguments.k), arguments.responses
             if method != "bisection":
                 limit = arguments.max_generate_tokens if method == "generate" else arguments.max_tokens
-                responses = min(responses, int(limit / needed))
-            if not responses:
+                responses = max(1, min(responses, int(limit / needed)))
+            if method == "generate" and needed > 2 * limit:
                 print(f"{method:10} steps {num_steps}: left out, {needed:,} tokens", flush=True)
                 continue
             scene = build_scene(policy, num_steps, (responses, 1, arguments.k), arguments.step_tokens)
@@ -382,9 +410,9 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads, {result['sampler']}: "
         f"K = {result['k']}, {result['step_tokens']} tokens per step, a model with {result['parameters']:,} parameters "
-        f"and an entropy of {result['entropy']:.2f} nats per token, medians of {result['repeats']} runs (`generate`: "
-        "one run). Tokens and seconds are those of one response, the mean over several. Peak memory is the process's "
-        "largest so far; the methods ran in the order of the table. `bisection` is with reuse.",
+        f"and an entropy of {result['entropy']:.2f} nats per token, medians of up to {result['repeats']} runs (fewer "
+        f"after {ENOUGH_SECONDS:.0f} s). Tokens and seconds are those of one response, the mean over several. Peak "
+        "memory is the process's largest so far; the methods ran in the order of the table. `bisection` is with reuse.",
         "",
         "| method | steps | responses | measured states | tokens | seconds | peak memory |",
         "|---|---|---|---|---|---|---|",
@@ -421,10 +449,10 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", default="10,50,100,200,500", help="numbers of steps per response")
     parser.add_argument("--step-tokens", type=int, default=3, help="tokens per step")
     parser.add_argument("--responses", type=int, default=32, help="largest number of responses per length")
-    parser.add_argument("--k", type=int, default=3, help="K: continuations per state")
+    parser.add_argument("--k", type=int, default=9, help="K: continuations per state")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--max-tokens", type=float, default=1.5e6, help="largest number of tokens of fixed_k in a run")
-    parser.add_argument("--max-generate-tokens", type=float, default=1.9e5, help="the same for `generate`")
+    parser.add_argument("--max-tokens", type=float, default=1e6, help="fewer responses if fixed_k needs more")
+    parser.add_argument("--max-generate-tokens", type=float, default=1e5, help="the same for `generate`")
     parser.add_argument("--sweeps", default=",".join(SWEEPS), help="empty: none")
     parser.add_argument("--sweep-steps", type=int, default=50, help="number of steps in the sweeps")
     parser.add_argument("--repeats", type=int, default=3, help="number of runs per median")

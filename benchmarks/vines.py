@@ -62,7 +62,7 @@ CHOICES = {
 """Engine -> the dtypes among which `--dtype auto` chooses, if the CPU has instructions for bfloat16."""
 FOLLOWERS = {"generate_batch": "generate", "matmul": "engine"}
 """Engine -> the engine whose dtype it uses with `--dtype auto`."""
-CLEARLY = 0.95
+CLEARLY = 0.9
 """A 16-bit dtype is chosen if it takes less than this share of the seconds of float32."""
 INSTRUCTION = "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n"
 WORD_PROBLEMS = (

@@ -14,7 +14,7 @@ def test_one_token_is_likely_and_the_others_depend_on_the_prefix(width: int) -> 
     policy = build_policy(120, width)
     scene = build_scene(policy, 40, (16, 1, 3), 3)
     assert 0.1 < scene.entropy < 0.3
-    assert 0.3 < scene.mean_reward < 1
+    assert scene.mean_reward == 0.75  # chosen in this way
     with torch.no_grad():
         logits = policy.model(torch.tensor([[1, 2, 1, 1], [1, 3, 1, 1]])).logits  # (2, 4, V)
     assert (logits[0, 3] - logits[1, 3]).abs().max() > 1e-4
