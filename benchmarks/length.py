@@ -378,11 +378,11 @@ def fitted(rows: Sequence[dict[str, Any]], column: str, over: str = "steps", lea
         rows: the results of the method, one per value of `over`.
         column: `tokens` or `seconds`.
         over: name of the quantity that varies.
-        least: rows with a smaller value of `over` are ignored.
+        least: rows with a smaller value of `over` are ignored, and so are rows without tokens.
     Returns:
         The exponent, or None if fewer than two rows remain.
     """
-    points = [(row[over], row[column]) for row in rows if row[over] >= least]
+    points = [(row[over], row[column]) for row in rows if row[over] >= least and row[column] > 0]
     if len(points) < 2:
         return None
     x, y = np.log(np.array(points, dtype=float)).T

@@ -49,6 +49,8 @@ def test_exponents_are_slopes_of_logarithms() -> None:
     noise = {"method": "reuse", "steps": 10, "seconds": 1e9, "tokens": 1}
     assert fitted([noise, *rows], "seconds") == pytest.approx(1.5)
     assert fitted([noise, rows[0]], "seconds") is None
+    # Reuse may need no token at all.
+    assert fitted([{"steps": 75, "tokens": 0}, *rows], "tokens") == pytest.approx(2)
     other = [{**row, "method": "fixed_k", "seconds": row["steps"]} for row in rows]
     exponents = exponents_of([noise, *rows, *other], "steps", 50)
     assert exponents == {
