@@ -15,6 +15,8 @@ TEST_JOBS ?= 2
 
 # Environment with vLLM for the benchmarks; vLLM needs other versions of the dependencies.
 VLLM ?= .venv-vllm
+# Environment with llama-cpp-python for the benchmarks, compiled for this machine.
+LLAMA ?= .venv-llama
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -115,13 +117,19 @@ $(VLLM)/.ready:
 	-$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 
+$(LLAMA)/.ready:
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python -m pip --disable-pip-version-check install --quiet llama-cpp-python==0.3.36 gguf==0.19.0
+	@touch $@
+
 runs/smollm2: $(READY_REAL)
 	$(BIN)/python dev/real_model.py $@
 
 bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), two hours
 
-bench-vines: $(VLLM)/.ready runs/smollm2  ## the MC rollouts of an iteration with every engine; vLLM in a separate environment
-	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python --out docs/results/vines
+bench-vines: $(VLLM)/.ready $(LLAMA)/.ready runs/smollm2  ## the MC rollouts of an iteration with every engine; vLLM and llama.cpp in separate environments
+	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python \
+		--llama-python $(LLAMA)/bin/python --out docs/results/vines
 
 bench-budget: $(READY)  ## error of the advantages over tokens spent
 	$(BIN)/python benchmarks/budget.py --out docs/results/budget

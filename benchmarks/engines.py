@@ -19,8 +19,9 @@ import functools
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ Run = Callable[[], int]
 
 GENERATE_ROWS = 64
 """Number of sequences in a static batch of `generate`."""
+LLAMA_OPTIONS = ((16, True), (64, True), (255, True), (64, False))
+"""Options among which `llama_cpp` chooses: number of sequences that are decoded together (llama.cpp allows 256), and
+whether all sequences share one buffer of keys and values."""
 
 
 def own_sampler(work: Work, name: Literal["engine", "torch"]) -> Run:
@@ -177,12 +181,58 @@ def vllm(work: Work) -> Run:
     return run
 
 
+def llama_cpp(work: Work) -> Run:
+    """Load llama.cpp, which decodes many sequences in each call and shares the keys and values of prefixes.
+
+    The model is first converted to a GGUF file. Each of LLAMA_OPTIONS then samples a quarter of the trunks, once with
+    all threads and once with one thread, and the fastest combination is used. With one thread, llama.cpp does not wait
+    at the barriers between operations, which take most of the time of a very small model.
+    """
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `benchmarks` importable.
+    from benchmarks.llama import Continuations, Options, trunks_of, write_gguf
+
+    trunks = trunks_of(work["prefixes"], work["lengths"])
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.gguf"
+        write_gguf(Path(work["model"]), model, work["dtype"])
+
+        def trial(options: Options, threads: int) -> Run:
+            """Return a run over a quarter of the trunks, which loads the model and frees it."""
+
+            def run() -> int:
+                continuations = Continuations(model, trunks[::4], options, threads)
+                tokens = continuations.run()
+                continuations.close()
+                return tokens
+
+            return run
+
+        options = [Options(*option) for option in LLAMA_OPTIONS]
+        best = options[fastest([trial(option, work["threads"]) for option in options])]
+        threads = (work["threads"], 1)
+        used = threads[fastest([trial(best, count) for count in threads])]
+        print(f"llama.cpp: {best}, {used} threads", flush=True)
+        return Continuations(model, trunks, best, used).run
+
+
+def fastest(runs: Sequence[Run]) -> int:
+    """Do every run once, and return the index of the one that took the least time."""
+    seconds = []
+    for run in runs:
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return seconds.index(min(seconds))
+
+
 def matmul(work: Work) -> Run:
     """Prepare the matrix products that every engine must compute. This is not an engine.
 
     A run applies the model's linear layers to as many rows as an engine needs: first one row for each distinct prefix
     token, then, position by position, one row for each continuation that is not finished. The time is a lower bound for
-    the engines. As in the PyTorch sampler, packed copies of the weights are used, which makes the products faster.
+    the engines that compute with PyTorch; other engines can be faster, for example for few rows. The products are
+    computed with the weights as they are or, as in the PyTorch sampler, with packed copies of them, whichever is faster
+    for this workload.
     """
     import torch
 
@@ -202,16 +252,22 @@ def matmul(work: Work) -> Run:
             layer(torch.ones(rows, layer.in_features, dtype=layer.weight.dtype))
 
     @torch.no_grad()
-    def run() -> int:
-        with packed_weights(model):
-            products(body, trunk_tokens)
-            products([head], len(work["prefixes"]))
-            for position, rows in enumerate(alive):
-                if position:  # The first token of a continuation is sampled from the logits of its prefix.
-                    products([*body, head], rows)
+    def plain() -> int:
+        """Compute all products with the weights as they are."""
+        products(body, trunk_tokens)
+        products([head], len(work["prefixes"]))
+        for position, rows in enumerate(alive):
+            if position:  # The first token of a continuation is sampled from the logits of its prefix.
+                products([*body, head], rows)
         return sum(lengths)
 
-    return run
+    def packed() -> int:
+        """Compute all products with packed copies of the weights."""
+        with packed_weights(model):
+            return plain()
+
+    choices = (plain, packed)
+    return choices[fastest(choices)]
 
 
 ENGINES: dict[str, Callable[[Work], Run]] = {
@@ -220,6 +276,7 @@ ENGINES: dict[str, Callable[[Work], Run]] = {
     "generate": generate,
     "generate_batch": generate_batch,
     "vllm": vllm,
+    "llama_cpp": llama_cpp,
     "matmul": matmul,
 }
 """Name of an engine -> function that loads the engine with a workload and returns a function that samples the workload
@@ -258,10 +315,11 @@ def main() -> None:
     os.dup2(2, 1)
     work = json.loads(arguments.work.read_text())
     os.environ["OMP_NUM_THREADS"] = str(work["threads"])
-    import torch
+    if arguments.engine != "llama_cpp":  # Its environment does not contain PyTorch.
+        import torch
 
-    torch.set_num_threads(work["threads"])
-    torch.manual_seed(0)
+        torch.set_num_threads(work["threads"])
+        torch.manual_seed(0)
     run = ENGINES[arguments.engine](work)
     print("ready", file=answers, flush=True)
     for _ in sys.stdin:

@@ -1,7 +1,7 @@
 """Measure how long each engine takes to sample the Monte-Carlo (MC) rollouts of one VinePPO iteration.
 
     python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python .venv-vllm/bin/python \
-        --out runs/vines
+        --llama-python .venv-llama/bin/python --out runs/vines
 
 An engine is a program that samples continuations of prefixes. benchmarks/engines.py contains all engines; `engine` is
 the compiled engine of this package, and `torch` its PyTorch sampler. An MC rollout is one of the K continuations with
@@ -9,20 +9,25 @@ which VinePPO estimates the value of a state.
 
 The workload is determined once, with the PyTorch sampler: G responses to each of P problems are sampled and cut into
 steps, and the lengths of K continuations of every state are recorded. Every engine then gets the same prefixes and the
-same numbers of tokens, in the same dtype and at the same temperature. Each engine has a separate process. In each of
-`--repeats` rounds, every engine runs once, while the others are idle. `matmul` computes only the matrix products of the
-model for the same tokens. Its time is a lower bound on the time of any engine with these weights on this machine. Reuse
-of continuations (`vineppo.reuse`) is off, because it would save tokens for the samplers of this package only.
+same numbers of tokens, at the same temperature. Each engine has a separate process. In each of `--repeats` rounds,
+every engine runs once, while the others are idle. `matmul` computes only the matrix products of the model for the same
+tokens, with PyTorch. Reuse of continuations (`vineppo.reuse`) is off, because it would save tokens for the samplers of
+this package only.
 
-The script prints a table and writes vines.json and vines.md. They contain for each engine the seconds (median, lowest,
-highest), tokens per second, the peak memory, and the median time divided by that of the compiled engine. They also
-contain the time of the matrix products divided by the time of the compiled engine.
+Every engine computes in the dtype in which it is fastest on this machine (`--dtype auto`). Before the rounds, engines
+that have a choice (CHOICES) sample every fourth state in each dtype. vLLM uses bfloat16 if the CPU has instructions for
+it. `generate_batch` uses the dtype of `generate`, and `matmul` that of `engine`.
+
+The script prints a table and writes vines.json and vines.md. They contain for each engine the dtype, the seconds
+(median, lowest, highest), tokens per second, the peak memory, and the median time divided by that of the compiled
+engine. They also contain the time of the matrix products divided by the time of the compiled engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -46,7 +51,19 @@ from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import problem_range, sample_groups
 from vineppo.types import Chat, Problem, SampleRequest, Task
 
-ENGINES = ("engine", "torch", "generate", "generate_batch", "vllm", "matmul")
+ENGINES = ("engine", "torch", "generate", "generate_batch", "vllm", "llama_cpp", "matmul")
+DTYPES = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "engine": ("float32", "bfloat16"),
+    "torch": ("float32", "bfloat16"),
+    "generate": ("float32", "bfloat16"),
+    "llama_cpp": ("float32", "bfloat16", "float16"),
+}
+"""Engine -> the dtypes among which `--dtype auto` chooses, if the CPU has instructions for bfloat16."""
+FOLLOWERS = {"generate_batch": "generate", "matmul": "engine"}
+"""Engine -> the engine whose dtype it uses with `--dtype auto`."""
+CLEARLY = 0.9
+"""A 16-bit dtype is chosen if it takes less than this share of the seconds of float32."""
 INSTRUCTION = "Solve the problem step by step, one short line per step. End with a line `#### ` and the number.\n\n"
 WORD_PROBLEMS = (
     "A baker makes 24 rolls in the morning and 18 in the afternoon. She sells 35 of them. How many rolls are left?",
@@ -112,11 +129,11 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
         path: `embedded:LEVEL` or a model directory.
         arguments: the parsed command line.
     Returns:
-        The content of WORK.json (see benchmarks/engines.py), and the numbers of problems and of responses per problem.
+        The content of WORK.json without `dtype` (see benchmarks/engines.py), and the numbers of problems and of
+        responses per problem.
     """
     embedded = path.startswith("embedded:")
-    dtype = "float32" if embedded else arguments.dtype or fast_dtype()
-    policy = Policy.load(ModelConfig(path=path, dtype=dtype))
+    policy = Policy.load(ModelConfig(path=path, dtype="float32" if embedded else fast_dtype()))
     task = task_of(path, policy)
     num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
     sampler = TorchSampler(policy)
@@ -133,7 +150,6 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     sampled = sampler.sample(list(requests.values()))
     return {
         "model": resolve_model_path(path),
-        "dtype": dtype,
         "threads": arguments.threads,
         "problems": num_problems,
         "group_size": group_size,
@@ -198,6 +214,98 @@ class Worker:
         self.process.wait(timeout=60)
 
 
+def parse_dtypes(text: str) -> dict[str, str]:
+    """Return the dtypes that `--dtype` sets: `auto`, one dtype for all engines, or `ENGINE=DTYPE,...`.
+
+    Returns:
+        Engine -> dtype, without the engines whose dtype is to be chosen.
+    Raises:
+        ValueError: if an engine or a dtype does not exist.
+    """
+    if text == "auto":
+        return {}
+    pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [(e, "=", text) for e in ENGINES]
+    for engine, _, dtype in pairs:
+        if engine not in ENGINES:
+            raise ValueError(f"--dtype names the engine {engine!r}; allowed: {', '.join(ENGINES)}")
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"--dtype has {dtype!r}; allowed: auto, a dtype, ENGINE=DTYPE,... with {', '.join(DTYPES)}"
+            )
+    return {engine: dtype for engine, _, dtype in pairs}
+
+
+def best_dtype(seconds: dict[str, float]) -> str:
+    """Return the dtype with the lowest time; float32, if no other one takes less than CLEARLY of its time.
+
+    Args:
+        seconds: dtype -> seconds.
+    """
+    fastest = min(seconds, key=lambda dtype: seconds[dtype])
+    return fastest if seconds[fastest] < CLEARLY * seconds.get("float32", math.inf) else "float32"
+
+
+def part_of(work: dict[str, Any]) -> dict[str, Any]:
+    """Return the workload with every fourth state only, or with more of them if there are fewer than 32 states."""
+    every = max(1, min(4, len(work["prefixes"]) // 8))
+    return {**work, "prefixes": work["prefixes"][::every], "lengths": work["lengths"][::every]}
+
+
+def choose_dtypes(
+    work: dict[str, Any], engines: list[str], folder: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Choose the dtype of every engine.
+
+    Args:
+        work: the workload.
+        engines: names of the engines.
+        folder: an existing folder for files.
+        arguments: the parsed command line.
+    Returns:
+        (engine -> dtype, engine -> dtype -> seconds). The latter contains the engines for which dtypes were compared,
+        with the faster of two runs. A dtype in which the engine fails is left out.
+    """
+    chosen, trials = dict(arguments.dtype), {}
+    fast = fast_dtype()
+    for engine in {*engines, *(FOLLOWERS[engine] for engine in engines if engine in FOLLOWERS)} - {*chosen}:
+        if engine not in FOLLOWERS:
+            chosen[engine] = fast
+    if fast == "bfloat16":
+        for engine in (e for e in engines if e in CHOICES and e not in arguments.dtype):
+            trials[engine] = compare_dtypes(part_of(work), engine, folder, arguments)
+            chosen[engine] = best_dtype(trials[engine]) if trials[engine] else "float32"
+            print(f"  {engine:15} " + ", ".join(f"{d} {s:.2f} s" for d, s in trials[engine].items()), flush=True)
+    for engine, leader in FOLLOWERS.items():
+        chosen.setdefault(engine, chosen.get(leader, fast))
+    return {engine: chosen[engine] for engine in engines}, trials
+
+
+def compare_dtypes(work: dict[str, Any], engine: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of an engine in each of its CHOICES, the faster of two runs."""
+    seconds = {}
+    for dtype in CHOICES[engine]:
+        worker = start(engine, {**work, "dtype": dtype}, folder, arguments)
+        try:
+            seconds[dtype] = min(worker.run()["seconds"] for _ in range(2))
+        except EngineError:
+            continue
+        finally:
+            worker.close()
+    return seconds
+
+
+def start(engine: str, work: dict[str, Any], folder: Path, arguments: argparse.Namespace) -> Worker:
+    """Start the process of an engine.
+
+    Args:
+        work: the workload with `dtype`. It is written into `folder`.
+    """
+    path = folder / f"{engine}.json"
+    path.write_text(json.dumps(work))
+    python = {"vllm": arguments.vllm_python, "llama_cpp": arguments.llama_python}.get(engine, sys.executable)
+    return Worker(python, engine, path, arguments.threads)
+
+
 def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the engines in turn: one warm-up round, which is not counted, then `--repeats` measured rounds.
 
@@ -212,14 +320,11 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
         The results for one model, as in the `models` of vines.json.
     """
     tokens = sum(map(sum, work["lengths"]))
-    print(f"\n{work['model']}: {len(work['prefixes'])} states, {tokens:,} tokens, {work['dtype']}", flush=True)
+    print(f"\n{work['model']}: {len(work['prefixes'])} states, {tokens:,} tokens", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "work.json"
-        path.write_text(json.dumps(work))
-        workers, refused = {}, {}
-        for engine in engines:
-            python = arguments.vllm_python if engine == "vllm" else sys.executable
-            workers[engine] = Worker(python, engine, path, arguments.threads)
+        dtypes, trials = choose_dtypes(work, engines, Path(folder), arguments)
+        workers = {e: start(e, {**work, "dtype": dtypes[e]}, Path(folder), arguments) for e in engines}
+        refused: dict[str, str] = {}
         runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
         for repeat in range(-1, arguments.repeats):
             for engine, worker in list(workers.items()):
@@ -245,27 +350,30 @@ def measure(work: dict[str, Any], engines: list[str], arguments: argparse.Namesp
         "problems": work["problems"],
         "group_size": work["group_size"],
         "tokens": tokens,
-        "dtype": work["dtype"],
+        "dtypes": dtypes,
+        "dtype_seconds": trials,
         "refused": refused,
-        **summary(runs, tokens),
+        **summary(runs, tokens, dtypes),
     }
 
 
-def summary(runs: dict[str, list[dict[str, float]]], tokens: int) -> dict[str, Any]:
+def summary(runs: dict[str, list[dict[str, float]]], tokens: int, dtypes: dict[str, str]) -> dict[str, Any]:
     """Summarize the runs of all engines.
 
     Args:
         runs: name of an engine -> the result of each run.
         tokens: number of tokens that each run sampled.
+        dtypes: name of an engine -> its dtype.
     Returns:
-        `engines`, the times and the peak memory of each engine; `ratio_vs`, the median time of each other engine
-        divided by that of the compiled engine; `matmul_share`, the same ratio for the matrix products alone, or None if
-        they were not measured.
+        `engines`, the dtype, the times and the peak memory of each engine; `ratio_vs`, the median time of each other
+        engine divided by that of the compiled engine; `matmul_share`, the same ratio for the matrix products alone, or
+        None if they were not measured.
     """
-    engines = {}
+    engines: dict[str, dict[str, Any]] = {}
     for engine, answers in runs.items():
         seconds = [answer["seconds"] for answer in answers]
         engines[engine] = {
+            "dtype": dtypes[engine],
             "seconds": median(seconds),
             "lowest": min(seconds),
             "highest": max(seconds),
@@ -288,8 +396,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# MC rollouts of one iteration with every engine",
         "",
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}; medians "
-        f"of {result['repeats']} runs (lowest to highest), the engines in alternation. `engine` is the package's "
-        "compiled engine, `torch` its PyTorch sampler.",
+        f"of {result['repeats']} runs (lowest to highest), the engines in alternation, each in the dtype in the table "
+        "(`--dtype auto`: the fastest here). `engine` is the package's compiled engine, `torch` its PyTorch sampler.",
     ]
     for name, model in result["models"].items():
         lines += [
@@ -297,21 +405,22 @@ def markdown(result: dict[str, Any]) -> str:
             f"## {name}",
             "",
             f"{model['problems']} problems x {model['group_size']} responses, {model['states']} states, "
-            f"K = {result['k']}, {model['tokens']:,} tokens, {model['dtype']}.",
+            f"K = {result['k']}, {model['tokens']:,} tokens.",
             "",
-            "| engine | seconds | tokens per second | peak memory | engine is faster by |",
-            "|---|---|---|---|---|",
+            "| engine | dtype | seconds | tokens per second | peak memory | engine is faster by |",
+            "|---|---|---|---|---|---|",
         ]
         for engine, figures in model["engines"].items():
             ratio = model["ratio_vs"].get(engine)
             label = "matrix products alone" if engine == "matmul" else f"`{engine}`"
+            times = f"{figures['seconds']:.2f} ({figures['lowest']:.2f} to {figures['highest']:.2f})"
             memory = "" if engine == "matmul" else f"{figures['peak_memory_bytes'] / 2**30:.2f} GiB"
             lines.append(
-                f"| {label} | {figures['seconds']:.2f} ({figures['lowest']:.2f} to {figures['highest']:.2f}) | "
+                f"| {label} | {figures['dtype']} | {times} | "
                 f"{figures['tokens_per_second']:,.0f} | {memory} | {'' if ratio is None else f'{ratio:.2f}'} |"
             )
         lines += [
-            f"| `{engine}` | does not run this model: {reason} | | | |" for engine, reason in model["refused"].items()
+            f"| `{engine}` | does not run this model: {reason} | | | | |" for engine, reason in model["refused"].items()
         ]
         if model["matmul_share"] is not None:
             lines += ["", f"The matrix products alone are {model['matmul_share']:.0%} of the compiled engine's time."]
@@ -327,6 +436,9 @@ def main() -> None:
         "--vllm-python", help="interpreter of the environment with vLLM (`make bench-vines` creates it)"
     )
     parser.add_argument(
+        "--llama-python", help="interpreter of the environment with llama-cpp-python (`make bench-vines` creates it)"
+    )
+    parser.add_argument(
         "--problems", type=int, default=4, help="P, number of problems, for models that are not embedded"
     )
     parser.add_argument(
@@ -335,9 +447,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=9, help="K: continuations per state")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
-        help="dtype of models that are not embedded (default: bfloat16 if this CPU has instructions for it, else "
-        "float32); embedded models use float32",
+        default="auto",
+        help="auto: measure which dtype is fastest for each engine; or one dtype for all engines; or ENGINE=DTYPE,... "
+        "and auto for the others",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="number of measured runs per engine")
@@ -348,10 +460,15 @@ def main() -> None:
         parser.error(f"--engines has {', '.join(sorted(unknown))}; allowed: {', '.join(ENGINES)}")
     if "engine" not in engines:
         parser.error("--engines must contain engine, because the ratios are relative to it")
-    if "vllm" in engines and not arguments.vllm_python:
-        parser.error(
-            "--engines has vllm: set --vllm-python (`make bench-vines` creates the environment), or leave vllm out"
-        )
+    for engine, option in (("vllm", "--vllm-python"), ("llama_cpp", "--llama-python")):
+        if engine in engines and not getattr(arguments, option[2:].replace("-", "_")):
+            parser.error(
+                f"--engines has {engine}: set {option} (`make bench-vines` creates the environment), or leave it out"
+            )
+    try:
+        arguments.dtype = parse_dtypes(arguments.dtype)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     models = {}
