@@ -211,8 +211,8 @@ bool Job::take_fresh(std::vector<Live>& taken) {
   return false;
 }
 
-// Compute the keys and values of the first tokens of a trunk. `seen(begin, end, states)` is called with the hidden states
-// of the positions [begin, end).
+// Compute the keys and values of the first tokens of a trunk. `seen(begin, end, states)` is called with the hidden
+// states of the positions [begin, end).
 template <class Seen>
 void Job::compute(const std::vector<int>& tokens, int length, Cache& cache, Scratch& scratch, Seen seen) {
   std::vector<Row> rows;
@@ -283,8 +283,8 @@ void Job::draw_first(std::vector<Live>& fresh, std::vector<Live>& live, Scratch&
   fresh.clear();
 }
 
-// Number of tokens of a sample's draft that may come next: 0 without a draft, before the draft begins, and behind a token
-// that was not taken.
+// Number of tokens of a sample's draft that may come next: 0 without a draft, before the draft begins, and behind a
+// token that was not taken.
 int Job::pending(int sample) const {
   const int index = samples_[sample].draft;
   if (index < 0) return 0;
@@ -308,8 +308,8 @@ void Job::add_rows(Live& one, int drafted, std::vector<Row>& rows) {
   }
 }
 
-// Compute the last token of all samples that a thread holds, and draw their next tokens. Free rows are used for the next
-// tokens of drafts. If a sample takes one of them, the row behind it gives the token after it.
+// Compute the last token of all samples that a thread holds, and draw their next tokens. Free rows are used for the
+// next tokens of drafts. If a sample takes one of them, the row behind it gives the token after it.
 void Job::step(std::vector<Live>& live, Scratch& scratch) {
   // Attention computes samples on the same trunk together if they stand beside each other.
   std::sort(live.begin(), live.end(), [&](const Live& a, const Live& b) {

@@ -1,8 +1,9 @@
 // Drafts: tokens that were sampled in another context, which a sample takes as long as chance allows it.
 //
 // A sample with a draft computes its last token and the next tokens of the draft in one batch. The logits of each row
-// decide whether the sample takes the next token of the draft. The first token that it does not take is drawn from what
-// the distribution here has more than the one in the draft's own context, so the hidden states of that context are kept.
+// decide whether the sample takes the next token of the draft. In place of the first token that it does not take, one is
+// drawn from max(p - q, 0): p is the distribution here, q the one in the draft's own context. The hidden states of that
+// context are kept for q.
 #pragma once
 
 #include <algorithm>

@@ -242,8 +242,8 @@ EXPORT int vineppo_logits(Model* model, const int32_t* tokens, int count, float*
 
 // Start sampling. Trunk t has the tokens [trunk_starts[t], trunk_starts[t + 1]). The samples are in the order of their
 // trunks. Sample i has the excluded tokens [excluded_starts[i], excluded_starts[i + 1]). `asks` has one byte per token id
-// for every kind of stop strings; `ask_kind` is -1 for a sample without stop strings. It must stay in memory. `drafts` may
-// be null.
+// for every kind of stop strings; `ask_kind` is -1 for a sample without stop strings. It must stay in memory.
+// `drafts` may be null.
 EXPORT Job* vineppo_job_new(Model* model, int trunks, const int32_t* trunk_starts, const int32_t* tokens, int samples,
                             const int32_t* trunk_of, const int32_t* prefix_lengths, const int32_t* budgets,
                             const uint64_t* keys, const float* temperatures, const int32_t* excluded_starts,
