@@ -56,7 +56,8 @@ struct Result {
 // One call of `sample`. The threads start in the constructor and end when all samples are finished or `cancel` is
 // called. All other functions are for the thread that made the job.
 //
-// A thread holds the samples that it decodes, at most `batch`, and never waits for another thread while it holds any.
+// A thread holds the samples that it decodes, at most `batch`, and never waits for another thread while it holds any,
+// with one exception: while another thread computes the hidden states that drafts on its next trunk need.
 // It takes new samples as soon as there is room. A thread without work gets half of the samples of another thread.
 class Job {
  public:
