@@ -1,7 +1,8 @@
 // A program that runs the engine on a random model, for the sanitizers of the compiler (make engine-sanitize).
 //
-// It samples with one thread and with three, with and without questions about stop strings, within little memory, and
-// cancels some jobs. All complete runs must give the same tokens and log-probabilities.
+// It samples with one thread and with three, with and without questions about stop strings, with and without drafts,
+// within little memory, and cancels some jobs. All complete runs must give the same tokens and log-probabilities.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -54,8 +55,19 @@ Model random_model() {
 
 constexpr int TRUNKS = 9, SAMPLES = 7;
 
-// Sample, and return the tokens of all samples; stop after `events` events.
-std::vector<Result> run(const Model& model, int threads, int batch, size_t memory, bool asks, int events) {
+// The tokens of a sample as a draft for others, in the own context or in another one.
+Draft draft_from(const std::vector<TrunkRequest>& trunks, const Result& result, int trunk, int context_length,
+                 int start) {
+  const int most = static_cast<int>(trunks[trunk].tokens.size()) + 1 - context_length;
+  const int size = std::min(most, static_cast<int>(result.tokens.size()));
+  return {trunk, context_length, start, {result.tokens.begin(), result.tokens.begin() + size},
+          {result.logprobs.begin(), result.logprobs.begin() + size}};
+}
+
+// Sample, and return the tokens of all samples; stop after `events` events. With `earlier` results, some samples have
+// drafts, whose contexts are their own trunk, the next one, or a trunk without samples.
+std::vector<Result> run(const Model& model, int threads, int batch, size_t memory, bool asks, int events,
+                        const std::vector<Result>& earlier = {}) {
   static const std::vector<uint8_t> every(model.shape.vocabulary, 1);
   std::vector<TrunkRequest> trunks(TRUNKS);
   std::vector<SampleRequest> samples;
@@ -66,7 +78,17 @@ std::vector<Result> run(const Model& model, int threads, int batch, size_t memor
       samples.push_back({t, 1 + (t * i) % (3 + 7 * t), 1 + 5 * i, samples.size() * 7919u, 1.0f, {i}, asks ? every.data() : nullptr});
     }
   }
-  Job job(model, trunks, samples, {1}, threads, batch, memory);
+  std::vector<Draft> drafts;
+  if (!earlier.empty()) {
+    trunks.push_back({trunks.back().tokens, {}});
+    for (size_t i = 0; i < samples.size(); i++) {
+      if (i % 4 == 3) continue;
+      const int t = i % 4 == 0 ? samples[i].trunk : i % 4 == 1 ? (samples[i].trunk + 1) % TRUNKS : TRUNKS;
+      samples[i].draft = static_cast<int>(drafts.size());
+      drafts.push_back(draft_from(trunks, earlier[(i + 6) % earlier.size()], t, 1 + static_cast<int>(i) % 3, i % 3));
+    }
+  }
+  Job job(model, trunks, samples, drafts, {1}, threads, batch, memory);
   std::vector<Event> news;
   while (events > 0 && job.wait(50, news, 16))
     for (const Event& event : news) {
@@ -81,7 +103,8 @@ std::vector<Result> run(const Model& model, int threads, int batch, size_t memor
 
 void require_equal(const std::vector<Result>& a, const std::vector<Result>& b) {
   for (size_t i = 0; i < a.size(); i++)
-    if (a[i].tokens != b[i].tokens || a[i].logprobs != b[i].logprobs || a[i].finish != b[i].finish)
+    if (a[i].tokens != b[i].tokens || a[i].logprobs != b[i].logprobs || a[i].finish != b[i].finish ||
+        a[i].accepted != b[i].accepted)
       throw std::runtime_error("two runs gave different results");
 }
 
@@ -91,7 +114,16 @@ int main() {
   const Model model = random_model();
   const std::vector<Result> expected = run(model, 1, 8, 1u << 30, false, 1 << 30);
   const size_t little = Cache::bytes(model.shape, 59) + Cache::bytes(model.shape, 31) + 1;
+  const std::vector<Result> drafted = run(model, 1, 8, 1u << 30, false, 1 << 30, expected);
+  int accepted = 0;
+  for (const Result& result : drafted) accepted += result.accepted;
+  if (accepted < 10) throw std::runtime_error("no draft was taken");
+  const size_t more = little + Cache::bytes(model.shape, 59) + sizeof(float) * 8 * 64 * 48;
   for (int repeat = 0; repeat < 3; repeat++) {
+    require_equal(drafted, run(model, 3, 8, 1u << 30, false, 1 << 30, expected));
+    require_equal(drafted, run(model, 3, 3, more, false, 1 << 30, expected));
+    require_equal(drafted, run(model, 3, 5, 1u << 30, true, 1 << 30, expected));
+    run(model, 3, 8, 1u << 30, true, 20, expected);
     require_equal(expected, run(model, 3, 8, 1u << 30, false, 1 << 30));
     require_equal(expected, run(model, 3, 3, little, false, 1 << 30));
     require_equal(expected, run(model, 3, 5, 1u << 30, true, 1 << 30));

@@ -73,9 +73,10 @@ def uniforms(keys: np.ndarray, positions: int | np.ndarray) -> np.ndarray:
 
     Args:
         keys: keys from `stream_keys`, shape (B,) or (B, 1).
-        positions: one token position, or T positions of shape (T,).
+        positions: one token position, or a position for each key of shape (B,), or T positions of shape (T,).
     Returns:
-        Shape (B,) for keys of shape (B,) and one position; shape (B, T) for keys of shape (B, 1) and T positions.
+        Shape (B,) for keys of shape (B,) and one position, or one position each; shape (B, T) for keys of shape (B, 1)
+        and T positions.
     """
     with np.errstate(over="ignore"):
         offset = (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

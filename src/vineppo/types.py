@@ -23,6 +23,7 @@ These letters stand for the dimensions of lists and tensors in the whole package
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,54 @@ class Problem:
     template. `Codec.prompt_ids` needs it, because the ids of a prompt cannot always be computed from its text."""
 
 
+_LOGPROB_ROUNDING = 1e-4
+"""Largest positive log-probability of a draft's token that passes as a rounding error, in nats."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that were sampled in another context, from which a completion takes as many as possible.
+
+    The n tokens were sampled with the same weights and temperature, without excluded tokens, and with the random
+    numbers of another request. A completion takes the next token d of the draft with probability min(1, p(d) / q(d)): p
+    is the probability of d in the completion, q in the draft's own context. The first token that it does not take is
+    replaced by one that is drawn from max(p - q, 0), divided by its sum. The tokens behind it are drawn without the
+    draft. (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318)
+
+    Over the randomness of the draft and of the completion, the completion has exactly the distribution of the policy,
+    and each token is the draft's with the largest possible probability. For this, the draft must not be chosen by what
+    its tokens are. Given the draft, the distribution is another one: completions with the same draft are not
+    independent of each other, nor of the draft.
+
+    Raises:
+        ValueError: if the fields do not fit together.
+    """
+
+    context: tuple[int, ...]
+    """Token ids before the draft in its own context, at least one."""
+    token_ids: tuple[int, ...]
+    """Ids of the n tokens. The last one may be an end-of-sequence token."""
+    logprobs: tuple[float, ...]
+    """Log-probability of each token in the draft's own context in nats, with the temperature applied, shape (n,). They
+    are not used at temperature 0."""
+    start: int = 0
+    """Index in the completion of the draft's first token: so many tokens are drawn before it, without the draft."""
+
+    def __post_init__(self) -> None:
+        if not self.context:
+            raise ValueError("Draft.context is empty; it must have the token ids before the draft, at least one")
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(
+                f"Draft.token_ids has {len(self.token_ids)} tokens and Draft.logprobs has {len(self.logprobs)} "
+                "numbers; every token needs its log-probability"
+            )
+        if self.start < 0:
+            raise ValueError(f"Draft.start is {self.start}; it must be 0 or more")
+        for i, logprob in enumerate(self.logprobs):
+            if not -math.inf < logprob <= _LOGPROB_ROUNDING:
+                raise ValueError(f"Draft.logprobs[{i}] is {logprob}; a log-probability must be finite and at most 0")
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """Request to sample `num_samples` completions of one token prefix."""
@@ -132,6 +181,9 @@ class SampleRequest:
     stop: tuple[str, ...] = ()
     """Strings that end a completion, in addition to the end-of-sequence tokens. The completion includes the stop
     string."""
+    draft: Draft | None = None
+    """Tokens that were sampled in another context, from which each completion takes as many as possible. Tokens beyond
+    `max_new_tokens` are ignored. The sampler must have `Capabilities.drafts`."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +198,8 @@ class Completion:
     finish_reason: FinishReason
     version: int = 0
     """`Sampler.version` when the completion was sampled."""
+    accepted: int = 0
+    """Number of tokens that were taken from the request's draft. They are the tokens from index `Draft.start` on."""
 
 
 OnFinished = Callable[[Sequence[tuple[int, Completion]]], None]
@@ -166,6 +220,8 @@ class Capabilities:
     """Whether the sampler supports `SampleRequest.excluded_first`."""
     reproducible: bool
     """Whether the completions are bit-identical for any number of worker processes (details under `Sampler`)."""
+    drafts: bool = False
+    """Whether the sampler supports `SampleRequest.draft`."""
 
 
 class Sampler(Protocol):

@@ -62,6 +62,7 @@ class CurrentSampler:
         Raises:
             StaleWeights: if the version of the wrapped sampler, or of a completion, is not the number of updates that
                 the learner has made.
+            UserError: if a request has a draft and the wrapped sampler does not support drafts.
             RepeatedSeeds: if two of the requests have the same random numbers, or if a request has the random numbers
                 of a request that was sampled before a recent update.
         """
@@ -70,6 +71,11 @@ class CurrentSampler:
             raise StaleWeights(
                 f"the sampler has the weights of update {self.version} and the learner those of update {current}; call "
                 "update_weights after every change of the learner's weights"
+            )
+        if not self.capabilities.drafts and any(request.draft is not None for request in requests):
+            raise UserError(
+                f"a request has a draft, and {type(self.sampler).__name__} does not support drafts; send requests with "
+                "drafts only to a sampler whose capabilities.drafts is True"
             )
         self._check_seeds(requests, current)
         completions = self.sampler.sample(requests, on_finished)

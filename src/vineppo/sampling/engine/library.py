@@ -49,6 +49,45 @@ class Shape(ctypes.Structure):
     ]
 
 
+class DraftTable(ctypes.Structure):
+    """Drafts, with the fields of `DraftTable` in native/interface.cpp. Make one with `draft_table`."""
+
+    _fields_ = [
+        ("count", c_int32),
+        *[(name, c_void_p) for name in ("trunks", "context_lengths", "starts", "token_starts", "tokens", "logprobs")],
+        ("draft_of", c_void_p),
+    ]
+    arrays: dict[str, np.ndarray]
+    """The arrays that the pointers lead to."""
+
+
+def draft_table(
+    places: Sequence[tuple[int, int, int]],
+    tokens: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    draft_of: Sequence[int],
+) -> DraftTable:
+    """Return a table of D drafts.
+
+    Args:
+        places: for each draft, the index of the trunk with its own context, the number of tokens before it there, and
+            its position in the completion, shape (D, 3).
+        tokens, logprobs: for each draft, its token ids and their log-probabilities, at least one.
+        draft_of: for each sample, the index of its draft, or -1.
+    """
+    columns = np.array(places, np.int32).T
+    arrays = {
+        **dict(zip(("trunks", "context_lengths", "starts"), map(np.ascontiguousarray, columns), strict=True)),
+        "token_starts": np.cumsum([0, *map(len, tokens)], dtype=np.int32),
+        "tokens": np.array([token for ids in tokens for token in ids], np.int32),
+        "logprobs": np.array([logprob for row in logprobs for logprob in row], np.float32),
+        "draft_of": np.array(draft_of, np.int32),
+    }
+    table = DraftTable(len(places), **{name: array.ctypes.data for name, array in arrays.items()})
+    table.arrays = arrays
+    return table
+
+
 class Library:
     """A compiled library."""
 
@@ -208,11 +247,12 @@ class Job:
         """Say whether the last token of a sample that asks completed a stop string."""
         self.library.call("job_answer", self.pointer, sample, int(stops))
 
-    def result(self, sample: int) -> tuple[list[int], list[float], bool]:
-        """Return (token ids, log-probabilities, whether it ended before its budget) of a sample."""
-        tokens, logprobs, finish = POINTER(c_int32)(), POINTER(c_float)(), c_int()
-        count = self.library.call("job_result", self.pointer, sample, byref(tokens), byref(logprobs), byref(finish))
-        return tokens[:count], logprobs[:count], finish.value == 1
+    def result(self, sample: int) -> tuple[list[int], list[float], bool, int]:
+        """Return (token ids, log-probabilities, whether it ended before its budget, accepted tokens) of a sample."""
+        tokens, logprobs, finish, accepted = POINTER(c_int32)(), POINTER(c_float)(), c_int(), c_int()
+        pointers = byref(tokens), byref(logprobs), byref(finish), byref(accepted)
+        count = self.library.call("job_result", self.pointer, sample, *pointers)
+        return tokens[:count], logprobs[:count], finish.value == 1, accepted.value
 
 
 def start_job(
@@ -225,6 +265,7 @@ def start_job(
     threads: int,
     batch: int,
     memory: int,
+    drafts: DraftTable | None = None,
 ) -> Job:
     """Start sampling.
 
@@ -237,6 +278,7 @@ def start_job(
         threads: number of threads.
         batch: maximum number of samples that a thread decodes together.
         memory: maximum number of bytes of keys and values.
+        drafts: the drafts of the samples.
     """
     starts = np.cumsum([0, *map(len, trunks)], dtype=np.int32)
     tokens = np.array([token for trunk in trunks for token in trunk], np.int32)
@@ -257,6 +299,6 @@ def start_job(
     ends = np.array(end_tokens, np.int32)
     pointer = model.library.call(
         "job_new", model.pointer, len(trunks), starts, tokens, len(kinds), *numbers, excluded_starts, excluded_tokens,
-        kinds, asks, ends, len(ends), threads, batch, c_uint64(memory),
+        kinds, asks, ends, len(ends), threads, batch, c_uint64(memory), byref(drafts) if drafts else None,
     )  # fmt: skip
     return Job(model.library, pointer, [asks])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from vineppo.sampling.engine.drafts import Drafts
 from vineppo.sampling.engine.families import EngineModel
 from vineppo.sampling.engine.library import Job, Library, start_job
 from vineppo.sampling.engine.stops import StopTokens
@@ -40,7 +41,7 @@ class EngineSampler:
         threads: number of threads; None: as many as PyTorch uses.
     """
 
-    capabilities = Capabilities(excluded_first=True, reproducible=True)
+    capabilities = Capabilities(excluded_first=True, reproducible=True, drafts=True)
 
     def __init__(
         self,
@@ -123,7 +124,8 @@ class EngineSampler:
 
     def _start(self, requests: Sequence[SampleRequest], trunks: Sequence[Trunk], rows: Sequence[Row]) -> Job:
         """Start to decode the rows, which are in the order of their trunks."""
-        self._check_memory(trunks)
+        drafts = Drafts(requests, trunks, self._model)
+        self._check_memory(trunks, drafts)
         positions = max(len(trunk.token_ids) + trunk.budget for trunk in trunks)
         self._model.refresh(positions, self.version, in_use=self._running > 1)
         of_row = [requests[row.request] for row in rows]
@@ -153,18 +155,20 @@ class EngineSampler:
             threads,
             min(most, -(-len(rows) // threads)),
             self.kv_memory,
+            drafts.table(rows),
         )
 
-    def _check_memory(self, trunks: Sequence[Trunk]) -> None:
+    def _check_memory(self, trunks: Sequence[Trunk], drafts: Drafts) -> None:
         """Raise UserError if the keys and values of a trunk and of one of its rows do not fit into the memory."""
         kv_bytes = self._model.compiled.kv_bytes
-        for trunk in trunks:
-            needed = kv_bytes(len(trunk.token_ids)) + kv_bytes(trunk.budget)
-            if needed > self.kv_memory:
+        for i, trunk in enumerate(trunks):
+            of_drafts = drafts.bytes(i)
+            needed = kv_bytes(len(trunk.token_ids)) + kv_bytes(trunk.budget) + of_drafts
+            if trunk.rows and needed > self.kv_memory:
                 raise UserError(
                     f"a prefix of {len(trunk.token_ids)} tokens with {trunk.budget} new tokens needs {needed} bytes of "
-                    f"keys and values, but rollouts.kv_memory holds {self.kv_memory}; raise rollouts.kv_memory or "
-                    "lower rollouts.max_new_tokens"
+                    f"keys and values{' and states of drafts' if of_drafts else ''}, but rollouts.kv_memory holds "
+                    f"{self.kv_memory}; raise rollouts.kv_memory or lower rollouts.max_new_tokens"
                 )
 
     def _stop_of(self, request: SampleRequest) -> tuple[str, ...]:
@@ -181,5 +185,5 @@ class EngineSampler:
         tail = response_tail(request, stop_window(request.stop))
         return has_stop(self.policy.codec.decode, tail, token_ids, request.stop)
 
-    def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
-        return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", self.version)
+    def _completion(self, token_ids: list[int], logprobs: list[float], stopped: bool, accepted: int) -> Completion:
+        return Completion(tuple(token_ids), tuple(logprobs), "stop" if stopped else "length", self.version, accepted)

@@ -32,9 +32,19 @@ from torch.nn import functional as F
 from vineppo.model.batch import pad
 from vineppo.model.codec import Codec
 from vineppo.model.logits import selected_logits
+from vineppo.sampling.torch.drafts import DraftedSampling
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.tree import KVTree, tree_mode, tree_supported
-from vineppo.sampling.trunks import Row, Trunk, empty_results, has_stop, response_tail, stop_window, trunks_of
+from vineppo.sampling.trunks import (
+    Row,
+    Trunk,
+    draft_length,
+    empty_results,
+    has_stop,
+    response_tail,
+    stop_window,
+    trunks_of,
+)
 from vineppo.seeds import stream_keys, uniforms
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
@@ -73,7 +83,7 @@ class TorchSampler:
         kv_memory: maximum number of bytes of the keys and values of a wave.
     """
 
-    capabilities = Capabilities(excluded_first=True, reproducible=True)
+    capabilities = Capabilities(excluded_first=True, reproducible=True, drafts=True)
 
     def __init__(self, policy: LanguageModel, *, max_rows: int = 2048, kv_memory: int = 4 << 30):
         self.policy = policy
@@ -109,11 +119,27 @@ class TorchSampler:
         Raises:
             UserError: if the keys and values of a single sequence do not fit into `kv_memory`.
         """
+        if not any(map(draft_length, requests)):
+            return self._sample(requests, (), on_finished)
+        codec = self.policy.codec
+        drafted = DraftedSampling(
+            self.policy.model, codec.eos_ids, codec.decode, self.policy.device, self.version, self._sample
+        )
+        return drafted.sample(requests, on_finished)
+
+    def _sample(
+        self, requests: Sequence[SampleRequest], first_positions: Sequence[int], on_finished: OnFinished | None
+    ) -> list[list[Completion]]:
+        """Do the work of `sample` without drafts.
+
+        Args:
+            first_positions: for each request, the position of its first new token; empty: 0 for all.
+        """
         results = empty_results(requests, self.version)
         waves = [
             wave
             for indices in _groups(requests)
-            for wave in _waves(trunks_of(requests, indices), self.max_rows, self._kv_tokens())
+            for wave in _waves(trunks_of(requests, indices, first_positions), self.max_rows, self._kv_tokens())
         ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
@@ -160,6 +186,7 @@ class _Wave:
         self.trunk_of = np.repeat(np.arange(len(trunks)), [len(trunk.rows) for trunk in trunks])
         self.prefix_lengths = np.array([row.prefix_length for row in self.rows])
         self.budgets = np.array([row.budget for row in self.rows])
+        self.first_positions = np.array([row.first_position for row in self.rows])
         # The random number for position t of a row depends only on t and on this key of the row, which is computed from
         # the seed of the request and the index of the sample.
         self.keys = stream_keys(
@@ -268,11 +295,12 @@ class _Wave:
         Args:
             logits: logits of the unfinished rows, shape (B', V).
             alive: indices of the unfinished rows, shape (B',).
-            position: index of the new token in the completion.
+            position: index of the new token among those that the row samples.
         """
         if position == 0 and self.excluded:
             logits = self._without_excluded(logits, alive)
-        drawn, logprobs = draw(logits, self.temperature, uniforms(self.keys[alive], position))
+        numbers = uniforms(self.keys[alive], self.first_positions[alive] + position)
+        drawn, logprobs = draw(logits, self.temperature, numbers)
         self.token_ids[alive, position] = drawn
         self.logprobs[alive, position] = logprobs
         self.counts[alive] = position + 1

@@ -12,6 +12,7 @@ namespace vineppo {
 namespace {
 
 constexpr int PREFILL_ROWS = 48;  // positions of a trunk that are computed together
+constexpr int DRAFT_ROWS = 16;    // tokens of a draft that are computed together for a sample
 constexpr size_t LEAST_TO_SHARE = 4;
 
 uint64_t mix(uint64_t x) {  // the finalizer of SplitMix64 (Steele et al. 2014)
@@ -27,28 +28,24 @@ double uniform(uint64_t key, uint64_t position) {
 
 }  // namespace
 
-Job::Job(const Model& model, std::vector<TrunkRequest> trunks,
-         std::vector<SampleRequest> samples, std::vector<int> end_tokens, int threads, int batch, size_t memory)
+Job::Job(const Model& model, std::vector<TrunkRequest> trunks, std::vector<SampleRequest> samples,
+         std::vector<Draft> drafts, std::vector<int> end_tokens, int threads, int batch, size_t memory)
     : model_(model),
       trunk_requests_(std::move(trunks)),
       samples_(std::move(samples)),
+      drafts_(std::move(drafts)),
       end_tokens_(std::move(end_tokens)),
       batch_(batch),
+      rows_(drafts_.empty() ? batch : std::max(batch, PREFILL_ROWS)),
       memory_(memory),
       results_(samples_.size()),
       trunks_(trunk_requests_.size()),
+      states_(trunk_requests_.size()),
       index_on_trunk_(samples_.size()),
       asking_(samples_.size()),
       unfinished_(static_cast<int>(samples_.size())) {
-  for (size_t t = 0; t < trunks_.size(); t++) {
-    const std::vector<int>& on = trunk_requests_[t].samples;
-    for (size_t i = 0; i < on.size(); i++) index_on_trunk_[on[i]] = static_cast<int>(i);
-    trunks_[t].unfinished = static_cast<int>(on.size());
-    trunks_[t].trunk_bytes = Cache::bytes(model.shape, static_cast<int>(trunk_requests_[t].tokens.size()));
-    trunks_[t].branch_bytes = Cache::bytes(model.shape, most_new_tokens(static_cast<int>(t)));
-    if (trunks_[t].trunk_bytes + trunks_[t].branch_bytes > memory_)
-      throw std::invalid_argument("the keys and values of a sample do not fit into the memory");
-  }
+  prepare_contexts();
+  for (size_t t = 0; t < trunks_.size(); t++) prepare_trunk(static_cast<int>(t));
   // A system may refuse a thread. The others then do the work.
   try {
     for (int i = 0; i < std::min(threads, static_cast<int>(samples_.size())); i++) pool_.emplace_back(&Job::work, this);
@@ -96,6 +93,38 @@ void Job::answer(int sample, bool stops) {
   work_.notify_one();
 }
 
+// Find the positions of every trunk whose hidden states drafts need, and the trunks that every trunk needs.
+void Job::prepare_contexts() {
+  for (const Draft& draft : drafts_)
+    states_[draft.trunk].include(draft.context_length - 1, draft.context_length - 1 + draft.size());
+  for (size_t t = 0; t < trunks_.size(); t++) {
+    std::vector<int>& contexts = trunks_[t].contexts;
+    // A trunk with samples keeps its own states for others, because it is computed in any case.
+    if (states_[t].needed()) contexts.push_back(static_cast<int>(t));
+    for (int sample : trunk_requests_[t].samples)
+      if (samples_[sample].draft >= 0) contexts.push_back(drafts_[samples_[sample].draft].trunk);
+    std::sort(contexts.begin(), contexts.end());
+    contexts.erase(std::unique(contexts.begin(), contexts.end()), contexts.end());
+  }
+}
+
+void Job::prepare_trunk(int index) {
+  Trunk& trunk = trunks_[index];
+  const TrunkRequest& request = trunk_requests_[index];
+  if (request.samples.empty()) return;
+  for (size_t i = 0; i < request.samples.size(); i++) index_on_trunk_[request.samples[i]] = static_cast<int>(i);
+  trunk.unfinished = static_cast<int>(request.samples.size());
+  trunk.trunk_bytes = Cache::bytes(model_.shape, static_cast<int>(request.tokens.size()));
+  trunk.branch_bytes = Cache::bytes(model_.shape, most_new_tokens(index));
+  for (int context : trunk.contexts) {
+    trunk.trunk_bytes += states_[context].bytes(model_.shape);
+    if (context != index)
+      trunk.passing_bytes = std::max(trunk.passing_bytes, Cache::bytes(model_.shape, states_[context].end));
+  }
+  if (trunk.trunk_bytes + trunk.branch_bytes + trunk.passing_bytes > memory_)
+    throw std::invalid_argument("the keys and values of a sample do not fit into the memory");
+}
+
 int Job::most_new_tokens(int trunk) const {
   int most = 1;
   for (int sample : trunk_requests_[trunk].samples) most = std::max(most, samples_[sample].budget);
@@ -104,8 +133,8 @@ int Job::most_new_tokens(int trunk) const {
 
 void Job::work() {
   try {
-    Scratch scratch(model_.shape, std::max(batch_, PREFILL_ROWS));
-    scratch.logits = Array<float>(static_cast<size_t>(batch_) * padded(model_.shape.vocabulary));
+    Scratch scratch(model_.shape, std::max(rows_, PREFILL_ROWS));
+    scratch.logits = Array<float>(static_cast<size_t>(rows_) * padded(model_.shape.vocabulary));
     std::vector<Live> live;
     while (!cancelled_) {
       take_work(live, scratch);
@@ -146,10 +175,13 @@ void Job::take_work(std::vector<Live>& live, Scratch& scratch) {
       while (static_cast<int>(live.size() + fresh.size()) < batch_ && take_fresh(fresh)) {
       }
       if (fresh.empty()) {
+        while (next_trunk_ < trunks_.size() && trunk_requests_[next_trunk_].samples.empty()) next_trunk_++;
         if (static_cast<int>(live.size()) >= batch_ || next_trunk_ >= trunks_.size()) return;
         const Trunk& next = trunks_[next_trunk_];
-        if (used_ + next.trunk_bytes + next.branch_bytes > memory_) return;
-        used_ += next.trunk_bytes + next.branch_bytes;
+        const size_t bytes = next.trunk_bytes + next.branch_bytes + next.passing_bytes;
+        if (used_ + bytes > memory_) return;
+        used_ += bytes;
+        for (int context : next.contexts) states_[context].holders++;
         trunk = static_cast<int>(next_trunk_++);
       }
     }
@@ -159,6 +191,7 @@ void Job::take_work(std::vector<Live>& live, Scratch& scratch) {
     }
     prefill(trunk, scratch);
     std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= trunks_[trunk].passing_bytes;
     for (int sample : trunk_requests_[trunk].samples) fresh_.push_back(sample);
     work_.notify_all();
   }
@@ -178,26 +211,58 @@ bool Job::take_fresh(std::vector<Live>& taken) {
   return false;
 }
 
+// Compute the keys and values of the first tokens of a trunk. `seen(begin, end, states)` is called with the hidden
+// states of the positions [begin, end).
+template <class Seen>
+void Job::compute(const std::vector<int>& tokens, int length, Cache& cache, Scratch& scratch, Seen seen) {
+  std::vector<Row> rows;
+  for (int begin = 0; begin < length && !cancelled_; begin += PREFILL_ROWS) {
+    const int end = std::min(length, begin + PREFILL_ROWS);
+    rows.clear();
+    for (int p = begin; p < end; p++) rows.push_back({&cache, p + 1, nullptr, 0, &cache, p, p, tokens[p]});
+    forward(model_, rows.data(), end - begin, scratch);
+    seen(begin, end, scratch.normed.data());
+  }
+}
+
+// Compute a trunk, and the hidden states that the drafts of its samples need.
 void Job::prefill(int index, Scratch& scratch) {
   const TrunkRequest& request = trunk_requests_[index];
   Trunk& trunk = trunks_[index];
   const int length = static_cast<int>(request.tokens.size()), stride = padded(model_.shape.hidden);
   trunk.cache = std::make_unique<Cache>(model_.shape, length);
   trunk.hidden = Array<float>(request.samples.size() * stride);
-  std::vector<Row> rows;
-  for (int begin = 0; begin < length && !cancelled_; begin += PREFILL_ROWS) {
-    const int end = std::min(length, begin + PREFILL_ROWS);
-    rows.clear();
-    for (int p = begin; p < end; p++)
-      rows.push_back({trunk.cache.get(), p + 1, nullptr, 0, trunk.cache.get(), p, p, request.tokens[p]});
-    forward(model_, rows.data(), end - begin, scratch);
+  DraftStates& own = states_[index];
+  std::unique_lock<std::mutex> lock(own.computing, std::defer_lock);
+  if (own.needed()) lock.lock();
+  const bool keeps = own.needed() && !own.ready;
+  if (keeps) own.hidden = Array<float>(static_cast<size_t>(own.end - own.begin) * stride);
+  compute(request.tokens, length, *trunk.cache, scratch, [&](int begin, int end, const float* states) {
     for (size_t i = 0; i < request.samples.size(); i++) {
       const int last = samples_[request.samples[i]].prefix_length - 1;
       if (last < begin || last >= end) continue;
-      const float* state = scratch.normed.data() + static_cast<size_t>(last - begin) * stride;
+      const float* state = states + static_cast<size_t>(last - begin) * stride;
       std::copy(state, state + stride, trunk.hidden.data() + i * stride);
     }
-  }
+    if (keeps) own.store(begin, end, states, stride);
+  });
+  if (keeps) own.ready = true;
+  if (own.needed()) lock.unlock();
+  for (int context : trunk.contexts)
+    if (context != index) compute_states(context, scratch);
+}
+
+// Compute the hidden states of a trunk that drafts need, unless they are there.
+void Job::compute_states(int index, Scratch& scratch) {
+  DraftStates& states = states_[index];
+  const int stride = padded(model_.shape.hidden);
+  std::lock_guard<std::mutex> lock(states.computing);
+  if (states.ready) return;
+  states.hidden = Array<float>(static_cast<size_t>(states.end - states.begin) * stride);
+  Cache cache(model_.shape, states.end);
+  compute(trunk_requests_[index].tokens, states.end, cache, scratch,
+          [&](int begin, int end, const float* rows) { states.store(begin, end, rows, stride); });
+  states.ready = true;
 }
 
 // Draw the first token of samples.
@@ -213,46 +278,112 @@ void Job::draw_first(std::vector<Live>& fresh, std::vector<Live>& live, Scratch&
   for (size_t i = 0; i < fresh.size(); i++) {
     float* row = scratch.logits.data() + i * columns;
     for (int token : samples_[fresh[i].sample].excluded_first) row[token] = -INFINITY;
-    draw(fresh[i], row, scratch, live);
+    draw(fresh[i], row, 1, scratch, live);
   }
   fresh.clear();
 }
 
-// Compute the last token of all samples that a thread holds, and draw their next tokens.
+// Number of tokens of a sample's draft that may come next: 0 without a draft, before the draft begins, and behind a
+// token that was not taken.
+int Job::pending(int sample) const {
+  const int index = samples_[sample].draft;
+  if (index < 0) return 0;
+  const Draft& draft = drafts_[index];
+  const Result& result = results_[sample];
+  return static_cast<int>(result.tokens.size()) == draft.start + result.accepted ? draft.size() - result.accepted : 0;
+}
+
+// Add the row of a sample's last token, and rows for the next `drafted` tokens of its draft.
+void Job::add_rows(Live& one, int drafted, std::vector<Row>& rows) {
+  const SampleRequest& request = samples_[one.sample];
+  const Result& result = results_[one.sample];
+  const int count = static_cast<int>(result.tokens.size());
+  if (!one.branch) one.branch = std::make_unique<Cache>(model_.shape, most_new_tokens(request.trunk));
+  const Cache* trunk = trunks_[request.trunk].cache.get();
+  for (int i = 0; i <= drafted; i++) {
+    const int token = i == 0 ? result.tokens.back() : drafts_[request.draft].tokens[result.accepted + i - 1];
+    const int slot = count - 1 + i;
+    rows.push_back({trunk, request.prefix_length, one.branch.get(), slot + 1, one.branch.get(), slot,
+                    request.prefix_length + slot, token});
+  }
+}
+
+// Compute the last token of all samples that a thread holds, and draw their next tokens. Free rows are used for the
+// next tokens of drafts. If a sample takes one of them, the row behind it gives the token after it.
 void Job::step(std::vector<Live>& live, Scratch& scratch) {
   // Attention computes samples on the same trunk together if they stand beside each other.
   std::sort(live.begin(), live.end(), [&](const Live& a, const Live& b) {
     return std::make_pair(samples_[a.sample].trunk, a.sample) < std::make_pair(samples_[b.sample].trunk, b.sample);
   });
+  // The last token of a completion needs no row.
+  auto wanted = [&](const Live& one) {
+    const int left = samples_[one.sample].budget - static_cast<int>(results_[one.sample].tokens.size());
+    return std::min({pending(one.sample), DRAFT_ROWS, left - 1});
+  };
+  int drafting = 0, spare = rows_ - static_cast<int>(live.size());
+  for (const Live& one : live) drafting += wanted(one) > 0;
   std::vector<Row> rows;
+  std::vector<int> ends;  // of the rows of each sample
   for (Live& one : live) {
-    const SampleRequest& request = samples_[one.sample];
-    const std::vector<int32_t>& tokens = results_[one.sample].tokens;
-    const int count = static_cast<int>(tokens.size());
-    if (!one.branch)
-      one.branch = std::make_unique<Cache>(model_.shape, most_new_tokens(request.trunk));
-    rows.push_back({trunks_[request.trunk].cache.get(), request.prefix_length, one.branch.get(), count,
-                    one.branch.get(), count - 1, request.prefix_length + count - 1, tokens.back()});
+    int drafted = wanted(one);
+    if (drafted > 0) spare -= drafted = std::min(drafted, spare / drafting--);
+    add_rows(one, drafted, rows);
+    ends.push_back(static_cast<int>(rows.size()));
   }
-  const int columns = padded(model_.shape.vocabulary);
+  const size_t columns = padded(model_.shape.vocabulary);
   forward(model_, rows.data(), static_cast<int>(rows.size()), scratch);
   logits(model_, scratch.normed.data(), static_cast<int>(rows.size()), scratch.logits.data(), scratch);
   std::vector<Live> before;
   before.swap(live);
-  for (size_t i = 0; i < before.size(); i++)
-    draw(before[i], scratch.logits.data() + i * columns, scratch, live);
+  for (size_t i = 0; i < before.size(); i++) {
+    const int first = i ? ends[i - 1] : 0;
+    draw(before[i], scratch.logits.data() + first * columns, ends[i] - first, scratch, live);
+  }
 }
 
-// Draw the next token of a sample. A sample that goes on is moved to `live`.
-void Job::draw(Live& one, float* logits, Scratch& scratch, std::vector<Live>& live) {
-  const SampleRequest& request = samples_[one.sample];
-  Result& result = results_[one.sample];
-  float logprob;
-  const int token = vineppo::draw(logits, model_.shape.vocabulary, uniform(request.key, result.tokens.size()),
-                                  request.temperature, &logprob, scratch);
+// Draw the next tokens of a sample from the logits of its rows, as long as they are tokens of the draft. A sample that
+// goes on is moved to `live`.
+void Job::draw(Live& one, float* logits, int rows, Scratch& scratch, std::vector<Live>& live) {
+  for (int row = 0; row < rows; row++, logits += padded(model_.shape.vocabulary)) {
+    const bool taken = draw_token(one.sample, logits, scratch);
+    if (!goes_on(one)) return;
+    if (!taken) break;  // the next rows belong to another token
+  }
+  live.push_back(std::move(one));
+}
+
+// Draw the next token of a sample. Returns whether it was taken from the draft.
+bool Job::draw_token(int sample, float* logits, Scratch& scratch) {
+  const SampleRequest& request = samples_[sample];
+  Result& result = results_[sample];
+  const int size = model_.shape.vocabulary;
+  const double number = uniform(request.key, result.tokens.size());
+  float logprob = 0;
+  int token;
+  bool taken = false;
+  if (pending(sample) > 0) {
+    const Draft& draft = drafts_[request.draft];
+    const DraftStates& states = states_[draft.trunk];
+    const size_t row = draft.context_length - 1 + result.accepted - states.begin;
+    const float* state = states.hidden.data() + row * padded(model_.shape.hidden);
+    const DraftToken next{draft.tokens[result.accepted], draft.logprobs[result.accepted],
+                          [&](float* out) { vineppo::logits(model_, state, 1, out, scratch); }};
+    token = draw_with_draft(logits, size, number, request.temperature, next, &logprob, &taken, scratch);
+  } else {
+    token = vineppo::draw(logits, size, number, request.temperature, &logprob, scratch);
+  }
   if (token < 0) throw std::runtime_error("the logits of the model are not finite, or all tokens are excluded");
   result.tokens.push_back(token);
   result.logprobs.push_back(logprob);
+  result.accepted += taken;
+  return taken;
+}
+
+// Whether a sample goes on behind its last token. Otherwise it is finished, or the caller is asked.
+bool Job::goes_on(Live& one) {
+  const SampleRequest& request = samples_[one.sample];
+  const Result& result = results_[one.sample];
+  const int token = result.tokens.back();
   if (std::find(end_tokens_.begin(), end_tokens_.end(), token) != end_tokens_.end()) {
     one.branch.reset();
     finish(one.sample, Finish::stop);
@@ -266,8 +397,9 @@ void Job::draw(Live& one, float* logits, Scratch& scratch, std::vector<Live>& li
     one.branch.reset();
     finish(one.sample, Finish::length);
   } else {
-    live.push_back(std::move(one));
+    return true;
   }
+  return false;
 }
 
 void Job::finish(int sample, Finish how) {
@@ -279,6 +411,8 @@ void Job::finish(int sample, Finish how) {
     trunk.cache.reset();
     trunk.hidden = Array<float>();
     used_ -= trunk.trunk_bytes + trunk.branch_bytes;
+    for (int context : trunk.contexts)
+      if (--states_[context].holders == 0) states_[context].clear();
   }
   unfinished_--;
   events_.push_back({EventKind::finished, sample});

@@ -11,12 +11,13 @@
 #include <thread>
 #include <vector>
 
+#include "drafts.h"
 #include "model.h"
 
 namespace vineppo {
 
 // A trunk is a token sequence whose keys and values are computed once. The prefix of a sample consists of the first
-// tokens of its trunk.
+// tokens of its trunk. A trunk without samples is the context of drafts.
 struct TrunkRequest {
   std::vector<int> tokens;
   std::vector<int> samples;  // indices of the samples on it
@@ -30,6 +31,7 @@ struct SampleRequest {
   float temperature;
   std::vector<int> excluded_first;
   const uint8_t* asks;  // for each token id, whether it may complete a stop string; null: the sample has none
+  int draft = -1;       // index of its draft, or -1
 };
 
 enum class EventKind : int32_t { finished = 0, question = 1 };
@@ -48,17 +50,19 @@ struct Result {
   std::vector<int32_t> tokens;
   std::vector<float> logprobs;
   Finish finish = Finish::running;
+  int accepted = 0;  // number of tokens that were taken from the draft
 };
 
 // One call of `sample`. The threads start in the constructor and end when all samples are finished or `cancel` is
 // called. All other functions are for the thread that made the job.
 //
-// A thread holds the samples that it decodes, at most `batch`, and never waits for another thread while it holds any.
+// A thread holds the samples that it decodes, at most `batch`, and never waits for another thread while it holds any,
+// with one exception: while another thread computes the hidden states that drafts on its next trunk need.
 // It takes new samples as soon as there is room. A thread without work gets half of the samples of another thread.
 class Job {
  public:
   Job(const Model& model, std::vector<TrunkRequest> trunks, std::vector<SampleRequest> samples,
-      std::vector<int> end_tokens, int threads, int batch, size_t memory);
+      std::vector<Draft> drafts, std::vector<int> end_tokens, int threads, int batch, size_t memory);
   ~Job();
 
   // Wait until there are events, all samples are finished, or the time is over. Returns false if all samples are
@@ -79,7 +83,9 @@ class Job {
   struct Trunk {
     std::unique_ptr<Cache> cache;
     Array<float> hidden;  // hidden states at the ends of the prefixes of its samples, (samples, padded hidden)
-    size_t trunk_bytes = 0, branch_bytes = 0;
+    std::vector<int> contexts;  // trunks whose hidden states the drafts of its samples need
+    size_t trunk_bytes = 0, branch_bytes = 0;  // with the hidden states of `contexts`
+    size_t passing_bytes = 0;                  // more while `contexts` are computed
     int unfinished = 0;
     int branches = 0;  // of its samples
   };
@@ -87,10 +93,19 @@ class Job {
   void work();
   void take_work(std::vector<Live>& live, Scratch& scratch);
   bool take_fresh(std::vector<Live>& taken);
+  void prepare_trunk(int trunk);
+  void prepare_contexts();
   void prefill(int trunk, Scratch& scratch);
+  template <class Seen>
+  void compute(const std::vector<int>& tokens, int length, Cache& cache, Scratch& scratch, Seen seen);
+  void compute_states(int trunk, Scratch& scratch);
   void draw_first(std::vector<Live>& fresh, std::vector<Live>& live, Scratch& scratch);
   void step(std::vector<Live>& live, Scratch& scratch);
-  void draw(Live& one, float* logits, Scratch& scratch, std::vector<Live>& live);
+  int pending(int sample) const;
+  void add_rows(Live& one, int drafted, std::vector<Row>& rows);
+  void draw(Live& one, float* logits, int rows, Scratch& scratch, std::vector<Live>& live);
+  bool draw_token(int sample, float* logits, Scratch& scratch);
+  bool goes_on(Live& one);
   void finish(int sample, Finish how);
   void share(std::vector<Live>& live);
   int most_new_tokens(int trunk) const;
@@ -98,12 +113,15 @@ class Job {
   const Model& model_;
   std::vector<TrunkRequest> trunk_requests_;
   std::vector<SampleRequest> samples_;
+  std::vector<Draft> drafts_;
   std::vector<int> end_tokens_;
   int batch_;
+  int rows_;  // maximum number of rows of a step: more than `batch_` with drafts
   size_t memory_;
 
   std::vector<Result> results_;
   std::vector<Trunk> trunks_;
+  std::vector<DraftStates> states_;  // of each trunk
   std::vector<int> index_on_trunk_;  // of each sample
 
   std::mutex mutex_;

@@ -112,6 +112,39 @@ bool tiles_permitted() {
 
 #endif
 
+// Drafts. Draft d has the tokens [token_starts[d], token_starts[d + 1]). Python fills a structure of the same layout.
+struct DraftTable {
+  int32_t count;
+  const int32_t* trunks;           // for each draft, the trunk with its own context,
+  const int32_t* context_lengths;  // the number of tokens before it there,
+  const int32_t* starts;           // and its position in the completion
+  const int32_t* token_starts;
+  const int32_t* tokens;
+  const float* logprobs;
+  const int32_t* draft_of;  // for each sample, its draft or -1
+};
+
+std::vector<Draft> drafts_from(const DraftTable& table, const std::vector<TrunkRequest>& trunks, const Model& model) {
+  std::vector<Draft> drafts(table.count);
+  for (int d = 0; d < table.count; d++) {
+    Draft& draft = drafts[d];
+    const int first = table.token_starts[d], last = table.token_starts[d + 1];
+    draft.trunk = table.trunks[d];
+    draft.context_length = table.context_lengths[d];
+    draft.start = table.starts[d];
+    draft.tokens.assign(table.tokens + first, table.tokens + last);
+    draft.logprobs.assign(table.logprobs + first, table.logprobs + last);
+    require(draft.trunk >= 0 && draft.trunk < static_cast<int>(trunks.size()), "a draft has an unknown trunk");
+    const int length = draft.context_length + draft.size() - 1;
+    require(draft.size() > 0 && draft.start >= 0 && draft.context_length > 0 &&
+                length <= static_cast<int>(trunks[draft.trunk].tokens.size()) && length <= model.positions,
+            "a draft has an impossible length");
+    for (int token : draft.tokens)
+      require(token >= 0 && token < model.shape.vocabulary, "a token id of a draft is not in the vocabulary");
+  }
+  return drafts;
+}
+
 }  // namespace
 
 EXPORT const char* vineppo_error() { return last_error.c_str(); }
@@ -249,11 +282,13 @@ EXPORT int vineppo_logits(Model* model, const int32_t* tokens, int count, float*
 // Start sampling. Trunk t has the tokens [trunk_starts[t], trunk_starts[t + 1]). The samples are in the order of their
 // trunks. Sample i has the excluded tokens [excluded_starts[i], excluded_starts[i + 1]). `asks` has one byte per token id
 // for every kind of stop strings; `ask_kind` is -1 for a sample without stop strings. It must stay in memory.
+// `drafts` may be null.
 EXPORT Job* vineppo_job_new(Model* model, int trunks, const int32_t* trunk_starts, const int32_t* tokens, int samples,
                             const int32_t* trunk_of, const int32_t* prefix_lengths, const int32_t* budgets,
                             const uint64_t* keys, const float* temperatures, const int32_t* excluded_starts,
                             const int32_t* excluded, const int32_t* ask_kinds, const uint8_t* asks,
-                            const int32_t* end_tokens, int ends, int threads, int batch, uint64_t memory) {
+                            const int32_t* end_tokens, int ends, int threads, int batch, uint64_t memory,
+                            const DraftTable* drafts) {
   return guarded(static_cast<Job*>(nullptr), [&] {
     const Shape& s = model->shape;
     auto known = [&](int token) { return token >= 0 && token < s.vocabulary; };
@@ -275,8 +310,16 @@ EXPORT Job* vineppo_job_new(Model* model, int trunks, const int32_t* trunk_start
                      ask_kinds[i] < 0 ? nullptr : asks + static_cast<size_t>(ask_kinds[i]) * s.vocabulary};
       for (int token : requests[i].excluded_first) require(known(token), "an excluded token is not in the vocabulary");
     }
+    std::vector<Draft> made;
+    if (drafts != nullptr) {
+      made = drafts_from(*drafts, trunk_requests, *model);
+      for (int i = 0; i < samples; i++) {
+        requests[i].draft = drafts->draft_of[i];
+        require(requests[i].draft >= -1 && requests[i].draft < drafts->count, "a sample has an unknown draft");
+      }
+    }
     require(threads >= 1 && batch >= 1, "at least one thread and one row are needed");
-    return new Job(*model, std::move(trunk_requests), std::move(requests),
+    return new Job(*model, std::move(trunk_requests), std::move(requests), std::move(made),
                    std::vector<int>(end_tokens, end_tokens + ends), threads, batch, memory);
   });
 }
@@ -302,12 +345,14 @@ EXPORT int vineppo_job_answer(Job* job, int sample, int stops) {
 }
 
 // The tokens of a sample that has finished or asked: their number, and pointers that are valid until the job ends or
-// goes on with the sample.
-EXPORT int vineppo_job_result(Job* job, int sample, const int32_t** tokens, const float** logprobs, int* finish) {
+// goes on with the sample. `accepted`: how many of them were taken from the draft.
+EXPORT int vineppo_job_result(Job* job, int sample, const int32_t** tokens, const float** logprobs, int* finish,
+                              int* accepted) {
   const Result& result = job->result(sample);
   *tokens = result.tokens.data();
   *logprobs = result.logprobs.data();
   *finish = static_cast<int>(result.finish);
+  *accepted = result.accepted;
   return static_cast<int>(result.tokens.size());
 }
 

@@ -78,7 +78,22 @@ void logits(const Model& model, const float* hidden, int count, float* out, Scra
       out[i] = s.logit_softcap * std::tanh(out[i] / s.logit_softcap);
 }
 
-int draw(float* z, int size, double uniform, float temperature, float* logprob, Scratch& scratch) {
+namespace {
+
+// The weights exp(logit / temperature - top) of all tokens are in `scratch.weights`, and the sums of the weights up to
+// the end of each block in `scratch.block_sums`.
+struct Weights {
+  bool finite;
+  float top;
+  double total;
+  int blocks;
+
+  float logprob(float z) const { return static_cast<float>(static_cast<double>(z - top) - std::log(total)); }
+};
+
+// Divide the logits by the temperature, and find the largest. Returns false if one of them is not a number, or if the
+// largest is not finite.
+bool scale(float* z, int size, float temperature, float* top) {
   if (temperature != 1 && temperature != 0)
     for (int i = 0; i < size; i++) z[i] /= temperature;
   for (int i = size; i < padded(size); i++) z[i] = -INFINITY;
@@ -88,28 +103,34 @@ int draw(float* z, int size, double uniform, float temperature, float* logprob, 
     best = maximum(best, load(z + i));
     unequal |= load(z + i) != load(z + i);
   }
-  const float top = largest(best);
-  bool finite = std::isfinite(top);
+  *top = largest(best);
+  bool finite = std::isfinite(*top);
   for (int i = 0; i < LANES; i++) finite = finite && !unequal[i];
-  if (!finite) return -1;
-  if (temperature == 0) {
-    *logprob = 0;
-    return static_cast<int>(std::find(z, z + size, top) - z);
-  }
+  return finite;
+}
+
+Weights weigh(float* z, int size, float temperature, Scratch& scratch) {
+  Weights made{};
+  made.finite = scale(z, size, temperature, &made.top);
+  if (!made.finite) return made;
   float* weights = scratch.weights.data();
-  double* sums = scratch.block_sums.data();  // the sum of the weights up to the end of each block
-  double total = 0;
-  int blocks = 0;
-  for (int begin = 0; begin < size; begin += BLOCK, blocks++) {
+  for (int begin = 0; begin < size; begin += BLOCK, made.blocks++) {
     Vec block{};
     for (int i = begin; i < std::min(begin + BLOCK, padded(size)); i += LANES) {
-      const Vec weight = exponential(load(z + i) - top);
+      const Vec weight = exponential(load(z + i) - made.top);
       store(weights + i, weight);
       block += weight;
     }
-    total += sum(block);
-    sums[blocks] = total;
+    made.total += sum(block);
+    scratch.block_sums[made.blocks] = made.total;
   }
+  return made;
+}
+
+// The first token at which the cumulative sum of `scratch.weights` exceeds `uniform` times their sum.
+int invert(int size, int blocks, double total, double uniform, const Scratch& scratch) {
+  const float* weights = scratch.weights.data();
+  const double* sums = scratch.block_sums.data();
   const double level = std::min(uniform * total, std::nextafter(total, 0.0));
   const int block = std::min(static_cast<int>(std::upper_bound(sums, sums + blocks, level) - sums), blocks - 1);
   double reached = block ? sums[block - 1] : 0;
@@ -120,7 +141,67 @@ int draw(float* z, int size, double uniform, float temperature, float* logprob, 
     drawn = i;
     if (reached > level) break;
   }
-  *logprob = static_cast<float>(static_cast<double>(z[drawn] - top) - std::log(total));
+  return drawn;
+}
+
+// Replace the weights p in `scratch` by max(p - q, 0), where q has the given logits. Returns their sum, 0 if rounding
+// leaves nothing, or -1 if the logits are not finite. Overwrites the logits.
+double subtract(float* own_logits, int size, float temperature, const Weights& p, Scratch& scratch) {
+  Array<float> here(padded(size));
+  std::copy_n(scratch.weights.data(), padded(size), here.data());
+  const Weights q = weigh(own_logits, size, temperature, scratch);
+  if (!q.finite) return -1;
+  float* weights = scratch.weights.data();
+  double total = 0;
+  for (int begin = 0, block = 0; begin < size; begin += BLOCK, block++) {
+    for (int i = begin; i < std::min(begin + BLOCK, size); i++) {
+      weights[i] = static_cast<float>(std::max(0.0, here[i] / p.total - weights[i] / q.total));
+      total += weights[i];
+    }
+    scratch.block_sums[block] = total;
+  }
+  return total;
+}
+
+}  // namespace
+
+int draw(float* z, int size, double uniform, float temperature, float* logprob, Scratch& scratch) {
+  if (temperature == 0) {
+    float top;
+    if (!scale(z, size, temperature, &top)) return -1;
+    *logprob = 0;
+    return static_cast<int>(std::find(z, z + size, top) - z);
+  }
+  const Weights p = weigh(z, size, temperature, scratch);
+  if (!p.finite) return -1;
+  const int drawn = invert(size, p.blocks, p.total, uniform, scratch);
+  *logprob = p.logprob(z[drawn]);
+  return drawn;
+}
+
+int draw_with_draft(float* z, int size, double uniform, float temperature, const DraftToken& draft, float* logprob,
+                    bool* taken, Scratch& scratch) {
+  if (temperature == 0) {
+    const int drawn = draw(z, size, uniform, temperature, logprob, scratch);
+    *taken = drawn == draft.token;
+    return drawn;
+  }
+  const Weights p = weigh(z, size, temperature, scratch);
+  if (!p.finite) return -1;
+  *logprob = p.logprob(z[draft.token]);
+  const double share = std::min(1.0, std::exp(static_cast<double>(*logprob) - draft.logprob));
+  *taken = uniform < share;
+  if (*taken) return draft.token;
+  Array<float> own(padded(size));
+  draft.own_logits(own.data());
+  const double total = subtract(own.data(), size, temperature, p, scratch);
+  if (total < 0) return -1;
+  if (total == 0) {  // the distributions are equal except for rounding
+    *taken = share > 0;
+    return *taken ? draft.token : draw(z, size, uniform, 1, logprob, scratch);
+  }
+  const int drawn = invert(size, p.blocks, total, (uniform - share) / (1 - share), scratch);
+  *logprob = p.logprob(z[drawn]);
   return drawn;
 }
 

@@ -1,6 +1,8 @@
 // The computations of the engine.
 #pragma once
 
+#include <functional>
+
 #include "model.h"
 
 namespace vineppo {
@@ -19,5 +21,18 @@ void logits(const Model& model, const float* hidden, int count, float* out, Scra
 // exceeds `uniform` times their sum. At temperature 0: the token with the largest logit, with log-probability 0.
 // Returns -1 if the logits are not finite. Overwrites the logits (padded vocabulary).
 int draw(float* logits, int vocabulary, double uniform, float temperature, float* logprob, Scratch& scratch);
+
+// A token of a draft. `own_logits` computes the logits in the draft's own context (padded vocabulary).
+struct DraftToken {
+  int token;
+  float logprob;  // in the draft's own context
+  std::function<void(float*)> own_logits;
+};
+
+// Draw a token that is the draft's with the largest possible probability, and has the distribution of `draw`: the
+// draft's token is taken if `uniform` is below a = min(1, p / q), or else a token is drawn from max(p - q, 0) with
+// (uniform - a) / (1 - a). `taken`: whether it is the draft's token. Returns -1 as `draw`, and overwrites the logits.
+int draw_with_draft(float* logits, int vocabulary, double uniform, float temperature, const DraftToken& draft,
+                    float* logprob, bool* taken, Scratch& scratch);
 
 }  // namespace vineppo
