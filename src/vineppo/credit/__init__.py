@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from vineppo.config.messages import did_you_mean
 from vineppo.credit.algorithm import Algorithm
+from vineppo.credit.counterfactual import COUNTERFACTUAL
 from vineppo.credit.grpo import GRPO
 from vineppo.credit.ppo import PPO
 from vineppo.credit.reinforce import REINFORCE
@@ -16,7 +17,9 @@ from vineppo.credit.vineppo import VINEPPO
 from vineppo.objects import load_object
 from vineppo.types import UserError
 
-BUILT_IN: dict[str, Algorithm] = {algorithm.name: algorithm for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE)}
+BUILT_IN: dict[str, Algorithm] = {
+    algorithm.name: algorithm for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE, COUNTERFACTUAL)
+}
 """Dictionary from the name of each built-in algorithm to the algorithm."""
 COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)
 """Names of the algorithms that `vineppo compare` compares if the user does not choose any."""

@@ -1,0 +1,181 @@
+"""Counterfactual credit: what would the reward be if one token were another one?
+
+At some places of a response, another token is drawn in place of the response's token, and the response is continued
+from there. The difference between the two rewards is the credit of the other token. The continuation is coupled with
+the response: the tokens of the response behind the place are its draft (`types.Draft`), so it differs from them only as
+far as the other token changes the probabilities of later tokens. Most places change nothing later; their continuations
+cost one or two tokens, and their credit is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import Field
+
+from vineppo.config.schema import Config
+from vineppo.config.settings import Settings, require
+from vineppo.credit.algorithm import Algorithm, CreditParts
+from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
+from vineppo.sampling.graded import sampled_and_graded
+from vineppo.seeds import derive_seed, stream_keys, uniforms
+from vineppo.types import (
+    Alternative,
+    CreditFn,
+    Draft,
+    Metrics,
+    Problem,
+    Rollout,
+    RolloutGroup,
+    SampleRequest,
+    TrainingSample,
+)
+
+
+class CounterfactualSettings(Settings):
+    """Counterfactual credit: the credit of another token is the change of the reward that it causes."""
+
+    openness: float = Field(0.1, gt=0, le=1)
+    """A place whose token had the probability p is branched with the probability (1 - p) / openness, or always if 1 - p
+    is larger than `openness`. The credit is divided by this probability, so it is unbiased for every value. A smaller
+    value branches more places that are nearly certain."""
+    coupled: bool = True
+    """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
+    costs about as many tokens as the rest of the response, and is noisier."""
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """A place of a response at which another token is drawn."""
+
+    rollout: int
+    """Index of the rollout."""
+    position: int
+    """Index of the response's token that is replaced."""
+    weight: float
+    """(1 - p) / (probability of branching the place)."""
+
+
+def _build(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
+    """Build the credit function for a run (`Algorithm.build`)."""
+    capabilities = parts.sampler.capabilities
+    require(
+        capabilities.excluded_first and (capabilities.drafts or not settings.coupled),
+        "counterfactual needs a sampler that can exclude first tokens and take drafts; use a sampler of this package",
+    )
+    return counterfactual_credit(settings, parts)
+
+
+def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
+    """Build the credit function.
+
+    Let a be the token of a response at some place, s the state before it, p the probability of a, and R the reward of
+    the response. Another token b is drawn with the probability pi(b | s) / (1 - p), and continued to a response with
+    the reward R'. The credit of b, which is trained as an alternative at the place, is
+
+        (1 - p) (R' - R) / (probability of branching the place).
+
+    Its expected gradient is the sum over a and b != a of pi(a) (Q(b) - Q(a)) grad pi(b), which is the sum over b of
+    (Q(b) - V) grad pi(b): the policy gradient at s. It holds for every joint distribution of R and R'. If they are
+    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0.
+
+    Rollouts and continuations without a reward have no credit.
+    """
+
+    def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
+        rollouts = with_reward(groups)
+        branches = [
+            branch
+            for index, owner in enumerate(rollouts)
+            for branch in _branches(settings, parts.run_seed, iteration, index, owner)
+        ]
+        requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
+        prefixes = [(rollouts[b.rollout][0], rollouts[b.rollout][1].response_ids[: b.position]) for b in branches]
+        graded = sampled_and_graded(parts.sampler, parts.task, parts.codec.decode, requests, prefixes)
+        alternatives: list[list[Alternative]] = [[] for _ in rollouts]
+        decoded = taken = 0
+        for branch, group in zip(branches, graded, strict=True):
+            completion, _, reward = group[0]
+            decoded += len(completion.token_ids) - completion.accepted
+            taken += completion.accepted
+            change = 0.0 if reward is None else reward - reward_of(rollouts[branch.rollout][1])
+            if change:
+                token, advantage = completion.token_ids[0], branch.weight * change
+                alternatives[branch.rollout].append(Alternative(branch.position, token, advantage))
+        samples = [
+            training_sample(rollout, [0.0] * len(rollout.response_ids), alternatives=of_rollout)
+            for (_, rollout), of_rollout in zip(rollouts, alternatives, strict=True)
+        ]
+        count = max(1, len(rollouts))
+        metrics = {
+            "tokens/mc": float(decoded),
+            "tokens/scored": float(taken),
+            "credit/branches": len(branches) / count,
+            "credit/alternatives": sum(map(len, alternatives)) / count,
+        }
+        return one_per_rollout(groups, samples), metrics
+
+    return credit
+
+
+def _branches(
+    settings: CounterfactualSettings, run_seed: int, iteration: int, index: int, owner: tuple[Problem, Rollout]
+) -> list[_Branch]:
+    """Return the places of a rollout that are branched, drawn at random."""
+    problem, rollout = owner
+    seed = derive_seed(run_seed, iteration, problem.id, "branches", index)
+    keys = stream_keys(np.array([seed], np.uint64), np.array([0]))
+    numbers = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
+    branches = []
+    for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
+        others = -math.expm1(logprob)  # 1 - p
+        chance = min(1.0, others / settings.openness)
+        if number < chance:
+            branches.append(_Branch(index, position, others / chance))
+    return branches
+
+
+def _request(
+    settings: CounterfactualSettings,
+    parts: CreditParts,
+    iteration: int,
+    owner: tuple[Problem, Rollout],
+    branch: _Branch,
+) -> SampleRequest:
+    """Return the request for another token and its continuation."""
+    problem, rollout = owner
+    ids, at = rollout.response_ids, branch.position
+    behind = ids[at + 1 :]
+    draft = Draft(rollout.prompt_ids + ids[: at + 1], behind, rollout.sampler_logprobs[at + 1 :], start=1)
+    return SampleRequest(
+        prompt_ids=rollout.prompt_ids + ids[:at],
+        num_samples=1,
+        max_new_tokens=parts.max_new_tokens - at,
+        seed=derive_seed(parts.run_seed, iteration, problem.id, "counterfactual", branch.rollout, at),
+        response_tokens=at,
+        excluded_first=(ids[at],),
+        temperature=parts.temperature,
+        stop=parts.stop,
+        draft=draft if settings.coupled and behind else None,
+    )
+
+
+def _check(settings: CounterfactualSettings, config: Config) -> None:
+    """Raise UserError if the settings do not fit the configuration (`Algorithm.check`)."""
+    require(
+        config.learner.advantage_scaling == "none",
+        f"learner.advantage_scaling is {config.learner.advantage_scaling}, which divides by the deviation of the "
+        "credit of the response's tokens, and counterfactual gives them 0; allowed: none",
+    )
+
+
+COUNTERFACTUAL = Algorithm(
+    name="counterfactual",
+    label="Counterfactual",
+    build=_build,
+    settings=CounterfactualSettings,
+    check=_check,
+    colour="#7F3C8D",
+)

@@ -1,0 +1,63 @@
+"""Counterfactual credit: its expected gradient in the enumerable world, and what coupling saves."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.world import World, build_world
+from vineppo.credit.algorithm import CreditParts
+from vineppo.credit.counterfactual import CounterfactualSettings, counterfactual_credit
+from vineppo.types import Metrics, TrainingSample
+
+RESPONSES = 20_000
+"""Number of responses; enough for a standard error of the gradient's length of at most 2%."""
+
+
+def parts(world: World) -> CreditParts:
+    return CreditParts(
+        sampler=world.sampler(),
+        task=world.task,
+        codec=world.policy.codec,
+        predict_values=lambda rollouts: [],
+        run_seed=5,
+        group_size=1,
+        max_new_tokens=world.max_new_tokens,
+        temperature=world.temperature,
+        stop=(),
+    )
+
+
+def credit_of(world: World, count: int = RESPONSES, **settings: object) -> tuple[list[TrainingSample], Metrics]:
+    function = counterfactual_credit(CounterfactualSettings(**settings), parts(world))  # type: ignore[arg-type]
+    return function([world.sampled_group(count, 0)], 0)
+
+
+@pytest.mark.parametrize("settings", [{"openness": 0.5}, {"openness": 1.0}, {"openness": 0.5, "coupled": False}])
+def test_the_expected_gradient_is_the_policy_gradient(settings: dict[str, float]) -> None:
+    world = build_world(3)
+    samples, _ = credit_of(world, **settings)
+    exact = world.table_gradient.ravel()
+    terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
+    # Rarely reached states have too few terms for a normal distribution of their mean.
+    often = (terms != 0).sum(0) > 500
+    assert np.linalg.norm(exact[often]) > 0.9 * np.linalg.norm(exact)
+    error = terms.std(0, ddof=1) / math.sqrt(len(samples))
+    assert np.abs((terms.mean(0) - exact)[often] / error[often]).max() < 4.5
+    along = terms @ exact / (exact @ exact)  # its expectation is 1
+    assert along.mean() == pytest.approx(1, abs=4.5 * along.std() / math.sqrt(len(samples)))
+    assert along.std() / math.sqrt(len(samples)) < 0.02
+
+
+def test_coupling_lowers_the_noise_and_the_tokens() -> None:
+    world = build_world(4)
+    noise, tokens = {}, {}
+    for coupled in (True, False):
+        samples, metrics = credit_of(world, 4000, openness=1.0, coupled=coupled)
+        noise[coupled] = np.mean([sum(a.advantage**2 for a in sample.alternatives) for sample in samples])
+        tokens[coupled] = metrics["tokens/mc"]
+        assert (metrics["tokens/scored"] > 0) == coupled
+    assert tokens[True] < 0.8 * tokens[False]
+    assert noise[True] < 0.9 * noise[False]
