@@ -13,8 +13,8 @@ in the loss, and one optimizer step per epoch.
 
 Each form has a separate process. In each of `--repeats` rounds after a warm-up, every form trains once, while the
 others are idle. The script prints a table and writes update.json and update.md: for each form the seconds (median,
-lowest, highest), the peak memory of the process, and the number of tokens that go through the policy. The ratios are the
-seconds of `vineppo` divided by those of another form, so that less than 1 is faster.
+lowest, highest), the peak memory of the process, and the number of tokens that go through the policy. The ratios are
+the seconds of `vineppo` divided by those of another form, so that less than 1 is faster.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The content of the file that the processes of the forms read.
     """
-    from vines import task_of
+    from vines import task_of  # type: ignore[import-not-found]  # a script next to this one
 
     from vineppo.config.schema import ModelConfig
     from vineppo.model.location import resolve_model_path
@@ -262,10 +262,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Training on the rollouts of one iteration",
         "",
-        f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}, float32; "
-        f"medians of {result['repeats']} runs (lowest to highest), the forms in alternation. Two epochs with one "
-        "optimizer step each and a KL penalty in the loss. `plain` is the learner of `vineppo` without its savings, "
-        "`trl` the loss and the optimizer of TRL's `GRPOTrainer`. Tokens are those that go through the policy, with "
+        f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}, "
+        f"float32; medians of {result['repeats']} runs (lowest to highest), the forms in alternation. Two epochs with "
+        "one optimizer step each and a KL penalty in the loss. `plain` is the learner of `vineppo` without its "
+        "savings, `trl` the loss and the optimizer of TRL's `GRPOTrainer`. Tokens are those that go through the policy, with "
         "padding, without those of the reference.",
     ]
     for name, model in result["models"].items():
@@ -273,7 +273,8 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             f"## {name}",
             "",
-            f"{model['problems']} problems x {model['group_size']} responses, {model['tokens_of_the_sequences']:,} tokens.",
+            f"{model['problems']} problems x {model['group_size']} responses, "
+            f"{model['tokens_of_the_sequences']:,} tokens.",
             "",
             "| form | seconds | tokens | peak memory | seconds of vineppo / seconds |",
             "|---|---|---|---|---|",

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from vineppo.learning.scaling import scale_advantages, shift_and_divisor
 from vineppo.types import Alternative, TrainingSample, UserError
 
 T = TypeVar("T")
@@ -230,6 +231,25 @@ def padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
     """
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
+
+
+def scaled_samples(
+    samples: Sequence[TrainingSample], rows: Sequence[Sequence[float]], scaling: str
+) -> list[TrainingSample]:
+    """Return the samples with scaled advantages.
+
+    Args:
+        rows: advantages of the trained tokens of each sample, before the scaling.
+        scaling: as in `scale_advantages`.
+    """
+    # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+    counted = [(0.0,) * len(s.trained_weights) if s.without_reward else s.trained_weights for s in samples]
+    # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
+    divisor = shift_and_divisor(rows, scaling, counted)[1]
+    return [
+        replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
+        for s, row in zip(samples, scale_advantages(rows, scaling, counted), strict=True)
+    ]
 
 
 def divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Alternative, ...]:

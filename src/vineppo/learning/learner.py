@@ -30,20 +30,19 @@ from vineppo.learning.experience import (
     Experience,
     check_samples,
     credited,
-    divided,
-    largest_gap,
     loss_scale,
     minibatches,
-    padded,
     ratio_weight,
+    scaled_samples,
     total_weight,
     trained_part,
     without_truncated,
 )
-from vineppo.learning.losses import clipped_value_loss, kl_estimate
+from vineppo.learning.losses import clipped_value_loss
 from vineppo.learning.objective import policy_loss, tokens_of
 from vineppo.learning.optim import GradientError, Optimizer, lr_factor
-from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
+from vineppo.learning.sample_metrics import kl_metric, kl_of_tokens, sample_metrics
+from vineppo.learning.scaling import penalties_to_go
 from vineppo.learning.scores import Savings, Scores, ScoreSheet, micro_batches_of, sequences_of, weights_of
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import sequence_scores
@@ -255,14 +254,15 @@ class TorchLearner:
         refs = self._ref_logprobs(samples, kl_weights)
         rows = [trained_part(s.advantages, s) for s in samples]
         if self.reference is not None and self.config.kl.place == "reward":
-            penalties = [self._penalties(o, r or ()) for o, r in zip(sheet.logprobs, refs, strict=True)]
+            penalties = [kl_of_tokens(o, r or (), self.config.kl) for o, r in zip(sheet.logprobs, refs, strict=True)]
             rows = [
                 [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
                 for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
             ]
+        scaled = scaled_samples(samples, rows, self.config.advantage_scaling)
         experience = [
             Experience(sample, None, (), ref, loss_scale(sample, self.config.reduction), weight)
-            for sample, ref, weight in zip(self._scaled(samples, rows), refs, kl_weights, strict=True)
+            for sample, ref, weight in zip(scaled, refs, kl_weights, strict=True)
         ]
 
         def with_old(chosen: Iterable[int]) -> None:
@@ -277,51 +277,10 @@ class TorchLearner:
             share = num_rollouts * len(first) / len(samples)
             gradient = self._policy_gradient([experience[i] for i in first], share, sheet, first)
             with_old(joined)
-        return experience, self._sample_metrics(samples, sheet.scores(), refs, kl_weights, num_rollouts), gradient
-
-    def _scaled(self, samples: Sequence[TrainingSample], rows: list[list[float]]) -> list[TrainingSample]:
-        """Return the samples with scaled advantages.
-
-        Args:
-            rows: advantages of the trained tokens of each sample.
-        """
-        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
-        counted = [(0.0,) * len(s.trained_weights) if s.without_reward else s.trained_weights for s in samples]
-        # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
-        return [
-            replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
-            for s, row in zip(samples, rows, strict=True)
-        ]
-
-    def _sample_metrics(
-        self,
-        samples: Sequence[TrainingSample],
-        scores: Scores,
-        refs: Sequence[tuple[float, ...] | None],
-        kl_weights: Sequence[float],
-        num_rollouts: int,
-    ) -> Metrics:
-        """Return the metrics of the samples before the first update.
-
-        `kl/ref` is a sum over the tokens of a rollout, and a mean over rollouts. If `config.kl.share` is below 1, it is
-        an unbiased estimate from the samples whose KL term is computed, with the same weights as in the loss.
-        """
-        rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
-        metrics: Metrics = {
-            "policy/entropy": scores.entropy,
-            "policy/sampler_logprob_gap": largest_gap(scores.logprobs, samples),
-            "policy/logprob_excess": scores.excess,
-            "policy/logprob_excess_error": scores.excess_error,
-            "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
-            / (sum(map(sum, weights)) or 1),
-        }
+        metrics = sample_metrics(samples, sheet.scores())
         if self.reference is not None:
-            parts = zip(scores.logprobs, refs, weights, kl_weights, strict=True)
-            sums = [k * _weighted_sum([w], [self._penalties(o, r)]) for o, r, w, k in parts if r is not None]
-            metrics["kl/ref"] = sum(sums) / num_rollouts
-        return metrics
+            metrics["kl/ref"] = kl_metric(samples, sheet.logprobs, refs, kl_weights, self.config.kl) / num_rollouts
+        return experience, metrics, gradient
 
     def _kl_weights(self, count: int, iteration: int) -> list[float]:
         """Return the factor of the KL term of each sample: 1 / share with probability `config.kl.share`, else 0."""
@@ -346,11 +305,6 @@ class TorchLearner:
             for i in drawn:
                 refs[i] = tuple(sheet.logprobs[i])
         return refs
-
-    def _penalties(self, old: Sequence[float], ref: Sequence[float]) -> list[float]:
-        """Return the KL estimate of each trained token of a sample. The arguments and the result have shape (N,)."""
-        kl = self.config.kl
-        return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
 
     def logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> Scores:
         """Compute the log-probabilities of the trained tokens and of the alternatives under a policy."""
@@ -530,8 +484,3 @@ def _gradient_errors_named(iteration: int, network: str, setting: str, lr: float
             f"iteration {iteration}: {error} ({network}); lower {setting}, which is {lr:g}, and continue from the last "
             f"checkpoint with --resume RUN --{option} {lr / 10:g}, or start a new run with model.dtype float32"
         ) from None
-
-
-def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Return the sum of weight times entry over all entries of all rows. The rows can have different lengths."""
-    return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))
