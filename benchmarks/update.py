@@ -265,8 +265,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` on {result['platform']}, {result['threads']} threads, torch {result['torch']}, "
         f"float32; medians of {result['repeats']} runs (lowest to highest), the forms in alternation. Two epochs with "
         "one optimizer step each and a KL penalty in the loss. `plain` is the learner of `vineppo` without its "
-        "savings, `trl` the loss and the optimizer of TRL's `GRPOTrainer`. Tokens are those that go through the policy, with "
-        "padding, without those of the reference.",
+        "savings, `trl` the loss and the optimizer of TRL's `GRPOTrainer`. Tokens are those that go through the "
+        "policy, with padding, without those of the reference.",
     ]
     for name, model in result["models"].items():
         lines += [

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from tests.model.test_packing import SHAPE
 from vineppo.model import logits, output
-from vineppo.model.sequences import build_sequences
+from vineppo.model.sequences import build_sequences, mode
 from vineppo.types import Alternative
 
 FAMILIES: dict[str, PretrainedConfig] = {
@@ -34,17 +34,19 @@ def build(family: str) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk", [1, 3 * 60, 1 << 20])
-def test_chunks_give_the_same_scores_and_gradients(monkeypatch: pytest.MonkeyPatch, family: str, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "packed"), [(1, True), (3 * 60, False), (1 << 20, True)])
+def test_chunks_give_the_same_scores_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, family: str, chunk: int, packed: bool
+) -> None:
     model = build(family)
-    assert output.output_of(model) is not None
     monkeypatch.setattr(logits, "CHUNKED_FROM", 0)
     monkeypatch.setattr(output, "CHUNK", chunk)
-    sequences = build_sequences(IDS, MASKS, OTHERS, False, torch.device("cpu"))
+    sequences = build_sequences(IDS, MASKS, OTHERS, packed, torch.device("cpu"))
     factors = torch.randn(7 + 4, generator=torch.Generator().manual_seed(1))
 
     def outcome(chunked: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-        scores = logits.sequence_scores(model, sequences, 0.7, entropies=True, variances=True, chunked=chunked)
+        with mode(model, packed):
+            scores = logits.sequence_scores(model, sequences, 0.7, entropies=True, variances=True, chunked=chunked)
         assert scores.entropies is not None and scores.variances is not None
         loss = (scores.logprobs * factors).sum() + (scores.entropies * factors[:7].square()).sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
@@ -52,6 +54,7 @@ def test_chunks_give_the_same_scores_and_gradients(monkeypatch: pytest.MonkeyPat
         return numbers, torch.cat([g.flatten() for g in gradients])
 
     (numbers, gradient), (expected_numbers, expected) = outcome(True), outcome(False)
+    assert output.output_of(model) is not None
     for found, wanted in zip(numbers, expected_numbers, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert (gradient - expected).abs().max() < 1e-6 * expected.abs().max()

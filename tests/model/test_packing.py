@@ -106,6 +106,14 @@ def test_a_common_prefix_is_packed_once() -> None:
     assert common_prefix((1, 2), (1, 2, 3)) == 2 and common_prefix((7,), (1,)) == 0
 
 
+def test_a_short_common_prefix_is_not_shared() -> None:
+    """Otherwise prompts that only start with the same token would need masks in the attention."""
+    sequences = [(7, *tokens(19, 1)), (7, *tokens(19, 2))]
+    packing = pack(sequences)
+    assert packing.token_ids.shape == (1, 40) and packing.blocks[0].whole and packing.blocks[0].causal
+    assert [len(group) for group in packed_batches(sequences, 39)] == [1, 1]
+
+
 @pytest.mark.parametrize("limit", [1, 30, 45, 1000])
 def test_micro_batches_count_packed_tokens(limit: int) -> None:
     sequences = tree()

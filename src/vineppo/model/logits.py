@@ -88,7 +88,8 @@ def sequence_scores(
         chunked: whether the logits may be computed in chunks.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    output = output_of(model) if chunked and len(sequences.targets) * vocabulary >= CHUNKED_FROM else None
+    many = chunked and len(sequences.targets) * vocabulary >= CHUNKED_FROM
+    output = output_of(model, sequences.packing is not None) if many else None
     others = (sequences.places, sequences.alternatives)
     if output is not None:
         hidden: list[torch.Tensor] = []

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vineppo.model.packing import pack
+
 CHUNK = 1 << 23
 """Number of logits of a chunk (C * V), at least those of one hidden state."""
 
@@ -47,12 +49,15 @@ _OPERATIONS: WeakKeyDictionary[Any, tuple[float, float | None] | None] = WeakKey
 """Model -> (factor, cap) of its output layer, or None if they do not give the logits of the model."""
 
 
-def output_of(model: Any) -> Output | None:
+def output_of(model: Any, packed: bool = False) -> Output | None:
     """Return the output layer of a model, or None if its logits cannot be computed from the weight alone.
 
     They cannot if the layer has adapters or hooks, is no `nn.Linear`, or is followed by other operations than a factor
     and a soft cap that the configuration of the model describes. Whether the described operations give the logits of
     the model is tried on a short sequence, once for each model.
+
+    Args:
+        packed: whether the model is in `packed_mode`.
     """
     layer = model.get_output_embeddings()
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
@@ -60,13 +65,13 @@ def output_of(model: Any) -> Output | None:
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return None
     if model not in _OPERATIONS:
-        _OPERATIONS[model] = _tried(model, layer)
+        _OPERATIONS[model] = _tried(model, layer, packed)
     found = _OPERATIONS[model]
     return None if found is None else Output(layer.weight, layer.bias, *found)
 
 
 @torch.no_grad()
-def _tried(model: Any, layer: nn.Linear) -> tuple[float, float | None] | None:
+def _tried(model: Any, layer: nn.Linear, packed: bool) -> tuple[float, float | None] | None:
     """Return the operations (factor, cap) after the output layer, or None if they do not give the model's logits."""
     config = model.config.get_text_config()
     divisor = getattr(config, "logits_scaling", None)
@@ -75,8 +80,9 @@ def _tried(model: Any, layer: nn.Linear) -> tuple[float, float | None] | None:
     hidden = []
     handle = layer.register_forward_pre_hook(lambda _layer, inputs: hidden.append(inputs[0]))
     try:
-        ids = torch.arange(8, device=layer.weight.device)[None] % config.vocab_size  # (1, 8)
-        expected = model(input_ids=ids, use_cache=False).logits  # (1, 8, V)
+        row = pack([[token % config.vocab_size for token in range(8)]], layer.weight.device)
+        inputs = {"position_ids": row.position_ids, "packing": row} if packed else {}
+        expected = model(input_ids=row.token_ids, use_cache=False, **inputs).logits  # (1, 8, V)
     finally:
         handle.remove()
     found = Output(layer.weight, layer.bias, *operations).logits(hidden[0]).to(expected.dtype)

@@ -36,6 +36,8 @@ _TRIAL_DISTANCE_ROUNDED = 0.2
 """The same limit for 16-bit weights."""
 _GATHERED = 8
 """A micro-batch gathers at most this number of keys for each token that it may have (`packed_batches`)."""
+_WORTH_SHARING = 0.2
+"""A common prefix is shared from this share of a sequence on (`shared_tokens`)."""
 _SHORTEST = 0.6
 """A sequence with fewer queries or keys than this share of the longest sequence of a block starts a new block."""
 
@@ -103,6 +105,16 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
+def shared_tokens(last: Sequence[int], sequence: Sequence[int]) -> int:
+    """Return the number of tokens that a sequence shares with the sequence before it in a packed row.
+
+    A short common prefix is not shared: the attention to shared tokens needs a mask and copies of the keys, which take
+    more time than a few tokens in the linear layers.
+    """
+    common = common_prefix(last, sequence)
+    return common if common >= _WORTH_SHARING * len(sequence) else 0
+
+
 def packed_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Divide sequences into micro-batches of at most `max_tokens` packed tokens.
 
@@ -119,7 +131,7 @@ def packed_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[
     # In lexicographic order, the longest prefix that a sequence has in common with any before it is that with the last.
     for index in sorted(range(len(sequences)), key=lambda i: (sequences[i], i)):
         length = len(sequences[index])
-        own = length - (common_prefix(sequences[groups[-1][-1]], sequences[index]) if groups else 0)
+        own = length - (shared_tokens(sequences[groups[-1][-1]], sequences[index]) if groups else 0)
         if groups and tokens + own <= max_tokens and gathered + length <= _GATHERED * max_tokens:
             groups[-1].append(index)
             tokens, gathered = tokens + own, gathered + length
@@ -132,7 +144,7 @@ def packed_batches(sequences: Sequence[Sequence[int]], max_tokens: int) -> list[
 def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Packing:
     """Pack sequences into one row.
 
-    A sequence shares the tokens that it has in common with the start of the sequence before it.
+    A sequence shares the tokens that it has in common with the start of the sequence before it, if they are many.
 
     Args:
         sequences: the token ids of each sequence, at least one token each.
@@ -144,7 +156,7 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu")
     last: Sequence[int] = ()
     total = 0
     for sequence in sequences:
-        start, length = common_prefix(last, sequence), len(sequence)
+        start, length = shared_tokens(last, sequence), len(sequence)
         own = np.arange(total, total + length - start)
         paths.append(np.concatenate([paths[-1][:start], own]) if start else own)
         starts.append(start)
