@@ -20,6 +20,7 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.learning.losses import kl_estimate
 from vineppo.learning.optim import lr_factor
 from vineppo.learning.scaling import penalty_to_go
+from vineppo.learning.scores import Savings
 from vineppo.model.batch import collate, micro_batches
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
@@ -31,6 +32,7 @@ from vineppo.types import Alternative, Metrics, TrainingSample, UserError
 
 TOKENIZER = build_tokenizer()
 TEMPERATURE = 0.7
+NONE = Savings(packed=False, first_forward=False, chunked=False)
 
 
 def build_policy(seed: int = 0, dtype: torch.dtype = torch.float32) -> Policy:
@@ -84,7 +86,7 @@ def build_learner(
 ) -> TorchLearner:
     """Build a learner; by default one epoch with a single minibatch."""
     ppo = options.pop("ppo", CriticConfig(value_lr=1e-3))
-    total_updates = options.pop("total_updates", 100)
+    total_updates, savings = options.pop("total_updates", 100), options.pop("savings", Savings())
     config = LearnerConfig(**{"lr": 1e-3, "epochs": 1, "minibatch_size": 100, **options})
     return TorchLearner(
         policy,
@@ -95,6 +97,7 @@ def build_learner(
         temperature=TEMPERATURE,
         total_updates=total_updates,
         seed=0,
+        savings=savings,
     )
 
 
@@ -422,7 +425,7 @@ def test_every_epoch_contains_every_sample_once_in_a_different_order() -> None:
         assert num_rollouts == len(minibatch)
         return original(minibatch, train_policy, num_rollouts, iteration)
 
-    learner._update = recording_update  # type: ignore[method-assign]
+    learner._update = recording_update  # type: ignore[method-assign, assignment]
     assert learner.update(samples, 1, len(samples))["updates"] == 9
     # The short last minibatch is used without filling it up.
     assert [len(m) for m in seen] == [3, 3, 1] * 3
@@ -688,7 +691,8 @@ def test_dropping_tokens_without_an_advantage_does_not_change_the_update(
         handle = policy.model.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
         )
-        learner = build_learner(policy, minibatch_size=minibatch_size, epochs=2, micro_batch_tokens=1)
+        # The padded form, and one pass for the old log-probabilities, so that only the removal of tokens saves tokens.
+        learner = build_learner(policy, minibatch_size=minibatch_size, epochs=2, micro_batch_tokens=1, savings=NONE)
         metrics = learner.update(samples, 1, len(samples))
         handle.remove()
         return weights(policy.model), metrics

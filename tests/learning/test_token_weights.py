@@ -15,6 +15,7 @@ import torch
 
 from tests.helpers import update_with_gradient
 from tests.learning.test_learner import (
+    NONE,
     RAGGED,
     TWO,
     build_learner,
@@ -263,7 +264,7 @@ def test_dropping_tokens_of_weight_zero_does_not_change_the_gradient(monkeypatch
     seen: list[int] = []
 
     def gradient_of(batch: list[TrainingSample]) -> torch.Tensor:
-        learner = build_learner(build_policy(dtype=torch.float64), lr=0.0, micro_batch_tokens=1)
+        learner = build_learner(build_policy(dtype=torch.float64), lr=0.0, micro_batch_tokens=1, savings=NONE)
         handle = learner.policy.model.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
         )

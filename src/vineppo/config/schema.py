@@ -336,8 +336,20 @@ class KLConfig(Settings):
     KL(policy || reference) (DeepSeek-V3.2, arXiv 2512.02556; `use_bias_correction_kl` of TRL). If false, the expected
     gradient of k3 is that of KL(reference || policy)."""
 
+    share: float = Field(1.0, gt=0, le=1)
+    """For `place: loss`: probability with which the KL term of a response is computed. It is then divided by this
+    number, so that the expected gradient stays the same. A lower share saves time, because other responses need no
+    reference model and only the tokens with an advantage, and adds noise to the gradient of the KL term."""
+
     def check(self) -> None:
-        """Raise UserError for the estimator k1 in the loss, because its expected gradient is 0 there."""
+        """Raise UserError for the estimator k1 in the loss, because its expected gradient is 0 there, and for a share
+        of the penalty in the reward.
+        """
+        require(
+            self.share == 1 or self.place == "loss" or self.coefficient == 0,
+            f"learner.kl.share is {self.share:g} and learner.kl.place is reward, but only a KL term in the loss can be "
+            "computed for a part of the responses; set learner.kl.share to 1 or learner.kl.place to loss",
+        )
         require(
             not (self.place == "loss" and self.estimator == "k1" and self.coefficient > 0) or self.importance_weighted,
             "learner.kl.estimator is k1, whose expected gradient in the loss is 0; set learner.kl.estimator to k2 or "

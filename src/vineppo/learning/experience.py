@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from vineppo.learning.scaling import scale_advantages, shift_and_divisor
 from vineppo.types import Alternative, TrainingSample, UserError
 
 T = TypeVar("T")
@@ -22,14 +23,18 @@ class Experience:
     """A training sample with log-probabilities that the learner computed before the first update of the iteration."""
 
     sample: TrainingSample
-    old_logprobs: tuple[float, ...]
-    """Log-probabilities of the trained tokens under the policy, shape (N,)."""
+    old_logprobs: tuple[float, ...] | None
+    """Log-probabilities of the trained tokens under the policy, shape (N,). None before the forward pass of the first
+    minibatch, if they are taken from it."""
     old_alternatives: tuple[float, ...]
     """Log-probabilities of the alternatives under the policy, shape (A,)."""
     ref_logprobs: tuple[float, ...] | None
-    """Log-probabilities of the trained tokens under the reference model, shape (N,); None without a reference model."""
+    """Log-probabilities of the trained tokens under the reference model, shape (N,); None without a reference model and
+    for samples whose KL term is left out."""
     scale: float = 1.0
     """Factor of the policy loss of every trained token (`loss_scale`)."""
+    kl_weight: float = 1.0
+    """Factor of the KL term of every trained token: 0 if it is left out (`learner.kl.share`)."""
 
 
 class Counts(NamedTuple):
@@ -137,7 +142,7 @@ def minibatches(order: Sequence[T], size: int, num_rollouts: int) -> list[Sequen
     return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
 
 
-def credited(minibatch: Sequence[Experience]) -> list[Experience]:
+def credited(minibatch: Sequence[Experience], whole: Sequence[bool] = ()) -> list[tuple[int, Experience]]:
     """Remove the tokens that do not contribute to the gradient of PPO's clipped objective, to save computation.
 
     A token contributes if its weight is not 0, and its advantage or that of an alternative at its position is not 0.
@@ -145,17 +150,24 @@ def credited(minibatch: Sequence[Experience]) -> list[Experience]:
     other sample is cut after its last token that contributes, and `loss_mask` becomes 0 for the remaining tokens that
     do not contribute. The update stays the same, because the probability of a token does not depend on later tokens.
 
+    Args:
+        minibatch: the samples.
+        whole: True for samples of which all tokens stay, because they have other terms of the loss; one entry for each
+            sample, or none for all False.
     Returns:
-        The remaining samples; at least one, even if no token contributes.
+        (index in the minibatch, the remaining sample) of the remaining samples; at least one, even if no token
+        contributes.
     """
-    parts = [part for part in map(_part_with_gradient, minibatch) if any(part.sample.loss_mask)]
+    parts = [(i, e if whole and whole[i] else _part_with_gradient(e)) for i, e in enumerate(minibatch)]
+    parts = [(i, part) for i, part in parts if (whole and whole[i]) or any(part.sample.loss_mask)]
     # If no token contributes, the optimizer still makes a step, with gradient 0, so that Adam's moments decay as usual.
-    return parts or [minibatch[0]]
+    return parts or [(0, minibatch[0])]
 
 
 def _part_with_gradient(experience: Experience) -> Experience:
     """Return a sample without the tokens that `credited` removes, and without the reference log-probabilities."""
-    sample, weights = experience.sample, experience.sample.trained_weights
+    assert experience.old_logprobs is not None, "tokens are removed after the old log-probabilities are known"
+    sample, weights, old_logprobs = experience.sample, experience.sample.trained_weights, experience.old_logprobs
     # The index of each trained token in the sequence. Below, n is the index of a token among the trained tokens.
     positions = [i for i, trained in enumerate(sample.loss_mask) if trained]
     alternatives = [
@@ -176,10 +188,11 @@ def _part_with_gradient(experience: Experience) -> Experience:
             alternatives=tuple(replace(a, position=new_number[a.position]) for a, _ in alternatives),
             weights=None if sample.weights is None else sample.weights[:end],
         ),
-        tuple(experience.old_logprobs[n] for n in kept),
+        tuple(old_logprobs[n] for n in kept),
         tuple(old for _, old in alternatives),
         None,
         experience.scale,
+        experience.kl_weight,
     )
 
 
@@ -218,6 +231,25 @@ def padded(row: Sequence[float], sample: TrainingSample) -> tuple[float, ...]:
     """
     values = iter(row)
     return tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
+
+
+def scaled_samples(
+    samples: Sequence[TrainingSample], rows: Sequence[Sequence[float]], scaling: str
+) -> list[TrainingSample]:
+    """Return the samples with scaled advantages.
+
+    Args:
+        rows: advantages of the trained tokens of each sample, before the scaling.
+        scaling: as in `scale_advantages`.
+    """
+    # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
+    counted = [(0.0,) * len(s.trained_weights) if s.without_reward else s.trained_weights for s in samples]
+    # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
+    divisor = shift_and_divisor(rows, scaling, counted)[1]
+    return [
+        replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
+        for s, row in zip(samples, scale_advantages(rows, scaling, counted), strict=True)
+    ]
 
 
 def divided(alternatives: Sequence[Alternative], divisor: float) -> tuple[Alternative, ...]:

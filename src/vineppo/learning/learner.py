@@ -14,10 +14,11 @@ trained in place of a token of a sequence).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +30,32 @@ from vineppo.learning.experience import (
     Experience,
     check_samples,
     credited,
-    divided,
-    largest_gap,
     loss_scale,
     minibatches,
-    padded,
     ratio_weight,
+    scaled_samples,
     total_weight,
     trained_part,
     without_truncated,
 )
-from vineppo.learning.losses import clipped_policy_loss, clipped_value_loss, kl_estimate
+from vineppo.learning.losses import clipped_value_loss
+from vineppo.learning.objective import policy_loss, tokens_of
 from vineppo.learning.optim import GradientError, Optimizer, lr_factor
-from vineppo.learning.scaling import penalties_to_go, scale_advantages, shift_and_divisor
-from vineppo.model.batch import Batch, collate, micro_batches, pad
+from vineppo.learning.sample_metrics import kl_metric, kl_of_tokens, sample_metrics
+from vineppo.learning.scaling import penalties_to_go
+from vineppo.learning.scores import Savings, Scores, ScoreSheet, micro_batches_of, sequences_of, weights_of
 from vineppo.model.critic import ValueNetwork
-from vineppo.model.logits import entropies_of, logprob_variances, logprobs_of, token_distributions, token_logprobs
+from vineppo.model.logits import sequence_scores
 from vineppo.model.lora import load_trained_state, merged_weights, trained_state
+from vineppo.model.packing import packing_supported
 from vineppo.model.policy import Policy, Reference
+from vineppo.model.sequences import build_sequences, divide, mode
 from vineppo.run.checkpoint import read_state, write_state
 from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
 
 STATE_FILE = "learner.pt"
 """Name of the learner's file in a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Log-probabilities of training samples, computed in one pass over the samples without gradients."""
-
-    logprobs: list[list[float]]
-    """Log-probabilities of the trained tokens, one list per sample, in nats."""
-    alternatives: list[list[float]]
-    """Log-probabilities of the alternatives, one list per sample, in nats."""
-    entropy: float
-    """Weighted mean of the entropies of the next-token distributions at the trained tokens, in nats per token."""
-    excess: float
-    """Weighted mean over the trained tokens of log-probability plus entropy, in nats per token. Its expectation is 0 if
-    the tokens were sampled from the scored distributions."""
-    excess_error: float
-    """Standard error of `excess` if the tokens were sampled from the scored distributions, each once."""
 
 
 class TorchLearner:
@@ -88,6 +74,7 @@ class TorchLearner:
             update.
         seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
         max_new_tokens: maximum number of tokens of a response, which the reduction `constant` divides by.
+        savings: which ways to save computation are used; other values than the default are for measurements and tests.
     """
 
     def __init__(
@@ -102,11 +89,12 @@ class TorchLearner:
         total_updates: int,
         seed: int,
         max_new_tokens: int = 1,
+        savings: Savings = Savings(),  # noqa: B008
     ):
         self.policy, self.reference, self.critic = policy, reference, critic
         self.config, self.critic_settings = config, critic_settings or CriticConfig()
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.savings = max_new_tokens, savings
         self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
@@ -145,23 +133,33 @@ class TorchLearner:
         check_samples(samples, with_returns=self.critic is not None)
         if self.config.mask_truncated:
             samples = without_truncated(samples)
-        experience, metrics = self._prepare(samples, num_rollouts) if samples else ([], {})
-        if check is not None:
-            check(metrics)
         train_policy = self.critic is None or iteration > self.critic_settings.value_only_iterations
+        parts = [self._order(len(samples), num_rollouts, iteration, epoch) for epoch in range(self.config.epochs)]
+        experience: list[Experience] = []
+        metrics: Metrics = {}
+        gradient: Metrics | None = None
+        if samples:
+            first = next(indices for indices in parts[0] if indices)
+            if not train_policy or not self.savings.first_forward:
+                first = ()
+            experience, metrics, gradient = self._prepare(samples, num_rollouts, iteration, first)
+        if check is not None:
+            try:
+                check(metrics)
+            except BaseException:
+                self.optimizer.clear_gradients()
+                raise
         totals: dict[str, float] = defaultdict(float)
         updates_before = self.updates
-        for epoch in range(self.config.epochs):
-            order = list(range(len(experience)))
-            random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
-            for indices in minibatches(order, self.config.minibatch_size, num_rollouts):
-                if indices:
-                    # Number of rollouts that correspond to this part of the samples.
-                    share = num_rollouts * len(indices) / len(order)
-                    chosen = [experience[i] for i in indices]
-                    for key, value in self._update(chosen, train_policy, share, iteration).items():
-                        totals[key] += value
-                self.scheduled += 1
+        for indices in itertools.chain.from_iterable(parts):
+            if indices:
+                # Number of rollouts that correspond to this part of the samples.
+                share = num_rollouts * len(indices) / len(samples)
+                chosen, known = [experience[i] for i in indices], () if gradient is None else (gradient,)
+                for key, value in self._update(chosen, train_policy, share, iteration, *known).items():
+                    totals[key] += value
+                gradient = None
+            self.scheduled += 1
         num_updates = max(1, self.updates - updates_before)
         return {**metrics, **{key: value / num_updates for key, value in totals.items()}, "updates": self.updates}
 
@@ -179,12 +177,14 @@ class TorchLearner:
                 "the algorithm calls predict_values but has no value network; set needs_critic=True in its Algorithm"
             )
         values: list[list[float]] = [[] for _ in rollouts]
-        lengths = [len(r.prompt_ids) + len(r.response_ids) for r in rollouts]
-        for group in micro_batches(lengths, self.config.micro_batch_tokens):
-            chosen = [rollouts[i] for i in group]
-            token_ids = pad([r.prompt_ids + r.response_ids for r in chosen], torch.int64, self.policy.device)  # (B, T)
-            masks = [[0] * len(r.prompt_ids) + [1] * len(r.response_ids) for r in chosen]
-            flat = self.critic(token_ids, pad(masks, torch.bool, self.policy.device)).tolist()
+        ids = [r.prompt_ids + r.response_ids for r in rollouts]
+        masks = [(0,) * len(r.prompt_ids) + (1,) * len(r.response_ids) for r in rollouts]
+        packed = self._packs(self.policy)
+        for group in divide(ids, masks, self.config.micro_batch_tokens, packed):
+            chosen_ids, chosen_masks = ([rows[i] for i in group] for rows in (ids, masks))
+            sequences = build_sequences(chosen_ids, chosen_masks, [()] * len(group), packed, self.policy.device)
+            with mode(self.critic.body, packed):
+                flat = self.critic.of_sequences(sequences).tolist()
             for i in group:
                 count = len(rollouts[i].response_ids)
                 values[i], flat = flat[:count], flat[count:]
@@ -221,97 +221,125 @@ class TorchLearner:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.updates, self.scheduled = state["updates"], state["scheduled"]
 
-    def _prepare(self, samples: Sequence[TrainingSample], num_rollouts: int) -> tuple[list[Experience], Metrics]:
+    def _order(self, count: int, num_rollouts: int, iteration: int, epoch: int) -> list[Sequence[int]]:
+        """Return the indices of the samples of each minibatch of an epoch, in random order."""
+        order = list(range(count))
+        random.Random(derive_seed(self.seed, iteration, "minibatches", epoch)).shuffle(order)
+        return minibatches(order, self.config.minibatch_size, num_rollouts)
+
+    def _prepare(
+        self, samples: Sequence[TrainingSample], num_rollouts: int, iteration: int, first: Sequence[int]
+    ) -> tuple[list[Experience], Metrics, Metrics | None]:
         """Prepare the samples of an iteration for the updates.
 
         The log-probabilities under the policy and under the reference are computed. The advantages are reduced by the
         KL penalty if `config.kl.place` is "reward", and are then scaled.
 
+        The samples of the first minibatch of which all tokens are in its forward pass with gradients get their old
+        log-probabilities from this pass, because its weights are those before the update. This is not so if dropout is
+        active, if the KL penalty is in the reward (the advantages then need the old log-probabilities), or if tokens
+        without gradient are left out of the pass. Then, and for all other samples, there is a pass without gradients.
+
+        Args:
+            first: the indices of the samples of the first minibatch; empty if all samples need a separate pass.
         Returns:
-            (one `Experience` per sample, metrics of the samples).
+            (one `Experience` per sample, metrics of the samples, metrics of the gradient of the first minibatch if it
+            has been computed, or None).
         """
-        scores, ref = self.logprobs(self.policy, samples), None
-        old = scores.logprobs
-        if self.reference is not None:
-            with self.reference.active() as start:
-                ref = self.logprobs(start, samples).logprobs
-        rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
-        metrics: Metrics = {
-            "policy/entropy": scores.entropy,
-            "policy/sampler_logprob_gap": largest_gap(old, samples),
-            "policy/logprob_excess": scores.excess,
-            "policy/logprob_excess_error": scores.excess_error,
-            "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
-            / (sum(map(sum, weights)) or 1),
-        }
-        if ref is not None:
-            penalties = [self._penalties(o, r) for o, r in zip(old, ref, strict=True)]
-            # The estimates are summed over the tokens of a rollout. The metric is the mean over rollouts.
-            metrics["kl/ref"] = (
-                sum(_weighted_sum([w], [p]) for w, p in zip(weights, penalties, strict=True)) / num_rollouts
-            )
-            if self.config.kl.place == "reward":
-                rows = [
-                    [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
-                    for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
-                ]
-        # Rollouts without a reward are left out of the mean and the standard deviation, and 0 remains 0 with `whiten`.
-        counted = [(0.0,) * len(w) if s.without_reward else w for s, w in zip(samples, weights, strict=True)]
-        # The advantages of alternatives are divided by the same number as those of tokens, but are not shifted.
-        divisor = shift_and_divisor(rows, self.config.advantage_scaling, counted)[1]
-        rows = scale_advantages(rows, self.config.advantage_scaling, counted)
-        scaled = [
-            replace(s, advantages=padded(row, s), alternatives=divided(s.alternatives, divisor))
-            for s, row in zip(samples, rows, strict=True)
-        ]
-        refs: Sequence[list[float] | None] = [None] * len(samples) if ref is None else ref
+        kl_weights, sheet = self._kl_weights(len(samples), iteration), ScoreSheet(samples)
+        joined = {i for i in first if self._all_tokens_stay(kl_weights[i])}
+        if self.policy.has_dropout or (self.reference is not None and self.config.kl.place == "reward"):
+            joined = set()
+        self._score(self.policy, [i for i in range(len(samples)) if i not in joined], sheet)
+        refs = self._ref_logprobs(samples, kl_weights)
+        rows = [trained_part(s.advantages, s) for s in samples]
+        if self.reference is not None and self.config.kl.place == "reward":
+            penalties = [kl_of_tokens(o, r or (), self.config.kl) for o, r in zip(sheet.logprobs, refs, strict=True)]
+            rows = [
+                [a - self.config.kl.coefficient * p for a, p in zip(row, to_go, strict=True)]
+                for row, to_go in zip(rows, penalties_to_go(samples, penalties), strict=True)
+            ]
+        scaled = scaled_samples(samples, rows, self.config.advantage_scaling)
         experience = [
-            Experience(s, tuple(o), tuple(a), None if r is None else tuple(r), loss_scale(s, self.config.reduction))
-            for s, o, a, r in zip(scaled, old, scores.alternatives, refs, strict=True)
+            Experience(sample, None, (), ref, loss_scale(sample, self.config.reduction), weight)
+            for sample, ref, weight in zip(scaled, refs, kl_weights, strict=True)
         ]
-        return experience, metrics
 
-    def _penalties(self, old: Sequence[float], ref: Sequence[float]) -> list[float]:
-        """Return the KL estimate of each trained token of a sample. The arguments and the result have shape (N,)."""
-        kl = self.config.kl
-        return kl_estimate(torch.tensor(old), torch.tensor(ref), kl.estimator, kl.clamp).tolist()
+        def with_old(chosen: Iterable[int]) -> None:
+            """Give the old log-probabilities on the sheet to some of the samples."""
+            for i in chosen:
+                old, alternatives = tuple(sheet.logprobs[i]), tuple(sheet.alternatives[i])
+                experience[i] = replace(experience[i], old_logprobs=old, old_alternatives=alternatives)
 
-    @torch.no_grad()
+        with_old(i for i in range(len(samples)) if i not in joined)
+        gradient = None
+        if joined:
+            share = num_rollouts * len(first) / len(samples)
+            gradient = self._policy_gradient([experience[i] for i in first], share, sheet, first)
+            with_old(joined)
+        metrics = sample_metrics(samples, sheet.scores())
+        if self.reference is not None:
+            metrics["kl/ref"] = kl_metric(samples, sheet.logprobs, refs, kl_weights, self.config.kl) / num_rollouts
+        return experience, metrics, gradient
+
+    def _kl_weights(self, count: int, iteration: int) -> list[float]:
+        """Return the factor of the KL term of each sample: 1 / share with probability `config.kl.share`, else 0."""
+        share = self.config.kl.share
+        if self.reference is None or share == 1:
+            return [1.0] * count
+        seeds = (derive_seed(self.seed, iteration, "kl share", index) for index in range(count))
+        return [1 / share if random.Random(seed).random() < share else 0.0 for seed in seeds]
+
+    def _ref_logprobs(
+        self, samples: Sequence[TrainingSample], kl_weights: Sequence[float]
+    ) -> list[tuple[float, ...] | None]:
+        """Return the log-probabilities of the trained tokens of each sample under the reference.
+
+        They are None without a reference, and for samples whose KL term has the weight 0.
+        """
+        refs: list[tuple[float, ...] | None] = [None] * len(samples)
+        if self.reference is not None:
+            sheet, drawn = ScoreSheet(samples), [i for i, weight in enumerate(kl_weights) if weight]
+            with self.reference.active() as start:
+                self._score(start, drawn, sheet, metrics=False)
+            for i in drawn:
+                refs[i] = tuple(sheet.logprobs[i])
+        return refs
+
     def logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> Scores:
         """Compute the log-probabilities of the trained tokens and of the alternatives under a policy."""
-        rows: list[list[float]] = [[] for _ in samples]
-        alternatives: list[list[float]] = [[] for _ in samples]
-        entropy = excess = variance = 0.0
-        for group in self._micro_batches(samples):
-            batch = collate([samples[i] for i in group], policy.device)
-            distribution = token_distributions(policy.model, batch.token_ids, batch.loss_mask, self.temperature)
-            entropies = entropies_of(distribution)  # (N,)
-            flat_logprobs = logprobs_of(
-                distribution,
-                batch.token_ids,
-                batch.loss_mask,
-                (batch.alternative_places, batch.alternative_ids),
-            )  # (N + A,)
-            token_weights = batch.weights[batch.loss_mask]  # (N,)
-            entropy += float((token_weights * entropies).sum())
-            excess += float((token_weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
-            variance += float((token_weights**2 * logprob_variances(distribution, entropies)).double().sum())
-            flat = flat_logprobs.tolist()
-            for i in group:
-                length = sum(samples[i].loss_mask)
-                rows[i], flat = flat[:length], flat[length:]
-            for i in group:
-                length = len(samples[i].alternatives)
-                alternatives[i], flat = flat[:length], flat[length:]
-        weight = sum(sum(s.trained_weights) for s in samples) or 1
-        return Scores(rows, alternatives, entropy / weight, excess / weight, variance**0.5 / weight)
+        sheet = ScoreSheet(samples)
+        self._score(policy, range(len(samples)), sheet)
+        return sheet.scores()
 
-    def _micro_batches(self, samples: Sequence[TrainingSample]) -> list[list[int]]:
-        """Return the indices of the samples, divided into lists. The samples of a list share one forward pass."""
-        return micro_batches([len(s.token_ids) for s in samples], self.config.micro_batch_tokens)
+    @torch.no_grad()
+    def _score(self, policy: Policy, indices: Sequence[int], sheet: ScoreSheet, metrics: bool = True) -> None:
+        """Add the scores of some samples of a sheet under a policy to the sheet.
+
+        Args:
+            metrics: whether the entropies and variances are computed.
+        """
+        samples, packed = [sheet.samples[i] for i in indices], self._packs(policy)
+        for group in micro_batches_of(samples, self.config.micro_batch_tokens, packed):
+            chosen = [samples[i] for i in group]
+            sequences = sequences_of(chosen, packed, policy.device)
+            with mode(policy.model, packed):
+                scores = sequence_scores(
+                    policy.model, sequences, self.temperature, variances=metrics, chunked=self.savings.chunked
+                )
+            sheet.add([indices[i] for i in group], scores, weights_of(chosen, policy.device))
+
+    def _packs(self, policy: Policy) -> bool:
+        """Return whether the samples are packed for the model of a policy without dropout."""
+        return self.savings.packed and packing_supported(policy.model)
 
     def _update(
-        self, minibatch: Sequence[Experience], train_policy: bool, num_rollouts: float, iteration: int
+        self,
+        minibatch: Sequence[Experience],
+        train_policy: bool,
+        num_rollouts: float,
+        iteration: int,
+        gradient: Metrics | None = None,
     ) -> Metrics:
         """Make one optimizer step of the policy and one of the value network.
 
@@ -320,6 +348,7 @@ class TorchLearner:
             num_rollouts: number of rollouts in the iteration, multiplied by the fraction of the samples that are in the
                 minibatch.
             iteration: number of the iteration, for error messages.
+            gradient: the result of `_policy_gradient`, if it has been called for this minibatch.
         Returns:
             The metrics of the minibatch.
         """
@@ -327,7 +356,7 @@ class TorchLearner:
         metrics: Metrics = {}
         factor = lr_factor(self.scheduled, config.warmup_updates, self.total_updates, config.decay)
         if train_policy:
-            metrics |= self._policy_gradient(minibatch, num_rollouts)
+            metrics |= self._policy_gradient(minibatch, num_rollouts) if gradient is None else gradient
             metrics["policy/lr"] = config.lr * factor
             with _gradient_errors_named(iteration, "policy", "learner.lr", config.lr):
                 metrics["policy/grad_norm"] = self.optimizer.step(config.lr * factor, config.max_grad_norm)
@@ -342,82 +371,69 @@ class TorchLearner:
         self.updates += 1
         return metrics
 
-    def _policy_gradient(self, minibatch: Sequence[Experience], num_rollouts: float) -> Metrics:
-        """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics."""
-        parts = minibatch if self._all_tokens_have_gradients else credited(minibatch)
+    def _policy_gradient(
+        self,
+        minibatch: Sequence[Experience],
+        num_rollouts: float,
+        sheet: ScoreSheet | None = None,
+        numbers: Sequence[int] = (),
+    ) -> Metrics:
+        """Compute the gradient of the policy loss of a minibatch by backpropagation, and return its metrics.
+
+        Args:
+            sheet: gets the scores of the samples that have no old log-probabilities yet.
+            numbers: the indices of the samples of the minibatch on the sheet.
+        """
+        config, kl_in_loss = self.config, self.reference is not None and self.config.kl.place == "loss"
+        numbered = credited(minibatch, [self._all_tokens_stay(e.kl_weight) for e in minibatch])
+        parts = [part for _, part in numbered]
         counts = Counts(
             total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1, ratio_weight(minibatch) or 1
         )
         seed = derive_seed(self.seed, "dropout", self.updates)
+        packed = self._packs(self.policy) and not self.policy.has_dropout
         totals: dict[str, float] = defaultdict(float)
-        for group in self._micro_batches([e.sample for e in parts]):
+        for group, new in self._gradient_batches(parts, packed):
             chosen = [parts[i] for i in group]
+            sequences = sequences_of([e.sample for e in chosen], packed, self.policy.device)
+            masks = [e.sample.loss_mask for e in chosen]
             # The backward pass is inside, too, because gradient checkpointing computes layers again.
-            with self.policy.dropout([derive_seed(seed, i) for i in group], [e.sample.loss_mask for e in chosen]):
-                loss, sums = self._policy_loss(chosen, counts)
+            with mode(self.policy.model, packed), self.policy.dropout([derive_seed(seed, i) for i in group], masks):
+                entropies, chunked = config.entropy_coefficient > 0, self.savings.chunked
+                scores = sequence_scores(
+                    self.policy.model, sequences, self.temperature, entropies=entropies, variances=new, chunked=chunked
+                )
+                tokens = tokens_of(chosen, scores.logprobs)
+                loss, sums = policy_loss(
+                    config, tokens, scores, sequences.places, counts, self._divisor(counts), kl_in_loss
+                )
                 loss.backward()
+            if sheet is not None and new:
+                sheet.add([numbers[numbered[i][0]] for i in group], scores, tokens.weights)
             for key, value in sums.items():
                 totals[key] += value
         return dict(totals)
+
+    def _gradient_batches(self, parts: Sequence[Experience], packed: bool) -> Iterator[tuple[list[int], bool]]:
+        """Yield (indices of the samples of a micro-batch, whether they have no old log-probabilities yet)."""
+        for new in (True, False):
+            chosen = [i for i, e in enumerate(parts) if (e.old_logprobs is None) == new]
+            samples = [parts[i].sample for i in chosen]
+            for group in micro_batches_of(samples, self.config.micro_batch_tokens, packed):
+                yield [chosen[i] for i in group], new
+
+    def _all_tokens_stay(self, kl_weight: float) -> bool:
+        """Return whether all tokens of a sample are in the forward pass of its minibatch; see `credited`.
+
+        Args:
+            kl_weight: factor of the KL term of the sample.
+        """
+        return self._all_tokens_have_gradients and (kl_weight > 0 or self.config.entropy_coefficient > 0)
 
     @property
     def _all_tokens_have_gradients(self) -> bool:
         """Whether an entropy bonus or a KL penalty in the loss gives a gradient also to tokens with advantage 0."""
         return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
-
-    def _policy_loss(self, chosen: Sequence[Experience], counts: Counts) -> tuple[torch.Tensor, Metrics]:
-        """Compute the contribution of a micro-batch to the policy loss and the metrics of its minibatch.
-
-        Args:
-            chosen: the samples of the micro-batch.
-            counts: numbers of the whole minibatch, by which the sums over the micro-batch are divided.
-        Returns:
-            (contribution to the loss as a scalar tensor, contributions to the metrics).
-        """
-        config, device, tokens = self.config, self.policy.device, counts.tokens
-        batch = collate([e.sample for e in chosen], device)
-        logprobs, entropies = token_logprobs(
-            self.policy.model,
-            batch.token_ids,
-            batch.loss_mask,
-            self.temperature,
-            config.entropy_coefficient > 0,
-            (batch.alternative_places, batch.alternative_ids),
-        )  # logprobs (N + A,): trained tokens, then alternatives
-        N = int(batch.loss_mask.sum())
-        old = torch.tensor(
-            [x for e in chosen for x in e.old_logprobs] + [x for e in chosen for x in e.old_alternatives], device=device
-        )  # (N + A,)
-        advantages = torch.cat([batch.advantages[batch.loss_mask], batch.alternative_advantages])  # (N + A,)
-        token_weights = batch.weights[batch.loss_mask]  # (N,)
-        weights = torch.cat([token_weights, token_weights[batch.alternative_places]])  # (N + A,)
-        scales = torch.tensor([e.scale for e in chosen for _ in e.old_logprobs], device=device)  # (N,)
-        all_scales = torch.cat([scales, scales[batch.alternative_places]])  # (N + A,)
-        policy_loss, clipped = clipped_policy_loss(
-            logprobs, old, advantages * all_scales, config.clip_low, config.clip_high, weights
-        )
-        divisor = self._divisor(counts)
-        loss = policy_loss / divisor
-        # How far the policy has moved since the first update of the iteration; only a metric.
-        kl_old = (token_weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
-        metrics = {
-            "policy/loss": loss.item(),
-            "policy/clip_share": float(clipped) / counts.ratios,
-            "policy/kl_old": float(kl_old) / counts.seen,
-        }
-        if entropies is not None:
-            loss = loss - config.entropy_coefficient * (token_weights * entropies).sum() / tokens
-        if self.reference is not None and config.kl.place == "loss":
-            ref = torch.tensor([x for e in chosen for x in e.ref_logprobs or ()], device=device)  # (N,)
-            penalties = kl_estimate(logprobs[:N], ref, config.kl.estimator, config.kl.clamp)  # (N,)
-            if config.kl.importance_weighted:
-                penalties = penalties * (logprobs[:N] - old[:N]).exp()  # (N,)
-            if config.kl.reduction == "as_policy":
-                penalties = penalties * scales  # (N,)
-            divisors = {"sequence_sum": counts.rollouts, "token_mean": tokens, "as_policy": divisor}
-            total = (token_weights * penalties).sum()
-            loss = loss + config.kl.coefficient * total / divisors[config.kl.reduction]
-        return loss, {**metrics, "policy/objective": loss.item()}
 
     def _divisor(self, counts: Counts) -> float:
         """Return the number by which the sum of the policy loss over a minibatch is divided (`learner.reduction`)."""
@@ -433,24 +449,27 @@ class TorchLearner:
 
         Samples without returns, whose rollouts have no reward, are left out.
         """
-        chosen = [e for e in minibatch if e.sample.returns is not None]
-        tokens, total = total_weight(chosen) or 1, 0.0
-        for group in self._micro_batches([e.sample for e in chosen]):
-            batch = collate([chosen[i].sample for i in group], self.policy.device)
-            loss = self._value_loss(critic, batch) / tokens
-            loss.backward()
+        chosen = [e.sample for e in minibatch if e.sample.returns is not None]
+        tokens, total = sum(sum(s.trained_weights) for s in chosen) or 1, 0.0
+        packed = self._packs(self.policy)
+        for group in micro_batches_of(chosen, self.config.micro_batch_tokens, packed):
+            samples = [chosen[i] for i in group]
+            with mode(critic.body, packed):
+                loss = self._value_loss(critic, samples, packed) / tokens
+                loss.backward()
             total += loss.item()
         return total
 
-    def _value_loss(self, critic: ValueNetwork, batch: Batch) -> torch.Tensor:
+    def _value_loss(self, critic: ValueNetwork, samples: Sequence[TrainingSample], packed: bool) -> torch.Tensor:
         """Return the value loss of a micro-batch, summed over its trained tokens."""
-        assert batch.returns is not None and batch.values is not None, (
-            "the value loss needs returns and the values predicted before the update"
+        device = self.policy.device
+        values, returns = (
+            torch.tensor([x for s in samples for x in trained_part(getattr(s, name), s)], device=device)
+            for name in ("values", "returns")
         )
-        predicted = critic(batch.token_ids, batch.loss_mask)  # (N,)
-        mask = batch.loss_mask
+        predicted = critic.of_sequences(sequences_of(samples, packed, device))  # (N,)
         return clipped_value_loss(
-            predicted, batch.values[mask], batch.returns[mask], self.critic_settings.value_clip, batch.weights[mask]
+            predicted, values, returns, self.critic_settings.value_clip, weights_of(samples, device)
         )
 
 
@@ -465,8 +484,3 @@ def _gradient_errors_named(iteration: int, network: str, setting: str, lr: float
             f"iteration {iteration}: {error} ({network}); lower {setting}, which is {lr:g}, and continue from the last "
             f"checkpoint with --resume RUN --{option} {lr / 10:g}, or start a new run with model.dtype float32"
         ) from None
-
-
-def _weighted_sum(weights: Sequence[Sequence[float]], rows: Sequence[Sequence[float]]) -> float:
-    """Return the sum of weight times entry over all entries of all rows. The rows can have different lengths."""
-    return sum(w * x for ws, row in zip(weights, rows, strict=True) for w, x in zip(ws, row, strict=True))

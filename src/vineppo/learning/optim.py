@@ -77,6 +77,11 @@ class Optimizer:
                 parameter.data.copy_(master)
         return norm
 
+    def clear_gradients(self) -> None:
+        """Remove the gradients of the parameters."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return {"adamw": state of AdamW, "masters": list of the master weights}."""
         masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]

@@ -156,6 +156,12 @@ def can_be_disabled(model: Any, adapters: Any) -> bool:
     return bool((enabled - disabled).abs().max() <= limit * enabled.abs().max())
 
 
+def has_dropout(model: Any) -> bool:
+    """Return whether a LoRA adapter of the model has a dropout rate above 0."""
+    layers = (module for module in model.modules() if hasattr(module, "lora_dropout"))
+    return any(getattr(dropout, "p", 0) > 0 for layer in layers for dropout in layer.lora_dropout.values())
+
+
 @contextlib.contextmanager
 def adapter_dropout(model: Any, seeds: Sequence[int], loss_masks: Sequence[Sequence[int]]) -> Iterator[None]:
     """Context manager in which the dropout of LoRA adapters is active in the forward and backward pass of one batch.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vineppo.model.clone import clone_model
 from vineppo.model.modes import without_dropout
 from vineppo.model.policy import Policy
+from vineppo.model.sequences import Sequences
 
 
 class ValueNetwork(nn.Module):
@@ -52,6 +53,14 @@ class ValueNetwork(nn.Module):
         hidden = self.body(input_ids=token_ids, use_cache=False).last_hidden_state  # (B, T, H)
         select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
         return self.head(hidden[select].float()).squeeze(-1)  # (N,)
+
+    def of_sequences(self, sequences: Sequences) -> torch.Tensor:
+        """Predict the value of the state before each trained token of sequences, in reward units, float32, shape (N,).
+
+        If the sequences are packed, the body must be in `packed_mode`.
+        """
+        hidden = self.body(**sequences.inputs).last_hidden_state  # (X, Y, H)
+        return self.head(sequences.at_trained(hidden).float()).squeeze(-1)  # (N,)
 
 
 def _body_of(policy: Policy) -> nn.Module:

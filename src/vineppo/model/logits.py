@@ -7,12 +7,19 @@ alternatives (tokens that are evaluated in place of selected tokens).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
+
+from vineppo.model.output import chunked_scores, output_of
+from vineppo.model.sequences import Sequences
+
+CHUNKED_FROM = 1 << 24
+"""Number of logits from which `sequence_scores` computes them in chunks. With fewer logits, chunks save little memory
+and take more time."""
 
 
 def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -28,25 +35,82 @@ def selected_logits(model: Any, token_ids: torch.Tensor, select: torch.Tensor, *
     Returns:
         Logits of shape (N, V), ordered by row and then by position.
     """
-    with _positions_before_head(model, select):
+    with _before_head(model, lambda hidden: hidden[select].unsqueeze(0)):
         return model(input_ids=token_ids, use_cache=False, **options).logits[0]  # (N, V)
 
 
 @contextlib.contextmanager
-def _positions_before_head(model: Any, select: torch.Tensor) -> Iterator[None]:
-    """Context manager in which the output layer of the model receives only the hidden states of selected positions.
+def _before_head(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Context manager in which a function changes the hidden states that the output layer of the model receives.
 
-    The logits of the model then have the shape (1, N, V).
+    Args:
+        change: returns the states for the output layer, (1, N, H), from those of all tokens, (B, T, H).
     """
-
-    def keep(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][select].unsqueeze(0),)  # (1, N, H) with H the hidden size
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _layer, inputs: (change(inputs[0]),))
     try:
         yield
     finally:
         handle.remove()
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities of N trained tokens and of A alternatives, and facts about their distributions, in nats."""
+
+    logprobs: torch.Tensor
+    """Those of the trained tokens, then those of the alternatives, shape (N + A,), float32."""
+    entropies: torch.Tensor | None
+    """Entropy of each next-token distribution, shape (N,)."""
+    variances: torch.Tensor | None
+    """Variance of the log-probability of a token drawn from each distribution, shape (N,), without gradients."""
+
+
+def sequence_scores(
+    model: Any,
+    sequences: Sequences,
+    temperature: float,
+    *,
+    entropies: bool = False,
+    variances: bool = False,
+    chunked: bool = True,
+) -> TokenScores:
+    """Compute the log-probabilities of the trained tokens and of the alternatives of sequences.
+
+    If the logits are many and the output layer allows it (`output_of`), they are computed in chunks, so that the memory
+    does not grow with N * V.
+
+    Args:
+        sequences: the sequences. If they are packed, the model must be in `packed_mode`.
+        temperature: the logits are divided by this number.
+        entropies: whether to compute the entropies, with gradients.
+        variances: whether to compute the variances. The entropies are then computed too, without gradients unless
+            `entropies` is true.
+        chunked: whether the logits may be computed in chunks.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    many = chunked and len(sequences.targets) * vocabulary >= CHUNKED_FROM
+    output = output_of(model, sequences.packing is not None) if many else None
+    others = (sequences.places, sequences.alternatives)
+    if output is not None:
+        hidden: list[torch.Tensor] = []
+
+        def keep(states: torch.Tensor) -> torch.Tensor:
+            """Keep the hidden states before the trained tokens, and give those of one token to the output layer."""
+            hidden.append(sequences.at_trained(states))
+            return states[:1, :1]
+
+        with _before_head(model, keep):
+            model(**sequences.inputs)
+        return TokenScores(*chunked_scores(output, hidden[0], sequences.targets, others, temperature))
+    with _before_head(model, lambda states: sequences.at_trained(states)[None]):
+        logits = model(**sequences.inputs).logits[0]  # (N, V)
+    distribution = _distributions(logits, temperature)  # (N, V)
+    logprobs = distribution.gather(-1, sequences.targets[:, None]).squeeze(-1)  # (N,)
+    with contextlib.nullcontext() if entropies else torch.no_grad():
+        found = entropies_of(distribution) if entropies or variances else None
+    with torch.no_grad():
+        spread = logprob_variances(distribution, found) if variances and found is not None else None
+    return TokenScores(torch.cat([logprobs, distribution[others]]), found, spread)
 
 
 def token_logprobs(
@@ -89,7 +153,12 @@ def token_distributions(
         Log-probabilities in nats, float32, shape (N, V), ordered by row and then by position.
     """
     select = F.pad(loss_mask[:, 1:], (0, 1))  # (B, T): the position before each selected token
-    logits = selected_logits(model, token_ids, select).float()  # (N, V)
+    return _distributions(selected_logits(model, token_ids, select), temperature)
+
+
+def _distributions(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the log-probabilities of the whole vocabulary in float32, shape (N, V), from logits of this shape."""
+    logits = logits.float()
     if temperature != 1:
         logits = logits / temperature
     return logits.log_softmax(-1)

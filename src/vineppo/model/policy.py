@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vineppo.config.schema import ModelConfig
-from vineppo.model.adapters import adapter_dropout, can_be_disabled, check_adapters
+from vineppo.model.adapters import adapter_dropout, can_be_disabled, check_adapters, has_dropout
 from vineppo.model.clone import clone_model
 from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
@@ -50,6 +50,11 @@ class Policy:
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self.model.parameters()).device
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the adapters have a dropout, which is active in a `with policy.dropout(...)` block."""
+        return self.adapters is not None and has_dropout(self.model)
 
     def frozen_copy(self) -> Policy:
         """Return a copy of the policy with separate weights, which are frozen."""
