@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vineppo.seeds import stream_keys, uniforms
+from vineppo.seeds import seeds_of_prefixes, stream_keys, uniforms
 from vineppo.types import Problem, Rollout, SampleRequest
 from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, ValueCost, total_tokens
 
@@ -206,6 +206,8 @@ class _TreeWalk:
         branches = [_Branch(rollout, sorted(depths)) for _, (rollout, depths) in sorted(depths_by_response.items())]
         # At most K walkers start at each state.
         size = self.monte_carlo.num_mc_rollouts * len({state.key for state in self.states})
+        # For each response, the part of the seed of every state on it that depends on the token ids, (T + 1,).
+        self.ids_seeds = {response: seeds_of_prefixes(response) for response in depths_by_response}
         # Keys of the walkers' random numbers (see `uniforms`), (size,).
         self.keys = np.zeros(size, dtype=np.uint64)
         self.walkers = _Walkers(size)
@@ -250,7 +252,7 @@ class _TreeWalk:
         """
         response = branches[0].rollout.response_ids
         if any(depth in branch.depths for branch in branches):
-            walkers = self._start_missing(walkers, response[:depth])
+            walkers = self._start_missing(walkers, response, depth)
         if len(response) == depth:  # the response ends here, and the walkers get its reward
             self.walkers.rewards[walkers] = _number(branches[0].rollout.reward)
             self.walkers.finish(walkers, response, depth)
@@ -294,18 +296,23 @@ class _TreeWalk:
             self._leave(rollout.response_ids, position, (token,), walkers[num_followed == offset])
         return walkers[num_followed == end - start]
 
-    def _start_missing(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
+    def _state(self, response: tuple[int, ...], depth: int) -> State:
+        """Return the state before the token at a depth of a response of the tree."""
+        return State(self.problem, self.prompt_ids, response[:depth], ids_seed=self.ids_seeds[response][depth])
+
+    def _start_missing(self, walkers: np.ndarray, response: tuple[int, ...], depth: int) -> np.ndarray:
         """Start new walkers at a state that is evaluated, so that K walkers pass through the state.
 
         Args:
             walkers: indices of the walkers that arrive at the state, at most K.
-            response_ids: token ids of the state's response prefix.
+            response: a response of the tree that passes through the state.
+            depth: depth of the state.
         Returns:
             Indices of all walkers at the state, shape (K,). At the length limit no walkers start, and the result is
             `walkers`.
         """
-        state = State(self.problem, self.prompt_ids, response_ids)
-        if len(response_ids) >= self.monte_carlo.max_new_tokens:
+        state = self._state(response, depth)
+        if depth >= self.monte_carlo.max_new_tokens:
             # A response cannot continue at the length limit. An empty pool gives the state the value 0.
             self.pools[state.key] = np.zeros(0, dtype=np.int64)
             return walkers
@@ -313,7 +320,7 @@ class _TreeWalk:
         new = np.arange(self.num_started, self.num_started + num_missing)
         seed = self.monte_carlo.seed(state, self.iteration, "walk")
         self.keys[new] = stream_keys(np.full(num_missing, seed, dtype=np.uint64), np.arange(num_missing))
-        self.walkers.starts[new] = len(response_ids)
+        self.walkers.starts[new] = depth
         self.num_started += num_missing
         pool = np.concatenate([walkers, new])
         self.pools[state.key] = pool
@@ -331,7 +338,7 @@ class _TreeWalk:
         if not len(walkers):
             return
         self.walkers.finish(walkers, response, depth)
-        state = State(self.problem, self.prompt_ids, response[:depth])
+        state = self._state(response, depth)
         request = self.monte_carlo.request(state, self.iteration, len(walkers), excluded)
         self.exits.append(_Exit(state, request, walkers, self.walkers))
 
