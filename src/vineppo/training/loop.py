@@ -25,7 +25,6 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import objects_before_excluded_from_collection, require_one_process
 from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.lock import locked
-from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
@@ -187,6 +186,9 @@ def _run(session: Session, progress: Progress) -> dict[str, Any]:
 def _plot(run: RunDirectory) -> None:
     """Plot the metrics of a finished run. If that fails, the run is complete nevertheless."""
     try:
+        # Imported here, because matplotlib loads slowly and is needed at the end only.
+        from vineppo.run.plots import plot_run
+
         plot_run(run.path)
     except Exception as error:
         warnings.warn(
