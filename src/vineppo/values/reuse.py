@@ -163,11 +163,11 @@ class _Walkers:
         passing = np.flatnonzero((self.starts <= last_shared) & (self.starts >= 0) & ~np.isnan(self.rewards))
         followed: list[list[float]] = [[] for _ in response]
         diverged: list[list[tuple[int, float]]] = [[] for _ in response]
+        rewards, starts, depths = self.rewards.tolist(), self.starts.tolist(), last_shared.tolist()
         for walker in passing.tolist():
-            reward = float(self.rewards[walker])
-            for position in range(self.starts[walker], last_shared[walker]):
+            reward, depth = rewards[walker], depths[walker]
+            for position in range(starts[walker], depth):
                 followed[position].append(reward)
-            depth = int(last_shared[walker])
             if depth < len(response):
                 # The walker's next token is a token of another response, or its first token outside the tree.
                 follows_another = self.ends[walker] > depth
@@ -260,6 +260,10 @@ class _TreeWalk:
         children: dict[int, list[_Branch]] = {}
         for branch in branches:
             children.setdefault(branch.rollout.response_ids[depth], []).append(branch)
+        if len(children) == 1:  # no fork
+            end = _next_place(branches, depth)
+            yield branches, end, self._follow(branches[0].rollout, depth, end, walkers)
+            return
         # Each next token of the tree has an interval within [0, 1) whose length is the probability of the token. A
         # walker takes the token whose interval contains its random number. In the remaining interval it leaves the
         # tree.
@@ -290,7 +294,7 @@ class _TreeWalk:
         leaves = uniforms(self.keys[walkers][:, None], np.arange(start, end)) >= probabilities  # (n, T)
         # For each walker, the number of tokens of the path before the first token at which it leaves the tree.
         num_followed = np.where(leaves.any(1), leaves.argmax(1), end - start)  # (n,)
-        for offset in np.unique(num_followed[num_followed < end - start]).tolist():
+        for offset in sorted(set(num_followed.tolist()) - {end - start}):
             position = start + offset
             token = rollout.response_ids[position]
             self._leave(rollout.response_ids, position, (token,), walkers[num_followed == offset])
