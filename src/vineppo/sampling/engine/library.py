@@ -182,13 +182,18 @@ class Job:
             self.pointer.value = None
             self.library.free("job", pointer)
 
-    def events(self) -> Iterator[list[tuple[bool, int]]]:
+    def events(self, at_once: bool = True) -> Iterator[list[tuple[bool, int]]]:
         """Yield lists of pairs (whether the sample asks about a stop string, index of the sample) until all is done.
 
         A list may be empty. A sample that does not ask is finished.
+
+        Args:
+            at_once: whether a list is yielded as soon as there is a pair. Otherwise pairs are collected for up to
+                `_WAIT_MS`, which disturbs the threads of the engine less; samples must then not ask.
         """
+        least = 1 if at_once else _EVENTS
         pairs = np.empty((_EVENTS, 2), np.int32)
-        while (count := self.library.call("job_wait", self.pointer, _WAIT_MS, pairs, _EVENTS)) != -2:
+        while (count := self.library.call("job_wait", self.pointer, _WAIT_MS, pairs, _EVENTS, least)) != -2:
             yield [(bool(kind), int(sample)) for kind, sample in pairs[:count]]
 
     def answer(self, sample: int, stops: bool) -> None:
