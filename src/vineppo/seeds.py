@@ -81,7 +81,7 @@ def stream_keys(seeds: np.ndarray, samples: np.ndarray) -> np.ndarray:
         seeds: seed of each of B samples, shape (B,).
         samples: index of each sample among the samples with the same seed, shape (B,).
     Returns:
-        64-bit keys, shape (B,), dtype uint64.
+        64-bit keys, shape (B,), dtype uint64. With other shapes, the arguments are broadcast as usual.
     """
     with np.errstate(over="ignore"):
         offsets = np.uint64(0x9E3779B97F4A7C15) * samples.astype(np.uint64)

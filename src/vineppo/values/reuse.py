@@ -208,6 +208,7 @@ class _TreeWalk:
         size = self.monte_carlo.num_mc_rollouts * len({state.key for state in self.states})
         # For each response, the part of the seed of every state on it that depends on the token ids, (T + 1,).
         self.ids_seeds = {response: seeds_of_prefixes(response) for response in depths_by_response}
+        self.start_keys = self._start_keys(branches)
         # Keys of the walkers' random numbers (see `uniforms`), (size,).
         self.keys = np.zeros(size, dtype=np.uint64)
         self.walkers = _Walkers(size)
@@ -304,6 +305,14 @@ class _TreeWalk:
         """Return the state before the token at a depth of a response of the tree."""
         return State(self.problem, self.prompt_ids, response[:depth], ids_seed=self.ids_seeds[response][depth])
 
+    def _start_keys(self, branches: Sequence[_Branch]) -> dict[Key, np.ndarray]:
+        """Return the keys of the random numbers of the walkers that may start at each evaluated state, (K,)."""
+        states = [self._state(branch.rollout.response_ids, depth) for branch in branches for depth in branch.depths]
+        seeds = {state.key: self.monte_carlo.seed(state, self.iteration, "walk") for state in states}
+        walkers = np.arange(self.monte_carlo.num_mc_rollouts)
+        keys = stream_keys(np.array(list(seeds.values()), dtype=np.uint64)[:, None], walkers)  # (states, K)
+        return dict(zip(seeds, keys, strict=True))
+
     def _start_missing(self, walkers: np.ndarray, response: tuple[int, ...], depth: int) -> np.ndarray:
         """Start new walkers at a state that is evaluated, so that K walkers pass through the state.
 
@@ -322,8 +331,7 @@ class _TreeWalk:
             return walkers
         num_missing = self.monte_carlo.num_mc_rollouts - len(walkers)
         new = np.arange(self.num_started, self.num_started + num_missing)
-        seed = self.monte_carlo.seed(state, self.iteration, "walk")
-        self.keys[new] = stream_keys(np.full(num_missing, seed, dtype=np.uint64), np.arange(num_missing))
+        self.keys[new] = self.start_keys[state.key][:num_missing]
         self.walkers.starts[new] = depth
         self.num_started += num_missing
         pool = np.concatenate([walkers, new])
