@@ -166,6 +166,9 @@ class Job:
     def __init__(self, library: Library, pointer: int, arrays: Sequence[np.ndarray]):
         self.library, self.pointer = library, c_void_p(pointer)
         self._arrays = arrays  # the library reads them
+        # Where the library writes what `result` returns.
+        self._tokens, self._logprobs, self._finish = POINTER(c_int32)(), POINTER(c_float)(), c_int()
+        self._places = byref(self._tokens), byref(self._logprobs), byref(self._finish)
 
     def __enter__(self) -> Job:
         return self
@@ -202,9 +205,8 @@ class Job:
 
     def result(self, sample: int) -> tuple[list[int], list[float], bool]:
         """Return (token ids, log-probabilities, whether it ended before its budget) of a sample."""
-        tokens, logprobs, finish = POINTER(c_int32)(), POINTER(c_float)(), c_int()
-        count = self.library.call("job_result", self.pointer, sample, byref(tokens), byref(logprobs), byref(finish))
-        return tokens[:count], logprobs[:count], finish.value == 1
+        count = self.library.call("job_result", self.pointer, sample, *self._places)
+        return self._tokens[:count], self._logprobs[:count], self._finish.value == 1
 
 
 def start_job(
