@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,8 +20,29 @@ def derive_seed(*address: int | str) -> int:
     The seed is a cryptographic hash of the address, so the seeds of similar addresses are unrelated. The same address
     gives the same seed on every machine and in every process.
     """
-    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in address)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return _seed_of(hashlib.blake2b("\x1f".join(map(_written, address)).encode(), digest_size=8))
+
+
+def seeds_of_prefixes(address: Sequence[int | str]) -> list[int]:
+    """Return `derive_seed(*address[:n])` for n from 0 to the length of an address.
+
+    The hash is continued from one prefix to the next, so that the time is proportional to the length.
+    """
+    hashed = hashlib.blake2b(digest_size=8)
+    seeds = [_seed_of(hashed)]
+    for position, part in enumerate(address):
+        hashed.update(("\x1f" * (position > 0) + _written(part)).encode())
+        seeds.append(_seed_of(hashed))
+    return seeds
+
+
+def _written(part: int | str) -> str:
+    """Return the text of a part of an address. It contains the type, so 1 and "1" are different."""
+    return f"{type(part).__name__}:{part}"
+
+
+def _seed_of(hashed: hashlib.blake2b) -> int:
+    return int.from_bytes(hashed.digest(), "little") >> 1
 
 
 def shuffled_index(position: int, size: int, *address: int | str) -> int:
@@ -59,7 +81,7 @@ def stream_keys(seeds: np.ndarray, samples: np.ndarray) -> np.ndarray:
         seeds: seed of each of B samples, shape (B,).
         samples: index of each sample among the samples with the same seed, shape (B,).
     Returns:
-        64-bit keys, shape (B,), dtype uint64.
+        64-bit keys, shape (B,), dtype uint64. With other shapes, the arguments are broadcast as usual.
     """
     with np.errstate(over="ignore"):
         offsets = np.uint64(0x9E3779B97F4A7C15) * samples.astype(np.uint64)

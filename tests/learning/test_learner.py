@@ -27,7 +27,7 @@ from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy, Reference
 from vineppo.model.tiny import build_tokenizer
-from vineppo.seeds import derive_seed, stream_keys, uniforms
+from vineppo.seeds import derive_seed, seeds_of_prefixes, stream_keys, uniforms
 from vineppo.types import Alternative, Metrics, TrainingSample, UserError
 
 TOKENIZER = build_tokenizer()
@@ -532,6 +532,8 @@ def test_token_logprobs_are_of_the_masked_tokens_in_row_major_order() -> None:
 def test_truth_6_seeds_do_not_change_between_versions() -> None:
     # A change of any of these numbers changes the result of every run with the same seed.
     assert derive_seed() == 6510301506637419378
+    address = (7, 12, "mc", "1", 1, 300)
+    assert seeds_of_prefixes(address) == [derive_seed(*address[:n]) for n in range(len(address) + 1)]
     assert derive_seed(0) == 3581690635855307741
     assert derive_seed(0, 1, "train/17", "rollouts") == 1690424261999679735
     keys = stream_keys(np.array([0, 0, 2**63 - 1], dtype=np.uint64), np.array([0, 1, 2]))

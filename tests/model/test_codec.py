@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -73,6 +75,31 @@ def test_special_tokens_have_no_text(codec: Codec) -> None:
     assert codec.decode([a, newline, marks, eos]) == "a\n####"
     assert codec.decode([]) == ""
     assert codec.token_texts([]) == []
+
+
+def test_decoding_gives_the_text_of_transformers(codec: Codec) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True  # must not be applied: "a ." would become "a."
+    unusual = Codec(tokenizer, eos_ids=codec.eos_ids)
+    rng = random.Random(0)
+    for length in (0, 1, 2, 30):
+        for _ in range(50):
+            ids = [rng.randrange(len(tokenizer)) for _ in range(length)]
+            text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert unusual.decode(ids) == unusual.decode(tuple(ids)) == text
+
+
+def test_a_tokenizer_that_decodes_in_its_own_way_is_called() -> None:
+    class Loud(type(build_tokenizer())):  # type: ignore[misc]
+        def _decode(self, *arguments: Any, **named: Any) -> str:
+            return str(super()._decode(*arguments, **named)).upper()
+
+    usual, loud, patched = build_tokenizer(), build_tokenizer(), build_tokenizer()
+    loud.__class__ = Loud
+    patched.decode = lambda ids, **_: f"{len(ids)} tokens"
+    ids = usual("a=7;a?").input_ids
+    decoded = [Codec(tokenizer, eos_ids=(0,)).decode(ids) for tokenizer in (usual, loud, patched)]
+    assert decoded == ["a=7;a?", "A=7;A?", f"{len(ids)} tokens"]
 
 
 def test_eos_ids_combine_tokenizer_and_both_configs(codec: Codec) -> None:

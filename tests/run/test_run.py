@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,6 +37,7 @@ from vineppo.run.checkpoint import (
 )
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
+from vineppo.run.environment import objects_before_excluded_from_collection
 from vineppo.run.records import step_texts
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.types import Alternative, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
@@ -636,3 +640,23 @@ def test_the_error_of_a_missing_tracker_names_the_extra(tmp_path: Path, monkeypa
         require_trackers(("mlflow",))
     assert "mlflow; allowed: tensorboard, wandb, trackio" in one_line(error)
     assert build_trackers((), tmp_path, {}) == []
+
+
+def test_objects_from_before_a_run_are_not_collected_and_later_ones_are() -> None:
+    class Node:
+        me: Any = None
+
+    def cycle() -> weakref.ref[Node]:
+        node = Node()
+        node.me = node
+        return weakref.ref(node)
+
+    with objects_before_excluded_from_collection():
+        frozen, made = gc.get_freeze_count(), cycle()
+        with objects_before_excluded_from_collection():  # the objects stay excluded behind an inner block
+            pass
+        gc.collect()
+        assert frozen > 1000
+        assert gc.get_freeze_count() >= frozen - 100
+        assert made() is None
+    assert gc.get_freeze_count() == 0

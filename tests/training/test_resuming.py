@@ -375,7 +375,7 @@ def test_plots_that_fail_do_not_fail_the_run_and_are_made_by_a_command(
     """Case 14."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["vineppo.training.loop"], "plot_run", lambda path: (run / "absent").read_text())
+        patch.setattr("vineppo.run.plots.plot_run", lambda path: (run / "absent").read_text())
         assert train(config_of(run, iterations=1))["finish_reason"] == "iterations"
     expected = f"the plots could not be made (FileNotFoundError: [Errno 2] No such file or directory: '{run}/absent'); "
     assert expected + f"make them with `vineppo plot {run}`" in [str(warning.message) for warning in recwarn]

@@ -152,8 +152,9 @@ def node_advantages(
     if n < 2:
         baseline = followed[0] if followed else diverged[0] if diverged else state_value
         return next_value - baseline, [0.0] * len(diverged)
-    is_equal = len({*followed, *diverged}) == 1
-    mean = (followed or diverged)[0] if is_equal else (math.fsum(followed) + math.fsum(diverged)) / n
+    if len({*followed, *diverged}) == 1:  # most positions; the rounded mean of equal rewards may differ from them
+        return (next_value - (followed or diverged)[0]) / (n + 1), [0.0] * len(diverged)
+    mean = (math.fsum(followed) + math.fsum(diverged)) / n
     factor = n / (n - 1)  # factor * (r - mean) is r minus the mean of the other rewards
     followed_sum = factor * math.fsum(reward - mean for reward in followed)
     return (next_value - mean + followed_sum) / (n + 1), [factor * (reward - mean) / (n + 1) for reward in diverged]

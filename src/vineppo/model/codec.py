@@ -34,11 +34,14 @@ class Codec:
     """Cache of the method `token_texts`: token id -> text."""
     _ends_with_text: frozenset[int] = field(default=frozenset(), init=False, repr=False)
     """Ids in `eos_ids` of added tokens that are not special. The tokenizer does not remove them from a text."""
+    _decodes_directly: bool = field(default=False, init=False, repr=False)
+    """Whether `decode` calls the Rust tokenizer behind the tokenizer of transformers."""
 
     def __post_init__(self) -> None:
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         with_text = frozenset(token for token in self.eos_ids if token in added and not added[token].special)
         object.__setattr__(self, "_ends_with_text", with_text)
+        object.__setattr__(self, "_decodes_directly", _decodes_directly(self.tokenizer))
 
     @classmethod
     def for_model(cls, model: Any, tokenizer: Any) -> Codec:
@@ -122,7 +125,11 @@ class Codec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode token ids to text without special tokens and without tokens that the tokenizer added to end turns."""
-        ids = [token for token in token_ids if token not in self._ends_with_text]
+        ids = list(token_ids)
+        if self._ends_with_text:
+            ids = [token for token in ids if token not in self._ends_with_text]
+        if self._decodes_directly:
+            return str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=True))
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
@@ -149,6 +156,21 @@ class Codec:
         # The result is the text that a second copy of the token adds. If the token is only a part of a character, two
         # copies can be decoded to one character. The result is then the text of one copy.
         return twice[len(alone) :] if twice.startswith(alone) and len(twice) > len(alone) else alone
+
+
+def _decodes_directly(tokenizer: Any) -> bool:
+    """Return whether a tokenizer of transformers passes token ids to its Rust tokenizer and returns the text unchanged.
+
+    This is so if its class does not replace the methods that decode, and no clean-up of spaces is asked for. The Rust
+    tokenizer can then be called directly. transformers checks every token id in Python first, which takes several times
+    as long as decoding.
+    """
+    from transformers import PreTrainedTokenizerFast  # imported here, because the import is slow
+
+    methods = [
+        (getattr(tokenizer, name, None), getattr(PreTrainedTokenizerFast, name)) for name in ("decode", "_decode")
+    ]
+    return all(getattr(method, "__func__", None) is usual for method, usual in methods)
 
 
 def _not_empty(ids: Sequence[int]) -> tuple[int, ...]:

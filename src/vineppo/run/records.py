@@ -8,7 +8,6 @@ of alternative tokens, which MC rollouts sampled in place of a token of the resp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +187,7 @@ def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -
     weights = [w * trained for w, trained in zip(sample.weights or sample.loss_mask, sample.loss_mask, strict=True)]
     # Positions of the trained tokens in the response. `Alternative.position` is an index into this list.
     positions = [i - start for i, trained in enumerate(sample.loss_mask) if trained]
+    texts = {token: decode([token]) for token in {a.token_id for a in sample.alternatives}}
     return {
         "token_advantages": sample.advantages[start:],
         "token_weights": [] if all(weight == 1 for weight in weights[start:]) else weights[start:],
@@ -197,7 +197,13 @@ def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode) -
         "num_mc_rollouts": credit.num_mc_rollouts,
         "step_advantages": credit.step_advantages,
         "alternatives": [
-            {**asdict(a), "position": positions[a.position], "text": decode([a.token_id])} for a in sample.alternatives
+            {
+                "position": positions[a.position],
+                "token_id": a.token_id,
+                "text": texts[a.token_id],
+                "advantage": a.advantage,
+            }
+            for a in sample.alternatives
         ],
     }
 

@@ -31,6 +31,7 @@ sampling its most probable way more often, because the slipping way is often the
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -158,18 +159,12 @@ class ChainTask:
         Problems are drawn until the text of one belongs to the split. Of all texts, 80% belong to `train`, 10% to
         `validation` and 10% to `test`.
         """
-        rng = random.Random(derive_seed("chain problem", self.num_steps, split, index))
-        while True:
-            steps = [_draw_step(rng) for _ in range(self.num_steps)]
-            start = rng.randrange(MODULUS)
-            prompt = _prompt(start, steps)
-            if _SPLIT_OF_RESIDUE.get(derive_seed("chain split", prompt) % 10, "train") == split:
-                break
+        start, steps, prompt = _drawn(self.num_steps, split, index)
         answer = start
         for operator, operand in steps:
             answer = apply(answer, operator, operand)
         return Problem(
-            id=f"{split}/{index}", prompt=prompt, answer=str(answer), columns={"start": start, "steps": steps}
+            id=f"{split}/{index}", prompt=prompt, answer=str(answer), columns={"start": start, "steps": list(steps)}
         )
 
     def demonstration(self, split: Split, index: int) -> tuple[str, str]:
@@ -193,6 +188,19 @@ class ChainTask:
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
+
+
+# Evaluations use the same problems again and again, and about ten are drawn until one belongs to their split.
+@functools.lru_cache(maxsize=1024)
+def _drawn(num_steps: int, split: Split, index: int) -> tuple[int, tuple[tuple[str, int], ...], str]:
+    """Return (start, steps, prompt) of a problem."""
+    rng = random.Random(derive_seed("chain problem", num_steps, split, index))
+    while True:
+        steps = tuple(_draw_step(rng) for _ in range(num_steps))
+        start = rng.randrange(MODULUS)
+        prompt = _prompt(start, steps)
+        if _SPLIT_OF_RESIDUE.get(derive_seed("chain split", prompt) % 10, "train") == split:
+            return start, steps, prompt
 
 
 def _draw_step(rng: random.Random) -> tuple[str, int]:

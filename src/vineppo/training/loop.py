@@ -22,10 +22,9 @@ from vineppo.model.of_run import started_from
 from vineppo.objects import first_line
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
-from vineppo.run.environment import require_one_process
+from vineppo.run.environment import objects_before_excluded_from_collection, require_one_process
 from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.lock import locked
-from vineppo.run.plots import plot_run
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
@@ -165,7 +164,11 @@ def _watch(config: Config, parts: Parts) -> Watch:
 
 def _run(session: Session, progress: Progress) -> dict[str, Any]:
     """Train from `progress` to the end of the run, write all results, and return the content of summary.json."""
-    with graceful_stop() as stop, disk_errors_in_one_line(session.run.path):
+    with (
+        graceful_stop() as stop,
+        disk_errors_in_one_line(session.run.path),
+        objects_before_excluded_from_collection(),
+    ):
         if session.reporter:
             session.reporter.start(session.parts.sampler_line)
         progress, reason = _loop(session, progress, stop)
@@ -183,6 +186,9 @@ def _run(session: Session, progress: Progress) -> dict[str, Any]:
 def _plot(run: RunDirectory) -> None:
     """Plot the metrics of a finished run. If that fails, the run is complete nevertheless."""
     try:
+        # Imported here, because matplotlib loads slowly and is needed at the end only.
+        from vineppo.run.plots import plot_run
+
         plot_run(run.path)
     except Exception as error:
         warnings.warn(

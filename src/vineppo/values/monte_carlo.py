@@ -13,7 +13,7 @@ continuations has a reward, the state has no value (None).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vineppo.sampling.graded import sampled_and_graded
@@ -36,6 +36,8 @@ class State:
     rollout: Rollout | None = None
     """A rollout whose response starts with these tokens. `ReusingMonteCarlo` also uses the later tokens of the rollout.
     The rollout is not part of the key."""
+    ids_seed: int | None = field(default=None, compare=False, repr=False)
+    """`derive_seed(*response_ids)` if it is known already; None: it is computed when it is needed."""
 
     @property
     def key(self) -> Key:
@@ -204,7 +206,8 @@ class MonteCarlo:
         Args:
             purpose: text that makes the seed different from the seeds of the same state for other purposes.
         """
-        return derive_seed(self.run_seed, iteration, state.problem.id, purpose, derive_seed(*state.response_ids))
+        ids_seed = derive_seed(*state.response_ids) if state.ids_seed is None else state.ids_seed
+        return derive_seed(self.run_seed, iteration, state.problem.id, purpose, ids_seed)
 
     def graded(
         self, states: Sequence[State], requests: Sequence[SampleRequest]

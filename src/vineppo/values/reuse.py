@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vineppo.seeds import stream_keys, uniforms
+from vineppo.seeds import seeds_of_prefixes, stream_keys, uniforms
 from vineppo.types import Problem, Rollout, SampleRequest
 from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, ValueCost, total_tokens
 
@@ -163,11 +163,11 @@ class _Walkers:
         passing = np.flatnonzero((self.starts <= last_shared) & (self.starts >= 0) & ~np.isnan(self.rewards))
         followed: list[list[float]] = [[] for _ in response]
         diverged: list[list[tuple[int, float]]] = [[] for _ in response]
+        rewards, starts, depths = self.rewards.tolist(), self.starts.tolist(), last_shared.tolist()
         for walker in passing.tolist():
-            reward = float(self.rewards[walker])
-            for position in range(self.starts[walker], last_shared[walker]):
+            reward, depth = rewards[walker], depths[walker]
+            for position in range(starts[walker], depth):
                 followed[position].append(reward)
-            depth = int(last_shared[walker])
             if depth < len(response):
                 # The walker's next token is a token of another response, or its first token outside the tree.
                 follows_another = self.ends[walker] > depth
@@ -206,6 +206,9 @@ class _TreeWalk:
         branches = [_Branch(rollout, sorted(depths)) for _, (rollout, depths) in sorted(depths_by_response.items())]
         # At most K walkers start at each state.
         size = self.monte_carlo.num_mc_rollouts * len({state.key for state in self.states})
+        # For each response, the part of the seed of every state on it that depends on the token ids, (T + 1,).
+        self.ids_seeds = {response: seeds_of_prefixes(response) for response in depths_by_response}
+        self.start_keys = self._start_keys(branches)
         # Keys of the walkers' random numbers (see `uniforms`), (size,).
         self.keys = np.zeros(size, dtype=np.uint64)
         self.walkers = _Walkers(size)
@@ -250,7 +253,7 @@ class _TreeWalk:
         """
         response = branches[0].rollout.response_ids
         if any(depth in branch.depths for branch in branches):
-            walkers = self._start_missing(walkers, response[:depth])
+            walkers = self._start_missing(walkers, response, depth)
         if len(response) == depth:  # the response ends here, and the walkers get its reward
             self.walkers.rewards[walkers] = _number(branches[0].rollout.reward)
             self.walkers.finish(walkers, response, depth)
@@ -258,6 +261,10 @@ class _TreeWalk:
         children: dict[int, list[_Branch]] = {}
         for branch in branches:
             children.setdefault(branch.rollout.response_ids[depth], []).append(branch)
+        if len(children) == 1:  # no fork
+            end = _next_place(branches, depth)
+            yield branches, end, self._follow(branches[0].rollout, depth, end, walkers)
+            return
         # Each next token of the tree has an interval within [0, 1) whose length is the probability of the token. A
         # walker takes the token whose interval contains its random number. In the remaining interval it leaves the
         # tree.
@@ -288,32 +295,44 @@ class _TreeWalk:
         leaves = uniforms(self.keys[walkers][:, None], np.arange(start, end)) >= probabilities  # (n, T)
         # For each walker, the number of tokens of the path before the first token at which it leaves the tree.
         num_followed = np.where(leaves.any(1), leaves.argmax(1), end - start)  # (n,)
-        for offset in np.unique(num_followed[num_followed < end - start]).tolist():
+        for offset in sorted(set(num_followed.tolist()) - {end - start}):
             position = start + offset
             token = rollout.response_ids[position]
             self._leave(rollout.response_ids, position, (token,), walkers[num_followed == offset])
         return walkers[num_followed == end - start]
 
-    def _start_missing(self, walkers: np.ndarray, response_ids: tuple[int, ...]) -> np.ndarray:
+    def _state(self, response: tuple[int, ...], depth: int) -> State:
+        """Return the state before the token at a depth of a response of the tree."""
+        return State(self.problem, self.prompt_ids, response[:depth], ids_seed=self.ids_seeds[response][depth])
+
+    def _start_keys(self, branches: Sequence[_Branch]) -> dict[Key, np.ndarray]:
+        """Return the keys of the random numbers of the walkers that may start at each evaluated state, (K,)."""
+        states = [self._state(branch.rollout.response_ids, depth) for branch in branches for depth in branch.depths]
+        seeds = {state.key: self.monte_carlo.seed(state, self.iteration, "walk") for state in states}
+        walkers = np.arange(self.monte_carlo.num_mc_rollouts)
+        keys = stream_keys(np.array(list(seeds.values()), dtype=np.uint64)[:, None], walkers)  # (states, K)
+        return dict(zip(seeds, keys, strict=True))
+
+    def _start_missing(self, walkers: np.ndarray, response: tuple[int, ...], depth: int) -> np.ndarray:
         """Start new walkers at a state that is evaluated, so that K walkers pass through the state.
 
         Args:
             walkers: indices of the walkers that arrive at the state, at most K.
-            response_ids: token ids of the state's response prefix.
+            response: a response of the tree that passes through the state.
+            depth: depth of the state.
         Returns:
             Indices of all walkers at the state, shape (K,). At the length limit no walkers start, and the result is
             `walkers`.
         """
-        state = State(self.problem, self.prompt_ids, response_ids)
-        if len(response_ids) >= self.monte_carlo.max_new_tokens:
+        state = self._state(response, depth)
+        if depth >= self.monte_carlo.max_new_tokens:
             # A response cannot continue at the length limit. An empty pool gives the state the value 0.
             self.pools[state.key] = np.zeros(0, dtype=np.int64)
             return walkers
         num_missing = self.monte_carlo.num_mc_rollouts - len(walkers)
         new = np.arange(self.num_started, self.num_started + num_missing)
-        seed = self.monte_carlo.seed(state, self.iteration, "walk")
-        self.keys[new] = stream_keys(np.full(num_missing, seed, dtype=np.uint64), np.arange(num_missing))
-        self.walkers.starts[new] = len(response_ids)
+        self.keys[new] = self.start_keys[state.key][:num_missing]
+        self.walkers.starts[new] = depth
         self.num_started += num_missing
         pool = np.concatenate([walkers, new])
         self.pools[state.key] = pool
@@ -331,7 +350,7 @@ class _TreeWalk:
         if not len(walkers):
             return
         self.walkers.finish(walkers, response, depth)
-        state = State(self.problem, self.prompt_ids, response[:depth])
+        state = self._state(response, depth)
         request = self.monte_carlo.request(state, self.iteration, len(walkers), excluded)
         self.exits.append(_Exit(state, request, walkers, self.walkers))
 

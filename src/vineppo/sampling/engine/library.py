@@ -218,6 +218,10 @@ class Job:
     def __init__(self, library: Library, pointer: int, arrays: Sequence[np.ndarray]):
         self.library, self.pointer = library, c_void_p(pointer)
         self._arrays = arrays  # the library reads them
+        # Where the library writes what `result` returns.
+        self._tokens, self._logprobs = POINTER(c_int32)(), POINTER(c_float)()
+        self._finish, self._accepted = c_int(), c_int()
+        self._places = tuple(map(byref, (self._tokens, self._logprobs, self._finish, self._accepted)))
 
     def __enter__(self) -> Job:
         return self
@@ -234,13 +238,18 @@ class Job:
             self.pointer.value = None
             self.library.free("job", pointer)
 
-    def events(self) -> Iterator[list[tuple[bool, int]]]:
+    def events(self, at_once: bool = True) -> Iterator[list[tuple[bool, int]]]:
         """Yield lists of pairs (whether the sample asks about a stop string, index of the sample) until all is done.
 
         A list may be empty. A sample that does not ask is finished.
+
+        Args:
+            at_once: whether a list is yielded as soon as there is a pair. Otherwise pairs are collected for up to
+                `_WAIT_MS`, which disturbs the threads of the engine less; samples must then not ask.
         """
+        least = 1 if at_once else _EVENTS
         pairs = np.empty((_EVENTS, 2), np.int32)
-        while (count := self.library.call("job_wait", self.pointer, _WAIT_MS, pairs, _EVENTS)) != -2:
+        while (count := self.library.call("job_wait", self.pointer, _WAIT_MS, pairs, _EVENTS, least)) != -2:
             yield [(bool(kind), int(sample)) for kind, sample in pairs[:count]]
 
     def answer(self, sample: int, stops: bool) -> None:
@@ -249,10 +258,8 @@ class Job:
 
     def result(self, sample: int) -> tuple[list[int], list[float], bool, int]:
         """Return (token ids, log-probabilities, whether it ended before its budget, accepted tokens) of a sample."""
-        tokens, logprobs, finish, accepted = POINTER(c_int32)(), POINTER(c_float)(), c_int(), c_int()
-        pointers = byref(tokens), byref(logprobs), byref(finish), byref(accepted)
-        count = self.library.call("job_result", self.pointer, sample, *pointers)
-        return tokens[:count], logprobs[:count], finish.value == 1, accepted.value
+        count = self.library.call("job_result", self.pointer, sample, *self._places)
+        return self._tokens[:count], self._logprobs[:count], self._finish.value == 1, self._accepted.value
 
 
 def start_job(

@@ -109,7 +109,8 @@ class EngineSampler:
         """Decode the rows of the trunks, and store their completions in `results`."""
         rows = [row for trunk in trunks for row in trunk.rows]
         with self._start(requests, trunks, rows) as job:
-            for events in job.events():
+            at_once = on_finished is not None or any(request.stop for request in requests)
+            for events in job.events(at_once):
                 finished = []
                 for asks, index in events:
                     row = rows[index]

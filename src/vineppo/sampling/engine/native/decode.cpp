@@ -66,10 +66,11 @@ void Job::cancel() {
   news_.notify_all();
 }
 
-bool Job::wait(int milliseconds, std::vector<Event>& events, size_t most) {
+bool Job::wait(int milliseconds, std::vector<Event>& events, size_t most, size_t least) {
   std::unique_lock<std::mutex> lock(mutex_);
+  awaited_ = least;
   news_.wait_for(lock, std::chrono::milliseconds(milliseconds),
-                 [&] { return !events_.empty() || unfinished_ == 0 || error_ || cancelled_; });
+                 [&] { return events_.size() >= awaited_ || unfinished_ == 0 || error_ || cancelled_; });
   if (error_) std::rethrow_exception(error_);
   for (events.clear(); !events_.empty() && events.size() < most; events_.pop_front()) events.push_back(events_.front());
   return !events.empty() || unfinished_ > 0;
@@ -392,7 +393,7 @@ bool Job::goes_on(Live& one) {
     std::lock_guard<std::mutex> lock(mutex_);
     asking_[sample] = std::make_unique<Live>(std::move(one));
     events_.push_back({EventKind::question, sample});
-    news_.notify_one();
+    if (events_.size() >= awaited_) news_.notify_one();
   } else if (static_cast<int>(result.tokens.size()) >= request.budget) {
     one.branch.reset();
     finish(one.sample, Finish::length);
@@ -416,7 +417,7 @@ void Job::finish(int sample, Finish how) {
   }
   unfinished_--;
   events_.push_back({EventKind::finished, sample});
-  news_.notify_one();
+  if (events_.size() >= awaited_ || unfinished_ == 0) news_.notify_one();
   if (unfinished_ == 0 || idle_ > 0) work_.notify_all();
 }
 

@@ -65,9 +65,9 @@ class Job {
       std::vector<Draft> drafts, std::vector<int> end_tokens, int threads, int batch, size_t memory);
   ~Job();
 
-  // Wait until there are events, all samples are finished, or the time is over. Returns false if all samples are
-  // finished and all events were taken. Throws what a thread threw.
-  bool wait(int milliseconds, std::vector<Event>& events, size_t most);
+  // Wait until there are `least` events, all samples are finished, or the time is over, and take the events. Returns
+  // false if all samples are finished and all events were taken. Throws what a thread threw.
+  bool wait(int milliseconds, std::vector<Event>& events, size_t most, size_t least = 1);
   // Answer a question: whether the sample's last token completed a stop string.
   void answer(int sample, bool stops);
   void cancel();
@@ -133,6 +133,7 @@ class Job {
   std::deque<Live> resting_;        // samples with tokens that no thread holds
   std::vector<std::unique_ptr<Live>> asking_;  // by sample: those that wait for an answer
   std::deque<Event> events_;
+  size_t awaited_ = 1;              // the number of events for which the caller is woken
   int unfinished_ = 0;
   int idle_ = 0;
   std::exception_ptr error_;

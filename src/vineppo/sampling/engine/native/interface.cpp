@@ -324,11 +324,12 @@ EXPORT Job* vineppo_job_new(Model* model, int trunks, const int32_t* trunk_start
   });
 }
 
-// Wait for events and write pairs (kind, sample). Returns their number, -2 if the job is over, -1 if it failed.
-EXPORT int vineppo_job_wait(Job* job, int milliseconds, int32_t* pairs, int most) {
+// Wait for at least `least` events, but not longer than the time, and write pairs (kind, sample), at most `most`.
+// Returns their number, -2 if the job is over, -1 if it failed.
+EXPORT int vineppo_job_wait(Job* job, int milliseconds, int32_t* pairs, int most, int least) {
   return guarded(-1, [&] {
     std::vector<Event> events;
-    if (!job->wait(milliseconds, events, most)) return -2;
+    if (!job->wait(milliseconds, events, most, least)) return -2;
     for (size_t i = 0; i < events.size(); i++) {
       pairs[2 * i] = static_cast<int32_t>(events[i].kind);
       pairs[2 * i + 1] = events[i].sample;
