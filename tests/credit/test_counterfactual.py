@@ -30,15 +30,15 @@ def parts(world: World) -> CreditParts:
     )
 
 
-def credit_of(world: World, count: int = RESPONSES, **settings: object) -> tuple[list[TrainingSample], Metrics]:
-    function = counterfactual_credit(CounterfactualSettings(**settings), parts(world))  # type: ignore[arg-type]
-    return function([world.sampled_group(count, 0)], 0)
+def credit_of(world: World, count: int, openness: float, coupled: bool) -> tuple[list[TrainingSample], Metrics]:
+    settings = CounterfactualSettings(openness=openness, coupled=coupled)
+    return counterfactual_credit(settings, parts(world))([world.sampled_group(count, 0)], 0)
 
 
-@pytest.mark.parametrize("settings", [{"openness": 0.5}, {"openness": 1.0}, {"openness": 0.5, "coupled": False}])
-def test_the_expected_gradient_is_the_policy_gradient(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize(("openness", "coupled"), [(0.5, True), (1.0, True), (0.5, False)])
+def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool) -> None:
     world = build_world(3)
-    samples, _ = credit_of(world, **settings)
+    samples, _ = credit_of(world, RESPONSES, openness, coupled)
     exact = world.table_gradient.ravel()
     terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
     # Rarely reached states have too few terms for a normal distribution of their mean.
@@ -55,7 +55,7 @@ def test_coupling_lowers_the_noise_and_the_tokens() -> None:
     world = build_world(4)
     noise, tokens = {}, {}
     for coupled in (True, False):
-        samples, metrics = credit_of(world, 4000, openness=1.0, coupled=coupled)
+        samples, metrics = credit_of(world, 4000, 1.0, coupled)
         noise[coupled] = np.mean([sum(a.advantage**2 for a in sample.alternatives) for sample in samples])
         tokens[coupled] = metrics["tokens/mc"]
         assert (metrics["tokens/scored"] > 0) == coupled

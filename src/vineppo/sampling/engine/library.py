@@ -221,7 +221,7 @@ class Job:
         # Where the library writes what `result` returns.
         self._tokens, self._logprobs = POINTER(c_int32)(), POINTER(c_float)()
         self._finish, self._accepted = c_int(), c_int()
-        self._places = tuple(map(byref, (self._tokens, self._logprobs, self._finish, self._accepted)))
+        self._places = byref(self._tokens), byref(self._logprobs), byref(self._finish), byref(self._accepted)
 
     def __enter__(self) -> Job:
         return self
