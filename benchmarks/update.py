@@ -61,7 +61,9 @@ def workload(path: str, arguments: argparse.Namespace) -> dict[str, Any]:
     embedded = path.startswith("embedded:")
     policy = Policy.load(ModelConfig(path=path, dtype="float32"))
     task = task_of(path, policy)
-    num_problems, group_size, budget = (8, 4, 120) if embedded else (arguments.problems, arguments.group, 128)
+    num_problems, group_size, budget = (
+        (8, 4, 120) if embedded else (arguments.problems, arguments.group, arguments.tokens)
+    )
     groups = sample_groups(
         problem_range(task, "train", num_problems),
         policy.codec,
@@ -296,6 +298,9 @@ def main() -> None:
     parser.add_argument("--forms", default=",".join(FORMS), help="must contain vineppo")
     parser.add_argument("--problems", type=int, default=2, help="number of problems, for models that are not embedded")
     parser.add_argument("--group", type=int, default=4, help="responses per problem, for models that are not embedded")
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="tokens of a response at most, for models that are not embedded"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="number of measured runs per form")
     parser.add_argument("--out", type=Path, default=Path("runs/update"))
