@@ -297,7 +297,8 @@ def embedded() -> Path:
         ("grpo_lambda:build", "algorithm 'grpo_lambda:build' is a function; it must be a vineppo.Algorithm"),
         (
             "grp",
-            "algorithm is 'grp'; did you mean grpo? allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object",
+            "algorithm is 'grp'; did you mean grpo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or "
+            "module:object",
         ),
     ],
 )

@@ -223,9 +223,14 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "algorithm",
             "pppo",
-            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object",
+            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or "
+            "module:object",
         ),
-        ("algorithm", 3, "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, or module:object"),
+        (
+            "algorithm",
+            3,
+            "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or module:object",
+        ),
     ],
 )
 def test_wrong_types(key: str, value: Any, message: str) -> None:
@@ -305,6 +310,7 @@ def test_a_resolved_configuration_has_only_the_section_of_its_algorithm() -> Non
         "grpo": {"grpo"},
         "rloo": set(),
         "reinforce": set(),
+        "counterfactual": {"counterfactual"},
     }
 
 

@@ -83,7 +83,7 @@ def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str) -> None:
     assert len(rows) == 4 * 16
     assert sum(row["num_tokens"] for row in rows) == lines[-1]["tokens/rollouts"] == summary["tokens"]["rollouts"]
     assert lines[-1]["tokens/trained"] == lines[-1]["tokens/rollouts"]
-    assert (lines[-1]["tokens/mc"] > 0) == (algorithm == "vineppo")
+    assert (lines[-1]["tokens/mc"] > 0) == (algorithm in ("vineppo", "counterfactual"))
     assert ("value/explained_variance" in lines[1]) == (algorithm == "ppo")
     for row in rows:
         assert len(row["token_advantages"]) == len(row["sampler_logprobs"]) == row["num_tokens"]

@@ -10,13 +10,13 @@ cost one or two tokens, and their credit is 0.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field
 
-from vineppo.config.schema import Config
-from vineppo.config.settings import Settings, require
+from vineppo.config.settings import Settings
 from vineppo.credit.algorithm import Algorithm, CreditParts
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.sampling.graded import sampled_and_graded
@@ -54,17 +54,22 @@ class _Branch:
     """Index of the rollout."""
     position: int
     """Index of the response's token that is replaced."""
-    weight: float
-    """(1 - p) / (probability of branching the place)."""
+    others: float
+    """1 - p, the probability of all other tokens together."""
+    chance: float
+    """Probability of branching the place."""
 
 
 def _build(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
     """Build the credit function for a run (`Algorithm.build`)."""
     capabilities = parts.sampler.capabilities
-    require(
-        capabilities.excluded_first and (capabilities.drafts or not settings.coupled),
-        "counterfactual needs a sampler that can exclude first tokens and take drafts; use a sampler of this package",
-    )
+    if settings.coupled and not (capabilities.excluded_first and capabilities.drafts):
+        warnings.warn(
+            "counterfactual.coupled is off: this sampler takes no drafts, so every continuation is sampled anew; the "
+            "credit is still unbiased, but noisier and more expensive",
+            stacklevel=2,
+        )
+        settings = settings.model_copy(update={"coupled": False})
     return counterfactual_credit(settings, parts)
 
 
@@ -79,10 +84,13 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
 
     Its expected gradient is the sum over a and b != a of pi(a) (Q(b) - Q(a)) grad pi(b), which is the sum over b of
     (Q(b) - V) grad pi(b): the policy gradient at s. It holds for every joint distribution of R and R'. If they are
-    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0.
+    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0, so
+    `learner.advantage_scaling`, which measures their deviation, changes nothing.
 
-    Rollouts and continuations without a reward have no credit.
+    With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
+    is a, there is no credit. Rollouts and continuations without a reward have no credit.
     """
+    excludes = parts.sampler.capabilities.excluded_first
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
@@ -100,10 +108,11 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
             completion, _, reward = group[0]
             decoded += len(completion.token_ids) - completion.accepted
             taken += completion.accepted
-            change = 0.0 if reward is None else reward - reward_of(rollouts[branch.rollout][1])
-            if change:
-                token, advantage = completion.token_ids[0], branch.weight * change
-                alternatives[branch.rollout].append(Alternative(branch.position, token, advantage))
+            rollout, token = rollouts[branch.rollout][1], completion.token_ids[0]
+            change = 0.0 if reward is None else reward - reward_of(rollout)
+            if change and token != rollout.response_ids[branch.position]:
+                weight = (branch.others if excludes else 1.0) / branch.chance
+                alternatives[branch.rollout].append(Alternative(branch.position, token, weight * change))
         samples = [
             training_sample(rollout, [0.0] * len(rollout.response_ids), alternatives=of_rollout)
             for (_, rollout), of_rollout in zip(rollouts, alternatives, strict=True)
@@ -133,7 +142,7 @@ def _branches(
         others = -math.expm1(logprob)  # 1 - p
         chance = min(1.0, others / settings.openness)
         if number < chance:
-            branches.append(_Branch(index, position, others / chance))
+            branches.append(_Branch(index, position, others, chance))
     return branches
 
 
@@ -155,19 +164,10 @@ def _request(
         max_new_tokens=parts.max_new_tokens - at,
         seed=derive_seed(parts.run_seed, iteration, problem.id, "counterfactual", branch.rollout, at),
         response_tokens=at,
-        excluded_first=(ids[at],),
+        excluded_first=(ids[at],) if parts.sampler.capabilities.excluded_first else (),
         temperature=parts.temperature,
         stop=parts.stop,
         draft=draft if settings.coupled and behind else None,
-    )
-
-
-def _check(settings: CounterfactualSettings, config: Config) -> None:
-    """Raise UserError if the settings do not fit the configuration (`Algorithm.check`)."""
-    require(
-        config.learner.advantage_scaling == "none",
-        f"learner.advantage_scaling is {config.learner.advantage_scaling}, which divides by the deviation of the "
-        "credit of the response's tokens, and counterfactual gives them 0; allowed: none",
     )
 
 
@@ -176,6 +176,5 @@ COUNTERFACTUAL = Algorithm(
     label="Counterfactual",
     build=_build,
     settings=CounterfactualSettings,
-    check=_check,
     colour="#7F3C8D",
 )
