@@ -20,7 +20,7 @@ from tests.helpers import known
 from tests.learning.test_learner import NONE
 from tests.world import build_world
 from vineppo.config.schema import LearnerConfig, TaskConfig
-from vineppo.credit import BUILT_IN, find_algorithm
+from vineppo.credit import find_algorithm
 from vineppo.credit.algorithm import CreditParts, PredictValues
 from vineppo.credit.grpo import grpo_credit
 from vineppo.credit.ppo import explained_variance
