@@ -112,6 +112,8 @@ class Watch:
 
     def _no_signal(self) -> str:
         advantages = self._last("credit/advantage_abs_mean", missing=0.0)
+        if any(self._last("credit/alternatives", missing=0.0)):
+            return ""
         if advantages == [0.0] * _IN_A_ROW and any(std > 0 for std in self._last("reward/std")):
             return (
                 f"all advantages of the last {_IN_A_ROW} iterations are 0 although the rewards differ; check the "
