@@ -84,8 +84,9 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
 
     Its expected gradient is the sum over a and b != a of pi(a) (Q(b) - Q(a)) grad pi(b), which is the sum over b of
     (Q(b) - V) grad pi(b): the policy gradient at s. It holds for every joint distribution of R and R'. If they are
-    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0, so
-    `learner.advantage_scaling`, which measures their deviation, changes nothing.
+    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0.
+    `learner.advantage_scaling` measures only their deviation, so it changes nothing unless the KL penalty is in the
+    reward (`learner.kl.place`).
 
     With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
     is a, there is no credit. Rollouts and continuations without a reward have no credit.
@@ -157,7 +158,9 @@ def _request(
     problem, rollout = owner
     ids, at = rollout.response_ids, branch.position
     behind = ids[at + 1 :]
-    draft = Draft(rollout.prompt_ids + ids[: at + 1], behind, rollout.sampler_logprobs[at + 1 :], start=1)
+    draft = None
+    if settings.coupled and behind:
+        draft = Draft(rollout.prompt_ids + ids[: at + 1], behind, rollout.sampler_logprobs[at + 1 :], start=1)
     return SampleRequest(
         prompt_ids=rollout.prompt_ids + ids[:at],
         num_samples=1,
@@ -167,7 +170,7 @@ def _request(
         excluded_first=(ids[at],) if parts.sampler.capabilities.excluded_first else (),
         temperature=parts.temperature,
         stop=parts.stop,
-        draft=draft if settings.coupled and behind else None,
+        draft=draft,
     )
 
 

@@ -21,12 +21,13 @@ heads, Hkv key-value heads, d dimensions of a head, q queries, k keys, T tokens,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from vineppo.model.packing import attention_mode
 
 NAME = "vineppo_tree"
 """Name of tree attention in the attention interface of transformers."""
@@ -345,21 +346,12 @@ def _attend_fused(
     return out, lse
 
 
-@contextlib.contextmanager
-def tree_mode(model: Any) -> Iterator[None]:
+def tree_mode(model: Any) -> contextlib.AbstractContextManager[None]:
     """Context manager in which a model uses tree attention instead of its configured attention implementation.
 
     In the context, every call of the model needs the argument `tree`, a `KVTree`.
     """
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
+    return attention_mode(model, NAME)
 
 
 @torch.no_grad()

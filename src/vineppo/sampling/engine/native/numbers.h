@@ -103,8 +103,8 @@ inline Vec multiply_add(Terms a, Terms b, Vec c) { return c + a * b; }
 
 // Numbers are narrowed into a buffer for a product, or used where they are if they have the right type.
 constexpr bool NARROW = sizeof(Number) != sizeof(float);
-// Rows of narrowed numbers begin this many numbers apart from a power of two, which would put them into the same part of
-// a cache.
+// Distance of two rows of narrowed numbers. A power of two would map all rows to the same few lines of the cache, so
+// the distance is 32 numbers longer than a row.
 inline size_t narrow_stride(int columns) { return static_cast<size_t>(rounded_up(columns, TERMS)) + 32; }
 // A product may read this many rows behind the last one.
 constexpr int SPARE_ROWS = NARROW ? 16 : 0;
