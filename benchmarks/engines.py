@@ -36,6 +36,8 @@ GENERATE_ROWS = 64
 LLAMA_OPTIONS = ((16, True), (64, True), (255, True), (64, False))
 """Options among which `llama_cpp` chooses: number of sequences that are decoded together (llama.cpp allows 256), and
 whether all sequences share one buffer of keys and values."""
+TRIAL_TOKENS = 24
+"""Number of tokens of a continuation that `llama_cpp` samples to compare its options."""
 
 
 def own_sampler(work: Work, name: Literal["engine", "torch"]) -> Run:
@@ -184,23 +186,25 @@ def vllm(work: Work) -> Run:
 def llama_cpp(work: Work) -> Run:
     """Load llama.cpp, which decodes many sequences in each call and shares the keys and values of prefixes.
 
-    The model is first converted to a GGUF file. Each of LLAMA_OPTIONS then samples a quarter of the trunks, once with
-    all threads and once with one thread, and the fastest combination is used. With one thread, llama.cpp does not wait
+    The model is first converted to a GGUF file. Each of LLAMA_OPTIONS then samples up to TRIAL_TOKENS tokens of every
+    continuation of a quarter of the trunks with all threads, the best of them also with one thread, and the fastest
+    combination is used. With one thread, llama.cpp does not wait
     at the barriers between operations, which take most of the time of a very small model.
     """
     sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `benchmarks` importable.
     from benchmarks.llama import Continuations, Options, trunks_of, write_gguf
 
     trunks = trunks_of(work["prefixes"], work["lengths"])
+    sample = [trunk.shortened(TRIAL_TOKENS) for trunk in trunks[::4]]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.gguf"
         write_gguf(Path(work["model"]), model, work["dtype"])
 
         def trial(options: Options, threads: int) -> Run:
-            """Return a run over a quarter of the trunks, which loads the model and frees it."""
+            """Return a run over the beginnings of a quarter of the continuations, which loads and frees the model."""
 
             def run() -> int:
-                continuations = Continuations(model, trunks[::4], options, threads)
+                continuations = Continuations(model, sample, options, threads)
                 tokens = continuations.run()
                 continuations.close()
                 return tokens

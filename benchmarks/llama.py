@@ -187,6 +187,10 @@ class Trunk:
     rows: tuple[tuple[int, int], ...]
     """(number of tokens of the prefix, number of tokens of the continuation) of each continuation."""
 
+    def shortened(self, tokens: int) -> Trunk:
+        """Return this trunk with continuations of at most `tokens` tokens."""
+        return Trunk(self.token_ids, tuple((prefix, min(length, tokens)) for prefix, length in self.rows))
+
 
 def trunks_of(prefixes: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]]) -> list[Trunk]:
     """Return the trunks of a workload. A prefix with which a longer one begins belongs to the trunk of the longer one.

@@ -427,6 +427,29 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(models: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Write vines.json and vines.md for the models that have been measured.
+
+    Args:
+        models: name of a model -> the results of `measure`.
+        arguments: the parsed command line.
+    """
+    result = {
+        "command": " ".join(["python", "benchmarks/vines.py", *sys.argv[1:]]),
+        "k": arguments.k,
+        "repeats": arguments.repeats,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "models": models,
+    }
+    # The main results of each model are also at the top level of vines.json, under the name of the model.
+    flat = {name: {"ratio_vs": m["ratio_vs"], "matmul_share": m["matmul_share"]} for name, m in models.items()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "vines.json").write_text(json.dumps({**flat, **result}, indent=1))
+    (arguments.out / "vines.md").write_text(markdown(result))
+
+
 def main() -> None:
     """Parse the arguments, run the measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -470,25 +493,12 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     models = {}
     for path in arguments.models.split(","):
         name = path.split(":")[-1] if path.startswith("embedded:") else Path(path).name
         models[name] = measure(workload(path, arguments), engines, arguments)
-    result = {
-        "command": " ".join(["python", "benchmarks/vines.py", *sys.argv[1:]]),
-        "k": arguments.k,
-        "repeats": arguments.repeats,
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "models": models,
-    }
-    # The main results of each model are also at the top level of vines.json, under the name of the model.
-    flat = {name: {"ratio_vs": m["ratio_vs"], "matmul_share": m["matmul_share"]} for name, m in models.items()}
-    (arguments.out / "vines.json").write_text(json.dumps({**flat, **result}, indent=1))
-    (arguments.out / "vines.md").write_text(markdown(result))
-    print("\n" + markdown(result))
+        write(models, arguments)
+    print("\n" + (arguments.out / "vines.md").read_text())
 
 
 if __name__ == "__main__":
