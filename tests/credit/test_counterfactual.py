@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tests.world import World, build_world
+from vineppo.cli.common import training_config
 from vineppo.credit.algorithm import CreditParts
 from vineppo.credit.counterfactual import CounterfactualSettings, counterfactual_credit
-from vineppo.types import Metrics, TrainingSample
+from vineppo.types import Metrics, TrainingSample, UserError
 
 RESPONSES = 20_000
 """Number of responses; enough for a standard error of the gradient's length of at most 2%."""
@@ -30,15 +31,19 @@ def parts(world: World) -> CreditParts:
     )
 
 
-def credit_of(world: World, count: int, openness: float, coupled: bool) -> tuple[list[TrainingSample], Metrics]:
-    settings = CounterfactualSettings(openness=openness, coupled=coupled)
+def credit_of(
+    world: World, count: int, openness: float, coupled: bool, share: float = 1.0
+) -> tuple[list[TrainingSample], Metrics]:
+    settings = CounterfactualSettings(openness=openness, coupled=coupled, share=share)
     return counterfactual_credit(settings, parts(world))([world.sampled_group(count, 0)], 0)
 
 
-@pytest.mark.parametrize(("openness", "coupled"), [(0.5, True), (1.0, True), (0.5, False)])
-def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool) -> None:
+@pytest.mark.parametrize(
+    ("openness", "coupled", "share"), [(0.5, True, 1.0), (1.0, True, 1.0), (0.5, False, 1.0), (0.5, True, 0.6)]
+)
+def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool, share: float) -> None:
     world = build_world(3)
-    samples, _ = credit_of(world, RESPONSES, openness, coupled)
+    samples, _ = credit_of(world, RESPONSES, openness, coupled, share)
     exact = world.table_gradient.ravel()
     terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
     # Rarely reached states have too few terms for a normal distribution of their mean.
@@ -49,6 +54,29 @@ def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: 
     along = terms @ exact / (exact @ exact)  # its expectation is 1
     assert along.mean() == pytest.approx(1, abs=4.5 * along.std() / math.sqrt(len(samples)))
     assert along.std() / math.sqrt(len(samples)) < 0.02
+
+
+def test_the_share_weights_the_two_credits() -> None:
+    world = build_world(4)
+    whole, _ = credit_of(world, 50, 0.5, True, 1.0)
+    mixed, _ = credit_of(world, 50, 0.5, True, 0.75)
+    rewards = [sample.rollout.reward for sample in mixed if sample.rollout and sample.rollout.reward is not None]
+    assert len(rewards) == 50
+    for sample, pure, reward in zip(mixed, whole, rewards, strict=True):
+        expected = 0.25 * (reward - (sum(rewards) - reward) / 49)
+        prompt = len(world.prompt_ids)
+        assert sample.advantages[prompt:] == pytest.approx([expected] * len(sample.advantages[prompt:]))
+        assert not any(pure.advantages)
+        assert [a.advantage for a in sample.alternatives] == pytest.approx(
+            [0.75 * a.advantage for a in pure.alternatives]
+        )
+
+
+@pytest.mark.parametrize(("key", "value"), [("learner.kl.place", "reward"), ("learner.advantage_scaling", "whiten")])
+def test_settings_that_would_change_other_tokens_are_refused(key: str, value: str) -> None:
+    settings = {"learner.kl.coefficient": "0.001", key: value}
+    with pytest.raises(UserError, match=f"{key} is {value}"):
+        training_config("judgement", settings, "counterfactual")
 
 
 def test_coupling_lowers_the_noise_and_the_tokens() -> None:

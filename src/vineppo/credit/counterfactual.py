@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from pydantic import Field
 
-from vineppo.config.settings import Settings
+from vineppo.config.schema import Config
+from vineppo.config.settings import Settings, require
+from vineppo.credit.advantages import leave_one_out_advantages
 from vineppo.credit.algorithm import Algorithm, CreditParts
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.sampling.graded import sampled_and_graded
@@ -44,6 +46,10 @@ class CounterfactualSettings(Settings):
     coupled: bool = True
     """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
     costs about as many tokens as the rest of the response, and is noisier."""
+    share: float = Field(1.0, gt=0, le=1)
+    """Weight of counterfactual credit. The credit of REINFORCE on the response's own tokens has the weight 1 - share.
+    Both are unbiased estimates of the same gradient, so their weighted mean is, too. Their errors are different, so the
+    mean can be less noisy than either of them."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,21 @@ class _Branch:
     """1 - p, the probability of all other tokens together."""
     chance: float
     """Probability of branching the place."""
+
+
+def _check(settings: CounterfactualSettings, config: Config) -> None:
+    """Raise UserError if the settings do not fit the configuration (`Algorithm.check`)."""
+    penalty = config.learner.kl
+    require(
+        penalty.place == "loss" or penalty.coefficient == 0,
+        "learner.kl.place is reward, which subtracts the KL penalty from the credit of the response's tokens, and "
+        "counterfactual credit trains other tokens; set learner.kl.place to loss",
+    )
+    require(
+        config.learner.advantage_scaling != "whiten",
+        "learner.advantage_scaling is whiten, which subtracts the mean, so that alternatives with an advantage of 0 "
+        "would get another advantage; allowed with algorithm counterfactual: none, std",
+    )
 
 
 def _build(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
@@ -84,9 +105,11 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
 
     Its expected gradient is the sum over a and b != a of pi(a) (Q(b) - Q(a)) grad pi(b), which is the sum over b of
     (Q(b) - V) grad pi(b): the policy gradient at s. It holds for every joint distribution of R and R'. If they are
-    coupled, R' - R is 0 wherever the token does not matter. The tokens of the response itself get the credit 0.
-    `learner.advantage_scaling` measures only their deviation, so it changes nothing unless the KL penalty is in the
-    reward (`learner.kl.place`).
+    coupled, R' - R is 0 wherever the token does not matter. This credit is multiplied by `share`. The response's own
+    tokens get the credit of REINFORCE, multiplied by 1 - `share`.
+
+    `learner.advantage_scaling` measures only the deviation of the response's own tokens, so it changes nothing if
+    `share` is 1.
 
     With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
     is a, there is no credit. Rollouts and continuations without a reward have no credit.
@@ -112,11 +135,14 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
             rollout, token = rollouts[branch.rollout][1], completion.token_ids[0]
             change = 0.0 if reward is None else reward - reward_of(rollout)
             if change and token != rollout.response_ids[branch.position]:
-                weight = (branch.others if excludes else 1.0) / branch.chance
+                weight = settings.share * (branch.others if excludes else 1.0) / branch.chance
                 alternatives[branch.rollout].append(Alternative(branch.position, token, weight * change))
+        advantages = leave_one_out_advantages([reward_of(rollout) for _, rollout in rollouts])
         samples = [
-            training_sample(rollout, [0.0] * len(rollout.response_ids), alternatives=of_rollout)
-            for (_, rollout), of_rollout in zip(rollouts, alternatives, strict=True)
+            training_sample(
+                rollout, [(1 - settings.share) * advantage] * len(rollout.response_ids), alternatives=of_rollout
+            )
+            for (_, rollout), advantage, of_rollout in zip(rollouts, advantages, alternatives, strict=True)
         ]
         count = max(1, len(rollouts))
         metrics = {
@@ -179,5 +205,6 @@ COUNTERFACTUAL = Algorithm(
     label="Counterfactual",
     build=_build,
     settings=CounterfactualSettings,
+    check=_check,
     colour="#7F3C8D",
 )

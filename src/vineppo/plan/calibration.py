@@ -18,6 +18,7 @@ from vineppo.credit import find_algorithm
 from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
+from vineppo.plan.datasheet import separate_passes
 from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
 from vineppo.plan.shape import count, count_trainable, shape_from_config, shape_of
 from vineppo.training.configure import algorithm_settings
@@ -70,9 +71,10 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)  # seconds of one optimizer step
     _, update_seconds = _timed(lambda: learner.update(samples, 1, num_rollouts))
-    # `learner.update` starts with a forward pass of the policy, and one of the reference model if there is one. These
-    # passes are timed again here, in order to subtract their time from `update_seconds`.
-    prepare = _seconds(lambda: learner.logprobs(policy, samples)) * (2 if learner.reference else 1)
+    # All samples are in one minibatch, so the only forward pass before the update is that of the reference model. It
+    # takes as long as one of the policy.
+    forward = _seconds(lambda: learner.logprobs(policy, samples))
+    reference = forward * separate_passes(replace(config, learner=learner_settings), num_rollouts)
     scale = settings.num_problems / num_problems
     amounts = _amounts(config, groups, metrics, scale)
     parts.update_sampler()
@@ -82,7 +84,8 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     # Seconds of the forward and backward passes of one epoch.
-    passes = max(0.0, update_seconds - prepare - step)
+    passes = max(0.0, update_seconds - reference - step)
+    prepare = forward * separate_passes(config, num_rollouts * scale)
     # Without MC rollouts, the time of the credit function is proportional to the number of problems.
     seconds = {
         "sample": sample_seconds + extra * tokens,

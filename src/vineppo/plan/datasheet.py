@@ -67,8 +67,7 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
     # Number of networks: the policy, and the value network if the algorithm has one.
     networks = 1 + find_algorithm(config.algorithm).needs_critic
-    # Seconds of the forward passes before the first update: one of the policy, and one of the reference model if used.
-    forward = trained * per_token * (1 + (config.learner.kl.coefficient > 0))
+    forward = trained * per_token * separate_passes(config, amounts.rollouts)
     seconds = {
         "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, rows),
         "credit": _decoding(shape, gpu, mc_tokens, length, rows) if mc_tokens else (networks - 1) * trained * per_token,
@@ -77,6 +76,19 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
     source = f"rough estimate from the data sheet of {name}, {length} tokens per response"
     return Plan(source, amounts, seconds, iterations(config, amounts, seconds), memory, gpu.memory, ())
+
+
+def separate_passes(config: Config, rollouts: float) -> float:
+    """Return the number of forward passes over all samples of an iteration before its first update.
+
+    The policy's pass gives the old log-probabilities. The first minibatch needs none, because its own training pass
+    gives them. The reference model's pass gives the KL term.
+
+    Args:
+        rollouts: number of rollouts per iteration.
+    """
+    kl = config.learner.kl
+    return max(0.0, 1 - config.learner.minibatch_size / rollouts) + (kl.share if kl.coefficient > 0 else 0.0)
 
 
 def _gpu(name: str) -> Gpu:
