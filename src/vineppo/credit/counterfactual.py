@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -46,6 +48,12 @@ class CounterfactualSettings(Settings):
     coupled: bool = True
     """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
     costs about as many tokens as the rest of the response, and is noisier."""
+    pairs: Literal["better", "all"] = "better"
+    """Pairs of a response's token and another token that are trained. `better`: the pairs in which the response has the
+    higher reward; its token gets the difference as positive credit, the other one as negative credit. Only responses
+    whose reward is above `lowest_reward` are branched. `all`: all pairs; only the other token gets credit."""
+    lowest_reward: float = 0.0
+    """For `pairs: better`: the lowest reward that a response can have."""
     share: float = Field(1.0, gt=0, le=1)
     """Weight of counterfactual credit. The credit of REINFORCE on the response's own tokens has the weight 1 - share.
     Both are unbiased estimates of the same gradient, so their weighted mean is, too. Their errors are different, so the
@@ -99,33 +107,39 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
 
     Let a be the token of a response at some place, s the state before it, p the probability of a, and R the reward of
     the response. Another token b is drawn with the probability pi(b | s) / (1 - p), and continued to a response with
-    the reward R'. The credit of b, which is trained as an alternative at the place, is
+    the reward R'. With w = (1 - p) / (probability of branching the place), the credit at s is
 
-        (1 - p) (R' - R) / (probability of branching the place).
+    - for `pairs: all`: w (R' - R) for b, which is trained as an alternative at the place;
+    - for `pairs: better`: w (R - R') for a and the negative of it for b, if R > R'; otherwise 0.
 
-    Its expected gradient is the sum over a and b != a of pi(a) (Q(b) - Q(a)) grad pi(b), which is the sum over b of
-    (Q(b) - V) grad pi(b): the policy gradient at s. It holds for every joint distribution of R and R'. If they are
-    coupled, R' - R is 0 wherever the token does not matter. This credit is multiplied by `share`. The response's own
-    tokens get the credit of REINFORCE, multiplied by 1 - `share`.
+    Both have the policy gradient at s as their expected gradient. For `all` it is the sum over a and b != a of
+    pi(a) (Q(b) - Q(a)) grad pi(b), for every joint distribution of R and R'. For `better`, the joint distribution must
+    be the same if the response and the continuation change places, as it is with drafts: then the expectation of
+    R - R' over the pairs in which R is higher, with a and b in both orders, is Q(a) - Q(b). If R and R' are coupled,
+    their difference is 0 wherever the token does not matter.
 
-    `learner.advantage_scaling` measures only the deviation of the response's own tokens, so it changes nothing if
-    `share` is 1.
+    This credit is multiplied by `share`. The credit of REINFORCE, multiplied by 1 - `share`, is added to that of the
+    response's own tokens.
+
+    `learner.advantage_scaling` measures only the deviation of the response's own tokens.
 
     With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
     is a, there is no credit. Rollouts and continuations without a reward have no credit.
     """
-    excludes = parts.sampler.capabilities.excluded_first
+    excludes, better = parts.sampler.capabilities.excluded_first, settings.pairs == "better"
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
         branches = [
             branch
             for index, owner in enumerate(rollouts)
+            if not better or reward_of(owner[1]) > settings.lowest_reward
             for branch in _branches(settings, parts.run_seed, iteration, index, owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
         prefixes = [(rollouts[b.rollout][0], rollouts[b.rollout][1].response_ids[: b.position]) for b in branches]
         graded = sampled_and_graded(parts.sampler, parts.task, parts.codec.decode, requests, prefixes)
+        advantages = _reinforce_part(settings, rollouts)
         alternatives: list[list[Alternative]] = [[] for _ in rollouts]
         decoded = taken = 0
         for branch, group in zip(branches, graded, strict=True):
@@ -134,15 +148,15 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
             taken += completion.accepted
             rollout, token = rollouts[branch.rollout][1], completion.token_ids[0]
             change = 0.0 if reward is None else reward - reward_of(rollout)
-            if change and token != rollout.response_ids[branch.position]:
-                weight = settings.share * (branch.others if excludes else 1.0) / branch.chance
-                alternatives[branch.rollout].append(Alternative(branch.position, token, weight * change))
-        advantages = leave_one_out_advantages([reward_of(rollout) for _, rollout in rollouts])
+            if token == rollout.response_ids[branch.position] or change == 0 or (change > 0 and better):
+                continue
+            credit_of_other = settings.share * (branch.others if excludes else 1.0) / branch.chance * change
+            alternatives[branch.rollout].append(Alternative(branch.position, token, credit_of_other))
+            if better:
+                advantages[branch.rollout][branch.position] -= credit_of_other
         samples = [
-            training_sample(
-                rollout, [(1 - settings.share) * advantage] * len(rollout.response_ids), alternatives=of_rollout
-            )
-            for (_, rollout), advantage, of_rollout in zip(rollouts, advantages, alternatives, strict=True)
+            training_sample(rollout, of_tokens, alternatives=others)
+            for (_, rollout), of_tokens, others in zip(rollouts, advantages, alternatives, strict=True)
         ]
         count = max(1, len(rollouts))
         metrics = {
@@ -154,6 +168,16 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         return one_per_rollout(groups, samples), metrics
 
     return credit
+
+
+def _reinforce_part(settings: CounterfactualSettings, rollouts: Sequence[tuple[Problem, Rollout]]) -> list[list[float]]:
+    """Return the credit of REINFORCE for each response token, multiplied by 1 - `share`, one list per rollout."""
+    rewards = [reward_of(rollout) for _, rollout in rollouts]
+    credit = leave_one_out_advantages(rewards) if len(rewards) > 1 else [0.0] * len(rewards)
+    return [
+        [(1 - settings.share) * advantage] * len(rollout.response_ids)
+        for advantage, (_, rollout) in zip(credit, rollouts, strict=True)
+    ]
 
 
 def _branches(
