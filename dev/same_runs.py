@@ -113,9 +113,9 @@ def run_fingerprint(run: Path) -> dict[str, Any]:
 
 def comparison_fingerprint(out: Path) -> dict[str, Any]:
     """Return accuracies, updates and tokens from the compare.json of a comparison, as name of the fact -> value."""
-    algorithms = json.loads((out / "compare.json").read_text())["algorithms"]
+    arms = json.loads((out / "compare.json").read_text())["arms"]
     found: dict[str, Any] = {}
-    for name, figures in algorithms.items():
+    for name, figures in arms.items():
         for key in ("num_runs", "final_accuracy", "accuracy_before", "updates", "tokens"):
             found[f"{name} {key}"] = figures[key]
         for key in ("updates", "tokens", "accuracy", "accuracy_low", "accuracy_high", "kl"):

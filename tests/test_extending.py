@@ -89,8 +89,8 @@ def test_compare(page: str) -> None:
     command = ["compare", "judgement", *SMALL, *arguments, "--budget", "updates=2", "--out", "runs/compared"]
     assert main(command) == 0
     result = json.loads(Path("runs/compared/compare.json").read_text())
-    assert list(result["algorithms"]) == ["grpo_lambda", "grpo"] and result["missing"] == []
-    assert result["algorithms"]["grpo_lambda"]["label"] == "GRPO-lambda"
+    assert list(result["arms"]) == ["grpo_lambda", "grpo"] and result["missing"] == []
+    assert result["arms"]["grpo_lambda"]["label"] == "GRPO-lambda"
     assert Path("runs/compared/accuracy_over_updates.png").exists()
     assert "| grpo_lambda | 1 of 1 |" in Path("runs/compared/table.md").read_text()
 

@@ -215,7 +215,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["compare", "judgement", *OUT, "--budget", "updates"], "budget is 'updates', but '' is not a number"),
     (["compare", "judgement", *OUT, "--budget", "updates=-3"], "budget is updates=-3; it must be a finite number"),
     (["compare", "judgement", *OUT, "--budget", "updates=1.5"], "the number of updates must be a whole number"),
-    (["compare", "judgement", *OUT, "--algorithms", "ppo,ppo"], "algorithms contains ppo more than once"),
+    (["compare", "judgement", *OUT, "--algorithms", "ppo,ppo"], "the comparison contains ppo more than once"),
     (["compare", "judgement", *OUT, "--algorithms", ""], "algorithm is ''"),
     (
         ["compare", "judgement", *OUT, "--algorithms", "ppo", "--grpo.scale_by_std", "true"],

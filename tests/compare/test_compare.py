@@ -21,10 +21,8 @@ from vineppo.compare.comparison import compare
 from vineppo.compare.figures import Curves, align, analyse, first_reach, load_run, versus
 from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
-from vineppo.compare.spec import Budget, CompareSpec, parse_budget
-from vineppo.compare.tables import conclusions, table_rows
-from vineppo.credit import find_algorithm
-from vineppo.credit.algorithm import Algorithm
+from vineppo.compare.spec import Arm, Budget, CompareSpec, arms_of, parse_budget
+from vineppo.compare.tables import missing_lines, table_rows
 from vineppo.run.plots import plot_run
 from vineppo.types import UserError
 
@@ -55,6 +53,7 @@ def write_run(
             "iteration": iteration,
             "updates": updates,
             "tokens/generated": tokens,
+            "tokens/trained": tokens / 4,
             "seconds/train": seconds,
             "eval/accuracy": accuracy,
         }
@@ -92,12 +91,12 @@ def load_all(out: Path) -> list:
 
 
 def make_spec(directory: Path, **changes: object) -> CompareSpec:
-    spec = CompareSpec("default", ("vineppo", "ppo"), 2, Budget("updates", 40), str(directory))
+    spec = CompareSpec("default", arms_of(("vineppo", "ppo")), (0, 1), Budget("updates", 40), str(directory))
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
 
-def arms(*names: str) -> list[Algorithm]:
-    return [find_algorithm(name) for name in names]
+def arms(*names: str) -> tuple[Arm, ...]:
+    return arms_of(names)
 
 
 def buffer_console() -> Console:
@@ -112,10 +111,11 @@ def test_ratios_by_hand(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
     pair = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
     assert pair["baseline_best_accuracy"] == pytest.approx(0.6)
-    assert pair["baseline_reach"] == pytest.approx({"updates": 30, "tokens": 3000, "seconds": 45})
-    assert pair["reach"] == pytest.approx({"updates": 15, "tokens": 6000, "seconds": 75})
+    assert pair["baseline_reach"] == pytest.approx({"updates": 30, "tokens": 3000, "trained": 750, "seconds": 45})
+    assert pair["reach"] == pytest.approx({"updates": 15, "tokens": 6000, "trained": 1500, "seconds": 75})
     assert pair["updates_ratio"] == pytest.approx(2.0)
     assert pair["tokens_ratio"] == pytest.approx(0.5)
+    assert pair["trained_ratio"] == pytest.approx(0.5)
     assert pair["seconds_ratio"] == pytest.approx(0.6)
     assert pair["reason"] is None
 
@@ -124,7 +124,12 @@ def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
     equal = analyse(load_all(tmp_path), arms("vineppo", "ppo", "grpo"))["equal"]
     means = {axis: {name: interval["mean"] for name, interval in at["accuracy"].items()} for axis, at in equal.items()}
-    assert {axis: at["amount"] for axis, at in equal.items()} == {"updates": 40, "tokens": 4000, "seconds": 40}
+    assert {axis: at["amount"] for axis, at in equal.items()} == {
+        "updates": 40,
+        "tokens": 4000,
+        "trained": 1000,
+        "seconds": 40,
+    }
     assert means["updates"] == pytest.approx({"vineppo": 0.85, "ppo": 0.6})
     assert means["tokens"] == pytest.approx({"vineppo": 0.5, "ppo": 0.6})  # VinePPO has used them after 10 updates
     # After 40 seconds VinePPO has done 8 updates (.36 and .52), PPO 40 with seed 0 (.6) and 20 with seed 1 (.4).
@@ -135,9 +140,9 @@ def test_accuracy_at_equal_amounts_by_hand(tmp_path: Path) -> None:
 def test_final_accuracy_has_the_student_interval(tmp_path: Path) -> None:
     write_ppo_and_vine(tmp_path)
     figures = analyse(load_all(tmp_path), arms("vineppo", "ppo"))
-    final = figures["algorithms"]["vineppo"]["final_accuracy"]  # .8 and .9: t_{.975,1} * sd / sqrt 2 = 12.706 * .05
+    final = figures["arms"]["vineppo"]["final_accuracy"]  # .8 and .9: t_{.975,1} * sd / sqrt 2 = 12.706 * .05
     assert final == pytest.approx({"mean": 0.85, "low": 0.85 - 0.635310, "high": 0.85 + 0.635310}, abs=1e-5)
-    ppo = figures["algorithms"]["ppo"]
+    ppo = figures["arms"]["ppo"]
     assert ppo["final_accuracy"] == {"mean": pytest.approx(0.6), "low": None, "high": None}
     assert ppo["accuracy_before"]["mean"] == pytest.approx(0.2)
     assert ppo["seconds"]["mean"] == pytest.approx(60)
@@ -164,7 +169,7 @@ def make_curves(*accuracies: Sequence[float]) -> Curves:
     accuracy = np.array(accuracies, dtype=float)
     updates = np.arange(accuracy.shape[1]) * 10.0
     costs = np.tile(updates, (len(accuracy), 1))
-    return Curves(updates, accuracy, costs * 100, costs * 2, None)
+    return Curves(updates, accuracy, costs * 100, costs * 25, costs * 2, None)
 
 
 def test_first_reach_at_the_start_between_points_and_not_at_all() -> None:
@@ -224,7 +229,8 @@ def test_the_intervals_of_ratios_cover_the_true_ratio(num_runs: int, bootstrap: 
         accuracy = 0.18 + (ends - 0.18)[:, None] * (1 - np.exp(-grid / speeds[:, None]))
         if problems:
             accuracy = draw.binomial(problems, accuracy) / problems
-        return Curves(grid, accuracy, np.tile(grid, (count, 1)), np.tile(grid, (count, 1)), None)
+        used = np.tile(grid, (count, 1))
+        return Curves(grid, accuracy, used, used, used, None)
 
     expected = versus_ratio(simulated(20_000, 25, 0.95, 0), simulated(20_000, 80, 0.9, 0))
     covered = []
@@ -252,7 +258,7 @@ def test_runs_without_final_evaluation_are_compared_by_their_curves(tmp_path: Pa
         summary.update(accuracy_before=nothing, accuracy_after=nothing)
         (run / "summary.json").write_text(json.dumps(summary))
     result = analyse(load_all(tmp_path), arms("vineppo", "ppo", "grpo"))
-    assert result["algorithms"]["ppo"]["final_accuracy"]["mean"] is None
+    assert result["arms"]["ppo"]["final_accuracy"]["mean"] is None
     assert result["vs_best"]["baseline"] is None and result["vs_reference"]["updates_ratio"] == 1
 
 
@@ -278,10 +284,10 @@ def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
     figures = analyse(load_all(tmp_path), arms("vineppo", "grpo", "rloo"))
     assert (figures["first"], figures["reference"]) == ("vineppo", "grpo")
     assert figures["vs_reference"]["updates_ratio"] == pytest.approx(10 / 2.5)
-    assert figures["algorithms"]["rloo"]["reach_reference_best"]["updates"] == pytest.approx(10)
+    assert figures["arms"]["rloo"]["reach_reference_best"]["updates"] == pytest.approx(10)
     alone = analyse(load_all(tmp_path), arms("rloo"))
-    assert alone["reference"] is None and alone["algorithms"]["rloo"]["reach_reference_best"] is None
-    assert alone["vs_reference"]["reason"] == "no finished and evaluated run of a second algorithm"
+    assert alone["reference"] is None and alone["arms"]["rloo"]["reach_reference_best"] is None
+    assert alone["vs_reference"]["reason"] == "no finished and evaluated run of a second arm"
     absent = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
     assert absent["updates_ratio"] is None and absent["reason"] == "no finished and evaluated run of PPO"
     best = figures["vs_best"]
@@ -304,7 +310,7 @@ def test_a_fresh_comparison_interleaves_algorithms_within_seeds(tmp_path: Path) 
     assert value["--run.dir"] == str(tmp_path / "cmp" / "runs" / "ppo-seed1")
     assert (value["--run.max_updates"], value["--run.max_tokens"], value["--run.max_seconds"]) == ("40", "0", "0")
     assert int(value["--run.iterations"]) > 100_000
-    assert command[-1] == "--learner.lr=1e-4"
+    assert command[-2:] == ["--eval.greedy=true", "--learner.lr=1e-4"]
 
 
 def test_only_missing_runs_are_run_again(tmp_path: Path) -> None:
@@ -409,10 +415,12 @@ def test_wrong_budget_raises_one_line(text: str, named: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"algorithms": ("vinepo",)}, "did you mean vineppo?"),
-        ({"algorithms": ()}, "algorithms is empty"),
-        ({"algorithms": ("ppo", "ppo")}, "more than once"),
-        ({"seeds": 0}, "seeds is 0"),
+        ({"arms": (Arm("a", "vinepo"),)}, "did you mean vineppo?"),
+        ({"arms": arms_of(("ppo", "ppo"))}, "contains ppo more than once"),
+        ({"arms": (Arm("a", "ppo"), Arm("A", "grpo"))}, "contains A, a more than once"),
+        ({"arms": (Arm("a", "ppo", {"run.seed": "3"}),)}, "run.seed is set by `vineppo compare`"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"baselines": ("rloo",)}, "baselines has rloo, which is not compared; arms: vineppo, ppo"),
         ({"jobs": 0}, "jobs is 0"),
         ({"recipe": ""}, "recipe is empty"),
         ({"out": ""}, "out is empty"),
@@ -441,21 +449,25 @@ def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> Non
     stored = json.loads((tmp_path / "compare.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert stored["vs_reference"]["updates_ratio"] == pytest.approx(2.0)
-    assert stored["algorithms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    assert stored["arms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
     assert (stored["spec"]["budget"], stored["spec"]["level"]) == ("updates=40", "judgement")
     with open(tmp_path / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["algorithm"], row["seed"], float(row["accuracy_after"])) for row in rows] == [
+    assert [(row["arm"], row["seed"], float(row["accuracy_after"])) for row in rows] == [
         ("vineppo", "0", 0.8),
         ("vineppo", "1", 0.9),
         ("ppo", "0", 0.6),
         ("ppo", "1", 0.6),
     ]
     table = (tmp_path / "table.md").read_text()
-    assert "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 148.5] | 40 | 4,000 | 12,000 | 200 | 15 | 75 |" in table
+    cells = "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 148.5] | 40 | 4,000 | 12,000 | 4,000 | 200 |"
+    assert f"{cells} 15 | 6,000 | 1,500 | 75 |" in table
     assert "updates 2.00" in table and "seconds 0.60" in table
-    assert "At equal tokens (4,000 a run), accuracy during training: vineppo 50.0% [-77.1, 177.1], ppo 60.0%" in table
-    for name in ("over_updates", "over_tokens", "over_seconds", "over_kl"):
+    assert (
+        "At equal generated tokens (4,000 a run), accuracy during training: vineppo 50.0% [-77.1, 177.1], ppo 60.0%"
+        in table
+    )
+    for name in ("over_updates", "over_tokens", "over_trained", "over_seconds", "over_kl"):
         assert (tmp_path / f"accuracy_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "final_accuracy.png").exists()
 
@@ -464,9 +476,9 @@ def test_figures_do_not_depend_on_other_runs_in_the_directory(tmp_path: Path) ->
     compare_module._open_directory(make_spec(tmp_path), tmp_path)
     write_ppo_and_vine(tmp_path)
     write_run(tmp_path, "grpo", 0, points([0.2] * 5, 100, 1))
-    result = compare(make_spec(tmp_path, seeds=1), buffer_console())
-    assert list(result["algorithms"]) == ["vineppo", "ppo"]
-    assert [run["seed"] for run in result["algorithms"]["vineppo"]["per_seed"]] == [0]
+    result = compare(make_spec(tmp_path, seeds=(0,)), buffer_console())
+    assert list(result["arms"]) == ["vineppo", "ppo"]
+    assert [run["seed"] for run in result["arms"]["vineppo"]["per_seed"]] == [0]
 
 
 def scripted_plan(out: Path, seed: int, script: str) -> PlannedRun:
@@ -485,19 +497,19 @@ def test_failed_run_is_reported_and_the_others_continue(tmp_path: Path, monkeypa
     ]
     monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
     console = buffer_console()
-    result = compare(make_spec(out, algorithms=("ppo",), jobs=2), console)
+    result = compare(make_spec(out, arms=arms_of(("ppo",)), jobs=2), console)
     assert result["missing"] == [
         {
-            "algorithm": "ppo",
+            "arm": "ppo",
             "seed": 0,
             "state": "failed",
             "reason": "error: no such model [x]",
             "log": str(plans[0].log),
         }
     ]
-    assert result["algorithms"]["ppo"]["num_runs"] == 1
+    assert result["arms"]["ppo"]["num_runs"] == 1
     assert table_rows(result)[0][1] == "1 of 2 (1 failed)"
-    assert conclusions(result)[-1] == "FAILED: ppo seed 0: error: no such model [x]"
+    assert missing_lines(result)[-1] == "FAILED: ppo seed 0: error: no such model [x]"
     output = console.file.getvalue()  # type: ignore[attr-defined]
     assert "ppo seed 0 FAILED with exit code 1" in output and "    error: no such model [x]" in output
     assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in output
@@ -523,18 +535,22 @@ def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path
     # A run that was interrupted before and now fails has failed, although its summary is that of the interruption.
     again = missing_entry(plans[0], {"ppo seed 0": "error: model.path 'm' does not exist"})
     assert (again["state"], again["reason"]) == ("failed", "error: model.path 'm' does not exist")
-    figures = {name: {"mean": None, "low": None, "high": None} for name in ("accuracy_before", "final_accuracy")}
+    figures = {
+        name: {"mean": None, "low": None, "high": None}
+        for name in ("accuracy_before", "final_accuracy", "greedy_before", "greedy_after")
+    }
     result = {
-        "spec": {"seeds": 5},
+        "spec": {"seeds": [0, 1, 2, 3, 4]},
         "reference": None,
         "missing": entries,
-        "algorithms": {
+        "arms": {
             "ppo": {
                 **figures,
+                "cells": None,
                 "num_runs": 1,
                 "reach_reference_best": None,
                 "updates": None,
-                "tokens": {"rollouts": None, "mc": None},
+                "tokens": {"rollouts": None, "mc": None, "trained": None},
                 "seconds": {"mean": None},
             }
         },
@@ -560,9 +576,9 @@ def test_only_an_error_is_a_failure(tmp_path: Path, code: int, failed: bool) -> 
 def test_reports_are_written_if_all_runs_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [scripted_plan(tmp_path / "out", 0, "raise SystemExit(2)")]
     monkeypatch.setattr(compare_module, "plan_runs", lambda spec: plans)
-    result = compare(make_spec(tmp_path / "out", algorithms=("ppo",), seeds=1), buffer_console())
+    result = compare(make_spec(tmp_path / "out", arms=arms_of(("ppo",)), seeds=(0,)), buffer_console())
     assert result["missing"][0]["reason"] == "exit code 2"
-    assert result["algorithms"]["ppo"]["final_accuracy"] == {"mean": None, "low": None, "high": None}
+    assert result["arms"]["ppo"]["final_accuracy"] == {"mean": None, "low": None, "high": None}
     assert not (tmp_path / "out" / "compare.csv").exists()
 
 

@@ -174,10 +174,12 @@ def final_report(summary: Mapping[str, Any], run_dir: Path) -> list[str]:
         gain = f"   {100 * (after['mean'] - before['mean']):+.1f} points"
     generated = [f"{tokens.get('rollouts', 0):,} rollouts"]
     generated += [f"{tokens['mc']:,} MC rollouts"] if tokens.get("mc") else []
+    greedy = {f"greedy {when}": summary.get(f"greedy_{when}") for when in ("before", "after")}
     rows = {
         "wall-clock": f"{duration(summary.get('seconds'))} training, {evaluation} evaluation",
         "accuracy before": interval_text(before),
         "accuracy after": interval_text(after) + gain,
+        **{name: interval_text(interval) for name, interval in greedy.items() if interval},
         "tokens": f"{', '.join(generated)} (generated); {tokens.get('trained', 0):,} trained",
         "run": str(run_dir),
         "plots": str(run_dir / "plots"),

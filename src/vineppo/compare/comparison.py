@@ -1,4 +1,4 @@
-"""Train several algorithms with several seeds and compare the finished runs, for the command `vineppo compare`.
+"""Train several arms with several seeds and compare the finished runs, for the command `vineppo compare`.
 
 The function `compare` calls four functions of other modules. `plan_runs` lists all runs and determines what must be
 done with each. `run_all` trains the unfinished runs, each in a separate process. `analyse` computes the results.
@@ -43,8 +43,9 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
         plans = plan_runs(spec)
         print_line(console, _plan_line(plans))
         failures = run_all(plans, spec, console)
-        runs = [load_run(plan.directory) for plan in plans if run_state(plan.directory) == "finished"]
-        result = {"spec": spec_record(spec, runs), **environment_record(), **analyse(runs, spec.arms)}
+        runs = [load_run(plan.directory, plan.arm) for plan in plans if run_state(plan.directory) == "finished"]
+        figures = analyse(runs, spec.arms, spec.baseline_names)
+        result = {"spec": spec_record(spec, runs), **environment_record(), **figures}
         result["missing"] = [missing_entry(plan, failures) for plan in plans if run_state(plan.directory) != "finished"]
         write_reports(result, out)
     print_table(result, console)
@@ -66,10 +67,10 @@ def _open_directory(spec: CompareSpec, out: Path) -> None:
     try:
         if out.is_dir() and any(out.iterdir()) and not record.exists():
             raise UserError(f"--out {out} is not empty and contains no comparison; choose a new directory")
-        check_same_comparison(read_json(record), spec, out)
+        content = check_same_comparison(read_json(record), spec, out)
         for folder in (out / "runs", out / "logs"):
             folder.mkdir(parents=True, exist_ok=True)
-        write_text(record, to_json(spec.identity()))
+        write_text(record, to_json(content))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose a writable directory") from None
 

@@ -17,6 +17,7 @@ from vineppo.run.figures import GREY, band, canvas, finish, legend_below, percen
 _AXIS_LABELS = {
     "updates": "updates",
     "tokens": "generated tokens (rollouts and MC rollouts)",
+    "trained": "trained tokens (counted in every epoch)",
     "seconds": "seconds of training (evaluation not counted)",
     "kl": "KL from the starting model",
 }
@@ -24,7 +25,7 @@ _AXIS_LABELS = {
 
 
 class Style(NamedTuple):
-    """The label of an algorithm, and the colour, marker and line style that all plots use for the algorithm."""
+    """The label of an arm, and the colour, marker and line style that all plots use for the arm."""
 
     label: str
     colour: str
@@ -35,34 +36,40 @@ class Style(NamedTuple):
 _PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 """Colours that people with colour blindness can distinguish (Okabe and Ito 2008), and a grey."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Markers of Matplotlib, one for each algorithm."""
+"""Markers of Matplotlib, one for each arm."""
 _LINES = ("-", "-", "--", "--", ":", "-.", "-.", ":")
 """Line styles of Matplotlib. Markers and line styles distinguish the curves if a plot is printed without colour."""
 
 
 def styles_of(result: dict[str, Any]) -> dict[str, Style]:
-    """Return a dictionary from the name of each algorithm to its style.
+    """Return a dictionary from the name of each arm to its style.
 
-    An algorithm that defines no colour gets the next unused colour of the palette.
+    The first arm of an algorithm has the colour of the algorithm. An arm whose colour is taken, or whose algorithm
+    defines none, gets the next unused colour of the palette. With more arms than colours, colours repeat with other
+    markers.
     """
-    algorithms = result["algorithms"]
-    free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in algorithms.values()}]
-    styles = {}
-    for i, (name, figures) in enumerate(algorithms.items()):
-        colour = figures["colour"] or (free.pop(0) if free else _PALETTE[i % len(_PALETTE)])
-        styles[name] = Style(plain_text(figures["label"]), colour, _MARKERS[i % len(_MARKERS)], _LINES[i % len(_LINES)])
+    arms = result["arms"]
+    free = [colour for colour in _PALETTE if colour not in {figures["colour"] for figures in arms.values()}]
+    styles: dict[str, Style] = {}
+    for i, (name, figures) in enumerate(arms.items()):
+        taken = {style.colour for style in styles.values()}
+        colour = figures["colour"] if figures["colour"] not in taken else ""
+        colour = colour or (free.pop(0) if free else _PALETTE[i % len(_PALETTE)])
+        marker = _MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)]
+        styles[name] = Style(plain_text(figures["label"]), colour, marker, _LINES[i % len(_LINES)])
     return styles
 
 
 def plot_comparison(result: dict[str, Any], out: Path) -> list[Path]:
-    """Plot accuracies over updates, tokens, seconds and KL divergence, and the final accuracies.
+    """Plot accuracies over updates, tokens, trained tokens, seconds and KL divergence, and the final accuracies.
 
     Args:
         result: the content of `compare.json`.
         out: directory to which the plots are saved.
     Returns:
-        Paths of the plots: `accuracy_over_updates.png`, `accuracy_over_tokens.png`, `accuracy_over_seconds.png`,
-        `accuracy_over_kl.png` (if the KL divergence was measured) and `final_accuracy.png`.
+        Paths of the plots: `accuracy_over_updates.png`, `accuracy_over_tokens.png`, `accuracy_over_trained.png`,
+        `accuracy_over_seconds.png`, `accuracy_over_kl.png` (if the KL divergence was measured) and
+        `final_accuracy.png`.
     """
     files = []
     for axis in _AXIS_LABELS:
@@ -82,7 +89,7 @@ def _subtitle(result: dict[str, Any], band: bool) -> str:
     spec = result["spec"]
     level = spec.get("level") or ""
     recipe = Path(spec["recipe"]).stem
-    runs = [figures["num_runs"] for figures in result["algorithms"].values() if figures["num_runs"]]
+    runs = [figures["num_runs"] for figures in result["arms"].values() if figures["num_runs"]]
     seeds = f"{min(runs)}" if min(runs) == max(runs) else f"{min(runs)} to {max(runs)}"
     # `level` names the problems. It is left out if it is empty or equals the name of the recipe. If it is
     # `reasoning_gym:NAME`, only NAME is compared with the name of the recipe.
@@ -97,14 +104,14 @@ def _subtitle(result: dict[str, Any], band: bool) -> str:
 
 
 def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
-    """Plot the accuracy curves of all algorithms over a quantity, or return None if no curve has this quantity.
+    """Plot the accuracy curves of all arms over a quantity, or return None if no curve has this quantity.
 
     Args:
         axis: the quantity on the x axis, a key of `_AXIS_LABELS`.
     """
     curves = {
         name: figures["curve"]
-        for name, figures in result["algorithms"].items()
+        for name, figures in result["arms"].items()
         if figures["curve"] is not None and figures["curve"].get(axis) is not None
     }
     if not curves:
@@ -133,7 +140,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     if axis != "kl":
         _mark_reference_best(axes, result)
     finish(axes, _AXIS_LABELS[axis], "accuracy on validation problems")
-    if axis in ("tokens", "updates"):
+    if axis in ("tokens", "trained", "updates"):
         axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     percent_axis(axes)
     legend_below(axes)
@@ -141,7 +148,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
 
 
 def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
-    """Draw a horizontal line at the best mean accuracy of the reference, which is the second algorithm."""
+    """Draw a horizontal line at the best mean accuracy of the reference, which is the second arm."""
     best = result["vs_reference"].get("baseline_best_accuracy")
     if best is not None:
         style = styles_of(result)[result["reference"]]
@@ -150,11 +157,11 @@ def _mark_reference_best(axes: Axes, result: dict[str, Any]) -> None:
 
 
 def _final_figure(result: dict[str, Any]) -> Figure | None:
-    """Plot the mean final accuracy of each algorithm with its interval, and a small dot for each run.
+    """Plot the mean final accuracy of each arm with its interval, and a small dot for each run.
 
-    The result is None if no algorithm has a final accuracy.
+    The result is None if no arm has a final accuracy.
     """
-    shown = {name: f for name, f in result["algorithms"].items() if f["final_accuracy"]["mean"] is not None}
+    shown = {name: f for name, f in result["arms"].items() if f["final_accuracy"]["mean"] is not None}
     if not shown:
         return None
     has_band = any(f["final_accuracy"]["low"] is not None for f in shown.values())

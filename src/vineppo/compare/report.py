@@ -18,13 +18,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vineppo.compare.figures import RunRecord
+from vineppo.compare.checklist import checklist
+from vineppo.compare.figures import RunRecord, setting_in
 from vineppo.compare.plots import plot_comparison
 from vineppo.compare.runs import PlannedRun, outcome_of_missing, print_line
 from vineppo.compare.spec import CompareSpec
-from vineppo.compare.tables import conclusions, header, markdown, table_rows
+from vineppo.compare.tables import conclusions, header, markdown, missing_lines, table_rows
 from vineppo.run.environment import version_of
 from vineppo.run.files import write_text, written_aside
+
+_COMMON = (
+    "model.path",
+    "model.dtype",
+    "model.device",
+    "task.name",
+    "task.level",
+    "task.num_steps",
+    "rollouts.max_new_tokens",
+    "rollouts.temperature",
+    "eval.num_problems",
+    "eval.final_num_problems",
+    "eval.num_samples",
+    "eval.temperature",
+    "eval.greedy",
+    "eval.split",
+)
+"""Settings of the first run that the record of a comparison and its checklist show."""
 
 
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -33,14 +52,14 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
     Args:
         spec: settings of the comparison.
         runs: the finished runs. The entry `level`, a text that names the problems in titles of plots, is taken from
-            them; it is empty if no run has finished.
+            them, and so are the settings under `common`. They are empty if no run has finished.
     """
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
-        "algorithms": [arm.name for arm in spec.arms],
-        "seeds": spec.seeds,
+        "seeds": list(spec.seeds),
         "jobs": spec.jobs,
+        "common": {key: setting_in(runs[0].config, key) for key in _COMMON} if runs else {},
     }
 
 
@@ -63,7 +82,7 @@ def missing_entry(plan: PlannedRun, failures: dict[str, str]) -> dict[str, Any]:
         failures: name of each failed run -> reason.
     """
     state, reason = outcome_of_missing(plan, failures)
-    return {"algorithm": plan.algorithm, "seed": plan.seed, "state": state, "reason": reason, "log": str(plan.log)}
+    return {"arm": plan.arm, "seed": plan.seed, "state": state, "reason": reason, "log": str(plan.log)}
 
 
 def write_reports(result: dict[str, Any], out: Path) -> None:
@@ -72,8 +91,8 @@ def write_reports(result: dict[str, Any], out: Path) -> None:
     `compare.csv` and the plots are left out if no run has finished.
     """
     write_text(out / "compare.json", to_json(result))
-    write_text(out / "table.md", markdown(result))
-    rows = [row for figures in result["algorithms"].values() for row in figures["per_seed"]]
+    write_text(out / "table.md", markdown(result, checklist(result)))
+    rows = [row for figures in result["arms"].values() for row in figures["per_seed"]]
     if rows:
         with written_aside(out / "compare.csv") as partial, open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
@@ -90,7 +109,8 @@ def to_json(content: dict[str, Any]) -> str:
 def print_table(result: dict[str, Any], console: Console) -> None:
     """Print the table of results. Below it, print sentences about differences between algorithms and missing runs.
 
-    If the terminal is too narrow for the whole table, the columns with numbers of tokens are left out.
+    If the terminal is too narrow for the whole table, the columns with numbers of tokens and those of greedy decoding
+    are left out; `table.md` has all columns.
     """
     names = header(result)
     # An interval such as "[40.0, 60.0]" gets its own line in the cell.
@@ -107,11 +127,13 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         padding=(0, 0, 0, 1),
         show_edge=False,
     )
-    shown = [i for i, name in enumerate(names) if fits or not name.endswith("tokens")]
+    shown = [i for i, name in enumerate(names) if fits or not ("tokens" in name or "greedy" in name)]
     for i in shown:
         table.add_column(escape(names[i]), justify="left" if i == 0 else "right", width=widths[i])
     for row in rows:
         table.add_row(*(escape(row[i]) for i in shown))
     console.print(table)
     for line in conclusions(result):
+        print_line(console, line)
+    for line in missing_lines(result):
         print_line(console, line)

@@ -19,9 +19,8 @@ from typing import Any, Literal, TextIO
 from rich.console import Console
 
 from vineppo.compare.figures import load_run, number_in
-from vineppo.compare.spec import CompareSpec, settings_of_budget
+from vineppo.compare.spec import Arm, CompareSpec, settings_of_budget
 from vineppo.compare.tables import format_count, format_percent
-from vineppo.credit.algorithm import Algorithm
 from vineppo.run.directory import RunDirectory
 
 _STATUS_SECONDS = 2.0
@@ -51,8 +50,8 @@ _ACTIONS: dict[RunState, Action] = {
 class PlannedRun:
     """One run of a comparison, and what the comparison does with it."""
 
-    algorithm: str
-    """Name of the algorithm."""
+    arm: str
+    """Name of the arm."""
     seed: int
     """Seed of the run."""
     directory: Path
@@ -67,42 +66,31 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Name of the run in messages, for example `vineppo seed 0`."""
-        return f"{self.algorithm} seed {self.seed}"
+        return f"{self.arm} seed {self.seed}"
 
 
 def plan_runs(spec: CompareSpec) -> list[PlannedRun]:
     """Return all runs of a comparison, each with its action. This function only reads the directory of the comparison.
 
-    The runs are ordered by seed and then by algorithm, so that the algorithms take turns. If the machine becomes slower
-    over hours, all algorithms are affected alike.
+    The runs are ordered by seed and then by arm, so that the arms take turns. If the machine becomes slower over hours,
+    all arms are affected alike.
     """
-    return [
-        _plan_run(spec, algorithm, arm, seed)
-        for seed in range(spec.seeds)
-        for algorithm, arm in zip(spec.algorithms, spec.arms, strict=True)
-    ]
+    return [_plan_run(spec, arm, seed) for seed in spec.seeds for arm in spec.arms]
 
 
-def _plan_run(spec: CompareSpec, algorithm: str, arm: Algorithm, seed: int) -> PlannedRun:
-    """Determine the action and the command line of one run.
-
-    Args:
-        spec: settings of the comparison.
-        algorithm: value of the setting `algorithm`: the name of a built-in algorithm, or `module:object`.
-        arm: the algorithm that this value names.
-        seed: seed of the run.
-    """
+def _plan_run(spec: CompareSpec, arm: Arm, seed: int) -> PlannedRun:
+    """Determine the action and the command line of one run."""
     name = f"{arm.name}-seed{seed}"
     directory = Path(spec.out) / "runs" / name
     action = _ACTIONS[run_state(directory)]
     train = (sys.executable, "-m", "vineppo", "train")
     budget = tuple(text for key, amount in settings_of_budget(spec.budget).items() for text in (f"--{key}", amount))
-    identity = ("--algorithm", algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
+    identity = ("--algorithm", arm.algorithm, "--run.seed", str(seed), "--run.dir", str(directory))
     commands: dict[Action, tuple[str, ...]] = {
         "keep": (),
         "resume": (*train, "--resume", str(directory)),
     }
-    overrides = (f"--{key}={value}" for key, value in spec.overrides_of(arm).items())
+    overrides = (f"--{key}={value}" for key, value in spec.settings_of(arm).items())
     fresh = (*train, spec.recipe, *identity, *budget, *overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
     return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh))

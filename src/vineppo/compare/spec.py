@@ -1,16 +1,18 @@
-"""Define and check the settings of a comparison: recipe, algorithms, seeds, budget and others."""
+"""Define and check the settings of a comparison: recipe, arms, seeds, budget and others."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vineppo.config.settings import require
-from vineppo.credit import BUILT_IN, COMPARED, find_algorithm
+from vineppo.credit import BASELINES, BUILT_IN, COMPARED, find_algorithm
 from vineppo.credit.algorithm import Algorithm
 from vineppo.types import UserError
 
@@ -19,6 +21,15 @@ _BUDGET_KEYS = {"updates": "run.max_updates", "tokens": "run.max_tokens", "secon
 
 _ENDLESS_ITERATIONS = "1000000"
 """Value of `run.iterations` for all runs. It is so large that the budget always ends a run first."""
+
+_DEFAULTS = {"eval.greedy": "true"}
+"""Settings of all runs of a comparison, unless the user sets them."""
+
+_LONGEST_NAME = 100
+"""Largest number of characters in the name of an arm."""
+
+_MOST_SEEDS = 1000
+"""Largest number of seeds of a comparison."""
 
 
 class Budget(NamedTuple):
@@ -74,18 +85,99 @@ def settings_of_budget(budget: Budget) -> dict[str, str]:
     return {"run.iterations": _ENDLESS_ITERATIONS, **limits}
 
 
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Return the seeds for a number of seeds (`5` is 0 to 4), or for a list of seeds and ranges (`3,7,9`, `100-104`).
+
+    Raises:
+        UserError: if the text has another form, a seed occurs twice, or there are no seeds or more than 1000.
+    """
+    advice = "it must be a number of seeds such as 5, a list such as 3,7,9, or a range such as 100-104"
+    parts = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"--seeds is {text!r}; {advice}")
+    if len(parts) == 1 and parts[0] and parts[0][2] is None:
+        spans = [range(int(parts[0][1]))]
+        require(bool(spans[0]), "seeds is 0; it must be at least 1")
+    else:
+        spans = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
+    require(all(spans), f"--seeds is {text!r}, where a range ends before it begins; {advice}")
+    count = sum(map(len, spans))
+    require(count <= _MOST_SEEDS, f"--seeds is {text!r}, which are {count} seeds; at most {_MOST_SEEDS} are allowed")
+    seeds = tuple(seed for span in spans for seed in span)
+    require(len(set(seeds)) == len(seeds), f"--seeds is {text!r}, where a seed occurs twice; list each seed once")
+    return seeds
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison: an algorithm with settings. All arms use the recipe of the comparison."""
+
+    name: str
+    """Name in tables and run directories, such as `grpo320`. No two arms of a comparison have the same name."""
+    algorithm: str
+    """Value of the setting `algorithm`: the name of a built-in algorithm, or `module:object`."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Settings of this arm: dotted key -> text. They win over those that all arms share."""
+    cells: int | None = None
+    """Number of combinations of settings among which the settings of this arm were chosen, or None if unknown."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]*", self.name) is not None and len(self.name) <= _LONGEST_NAME,
+            f"the name of an arm is {self.name!r}; it must begin with a letter or digit and contain at most "
+            f"{_LONGEST_NAME} letters, digits, and the characters . _ = + -, because it names directories",
+        )
+        require(
+            self.cells is None or self.cells >= 1, f"cells of arm {self.name} is {self.cells}; it must be at least 1"
+        )
+
+    @functools.cached_property
+    def method(self) -> Algorithm:
+        """The algorithm as an object.
+
+        Raises:
+            UserError: if there is no such algorithm.
+        """
+        return find_algorithm(self.algorithm)
+
+    @property
+    def label(self) -> str:
+        """Name in plots and sentences: that of the algorithm, with the name of the arm if it is another one."""
+        own = self.method.name
+        if self.name == own:
+            return self.method.label
+        # The name of an arm of a sweep begins with the name of its algorithm, which need not be repeated.
+        return f"{self.method.label} ({self.name.removeprefix(f'{own}-')})"
+
+    @property
+    def colour(self) -> str:
+        """Colour of the algorithm, or empty. The plots give later arms of the same algorithm other colours."""
+        return self.method.colour
+
+
+def arms_of(algorithms: Iterable[str]) -> tuple[Arm, ...]:
+    """Return one arm per algorithm, without settings of its own, with the name of the algorithm.
+
+    Args:
+        algorithms: values of the setting `algorithm`.
+    Raises:
+        UserError: if there is no such algorithm.
+    """
+    return tuple(Arm(find_algorithm(spec).name, spec) for spec in algorithms)
+
+
 @dataclass(frozen=True)
 class CompareSpec:
     """The settings of a comparison."""
 
     recipe: str
     """Name of the recipe that all runs use, or path of its YAML file."""
-    algorithms: tuple[str, ...] = COMPARED
-    """The algorithms to compare, as values of the setting `algorithm`, without duplicates, in the order of the tables.
-    The first algorithm is compared with the second one and with the best of all others. The second algorithm is the
-    reference: the tables show when each algorithm reaches the best accuracy of the reference."""
-    seeds: int = 5
-    """Number of runs per algorithm. The runs have the seeds 0, 1, ..., seeds - 1."""
+    arms: tuple[Arm, ...] = ()
+    """The compared arms, in the order of the tables. The first arm is compared with the second one and with the best of
+    all others. The second arm is the reference: the tables show when each arm reaches the best accuracy of the
+    reference. Empty: one arm for each algorithm of `COMPARED`."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the runs of every arm."""
     budget: Budget = Budget("updates", 96)  # noqa: RUF009 (a named tuple is immutable)
     """Limit of each run."""
     out: str = ""
@@ -94,52 +186,85 @@ class CompareSpec:
     """Number of runs that train at the same time. Above 1, the runs share the processor, so their measured seconds are
     less reliable."""
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """Other settings of the runs: dotted key -> text. They apply to all runs, except that a setting in the section of
-    an algorithm, such as `vineppo.splitter`, applies only to the runs of this algorithm."""
+    """Settings that all arms share: dotted key -> text. A setting in the section of an algorithm, such as
+    `vineppo.splitter`, applies only to the arms of this algorithm."""
+    baselines: tuple[str, ...] = ()
+    """Names of the arms that are baselines. Empty: all arms whose algorithm is one of `BASELINES`."""
 
     def __post_init__(self) -> None:
         require(bool(self.recipe), "recipe is empty; give the name of a recipe or a YAML file")
         require(bool(self.out), "out is empty; give the directory of the comparison with --out DIR")
-        require(bool(self.algorithms), f"algorithms is empty; allowed: {', '.join(BUILT_IN)}, or module:object")
-        names = [arm.name for arm in self.arms]
-        duplicates = sorted({name for name in names if names.count(name) > 1})
-        require(not duplicates, f"algorithms contains {', '.join(duplicates)} more than once; list each algorithm once")
-        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be at least 1")
+        if not self.arms:
+            object.__setattr__(self, "arms", arms_of(COMPARED))
+        names = [arm.name.casefold() for arm in self.arms]  # some file systems ignore the case of letters
+        duplicates = sorted({arm.name for arm in self.arms if names.count(arm.name.casefold()) > 1})
+        require(
+            not duplicates,
+            f"the comparison contains {', '.join(duplicates)} more than once; list each algorithm once, and give every "
+            "arm a name of its own",
+        )
+        require(bool(self.seeds), "seeds is empty; it must be at least 1 seed")
         require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
         _checked_budget(self.budget)
-        reserved = ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
-        for key in self.overrides:
+        unknown = [name for name in self.baselines if name not in {arm.name for arm in self.arms}]
+        require(
+            not unknown,
+            f"baselines has {', '.join(unknown)}, which is not compared; arms: {', '.join(a.name for a in self.arms)}",
+        )
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Raise UserError for a setting that the comparison chooses, or that belongs to an algorithm without arm."""
+        for key in (*self.overrides, *(key for arm in self.arms for key in arm.overrides)):
             require(
-                key not in reserved,
+                key not in self.reserved,
                 f"{key} is set by `vineppo compare`; use --algorithms, --seeds, --budget or --out instead",
             )
+        for key in self.overrides:
             section = key.split(".")[0]
             require(
-                section in names or section not in BUILT_IN,
+                section in {arm.method.name for arm in self.arms} or section not in BUILT_IN,
                 f"{key} is a setting of {section}, which is not compared; remove it, or add {section} to --algorithms",
             )
 
     @property
-    def arms(self) -> tuple[Algorithm, ...]:
-        """The algorithms to compare, as objects, in the order of `algorithms`."""
-        return tuple(find_algorithm(spec) for spec in self.algorithms)
+    def reserved(self) -> tuple[str, ...]:
+        """Settings that the comparison chooses for every run."""
+        return ("algorithm", "run.dir", "run.seed", *settings_of_budget(self.budget))
 
-    def overrides_of(self, algorithm: Algorithm) -> dict[str, str]:
-        """Return the overrides for the runs of one algorithm, without the sections of the other algorithms."""
-        others = {arm.name for arm in self.arms} - {algorithm.name}
-        return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
+    @property
+    def baseline_names(self) -> tuple[str, ...]:
+        """Names of the arms that are baselines: `baselines`, or those whose algorithm is one of `BASELINES`."""
+        return self.baselines or tuple(arm.name for arm in self.arms if arm.method.name in BASELINES)
+
+    def settings_of(self, arm: Arm) -> dict[str, str]:
+        """Return the settings of the runs of an arm, without those of the budget: dotted key -> text.
+
+        From lowest to highest priority: greedy evaluation, the shared settings (without the sections of other
+        algorithms), the arm's own settings.
+        """
+        others = {other.method.name for other in self.arms} - {arm.method.name}
+        shared = {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
+        return {**_DEFAULTS, **shared, **arm.overrides}
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must stay the same when a comparison is continued, as a dictionary for JSON.
 
-        Algorithms, seeds and jobs are not included, because they may change.
+        Seeds, jobs and baselines are not included, because they may change. The settings of an arm must stay the same,
+        but arms may be added or left out.
         """
         return {
             "recipe": self.recipe,
             "recipe_sha256": _recipe_digest(self.recipe),
             "budget": str(self.budget),
-            "overrides": [f"--{key}={value}" for key, value in self.overrides.items()],
+            "overrides": _options(self.overrides),
+            "arms": {arm.name: [f"--algorithm={arm.algorithm}", *_options(arm.overrides)] for arm in self.arms},
         }
+
+
+def _options(overrides: Mapping[str, str]) -> list[str]:
+    """Return settings as options of a command line."""
+    return [f"--{key}={value}" for key, value in overrides.items()]
 
 
 def _recipe_digest(recipe: str) -> str | None:
@@ -157,19 +282,26 @@ def _recipe_digest(recipe: str) -> str | None:
     return None
 
 
-def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> None:
+def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> dict[str, Any]:
     """Check that the comparison in a directory has the same settings as `spec`.
 
     Args:
         recorded: content of `compare-spec.json` in the directory, or None if the file is missing.
         spec: settings of the comparison to run.
         out: the directory, which the error message names.
+    Returns:
+        The new content of the file: the identity of `spec`, with the recorded arms that `spec` leaves out.
     Raises:
         UserError: if a setting differs. The message names the first setting that differs.
     """
     identity = spec.identity()
-    for key in identity if recorded is not None else ():
-        old, new = (recorded or {}).get(key), identity[key]
+    known = (recorded or {}).get("arms") or {}
+    pairs = {key: ((recorded or {}).get(key), identity[key]) for key in identity if key != "arms"}
+    pairs = pairs if recorded is not None else {}
+    # The order of an arm's settings has no meaning.
+    arms = identity["arms"].items()
+    pairs |= {f"arm {name}": (sorted(known[name]), sorted(new)) for name, new in arms if name in known}
+    for key, (old, new) in pairs.items():
         if old == new:
             continue
         difference = f"{key} {_format_value(old)}, not {_format_value(new)}"
@@ -178,6 +310,7 @@ def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, ou
         raise UserError(
             f"--out {out} contains a comparison with {difference}; choose another --out, or restore that setting"
         )
+    return {**identity, "arms": {**known, **identity["arms"]}}
 
 
 def _format_value(value: Any) -> str:

@@ -423,6 +423,10 @@ class EvalConfig(Settings):
     """Number of responses per problem. The accuracy is the mean reward of all responses."""
     temperature: float = Field(1.0, ge=0)
     """Sampling temperature of the evaluation; 0 means greedy decoding."""
+    greedy: bool = False
+    """Also measure the mean reward of one greedy response per problem in the evaluations before and after training. If
+    greedy decoding of the starting model already has the accuracy that sampling has after training, the training only
+    made the distribution sharper."""
     split: Literal["validation", "test"] = "validation"
     """Split of the evaluations before and after training."""
 

@@ -23,6 +23,8 @@ BUILT_IN: dict[str, Algorithm] = {
 """Dictionary from the name of each built-in algorithm to the algorithm."""
 COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)
 """Names of the algorithms that `vineppo compare` compares if the user does not choose any."""
+BASELINES = (PPO.name, GRPO.name, RLOO.name, REINFORCE.name)
+"""Names of the algorithms that are baselines of a comparison unless the user names its baselines."""
 
 
 def find_algorithm(spec: str) -> Algorithm:

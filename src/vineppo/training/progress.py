@@ -37,6 +37,8 @@ class Progress:
     """Seconds of the whole run until the checkpoint from which this process resumed the run; 0 in a new run."""
     accuracy_before: dict[str, float | None] = field(default_factory=dict)
     """Accuracy before training as {mean, low, high}; empty if the run has not measured it yet."""
+    greedy_before: dict[str, float | None] = field(default_factory=dict)
+    """Accuracy of greedy decoding before training as {mean, low, high}; empty if it was not measured."""
     best_validation_accuracy: float | None = None
     """Highest accuracy of an evaluation on the validation problems, or None before the first evaluation."""
     evaluated_iteration: int | None = None

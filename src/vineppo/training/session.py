@@ -85,11 +85,14 @@ class Session:
         return progress.seconds_total + time.perf_counter() - self.began
 
 
-def measured(session: Session, split: Split, count: int, address: tuple[int | str, ...]) -> Measurement:
+def measured(
+    session: Session, split: Split, count: int, address: tuple[int | str, ...], *, greedy: bool = False
+) -> Measurement:
     """Sample and grade responses to the first `count` problems of a split, with the settings of the evaluation.
 
     Args:
         address: values from which the sampling seeds are derived, in addition to the seed of the run.
+        greedy: decode one greedy response per problem instead of `eval.num_samples` at `eval.temperature`.
     """
     parts = session.parts
     return measure(
@@ -97,9 +100,9 @@ def measured(session: Session, split: Split, count: int, address: tuple[int | st
         parts.sampler,
         parts.task,
         problem_range(parts.task, split, count),
-        num_samples=session.evaluation.num_samples,
+        num_samples=1 if greedy else session.evaluation.num_samples,
         max_new_tokens=session.rollouts.max_new_tokens,
-        temperature=session.evaluation.temperature,
+        temperature=0.0 if greedy else session.evaluation.temperature,
         stop=session.rollouts.stop,
         address=(session.limits.seed, *address),
     )
@@ -141,10 +144,11 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
     evaluations during training (`eval.every` above 0).
 
     Returns:
-        The progress with `accuracy_before` set.
+        The progress with `accuracy_before` set, and with `greedy_before` if `eval.greedy` is true.
     """
     began = time.perf_counter()
-    progress = replace(progress, accuracy_before=_final_accuracy(session, "before"))
+    accuracy_before, greedy_before = _final_accuracies(session, "before")
+    progress = replace(progress, accuracy_before=accuracy_before, greedy_before=greedy_before)
     progress = replace(progress, seconds_eval=time.perf_counter() - began)
     line: dict[str, Any] = {"iteration": 0, "updates": 0, **cumulative(progress)}
     if session.evaluation.every:
@@ -164,9 +168,10 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
     """
     progress = save(session, progress)
     after: dict[str, float | None] | None = None
+    greedy_after: dict[str, float | None] = {}
     if reason != "interrupted":
         began = time.perf_counter()
-        after = _final_accuracy(session, "after")
+        after, greedy_after = _final_accuracies(session, "after")
         progress = replace(progress, seconds_eval=progress.seconds_eval + time.perf_counter() - began)
         with directory_written_aside(session.run.final) as folder:
             session.parts.policy.save(folder)
@@ -178,6 +183,8 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
         "finish_reason": reason,
         "accuracy_before": progress.accuracy_before,
         "accuracy_after": after,
+        "greedy_before": progress.greedy_before or None,
+        "greedy_after": greedy_after or None,
         "best_validation_accuracy": progress.best_validation_accuracy,
         "best_checkpoint": progress.best_checkpoint,
         "problems_left_out": dict(session.parts.left_out),
@@ -198,19 +205,25 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
     }
 
 
-def _final_accuracy(session: Session, when: str) -> dict[str, float | None]:
-    """Measure the accuracy before or after training, on `eval.final_num_problems` problems of the split `eval.split`.
+def _final_accuracies(session: Session, when: str) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Measure the accuracies before or after training, on `eval.final_num_problems` problems of the split `eval.split`.
 
     Args:
         when: "before" or "after".
     Returns:
-        {mean, low, high}: the mean reward with a confidence interval. If `eval.final_num_problems` is 0, nothing is
-        measured and the values are None.
+        (accuracy of sampled responses, accuracy of greedy responses). Each is {mean, low, high}: the mean reward with a
+        confidence interval. If `eval.final_num_problems` is 0, nothing is measured and the values of the first are
+        None. The second is empty if it is not measured.
     """
     settings = session.evaluation
     if not settings.final_num_problems:
-        return {"mean": None, "low": None, "high": None}
-    return measured(session, settings.split, settings.final_num_problems, (when,)).mean_reward(0).as_dict()
+        return {"mean": None, "low": None, "high": None}, {}
+
+    def accuracy(address: tuple[str, ...], greedy: bool) -> dict[str, float | None]:
+        measurement = measured(session, settings.split, settings.final_num_problems, address, greedy=greedy)
+        return measurement.mean_reward(0).as_dict()
+
+    return accuracy((when,), False), accuracy((when, "greedy"), True) if settings.greedy else {}
 
 
 def log(session: Session, line: dict[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""dev/tune.py: the rule of successive halving by hand, and a small tuning with real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from dev.tune import Score, budgets_of, cells_of, command_of, grids_of, parsed, ranked, score, survivors
+
+from dev import tune
+from vineppo.compare.arms import load_arms
+from vineppo.compare.figures import Evaluation
+from vineppo.compare.spec import arms_of
+from vineppo.types import UserError
+
+
+def evaluations(*pairs: tuple[float, float]) -> tuple[Evaluation, ...]:
+    """Evaluations (tokens, accuracy), with one update per 100 tokens."""
+    return tuple(Evaluation(tokens / 100, tokens, tokens, tokens, accuracy, None) for tokens, accuracy in pairs)
+
+
+def test_cells_that_reach_the_target_are_ranked_by_tokens_and_come_first() -> None:
+    scores = {
+        "slow": Score(0.95, 900.0),
+        "failed": Score(None, reason="error: no"),
+        "low": Score(0.5),
+        "fast": Score(0.91, 400.0),
+        "high": Score(0.89),
+    }
+    assert ranked(scores) == ["fast", "slow", "high", "low", "failed"]
+    assert survivors(ranked(scores), 2) == ["fast", "slow", "high"]
+    assert survivors(["a"], 3) == ["a"]
+
+
+def test_budgets_of_the_rungs() -> None:
+    assert budgets_of(800_000, 3, 2) == (200_000, 400_000, 800_000)
+    assert budgets_of(900, 3, 3) == (100, 300, 900)
+
+
+def test_the_score_of_a_cell_by_hand() -> None:
+    """The budget is 250 tokens. The mean curve is .2, .45, .7 after 0, 100, 200 tokens, and reaches .6 after 160."""
+    runs = [
+        evaluations((0, 0.2), (100, 0.4), (200, 0.6), (300, 0.8)),
+        evaluations((0, 0.2), (100, 0.5), (200, 0.8), (300, 0.6)),
+    ]
+    result = score(runs, 250, 0.6)
+    assert result.accuracy == pytest.approx(0.7)  # .7 with both seeds, half-way between 200 and 300
+    assert result.tokens == pytest.approx(160)
+    assert score(runs, 150, 0.6).tokens is None  # reached only beyond the budget
+    longer = [(*run, *evaluations((400, 0.99))) for run in runs]
+    assert score(longer, 250, 0.6) == result  # a run that has gone on counts as it was at the budget
+
+
+def test_every_algorithm_gets_the_same_number_of_cells() -> None:
+    algorithms = arms_of(("grpo", "vineppo"))
+    texts = ["learner.lr=1,2,3", "grpo:rollouts.group_size=2,4", "vineppo.num_mc_rollouts=1,3,9", "grpo:learner.lr=5,6"]
+    grids = grids_of(algorithms, texts)
+    assert grids["grpo"] == {"learner.lr": ("5", "6"), "rollouts.group_size": ("2", "4")}
+    assert grids["vineppo"] == {"learner.lr": ("1", "2", "3"), "vineppo.num_mc_rollouts": ("1", "3", "9")}
+    assert [cell.name for cell in cells_of(algorithms[0], grids["grpo"], 4)] == [
+        "grpo-lr=5-group_size=2",
+        "grpo-lr=5-group_size=4",
+        "grpo-lr=6-group_size=2",
+        "grpo-lr=6-group_size=4",
+    ]
+    chosen = cells_of(algorithms[1], grids["vineppo"], 4)
+    assert len({cell.name for cell in chosen}) == 4 and chosen == cells_of(algorithms[1], grids["vineppo"], 4)
+    with pytest.raises(UserError, match="the grid of grpo has 4 combinations, but --cells is 5"):
+        cells_of(algorithms[0], grids["grpo"], 5)
+    with pytest.raises(UserError, match="rloo is not tuned"):
+        grids_of(algorithms, ["rloo:learner.lr=1,2"])
+
+
+SMALL = [
+    "judgement",
+    *("--algorithms", "reinforce,grpo", "--seeds", "100,101", "--budget", "1200", "--rungs", "2", "--target", "0.9"),
+    *("--grid", "learner.lr=1e-5,3e-4", "--set", "rollouts.num_problems=2", "--set", "learner.minibatch_size=4"),
+    *("--set", "eval.every=1", "--set", "eval.num_problems=4", "--grid", "grpo:rollouts.group_size=2"),
+    *("--grid", "reinforce:rollouts.group_size=2"),
+]
+
+
+def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = [*SMALL, "--out", str(tmp_path)]
+    result = tune.tune(*parsed(arguments))
+    for name, own in result["algorithms"].items():
+        first, second = own["rungs"]
+        assert (first["budget"], second["budget"]) == (600, 1200)
+        assert len(first["cells"]) == 2 and list(second["cells"]) == list(first["cells"])[:1] == [own["best"]]
+        assert all(cell["accuracy"] is not None for cell in first["cells"].values())
+        lost = list(first["cells"])[1]
+        for seed in (100, 101):
+            tokens = {}
+            for cell in (own["best"], lost):
+                lines = (tmp_path / "runs" / f"{cell}-seed{seed}" / "metrics.jsonl").read_text().splitlines()
+                tokens[cell] = [json.loads(line)["tokens/generated"] for line in lines]
+                assert [json.loads(line)["iteration"] for line in lines] == list(range(len(lines)))
+            assert tokens[own["best"]][-1] >= 1200 > tokens[own["best"]][-2]
+            assert tokens[lost][-1] >= 600 > tokens[lost][-2]
+        assert own["generated_tokens"] >= 2 * (600 + 1200) and name in own["best"]
+    arms = yaml.safe_load((tmp_path / "arms.yaml").read_text())
+    assert arms["grpo"]["cells"] == 2 and "eval.every" not in arms["grpo"]
+    tuned = {arm.name: arm for arm in load_arms(tmp_path / "arms.yaml")}
+    best = result["algorithms"]["grpo"]["best"]
+    shared = {"rollouts.num_problems": "2", "learner.minibatch_size": "4"}
+    assert tuned["grpo"].overrides == {**shared, **result["algorithms"]["grpo"]["settings"][best]}
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    plan, algorithms, cells = parsed(arguments)
+    assert command_of(plan, cells["grpo"][0], 100, 600) == ()
+    assert tune.tune(plan, algorithms, cells)["algorithms"] == result["algorithms"]
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
+    with pytest.raises(UserError, match="was tuned with"):
+        tune.tune(*parsed([*arguments, "--set", "learner.lr=1"]))
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--grid", "learner.epochs=1,x"], "learner.epochs is 'x'"),
+        (["--set", "eval.every=0"], "eval.every is 0"),
+        (["--grid", "reinforce:learner.epochs=1,2"], "different numbers of cells"),
+        (["--eta", "1"], "--eta above 1"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_run(tmp_path: Path, more: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        tune.tune(*parsed([*SMALL, "--out", str(tmp_path / "o"), *more]))
+    assert not (tmp_path / "o").exists()
