@@ -215,6 +215,7 @@ class CompareSpec:
 
     def _check_keys(self) -> None:
         """Raise UserError for a setting that the comparison chooses, or that belongs to an algorithm without arm."""
+        compared = {arm.method.name for arm in self.arms}
         for key in (*self.overrides, *(key for arm in self.arms for key in arm.overrides)):
             require(
                 key not in self.reserved,
@@ -223,7 +224,7 @@ class CompareSpec:
         for key in self.overrides:
             section = key.split(".")[0]
             require(
-                section in {arm.method.name for arm in self.arms} or section not in BUILT_IN,
+                section in compared or section not in BUILT_IN,
                 f"{key} is a setting of {section}, which is not compared; remove it, or add {section} to --algorithms",
             )
 
