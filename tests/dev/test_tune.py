@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from dev.tune import Score, budgets_of, cells_of, command_of, grids_of, parsed, ranked, score, survivors
 
 from dev import tune
+from vineppo.cli.main import main
 from vineppo.compare.arms import load_arms
 from vineppo.compare.figures import Evaluation
 from vineppo.compare.spec import arms_of
@@ -87,7 +91,13 @@ def tokens_of(run: Path) -> list[int]:
     return [line["tokens/generated"] for line in lines]
 
 
-def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path) -> None:
+def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings are real, but run in this process, which saves its start."""
+
+    def in_this_process(command: Sequence[str], **options: Any) -> SimpleNamespace:
+        return SimpleNamespace(returncode=main(list(command[3:])))
+
+    monkeypatch.setattr(tune, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))
     arguments = [*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path)]
     result = tune.tune(*parsed(arguments))
     own = result["algorithms"]["grpo"]

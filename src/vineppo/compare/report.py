@@ -46,6 +46,10 @@ _COMMON = (
 """Settings of the first run that the record of a comparison and its checklist show."""
 
 
+_LEFT_OUT = (("tokens", "greedy"), ("'s best",), ("tuning",))
+"""Words in the names of the columns that a narrow terminal does not show, those left out first at the front."""
+
+
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the settings of a comparison, which `compare.json` contains under the key `spec`.
 
@@ -107,10 +111,9 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def print_table(result: dict[str, Any], console: Console) -> None:
-    """Print the table of results. Below it, print sentences about differences between algorithms and missing runs.
+    """Print the table of results. Below it, print sentences about differences between arms and missing runs.
 
-    If the terminal is too narrow for the whole table, the columns with numbers of tokens and those of greedy decoding
-    are left out; `table.md` has all columns.
+    If the terminal is too narrow for the whole table, columns are left out (`_LEFT_OUT`); `table.md` has all columns.
     """
     names = header(result)
     # An interval such as "[40.0, 60.0]" gets its own line in the cell.
@@ -120,14 +123,17 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         max(len(part) for part in [*name.split(), *(line for row in rows for line in row[i].splitlines())])
         for i, name in enumerate(names)
     ]
-    fits = sum(width + 2 for width in widths) < console.width - 4
+    shown = list(range(len(names)))
+    for words in _LEFT_OUT:
+        if sum(widths[i] + 2 for i in shown) < console.width - 4:
+            break
+        shown = [i for i in shown if not any(word in names[i] for word in words)]
     table = Table(
         title=f"{result['spec']['recipe']}: {result['spec']['budget']} per run",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         show_edge=False,
     )
-    shown = [i for i, name in enumerate(names) if fits or not ("tokens" in name or "greedy" in name)]
     for i in shown:
         table.add_column(escape(names[i]), justify="left" if i == 0 else "right", width=widths[i])
     for row in rows:
