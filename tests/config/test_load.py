@@ -311,6 +311,10 @@ def test_a_resolved_configuration_has_only_the_section_of_its_algorithm() -> Non
         "rloo": set(),
         "reinforce": set(),
         "counterfactual": {"counterfactual"},
+        "tree": {"tree"},
+        "tempo": {"tempo"},
+        "grpo_lambda": {"grpo_lambda"},
+        "spo_chain": {"spo_chain"},
     }
 
 
