@@ -119,7 +119,10 @@ def test_the_nearest_key(wrong: str, right: list[str]) -> None:
 
 
 def test_letters_of_the_papers_are_recognised() -> None:
-    assert suggestion(config_class_with_all_sections(), "K") == "did you mean vineppo.num_mc_rollouts?"
+    assert (
+        suggestion(config_class_with_all_sections(), "K")
+        == "did you mean vineppo.num_mc_rollouts or spo_chain.num_mc_rollouts?"
+    )
     assert suggestion(Config, "rollouts.g", prefix="--") == "did you mean --rollouts.group_size?"
 
 
@@ -223,13 +226,14 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "algorithm",
             "pppo",
-            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or "
-            "module:object",
+            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, tree, "
+            "tempo, grpo_lambda, spo_chain, or module:object",
         ),
         (
             "algorithm",
             3,
-            "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or module:object",
+            "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, tree, tempo, grpo_lambda, "
+            "spo_chain, or module:object",
         ),
     ],
 )

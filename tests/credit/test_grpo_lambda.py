@@ -46,7 +46,13 @@ def test_lambda_1_is_grpo() -> None:
 
 @pytest.mark.parametrize(
     ("errors", "decay", "expected_length", "expected_cosine"),
-    [("last", 1.0, 1, 1), ("last", 0.9, 0, 0), ("last", 0.5, 0, 0), ("all", 0.9, 0, 0), ("all", 0.5, 0, 0)],
+    [
+        ("last", 1.0, 1, 1),
+        ("last", 0.9, 0.9161, 0.99619),
+        ("last", 0.5, 0.6295, 0.88688),
+        ("all", 0.9, 0.1755, 0.92487),
+        ("all", 0.5, 0.6852, 0.97255),
+    ],
 )
 def test_traces_are_biased(errors: str, decay: float, expected_length: float, expected_cosine: float) -> None:
     """With the baseline of RLOO, the expected gradient is exact at lambda 1 only: the weights depend on the length."""

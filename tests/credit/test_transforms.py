@@ -38,17 +38,17 @@ def exact_vine(splitter: str, transform: Transform = list) -> CreditFn:
     ("transform", "splitter", "expected_length", "expected_cosine"),
     [
         (list, "tokens:1", 1, 1),
-        (smallest_to_come, "tokens:1", 0, 0),
-        (smallest_to_come, "tokens:2", 0, 0),
-        (partial(from_first_drop, drop=0.5), "tokens:1", 0, 0),
-        (partial(from_first_drop, drop=0.2), "tokens:1", 0, 0),
-        (partial(from_first_drop, drop=0.2), "tokens:2", 0, 0),
+        (smallest_to_come, "tokens:1", 0.2563, 0.43781),
+        (smallest_to_come, "tokens:2", 0.6825, 0.88766),
+        (partial(from_first_drop, drop=0.5), "tokens:1", 1, 1),
+        (partial(from_first_drop, drop=0.2), "tokens:1", 0.9900, 0.99857),
+        (partial(from_first_drop, drop=0.1), "tokens:2", 0.9902, 0.98664),
     ],
 )
 def test_transforms_are_biased(
     transform: Transform, splitter: str, expected_length: float, expected_cosine: float
 ) -> None:
-    """Length along the exact gradient, and cosine with it."""
+    """Length along the exact gradient, and cosine with it. No exact step advantage of this world is below -0.5."""
     gradient, exact = of_single_responses(world(4), exact_vine(splitter, transform)), world(4).table_gradient
     assert length(gradient, exact) == pytest.approx(expected_length, abs=1e-3)
     assert cosine(gradient, exact) == pytest.approx(expected_cosine, abs=1e-4)
@@ -65,7 +65,8 @@ def test_a_transform_needs_the_advantages_of_all_steps(other: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("below", "expected_length", "expected_cosine"), [(1.0, 1, 1), (0.9, 0, 0), (0.5, 0, 0), (0.3, 0, 0)]
+    ("below", "expected_length", "expected_cosine"),
+    [(1.0, 1, 1), (0.9, 0.9999, 0.99999), (0.5, 0.9997, 0.99995), (0.3, 0.7210, 0.89692)],
 )
 def test_a_mask_of_certain_tokens_is_biased(below: float, expected_length: float, expected_cosine: float) -> None:
     """The mask depends on the sampled token, so the gradient is exact only if it keeps all tokens."""

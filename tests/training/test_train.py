@@ -134,7 +134,7 @@ def telescopes(rows: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-@pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["vineppo", "ppo", "tree"])
 def test_truth_7_a_resumed_run_has_the_same_bits(tmp_path: Path, algorithm: str) -> None:
     learner = LearnerConfig(lr=1e-4, minibatch_size=8, decay="linear", warmup_updates=3, kl=KLConfig(coefficient=1e-3))
     whole = small_config(tmp_path / "whole", algorithm, learner=learner)

@@ -28,7 +28,7 @@ class TempoSettings(Settings):
     up to this one, minus the value of the state before it as estimated by the *other* responses. It is unbiased.
     `paper`: GRPO's advantage of the response, plus the change of the mean reward from the state before the token to the
     state after it, both with the response itself. It is biased (docs/algorithms.md)."""
-    prior: float = Field(1.0, ge=0)
+    prior: float = Field(2.0, ge=0)
     """For `form: leave_one_out`: weight of the value of the state at which the other responses last parted, in numbers
     of responses. The value of a state that n other responses pass through is (n * their mean reward + prior * that
     value) / (n + prior). With 0, a single response decides the value if no other passes through the state."""
