@@ -297,8 +297,8 @@ def embedded() -> Path:
         ("late_grpo:build", "algorithm 'late_grpo:build' is a function; it must be a vineppo.Algorithm"),
         (
             "grp",
-            "algorithm is 'grp'; did you mean grpo or grpo_lambda? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, "
-            "tree, tempo, grpo_lambda, spo_chain, or module:object",
+            "algorithm is 'grp'; did you mean grpo or grpo_lambda? allowed: vineppo, ppo, grpo, rloo, reinforce, "
+            "counterfactual, tree, tempo, grpo_lambda, spo_chain, or module:object",
         ),
     ],
 )

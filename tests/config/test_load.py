@@ -226,8 +226,8 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "algorithm",
             "pppo",
-            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, tree, "
-            "tempo, grpo_lambda, spo_chain, or module:object",
+            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, "
+            "tree, tempo, grpo_lambda, spo_chain, or module:object",
         ),
         (
             "algorithm",
