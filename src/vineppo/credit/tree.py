@@ -220,17 +220,11 @@ def sample_trees(settings: TreeSettings, parts: CreditParts) -> SampleFn:
                 if place is not None
             ]
             grown = iter(grower.sample(wanted, branches - 1) if wanted else ())
-            trees = [
-                [
-                    leaf_or_new
-                    for leaf, place in zip(leaves, places[tree], strict=True)
-                    for leaf_or_new in (
-                        leaf,
-                        *([replace(leaf) for _ in range(branches - 1)] if place is None else next(grown)),
-                    )
-                ]
-                for tree, leaves in enumerate(trees)
-            ]
+            for tree, leaves in enumerate(trees):
+                trees[tree] = []
+                for leaf, place in zip(leaves, places[tree], strict=True):
+                    copies = [replace(leaf) for _ in range(branches - 1)]
+                    trees[tree] += [leaf, *(copies if place is None else next(grown))]
         return [RolloutGroup(problem, tuple(leaves)) for problem, leaves in zip(problems, trees, strict=True)]
 
     return sample
