@@ -167,6 +167,8 @@ def test_logprobs_rewards_and_seeds() -> None:
         assert rollout.sampler_logprobs == pytest.approx(known.sampler_logprobs, abs=1e-4)
         assert replace(rollout, sampler_logprobs=()) == replace(known, sampler_logprobs=())
     assert groups[0] != groups[1]
+    other = replace(w.problem, id="other")
+    assert sample([other, w.problem, w.problem], 0)[1:] == groups  # other problems change nothing
     assert sample([w.problem, w.problem], 0) == groups and sample([w.problem], 1)[0] != groups[0]
 
 

@@ -133,6 +133,22 @@ def branching_points(settings: TreeSettings, parts: CreditParts) -> BranchingPoi
 
 
 @dataclass(frozen=True)
+class _State:
+    """A state from which responses are sampled."""
+
+    tree: int
+    """Index of the tree in the iteration."""
+    level: int
+    """0 for the prompt, 1 for the first branching points, and so on."""
+    leaf: int = 0
+    """Index of the response in its tree before the level was sampled."""
+    rollout: Rollout | None = None
+    """The response that passes through the state; None for the prompt."""
+    start: int = 0
+    """Number of response tokens before the state."""
+
+
+@dataclass(frozen=True)
 class _Grower:
     """Samples the levels of the trees of an iteration.
 
@@ -146,23 +162,20 @@ class _Grower:
     iteration: int
     owners: Sequence[tuple[Problem, tuple[int, ...], int]]
 
-    def sample(self, wanted: Sequence[tuple[int, int, Rollout | None, int]], count: int) -> list[list[Rollout]]:
-        """Sample `count` responses for each (index of the tree, level, rollout, number of its tokens to begin with).
-
-        The rollout is None for responses that begin at the prompt.
-        """
+    def sample(self, states: Sequence[_State], count: int) -> list[list[Rollout]]:
+        """Sample `count` responses from each state, and return them as whole responses."""
         requests, prefixes = [], []
-        for number, (tree, level, rollout, start) in enumerate(wanted):
-            problem, prompt_ids, seen = self.owners[tree]
-            prefix = rollout.response_ids[:start] if rollout else ()
-            address = (self.parts.run_seed, self.iteration, problem.id, "tree", seen, level, number)
+        for state in states:
+            problem, prompt_ids, seen = self.owners[state.tree]
+            prefix = state.rollout.response_ids[: state.start] if state.rollout else ()
+            address = (self.parts.run_seed, self.iteration, problem.id, "tree", seen, state.level, state.leaf)
             requests.append(
                 SampleRequest(
                     prompt_ids=prompt_ids + prefix,
                     num_samples=count,
-                    max_new_tokens=self.parts.max_new_tokens - start,
+                    max_new_tokens=self.parts.max_new_tokens - state.start,
                     seed=derive_seed(*address),
-                    response_tokens=start,
+                    response_tokens=state.start,
                     temperature=self.parts.temperature,
                     stop=self.parts.stop,
                 )
@@ -170,24 +183,16 @@ class _Grower:
             prefixes.append((problem, prefix))
         graded = sampled_and_graded(self.parts.sampler, self.parts.task, self.parts.codec.decode, requests, prefixes)
         return [
-            [self._rollout(self.owners[tree][1], rollout, start, *sample) for sample in group]
-            for (tree, _, rollout, start), group in zip(wanted, graded, strict=True)
+            [self._rollout(state, *sample) for sample in group] for state, group in zip(states, graded, strict=True)
         ]
 
-    @staticmethod
-    def _rollout(
-        prompt_ids: tuple[int, ...],
-        begun: Rollout | None,
-        start: int,
-        completion: Completion,
-        text: str,
-        reward: float | None,
-    ) -> Rollout:
-        """Return the rollout that begins with `start` tokens of another one and ends with a completion."""
+    def _rollout(self, state: _State, completion: Completion, text: str, reward: float | None) -> Rollout:
+        """Return the response that continues a state with a completion."""
+        begun = state.rollout
         return Rollout(
-            prompt_ids=prompt_ids,
-            response_ids=(begun.response_ids[:start] if begun else ()) + completion.token_ids,
-            sampler_logprobs=(begun.sampler_logprobs[:start] if begun else ()) + completion.logprobs,
+            prompt_ids=self.owners[state.tree][1],
+            response_ids=(begun.response_ids[: state.start] if begun else ()) + completion.token_ids,
+            sampler_logprobs=(begun.sampler_logprobs[: state.start] if begun else ()) + completion.logprobs,
             finish_reason=completion.finish_reason,
             text=text,
             reward=reward,
@@ -210,16 +215,16 @@ def sample_trees(settings: TreeSettings, parts: CreditParts) -> SampleFn:
             owners.append((problem, parts.codec.prompt_ids(problem), seen[problem.id]))
             seen[problem.id] += 1
         grower = _Grower(parts, iteration, owners)
-        trees = grower.sample([(tree, 0, None, 0) for tree in range(len(problems))], at_prompt)
+        trees = grower.sample([_State(tree, 0) for tree in range(len(problems))], at_prompt)
         for level, branches in enumerate(settings.branches):
             places = [[_point(points_of, leaf, level) for leaf in leaves] for leaves in trees]
-            wanted = [
-                (tree, level + 1, leaf, place)
+            states = [
+                _State(tree, level + 1, number, leaf, place)
                 for tree, leaves in enumerate(trees)
-                for leaf, place in zip(leaves, places[tree], strict=True)
+                for number, (leaf, place) in enumerate(zip(leaves, places[tree], strict=True))
                 if place is not None
             ]
-            grown = iter(grower.sample(wanted, branches - 1) if wanted else ())
+            grown = iter(grower.sample(states, branches - 1) if states else ())
             for tree, leaves in enumerate(trees):
                 trees[tree] = []
                 for leaf, place in zip(leaves, places[tree], strict=True):
