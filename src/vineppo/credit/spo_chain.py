@@ -22,7 +22,7 @@ class SPOChainSettings(Settings):
     """SPO-chain: Monte-Carlo values after every few uncertain tokens, and advantages only for uncertain tokens."""
 
     num_mc_rollouts: int = Field(9, ge=1)
-    """K: number of continuations sampled from each state."""
+    """Number of continuations sampled from each state, K."""
     every: int = Field(5, ge=1)
     """Number of uncertain tokens after which a segment ends."""
     uncertain_below: float = Field(0.9, ge=1e-6, le=1)
