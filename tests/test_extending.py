@@ -50,7 +50,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Write the two modules of the page to the current directory; returns the text of the page."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     modules = re.findall(r"`(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL)
-    assert [name for name, _ in modules] == ["grpo_lambda.py", "clauses.py"]
+    assert [name for name, _ in modules] == ["late_grpo.py", "clauses.py"]
     for name, source in modules:
         (tmp_path / name).write_text(source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -65,17 +65,17 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def test_the_algorithm_is_about_25_lines(page: str) -> None:
-    code = [line for line in Path("grpo_lambda.py").read_text().splitlines() if line.strip()]
+    code = [line for line in Path("late_grpo.py").read_text().splitlines() if line.strip()]
     assert len(code) <= 28
 
 
 def test_train(page: str) -> None:
-    arguments = ["--algorithm", "grpo_lambda:grpo_lambda", "--grpo_lambda.decay", "0.5", "--run.dir", "runs/mine"]
+    arguments = ["--algorithm", "late_grpo:late_grpo", "--late_grpo.decay", "0.5", "--run.dir", "runs/mine"]
     assert main(["train", "judgement", *SMALL, "--run.iterations", "1", *arguments]) == 0
     config = Path("runs/mine/config.yaml").read_text()
-    assert "algorithm: grpo_lambda:grpo_lambda" in config and "grpo_lambda:\n  decay: 0.5" in config
-    assert "vineppo:" not in config.replace("grpo_lambda:grpo_lambda", "")
-    assert json.loads(Path("runs/mine/summary.json").read_text())["label"] == "GRPO-lambda"
+    assert "algorithm: late_grpo:late_grpo" in config and "late_grpo:\n  decay: 0.5" in config
+    assert "vineppo:" not in config.replace("late_grpo:late_grpo", "")
+    assert json.loads(Path("runs/mine/summary.json").read_text())["label"] == "Late GRPO"
     for row in rows(Path("runs/mine")):
         advantages = row["token_advantages"]
         assert len(advantages) == row["num_tokens"]
@@ -85,61 +85,61 @@ def test_train(page: str) -> None:
 
 
 def test_compare(page: str) -> None:
-    arguments = ["--algorithms", "grpo_lambda:grpo_lambda,grpo", "--grpo_lambda.decay", "0.9", "--seeds", "1"]
+    arguments = ["--algorithms", "late_grpo:late_grpo,grpo", "--late_grpo.decay", "0.9", "--seeds", "1"]
     command = ["compare", "judgement", *SMALL, *arguments, "--budget", "updates=2", "--out", "runs/compared"]
     assert main(command) == 0
     result = json.loads(Path("runs/compared/compare.json").read_text())
-    assert list(result["arms"]) == ["grpo_lambda", "grpo"] and result["missing"] == []
-    assert result["arms"]["grpo_lambda"]["label"] == "GRPO-lambda"
+    assert list(result["arms"]) == ["late_grpo", "grpo"] and result["missing"] == []
+    assert result["arms"]["late_grpo"]["label"] == "Late GRPO"
     assert Path("runs/compared/accuracy_over_updates.png").exists()
-    assert "| grpo_lambda | 1 of 1 |" in Path("runs/compared/table.md").read_text()
+    assert "| late_grpo | 1 of 1 |" in Path("runs/compared/table.md").read_text()
 
 
 RECIPE = """
-algorithm: grpo_lambda:grpo_lambda
+algorithm: late_grpo:late_grpo
 rollouts: {group_size: 4}
-grpo_lambda: {decay: 0.9}
+late_grpo: {decay: 0.9}
 overrides:
-  grpo_lambda: {learner.lr: 2.0e-4}
+  late_grpo: {learner.lr: 2.0e-4}
   other:algorithm: {learner.lr: 5.0e-4}
   grpo: {learner.lr: 3.0e-4}
 """
 SHARED_RECIPE = """
 rollouts: {group_size: 4}
 overrides:
-  grpo_lambda:grpo_lambda: {grpo_lambda.decay: 0.9, learner.lr: 2.0e-4}
+  late_grpo:late_grpo: {late_grpo.decay: 0.9, learner.lr: 2.0e-4}
 """
 
 
 def test_a_recipe_of_a_users_algorithm_serves_other_algorithms_too(page: str) -> None:
     recipe = yaml.safe_load(RECIPE)
     own: Any = build_config(recipe)
-    assert own.grpo_lambda.decay == 0.9 and own.learner.lr == 2e-4
+    assert own.late_grpo.decay == 0.9 and own.learner.lr == 2e-4
     other = build_config(recipe, "grpo")
-    assert not hasattr(other, "grpo_lambda") and other.learner.lr == 3e-4
-    with pytest.raises(UserError, match=r"grpo_lambda.decay on the command line is a setting of grpo_lambda"):
-        build_config(recipe, "grpo", {"grpo_lambda.decay": "0.5"})
-    shared: Any = build_config(yaml.safe_load(SHARED_RECIPE), "grpo_lambda:grpo_lambda")
-    assert shared.grpo_lambda.decay == 0.9 and shared.learner.lr == 2e-4
+    assert not hasattr(other, "late_grpo") and other.learner.lr == 3e-4
+    with pytest.raises(UserError, match=r"late_grpo.decay on the command line is a setting of late_grpo"):
+        build_config(recipe, "grpo", {"late_grpo.decay": "0.5"})
+    shared: Any = build_config(yaml.safe_load(SHARED_RECIPE), "late_grpo:late_grpo")
+    assert shared.late_grpo.decay == 0.9 and shared.learner.lr == 2e-4
     assert build_config(yaml.safe_load(SHARED_RECIPE), "grpo").learner.lr == LearnerConfig().lr
 
 
 def test_two_algorithms_of_the_same_name(page: str) -> None:
-    source = Path("grpo_lambda.py").read_text()
+    source = Path("late_grpo.py").read_text()
     Path("second.py").write_text(source.replace("    decay: float", "    extra: int = 0\n    decay: float"))
-    second: Any = build_config(yaml.safe_load(RECIPE), "second:grpo_lambda", {"grpo_lambda.extra": "5"})
-    assert (second.grpo_lambda.extra, second.grpo_lambda.decay, second.learner.lr) == (5, 0.9, 2e-4)
+    second: Any = build_config(yaml.safe_load(RECIPE), "second:late_grpo", {"late_grpo.extra": "5"})
+    assert (second.late_grpo.extra, second.late_grpo.decay, second.learner.lr) == (5, 0.9, 2e-4)
 
 
 def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
     """The compared algorithm has the name of the recipe's one, and a label with characters of Markdown and TeX."""
     Path("mine.yaml").write_text(RECIPE)
-    source = Path("grpo_lambda.py").read_text().replace('"GRPO-lambda"', '"a|b $x{[/x]"')
+    source = Path("late_grpo.py").read_text().replace('"Late GRPO"', '"a|b $x{[/x]"')
     Path("odd_label.py").write_text(source)
-    arguments = ["--algorithms", "grpo,odd_label:grpo_lambda", "--grpo_lambda.decay", "0.7", "--seeds", "1"]
+    arguments = ["--algorithms", "grpo,odd_label:late_grpo", "--late_grpo.decay", "0.7", "--seeds", "1"]
     command = ["compare", "mine.yaml", *SMALL, *arguments, "--budget", "updates=1", "--out", "out"]
     assert main(command) == 0
-    assert "decay: 0.7" in Path("out/runs/grpo_lambda-seed0/config.yaml").read_text()
+    assert "decay: 0.7" in Path("out/runs/late_grpo-seed0/config.yaml").read_text()
     assert "decay" not in Path("out/runs/grpo-seed0/config.yaml").read_text().replace("weight_decay", "").replace(
         "  decay: constant", ""
     )
@@ -147,22 +147,22 @@ def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
 
 
 def test_evaluation_of_a_run_does_not_need_its_algorithm(page: str) -> None:
-    arguments = ["--algorithm", "grpo_lambda:grpo_lambda", "--run.dir", "mine", "--run.iterations", "1"]
+    arguments = ["--algorithm", "late_grpo:late_grpo", "--run.dir", "mine", "--run.iterations", "1"]
     assert main(["train", "judgement", *SMALL, *arguments]) == 0
-    Path("grpo_lambda.py").unlink()
-    sys.modules.pop("grpo_lambda", None)
+    Path("late_grpo.py").unlink()
+    sys.modules.pop("late_grpo", None)
     assert main(["eval", "mine", "--num_problems", "4", "--num_samples", "1"]) == 0
 
 
 def test_a_configuration_with_a_users_section_can_be_pickled(page: str) -> None:
-    config = build_config({}, "grpo_lambda:grpo_lambda", {"rollouts.group_size": "4", "grpo_lambda.decay": "0.9"})
+    config = build_config({}, "late_grpo:late_grpo", {"rollouts.group_size": "4", "late_grpo.decay": "0.9"})
     for original in (config, build_config({}, "reinforce"), Config()):
         copied = pickle.loads(pickle.dumps(original))
         assert copied == original and type(copied) is type(original)
 
 
 def test_a_resumed_run_of_a_users_algorithm_continues_to_the_same_bit(page: str) -> None:
-    common = ["train", "judgement", *SMALL, "--algorithm", "grpo_lambda:grpo_lambda", "--run.checkpoint_every", "1"]
+    common = ["train", "judgement", *SMALL, "--algorithm", "late_grpo:late_grpo", "--run.checkpoint_every", "1"]
     assert main([*common, "--run.iterations", "2", "--run.dir", "whole"]) == 0
     shutil.copytree("whole", "part")
     for path in ("part/summary.json", "part/final"):
@@ -270,8 +270,8 @@ def test_the_trainer(page: str) -> None:
 
     args = vineppo.VinePPOConfig(
         output_dir="runs/trainer",
-        algorithm="grpo_lambda:grpo_lambda",
-        settings={"grpo_lambda.decay": 0.9},
+        algorithm="late_grpo:late_grpo",
+        settings={"late_grpo.decay": 0.9},
         num_generations=4,
         per_device_train_batch_size=4,
         max_completion_length=8,
@@ -292,13 +292,13 @@ def embedded() -> Path:
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ("grpo_lamda:x", "algorithm 'grpo_lamda:x': no module 'grpo_lamda'"),
-        ("grpo_lambda:grpo_lamda", "did you mean 'grpo_lambda'?"),
-        ("grpo_lambda:build", "algorithm 'grpo_lambda:build' is a function; it must be a vineppo.Algorithm"),
+        ("late_gpro:x", "algorithm 'late_gpro:x': no module 'late_gpro'"),
+        ("late_grpo:late_gpro", "did you mean 'late_grpo'?"),
+        ("late_grpo:build", "algorithm 'late_grpo:build' is a function; it must be a vineppo.Algorithm"),
         (
             "grp",
-            "algorithm is 'grp'; did you mean grpo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or "
-            "module:object",
+            "algorithm is 'grp'; did you mean grpo or grpo_lambda? allowed: vineppo, ppo, grpo, rloo, reinforce, "
+            "counterfactual, tree, tempo, grpo_lambda, spo_chain, or module:object",
         ),
     ],
 )
@@ -311,7 +311,5 @@ def test_mistakes_are_reported_in_one_line(
 
 
 def test_a_misspelt_setting_of_a_users_algorithm(page: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--algorithm", "grpo_lambda:grpo_lambda", "--grpo_lambda.decai", "0.5"]) == 2
-    assert (
-        "unknown key grpo_lambda.decai on the command line; did you mean grpo_lambda.decay?" in capsys.readouterr().err
-    )
+    assert main(["train", "--algorithm", "late_grpo:late_grpo", "--late_grpo.decai", "0.5"]) == 2
+    assert "unknown key late_grpo.decai on the command line; did you mean late_grpo.decay?" in capsys.readouterr().err

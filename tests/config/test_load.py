@@ -223,13 +223,14 @@ def test_values_of_yaml_and_of_the_command_line(key: str, value: Any, expected: 
         (
             "algorithm",
             "pppo",
-            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or "
-            "module:object",
+            "algorithm is 'pppo'; did you mean ppo? allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, "
+            "tree, tempo, grpo_lambda, spo_chain, or module:object",
         ),
         (
             "algorithm",
             3,
-            "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, or module:object",
+            "algorithm is 3; allowed: vineppo, ppo, grpo, rloo, reinforce, counterfactual, tree, tempo, grpo_lambda, "
+            "spo_chain, or module:object",
         ),
     ],
 )
@@ -311,6 +312,10 @@ def test_a_resolved_configuration_has_only_the_section_of_its_algorithm() -> Non
         "rloo": set(),
         "reinforce": set(),
         "counterfactual": {"counterfactual"},
+        "tree": {"tree"},
+        "tempo": {"tempo"},
+        "grpo_lambda": {"grpo_lambda"},
+        "spo_chain": {"spo_chain"},
     }
 
 

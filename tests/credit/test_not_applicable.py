@@ -104,6 +104,8 @@ def test_a_group_without_any_reward_gets_no_credit(algorithm: str, more: dict[st
     settings = {"reuse": False, "num_mc_rollouts": 4, **more} if algorithm == "vineppo" else {}
     credit = credit_of(algorithm, settings, scripted({}), graded_by({}), no_values)
     group = group_with([None, None, None])
+    if algorithm == "tree":  # four copies of a response that ended before it could branch
+        group = replace(group, rollouts=tuple(replace(group.rollouts[0]) for _ in range(4)))
     samples, metrics = credit([group], 1)
     assert [sample.rollout for sample in samples] == list(group.rollouts)
     assert {a for sample in samples for a in sample.advantages} == {0.0}

@@ -81,9 +81,12 @@ def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str) -> None:
 
     rows = [row for i in range(1, 5) for row in pq.read_table(run / f"rollouts/{i:06d}.parquet").to_pylist()]
     assert len(rows) == 4 * 16
-    assert sum(row["num_tokens"] for row in rows) == lines[-1]["tokens/rollouts"] == summary["tokens"]["rollouts"]
-    assert lines[-1]["tokens/trained"] == lines[-1]["tokens/rollouts"]
-    assert (lines[-1]["tokens/mc"] > 0) == (algorithm in ("vineppo", "counterfactual"))
+    # A token that several leaves of a tree share is sampled once and trained once.
+    shared = algorithm == "tree"
+    assert (sum(row["num_tokens"] for row in rows) > lines[-1]["tokens/rollouts"]) == shared
+    assert shared or sum(row["num_tokens"] for row in rows) == lines[-1]["tokens/rollouts"]
+    assert lines[-1]["tokens/trained"] == lines[-1]["tokens/rollouts"] == summary["tokens"]["rollouts"]
+    assert (lines[-1]["tokens/mc"] > 0) == (algorithm in ("vineppo", "counterfactual", "spo_chain"))
     assert ("value/explained_variance" in lines[1]) == (algorithm == "ppo")
     for row in rows:
         assert len(row["token_advantages"]) == len(row["sampler_logprobs"]) == row["num_tokens"]
@@ -131,7 +134,7 @@ def telescopes(rows: Sequence[Mapping[str, Any]]) -> bool:
     )
 
 
-@pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
+@pytest.mark.parametrize("algorithm", ["vineppo", "ppo", "tree"])
 def test_truth_7_a_resumed_run_has_the_same_bits(tmp_path: Path, algorithm: str) -> None:
     learner = LearnerConfig(lr=1e-4, minibatch_size=8, decay="linear", warmup_updates=3, kl=KLConfig(coefficient=1e-3))
     whole = small_config(tmp_path / "whole", algorithm, learner=learner)

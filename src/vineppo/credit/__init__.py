@@ -10,15 +10,20 @@ from vineppo.config.messages import did_you_mean
 from vineppo.credit.algorithm import Algorithm
 from vineppo.credit.counterfactual import COUNTERFACTUAL
 from vineppo.credit.grpo import GRPO
+from vineppo.credit.grpo_lambda import GRPO_LAMBDA
 from vineppo.credit.ppo import PPO
 from vineppo.credit.reinforce import REINFORCE
 from vineppo.credit.rloo import RLOO
+from vineppo.credit.spo_chain import SPO_CHAIN
+from vineppo.credit.tempo import TEMPO
+from vineppo.credit.tree import TREE
 from vineppo.credit.vineppo import VINEPPO
 from vineppo.objects import load_object
 from vineppo.types import UserError
 
 BUILT_IN: dict[str, Algorithm] = {
-    algorithm.name: algorithm for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE, COUNTERFACTUAL)
+    algorithm.name: algorithm
+    for algorithm in (VINEPPO, PPO, GRPO, RLOO, REINFORCE, COUNTERFACTUAL, TREE, TEMPO, GRPO_LAMBDA, SPO_CHAIN)
 }
 """Dictionary from the name of each built-in algorithm to the algorithm."""
 COMPARED = (VINEPPO.name, PPO.name, GRPO.name, RLOO.name)

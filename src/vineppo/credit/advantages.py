@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 from vineppo.statistics import mean_of
 
@@ -41,6 +42,41 @@ def step_advantages(values_S: Sequence[float], reward: float) -> list[float]:
     if not values_S:
         raise ValueError("a response has at least one step")
     return [after - before for before, after in zip(values_S, [*values_S[1:], reward], strict=True)]
+
+
+def smallest_to_come(step_advantages_S: Sequence[float]) -> list[float]:
+    """Return for each step the smallest of its own advantage and those of all later steps.
+
+    This is the min-form of credit of PURE (arXiv 2504.15275), with the step advantages as process rewards: the return
+    of a step is the minimum of the rewards from this step on instead of their sum.
+
+    Args:
+        step_advantages_S: advantage of each step, shape (S,).
+    Returns:
+        The changed advantages in reward units, shape (S,).
+    """
+    return list(accumulate(reversed(step_advantages_S), min))[::-1]
+
+
+def from_first_drop(step_advantages_S: Sequence[float], drop: float) -> list[float]:
+    """Return step advantages that keep the steps before the first large drop, and punish those from it on.
+
+    The first step whose advantage is at most -`drop` is taken as the first error. The advantages of the steps before it
+    are raised to at least 0, and all steps behind it get the advantage of the drop. Without such a step, the advantages
+    are unchanged. The division into a good prefix and a suffix with an error is that of arXiv 2601.18984, where a
+    process reward model finds the error.
+
+    Args:
+        step_advantages_S: advantage of each step, shape (S,).
+        drop: size of the drop in reward units.
+    Returns:
+        The changed advantages in reward units, shape (S,).
+    """
+    first = next((i for i, advantage in enumerate(step_advantages_S) if advantage <= -drop), None)
+    if first is None:
+        return list(step_advantages_S)
+    kept = [max(0.0, advantage) for advantage in step_advantages_S[:first]]
+    return kept + [step_advantages_S[first]] * (len(step_advantages_S) - first)
 
 
 def spread_over_tokens(step_advantages_S: Sequence[float], boundaries_S: Sequence[int]) -> list[float]:
@@ -160,10 +196,12 @@ def node_advantages(
     return (next_value - mean + followed_sum) / (n + 1), [factor * (reward - mean) / (n + 1) for reward in diverged]
 
 
-def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float) -> tuple[list[float], list[float]]:
+def gae(
+    values_T: Sequence[float], reward: float, gamma: float, gae_lambda: float | Sequence[float]
+) -> tuple[list[float], list[float]]:
     """Compute advantages and returns of one response by generalised advantage estimation (GAE, arXiv 1506.02438).
 
-    The advantage of token t is A_t = delta_t + gamma * lambda * A_{t+1}, where
+    The advantage of token t is A_t = delta_t + gamma * lambda_t * A_{t+1}, where
     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t). V(s_t) is the value of the state before token t. The reward r_t is
     `reward` at the last token and 0 at all other tokens. The state after the last token has the value 0, even if the
     response was truncated by the length limit.
@@ -172,16 +210,18 @@ def gae(values_T: Sequence[float], reward: float, gamma: float, gae_lambda: floa
         values_T: value of the state before each response token, in reward units, shape (T,).
         reward: reward of the whole response.
         gamma: discount factor per token.
-        gae_lambda: lambda.
+        gae_lambda: lambda, or the lambda_t of each token, shape (T,). With lambda_t = 1 the value of the state behind
+            token t cancels.
     Returns:
         (advantages, returns), both in reward units, shape (T,). The return of a token is its advantage plus its value.
     """
+    lambdas_T = [gae_lambda] * len(values_T) if isinstance(gae_lambda, (int, float)) else gae_lambda
     advantages_T = [0.0] * len(values_T)
     next_value, next_advantage = 0.0, 0.0
     for t in reversed(range(len(values_T))):
         token_reward = reward if t == len(values_T) - 1 else 0.0
         delta = token_reward + gamma * next_value - values_T[t]
-        next_advantage = delta + gamma * gae_lambda * next_advantage
+        next_advantage = delta + gamma * lambdas_T[t] * next_advantage
         next_value = values_T[t]
         advantages_T[t] = next_advantage
     return advantages_T, [a + v for a, v in zip(advantages_T, values_T, strict=True)]

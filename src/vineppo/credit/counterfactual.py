@@ -27,6 +27,7 @@ from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed, stream_keys, uniforms
 from vineppo.types import (
     Alternative,
+    Completion,
     CreditFn,
     Draft,
     Metrics,
@@ -126,7 +127,7 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
     With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
     is a, there is no credit. Rollouts and continuations without a reward have no credit.
     """
-    excludes, better = parts.sampler.capabilities.excluded_first, settings.pairs == "better"
+    better = settings.pairs == "better"
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
@@ -141,26 +142,20 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         graded = sampled_and_graded(parts.sampler, parts.task, parts.codec.decode, requests, prefixes)
         advantages = _reinforce_part(settings, rollouts)
         alternatives: list[list[Alternative]] = [[] for _ in rollouts]
-        decoded = taken = 0
-        for branch, group in zip(branches, graded, strict=True):
-            completion, _, reward = group[0]
-            decoded += len(completion.token_ids) - completion.accepted
-            taken += completion.accepted
-            rollout, token = rollouts[branch.rollout][1], completion.token_ids[0]
-            change = 0.0 if reward is None else reward - reward_of(rollout)
-            if token == rollout.response_ids[branch.position] or change == 0 or (change > 0 and better):
-                continue
-            credit_of_other = settings.share * (branch.others if excludes else 1.0) / branch.chance * change
-            alternatives[branch.rollout].append(Alternative(branch.position, token, credit_of_other))
-            if better:
-                advantages[branch.rollout][branch.position] -= credit_of_other
+        for branch, [(completion, _, reward)] in zip(branches, graded, strict=True):
+            other = _credit_of_other(settings, parts, rollouts[branch.rollout][1], branch, completion, reward)
+            if other is not None:
+                alternatives[branch.rollout].append(other)
+                if better:
+                    advantages[branch.rollout][branch.position] -= other.advantage
         samples = [
             training_sample(rollout, of_tokens, alternatives=others)
             for (_, rollout), of_tokens, others in zip(rollouts, advantages, alternatives, strict=True)
         ]
+        taken = sum(completion.accepted for [(completion, _, _)] in graded)
         count = max(1, len(rollouts))
         metrics = {
-            "tokens/mc": float(decoded),
+            "tokens/mc": float(sum(len(completion.token_ids) for [(completion, _, _)] in graded) - taken),
             "tokens/scored": float(taken),
             "credit/branches": len(branches) / count,
             "credit/alternatives": sum(map(len, alternatives)) / count,
@@ -168,6 +163,30 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         return one_per_rollout(groups, samples), metrics
 
     return credit
+
+
+def _credit_of_other(
+    settings: CounterfactualSettings,
+    parts: CreditParts,
+    rollout: Rollout,
+    branch: _Branch,
+    completion: Completion,
+    reward: float | None,
+) -> Alternative | None:
+    """Return the other token of a branch with its credit, or None if the credit is 0.
+
+    Args:
+        completion: the other token and its continuation.
+        reward: the reward of the response with the completion; None if no reward function applies to it.
+    """
+    token = completion.token_ids[0]
+    change = 0.0 if reward is None else reward - reward_of(rollout)
+    if settings.pairs == "better":
+        change = min(change, 0.0)
+    if change == 0 or token == rollout.response_ids[branch.position]:
+        return None
+    chosen = branch.others if parts.sampler.capabilities.excluded_first else 1.0
+    return Alternative(branch.position, token, settings.share * chosen / branch.chance * change)
 
 
 def _reinforce_part(settings: CounterfactualSettings, rollouts: Sequence[tuple[Problem, Rollout]]) -> list[list[float]]:

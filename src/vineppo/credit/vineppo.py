@@ -7,13 +7,21 @@ network.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from pydantic import Field
 
 from vineppo.config.schema import Config
 from vineppo.config.settings import Settings, require
-from vineppo.credit.advantages import node_advantages, spread_over_tokens, step_advantages
+from vineppo.credit.advantages import (
+    from_first_drop,
+    node_advantages,
+    smallest_to_come,
+    spread_over_tokens,
+    step_advantages,
+)
 from vineppo.credit.algorithm import Algorithm, CreditParts, PlanHints
 from vineppo.credit.bisection import bisected_vine_credit
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
@@ -31,6 +39,9 @@ from vineppo.values import (
     ValueEstimator,
     reusing_or_fresh,
 )
+
+Transform = Callable[[Sequence[float]], list[float]]
+"""Function (step advantages, shape (S,)) -> the step advantages that are trained, shape (S,)."""
 
 
 class VinePPOSettings(Settings):
@@ -65,8 +76,22 @@ class VinePPOSettings(Settings):
     the states before single steps. Later steps are merged, two at first, then four and so on, because the number of
     steps is not yet known where a step ends (docs/algorithms.md)."""
 
+    transform: Literal["none", "min", "first_drop"] = "none"
+    """Change the step advantages before they are trained. `min`: a step gets the smallest advantage of this and all
+    later steps, the min-form of PURE (arXiv 2504.15275). `first_drop`: after the first step whose advantage is at most
+    -`drop`, all steps get the advantage of this step, and earlier steps no negative one (arXiv 2601.18984). Both are
+    biased (docs/algorithms.md). The records of the run contain the step advantages before the change."""
+    drop: float = Field(0.5, gt=0)
+    """For `transform: first_drop`: fall of the value within a step, in reward units, that counts as an error."""
+
     def check(self) -> None:
         """Raise UserError if two of the settings exclude each other."""
+        require(
+            self.transform == "none" or not (self.alternatives or self.bisection),
+            f"vineppo.transform is {self.transform}, which changes the advantages of steps: with vineppo.alternatives "
+            "the advantages of tokens are trained, and with vineppo.bisection not all steps have one; set both false, "
+            "or vineppo.transform none",
+        )
         require(
             self.reuse or not self.alternatives,
             "vineppo.alternatives is true, but vineppo.reuse is false: alternatives are computed from the reused "
@@ -125,7 +150,16 @@ def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec:
     estimator: ValueEstimator = reusing_or_fresh(monte_carlo) if settings.reuse else monte_carlo
     if settings.bisection:
         return bisected_vine_credit(estimator, *steps, settings.bisection_level)
-    return vine_credit(estimator, *steps)
+    return vine_credit(estimator, *steps, _transform(settings))
+
+
+def _transform(settings: VinePPOSettings) -> Transform:
+    """Return the function that changes step advantages as the settings say."""
+    if settings.transform == "min":
+        return smallest_to_come
+    if settings.transform == "first_drop":
+        return functools.partial(from_first_drop, drop=settings.drop)
+    return list
 
 
 def vine_node_credit(
@@ -157,7 +191,11 @@ def vine_node_credit(
 
 
 def vine_credit(
-    estimator: ValueEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
+    estimator: ValueEstimator,
+    splitter: Splitter,
+    token_texts: Callable[[Sequence[int]], list[str]],
+    max_states: int,
+    transform: Transform = list,
 ) -> CreditFn:
     """Build the credit function of VinePPO as in the paper, where every token gets the advantage of its step.
 
@@ -180,6 +218,7 @@ def vine_credit(
         splitter: cuts a response into steps.
         token_texts: maps token ids to the text of each token.
         max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
+        transform: function (step advantages) -> the step advantages that are trained.
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
@@ -187,7 +226,9 @@ def vine_credit(
         ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
         values, cost = estimator.evaluate(_states(rollouts, ends), iteration)
         samples = [
-            training_sample(rollout, spread_over_tokens(record.step_advantages, record.boundaries), credit=record)
+            training_sample(
+                rollout, spread_over_tokens(transform(record.step_advantages), record.boundaries), credit=record
+            )
             for (_, rollout), record in zip(rollouts, _records(rollouts, ends, values), strict=True)
         ]
         return one_per_rollout(groups, samples), value_metrics(samples, cost)

@@ -130,17 +130,20 @@ class Guards:
         """Check sampled rollouts.
 
         Raises:
-            SamplerFault: if a rollout is incomplete, or if responses to the same problem repeat each other.
+            SamplerFault: if a rollout is incomplete, or if responses to the same problem repeat each other, unless the
+                algorithm samples its rollouts itself.
         """
         where = f"iteration {iteration}"
         for group in groups:
             for rollout in group.rollouts:
                 self._check_rollout(rollout, f"a response to {group.problem.id} in {where}")
-        completions = [
-            [Completion(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group.rollouts]
-            for group in groups
-        ]
-        self._check_repeats(*repeated(completions), where)
+        # An algorithm with its own sampling may return responses that share sampled tokens, which are not independent.
+        if self.parts.algorithm.sample is None:
+            completions = [
+                [Completion(r.response_ids, r.sampler_logprobs, r.finish_reason) for r in group.rollouts]
+                for group in groups
+            ]
+            self._check_repeats(*repeated(completions), where)
 
     def _check_rollout(self, rollout: Rollout, name: str) -> None:
         """Raise SamplerFault if a rollout is incomplete. The message calls the rollout `name`."""
