@@ -5,7 +5,8 @@
         --cells 12 --budget 800000 --rungs 3 --target 0.9 --seeds 100,101 --jobs 2 --out runs/tune
     vineppo compare judgement --arms runs/tune/arms.yaml --budget tokens=2000000 --out runs/tuned
 
-A cell is one combination of the values in the grid of an algorithm. Every algorithm gets the same number of cells and
+A cell is one combination of the values in the grid of an algorithm. `--grid A+B=1,2` gives two settings the same value,
+for example `rollouts.num_problems+learner.minibatch_size`. Every algorithm gets the same number of cells and
 the same budget of generated tokens per cell. If a grid has more combinations than `--cells`, a fixed random choice of
 them is tried. On the first rung, all cells train to a small budget; the best half goes on to twice the budget, and so
 on until `--budget` (`--eta 3`: the best third and three times the budget). Cells that reach `--target`, the mean
@@ -34,7 +35,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def grids_of(algorithms: Sequence[Arm], texts: Iterable[str]) -> dict[str, dict[
         algorithms: the algorithms, as arms without settings.
         texts: grids such as `learner.lr=1e-4,2e-4` for all algorithms, or `grpo:rollouts.group_size=2,4` for one, whose
             values replace those for all. A key in the section of an algorithm belongs to this algorithm only.
+            `KEY+OTHER=A,B` gives both settings the same value.
     Raises:
         UserError: if a text has another form, or belongs to no algorithm.
     """
@@ -172,11 +174,13 @@ def cells_of(arm: Arm, grid: Mapping[str, Sequence[str]], count: int | None) -> 
     if count is not None and len(points) > count:
         chosen = sorted(random.Random(arm.name).sample(range(len(points)), count))
         points = [points[i] for i in chosen]
-    cells = []
+    cells, firsts = [], [keys.split("+")[0] for keys in grid]
     for point in points:
         cell = arm
-        for key, value in zip(grid, point, strict=True):
-            cell = with_setting(cell, key, value, short_name(key, list(grid)))
+        for keys, value in zip(grid, point, strict=True):
+            key, *tied = keys.split("+")
+            cell = with_setting(cell, key, value, short_name(key, firsts))
+            cell = replace(cell, overrides={**cell.overrides, **dict.fromkeys(tied, value)})
         cells.append(cell)
     return cells
 

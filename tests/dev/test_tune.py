@@ -77,6 +77,16 @@ def test_every_algorithm_gets_the_same_number_of_cells() -> None:
         grids_of(algorithms, ["rloo:learner.lr=1,2"])
 
 
+def test_tied_settings_have_the_same_value() -> None:
+    arm = arms_of(["grpo"])[0]
+    grid = grids_of([arm], ["rollouts.num_problems+learner.minibatch_size=32,64"])["grpo"]
+    cells = cells_of(arm, grid, None)
+    assert [dict(cell.overrides) for cell in cells] == [
+        {"rollouts.num_problems": value, "learner.minibatch_size": value} for value in ("32", "64")
+    ]
+    assert [cell.name for cell in cells] == ["grpo-num_problems=32", "grpo-num_problems=64"]
+
+
 SMALL = [
     *("judgement", "--budget", "1200", "--rungs", "2", "--target", "0.9", "--grid", "learner.lr=1e-5,3e-4"),
     *("--set", "rollouts.num_problems=2", "--set", "rollouts.group_size=2", "--set", "learner.minibatch_size=4"),
