@@ -35,7 +35,7 @@ RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
-	bench-budget bench-length faults clean
+	bench-budget bench-length bench-update faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -125,7 +125,7 @@ $(LLAMA)/.ready:
 runs/smollm2: $(READY_REAL)
 	$(BIN)/python dev/real_model.py $@
 
-bench: bench-budget bench-length bench-vines  ## all benchmarks (bench-budget, bench-length, bench-vines), two hours
+bench: bench-budget bench-length bench-vines bench-update  ## all benchmarks (bench-budget, bench-length, bench-vines, bench-update), two hours
 
 bench-vines: $(VLLM)/.ready $(LLAMA)/.ready runs/smollm2  ## the MC rollouts of an iteration with every engine; vLLM and llama.cpp in separate environments
 	$(BIN)/python benchmarks/vines.py --models embedded:judgement,runs/smollm2 --vllm-python $(VLLM)/bin/python \
@@ -136,6 +136,9 @@ bench-budget: $(READY)  ## error of the advantages over tokens spent
 
 bench-length: $(READY)  ## cost over the length of the chain
 	$(BIN)/python benchmarks/length.py --out docs/results/length
+
+bench-update: runs/smollm2  ## an update with and without its savings, and TRL's
+	$(BIN)/python benchmarks/update.py --models embedded:judgement,runs/smollm2 --out docs/results/update
 
 faults: $(READY)  ## put faults into short trainings and record which are noticed; about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python dev/faults.py --jobs 2 --out docs/results/faults.json --page docs/reliability.md
