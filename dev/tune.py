@@ -6,7 +6,7 @@
     vineppo compare judgement --arms runs/tune/arms.yaml --budget tokens=2000000 --out runs/tuned
 
 A cell is one combination of the values in the grid of an algorithm. `--grid A+B=1,2` gives two settings the same value,
-for example `rollouts.num_problems+learner.minibatch_size`. Every algorithm gets the same number of cells and
+for example `rollouts.num_problems+learner.minibatch_size`, and `--grid A+B=8:32,20:80` gives them two values. Every algorithm gets the same number of cells and
 the same budget of generated tokens per cell. If a grid has more combinations than `--cells`, a fixed random choice of
 them is tried. On the first rung, all cells train to a small budget; the best half goes on to twice the budget, and so
 on until `--budget` (`--eta 3`: the best third and three times the budget). Cells that reach `--target`, the mean
@@ -140,7 +140,7 @@ def grids_of(algorithms: Sequence[Arm], texts: Iterable[str]) -> dict[str, dict[
         algorithms: the algorithms, as arms without settings.
         texts: grids such as `learner.lr=1e-4,2e-4` for all algorithms, or `grpo:rollouts.group_size=2,4` for one, whose
             values replace those for all. A key in the section of an algorithm belongs to this algorithm only.
-            `KEY+OTHER=A,B` gives both settings the same value.
+            `KEY+OTHER=A,B` gives both settings the same value, `KEY+OTHER=A:B,C:D` two values.
     Raises:
         UserError: if a text has another form, or belongs to no algorithm.
     """
@@ -179,8 +179,11 @@ def cells_of(arm: Arm, grid: Mapping[str, Sequence[str]], count: int | None) -> 
         cell = arm
         for keys, value in zip(grid, point, strict=True):
             key, *tied = keys.split("+")
-            cell = with_setting(cell, key, value, short_name(key, firsts))
-            cell = replace(cell, overrides={**cell.overrides, **dict.fromkeys(tied, value)})
+            first, *others = value.split(":") if tied and ":" in value else [value] * (1 + len(tied))
+            if len(others) != len(tied):
+                raise UserError(f"--grid {keys}: {value} has {1 + len(others)} values for {1 + len(tied)} settings")
+            cell = with_setting(cell, key, first, short_name(key, firsts))
+            cell = replace(cell, overrides={**cell.overrides, **dict(zip(tied, others, strict=True))})
         cells.append(cell)
     return cells
 

@@ -85,6 +85,14 @@ def test_tied_settings_have_the_same_value() -> None:
         {"rollouts.num_problems": value, "learner.minibatch_size": value} for value in ("32", "64")
     ]
     assert [cell.name for cell in cells] == ["grpo-num_problems=32", "grpo-num_problems=64"]
+    pairs = grids_of([arm], ["rollouts.num_problems+learner.minibatch_size=8:32,20:80"])["grpo"]
+    assert dict(cells_of(arm, pairs, None)[1].overrides) == {
+        "rollouts.num_problems": "20",
+        "learner.minibatch_size": "80",
+    }
+    wrong = grids_of([arm], ["rollouts.num_problems+learner.minibatch_size=8:32:4"])["grpo"]
+    with pytest.raises(UserError, match="8:32:4 has 3 values for 2 settings"):
+        cells_of(arm, wrong, None)
 
 
 SMALL = [
