@@ -6,12 +6,13 @@
     vineppo compare judgement --arms runs/tune/arms.yaml --budget tokens=2000000 --out runs/tuned
 
 A cell is one combination of the values in the grid of an algorithm. `--grid A+B=1,2` gives two settings the same value,
-for example `rollouts.num_problems+learner.minibatch_size`, and `--grid A+B=8:32,20:80` gives them two values. Every algorithm gets the same number of cells and
-the same budget of generated tokens per cell. If a grid has more combinations than `--cells`, a fixed random choice of
-them is tried. On the first rung, all cells train to a small budget; the best half goes on to twice the budget, and so
-on until `--budget` (`--eta 3`: the best third and three times the budget). Cells that reach `--target`, the mean
-validation accuracy over the seeds, are ranked by the generated tokens to it. They come before all others, which are
-ranked by their accuracy at the budget of the rung. Cells with a failed run come last.
+for example `rollouts.num_problems+learner.minibatch_size`, and `--grid A+B=8:32,20:80` gives them two values. Every
+algorithm gets the same number of cells and the same budget of generated tokens per cell. If a grid has more
+combinations than `--cells`, a fixed random choice of them is tried. On the first rung, all cells train to a small
+budget; the best half goes on to twice the budget, and so on until `--budget` (`--eta 3`: the best third and three times
+the budget). Cells that reach `--target`, the mean validation accuracy over the seeds, are ranked by the generated
+tokens to it. They come before all others, which are ranked by their accuracy at the budget of the rung. Cells with a
+failed run come last.
 
 Runs are continued from rung to rung with `vineppo train --resume`, so the learning rate must not decay. What exists in
 `--out` is not repeated: after an interruption, start the same command again. Use seeds from 100 on, so that no setting
