@@ -115,6 +115,15 @@ def test_an_error_of_the_check_leaves_weights_and_gradients_unchanged() -> None:
     assert seen[0] == pytest.approx(seen[1], rel=1e-5) and "kl/ref" in seen[0] and "policy/entropy" in seen[0]
 
 
+@pytest.mark.parametrize("kind", [list, np.array])
+def test_token_ids_may_be_lists_or_arrays(kind: Any) -> None:
+    """A credit function of a user may return them, and packing compares sequences."""
+    samples = shared_prompts()
+    others = [replace(s, token_ids=kind(s.token_ids)) if i % 2 else s for i, s in enumerate(samples)]
+    expected, found = (update_with_gradient(build_learner(build_policy()), x, 8)[0] for x in (samples, others))
+    assert torch.equal(found, expected)
+
+
 def test_the_value_network_has_the_same_gradient() -> None:
     norms = []
     for savings in (ALL, NONE):

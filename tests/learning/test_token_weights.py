@@ -356,6 +356,7 @@ def test_samples_without_any_weight_are_a_step_of_gradient_zero() -> None:
         ({"weights": (0.0,) * 8 + (-2.0,)}, r"sample 1 of the credit function has a weight of -2.0; allowed"),
         ({"weights": (0.0,) * 8 + (math.inf,)}, r"sample 1 of the credit function has a weight of inf; allowed"),
         ({"weights": (0.0,) * 8 + (math.nan,)}, r"sample 1 of the credit function has a weight of nan; allowed"),
+        ({"loss_mask": (1,) * 9}, r"sample 1 of the credit function has loss_mask 1 for its first token, whose prob"),
         ({"returns": None}, r"sample 1 of the credit function has no returns or no values"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +340,41 @@ def test_without_a_compiler_nothing_is_built(tmp_path: Path, monkeypatch: pytest
     libraries, reason = engine_build.build(tmp_path / "libraries")
     assert libraries == [] and reason.endswith("failed: x.cpp:1: error: no such thing")
     assert not list((tmp_path / "libraries").iterdir())
+
+
+TILE_CONFIGURATION = """
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "tiles.h"
+
+__attribute__((noinline)) void configure(int rows) { vineppo::configure_tiles(rows); }
+
+int main() {
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 2;
+  for (int rows = 1; rows <= vineppo::TILE; rows++) {
+    configure(rows);
+    uint8_t found[64];
+    asm volatile("sttilecfg %0" : "=m"(found));
+    for (int i = 0; i < 8; i++)
+      if (found[16 + 2 * i] != 64 || found[48 + i] != (i < 6 ? rows : 16)) return 1;
+  }
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("optimisation", ["-O1", "-O2", "-O3"])
+def test_the_compiler_leaves_out_no_part_of_the_tile_configuration(tmp_path: Path, optimisation: str) -> None:
+    """GCC's `_tile_loadconfig` names only 8 of the 64 bytes that it reads (GCC bug 114098)."""
+    usable("amx_bf16")
+    if not (command := engine_build.compiler()):
+        pytest.skip("no C++ compiler was found")
+    source, program = tmp_path / "tiles.cpp", tmp_path / "tiles"
+    source.write_text(TILE_CONFIGURATION)
+    flags = ["-std=c++17", optimisation, *engine_build._INSTRUCTIONS["amx_bf16"]]
+    native = str(engine_build.FOLDER / "native")
+    subprocess.run([*command, *flags, "-I", native, str(source), "-o", str(program)], check=True)
+    assert subprocess.run([str(program)]).returncode == 0
 
 
 def test_windows_longer_than_the_prefix_and_trunks_outside_of_the_window() -> None:

@@ -76,6 +76,11 @@ def check_samples(samples: Sequence[TrainingSample], *, with_returns: bool) -> N
                     f"training sample {number} of the credit function has {len(row)} {name} for {T} tokens; every list "
                     "of a sample must have one entry for each token of the sequence"
                 )
+        if any(sample.loss_mask[:1]):
+            raise UserError(
+                f"training sample {number} of the credit function has loss_mask 1 for its first token, whose "
+                "probability is not defined because no token precedes it; set its loss_mask to 0"
+            )
         weights = () if sample.weights is None else sample.weights
         wrong = [weight for weight in weights if not 0 <= weight < math.inf]
         if wrong:

@@ -58,10 +58,13 @@ def mode(model: Any, packed: bool) -> contextlib.AbstractContextManager[None]:
     return packed_mode(model) if packed else contextlib.nullcontext()
 
 
-def needed_tokens(token_ids: Sequence[int], loss_mask: Sequence[int]) -> Sequence[int]:
-    """Return the tokens of a sequence before its last trained token, at least one. Later tokens change no logits."""
+def needed_tokens(token_ids: Sequence[int], loss_mask: Sequence[int]) -> tuple[int, ...]:
+    """Return the tokens of a sequence before its last trained token, at least one. Later tokens change no logits.
+
+    The result is a tuple, because packing compares sequences, and a credit function may return lists or arrays.
+    """
     last = next((i for i in reversed(range(len(loss_mask))) if loss_mask[i]), 0)
-    return token_ids[: max(1, last)]
+    return tuple(token_ids[: max(1, last)])
 
 
 def divide(

@@ -10,7 +10,7 @@ from vineppo.sampling.trunks import Row, Trunk, draft_length
 from vineppo.types import SampleRequest
 
 _PANEL = 16
-"""The engine rounds the width of a hidden state up to a multiple of this number , as in native/product.h."""
+"""The engine rounds the width of a hidden state up to a multiple of this number, as in native/numbers.h."""
 
 
 class Drafts:

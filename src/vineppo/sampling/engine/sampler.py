@@ -1,6 +1,6 @@
 """The sampler that decodes with the compiled engine.
 
-Every thread of the engine decodes samples on its own, so no thread waits for another one. A result has the same bits
+Every thread of the engine decodes samples on its own, and hardly ever waits for another one. A result has the same bits
 for every number of threads and for every other set of requests in the call, because the engine computes each number of
 a row in the same order whatever rows are computed with it.
 """

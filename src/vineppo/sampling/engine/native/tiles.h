@@ -17,6 +17,10 @@ inline thread_local int tile_rows = 0;
 
 inline void forget_tiles() { tile_rows = 0; }
 
+// Let the compiler finish all stores to memory that the tile instructions behind this call read. The intrinsics of GCC do
+// not say that they read it (GCC bug 114098), so the compiler may leave such stores out, or do them later.
+inline void finish_stores(const void* a, const void* b) { asm volatile("" : : "r"(a), "r"(b) : "memory"); }
+
 // Set the rows of the tiles of x (4, 5) and of the results (0 to 3). The tiles of the packed matrix (6, 7) have 16.
 inline void configure_tiles(int rows) {
   if (rows == tile_rows) return;
@@ -29,6 +33,7 @@ inline void configure_tiles(int rows) {
     config.bytes[i] = 64;
     config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : TILE);
   }
+  finish_stores(&config, nullptr);
   _tile_loadconfig(&config);
   tile_rows = rows;
 }
@@ -47,6 +52,7 @@ inline void tile_product(const Number* x, size_t x_stride, const Number* w, size
   const size_t x_bytes = x_stride * sizeof(Number), y_bytes = y_stride * sizeof(float);
   const Number* x2 = x + TILE * x_stride;
   float* y2 = y + TILE * y_stride;
+  finish_stores(x, y);
   if (add) {
     _tile_loadd(0, y, y_bytes);
     if constexpr (P > 1) _tile_loadd(1, y + PANEL, y_bytes);
