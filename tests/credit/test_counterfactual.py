@@ -44,9 +44,15 @@ def credit_of(
     return counterfactual_credit(settings, parts(world))([world.sampled_group(count, 0)], 0)
 
 
-@pytest.mark.parametrize("pairs", ["better", "all"])
 @pytest.mark.parametrize(
-    ("openness", "coupled", "share"), [(0.5, True, 1.0), (1.0, True, 1.0), (0.5, False, 1.0), (0.5, True, 0.6)]
+    ("openness", "coupled", "share", "pairs"),
+    [
+        (0.5, True, 1.0, "better"),
+        (1.0, False, 1.0, "better"),
+        (0.5, True, 0.6, "better"),
+        (1.0, True, 1.0, "all"),
+        (0.5, False, 1.0, "all"),
+    ],
 )
 def test_the_expected_gradient_is_the_policy_gradient(
     openness: float, coupled: bool, share: float, pairs: Literal["better", "all"]
