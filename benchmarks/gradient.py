@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 from vineppo.cli.common import training_config
+from vineppo.compare.arms import parse_arm
 from vineppo.config.schema import Config
 from vineppo.credit.sample import reward_of
 from vineppo.model.policy import Policy
@@ -78,20 +79,6 @@ class Arm:
     """Number of trained tokens: response tokens with credit, and alternatives."""
     seconds: float = 0.0
     """Seconds of sampling and credit."""
-
-
-def parse_arm(text: str) -> Arm:
-    """Return the arm of an option `--arm NAME=KEY=VALUE,KEY=VALUE,...`.
-
-    Raises:
-        UserError: if the text has another form.
-    """
-    name, _, rest = text.partition("=")
-    pairs = [part.partition("=") for part in rest.split(",")]
-    overrides = {key: value for key, equals, value in pairs if equals}
-    if not name or len(overrides) != len(pairs) or "algorithm" not in overrides:
-        raise UserError(f"--arm is {text!r}; write NAME=algorithm=A,KEY=VALUE,...")
-    return Arm(name, overrides)
 
 
 def config_of(arm: Arm, arguments: argparse.Namespace) -> Config:
@@ -303,7 +290,7 @@ def main() -> None:
     """Parse the arguments, measure every arm and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--arm", action="append", type=parse_arm, required=True, metavar="NAME=KEY=VALUE,...")
+    parser.add_argument("--arm", action="append", required=True, metavar="NAME=KEY=VALUE,...")
     parser.add_argument("--model", help="model of the policy, instead of the recipe's")
     parser.add_argument("--problems", type=int, default=1024, help="number of problems per arm")
     parser.add_argument("--batch", type=int, default=64, help="number of problems that are sampled together")
@@ -312,9 +299,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch % BLOCKS or arguments.problems < arguments.batch or PILOT % arguments.batch:
         parser.error(f"--batch must be a multiple of {BLOCKS} that divides {PILOT}, and --problems at least --batch")
+    try:
+        parsed = [parse_arm(text) for text in arguments.arm]
+    except UserError as error:
+        parser.error(str(error))
+    arms = [Arm(arm.name, {"algorithm": arm.algorithm, **arm.overrides}) for arm in parsed]
     arguments.out.mkdir(parents=True, exist_ok=True)
     scale, reward = adam_scale(arguments)
-    for arm in arguments.arm:
+    for arm in arms:
         measure(arm, arguments, scale)
         tokens = arm.generated / arm.problems.sum()
         print(f"{arm.name}: {tokens:.0f} tokens a problem, {arm.seconds:.1f} s of sampling and credit", flush=True)
@@ -323,7 +315,7 @@ def main() -> None:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "reward": reward,
-        "methods": figures(arguments.arm, scale),
+        "methods": figures(arms, scale),
     }
     (arguments.out / "gradient.json").write_text(json.dumps(result, indent=1))
     (arguments.out / "gradient.md").write_text(markdown(result))
