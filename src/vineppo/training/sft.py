@@ -114,8 +114,11 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
     batch: list[Demonstration] = []
     for position in range(first, first + config.batch_size):
         index = position if size is None else shuffled_index(position, size, "sft order", config.seed)
-        _, response = task.demonstration("train", index)
-        item = encode_demonstration(codec, task.problem("train", index), response)
+        prompt, response = task.demonstration("train", index)
+        problem = task.problem("train", index)
+        if prompt != problem.prompt:  # the task demonstrates another problem, such as a shorter one
+            problem = Problem(id=problem.id, prompt=prompt)
+        item = encode_demonstration(codec, problem, response)
         if len(item[0]) <= config.max_length:
             batch.append(item)
     if not batch:
