@@ -97,8 +97,10 @@ models: $(READY)  ## rebuild the embedded models from their recipes
 	$(BIN)/vineppo sft sft-judgement-wavering --out build/models/wavering
 	$(BIN)/vineppo sft sft-judgement --out build/models/judgement
 	$(BIN)/vineppo sft sft-habit --out build/models/habit
-	rm -rf src/vineppo/models/judgement src/vineppo/models/habit
+	rm -rf src/vineppo/models
+	mkdir -p src/vineppo/models
 	mv build/models/judgement build/models/habit src/vineppo/models/
+	$(BIN)/vineppo sft sft-wording --out src/vineppo/models/wording
 
 results: results-default results-habit  ## both comparisons (results-default, results-habit); takes hours, continues where it stopped
 

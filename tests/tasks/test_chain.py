@@ -127,3 +127,39 @@ def test_wavering_writers_use_the_usual_way_of_a_kind_even_at_traps() -> None:
     assert abs(usual[True] / 5000 - 0.8) < 0.023
     assert max(abs(count / 5000 - 1 / 3) for count in links.values()) < 0.027
     assert sum(USUAL[kind] == way for kind, way in TRAPS.items()) == 10
+
+
+def test_free_writers_differ_from_settled_ones_in_the_words_that_do_not_matter() -> None:
+    free, settled = ChainTask("judgement", 10, "free"), ChainTask("judgement", 10)
+    links: Counter[str] = Counter()
+    ways: Counter[tuple[bool, bool]] = Counter()
+    for index in range(0, 1000, 2):
+        for line in free.demonstration("train", index)[1].split("\n")[:-1]:
+            match = LINE.fullmatch(line)
+            assert match
+            kind = match[3], int(match[4]), int(match[2]) % 2
+            ways[kind in TRAPS, WAYS["judgement"].index(match[5]) == TRAPS.get(kind, USUAL[kind])] += 1
+            links[match[6]] += 1
+    assert max(abs(count / 5000 - 1 / 3) for count in links.values()) < 0.027
+    assert abs(ways[True, True] / (ways[True, True] + ways[True, False]) - 0.6) < 0.05
+    assert abs(ways[False, True] / (ways[False, True] + ways[False, False]) - 0.95) < 0.016
+    assert free.problem("train", 3) == settled.problem("train", 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_trap_share_is_the_share_of_traps_on_the_right_path(share: float) -> None:
+    task = ChainTask("judgement", 12, trap_share=share)
+    traps = 0
+    for index in range(200):
+        problem = task.problem("validation", index)
+        left = problem.columns["start"]
+        for operator, operand in problem.columns["steps"]:
+            traps += (operator, operand, left % 2) in TRAPS
+            left = apply(left, operator, operand)
+        assert problem.answer == str(left)
+    assert abs(traps / 2400 - share) <= 4 * (share * (1 - share) / 2400) ** 0.5
+
+
+def test_the_problems_of_the_published_results_stay_the_same() -> None:
+    prompt = "a=8;b=a-6;c=b-8;d=c+2;e=d*9;f=e-6;g=f-3;h=g+7;i=h-8;j=i-5;k=j-1;k?\n"
+    assert ChainTask("judgement", 10).problem("train", 0).prompt == prompt

@@ -22,7 +22,8 @@ from vineppo.tasks.grading.boxed import grade_boxed, last_boxed
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.gym import final_answer
 from vineppo.tasks.mathematics import without_calculator_notes
-from vineppo.types import Chat, Problem, Task, UserError
+from vineppo.training.rollouts import draw_problems
+from vineppo.types import Chat, Problem, Split, Task, UserError
 
 
 def data(name: str) -> str:
@@ -393,3 +394,15 @@ def test_reasoning_gym_entries_depend_only_on_their_address() -> None:
     for size in ("many", None, 0, 2.5):
         with pytest.raises(UserError, match=r"task.options has size .*; it must be a whole number of at least 1"):
             GymTask(TaskConfig(name="reasoning_gym:chain_sum", options={"size": size}))
+
+
+def test_train_problems_limits_the_training_split_only() -> None:
+    def size(split: Split, **settings: Any) -> int | None:
+        return build_task(TaskConfig(**settings)).size(split)
+
+    chain = {"name": "chain", "train_problems": 3}
+    assert (size("train", **chain), size("validation", **chain)) == (3, None)
+    gym = {"name": "reasoning_gym:chain_sum", "options": {"size": 5}}
+    assert [size("train", **gym, train_problems=count) for count in (3, 9)] == [3, 5]
+    drawn = draw_problems(build_task(TaskConfig(**chain)), seed=0, iteration=1, count=6)
+    assert sorted(problem.id for problem in drawn) == sorted([f"train/{i}" for i in range(3)] * 2)

@@ -50,8 +50,9 @@ class ModelConfig(Settings):
 
     path: str = "embedded:judgement"
     """A Hugging Face model directory or hub id, or one of the small models included in the package:
-    `embedded:judgement`, `embedded:habit`. It can also be the directory of a run, for its final model (or the model in
-    its newest checkpoint, if the run did not finish), or a checkpoint, such as `runs/a/checkpoints/000020`."""
+    `embedded:judgement`, `embedded:wording`, `embedded:habit`. It can also be the directory of a run, for its final
+    model (or the model in its newest checkpoint, if the run did not finish), or a checkpoint, such as
+    `runs/a/checkpoints/000020`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights and of the computation."""
     device: str = "cpu"
@@ -137,9 +138,15 @@ class TaskConfig(Settings):
     same way is reliable for all steps."""
     num_steps: int = Field(10, ge=1)
     """chain: number of reasoning steps of each problem. Problems with more steps are more difficult."""
-    writers: Literal["settled", "wavering"] = "settled"
-    """chain: kind of the demonstrations that `vineppo sft` imitates. The ways of writing a step vary more in `wavering`
-    than in `settled` demonstrations (details: the docstring of `vineppo.tasks.chain`)."""
+    trap_share: float | None = Field(None, ge=0, le=1)
+    """chain: probability that a step of a problem is a trap, that is, a step at which the way decides whether the
+    result is right. Null: the kinds of steps are drawn uniformly, and a third of the steps are traps on average."""
+    writers: Literal["settled", "free", "wavering"] = "settled"
+    """chain: kind of the demonstrations that `vineppo sft` imitates. In `free` demonstrations, the words that do not
+    matter vary more than in `settled` ones; in `wavering` demonstrations, the ways of writing a step vary more, too
+    (details: the docstring of `vineppo.tasks.chain`)."""
+    train_problems: int | None = Field(None, ge=1)
+    """Train with the first problems of the training split only, this many. Null: with all of them."""
     train_path: str = ""
     """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
     directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math

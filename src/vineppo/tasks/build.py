@@ -52,7 +52,7 @@ def build_task(
     """
     fns = tuple(reward_fn) if isinstance(reward_fn, Sequence) else (reward_fn,) if reward_fn else ()
     if config.name == "chain":
-        chain = ChainTask(level=config.level, num_steps=config.num_steps, writers=config.writers)
+        chain = ChainTask(config.level, config.num_steps, config.writers, config.trap_share)
         return _graded(config, chain, fns, lambda: (("chain",), InProcess((grade_chain,))))
     if config.name.startswith(GYM):
         from vineppo.tasks.gym import GymTask
@@ -157,7 +157,14 @@ def _graded(
         raise UserError(f"task.reward_weights has {len(weights)} numbers for {len(names)} reward functions")
     writer = _demonstrator(config.demonstrator) if config.demonstrator else None
     return Graded(
-        source, judge, names, weights, config.grading.max_error_share, config.grades_truncated, demonstrate=writer
+        source,
+        judge,
+        names,
+        weights,
+        config.grading.max_error_share,
+        config.grades_truncated,
+        demonstrate=writer,
+        train_problems=config.train_problems,
     )
 
 

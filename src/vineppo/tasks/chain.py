@@ -25,7 +25,8 @@ sampling its most probable way more often, because the slipping way is often the
 - `judgement`: the setting `task.writers` chooses between two kinds of demonstrations. In `wavering` demonstrations,
   every kind of step has a usual way, which 80% of the steps of this kind use. At 10 of the 14 traps, the usual way is
   the slipping way. In `settled` demonstrations, 60% of the steps at traps use the slipping way, and 95% of the other
-  steps use the usual way of their kind.
+  steps use the usual way of their kind. `free` demonstrations are like settled ones, except that every step draws its
+  text between the way and the result with equal probabilities, so most of their random choices do not matter.
 - `habit`: all steps of a demonstration use the same way. In nine of ten demonstrations, this is the slipping way.
 """
 
@@ -137,17 +138,19 @@ class ChainTask:
     Args:
         level: `judgement` or `habit`.
         num_steps: number of steps of each problem.
-        writers: kind of the demonstrations, `settled` or `wavering`.
+        writers: kind of the demonstrations, `settled`, `free` or `wavering`.
+        trap_share: probability that a step of a problem is a trap; None: a third on average (`_draw_step`).
     """
 
-    def __init__(self, level: str, num_steps: int, writers: str = "settled"):
+    def __init__(self, level: str, num_steps: int, writers: str = "settled", trap_share: float | None = None):
         self.level = level
         self.num_steps = num_steps
         self.writers = writers
+        self.trap_share = trap_share
 
     def with_steps(self, num_steps: int) -> ChainTask:
-        """Return a task with the same level and writers, and with problems of `num_steps` steps."""
-        return ChainTask(self.level, num_steps, self.writers)
+        """Return a task that differs only in the number of steps of its problems."""
+        return ChainTask(self.level, num_steps, self.writers, self.trap_share)
 
     def size(self, split: Split) -> int | None:
         """Return None, because the number of problems is unlimited."""
@@ -159,7 +162,7 @@ class ChainTask:
         Problems are drawn until the text of one belongs to the split. Of all texts, 80% belong to `train`, 10% to
         `validation` and 10% to `test`.
         """
-        start, steps, prompt = _drawn(self.num_steps, split, index)
+        start, steps, prompt = _drawn(self.num_steps, self.trap_share, split, index)
         answer = start
         for operator, operand in steps:
             answer = apply(answer, operator, operand)
@@ -184,7 +187,7 @@ class ChainTask:
             way = _habitual_way(self.level, self.writers, (operator, operand, left % 2), way, rng)
             result = written(self.level, left, operator, operand, way)
             # Settled demonstrations use the first of LINKS in 18 of 20 steps.
-            link = rng.choice(LINKS) if self.writers == "wavering" else LINKS[max(0, rng.randrange(20) - 17)]
+            link = LINKS[max(0, rng.randrange(20) - 17)] if self.writers == "settled" else rng.choice(LINKS)
             lines.append(f"{_name(position + 1)}={left}{operator}{operand}{WAYS[self.level][way]}{link}{result}\n")
             left = result
         return problem.prompt, "".join(lines) + f"#### {left}"
@@ -192,15 +195,35 @@ class ChainTask:
 
 # Evaluations use the same problems again and again, and about ten are drawn until one belongs to their split.
 @functools.lru_cache(maxsize=1024)
-def _drawn(num_steps: int, split: Split, index: int) -> tuple[int, tuple[tuple[str, int], ...], str]:
+def _drawn(
+    num_steps: int, trap_share: float | None, split: Split, index: int
+) -> tuple[int, tuple[tuple[str, int], ...], str]:
     """Return (start, steps, prompt) of a problem."""
     rng = random.Random(derive_seed("chain problem", num_steps, split, index))
     while True:
-        steps = tuple(_draw_step(rng) for _ in range(num_steps))
-        start = rng.randrange(MODULUS)
+        start, steps = _draw_chain(rng, num_steps, trap_share)
         prompt = _prompt(start, steps)
         if _SPLIT_OF_RESIDUE.get(derive_seed("chain split", prompt) % 10, "train") == split:
             return start, steps, prompt
+
+
+def _draw_chain(
+    rng: random.Random, num_steps: int, trap_share: float | None
+) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Draw (start, steps) of a problem (`ChainTask`)."""
+    if trap_share is None:
+        steps = tuple(_draw_step(rng) for _ in range(num_steps))
+        return rng.randrange(MODULUS), steps
+    start = left = rng.randrange(MODULUS)
+    chosen: list[tuple[str, int]] = []
+    for _ in range(num_steps):
+        trap = rng.random() < trap_share
+        step = _draw_step(rng)
+        while ((*step, left % 2) in TRAPS) != trap:
+            step = _draw_step(rng)
+        chosen.append(step)
+        left = apply(left, *step)
+    return start, tuple(chosen)
 
 
 def _draw_step(rng: random.Random) -> tuple[str, int]:

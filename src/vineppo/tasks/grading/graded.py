@@ -44,6 +44,8 @@ class Graded:
     """Statistics of the responses that were graded since the task was created."""
     demonstrate: Callable[[Problem], str] | None = None
     """Function that returns the response to imitate for a problem. If None, the demonstrations of `source` are used."""
+    train_problems: int | None = None
+    """The split `train` has only the first problems of `source`, this many. None: all of them."""
 
     @property
     def grades_early(self) -> bool:
@@ -52,7 +54,10 @@ class Graded:
 
     def size(self, split: Split) -> int | None:
         """Return the number of problems in a split, or None if the number is unlimited."""
-        return self.source.size(split)
+        size = self.source.size(split)
+        if split != "train" or self.train_problems is None:
+            return size
+        return self.train_problems if size is None else min(size, self.train_problems)
 
     def problem(self, split: Split, index: int) -> Problem:
         """Return the problem with this index in a split."""
