@@ -27,10 +27,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "MODEL",
         "A model directory, a model id on the Hugging Face Hub, or one of the models included in the package: "
         "embedded:judgement, embedded:wording or embedded:habit. MODEL can also be the directory of a run, to measure "
-        "its final model (or the model in its newest checkpoint, if the run did not finish), the directory of one of its checkpoints, "
-        "or a recipe (the path of a YAML file, or a name such as judgement), to measure its starting model. Task, "
-        "response budget and stop strings are then those of the run or recipe. Accuracy with greedy decoding is always "
-        "measured.",
+        "its final model (or the model in its newest checkpoint, if the run did not finish), the directory of one of "
+        "its checkpoints, or a recipe (the path of a YAML file, or a name such as judgement), to measure its starting "
+        "model. Task, response budget and stop strings are then those of the run or recipe. Accuracy with greedy "
+        "decoding is always measured.",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the results to this file")
     add_settings(parser, EvalSpec, hidden=("model.path",))

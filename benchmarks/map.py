@@ -1,0 +1,241 @@
+"""Measure on which kinds of task a credit method needs fewer generated tokens than a baseline.
+
+    python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual --baseline reinforce \
+        --seeds 5 --budget 300000 --out runs/map
+
+The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
+decisive steps or the number of training problems. On each task, `vineppo compare` trains both arms with the same seeds
+and the same budget of generated tokens. The settings of the arms are not tuned again for each task, so this is a map of
+two fixed configurations. Models for other lengths of the chains are trained first, with the demonstrations of
+`sft-wording`.
+
+`map.json` has one entry per task: the accuracies, the tokens and the seconds that the baseline needs to its best mean
+accuracy, divided by those that the method needs to the same accuracy, with 95% intervals over seeds; the difference of
+the accuracies at equal tokens; and the accuracy on new problems over that on the training problems. `map.md` is the
+table, `map.png` the picture. What exists in `--out` is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LAST = 5
+"""The accuracy on training problems is the mean reward of this many last iterations."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A task of the map."""
+
+    name: str
+    axis: str
+    """The property in which the task differs from the recipe."""
+    label: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the recipe that change: dotted key -> value."""
+    steps: int = 10
+    """Number of steps of the chains. For other numbers than 10, a model is trained first."""
+
+
+def _length(steps: int, traps: float) -> Point:
+    """Return a task with chains of another length and about the same number of traps as the recipe, 3.3."""
+    settings = {"task.num_steps": str(steps), "task.trap_share": f"{traps / steps:.3f}"}
+    settings["rollouts.max_new_tokens"] = str(12 * steps)
+    return Point(f"steps{steps}", "steps of a chain, 3.3 of them decisive", f"{steps} steps", settings, steps)
+
+
+BASE = Point("base", "the recipe `wording`", "10 steps, a third decisive, free wording, endless problems")
+POINTS = (
+    BASE,
+    _length(5, 3.33),
+    _length(20, 3.33),
+    *(
+        Point(f"share{share}", "share of decisive steps", f"{share:.0%}", {"task.trap_share": str(share)})
+        for share in (0.1, 0.2, 0.5)
+    ),
+    Point("settled", "wording", "settled", {"model.path": "embedded:judgement"}),
+    Point("habit", "number of decisions", "one (`habit`)", {"model.path": "embedded:habit", "task.level": "habit"}),
+    *(
+        Point(f"problems{count}", "training problems", str(count), {"task.train_problems": str(count)})
+        for count in (32, 256)
+    ),
+)
+
+
+def _model(point: Point, folder: Path) -> Path:
+    """Return the directory of the starting model for chains of another length. Train it if it does not exist."""
+    path = folder / "models" / point.name
+    if not (path / "config.json").exists():
+        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "512"}
+        _run(["sft", "sft-wording", "--out", str(path), *_flags(options)])
+    return path
+
+
+def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
+    """Train both arms on a task, and return what `vineppo compare` measured."""
+    settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **point.settings}
+    settings["run.save_rollouts"] = "false"
+    if point.steps != 10:
+        settings["model.path"] = str(_model(point, options.out))
+    out = options.out / point.name
+    arms = {name: yaml.safe_load(options.arms.read_text())[name] for name in (options.arm, options.baseline)}
+    arms_file = options.out / "arms.yaml"
+    arms_file.write_text(yaml.safe_dump(arms))
+    command = ["compare", "wording", "--arms", str(arms_file), "--baselines", options.baseline]
+    command += ["--seeds", options.seeds, "--budget", f"tokens={options.budget}", "--out", str(out)]
+    _run([*command, *_flags(settings)])
+    return json.loads((out / "compare.json").read_text())
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """Run a command of vineppo. Its output is shown; an error ends the script."""
+    code = subprocess.run([sys.executable, "-m", "vineppo", *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+def _flags(settings: Mapping[str, str]) -> list[str]:
+    """Return settings as options of the command line."""
+    return [text for key, value in settings.items() for text in (f"--{key}", value)]
+
+
+def _train_accuracy(folder: Path, arm: str) -> float:
+    """Return the mean reward in the last iterations of the runs of an arm, which is the accuracy on their problems."""
+    rewards = []
+    for run in sorted(folder.glob(f"runs/{arm}-seed*")):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rewards.append(statistics.fmean([row["reward/mean"] for row in rows if "reward/mean" in row][-LAST:]))
+    return statistics.fmean(rewards)
+
+
+def _entry(point: Point, options: argparse.Namespace, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a task in map.json."""
+    best, arms = result["best_vs_baseline"], {}
+    for name in (options.arm, options.baseline):
+        arm = result["arms"][name]
+        arms[name] = {
+            "accuracy_before": arm["accuracy_before"]["mean"],
+            "accuracy_after": arm["final_accuracy"],
+            "accuracy_on_training_problems": _train_accuracy(options.out / point.name, name),
+        }
+    keys = ["baseline_best_accuracy", "tokens_ratio", "tokens_ratio_interval", "seconds_ratio"]
+    keys += ["seconds_ratio_interval", "difference_at_equal_tokens", "reason"]
+    described = {"axis": point.axis, "label": point.label, "settings": dict(point.settings)}
+    return {**described, "arms": arms, **{key: best[key] for key in keys}}
+
+
+def _interval(value: Mapping[str, Any] | None, scale: float = 1, digits: int = 2) -> str:
+    """Return an interval as text."""
+    if not value or value["low"] is None:
+        return ""
+    return f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
+
+
+def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
+    """Return map.md."""
+    arm, baseline = options.arm, options.baseline
+    lines = [
+        f"# Where `{arm}` needs fewer tokens than `{baseline}`",
+        "",
+        f"{options.seeds} seeds, {options.budget:,} generated tokens per run. Command: `{options.command}`.",
+        "",
+        "*Tokens* and *seconds*: the amount that the baseline needs to its best mean accuracy, divided by the amount "
+        "that the method needs to the same accuracy; - if it never does. *Difference*: accuracy of the method minus "
+        "that of the baseline after the same number of generated tokens, in points. *Train*: mean reward of the last "
+        f"{LAST} iterations. Intervals are 95% over seeds.",
+        "",
+        f"| axis | task | before | {arm}: after (train) | {baseline}: after (train) | tokens | seconds | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in entries.values():
+        cells = [entry["axis"], entry["label"], f"{entry['arms'][arm]['accuracy_before']:.0%}"]
+        for name in (arm, baseline):
+            of_arm = entry["arms"][name]
+            after = of_arm["accuracy_after"]
+            trained = of_arm["accuracy_on_training_problems"]
+            cells.append(f"{100 * after['mean']:.1f}{_interval(after, 100, 1)} ({trained:.0%})")
+        for key in ("tokens_ratio", "seconds_ratio"):
+            ratio = entry[key]
+            cells.append("-" if ratio is None else f"{ratio:.2f}{_interval(entry[key + '_interval'])}")
+        difference = entry["difference_at_equal_tokens"]
+        cells.append(f"{100 * difference['mean']:+.1f}{_interval(difference, 100, 1)}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace, path: Path) -> None:
+    """Draw the ratio of the tokens and the accuracies of every task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = list(entries.values())[::-1]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.8), sharey=True)
+    for position, entry in enumerate(rows):
+        ratio, interval = entry["tokens_ratio"], entry["tokens_ratio_interval"] or {}
+        if ratio is None:
+            left.text(1, position, " the baseline's best accuracy is not reached", va="center", fontsize=8)
+        else:
+            left.plot(ratio, position, "o", color="#7F3C8D")
+        if interval.get("low") is not None:
+            left.plot([interval["low"], interval["high"]], [position] * 2, color="#7F3C8D")
+        for name, colour in ((options.arm, "#7F3C8D"), (options.baseline, "#888888")):
+            of_arm = entry["arms"][name]
+            after = of_arm["accuracy_after"]
+            right.plot(100 * after["mean"], position, "o", color=colour)
+            if after["low"] is not None:
+                right.plot([100 * after["low"], 100 * after["high"]], [position] * 2, color=colour)
+            right.plot(100 * of_arm["accuracy_on_training_problems"], position, "|", color=colour, markersize=12)
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log", base=2)
+    left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
+    left.set_xlabel(f"tokens of {options.baseline} / tokens of {options.arm}\nto the best accuracy of the former")
+    right.set_xlabel("accuracy, %: dot new problems, bar training problems")
+    for name, colour in ((options.arm, "#7F3C8D"), (options.baseline, "#888888")):
+        right.plot([], [], "o", color=colour, label=name)
+    right.legend(loc="upper left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Train on every task of the map, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", type=Path, required=True, help="YAML file with both arms, as for `vineppo compare`")
+    parser.add_argument("--arm", default="counterfactual", help="name of the arm that is measured")
+    parser.add_argument("--baseline", default="reinforce", help="name of the arm with which it is compared")
+    parser.add_argument("--points", default=",".join(point.name for point in POINTS), help="tasks, by name")
+    parser.add_argument("--seeds", default="3", help="as for `vineppo compare`")
+    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.command = " ".join(["python benchmarks/map.py", *sys.argv[1:]])
+    names = options.points.split(",")
+    unknown = sorted(set(names) - {point.name for point in POINTS})
+    if unknown:
+        parser.error(f"--points: unknown {', '.join(unknown)}; allowed: {', '.join(point.name for point in POINTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, dict[str, Any]] = {}
+    for point in POINTS:
+        if point.name in names:
+            entries[point.name] = _entry(point, options, _compare(point, options))
+            document = {"command": options.command, "arm": options.arm, "baseline": options.baseline, "points": entries}
+            (options.out / "map.json").write_text(json.dumps(document, indent=1) + "\n")
+            (options.out / "map.md").write_text(_table(entries, options))
+    _picture(entries, options, options.out / "map.png")
+    print(_table(entries, options))
+
+
+if __name__ == "__main__":
+    main()
