@@ -45,7 +45,8 @@ import yaml
 
 from vineppo.cli.common import training_config
 from vineppo.compare.arms import parse_values, short_name, with_setting
-from vineppo.compare.figures import Evaluation, RunRecord, align, evaluations_of, first_reach
+from vineppo.compare.curves import align, first_reach
+from vineppo.compare.records import Evaluation, RunRecord, evaluations_of
 from vineppo.compare.runs import read_json, run_state
 from vineppo.compare.spec import Arm, Budget, arms_of, parse_seeds, settings_of_budget
 from vineppo.run.directory import RunDirectory

@@ -13,8 +13,10 @@ from vineppo.cli.main import main
 from vineppo.compare.arms import load_arms, parse_arm, swept
 from vineppo.compare.checklist import checklist
 from vineppo.compare.comparison import compare
-from vineppo.compare.figures import analyse, difference_at_equal_tokens, load_run
+from vineppo.compare.curves import difference_at_equal_tokens
+from vineppo.compare.figures import analyse
 from vineppo.compare.plots import styles_of
+from vineppo.compare.records import load_run
 from vineppo.compare.runs import plan_runs
 from vineppo.compare.spec import Arm, CompareSpec, arms_of, check_same_comparison, parse_seeds
 from vineppo.compare.tables import conclusions, header, table_rows

@@ -18,7 +18,9 @@ import pytest
 from rich.console import Console
 
 from vineppo.compare.comparison import compare
-from vineppo.compare.figures import Curves, align, analyse, first_reach, load_run, versus
+from vineppo.compare.curves import Curves, align, first_reach, versus
+from vineppo.compare.figures import analyse
+from vineppo.compare.records import load_run
 from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
 from vineppo.compare.spec import Arm, Budget, CompareSpec, arms_of, parse_budget

@@ -15,7 +15,7 @@ from dev.tune import Score, budgets_of, cells_of, command_of, grids_of, parsed, 
 from dev import tune
 from vineppo.cli.main import main
 from vineppo.compare.arms import load_arms
-from vineppo.compare.figures import Evaluation
+from vineppo.compare.records import Evaluation
 from vineppo.compare.spec import arms_of
 from vineppo.types import UserError
 

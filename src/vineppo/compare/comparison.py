@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from vineppo.compare.figures import analyse, load_run
+from vineppo.compare.figures import analyse
+from vineppo.compare.records import load_run
 from vineppo.compare.report import environment_record, missing_entry, print_table, spec_record, to_json, write_reports
 from vineppo.compare.runs import Action, PlannedRun, plan_runs, print_line, read_json, run_all, run_state
 from vineppo.compare.spec import CompareSpec, check_same_comparison

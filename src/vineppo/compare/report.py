@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vineppo.compare.checklist import checklist
-from vineppo.compare.figures import RunRecord, setting_in
 from vineppo.compare.plots import plot_comparison
+from vineppo.compare.records import RunRecord, setting_in
 from vineppo.compare.runs import PlannedRun, outcome_of_missing, print_line
 from vineppo.compare.spec import CompareSpec
 from vineppo.compare.tables import conclusions, header, markdown, missing_lines, table_rows

@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 
 from rich.console import Console
 
-from vineppo.compare.figures import load_run, number_in
+from vineppo.compare.records import load_run, number_in
 from vineppo.compare.spec import Arm, CompareSpec, settings_of_budget
 from vineppo.compare.tables import format_count, format_percent
 from vineppo.run.directory import RunDirectory

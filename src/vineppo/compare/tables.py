@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.compare.figures import AXES
+from vineppo.compare.curves import AXES
 
 AXIS_NAMES = {
     "updates": "updates",
