@@ -63,9 +63,11 @@ def kept_responses(
     kept = []
     for problem_id, (right, _) in split_by_reward(groups, threshold).items():
         shuffled = random.Random(derive_seed(*address, problem_id, "kept")).sample(right, len(right))
-        seen: dict[str, Rollout] = {}
-        repeated = [rollout for rollout in shuffled if seen.setdefault(rollout.text, rollout) is not rollout]
-        kept += [*seen.values(), *repeated][:max_kept]
+        seen, different, repeated = set[str](), list[Rollout](), list[Rollout]()
+        for rollout in shuffled:
+            (repeated if rollout.text in seen else different).append(rollout)
+            seen.add(rollout.text)
+        kept += [*different, *repeated][:max_kept]
     return [(rollout.prompt_ids + rollout.response_ids, len(rollout.prompt_ids)) for rollout in kept]
 
 
