@@ -208,7 +208,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "embedded:habit", "--num_samples", "2", "--k", "3"], "pass@k needs 1 <= k <= num_samples, which is 2"),
     (["sft", "--out", "a_folder"], "out 'a_folder' already exists and is not an empty directory"),
     (["sft", "judgement", "judgement", *OUT], "unexpected argument judgement"),
-    (["offline", "--run.dir", "a_folder"], "run directory a_folder already exists and is not empty"),
+    (
+        ["offline", "--run.dir", "a_folder"],
+        "run directory a_folder already exists and is not empty; give another run.dir",
+    ),
+    (["offline", "--task.name", "dataset"], "task.train_path is empty; task.name dataset needs problems"),
     (
         ["offline", "--method", "dpo_positive", "--restem.rounds", "2"],
         "restem.rounds on the command line is a setting of restem, but method is dpo_positive; remove restem.rounds",

@@ -15,8 +15,8 @@ def loss_and_gradient(
 ) -> tuple[float, float, float, float]:
     """Return (loss, argument of the sigmoid, derivative by `chosen`, derivative by `rejected`)."""
     c, r = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (chosen, rejected))
-    refs = (torch.tensor([value], dtype=torch.float64) for value in (ref_chosen, ref_rejected))
-    loss, margins = dpo_positive_loss(c, r, *refs, beta, penalty)
+    c0, r0 = (torch.tensor([value], dtype=torch.float64) for value in (ref_chosen, ref_rejected))
+    loss, margins = dpo_positive_loss(c, r, c0, r0, beta, penalty)
     loss.backward()
     assert c.grad is not None and r.grad is not None
     return loss.item(), margins.item(), c.grad.item(), r.grad.item()

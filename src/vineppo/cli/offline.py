@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from vineppo.cli.common import DEFAULT_RECIPE, add_recipe_note, check_kind
+from vineppo.cli.common import DEFAULT_RECIPE, check_kind
 from vineppo.cli.console import duration, interval_text
-from vineppo.cli.options import Command, Request, add_settings
+from vineppo.cli.options import Command, Request, add_note, add_settings
 from vineppo.config.offline import OfflineConfig
-from vineppo.config.recipes import load_recipe, recipe_stem
+from vineppo.config.recipes import is_sft_recipe, load_recipe, recipe_names, recipe_stem
 from vineppo.training.configure_offline import build_offline_config, with_offline_dir
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vineppo offline` to its parser."""
-    add_recipe_note(parser, f"RECIPE (default: {DEFAULT_RECIPE})", sft=False)
+    names = [name for name in recipe_names() if not is_sft_recipe(name)]
+    add_note(
+        parser,
+        f"RECIPE (default: {DEFAULT_RECIPE})",
+        f"A recipe for `vineppo train`: the path of a YAML file, or one of: {', '.join(names)}. The model, the task, the "
+        "evaluation (except eval.every), the temperature, the response budget and the stop strings are those of the "
+        "recipe. The other settings are those under offline.METHOD in the recipe, or the defaults below. Write a list "
+        "as a,b or [a, b].",
+    )
     add_settings(parser, OfflineConfig)
 
 

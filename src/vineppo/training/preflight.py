@@ -56,7 +56,7 @@ def check_offline(config: OfflineConfig) -> None:
             task cannot be used.
     """
     require_one_process()
-    RunDirectory.check_new(config.run.dir)
+    RunDirectory.check_new(config.run.dir, resumable=False)
     check_model_and_task(config.model, config.task, needed_splits(config.eval))
 
 
