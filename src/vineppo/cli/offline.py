@@ -18,10 +18,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_note(
         parser,
         f"RECIPE (default: {DEFAULT_RECIPE})",
-        f"A recipe for `vineppo train`: the path of a YAML file, or one of: {', '.join(names)}. The model, the task, the "
-        "evaluation (except eval.every), the temperature, the response budget and the stop strings are those of the "
-        "recipe. The other settings are those under offline.METHOD in the recipe, or the defaults below. Write a list "
-        "as a,b or [a, b].",
+        f"A recipe for `vineppo train`: the path of a YAML file, or one of: {', '.join(names)}. The model, the task, "
+        "the evaluation (except eval.every), the temperature, the response budget and the stop strings are those of "
+        "the recipe. The other settings are those under offline.METHOD in the recipe, or the defaults below. Write a "
+        "list as a,b or [a, b].",
     )
     add_settings(parser, OfflineConfig)
 
