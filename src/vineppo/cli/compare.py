@@ -143,7 +143,7 @@ def check_arms(spec: CompareSpec) -> None:
             config = training_config(spec.recipe, settings, arm.algorithm)
         except UserError as error:
             raise UserError(f"arm {arm.name}: {error}" if arm.overrides else str(error)) from None
-        check_model_and_task(config.model, config.task, needed_splits(config))
+        check_model_and_task(config.model, config.task, needed_splits(config.eval))
 
 
 COMMAND = Command(

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, plan, plot, sft, train
+from vineppo.cli import compare, demo, doctor, eval, offline, plan, plot, sft, train
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -103,6 +103,7 @@ def _overview() -> str:
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
     "sft": sft.COMMAND,
+    "offline": offline.COMMAND,
     "eval": eval.COMMAND,
     "plan": plan.COMMAND,
     "plot": plot.COMMAND,

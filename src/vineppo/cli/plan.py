@@ -35,7 +35,7 @@ def _run(request: Request) -> int:
     if gpu:  # A prediction for another machine needs neither the weights nor the data.
         resolve_model_path(config.model.path)
     else:
-        check_model_and_task(config.model, config.task, needed_splits(config))
+        check_model_and_task(config.model, config.task, needed_splits(config.eval))
     from vineppo.plan.predict import plan
     from vineppo.plan.report import report
 

@@ -1,8 +1,9 @@
 """Load recipes, that is, YAML files with the settings of a training run, from the package or from a path.
 
 A recipe for `vineppo sft` has the keys of `SFTConfig`. A recipe for reinforcement learning has the keys of `Config`,
-and a section for each algorithm whose settings it changes. It can have two more keys: `description` is a text, and
-`overrides` maps the name of an algorithm to settings that are applied only if this algorithm is selected. An example:
+and a section for each algorithm whose settings it changes. It can have three more keys: `description` is a text,
+`overrides` maps the name of an algorithm to settings that are applied only if this algorithm is selected, and `offline`
+maps a method of `vineppo offline` to settings (keys of `OfflineConfig`) for this method. An example:
 
 ```
 description: What this recipe is for.
@@ -10,6 +11,8 @@ algorithm: vineppo
 learner: {lr: 1.0e-4}
 overrides:
   ppo: {learner.lr: 5.0e-5, ppo.value_lr: 1.0e-3}
+offline:
+  restem: {restem.rounds: 5, rollouts.group_size: 16}
 ```
 """
 

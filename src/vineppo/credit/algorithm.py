@@ -12,7 +12,7 @@ from vineppo.config.settings import Settings, is_section
 from vineppo.model.codec import Codec
 from vineppo.types import CreditFn, Problem, Rollout, RolloutGroup, Sampler, Task
 
-_RECIPE_KEYS = ("description", "overrides")
+_RECIPE_KEYS = ("description", "overrides", "offline")
 """Keys of a recipe that are not settings. An algorithm must not have one of these names."""
 PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
 """Function (rollouts) -> one list per rollout with an entry for each of its T response tokens, shape (T,). An entry is

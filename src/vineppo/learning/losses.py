@@ -1,12 +1,17 @@
-"""Compute the policy loss, the value loss and KL estimates as pure functions of tensors, for the learner.
+"""Compute the policy loss, the value loss, KL estimates and the DPO-positive loss as pure functions of tensors.
 
-Each loss is a weighted sum over N trained tokens. The caller divides the loss by the sum of the weights of the whole
-minibatch, so that the result does not depend on how the minibatch is split into micro-batches.
+Each loss is a sum: a weighted one over N trained tokens, or one over N pairs of responses. The caller divides the loss
+by the sum of the weights, or by the number of pairs, of the whole minibatch, so that the result does not depend on how
+the minibatch is split into micro-batches.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
+
+ROUNDING = 1e-4
+"""Difference in nats between two computations of the log-probability of a response that counts as a rounding error."""
 
 
 def clipped_policy_loss(
@@ -96,3 +101,33 @@ def clipped_value_loss(
         clipped = old_values + (values - old_values).clamp(-clip, clip)  # (N,)
         error = torch.maximum(error, (clipped - returns).square())
     return 0.5 * (weights * error).sum()
+
+
+def dpo_positive_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+    penalty: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the DPO-positive loss (Pal et al., arXiv 2402.13228) as a sum over N pairs of responses.
+
+    With the log-ratios c = chosen - ref_chosen and r = rejected - ref_rejected, the loss of a pair is
+    -log sigmoid(beta * (c - r - penalty * max(0, -c))). With penalty 0 it is the loss of DPO (arXiv 2305.18290).
+
+    Before the first update, c is 0 up to rounding, and the gradient of max(0, -c) would be a matter of rounding errors.
+    A c above -1e-4 therefore has no penalty.
+
+    Args:
+        chosen, rejected: log-probabilities of the whole responses under the policy in nats, shape (N,).
+        ref_chosen, ref_rejected: the same under the reference, shape (N,).
+        beta: factor of the log-ratios.
+        penalty: weight of the penalty, lambda in the paper.
+    Returns:
+        (sum of the losses, scalar; argument of the sigmoid of each pair, shape (N,)).
+    """
+    log_ratios = chosen - ref_chosen  # (N,)
+    shortfall = torch.where(log_ratios < -ROUNDING, -log_ratios, 0.0)  # (N,)
+    margins = beta * (log_ratios - (rejected - ref_rejected) - penalty * shortfall)  # (N,)
+    return -F.logsigmoid(margins).sum(), margins

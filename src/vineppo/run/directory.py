@@ -84,15 +84,17 @@ class RunDirectory:
         return run
 
     @classmethod
-    def check_new(cls, path: str | Path) -> None:
+    def check_new(cls, path: str | Path, *, resumable: bool = True) -> None:
         """Check that `create` can create the directory. Nothing is left behind.
 
+        Args:
+            resumable: whether a run of this kind can be resumed, which the error message then suggests.
         Raises:
             UserError: if the directory exists and is not empty, or cannot be written.
         """
         run = cls(Path(path), {})
         try:
-            run._require_new()
+            run._require_new(resumable)
             check_writable(run.path)
         except OSError as error:
             raise _unwritable(run.path, error) from error
@@ -109,13 +111,11 @@ class RunDirectory:
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
-    def _require_new(self) -> None:
+    def _require_new(self, resumable: bool = True) -> None:
         """Raise UserError if the directory contains more than what is written before config.yaml."""
         if self.path.is_dir() and any(entry.name not in _BEFORE_CONFIG for entry in self.path.iterdir()):
-            raise UserError(
-                f"run directory {self.path} already exists and is not empty; give another run.dir, or continue "
-                f"that run with --resume {self.path}"
-            )
+            advice = f", or continue that run with --resume {self.path}" if resumable else ""
+            raise UserError(f"run directory {self.path} already exists and is not empty; give another run.dir{advice}")
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = True) -> RunDirectory:

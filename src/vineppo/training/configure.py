@@ -38,7 +38,8 @@ def build_config(
     priority: defaults, recipe, the recipe's overrides for the chosen algorithm, `overrides`.
 
     Args:
-        recipe: dictionary returned by `load_recipe`, with the keys of `Config` plus `description` and `overrides`.
+        recipe: dictionary returned by `load_recipe`, with the keys of `Config` plus `description`, `overrides`
+            and `offline`, which only `vineppo offline` uses.
         algorithm: the algorithm to train with. The section of the recipe's own algorithm is ignored if another one is
             chosen. None uses `algorithm` from `overrides` or, if missing, from the recipe.
         overrides: dictionary from dotted keys to values, as on the command line; values may be text.
@@ -53,7 +54,7 @@ def build_config(
     if not isinstance(overrides, Mapping | None):
         raise UserError(f"overrides is {_shown(overrides)}; it must be a dictionary from dotted keys to values")
     where = f"in recipe {name}" if name else "in the recipe"
-    base = {key: value for key, value in recipe.items() if key not in ("description", "overrides")}
+    base = {key: value for key, value in recipe.items() if key not in ("description", "overrides", "offline")}
     command_line = dict(overrides or {})
     if algorithm is not None:
         command_line["algorithm"] = algorithm

@@ -118,6 +118,25 @@ def measure(
     )
 
 
+def accuracy_metrics(measurement: Measurement, seed: int) -> dict[str, float | None]:
+    """Return the metrics of an evaluation during training: the accuracy (mean reward) with its interval.
+
+    The accuracy is None if no response has a reward. The share of responses without a reward is added if it is above 0.
+
+    Args:
+        seed: seed of the bootstrap.
+    """
+    interval = measurement.mean_reward(seed).as_dict()
+    metrics: dict[str, float | None] = {
+        "eval/accuracy": interval["mean"],
+        "eval/accuracy_low": interval["low"],
+        "eval/accuracy_high": interval["high"],
+    }
+    if measurement.not_applicable_share:
+        metrics["eval/not_applicable_share"] = measurement.not_applicable_share
+    return metrics
+
+
 def evaluate_model(spec: EvalSpec) -> dict[str, Any]:
     """Measure the accuracy of a model on the problems of a split, for `vineppo eval`.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from vineppo.config.schema import Config, ModelConfig, SFTConfig, TaskConfig
+from vineppo.config.offline import OfflineConfig
+from vineppo.config.schema import Config, EvalConfig, ModelConfig, SFTConfig, TaskConfig
 from vineppo.model.hardware import check_device
 from vineppo.model.location import NEW_TINY, only_local_copy
 from vineppo.run.directory import RunDirectory
@@ -45,6 +46,20 @@ def check_sft(config: SFTConfig) -> None:
         check_model_and_task(config.model, config.task)
 
 
+def check_offline(config: OfflineConfig) -> None:
+    """Check what `vineppo offline` needs, except what can be checked only with its model.
+
+    Args:
+        config: all settings, with `run.dir` set.
+    Raises:
+        UserError: if a launcher started several processes, the run directory cannot be created, or the model or the
+            task cannot be used.
+    """
+    require_one_process()
+    RunDirectory.check_new(config.run.dir, resumable=False)
+    check_model_and_task(config.model, config.task, needed_splits(config.eval))
+
+
 def check_model_and_task(model: ModelConfig, task: TaskConfig, splits: Mapping[str, Split] | None = None) -> None:
     """Check the device, the path of the model, and the data and reward functions of the task.
 
@@ -71,7 +86,7 @@ def check_resume(config: Config, checkpoint: str) -> None:
     require_one_process()
     check_resumable(RunDirectory.open(config.run.dir), config, checkpoint)
     require_trackers(config.run.report_to)
-    check_model_and_task(config.model, config.task, needed_splits(config))
+    check_model_and_task(config.model, config.task, needed_splits(config.eval))
 
 
 def check_new_run(config: Config, *, model: bool = True, task: bool = True) -> None:
@@ -92,9 +107,9 @@ def check_new_run(config: Config, *, model: bool = True, task: bool = True) -> N
         check_device(config.model.device)
         only_local_copy(config.model.path)
     if task:
-        check_task(config.task, needed_splits(config))
+        check_task(config.task, needed_splits(config.eval))
 
 
-def needed_splits(config: Config) -> dict[str, Split]:
+def needed_splits(settings: EvalConfig) -> dict[str, Split]:
     """Return the setting that selects the split of the final evaluation, and the split."""
-    return {"eval.split": config.eval.split} if config.eval.final_num_problems else {}
+    return {"eval.split": settings.split} if settings.final_num_problems else {}

@@ -67,6 +67,23 @@ def is_new_best(progress: Progress) -> bool:
     return best is None or accuracy > best
 
 
+def with_evaluation(progress: Progress, accuracy: float | None, seconds: float) -> Progress:
+    """Return the progress after an evaluation on the validation problems.
+
+    Args:
+        accuracy: the measured accuracy, or None if no response has a reward.
+        seconds: duration of the evaluation.
+    """
+    accuracies = (progress.best_validation_accuracy, accuracy)
+    return replace(
+        progress,
+        seconds_eval=progress.seconds_eval + seconds,
+        best_validation_accuracy=max((mean for mean in accuracies if mean is not None), default=None),
+        evaluated_iteration=progress.iteration,
+        evaluated_accuracy=accuracy,
+    )
+
+
 def advance(
     progress: Progress,
     rollout_tokens: int,

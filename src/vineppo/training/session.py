@@ -15,9 +15,9 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.files import directory_written_aside
 from vineppo.run.trackers import Tracker
 from vineppo.run.trl_names import with_trl_names
-from vineppo.training.evaluate import Measurement, measure
+from vineppo.training.evaluate import Measurement, accuracy_metrics, measure
 from vineppo.training.parts import Parts
-from vineppo.training.progress import Progress, cumulative, with_best_checkpoint
+from vineppo.training.progress import Progress, cumulative, with_best_checkpoint, with_evaluation
 from vineppo.training.resuming import random_state
 from vineppo.training.rollouts import problem_range
 from vineppo.training.watch import Watch
@@ -117,24 +117,9 @@ def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, 
     """
     began = time.perf_counter()
     measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
-    interval = measurement.mean_reward(session.limits.seed).as_dict()
-    seconds, accuracies = time.perf_counter() - began, (progress.best_validation_accuracy, interval["mean"])
-    progress = replace(
-        progress,
-        seconds_eval=progress.seconds_eval + seconds,
-        best_validation_accuracy=max((mean for mean in accuracies if mean is not None), default=None),
-        evaluated_iteration=progress.iteration,
-        evaluated_accuracy=interval["mean"],
-    )
-    metrics: dict[str, float | None] = {
-        "eval/accuracy": interval["mean"],
-        "eval/accuracy_low": interval["low"],
-        "eval/accuracy_high": interval["high"],
-        "seconds/eval": seconds,
-    }
-    if measurement.not_applicable_share:
-        metrics["eval/not_applicable_share"] = measurement.not_applicable_share
-    return progress, metrics
+    metrics = accuracy_metrics(measurement, session.limits.seed)
+    seconds = time.perf_counter() - began
+    return with_evaluation(progress, metrics["eval/accuracy"], seconds), {**metrics, "seconds/eval": seconds}
 
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:

@@ -8,27 +8,21 @@ of the token that ends it: the token with which the chat template ends a turn, o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from vineppo.config.schema import SFTConfig
-from vineppo.learning.optim import GradientError, Optimizer, lr_factor
-from vineppo.model.batch import micro_batches, pad
+from vineppo.learning.optim import Optimizer
 from vineppo.model.codec import Codec
 from vineppo.model.loading import device_errors_in_one_line
 from vineppo.model.location import NEW_TINY
-from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.run.environment import require_one_process
 from vineppo.seeds import shuffled_index
 from vineppo.tasks import build_task
 from vineppo.training.preflight import check_sft
+from vineppo.training.supervised import Demonstration, accumulate, linear_step
 from vineppo.types import Problem, Task, UserError
-
-Demonstration = tuple[tuple[int, ...], int]
-"""(token ids of the prompt, the response and the token that ends it; number of prompt tokens)."""
 
 
 def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[str, float | str]:
@@ -56,13 +50,8 @@ def run_sft(config: SFTConfig, report: Callable[[str], None] = print) -> dict[st
     for update in range(config.updates):
         batch = _batch(config, policy.codec, task, update)
         left_out += config.batch_size - len(batch)
-        loss, counted = _accumulate(policy, batch, config.micro_batch_tokens)
-        try:
-            optimizer.step(config.lr * lr_factor(update, warmup, config.updates, "linear"), max_grad_norm=1.0)
-        except GradientError as error:
-            raise UserError(
-                f"update {update + 1}: {error}; lower lr, which is {config.lr:g}, or use model.dtype float32"
-            ) from None
+        loss, counted = accumulate(policy, batch, config.micro_batch_tokens)
+        linear_step(optimizer, config.lr, update, warmup, config.updates, max_grad_norm=1.0)
         losses.append(loss)
         tokens += counted
         if (update + 1) % max(1, config.updates // 20) == 0:
@@ -126,25 +115,3 @@ def _batch(config: SFTConfig, codec: Codec, task: Task, update: int) -> list[Dem
             f"all demonstrations of an update are longer than max_length {config.max_length}; raise max_length"
         )
     return batch
-
-
-def _accumulate(policy: Policy, batch: Sequence[Demonstration], max_tokens: int) -> tuple[float, int]:
-    """Compute the gradient of the mean loss per token of a batch by backpropagation, in micro-batches.
-
-    Args:
-        max_tokens: maximum number of padded tokens of a micro-batch.
-    Returns:
-        (loss in nats per token, number of trained tokens).
-    """
-    total = sum(len(ids) - start for ids, start in batch)
-    loss_sum = 0.0
-    for group in micro_batches([len(ids) for ids, _ in batch], max_tokens):
-        items = [batch[i] for i in group]
-        token_ids = pad([ids for ids, _ in items], torch.int64, policy.device)
-        # The prompt is not trained.
-        mask = pad([[0] * start + [1] * (len(ids) - start) for ids, start in items], torch.bool, policy.device)
-        logprobs, _ = token_logprobs(policy.model, token_ids, mask, 1.0)
-        loss = -logprobs.sum() / total
-        loss.backward()
-        loss_sum += loss.item()
-    return loss_sum, total
