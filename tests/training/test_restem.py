@@ -16,7 +16,7 @@ import torch
 from tests.helpers import small_config, weights_hash
 from tests.world import build_world, flat_gradient
 from vineppo.cli.main import main
-from vineppo.compare.figures import load_run
+from vineppo.compare.records import load_run
 from vineppo.config.offline import OfflineConfig
 from vineppo.config.schema import ModelConfig
 from vineppo.config.settings import replace

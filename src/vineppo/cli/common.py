@@ -18,7 +18,7 @@ from vineppo.config.schema import Config
 from vineppo.training.configure import build_config
 from vineppo.types import UserError
 
-DEFAULT_RECIPE = "judgement"
+DEFAULT_RECIPE = "wording"
 """Name of the recipe that a command uses if the command line names no recipe."""
 
 

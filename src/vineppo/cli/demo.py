@@ -28,7 +28,8 @@ def _run(request: Request) -> int:
     print(
         "This demo trains a small language model, which is included in the package, to solve chains of arithmetic\n"
         "steps. The model can write each step in two ways. At some steps, one of the two ways always gives a fixed\n"
-        "wrong number. From the reward alone, the model learns which way to use at each step.\n"
+        "wrong number. From the reward alone, the model learns which way to use at each step. It gets credit for each\n"
+        "choice: another token takes its place, and the change of the reward is the credit.\n"
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
@@ -53,8 +54,8 @@ def _free_directory(first: Path) -> Path:
 
 
 COMMAND = Command(
-    purpose="Train the small model included in the package with VinePPO (under two minutes on two CPU cores) and "
-    "print a short report.",
+    purpose="Train the small model included in the package with counterfactual credit (under a minute on two CPU "
+    "cores) and print a short report.",
     takes="",
     usage="[--KEY VALUE ...]",
     options=_options,
