@@ -126,7 +126,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--learner.decay=cubic"], "allowed: constant, linear, cosine"),
         (["train", "--algorithm", "dpo"], "allowed: vineppo, ppo, grpo, rloo, reinforce"),
         (
-            ["train", "--vineppo.num_mc_rollouts", "0"],
+            ["train", "judgement", "--vineppo.num_mc_rollouts", "0"],
             "vineppo.num_mc_rollouts is '0' on the command line; it must be at least 1",
         ),
         (
@@ -292,7 +292,7 @@ from vineppo.cli.demo import _free_directory
 from vineppo.cli.main import main
 assert main(["train", "--help"]) == 0
 assert main(["train", "--lr", "1"]) == 2
-assert main(["train", "--vineppo.num_mc_rollouts", "0"]) == 2
+assert main(["train", "judgement", "--vineppo.num_mc_rollouts", "0"]) == 2
 print(sorted({"torch", "transformers", "pyarrow", "matplotlib", "rich"} & set(sys.modules)), file=sys.stderr)
 """
     assert run_vineppo(code=code).stderr.splitlines()[-1] == "[]"

@@ -78,7 +78,10 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--learner.clip_low", "2"], "learner.clip_low is '2' on the command line; allowed: above 0, at most 1"),
     (["train", "--rollouts.temperature", "0"], "rollouts.temperature is '0'"),
     (["train", "--rollouts.num_problems", "2.5"], "rollouts.num_problems is '2.5'"),
-    (["train", "--learner.minibatch_size", "999"], "learner.minibatch_size is 999 but an iteration has 32 rollouts"),
+    (
+        ["train", "judgement", "--learner.minibatch_size", "999"],
+        "learner.minibatch_size is 999 but an iteration has 32 rollouts",
+    ),
     (["train", "--run.save_rollouts", "maybe"], "run.save_rollouts is 'maybe' on the command line; it must be true"),
     (["train", "--eval.split", "train"], "eval.split is 'train' on the command line; allowed: validation, test"),
     (
@@ -118,13 +121,25 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["train", "--algorithm", "things:number"], "algorithm 'things:number' is a int; it must be a vineppo.Algorithm"),
     (["train", "--algorithm", "raises:it"], "importing 'raises' failed: ValueError: no luck"),
     (["train", "--algorithm", "absent:it"], "no module 'absent' in the current directory"),
-    (["train", "--vineppo.splitter", "newlines"], "unknown splitter 'newlines'; allowed: newline, math, tokens:N"),
-    (["train", "--vineppo.splitter", "tokens:0"], "unknown splitter 'tokens:0'"),
-    (["train", "--vineppo.splitter", "regex:("], "splitter 'regex:(': '(' is not a valid regular expression"),
-    (["train", "--vineppo.splitter", "things:number"], "splitter 'things:number' is a int; it must be a function"),
-    (["train", "--vineppo.splitter", "needs:cut"], "importing 'needs' failed: ModuleNotFoundError"),
-    (["train", "--vineppo.max_states", "-1"], "vineppo.max_states is '-1'"),
-    (["train", "--vineppo.reuse", "false", "--vineppo.alternatives", "true"], "vineppo.alternatives is true, but"),
+    (
+        ["train", "judgement", "--vineppo.splitter", "newlines"],
+        "unknown splitter 'newlines'; allowed: newline, math, tokens:N",
+    ),
+    (["train", "judgement", "--vineppo.splitter", "tokens:0"], "unknown splitter 'tokens:0'"),
+    (
+        ["train", "judgement", "--vineppo.splitter", "regex:("],
+        "splitter 'regex:(': '(' is not a valid regular expression",
+    ),
+    (
+        ["train", "judgement", "--vineppo.splitter", "things:number"],
+        "splitter 'things:number' is a int; it must be a function",
+    ),
+    (["train", "judgement", "--vineppo.splitter", "needs:cut"], "importing 'needs' failed: ModuleNotFoundError"),
+    (["train", "judgement", "--vineppo.max_states", "-1"], "vineppo.max_states is '-1'"),
+    (
+        ["train", "judgement", "--vineppo.reuse", "false", "--vineppo.alternatives", "true"],
+        "vineppo.alternatives is true, but",
+    ),
     # recipes
     (["train", "judgment"], "is neither a recipe of the package nor a file; did you mean judgement?"),
     (["train", "my.yaml"], "recipe 'my.yaml' does not exist (a relative path starts at "),
@@ -289,7 +304,7 @@ def test_there_are_many_different_mistakes() -> None:
 
 
 BEFORE_PYTORCH = [
-    ["train", "--vineppo.splitter", "newlines"],
+    ["train", "judgement", "--vineppo.splitter", "newlines"],
     ["train", "--run.dir", "some_file"],
     ["train", "--model.device", "gpu"],
     ["train", "--run.report_to", "tensorbord"],
