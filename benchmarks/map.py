@@ -181,7 +181,7 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     from matplotlib import pyplot
 
     rows = list(entries.values())[::-1]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.5 * len(rows) + 1.8), sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.45 * len(rows) + 1.9), sharey=True)
     for position, entry in enumerate(rows):
         ratio, interval = entry["tokens_ratio"], entry["tokens_ratio_interval"] or {}
         if ratio is None:
@@ -199,12 +199,14 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
             right.plot(100 * of_arm["accuracy_on_training_problems"], position, "|", color=colour, markersize=12)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
     left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
-    left.set_xlabel(f"tokens of {options.baseline} / tokens of {options.arm}\nto the best accuracy of the former")
-    right.set_xlabel("accuracy, %: dot new problems, bar training problems")
+    left.set_xlabel(f"tokens of {options.baseline} divided by\nthose of {options.arm}")
+    right.set_xlim(0, 102)
+    right.set_xlabel("accuracy, %\n(dot: new problems, bar: training problems)")
     for name, colour in ((options.arm, "#7F3C8D"), (options.baseline, "#888888")):
         right.plot([], [], "o", color=colour, label=name)
-    right.legend(loc="upper left", fontsize=8)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

@@ -396,13 +396,16 @@ def test_reasoning_gym_entries_depend_only_on_their_address() -> None:
             GymTask(TaskConfig(name="reasoning_gym:chain_sum", options={"size": size}))
 
 
-def test_train_problems_limits_the_training_split_only() -> None:
+def test_train_problems_limits_the_training_split_only(tmp_path: Path) -> None:
     def size(split: Split, **settings: Any) -> int | None:
         return build_task(TaskConfig(**settings)).size(split)
 
     chain = {"name": "chain", "train_problems": 3}
     assert (size("train", **chain), size("validation", **chain)) == (3, None)
-    gym = {"name": "reasoning_gym:chain_sum", "options": {"size": 5}}
-    assert [size("train", **gym, train_problems=count) for count in (3, 9)] == [3, 5]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": str(i)}) + "\n" for i in range(5)))
+    table = {"name": "dataset", "train_path": str(path), "validation_path": str(path)}
+    assert [size("train", **table, train_problems=count) for count in (3, 9)] == [3, 5]
+    assert size("validation", **table, train_problems=3) == 5
     drawn = draw_problems(build_task(TaskConfig(**chain)), seed=0, iteration=1, count=6)
     assert sorted(problem.id for problem in drawn) == sorted([f"train/{i}" for i in range(3)] * 2)

@@ -54,8 +54,8 @@ def _free_directory(first: Path) -> Path:
 
 
 COMMAND = Command(
-    purpose="Train the small model included in the package with counterfactual credit (under a minute on two CPU "
-    "cores) and print a short report.",
+    purpose="Train the small model included in the package with counterfactual credit (under two minutes on two "
+    "CPU cores) and print a short report.",
     takes="",
     usage="[--KEY VALUE ...]",
     options=_options,

@@ -146,7 +146,7 @@ class TaskConfig(Settings):
     matter vary more than in `settled` ones; in `wavering` demonstrations, the ways of writing a step vary more, too
     (details: the docstring of `vineppo.tasks.chain`)."""
     train_problems: int | None = Field(None, ge=1)
-    """Train with the first problems of the training split only, this many. Null: with all of them."""
+    """Number of training problems: the first ones of the training split. Null: all of them."""
     train_path: str = ""
     """dataset, gsm8k, math: training problems, as a .jsonl, .json, .csv (also .jsonl.gz and so on) or .parquet file, a
     directory saved by `datasets`, or a hub id (`org/name`, `org/name/subset`, `org/name:split`). Empty: gsm8k and math

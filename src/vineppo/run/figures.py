@@ -15,7 +15,7 @@ from vineppo.run.files import written_aside
 GREY = "#444444"
 """Colour of subtitles, and of lines and markers that belong to no single algorithm."""
 
-_SUBTITLE_CHARACTERS = 92
+_SUBTITLE_CHARACTERS = 88
 """Number of characters that fit in one line across a figure. A longer subtitle gets a smaller font, and a longer legend
 is split into rows."""
 

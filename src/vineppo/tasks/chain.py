@@ -139,7 +139,8 @@ class ChainTask:
         level: `judgement` or `habit`.
         num_steps: number of steps of each problem.
         writers: kind of the demonstrations, `settled`, `free` or `wavering`.
-        trap_share: probability that a step of a problem is a trap; None: a third on average (`_draw_step`).
+        trap_share: probability that a step of a problem is a trap; None: all kinds of
+            steps have their usual frequency, and a third of the steps are traps on average.
     """
 
     def __init__(self, level: str, num_steps: int, writers: str = "settled", trap_share: float | None = None):

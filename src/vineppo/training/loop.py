@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace as replace_fields
 from pathlib import Path
@@ -19,11 +18,11 @@ from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
 from vineppo.model.of_run import started_from
-from vineppo.objects import first_line
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import objects_before_excluded_from_collection, require_one_process
 from vineppo.run.files import disk_errors_in_one_line
+from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
@@ -175,26 +174,12 @@ def _run(session: Session, progress: Progress) -> dict[str, Any]:
         summary = finish(session, progress, reason)
         session.run.write_summary(summary)
         if reason != "interrupted":
-            _plot(session.run)
+            plot_finished(session.run)
         for tracker in session.trackers:
             tracker.close()
         if session.reporter:
             session.reporter.finish(summary, session.run.path)
     return summary
-
-
-def _plot(run: RunDirectory) -> None:
-    """Plot the metrics of a finished run. If that fails, the run is complete nevertheless."""
-    try:
-        # Imported here, because matplotlib loads slowly and is needed at the end only.
-        from vineppo.run.plots import plot_run
-
-        plot_run(run.path)
-    except Exception as error:
-        warnings.warn(
-            f"the plots could not be made ({first_line(error)}); make them with `vineppo plot {run.path}`",
-            stacklevel=2,
-        )
 
 
 def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[Progress, str]:

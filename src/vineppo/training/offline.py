@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,11 @@ from vineppo.learning.optim import Optimizer
 from vineppo.model.lora import merged_weights
 from vineppo.model.of_run import started_from
 from vineppo.model.policy import Policy
-from vineppo.objects import first_line
 from vineppo.run.clock import Timer, peak_memory
 from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import require_one_process
 from vineppo.run.files import directory_written_aside, disk_errors_in_one_line
+from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
 from vineppo.sampling.build import build_sampler
 from vineppo.sampling.version import CurrentSampler
@@ -128,7 +127,7 @@ def run_offline(config: OfflineConfig, recipe: str = "", report: Callable[[str],
             raise
         summary = _finish(session, before, recipe)
         run.write_summary(summary)
-    _plot(run)
+    plot_finished(run)
     return summary
 
 
@@ -307,16 +306,3 @@ def _finish(session: OfflineSession, before: Mapping[str, Any], recipe: str) -> 
         "warnings": [],
         "final": "final",
     }
-
-
-def _plot(run: RunDirectory) -> None:
-    """Plot the metrics of a finished run. If that fails, the run is complete nevertheless."""
-    try:
-        from vineppo.run.plots import plot_run
-
-        plot_run(run.path)
-    except Exception as error:
-        warnings.warn(
-            f"the plots could not be made ({first_line(error)}); make them with `vineppo plot {run.path}`",
-            stacklevel=2,
-        )

@@ -45,7 +45,7 @@ class Graded:
     demonstrate: Callable[[Problem], str] | None = None
     """Function that returns the response to imitate for a problem. If None, the demonstrations of `source` are used."""
     train_problems: int | None = None
-    """The split `train` has only the first problems of `source`, this many. None: all of them."""
+    """Size of the split `train`, which then has the first problems of `source`. None: all problems."""
 
     @property
     def grades_early(self) -> bool:
