@@ -306,7 +306,7 @@ def _edges(
         ValueError: if leaves that should share an edge have different tokens there.
     """
     size_at = [math.prod(settings.branches[level:]) for level in range(len(settings.branches) + 1)]
-    root = _value(rollouts)
+    root, points = _value(rollouts), [points_of(rollout) for rollout in rollouts]
     edges: list[_Edge] = []
 
     def grow(leaves: range, level: int, start: int) -> None:
@@ -317,9 +317,9 @@ def _edges(
         advantages = _advantages(settings.values, values, [len(family) for family in families], root, single)
         for family, advantage in zip(families, advantages, strict=True):
             first = rollouts[family[0]]
-            points = points_of(first)
-            is_last = level >= len(points)
-            end = len(first.response_ids) if is_last else points[level]
+            branching = points[family[0]]
+            is_last = level >= len(branching)
+            end = len(first.response_ids) if is_last else branching[level]
             if any(rollouts[i].response_ids[: None if is_last else end] != first.response_ids[:end] for i in family):
                 raise ValueError("the rollouts of the group are not the leaves of a tree in depth-first order")
             edges.append(_Edge(family, start, end, advantage, is_last))

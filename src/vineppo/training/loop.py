@@ -27,6 +27,7 @@ from vineppo.run.lock import locked
 from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
+from vineppo.training.evaluator import Evaluator
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
@@ -40,7 +41,7 @@ from vineppo.training.resuming import (
     with_changes,
 )
 from vineppo.training.rollouts import check_rewards, draw_problems
-from vineppo.training.session import Reporter, Session, evaluate, evaluate_before, finish, log, save
+from vineppo.training.session import Reporter, Session, evaluate_before, finish, log, save
 from vineppo.training.stopping import graceful_stop, limit_reached
 from vineppo.training.watch import Watch
 from vineppo.types import RewardFn, UserError
@@ -147,7 +148,15 @@ def _session(config: Config, parts: Parts, run: RunDirectory, reporter: Reporter
         reporter=reporter,
         limits=config.run,
         rollouts=config.rollouts,
-        evaluation=config.eval,
+        evaluator=Evaluator(
+            parts.codec,
+            parts.sampler,
+            parts.task,
+            config.eval,
+            config.rollouts.max_new_tokens,
+            config.rollouts.stop,
+            config.run.seed,
+        ),
         watch=_watch(config, parts),
         epochs=config.learner.epochs,
         updates_per_iteration=updates_per_iteration(config),
@@ -190,7 +199,8 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
     Returns:
         (progress after the last iteration, reason to stop).
     """
-    parts, limits, guards, timer = session.parts, session.limits, session.watch.guards, Timer()
+    parts, evaluator, limits = session.parts, session.evaluator, session.limits
+    guards, timer = session.watch.guards, Timer()
     if not progress.accuracy_before:
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
@@ -217,8 +227,8 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         progress = advance(progress, rollout_tokens, samples, credit_metrics, seconds, session.epochs)
         line = metrics_line(progress, groups, {**credit_metrics, **metrics, **reward_means, **tally.shares()}, seconds)
         is_last = _reason_to_stop(session, progress, stop) not in ("", "interrupted")
-        if session.evaluation.every and (iteration % session.evaluation.every == 0 or is_last):
-            progress, accuracy = evaluate(session, progress)
+        if evaluator.settings.every and (iteration % evaluator.settings.every == 0 or is_last):
+            progress, accuracy = evaluator.during_training(progress)
             line.update(accuracy)
         if limits.save_rollouts:
             session.run.write_rollouts(iteration, groups, samples, parts.codec.decode)

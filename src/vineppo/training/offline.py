@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vineppo.config.offline import METHODS, OfflineConfig
 from vineppo.config.settings import replace as with_values
@@ -28,11 +28,11 @@ from vineppo.sampling.build import build_sampler
 from vineppo.sampling.version import CurrentSampler
 from vineppo.tasks import build_task
 from vineppo.training.configure_offline import with_offline_dir
-from vineppo.training.evaluate import Measurement, accuracy_metrics, measure
+from vineppo.training.evaluator import Evaluator
 from vineppo.training.overlong import fit_prompts, used_problems
 from vineppo.training.preflight import check_offline
-from vineppo.training.progress import Progress, cumulative, metrics_line, with_evaluation
-from vineppo.training.rollouts import check_rewards, draw_problems, generated_tokens, problem_range, sample_groups
+from vineppo.training.progress import Progress, cumulative, metrics_line, totals
+from vineppo.training.rollouts import check_rewards, draw_problems, generated_tokens, sample_groups
 from vineppo.training.supervised import Passes
 from vineppo.types import Metrics, Rollout, RolloutGroup, Split, Task, UserError
 
@@ -62,6 +62,15 @@ class OfflineSession:
         engine, kv_memory = self.config.sampler.engine, int(rollouts.kv_memory * 2**30)
         sampler = build_sampler(self.policy, engine, max_rows=rollouts.max_rows, kv_memory=kv_memory)
         self.sampler = CurrentSampler(sampler, lambda: self.updates)
+        self.evaluator = Evaluator(
+            self.policy.codec,
+            self.sampler,
+            self.task,
+            self.config.eval,
+            rollouts.max_new_tokens,
+            rollouts.stop,
+            self.config.run.seed,
+        )
         self.progress = Progress()
         self.timer = Timer()
 
@@ -215,12 +224,8 @@ def _log(session: OfflineSession, line: dict[str, Any], text: str) -> None:
     """Evaluate the policy if it is due, append the line to metrics.jsonl, and report the iteration."""
     config, iteration = session.config, session.progress.iteration
     if config.eval.every and (iteration % config.eval.every == 0 or iteration == config.iterations):
-        began = time.perf_counter()
-        measurement = _measured(session, "validation", config.eval.num_problems, ("eval", iteration))
-        metrics = accuracy_metrics(measurement, config.run.seed)
-        seconds = time.perf_counter() - began
-        session.progress = with_evaluation(session.progress, metrics["eval/accuracy"], seconds)
-        line |= {**metrics, "seconds/eval": seconds}
+        session.progress, accuracy_metrics = session.evaluator.during_training(session.progress)
+        line |= accuracy_metrics
     session.run.append_metrics({"updates": session.updates, **line})
     accuracy, unit = line.get("eval/accuracy"), "round" if config.method == "restem" else "epoch"
     shown = "" if accuracy is None else f"  validation accuracy {100 * accuracy:.1f}%"
@@ -230,56 +235,24 @@ def _log(session: OfflineSession, line: dict[str, Any], text: str) -> None:
     )
 
 
-def _measured(
-    session: OfflineSession, split: Split, count: int, address: tuple[int | str, ...], *, greedy: bool = False
-) -> Measurement:
-    """Sample and grade responses to the first `count` problems of a split, with the seeds of `vineppo train`."""
-    evaluation, rollouts = session.config.eval, session.config.rollouts
-    return measure(
-        session.policy.codec,
-        session.sampler,
-        session.task,
-        problem_range(session.task, split, count),
-        num_samples=1 if greedy else evaluation.num_samples,
-        max_new_tokens=rollouts.max_new_tokens,
-        temperature=0.0 if greedy else evaluation.temperature,
-        stop=rollouts.stop,
-        address=(session.config.run.seed, *address),
-    )
-
-
-def _final_accuracies(session: OfflineSession, when: str) -> dict[str, dict[str, float | None] | None]:
-    """Measure the accuracies before or after training. Return the entries `accuracy_*` and `greedy_*` of a summary.
-
-    Args:
-        when: "before" or "after".
-    """
-    settings, began = session.config.eval, time.perf_counter()
-    accuracy: dict[str, float | None] = {"mean": None, "low": None, "high": None}
-    greedy: dict[str, float | None] | None = None
-    if settings.final_num_problems:
-        amount = (session, settings.split, settings.final_num_problems)
-        accuracy = _measured(*amount, (when,)).mean_reward(0).as_dict()
-        if settings.greedy:
-            greedy = _measured(*amount, (when, "greedy"), greedy=True).mean_reward(0).as_dict()
-    seconds = session.progress.seconds_eval + time.perf_counter() - began
-    session.progress = replace(session.progress, seconds_eval=seconds)
-    return {f"accuracy_{when}": accuracy, f"greedy_{when}": greedy}
+def _measured(session: OfflineSession, when: Literal["before", "after"]) -> dict[str, Any]:
+    """Measure the accuracies before or after training. Return the entries `accuracy_*` and `greedy_*` of a summary."""
+    session.progress, accuracy, greedy = session.evaluator.final(session.progress, when)
+    return {f"accuracy_{when}": accuracy, f"greedy_{when}": greedy or None}
 
 
 def _measure_before(session: OfflineSession) -> dict[str, Any]:
     """Measure the accuracies of the starting model, and write the metrics of iteration 0."""
-    before = _final_accuracies(session, "before")
+    before = _measured(session, "before")
     _log(session, {"iteration": 0, **cumulative(session.progress)}, "starting model")
     return before
 
 
 def _finish(session: OfflineSession, before: Mapping[str, Any], recipe: str) -> dict[str, Any]:
     """Measure the accuracies of the trained model, save the model, and return the content of summary.json."""
-    after = _final_accuracies(session, "after")
+    after = _measured(session, "after")
     with directory_written_aside(session.run.final) as folder:
         session.policy.save(folder)
-    progress = session.progress
     return {
         "algorithm": session.config.method,
         "label": METHODS[session.config.method],
@@ -288,20 +261,10 @@ def _finish(session: OfflineSession, before: Mapping[str, Any], recipe: str) -> 
         "finish_reason": "iterations",
         **before,
         **after,
-        "best_validation_accuracy": progress.best_validation_accuracy,
-        "best_checkpoint": None,
+        **totals(session.progress),
         "problems_left_out": dict(session.left_out),
         "updates": session.updates,
-        "iterations": progress.iteration,
-        "seconds": progress.seconds_train,
-        "seconds_eval": progress.seconds_eval,
         "seconds_total": time.perf_counter() - session.began,
-        "tokens": {
-            "rollouts": progress.rollout_tokens,
-            "mc": 0,
-            "generated": progress.rollout_tokens,
-            "trained": progress.trained_tokens,
-        },
         "peak_memory_bytes": peak_memory(session.policy.device),
         "warnings": [],
         "final": "final",

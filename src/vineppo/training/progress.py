@@ -152,3 +152,20 @@ def cumulative(progress: Progress) -> dict[str, float]:
         "tokens/trained": progress.trained_tokens,
         "seconds/train": progress.seconds_train,
     }
+
+
+def totals(progress: Progress) -> dict[str, Any]:
+    """Return the entries of summary.json that follow from the progress at the end of a run."""
+    return {
+        "best_validation_accuracy": progress.best_validation_accuracy,
+        "best_checkpoint": progress.best_checkpoint,
+        "iterations": progress.iteration,
+        "seconds": progress.seconds_train,
+        "seconds_eval": progress.seconds_eval,
+        "tokens": {
+            "rollouts": progress.rollout_tokens,
+            "mc": progress.mc_tokens,
+            "generated": progress.rollout_tokens + progress.mc_tokens,
+            "trained": progress.trained_tokens,
+        },
+    }

@@ -1,4 +1,4 @@
-"""Functions of the training loop that evaluate the model, log metrics and save checkpoints."""
+"""Functions of the training loop that begin and end a run, log metrics and save checkpoints."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vineppo.config.schema import EvalConfig, RolloutConfig, RunConfig
+from vineppo.config.schema import RolloutConfig, RunConfig
 from vineppo.run.checkpoint import save_checkpoint
 from vineppo.run.clock import peak_memory
 from vineppo.run.directory import RunDirectory
 from vineppo.run.files import directory_written_aside
 from vineppo.run.trackers import Tracker
 from vineppo.run.trl_names import with_trl_names
-from vineppo.training.evaluate import Measurement, accuracy_metrics, measure
+from vineppo.training.evaluator import Accuracy, Evaluator
 from vineppo.training.parts import Parts
-from vineppo.training.progress import Progress, cumulative, with_best_checkpoint, with_evaluation
+from vineppo.training.progress import Progress, cumulative, totals, with_best_checkpoint
 from vineppo.training.resuming import random_state
-from vineppo.training.rollouts import problem_range
 from vineppo.training.watch import Watch
-from vineppo.types import Split
 
 
 class Reporter(Protocol):
@@ -66,8 +64,8 @@ class Session:
     """Settings of the section `run`: the length of the run, checkpoints and the seed."""
     rollouts: RolloutConfig
     """Settings of the section `rollouts`."""
-    evaluation: EvalConfig
-    """Settings of the section `eval`."""
+    evaluator: Evaluator
+    """Measures the accuracy before, during and after training."""
     watch: Watch
     """Checks that stop the run, and warnings."""
     epochs: int
@@ -85,43 +83,6 @@ class Session:
         return progress.seconds_total + time.perf_counter() - self.began
 
 
-def measured(
-    session: Session, split: Split, count: int, address: tuple[int | str, ...], *, greedy: bool = False
-) -> Measurement:
-    """Sample and grade responses to the first `count` problems of a split, with the settings of the evaluation.
-
-    Args:
-        address: values from which the sampling seeds are derived, in addition to the seed of the run.
-        greedy: decode one greedy response per problem instead of `eval.num_samples` at `eval.temperature`.
-    """
-    parts = session.parts
-    return measure(
-        parts.codec,
-        parts.sampler,
-        parts.task,
-        problem_range(parts.task, split, count),
-        num_samples=1 if greedy else session.evaluation.num_samples,
-        max_new_tokens=session.rollouts.max_new_tokens,
-        temperature=0.0 if greedy else session.evaluation.temperature,
-        stop=session.rollouts.stop,
-        address=(session.limits.seed, *address),
-    )
-
-
-def evaluate(session: Session, progress: Progress) -> tuple[Progress, dict[str, float | None]]:
-    """Measure the accuracy (mean reward) on the validation problems during training.
-
-    Returns:
-        (progress with the duration of the evaluation and the best accuracy so far, metrics of the evaluation).
-        The accuracy is None if no response has a reward.
-    """
-    began = time.perf_counter()
-    measurement = measured(session, "validation", session.evaluation.num_problems, ("eval", progress.iteration))
-    metrics = accuracy_metrics(measurement, session.limits.seed)
-    seconds = time.perf_counter() - began
-    return with_evaluation(progress, metrics["eval/accuracy"], seconds), {**metrics, "seconds/eval": seconds}
-
-
 def evaluate_before(session: Session, progress: Progress) -> Progress:
     """Measure the accuracy before training, and save a checkpoint.
 
@@ -131,13 +92,11 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
     Returns:
         The progress with `accuracy_before` set, and with `greedy_before` if `eval.greedy` is true.
     """
-    began = time.perf_counter()
-    accuracy_before, greedy_before = _final_accuracies(session, "before")
+    progress, accuracy_before, greedy_before = session.evaluator.final(progress, "before")
     progress = replace(progress, accuracy_before=accuracy_before, greedy_before=greedy_before)
-    progress = replace(progress, seconds_eval=time.perf_counter() - began)
     line: dict[str, Any] = {"iteration": 0, "updates": 0, **cumulative(progress)}
-    if session.evaluation.every:
-        progress, accuracy = evaluate(session, progress)
+    if session.evaluator.settings.every:
+        progress, accuracy = session.evaluator.during_training(progress)
         line.update(accuracy)
     log(session, line)
     return save(session, progress)
@@ -152,12 +111,10 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
         reason: why the run ends: "iterations", "updates", "tokens", "seconds", "callback" or "interrupted".
     """
     progress = save(session, progress)
-    after: dict[str, float | None] | None = None
-    greedy_after: dict[str, float | None] = {}
+    after: Accuracy | None = None
+    greedy_after: Accuracy = {}
     if reason != "interrupted":
-        began = time.perf_counter()
-        after, greedy_after = _final_accuracies(session, "after")
-        progress = replace(progress, seconds_eval=progress.seconds_eval + time.perf_counter() - began)
+        progress, after, greedy_after = session.evaluator.final(progress, "after")
         with directory_written_aside(session.run.final) as folder:
             session.parts.policy.save(folder)
     return {
@@ -170,45 +127,14 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
         "accuracy_after": after,
         "greedy_before": progress.greedy_before or None,
         "greedy_after": greedy_after or None,
-        "best_validation_accuracy": progress.best_validation_accuracy,
-        "best_checkpoint": progress.best_checkpoint,
+        **totals(progress),
         "problems_left_out": dict(session.parts.left_out),
         "updates": session.parts.learner.updates,
-        "iterations": progress.iteration,
-        "seconds": progress.seconds_train,
-        "seconds_eval": progress.seconds_eval,
         "seconds_total": session.seconds_total(progress),
-        "tokens": {
-            "rollouts": progress.rollout_tokens,
-            "mc": progress.mc_tokens,
-            "generated": progress.rollout_tokens + progress.mc_tokens,
-            "trained": progress.trained_tokens,
-        },
         "peak_memory_bytes": peak_memory(session.parts.policy.device),
         "warnings": list(session.watch.given.values()),
         "final": "final" if reason != "interrupted" else None,
     }
-
-
-def _final_accuracies(session: Session, when: str) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Measure the accuracies before or after training, on `eval.final_num_problems` problems of the split `eval.split`.
-
-    Args:
-        when: "before" or "after".
-    Returns:
-        (accuracy of sampled responses, accuracy of greedy responses). Each is {mean, low, high}: the mean reward with a
-        confidence interval. If `eval.final_num_problems` is 0, nothing is measured and the values of the first are
-        None. The second is empty if it is not measured.
-    """
-    settings = session.evaluation
-    if not settings.final_num_problems:
-        return {"mean": None, "low": None, "high": None}, {}
-
-    def accuracy(address: tuple[str, ...], greedy: bool) -> dict[str, float | None]:
-        measurement = measured(session, settings.split, settings.final_num_problems, address, greedy=greedy)
-        return measurement.mean_reward(0).as_dict()
-
-    return accuracy((when,), False), accuracy((when, "greedy"), True) if settings.greedy else {}
 
 
 def log(session: Session, line: dict[str, Any]) -> None:
