@@ -231,7 +231,8 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
             progress, accuracy = evaluator.during_training(progress)
             line.update(accuracy)
         if limits.save_rollouts:
-            session.run.write_rollouts(iteration, groups, samples, parts.codec.decode)
+            entropies = parts.learner.entropies
+            session.run.write_rollouts(iteration, groups, samples, parts.codec.decode, entropies)
         log(session, line)
         session.watch.after_iteration(line, groups, samples)
         if limits.checkpoint_every and (
