@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vineppo.credit.advantages import spread_over_tokens
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
@@ -94,8 +94,9 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
         states: dict[Key, State] = {}
         for search, step in pending:
             state = search.state(step)
-            if state.key not in known and (state.keep or state.key not in states):
-                states[state.key] = state
+            if state.key not in known:
+                keep = state.keep or (state.key in states and states[state.key].keep)
+                states[state.key] = replace(state, keep=keep)
         values, cost = estimator.evaluate(list(states.values()), iteration)
         costs.append(cost)
         known.update(zip(states, values, strict=True))

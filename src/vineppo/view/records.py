@@ -123,11 +123,25 @@ class Response:
     alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
-    @property
-    def rewards_in_unit_interval(self) -> bool:
-        """Whether the rewards that this object knows are all between 0 and 1."""
-        known = [self.reward, *(c.reward for c in self.continuations), *(s.value for s in self.steps)]
-        return all(0 <= number <= 1 for number in known if number is not None)
+    def step(self, number: int) -> Step:
+        """Return a step by its number, from 1.
+
+        Raises:
+            UserError: if there is no such step.
+        """
+        if not 1 <= number <= len(self.steps):
+            known = f"it has the steps 1 to {len(self.steps)}" if self.steps else "it has no steps"
+            raise UserError(f"response {self.number} of iteration {self.iteration} has no step {number}; {known}")
+        return self.steps[number - 1]
+
+    def value_after(self, step: Step) -> float | None:
+        """Return the value of the state after a step: that before the next step, or the reward after the last step."""
+        return self.reward if step.number == len(self.steps) else self.steps[step.number].value
+
+    def value_change(self, step: Step) -> float | None:
+        """Return the value after a step minus the value before it, or None if one of the two is unknown."""
+        after = self.value_after(step)
+        return None if after is None or step.value is None else after - step.value
 
     def character(self, tokens: int) -> int | None:
         """Return the number of characters of `text` before the end of the first `tokens` tokens; None if unknown."""
@@ -162,7 +176,15 @@ def responses_of(run: str | Path, iteration: int) -> list[Response]:
     Raises:
         UserError: if the run has no such iteration, or the file cannot be read.
     """
-    rows = _rows(run, iteration)
+    return responses_from_rows(_rows(run, iteration))
+
+
+def responses_from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
+    """Return the responses of rows with the keys of `vineppo.run.records.SCHEMA`, for example from `rollout_rows`.
+
+    The rows should be those of a whole iteration, because the intervals of values need to know whether all rewards are
+    between 0 and 1.
+    """
     unit = all(0 <= reward <= 1 for row in rows for reward in _rewards(row))
     return [_response(row, number, unit) for number, row in enumerate(rows, start=1)]
 
