@@ -7,6 +7,7 @@ colour blindness can tell apart. Without colours, rows of `+` and `-` under the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ NEGATIVE = ("#fdd0a2", "#fdae6b", "#f58231")
 """Backgrounds of negative advantages, from small to large."""
 POSITIVE = ("#d0e1f2", "#94c4df", "#4a98c9")
 """Backgrounds of positive advantages, from small to large."""
+FULL = 0.2
+"""Step advantages from values have the strongest colour from about this size on, even if all are smaller: a small change
+of the value is mostly noise."""
 _NARROW = 64
 """Below this number of columns, the numbers of a step stand on a line of their own."""
 _WITH_INTERVAL = 100
@@ -65,11 +69,12 @@ def show_response(console: Console, response: Response, *, label: str = "", step
     chosen = step or step_to_explain(response)
     for line in _header(response, label, width):
         _print(console, line)
-    scale = max((abs(token.advantage or 0.0) for token in response.tokens), default=0.0)
+    largest = max((abs(token.advantage or 0.0) for token in response.tokens), default=0.0)
+    scale = max(largest, FULL) if response.credit == "values" else largest
     for line in _steps(response, chosen, scale, width, colour):
         _print(console, line)
     _print(console, Text())
-    for text in [_legend(response, scale, colour), *(why(response, chosen) if chosen else [])]:
+    for text in [_legend(response, largest, colour), *(why(response, chosen) if chosen else [])]:
         for row in _wrapped(text, width):
             _print(console, Text(row))
 
@@ -133,9 +138,9 @@ def _steps(response: Response, chosen: Step | None, scale: float, width: int, co
         rows = list(_rows(_characters(response, step, scale), max(10, width - indent)))
         for index, row in enumerate(rows):
             first = " " * indent if narrow or index else numbers
-            line = Text(first, style="bold" if mark == ">" and not index else "")
-            for character in row:
-                line.append(character.text, style=_style(character.shade) if colour else "")
+            line = Text().append(first, style="bold" if mark == ">" and not index else "")
+            for shade, group in itertools.groupby(row, key=lambda character: character.shade):
+                line.append("".join(c.text for c in group), style=_style(shade) if colour else "")
             yield line
             marks = _marks(row)
             if not colour and marks.strip() and not _uniform(response, step):
