@@ -24,8 +24,8 @@ NEGATIVE = ("#fdd0a2", "#fdae6b", "#f58231")
 POSITIVE = ("#d0e1f2", "#94c4df", "#4a98c9")
 """Backgrounds of positive advantages, from small to large."""
 FULL = 0.2
-"""Step advantages from values have the strongest colour from about this size on, even if all are smaller: a small change
-of the value is mostly noise."""
+"""Scale of the colours of step advantages from values if all are smaller, because small changes of the value are mostly
+noise."""
 _NARROW = 64
 """Below this number of columns, the numbers of a step stand on a line of their own."""
 _WITH_INTERVAL = 100
@@ -104,7 +104,7 @@ def _header(response: Response, label: str, width: int) -> Iterator[Text]:
     reward = "no reward" if response.reward is None else f"reward {response.reward:g}"
     end = {"length": "cut off", "stop": "complete"}.get(response.finish_reason or "", "")
     parts = [
-        label,
+        one_line(label),
         f"iteration {response.iteration}, response {response.number}" if response.iteration else "",
         f"problem {one_line(response.problem_id)}" if response.problem_id else "",
         reward,
