@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_other_tokens_are_explained_with_their_rewards() -> None:
         {"position": 3, "token_id": 9, "text": "C", "advantage": -0.25},
     ]
     continuation = {"shared": 0, "num_tokens": 3, "text": "B\nc", "finish_reason": "stop", "state": 1, "reward": 0.0}
-    columns = {"alternatives": others, "continuations": [continuation | {"accepted": 2}]}
+    columns: dict[str, Any] = {"alternatives": others, "continuations": [continuation | {"accepted": 2}]}
     [response] = responses(row(["ab\n", "c"], 1.0, advantages=[0.0, 0.5, 0.0, 0.25], **columns))
     assert why(response, response.steps[0])[1] == "trained, too: 'B\\x1b' instead of 'b' -0.50 (reward 0)"
     assert why(response, response.steps[1])[1] == "trained, too: 'C' instead of 'c' -0.25"
