@@ -30,7 +30,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"values"}),
     frozenset({"credit"}),
     frozenset({"training"}),
-    frozenset({"plan", "compare"}),
+    frozenset({"plan", "compare", "view"}),
     frozenset({"cli", "trl"}),
     frozenset({"__main__", "__init__"}),
 )

@@ -326,6 +326,21 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class MCRollout:
+    """A continuation that was sampled from a state of a response to compute credit, for the records of the run."""
+
+    state: int
+    """Number of response tokens before the continuation."""
+    token_ids: tuple[int, ...]
+    """Ids of all tokens of the continuation. The first ones may be those of the response."""
+    reward: float | None
+    """Reward of the response that ends with the continuation; None if no reward function applies to it."""
+    finish_reason: FinishReason
+    accepted: int | None = None
+    """Number of tokens that were taken from a draft, which is the rest of the response; None without a draft."""
+
+
+@dataclass(frozen=True)
 class TrainingSample:
     """One token sequence with an advantage for each token. Credit functions return samples; the learner trains on them.
 
@@ -359,6 +374,10 @@ class TrainingSample:
     rollout: Rollout | None = None
     """The rollout from which the sample was built (the same object as in the rollout's group). It is written to the
     records of the run. None if the sequence is not a rollout but, for example, a shared prefix or an MC rollout."""
+
+    mc_rollouts: tuple[MCRollout, ...] = ()
+    """Continuations from which the credit was computed, for the records of the run. Algorithms return them only for the
+    first rollouts of an iteration (`run.save_continuations`)."""
 
     @property
     def without_reward(self) -> bool:

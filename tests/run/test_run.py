@@ -38,9 +38,9 @@ from vineppo.run.checkpoint import (
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import objects_before_excluded_from_collection
-from vineppo.run.records import step_texts
+from vineppo.run.records import step_texts, token_ends
 from vineppo.run.trackers import build_trackers, require_trackers
-from vineppo.types import Alternative, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
+from vineppo.types import Alternative, MCRollout, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
 
 CONFIG = Config(
     learner=LearnerConfig(lr=1e-5, betas=(0.9, 0.95)),
@@ -256,10 +256,51 @@ def test_parquet_contains_the_exact_numbers(tmp_path: Path) -> None:
             {"position": 3, "token_id": 2, "text": DECODE_TABLE[2], "advantage": float32([0.1])[0]},
             {"position": 3, "token_id": 6, "text": DECODE_TABLE[6], "advantage": -0.5},
         ],
+        "token_ends": [3, 4, 8, 10, 12],  # of `a=1`, a line break, ` b=2`, a line break and `#`, ` 3`
+        "token_entropies": [],
+        "token_values": [],
+        "continuations": [],
     }
     assert second["token_advantages"] == [-0.5, -0.5] and second["finish_reason"] == "length"
     for column in ("step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages", "alternatives"):
         assert second[column] == []  # as for an algorithm without steps
+
+
+def test_parquet_contains_entropies_predictions_and_continuations(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "a", CONFIG)
+    groups, (whole, other) = _two_rollouts()
+    sampled = (
+        MCRollout(2, (3, 4, 6), 0.0, "length"),  # leaves the response after two of its tokens
+        MCRollout(0, (1, 2, 3, 4, 5), 1.0, "stop", accepted=4),  # never leaves it
+        MCRollout(4, (1,), None, "stop"),
+    )
+    whole = replace(whole, mc_rollouts=sampled, values=(0.0, 0.0, 0.5, 0.25, 0.125, 0.75, 1.0))
+    other = replace(other, loss_mask=(0, 0, 0, 1), advantages=(0.0, 0.0, 0.0, -0.5))
+    entropies = [[0.5, 0.25, 0.0, 1.0, 2.0], [1.5]]
+    first, second = pq.read_table(run.write_rollouts(1, groups, [whole, other], _decode, entropies)).to_pylist()
+    assert first["token_entropies"] == [0.5, 0.25, 0.0, 1.0, 2.0] and second["token_entropies"] == [None, 1.5]
+    assert first["token_values"] == [0.5, 0.25, 0.125, 0.75, 1.0] and second["token_values"] == []
+    names = ("state", "shared", "accepted", "num_tokens", "text", "reward", "finish_reason")
+    assert [tuple(entry[name] for name in names) for entry in first["continuations"]] == [
+        (2, 2, None, 3, " b=2\n#" + DECODE_TABLE[6], 0.0, "length"),
+        (0, 5, 4, 5, "a=1\n b=2\n# 3", 1.0, "stop"),
+        (4, 0, None, 1, "a=1", None, "stop"),
+    ]
+
+
+def test_the_ends_of_tokens_in_a_text() -> None:
+    """Tokens that are parts of a character, and a decoder that drops a leading space."""
+
+    def decode_bytes(ids: object) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")  # type: ignore[call-overload]
+
+    text = "é=1\n🙂"
+    ends = token_ends(list(text.encode()), text, decode_bytes, {})
+    assert ends == [0, 1, 2, 3, 4, 4, 4, 4, 5]  # a character belongs to the token that completes it
+    assert token_ends([3, 3, 5], _decode([3, 3, 5]), _decode, {}) == [3, 7, 9]
+    assert token_ends([1, 2], "another text", _decode, {}) == []
+    cut = b"a" + "é".encode()[:1]
+    assert token_ends(list(cut), "a\N{REPLACEMENT CHARACTER}", decode_bytes, {}) == [1, 2]
 
 
 def test_parquet_refuses_a_sample_of_another_rollout(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from vineppo.cli.train import exit_code, train_with
 from vineppo.config.load import settings_of
 from vineppo.config.schema import Config
 from vineppo.credit import BUILT_IN
+from vineppo.types import UserError
 
 _DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
 """Settings that the help of the command lists. The command accepts all other settings too."""
@@ -33,12 +34,39 @@ def _run(request: Request) -> int:
     )
     summary = train_with(config, DEFAULT_RECIPE)
     if not exit_code(summary):
+        _show_before_and_after(config)
         # Propose the first built-in algorithm that trains no value network and is not the algorithm of this run.
         others = (arm.name for arm in BUILT_IN.values() if arm.name != config.algorithm and not arm.needs_critic)
         print("\nCommands to try next:")
+        print(f"  vineppo show {folder}")
         print(f"  vineppo eval {folder}")
         print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {next(others)}")
     return exit_code(summary)
+
+
+def _show_before_and_after(config: Config) -> None:
+    """Print a response of the starting model and one of the trained model to the same problem, with values."""
+    from rich.console import Console
+
+    from vineppo.view.before_after import NUM_MC_ROLLOUTS, NUM_PROBLEMS, before_and_after
+    from vineppo.view.terminal import show_response
+
+    try:
+        pair = before_and_after(config, Path(config.run.dir) / "final")
+    except UserError as error:
+        print(f"\nno response before and after training can be shown: {error}")
+        return
+    if pair is None:
+        print(f"\nTraining improved the response to none of {NUM_PROBLEMS} validation problems.")
+        return
+    print(
+        f"\nThe first of {NUM_PROBLEMS} validation problems that the starting model gets wrong and the trained model "
+        f"right.\nThe value before each step is the mean reward of {NUM_MC_ROLLOUTS} continuations that the same model "
+        "samples from there.\n"
+    )
+    for response, label in zip(pair, ("Before training", "After training"), strict=True):
+        show_response(Console(highlight=False), response, label=label)
+        print()
 
 
 def _free_directory(first: Path) -> Path:

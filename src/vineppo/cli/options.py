@@ -35,6 +35,8 @@ class Command:
     """Pairs of (description, command line)."""
     settings: Callable[[], type[Settings]] | None = None
     """Returns the settings class. Each of its dotted keys is an option. None if the command has no settings."""
+    takes_more: int = 0
+    """Largest number of positional arguments behind the first one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Request:
     """Option name without dashes -> value, for the options that are not settings; the value is None if not given."""
     overrides: Mapping[str, str]
     """Dotted key -> text, for the settings given on the command line."""
+    more: tuple[str, ...] = ()
+    """The positional arguments behind the first one."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,13 +91,14 @@ def parse_request(parser: argparse.ArgumentParser, command: Command, argv: list[
     cls = command.settings() if command.settings else Settings
     namespace, remaining = parser.parse_known_args(argv)
     extra, positionals = _extra_options(parser, cls, remaining)
-    if len(positionals) > bool(command.takes):
+    if len(positionals) > bool(command.takes) + command.takes_more:
         raise UserError(f"unexpected argument {positionals[-1]}; usage: {parser.usage}")
     keys = settings_of(cls)
     return Request(
         positional=positionals[0] if positionals else None,
         options={name: value for name, value in vars(namespace).items() if name not in keys and name != "help"},
         overrides={k: value for k, value in vars(namespace).items() if k in keys and value is not None} | extra,
+        more=tuple(positionals[1:]),
     )
 
 

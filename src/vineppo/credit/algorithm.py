@@ -44,6 +44,9 @@ class CreditParts:
     """Sampling temperature of the rollouts."""
     stop: tuple[str, ...]
     """Strings that end a response as soon as the response contains one of them."""
+    save_continuations: int = 0
+    """Number of rollouts of an iteration whose continuations are returned in `TrainingSample.mc_rollouts`: the first
+    ones that have any. For all others the continuations are not kept in memory."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vineppo.credit.advantages import spread_over_tokens
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
@@ -30,6 +30,7 @@ def bisected_vine_credit(
     token_texts: Callable[[Sequence[int]], list[str]],
     max_states: int,
     level: float,
+    keep: int = 0,
 ) -> CreditFn:
     """Build the credit function of VinePPO with bisection.
 
@@ -60,12 +61,15 @@ def bisected_vine_credit(
         token_texts: maps token ids to the text of each token.
         max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
         level: confidence level at which V(a) and V(b) must differ for a stretch to be halved, above 0 and below 1.
+        keep: number of rollouts whose continuations are returned (`CreditParts.save_continuations`).
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         searches = [
-            _Bisection(problem, rollout, (0, *step_ends(rollout, splitter, token_texts, max_states)), level)
-            for problem, rollout in with_reward(groups)
+            _Bisection(
+                problem, rollout, (0, *step_ends(rollout, splitter, token_texts, max_states)), level, index < keep
+            )
+            for index, (problem, rollout) in enumerate(with_reward(groups))
         ]
         cost, rounds = _evaluate(searches, estimator, iteration)
         samples = [search.sample() for search in searches]
@@ -87,7 +91,12 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
     known: dict[Key, Value | None] = {}
     costs: list[ValueCost] = []
     while pending := [(search, step) for search in searches for step in search.next_steps()]:
-        states = {state.key: state for search, step in pending if (state := search.state(step)).key not in known}
+        states: dict[Key, State] = {}
+        for search, step in pending:
+            state = search.state(step)
+            if state.key not in known:
+                keep = state.keep or (state.key in states and states[state.key].keep)
+                states[state.key] = replace(state, keep=keep)
         values, cost = estimator.evaluate(list(states.values()), iteration)
         costs.append(cost)
         known.update(zip(states, values, strict=True))
@@ -119,6 +128,8 @@ class _Bisection:
     """Number of response tokens in each state, shape (S + 1,): 0, followed by the end of each step."""
     level: float
     """Confidence level at which the values at the two ends of a stretch must differ for the stretch to be halved."""
+    keep: bool = False
+    """Whether the continuations are returned."""
     values: dict[int, Value] = field(default_factory=dict)
     """Dictionary from the index of each state that has been evaluated to the value of the state."""
     finished: list[_Stretch] = field(default_factory=list)
@@ -134,7 +145,8 @@ class _Bisection:
     def state(self, step: int) -> State:
         """Return the state before the step with the index `step`."""
         response = self.rollout.response_ids
-        return State(self.problem, self.rollout.prompt_ids, response[: self.boundaries[step]], self.rollout)
+        ids = response[: self.boundaries[step]]
+        return State(self.problem, self.rollout.prompt_ids, ids, self.rollout, keep=self.keep)
 
     def next_steps(self) -> list[int]:
         """Halve the pending stretches, and return the indices of the states that must be evaluated next.
@@ -190,7 +202,14 @@ class _Bisection:
             step_advantages=tuple(stretch.advantage for stretch in stretches),
         )
         advantages = spread_over_tokens(record.step_advantages, record.boundaries)
-        return training_sample(self.rollout, advantages, credit=record)
+        # A state without a value has that of a later state, whose continuations count once.
+        kept = [
+            mc_rollout
+            for step, value in sorted(self.values.items())
+            for mc_rollout in value.mc_rollouts
+            if self.keep and mc_rollout.state == self.boundaries[step]
+        ]
+        return training_sample(self.rollout, advantages, credit=record, mc_rollouts=kept)
 
 
 def _middle(stretch: _Stretch) -> int:

@@ -30,6 +30,7 @@ from vineppo.types import (
     Completion,
     CreditFn,
     Draft,
+    MCRollout,
     Metrics,
     Problem,
     Rollout,
@@ -73,6 +74,10 @@ class _Branch:
     """1 - p, the probability of all other tokens together."""
     chance: float
     """Probability of branching the place."""
+
+
+_Graded = Sequence[tuple[Completion, str, float | None]]
+"""The completion of a branch, the text of its response and the reward, as a list with one entry."""
 
 
 def _check(settings: CounterfactualSettings, config: Config) -> None:
@@ -148,21 +153,28 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
                 alternatives[branch.rollout].append(other)
                 if better:
                     advantages[branch.rollout][branch.position] -= other.advantage
+        kept = _kept(branches, graded, len(rollouts), parts.save_continuations)
         samples = [
-            training_sample(rollout, of_tokens, alternatives=others)
-            for (_, rollout), of_tokens, others in zip(rollouts, advantages, alternatives, strict=True)
+            training_sample(rollout, of_tokens, alternatives=others, mc_rollouts=mc_rollouts)
+            for (_, rollout), of_tokens, others, mc_rollouts in zip(
+                rollouts, advantages, alternatives, kept, strict=True
+            )
         ]
-        taken = sum(completion.accepted for [(completion, _, _)] in graded)
-        count = max(1, len(rollouts))
-        metrics = {
-            "tokens/mc": float(sum(len(completion.token_ids) for [(completion, _, _)] in graded) - taken),
-            "tokens/scored": float(taken),
-            "credit/branches": len(branches) / count,
-            "credit/alternatives": sum(map(len, alternatives)) / count,
-        }
-        return one_per_rollout(groups, samples), metrics
+        return one_per_rollout(groups, samples), _metrics(graded, alternatives, max(1, len(rollouts)))
 
     return credit
+
+
+def _metrics(graded: Sequence[_Graded], alternatives: Sequence[Sequence[Alternative]], num_rollouts: int) -> Metrics:
+    """Return the metrics of an iteration: the cost of the branches, and their number per rollout."""
+    completions = [completion for [(completion, _, _)] in graded]
+    taken = sum(completion.accepted for completion in completions)
+    return {
+        "tokens/mc": float(sum(len(completion.token_ids) for completion in completions) - taken),
+        "tokens/scored": float(taken),
+        "credit/branches": len(completions) / num_rollouts,
+        "credit/alternatives": sum(map(len, alternatives)) / num_rollouts,
+    }
 
 
 def _credit_of_other(
@@ -187,6 +199,26 @@ def _credit_of_other(
         return None
     chosen = branch.others if parts.sampler.capabilities.excluded_first else 1.0
     return Alternative(branch.position, token, settings.share * chosen / branch.chance * change)
+
+
+def _kept(
+    branches: Sequence[_Branch],
+    graded: Sequence[_Graded],
+    num_rollouts: int,
+    keep: int,
+) -> list[list[MCRollout]]:
+    """Return the continuations of each rollout's branches: those of the first `keep` rollouts that are branched.
+
+    Args:
+        graded: for each branch, its completion, the text of its response, and the reward.
+    """
+    kept: list[list[MCRollout]] = [[] for _ in range(num_rollouts)]
+    chosen = set(sorted({branch.rollout for branch in branches})[:keep])
+    for branch, [(completion, _, reward)] in zip(branches, graded, strict=True):
+        if branch.rollout in chosen:
+            ids, reason = completion.token_ids, completion.finish_reason
+            kept[branch.rollout].append(MCRollout(branch.position, ids, reward, reason, completion.accepted))
+    return kept
 
 
 def _reinforce_part(settings: CounterfactualSettings, rollouts: Sequence[tuple[Problem, Rollout]]) -> list[list[float]]:

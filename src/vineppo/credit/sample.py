@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vineppo.types import Alternative, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
+from vineppo.types import Alternative, MCRollout, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample, UserError
 
 
 def training_sample(
@@ -20,6 +20,7 @@ def training_sample(
     credit: StepCredit | None = None,
     alternatives: Sequence[Alternative] = (),
     weights_T: Sequence[float] | None = None,
+    mc_rollouts: Sequence[MCRollout] = (),
 ) -> TrainingSample:
     """Build a training sample in which all response tokens are trained.
 
@@ -35,6 +36,7 @@ def training_sample(
         credit: steps, values and step advantages, which are only written to the records of the run.
         alternatives: tokens that are trained in addition to the response's tokens.
         weights_T: weight of each response token in the loss; None means 1 for every token.
+        mc_rollouts: continuations from which the credit was computed, which are only written to the records of the run.
     Raises:
         UserError: if a list contains something other than numbers.
     """
@@ -60,6 +62,7 @@ def training_sample(
         alternatives=tuple(alternatives),
         weights=None if weights_T is None else of_sequence(weights_T),
         rollout=rollout,
+        mc_rollouts=tuple(mc_rollouts),
     )
 
 

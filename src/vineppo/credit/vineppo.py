@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -28,7 +29,17 @@ from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, w
 from vineppo.credit.value_metrics import value_metrics
 from vineppo.model.codec import Codec
 from vineppo.steps import Splitter, build_splitter, merge_steps, step_ends
-from vineppo.types import Alternative, CreditFn, Metrics, Problem, Rollout, RolloutGroup, StepCredit, TrainingSample
+from vineppo.types import (
+    Alternative,
+    CreditFn,
+    MCRollout,
+    Metrics,
+    Problem,
+    Rollout,
+    RolloutGroup,
+    StepCredit,
+    TrainingSample,
+)
 from vineppo.values import (
     MonteCarlo,
     Node,
@@ -126,16 +137,17 @@ def _build(settings: VinePPOSettings, parts: CreditParts) -> CreditFn:
         temperature=parts.temperature,
         stop=parts.stop,
     )
-    return build_vine_credit(settings, monte_carlo, parts.codec)
+    return build_vine_credit(settings, monte_carlo, parts.codec, parts.save_continuations)
 
 
-def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec: Codec) -> CreditFn:
+def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec: Codec, keep: int = 0) -> CreditFn:
     """Build the credit function of VinePPO that the settings select.
 
     Args:
         settings: all settings except `num_mc_rollouts` are used.
         monte_carlo: samples and grades continuations. Its `num_mc_rollouts` is K.
         codec: returns the texts of the tokens, which splitters need.
+        keep: number of rollouts whose continuations are returned (`CreditParts.save_continuations`).
     Raises:
         UserError: if `settings.alternatives` is true and the sampler cannot exclude first tokens.
     """
@@ -146,11 +158,11 @@ def build_vine_credit(settings: VinePPOSettings, monte_carlo: MonteCarlo, codec:
             "vineppo.alternatives is true, but this sampler cannot exclude first tokens, which is needed to reuse "
             "continuations; set vineppo.alternatives false, or use the sampler of this package",
         )
-        return vine_node_credit(ReusingMonteCarlo(monte_carlo), *steps)
+        return vine_node_credit(ReusingMonteCarlo(monte_carlo), *steps, keep)
     estimator: ValueEstimator = reusing_or_fresh(monte_carlo) if settings.reuse else monte_carlo
     if settings.bisection:
-        return bisected_vine_credit(estimator, *steps, settings.bisection_level)
-    return vine_credit(estimator, *steps, _transform(settings))
+        return bisected_vine_credit(estimator, *steps, settings.bisection_level, keep)
+    return vine_credit(estimator, *steps, _transform(settings), keep)
 
 
 def _transform(settings: VinePPOSettings) -> Transform:
@@ -163,7 +175,11 @@ def _transform(settings: VinePPOSettings) -> Transform:
 
 
 def vine_node_credit(
-    estimator: NodeEstimator, splitter: Splitter, token_texts: Callable[[Sequence[int]], list[str]], max_states: int
+    estimator: NodeEstimator,
+    splitter: Splitter,
+    token_texts: Callable[[Sequence[int]], list[str]],
+    max_states: int,
+    keep: int = 0,
 ) -> CreditFn:
     """Build the credit function of VinePPO with alternatives, which computes one advantage per token.
 
@@ -177,11 +193,11 @@ def vine_node_credit(
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
         ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
-        values, nodes, cost = estimator.evaluate_nodes(_states(rollouts, ends), rollouts, iteration)
-        records = _records(rollouts, ends, values)
+        values, nodes, cost = estimator.evaluate_nodes(_states(rollouts, ends, keep), rollouts, iteration)
+        records, kept = _records(rollouts, ends, values), _kept(ends, values, keep)
         samples = [
-            _node_sample(rollout, record, nodes_T)
-            for (_, rollout), record, nodes_T in zip(rollouts, records, nodes, strict=True)
+            replace(_node_sample(rollout, record, nodes_T), mc_rollouts=mc_rollouts)
+            for (_, rollout), record, nodes_T, mc_rollouts in zip(rollouts, records, nodes, kept, strict=True)
         ]
         alternatives = sum(len(sample.alternatives) for sample in samples)
         metrics = {**value_metrics(samples, cost), "credit/alternatives": alternatives / max(1, len(samples))}
@@ -196,6 +212,7 @@ def vine_credit(
     token_texts: Callable[[Sequence[int]], list[str]],
     max_states: int,
     transform: Transform = list,
+    keep: int = 0,
 ) -> CreditFn:
     """Build the credit function of VinePPO as in the paper, where every token gets the advantage of its step.
 
@@ -219,34 +236,55 @@ def vine_credit(
         token_texts: maps token ids to the text of each token.
         max_states: maximum number of steps per response; 0 means no limit. See `merge_steps`.
         transform: function (step advantages) -> the step advantages that are trained.
+        keep: number of rollouts whose continuations are returned (`CreditParts.save_continuations`).
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
         ends = [step_ends(rollout, splitter, token_texts, max_states) for _, rollout in rollouts]
-        values, cost = estimator.evaluate(_states(rollouts, ends), iteration)
+        values, cost = estimator.evaluate(_states(rollouts, ends, keep), iteration)
+        records, kept = _records(rollouts, ends, values), _kept(ends, values, keep)
         samples = [
             training_sample(
-                rollout, spread_over_tokens(transform(record.step_advantages), record.boundaries), credit=record
+                rollout,
+                spread_over_tokens(transform(record.step_advantages), record.boundaries),
+                credit=record,
+                mc_rollouts=mc_rollouts,
             )
-            for (_, rollout), record in zip(rollouts, _records(rollouts, ends, values), strict=True)
+            for (_, rollout), record, mc_rollouts in zip(rollouts, records, kept, strict=True)
         ]
         return one_per_rollout(groups, samples), value_metrics(samples, cost)
 
     return credit
 
 
-def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]]) -> list[State]:
+def _states(rollouts: Sequence[tuple[Problem, Rollout]], ends: Sequence[Sequence[int]], keep: int) -> list[State]:
     """Return the states before all steps of all rollouts, ordered by rollout and then by step.
 
     Args:
         ends: for each rollout, the end of each step as a number of response tokens, shape (S,).
+        keep: number of rollouts whose continuations are returned.
     """
     return [
-        State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout)
-        for (problem, rollout), ends_S in zip(rollouts, ends, strict=True)
+        State(problem, rollout.prompt_ids, rollout.response_ids[:start], rollout, keep=index < keep)
+        for index, ((problem, rollout), ends_S) in enumerate(zip(rollouts, ends, strict=True))
         for start in (0, *ends_S[:-1])
     ]
+
+
+def _kept(ends: Sequence[Sequence[int]], values: Sequence[Value | None], keep: int) -> list[tuple[MCRollout, ...]]:
+    """Return the continuations of the states of each rollout. They are empty for all but the first `keep` rollouts.
+
+    Args:
+        ends: for each rollout, the end of each step as a number of response tokens, shape (S,).
+        values: value of each state, in the order in which `_states` returns the states.
+    """
+    remaining = iter(values)
+    kept = []
+    for index, ends_S in enumerate(ends):
+        values_S = [next(remaining) for _ in ends_S]
+        kept.append(tuple(mc for value in values_S if value and index < keep for mc in value.mc_rollouts))
+    return kept
 
 
 def _records(

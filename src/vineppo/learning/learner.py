@@ -100,6 +100,10 @@ class TorchLearner:
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
         )
         self.updates = 0
+        self.entropies: list[list[float]] = []
+        """Entropy of the policy's next-token distribution at each trained token of each sample of the latest `update`,
+        before its first optimizer step, at the sampling temperature, in nats; one list per sample. They are written to
+        the records of the run. Empty if `update` got no samples."""
         self.scheduled = 0
         """Number of minibatches so far, including empty ones. The learning rate depends on this number and not on
         `updates`."""
@@ -138,6 +142,7 @@ class TorchLearner:
         experience: list[Experience] = []
         metrics: Metrics = {}
         gradient: Metrics | None = None
+        self.entropies = []
         if samples:
             first = next(indices for indices in parts[0] if indices)
             if not train_policy or not self.savings.first_forward:
@@ -277,6 +282,7 @@ class TorchLearner:
             share = num_rollouts * len(first) / len(samples)
             gradient = self._policy_gradient([experience[i] for i in first], share, sheet, first)
             with_old(joined)
+        self.entropies = sheet.entropies
         metrics = sample_metrics(samples, sheet.scores())
         if self.reference is not None:
             metrics["kl/ref"] = kl_metric(samples, sheet.logprobs, refs, kl_weights, self.config.kl) / num_rollouts

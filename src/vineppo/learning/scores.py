@@ -5,6 +5,7 @@ Letters in shapes: N trained tokens, A alternatives.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,9 @@ class ScoreSheet:
         self.samples = samples
         self.logprobs: list[list[float]] = [[] for _ in samples]
         self.alternatives: list[list[float]] = [[] for _ in samples]
+        self.entropies: list[list[float]] = [[] for _ in samples]
+        """Entropies of the next-token distributions at the trained tokens, one list per sample, in nats. The lists are
+        empty for samples that were scored without entropies."""
         self._entropy = self._excess = self._variance = 0.0
 
     def add(self, indices: Sequence[int], scores: TokenScores, weights: torch.Tensor) -> None:
@@ -66,13 +70,16 @@ class ScoreSheet:
             weights: weight of each trained token, shape (N,).
         """
         flat_logprobs = scores.logprobs.detach()
+        counts = [sum(self.samples[i].loss_mask) for i in indices]
         if scores.entropies is not None and scores.variances is not None:
             entropies = scores.entropies.detach()
             self._entropy += float((weights * entropies).sum())
             self._excess += float((weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
             self._variance += float((weights**2 * scores.variances).double().sum())
+            of_tokens = iter(entropies.tolist())
+            for i, count in zip(indices, counts, strict=True):
+                self.entropies[i] = list(itertools.islice(of_tokens, count))
         flat, start = flat_logprobs.tolist(), 0
-        counts = [sum(self.samples[i].loss_mask) for i in indices]
         for i, count in zip(indices, counts, strict=True):
             self.logprobs[i], start = flat[start : start + count], start + count
         for i in indices:

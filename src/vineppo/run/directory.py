@@ -277,7 +277,12 @@ class RunDirectory:
                 path.unlink()
 
     def write_rollouts(
-        self, iteration: int, groups: Sequence[RolloutGroup], samples: Sequence[TrainingSample], decode: Decode
+        self,
+        iteration: int,
+        groups: Sequence[RolloutGroup],
+        samples: Sequence[TrainingSample],
+        decode: Decode,
+        entropies: Sequence[Sequence[float]] = (),
     ) -> Path:
         """Write the rollouts and training samples of an iteration to a Parquet file, atomically.
 
@@ -286,12 +291,13 @@ class RunDirectory:
             groups: the rollouts.
             samples: the training samples that the credit function returned.
             decode: function that converts token ids to text.
+            entropies: entropies of the trained tokens of each sample, in the order of `samples`; empty if unknown.
         Returns:
             The path of the file. It has the columns of `records.SCHEMA`.
         """
         path = self.rollouts_of(iteration)
         self.rollouts.mkdir(exist_ok=True)
-        write_parquet(path, rollout_rows(iteration, groups, samples, decode))
+        write_parquet(path, rollout_rows(iteration, groups, samples, decode, entropies))
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

@@ -50,6 +50,7 @@ CHANGEABLE = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.save_rollouts",
+    "run.save_continuations",
     "run.report_to",
 )
 """Settings that a resumed run may change. They act on later iterations only: with another value, the iterations before

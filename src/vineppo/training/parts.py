@@ -132,6 +132,7 @@ def build_parts(
         max_new_tokens=config.rollouts.max_new_tokens,
         temperature=config.rollouts.temperature,
         stop=config.rollouts.stop,
+        save_continuations=config.run.save_continuations if config.run.save_rollouts else 0,
     )
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))

@@ -19,7 +19,7 @@ from typing import Protocol
 from vineppo.sampling.graded import sampled_and_graded
 from vineppo.seeds import derive_seed
 from vineppo.statistics import mean_of
-from vineppo.types import Completion, Problem, Rollout, Sampler, SampleRequest, Task
+from vineppo.types import Completion, MCRollout, Problem, Rollout, Sampler, SampleRequest, Task
 
 Key = tuple[str, tuple[int, ...]]
 """Key of a state: (problem id, token ids of the prompt followed by the response prefix)."""
@@ -36,6 +36,8 @@ class State:
     rollout: Rollout | None = None
     """A rollout whose response starts with these tokens. `ReusingMonteCarlo` also uses the later tokens of the rollout.
     The rollout is not part of the key."""
+    keep: bool = field(default=False, compare=False, repr=False)
+    """Whether the estimator returns the continuations that were sampled from this state (`Value.mc_rollouts`)."""
     ids_seed: int | None = field(default=None, compare=False, repr=False)
     """`derive_seed(*response_ids)` if it is known already; None: it is computed when it is needed."""
 
@@ -53,6 +55,9 @@ class Value:
     """The estimate in reward units: the mean reward of the continuations."""
     num_mc_rollouts: int
     """Number of continuations in the mean, which are those with a reward; 0 if the value is known without sampling."""
+    mc_rollouts: tuple[MCRollout, ...] = field(default=(), compare=False, repr=False)
+    """The continuations that were sampled from this state, if one of its `State` objects has `keep`; otherwise empty.
+    A reused continuation of an earlier state is returned with that state only."""
 
 
 @dataclass(frozen=True)
@@ -158,23 +163,13 @@ class MonteCarlo:
         known: dict[Key, Value | None] = {
             key: Value(0.0, 0) for key, s in distinct.items() if len(s.response_ids) >= self.max_new_tokens
         }
-        open_states = [state for key, state in distinct.items() if key not in known]
-        rewards, tokens = self._rewards(open_states, iteration)
+        open_states, kept = [state for key, state in distinct.items() if key not in known], kept_keys(states)
         K = self.num_mc_rollouts
-        for state, group in zip(open_states, rewards, strict=True):
-            known[state.key] = _mean_value(group)
-        cost = ValueCost(len(states), len(distinct), K * len(open_states), tokens)
+        rewards, completions = self.graded(open_states, [self.request(s, iteration, K) for s in open_states])
+        for state, group, sampled in zip(open_states, rewards, completions, strict=True):
+            known[state.key] = _mean_value(group, _mc_rollouts(state, sampled, group) if state.key in kept else ())
+        cost = ValueCost(len(states), len(distinct), K * len(open_states), total_tokens(completions))
         return [known[state.key] for state in states], cost
-
-    def _rewards(self, states: Sequence[State], iteration: int) -> tuple[list[list[float | None]], int]:
-        """Sample and grade K continuations of each state.
-
-        Returns:
-            (one list of K rewards per state, None for a continuation without a reward; total number of sampled tokens).
-        """
-        requests = [self.request(state, iteration, self.num_mc_rollouts) for state in states]
-        rewards, completions = self.graded(states, requests)
-        return rewards, total_tokens(completions)
 
     def request(
         self, state: State, iteration: int, num_samples: int, excluded_first: tuple[int, ...] = ()
@@ -227,10 +222,25 @@ class MonteCarlo:
         return rewards, [[completion for completion, _, _ in group] for group in graded]
 
 
-def _mean_value(rewards: Sequence[float | None]) -> Value | None:
+def kept_keys(states: Sequence[State]) -> set[Key]:
+    """Return the keys of the states whose continuations are returned."""
+    return {state.key for state in states if state.keep}
+
+
+def _mean_value(rewards: Sequence[float | None], mc_rollouts: tuple[MCRollout, ...]) -> Value | None:
     """Return the mean of the rewards that are not None as a value, or None if there are none."""
     known = [reward for reward in rewards if reward is not None]
-    return Value(mean_of(known), len(known)) if known else None
+    return Value(mean_of(known), len(known), mc_rollouts) if known else None
+
+
+def _mc_rollouts(
+    state: State, completions: Sequence[Completion], rewards: Sequence[float | None]
+) -> tuple[MCRollout, ...]:
+    """Return the continuations of a state with their rewards, for the records of the run."""
+    return tuple(
+        MCRollout(len(state.response_ids), completion.token_ids, reward, completion.finish_reason)
+        for completion, reward in zip(completions, rewards, strict=True)
+    )
 
 
 def total_tokens(completions: Sequence[Sequence[Completion]]) -> int:

@@ -48,8 +48,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vineppo.seeds import seeds_of_prefixes, stream_keys, uniforms
-from vineppo.types import Problem, Rollout, SampleRequest
-from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, ValueCost, total_tokens
+from vineppo.types import Completion, MCRollout, Problem, Rollout, SampleRequest
+from vineppo.values.monte_carlo import Key, MonteCarlo, Node, State, Value, ValueCost, kept_keys, total_tokens
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class ReusingMonteCarlo:
         for exit, exit_rewards, exit_completions in zip(exits, rewards, completions, strict=True):
             exit.walkers.rewards[exit.indices] = [_number(reward) for reward in exit_rewards]
             exit.walkers.exit_tokens[exit.indices] = [completion.token_ids[0] for completion in exit_completions]
+            exit.walkers.keep_completions(exit.indices, exit_completions)
         known = {key: value for walk in walks for key, value in walk.values()}
         walkers = {(walk.problem.id, walk.prompt_ids): walk.walkers for walk in walks}
         nodes = [walkers[problem.id, rollout.prompt_ids].nodes(rollout) for problem, rollout in rollouts]
@@ -140,6 +141,21 @@ class _Walkers:
         """Id of the walker's first token outside the tree; -1 if the walker reaches the end of a response."""
         self.responses: dict[tuple[int, ...], int] = {}
         """Dictionary from the token ids of each response that walkers follow to the index of the response."""
+        self.keep = np.zeros(size, dtype=bool)
+        """Whether the tokens of the walker are returned (`State.keep`)."""
+        self.completions: dict[int, Completion] = {}
+        """Dictionary from the index of each walker with `keep` that leaves the tree to its tokens outside the tree."""
+
+    def keep_completions(self, indices: np.ndarray, completions: Sequence[Completion]) -> None:
+        """Keep the completions of those walkers that have `keep`.
+
+        Args:
+            indices: indices of the walkers, shape (n,).
+            completions: the tokens of each of these walkers outside the tree.
+        """
+        if self.keep[indices].any():
+            pairs = zip(indices.tolist(), completions, strict=True)
+            self.completions.update((walker, completion) for walker, completion in pairs if self.keep[walker])
 
     def finish(self, indices: np.ndarray, response: tuple[int, ...], depth: int) -> None:
         """Record that walkers follow a response up to `depth`, where they leave the tree or the response ends.
@@ -202,6 +218,8 @@ class _TreeWalk:
             assert state.rollout is not None, "ReusingMonteCarlo needs the rollout of every state"
             response = state.rollout.response_ids
             depths_by_response.setdefault(response, (state.rollout, set()))[1].add(len(state.response_ids))
+        self.rollouts = {response: rollout for response, (rollout, _) in depths_by_response.items()}
+        self.kept = kept_keys(self.states)
         # The order is that of the token ids, which `_next_place` needs.
         branches = [_Branch(rollout, sorted(depths)) for _, (rollout, depths) in sorted(depths_by_response.items())]
         # At most K walkers start at each state.
@@ -235,7 +253,21 @@ class _TreeWalk:
                 continue
             # The rounded mean of equal rewards may differ from them.
             mean = rewards[0] if rewards.min() == rewards.max() else rewards.mean()
-            yield key, Value(float(mean), len(rewards))
+            yield key, Value(float(mean), len(rewards), self._started_at(key) if key in self.kept else ())
+
+    def _started_at(self, key: Key) -> tuple[MCRollout, ...]:
+        """Return the continuations that start at a state with `keep`. The rewards of all walkers must be known."""
+        depth, walkers, responses = len(key[1]) - len(self.prompt_ids), self.walkers, list(self.walkers.responses)
+        started = []
+        for walker in self.pools[key].tolist():
+            if walkers.starts[walker] != depth:
+                continue
+            response, end = responses[walkers.followed[walker]], int(walkers.ends[walker])
+            completion, reward = walkers.completions.get(walker), float(walkers.rewards[walker])
+            ids = response[depth:end] + (() if completion is None else completion.token_ids)
+            reason = (self.rollouts[response] if completion is None else completion).finish_reason
+            started.append(MCRollout(depth, ids, None if math.isnan(reward) else reward, reason))
+        return tuple(started)
 
     def _advance(
         self, branches: list[_Branch], depth: int, walkers: np.ndarray
@@ -333,6 +365,7 @@ class _TreeWalk:
         new = np.arange(self.num_started, self.num_started + num_missing)
         self.keys[new] = self.start_keys[state.key][:num_missing]
         self.walkers.starts[new] = depth
+        self.walkers.keep[new] = state.key in self.kept
         self.num_started += num_missing
         pool = np.concatenate([walkers, new])
         self.pools[state.key] = pool

@@ -1,0 +1,368 @@
+"""Read the responses of a run with their credit, from the Parquet files that the run wrote.
+
+This is the layer on which everything stands that shows credit: the terminal, pages and exports. It loads no tokenizer
+and no model. Iterations, responses and steps are counted from 1.
+
+Letters: T response tokens, S steps, K MC rollouts of a state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vineppo.run.directory import RunDirectory
+from vineppo.statistics import Interval, wilson
+from vineppo.types import UserError
+
+Credit = Literal["values", "tokens", "none"]
+"""What `Step.advantage` is. "values": the step advantage that the algorithm computed from the values of states; with
+the value of the prompt, the step advantages add up to the reward (docs/algorithms.md). "tokens": the sum of the
+advantages of the step's tokens, because the algorithm computes no credit for steps; it is no change of value. "none":
+the response has no credit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a response."""
+
+    id: int
+    text: str | None
+    """Text of the token; the texts of all tokens of a response, joined, are the response. "" for a special token. None
+    in files of earlier versions."""
+    logprob: float | None
+    """Log-probability with which the token was sampled, in nats."""
+    entropy: float | None
+    """Entropy of the policy's distribution for this token at the start of the iteration, in nats; None if unknown."""
+    advantage: float | None
+    """Credit of the token, before `learner.advantage_scaling`; None for a response without credit."""
+    weight: float
+    """Weight of the token in the loss; 0 if it was not trained in this row."""
+    value: float | None = None
+    """Value of the state before the token as predicted by a value network; None without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One reasoning step of a response, and the state before it."""
+
+    number: int
+    text: str
+    start: int
+    """Number of response tokens before the step."""
+    end: int
+    """Number of response tokens up to the end of the step."""
+    value: float | None
+    """Value of the state before the step, in reward units; None if the algorithm estimates no values. It is a mean over
+    K MC rollouts, or a prediction of the value network."""
+    num_mc_rollouts: int | None
+    """K. 0 if the value was known without sampling. None if the value was not estimated from MC rollouts."""
+    interval: Interval | None
+    """95% interval of the value; None if it is unknown, which is so for predictions and for rewards outside 0 to 1."""
+    advantage: float | None
+    """Credit of the step; `Response.credit` says what it is. None for a response without credit."""
+    token_sum: float | None
+    """Sum of the advantages of the step's tokens, which are what was trained. None for a response without credit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """A token that was trained in place of a token of the response."""
+
+    position: int
+    """Index of the response token that it replaces, from 0."""
+    id: int
+    text: str
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """A continuation that was sampled from a state of the response to compute its credit."""
+
+    state: int
+    """Number of response tokens before the continuation."""
+    shared: int
+    """Number of first tokens that the continuation has in common with the response: it leaves the response after
+    `state + shared` response tokens."""
+    num_tokens: int
+    text: str
+    """Text of the whole continuation, with the shared tokens."""
+    reward: float | None
+    finish_reason: str
+    accepted: int | None = None
+    """Number of tokens behind the first one that were taken from the response as a draft (counterfactual credit); None
+    without a draft."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response with its credit: a row of the file of an iteration."""
+
+    iteration: int
+    number: int
+    """Number of the row in the file."""
+    kind: str
+    """"rollout", or "sample" for another training sample, such as a prefix that rollouts share."""
+    problem_id: str
+    prompt: str
+    answer: str
+    text: str
+    reward: float | None
+    """None if no reward function applies, and for a sample without a rollout."""
+    finish_reason: str | None
+    tokens: tuple[Token, ...]
+    steps: tuple[Step, ...]
+    credit: Credit
+    alternatives: tuple[Alternative, ...] = ()
+    continuations: tuple[Continuation, ...] = ()
+
+    def step(self, number: int) -> Step:
+        """Return a step by its number, from 1.
+
+        Raises:
+            UserError: if there is no such step.
+        """
+        if not 1 <= number <= len(self.steps):
+            known = f"it has the steps 1 to {len(self.steps)}" if self.steps else "it has no steps"
+            raise UserError(f"response {self.number} of iteration {self.iteration} has no step {number}; {known}")
+        return self.steps[number - 1]
+
+    def value_after(self, step: Step) -> float | None:
+        """Return the value of the state after a step: that before the next step, or the reward after the last step."""
+        return self.reward if step.number == len(self.steps) else self.steps[step.number].value
+
+    def value_change(self, step: Step) -> float | None:
+        """Return the value after a step minus the value before it, or None if one of the two is unknown."""
+        after = self.value_after(step)
+        return None if after is None or step.value is None else after - step.value
+
+    def character(self, tokens: int) -> int | None:
+        """Return the number of characters of `text` before the end of the first `tokens` tokens; None if unknown."""
+        texts = [token.text for token in self.tokens[:tokens]]
+        return None if None in texts else sum(len(text) for text in texts if text)
+
+
+def iterations_of(run: str | Path) -> list[int]:
+    """Return the numbers of the iterations whose responses the run has saved, in ascending order.
+
+    Raises:
+        UserError: if `run` is not a run directory, or no responses are saved.
+    """
+    directory = RunDirectory.open(run, writable=False)
+    stems = (path.stem for path in directory.rollouts.glob("*.parquet"))
+    found = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
+    if found:
+        return found
+    section = directory.config.get("run")
+    if isinstance(section, Mapping) and section.get("save_rollouts") is False:
+        raise UserError(
+            f"{run} has saved no responses, because run.save_rollouts is false; train with --run.save_rollouts true"
+        )
+    raise UserError(f"{run} has saved no responses yet; wait for the end of its first iteration")
+
+
+def responses_of(run: str | Path, iteration: int) -> list[Response]:
+    """Return the responses of an iteration in the order of the file: rollouts, then other training samples.
+
+    The rollouts of a problem are neighbours.
+
+    Raises:
+        UserError: if the run has no such iteration, or the file cannot be read.
+    """
+    return responses_from_rows(_rows(run, iteration))
+
+
+def responses_from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
+    """Return the responses of rows with the keys of `vineppo.run.records.SCHEMA`, for example from `rollout_rows`.
+
+    The rows should be those of a whole iteration, because the intervals of values need to know whether all rewards are
+    between 0 and 1.
+    """
+    unit = all(0 <= reward <= 1 for row in rows for reward in _rewards(row))
+    return [_response(row, number, unit) for number, row in enumerate(rows, start=1)]
+
+
+def response_of(run: str | Path, iteration: int, number: int) -> Response:
+    """Return one response of an iteration.
+
+    Raises:
+        UserError: as `responses_of`, and if there is no response with this number.
+    """
+    responses = responses_of(run, iteration)
+    if not 1 <= number <= len(responses):
+        raise UserError(
+            f"iteration {iteration} of {run} has no response {number}; it has the responses 1 to {len(responses)}"
+        )
+    return responses[number - 1]
+
+
+def _rows(run: str | Path, iteration: int) -> list[dict[str, Any]]:
+    known = iterations_of(run)
+    if iteration not in known:
+        raise UserError(f"{run} has no responses of iteration {iteration}; it has {_ranges(known)}")
+    path = RunDirectory(Path(run), {}).rollouts_of(iteration)
+    try:
+        rows = pq.ParquetFile(path).read().to_pylist()
+        for row in rows:
+            _check(row)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is damaged or not a file of rollouts ({reason}); the other iterations can still be shown"
+        ) from None
+    return list(rows)
+
+
+_NEEDED = ("response", "response_ids", "token_advantages", "sampler_logprobs", "step_texts", "step_ends")
+"""Columns of every version that are read without a default."""
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError if the lists of a row do not fit together."""
+    T, S = len(row["response_ids"]), len(row["step_ends"])
+    if any(row[name] is None for name in _NEEDED):
+        raise ValueError("a row lacks an entry")
+    for name in ("token_advantages", "sampler_logprobs", "token_weights", "token_ends", "token_entropies"):
+        if len(row.get(name) or ()) not in (0, T):
+            raise ValueError(f"column {name} has {len(row[name])} entries for {T} tokens")
+    for name in ("step_texts", "values", "num_mc_rollouts", "step_advantages"):
+        if len(row.get(name) or ()) not in (0, S):
+            raise ValueError(f"column {name} has {len(row[name])} entries for {S} steps")
+    if S and (row["step_ends"] != sorted(set(row["step_ends"])) or not 0 < row["step_ends"][-1] <= T):
+        raise ValueError("the ends of the steps are not in order")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as a text such as `1 to 20, 25`."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    texts = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges]
+    return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more ranges" if len(texts) > 5 else "")
+
+
+def _rewards(row: Mapping[str, Any]) -> Iterator[float]:
+    """Yield all rewards and values of a row."""
+    rewards = [row.get("reward"), *(c.get("reward") for c in row.get("continuations") or ())]
+    yield from (reward for reward in [*rewards, *(row.get("values") or ())] if reward is not None)
+
+
+def _response(row: Mapping[str, Any], number: int, unit: bool) -> Response:
+    """Return the response of a row.
+
+    Args:
+        unit: whether all rewards of the iteration are between 0 and 1.
+    """
+    tokens = _tokens(row)
+    steps, credit = _steps(row, tokens, unit)
+    return Response(
+        iteration=int(row.get("iteration") or 0),
+        number=number,
+        kind=row.get("kind") or "rollout",
+        problem_id=row.get("problem_id") or "",
+        prompt=row.get("prompt") or "",
+        answer=row.get("answer") or "",
+        text=row["response"],
+        reward=row.get("reward"),
+        finish_reason=row.get("finish_reason"),
+        tokens=tokens,
+        steps=steps,
+        credit=credit,
+        alternatives=tuple(
+            Alternative(a["position"], a["token_id"], a["text"], a["advantage"]) for a in row.get("alternatives") or ()
+        ),
+        continuations=tuple(
+            Continuation(
+                c["state"], c["shared"], c["num_tokens"], c["text"], c["reward"], c["finish_reason"], c["accepted"]
+            )
+            for c in row.get("continuations") or ()
+        ),
+    )
+
+
+def _tokens(row: Mapping[str, Any]) -> tuple[Token, ...]:
+    ids, T = row["response_ids"], len(row["response_ids"])
+
+    def column(name: str, default: Any) -> list[Any]:
+        return row.get(name) or [default] * T
+
+    ends, text = row.get("token_ends"), row["response"]
+    texts = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)] if ends else [None] * T
+    names = {"sampler_logprobs": None, "token_entropies": None, "token_advantages": None, "token_weights": 1.0}
+    columns = [column(name, default) for name, default in (*names.items(), ("token_values", None))]
+    return tuple(Token(*fields) for fields in zip(ids, texts, *columns, strict=True))
+
+
+def _steps(row: Mapping[str, Any], tokens: Sequence[Token], unit: bool) -> tuple[tuple[Step, ...], Credit]:
+    """Return the steps of a row, and what their advantages are."""
+    ends, advantages = list(row["step_ends"]), row.get("step_advantages") or ()
+    has_credit = any(token.advantage is not None for token in tokens)
+    if ends:
+        texts = list(row["step_texts"])
+    else:
+        ends = line_ends([token.text for token in tokens])
+        texts = step_texts_of(row["response"], tokens, ends)
+    values, counts = row.get("values") or (), row.get("num_mc_rollouts") or ()
+    steps = []
+    for i, (text, start, end) in enumerate(zip(texts, [0, *ends], ends, strict=False)):
+        token_sum = sum_of(tokens[start:end]) if has_credit else None
+        value = values[i] if values else tokens[start].value
+        count = counts[i] if counts else None
+        interval = None if value is None or count is None else interval_of(value, count, unit)
+        advantage = advantages[i] if advantages else token_sum
+        steps.append(Step(i + 1, text, start, end, value, count, interval, advantage, token_sum))
+    return tuple(steps), "none" if not has_credit else "values" if advantages else "tokens"
+
+
+def sum_of(tokens: Sequence[Token]) -> float:
+    """Return the sum of the advantages of tokens. Tokens without credit count as 0."""
+    return math.fsum(token.advantage or 0.0 for token in tokens)
+
+
+def line_ends(texts: Sequence[str | None]) -> list[int]:
+    """Return the end of each line of a response as a number of tokens. The last one is T; empty if there are no tokens.
+
+    A line ends after the token with its line break. A last line without text, such as the end-of-sequence token alone,
+    belongs to the line before it. If the texts of the tokens are unknown, the whole response is one line.
+    """
+    ends = [i + 1 for i, text in enumerate(texts) if text is not None and "\n" in text]
+    if not texts:
+        return []
+    if ends and not any((text or "").strip() for text in texts[ends[-1] :]):
+        ends.pop()
+    return [*ends, len(texts)]
+
+
+def step_texts_of(text: str, tokens: Sequence[Token], ends: Sequence[int]) -> list[str]:
+    """Return the text of each step from the texts of the tokens, or the whole text if they are unknown."""
+    if any(token.text is None for token in tokens):
+        return [text] * bool(ends)
+    return ["".join(t.text or "" for t in tokens[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def interval_of(value: float, num_mc_rollouts: int, unit: bool = True) -> Interval | None:
+    """Return the 95% interval of a Monte-Carlo value: Wilson's, of `value` successes per rollout in K rollouts.
+
+    For rewards of 0 and 1 it is the usual interval. For other rewards from 0 to 1 it is too wide rather than too
+    narrow. A value that was known without sampling has an interval of width 0.
+
+    Args:
+        value: mean reward of the MC rollouts.
+        num_mc_rollouts: K.
+        unit: whether all rewards are known to be between 0 and 1. If not, there is no interval.
+    """
+    if num_mc_rollouts == 0:
+        return Interval(value, value, value)
+    if not unit or not 0 <= value <= 1:
+        return None
+    return wilson(min(value * num_mc_rollouts, num_mc_rollouts), num_mc_rollouts)
