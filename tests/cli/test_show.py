@@ -52,10 +52,10 @@ def test_a_response_and_a_step_can_be_chosen(run: str, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "head", "places"),
     [
-        (["--drops"], "iteration 2: 3 responses in 3 responses", ["2 2 step 3", "2 3 step 3", "2 1 step 1"]),
-        (["all", "--drops"], "2 iterations: 4 responses in 5 responses", ["2 2 step 3", "1 1 step 1", "2 3 step 3"]),
-        (["1", "--lucky"], "iteration 1: 1 responses in 2 responses", ["1 1 step 1"]),
-        (["--truncated"], "iteration 2: 1 responses in 3 responses", ["2 3 "]),
+        (["--drops"], "iteration 2: 3 of 3 responses", ["2 2 step 3", "2 3 step 3", "2 1 step 1"]),
+        (["all", "--drops"], "2 iterations: 4 of 5 responses", ["2 2 step 3", "1 1 step 1", "2 3 step 3"]),
+        (["1", "--lucky"], "iteration 1: 1 of 2 responses", ["1 1 step 1"]),
+        (["--truncated"], "iteration 2: 1 of 3 responses", ["2 3 "]),
     ],
 )
 def test_lists(
@@ -70,7 +70,7 @@ def test_lists(
 
 def test_a_list_can_be_limited_or_empty(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, run, "--drops", "--limit", "1")
-    assert lines[0] == "iteration 2: 3 responses in 3 responses, of which the first 1 are listed" and len(lines) == 4
+    assert lines[0] == "iteration 2: 3 of 3 responses, of which the first 1 are listed" and len(lines) == 4
     assert output(capsys, run, "1", "--truncated") == ["iteration 1: none of 2 responses"]
     assert output(capsys, run, "2", "--disagree") == ["iteration 2: none of 3 responses"]
 

@@ -84,9 +84,9 @@ def _print_queue(request: Request, name: str) -> None:
         print(f"{where}: none of {len(responses)} responses")
         return
     shown = entries[:limit]
-    unit = "steps" if name == "disagree" else "responses"
+    unit = "steps in" if name == "disagree" else "of"
     part = f", of which the first {limit} are listed" if limit < len(entries) else ""
-    print(f"{where}: {len(entries)} {unit} in {len(responses)} responses{part}")
+    print(f"{where}: {len(entries)} {unit} {len(responses)} responses{part}")
     print("iteration, response and step, reward, reason, text:")
     show_entries(Console(highlight=False), shown)
     first = shown[0]
