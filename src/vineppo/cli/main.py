@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, offline, plan, plot, sft, train
+from vineppo.cli import compare, demo, doctor, eval, offline, plan, plot, sft, train, values
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -108,6 +108,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan.COMMAND,
     "plot": plot.COMMAND,
     "compare": compare.COMMAND,
+    "values": values.COMMAND,
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,
 }

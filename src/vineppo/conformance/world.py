@@ -1,8 +1,8 @@
 """Define a world so small that all its responses can be enumerated, with their probabilities and rewards.
 
 The vocabulary has five tokens: end of sequence (id 0) and the letters a, b, c and d (ids 1 to 4). The policy is a
-table: it has a distribution of the next token for every state. The exact value of every state, and the exact gradient of
-the expected reward with respect to the logits of the table, follow from the enumeration.
+table: it has a distribution of the next token for every state. The exact value of every state, and the exact gradient
+of the expected reward with respect to the logits of the table, follow from the enumeration.
 
 A state is represented by its response tokens, because all responses have the same prompt. In shapes, N is the number of
 possible responses.
