@@ -58,7 +58,7 @@ def _run(request: Request) -> int:
     return 0
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """Return the run directory that `path` refers to, or None.
 
     `path` refers to a run directory if it is the directory itself, or the folder `final` or a checkpoint in it. A
@@ -81,7 +81,7 @@ def settings_of_model(model: str, sampling: bool = False) -> Layer:
     Returns:
         A pair (keys of EvalSpec -> values, source of the settings in error messages).
     """
-    run_dir = _run_of(Path(model))
+    run_dir = run_of(Path(model))
     if run_dir:
         path = _path_of_model(Path(model), run_dir)
         recorded = _settings_of_run(run_dir)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from vineppo.cli.eval import run_of
 from vineppo.cli.measuring import add_model_options, finish, say, spec_of
 from vineppo.cli.options import Command, Request
 from vineppo.config.measure import ValuesSpec
+from vineppo.config.settings import replace
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +20,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(request: Request) -> int:
     """Measure, print the report and write the files. Return the exit code 0."""
     spec = spec_of(request, ValuesSpec, "values")
+    from vineppo.measure.critics import has_critic
     from vineppo.measure.output import folder_of
     from vineppo.measure.values import measure_values
     from vineppo.measure.values_report import markdown, plots
 
-    folder = folder_of(spec.out, "values")
+    folder, run = folder_of(spec.out, "values"), run_of(Path(str(request.positional)))
+    if not spec.critic and run and has_critic(run):
+        spec = replace(spec, critic=str(run))
     return finish(folder, "values", measure_values(spec, say), markdown, plots)
 
 

@@ -100,11 +100,11 @@ class VarianceSpec(MeasureSpec):
 
     group_size: int = Field(2, ge=2)
     """G: number of responses per problem, at least 2, so that the spread within a problem is known."""
-    k: tuple[int, ...] = (1, 2, 4, 9, 16)
+    k: tuple[int, ...] = (1, 2, 4, 9)
     """Numbers of continuations K."""
-    repeats: int = Field(8, ge=2)
+    repeats: int = Field(4, ge=2)
     """Number of times that the values of the same states are estimated, for every K, with and without reuse."""
-    gold: int = Field(128, ge=2)
+    gold: int = Field(64, ge=2)
     """Continuations of each state that give the probability p of the binomial prediction; disjoint from the repeats."""
     decisive: float = Field(0.25, gt=0)
     """Smallest change of the value of a decisive step."""

@@ -13,7 +13,7 @@ from vineppo.config.measure import ValuesSpec
 from vineppo.measure import agreement
 from vineppo.measure.agreement import Gold
 from vineppo.measure.choices import choice_results
-from vineppo.measure.critics import Critic, has_critic, load_critic
+from vineppo.measure.critics import Critic, load_critic
 from vineppo.measure.estimates import (
     StateTable,
     critic_values,
@@ -54,8 +54,7 @@ def measure_values(spec: ValuesSpec, say: Say) -> dict[str, Any]:
         UserError: if the model, the task or the value network cannot be used.
     """
     session = Session.open(spec, say)
-    critic_run = spec.critic or (spec.model.path if has_critic(spec.model.path) else "")
-    critic = load_critic(critic_run, session.policy) if critic_run else None
+    critic = load_critic(spec.critic, session.policy) if spec.critic else None
     groups = session.groups()
     table = _table(session, spec, groups)
     states = table.states
@@ -73,7 +72,7 @@ def measure_values(spec: ValuesSpec, say: Say) -> dict[str, Any]:
         "num_steps": len(table.befores),
         "gold": spec.gold,
         "threshold": spec.threshold,
-        "critic": critic_run,
+        "critic": spec.critic,
         "mean_reward": float(np.mean([r.reward for g in groups for r in g.rollouts if r.reward is not None])),
         "gold_mean": float(np.nanmean(gold.values)),
         "gold_noise": float(np.sqrt(np.nanmean(gold.variances))),
