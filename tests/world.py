@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vineppo.conformance.world import EOS, LETTERS, RandomRewards, TableSampler, text_of
 from vineppo.conformance.world import World as TableWorld
 from vineppo.learning.losses import clipped_policy_loss
+from vineppo.measure.longchain import build_tokenizer
 from vineppo.model.batch import collate, pad
 from vineppo.model.codec import Codec
 from vineppo.model.logits import token_logprobs
@@ -32,7 +32,7 @@ from vineppo.seeds import derive_seed
 from vineppo.types import Problem, Task, TrainingSample
 from vineppo.values import MonteCarlo
 
-__all__ = ["EOS", "LETTERS", "RandomRewards", "TableSampler", "World", "build_world", "text_of"]
+__all__ = ["EOS", "LETTERS", "RandomRewards", "TableSampler", "World", "build_tokenizer", "build_world", "text_of"]
 
 
 class PartlyApplicable(RandomRewards):
@@ -97,15 +97,6 @@ class World(TableWorld):
 def cut_after_a(tokens: Sequence[str]) -> list[int]:
     """Return the ends of steps, as a user-defined splitter: a step ends after every letter a and at the end."""
     return [*(i for i in range(1, len(tokens)) if tokens[i - 1] == "a"), len(tokens)]
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build a tokenizer with five tokens: end of sequence, a, b, c and d."""
-    vocabulary = {"</s>": EOS, **{letter: 1 + i for i, letter in enumerate(LETTERS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False)
 
 
 def build_policy(seed: int = 8) -> Policy:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import blame, compare, demo, doctor, eval, offline, plan, plot, sft, train, values, variance
+from vineppo.cli import blame, compare, demo, doctor, eval, offline, plan, plot, scaling, sft, train, values, variance
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -111,6 +111,7 @@ COMMANDS: dict[str, Command] = {
     "values": values.COMMAND,
     "blame": blame.COMMAND,
     "variance": variance.COMMAND,
+    "scaling": scaling.COMMAND,
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,
 }

@@ -135,6 +135,8 @@ class ScalingSpec(Settings):
     it alone needs more than four times this number, when the method is left out at this length."""
     repeats: int = Field(3, ge=1)
     """Number of timings; their median counts."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """`wall`: seconds that pass. `cpu`: seconds of all cores of this process, which other processes disturb less."""
     gpus: tuple[str, ...] = ("a100", "h100")
     """Accelerators to which the cost model is applied, from their data sheets."""
     seed: int = Field(0, ge=0)
