@@ -187,8 +187,11 @@ def _exponents(series: Sequence[Series]) -> dict[str, float | None]:
     result: dict[str, float | None] = {}
     for method in ("fresh", "reuse"):
         points = [(s.k, s.variances.mean()) for s in series if s.method == method and s.variances.mean() > 0]
-        known = len({k for k, _ in points}) > 1
-        result[method] = float(np.polyfit(*np.log(np.array(points, dtype=float)).T, 1)[0]) if known else None
+        if len({k for k, _ in points}) < 2:
+            result[method] = None
+            continue
+        x, y = np.log(np.array(points, dtype=float)).T
+        result[method] = float(np.polyfit(x, y, 1)[0])
     return result
 
 
@@ -269,7 +272,8 @@ def best_split(costs: _Costs, seed: int) -> dict[str, Any]:
         return result | {key: value / best if best > 0 else float("nan") for key, value in at_tokens.items()}
 
     found = bootstrap(costs.problems, errors, seed=seed, num_resamples=200)
-    rows, equal = [], {}
+    rows: list[dict[str, Any]] = []
+    equal: dict[str, Any] = {}
     for key, value in found.items():
         method, k, size = key.split()
         if size == "equal_responses":
