@@ -104,8 +104,9 @@ class VarianceSpec(MeasureSpec):
     """Numbers of continuations K."""
     repeats: int = Field(4, ge=2)
     """Number of times that the values of the same states are estimated, for every K, with and without reuse."""
-    gold: int = Field(64, ge=2)
-    """Continuations of each state that give the probability p of the binomial prediction; disjoint from the repeats."""
+    gold: int = Field(64, ge=4)
+    """Continuations of each state that give the kind of a step (one half of them) and the probability p of the
+    binomial prediction (the other half); disjoint from the repeats."""
     decisive: float = Field(0.25, gt=0)
     """Smallest change of the value of a decisive step."""
 

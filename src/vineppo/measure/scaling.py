@@ -87,10 +87,10 @@ def measure_scaling(spec: ScalingSpec, say: Say) -> dict[str, Any]:
 def _timed_method(spec: ScalingSpec, policy: Any, steps: int, method: str) -> dict[str, Any] | None:
     """Time the credit of one method at one length, or return None if one response needs too many tokens."""
     needed = fixed_tokens(steps, spec.step_tokens, spec.k)
-    if method == "fixed_k" and needed > 4 * spec.max_tokens:
-        return None
     # Reuse and bisection need fewer tokens; a third is a cautious guess.
     each = needed if method == "fixed_k" else needed / 3
+    if method != "bisection" and each > 4 * spec.max_tokens:
+        return None
     responses = max(1, min(spec.responses, int(spec.max_tokens / each)))
     scene = build_scene(policy, steps, (responses, 1, spec.k), spec.step_tokens)
     credit, tokens = scene.credit(method), 0.0

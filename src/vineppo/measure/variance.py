@@ -61,8 +61,8 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
     table = state_table(responses, 0, 0)
     states = table.states
     say(f"{len(states)} states of {len(responses)} responses: {spec.gold} continuations each for the prediction")
-    gold = Gold.of_rewards(session.rewards(states, spec.gold, "gold"))
-    gold = Gold(np.nan_to_num(gold.values), np.nan_to_num(gold.variances))
+    rewards = session.rewards(states, spec.gold, "gold")
+    gold = _known_gold(rewards)
     series = [
         _series(session, table, spec, method, k)
         for k in spec.k
@@ -82,7 +82,7 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
         "decisive": spec.decisive,
         "mean_reward": float(np.mean([r.reward for r in responses])),
         "tokens_per_response": float(lengths.mean()),
-        "by_kind": _by_kind(table, gold, series, spec),
+        "by_kind": _by_kind(table, rewards, series, spec),
         "exponents": _exponents(series),
         "budget": best_split(_Costs(table, gold, series, rows, lengths), spec.seed),
         "tokens": session.tokens,
@@ -145,14 +145,29 @@ def predicted_variances(table: StateTable, gold: Gold, count: int) -> np.ndarray
     return table.variances(gold.variances * count)
 
 
-def _by_kind(table: StateTable, gold: Gold, series: Sequence[Series], spec: VarianceSpec) -> dict[str, Any]:
-    """Return for each kind of step, method and K the measured and the predicted variance, and their ratio."""
+def _known_gold(rewards: np.ndarray) -> Gold:
+    """Return the gold values of rewards, shape (n, N), with 0 for states none of whose continuations has a reward."""
+    gold = Gold.of_rewards(rewards)
+    return Gold(np.nan_to_num(gold.values), np.nan_to_num(gold.variances))
+
+
+def _by_kind(table: StateTable, rewards: np.ndarray, series: Sequence[Series], spec: VarianceSpec) -> dict[str, Any]:
+    """Return for each kind of step, method and K the measured and the predicted variance, and their ratio.
+
+    One half of the gold continuations decides the kinds, the other half gives the prediction. With the same ones for
+    both, settled steps would have predictions that are too small, because the kind selects small ones.
+
+    Args:
+        rewards: reward of every gold continuation of each state, shape (n, N).
+    """
+    gold, other = _known_gold(rewards[:, ::2]), _known_gold(rewards[:, 1::2])
     after = np.where(table.afters >= 0, gold.values[table.afters], table.rewards)
     before = gold.values[table.befores]
     kinds = np.array(
         [kind_of(b, a, last < 0, spec.decisive) for b, a, last in zip(before, after, table.afters, strict=True)]
     )
-    predicted, problems = predicted_variances(table, gold, spec.gold), table.problems[table.befores]
+    predicted = predicted_variances(table, other, spec.gold // 2)
+    problems = table.problems[table.befores]
     result: dict[str, Any] = {}
     for kind in (*KINDS, "all"):
         chosen = np.flatnonzero((kinds == kind) | (kind == "all"))
