@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -29,6 +32,15 @@ def test_noisy_timings_predict_a_held_out_length_and_have_no_negative_coefficien
         found = fit_cost(STEPS, noisy)
         assert min(found.coefficients) >= 0
         assert found.seconds(100) == pytest.approx(truth.seconds(100), rel=0.15)
+
+
+@pytest.mark.parametrize(("method", "error"), [("fixed_k", 0.05), ("reuse", 0.07), ("bisection", 0.1)])
+def test_published_timings_predict_a_length_that_was_not_fitted(method: str, error: float) -> None:
+    """docs/results/length has measured seconds of 10 to 500 steps; 100 steps are left out of the fit."""
+    rows = json.loads((Path(__file__).parents[2] / "docs/results/length/length.json").read_text())["rows"]
+    seconds = {row["steps"]: row["seconds"] for row in rows if row["method"] == method}
+    held_out = seconds.pop(100)
+    assert fit_cost(list(seconds), list(seconds.values())).seconds(100) == pytest.approx(held_out, rel=error)
 
 
 def test_wrong_timings_are_refused() -> None:
