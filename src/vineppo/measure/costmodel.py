@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-POWERS = (1, 2, 3)
+POWERS = (0, 1, 2, 3)
 """Powers of the number of steps in the cost model."""
 
 
@@ -17,12 +17,13 @@ POWERS = (1, 2, 3)
 class CostModel:
     """Seconds = sum of coefficient * steps^power, with coefficients of at least 0.
 
-    The power 1 is work per token of the response, 2 is work per token of continuations (and attention of a forward
+    The power 0 is work per response whatever its length, such as a share of the optimizer step. The power 1 is work per
+    token of the response, 2 is work per token of continuations (and attention of a forward
     pass), 3 is the attention of continuations to their context.
     """
 
-    coefficients: tuple[float, float, float]
-    """Seconds per steps, steps^2 and steps^3."""
+    coefficients: tuple[float, ...]
+    """Seconds, and seconds per steps, steps^2 and steps^3, shape (4,)."""
 
     def seconds(self, steps: float) -> float:
         """Return the predicted seconds for a chain of this number of steps."""
@@ -45,18 +46,18 @@ def fit_cost(steps: Sequence[float], seconds: Sequence[float]) -> CostModel:
     if not len(x) or (x <= 0).any() or (y <= 0).any():
         raise ValueError("a cost model needs positive numbers of steps and seconds")
     # Dividing each row by its seconds makes the errors relative, so that long chains do not decide alone.
-    rows = np.stack([x**power for power in POWERS], axis=1) / y[:, None]  # (n, 3)
-    best, best_error = (0.0, 0.0, 0.0), math.inf
+    rows = np.stack([x**power for power in POWERS], axis=1) / y[:, None]  # (n, 4)
+    best, best_error = (0.0,) * len(POWERS), math.inf
     for size in range(1, min(len(x), len(POWERS)) + 1):
         for chosen in itertools.combinations(range(len(POWERS)), size):
             scale = np.abs(rows[:, chosen]).max(axis=0)
             found = np.linalg.lstsq(rows[:, chosen] / scale, np.ones(len(x)), rcond=None)[0] / scale
             error = float(((rows[:, chosen] @ found - 1) ** 2).sum())
             if (found >= 0).all() and error < best_error - 1e-15:
-                whole = [0.0, 0.0, 0.0]
+                whole = [0.0] * len(POWERS)
                 for place, value in zip(chosen, found, strict=True):
                     whole[place] = float(value)
-                best, best_error = (whole[0], whole[1], whole[2]), error
+                best, best_error = tuple(whole), error
     return CostModel(best)
 
 

@@ -73,11 +73,11 @@ def _models(result: Mapping[str, Any]) -> list[str]:
             ]
         )
     return [
-        f"Cost model: seconds = a steps + b steps^2 + c steps^3, fitted without the chains of {result['held_out']} "
+        f"Cost model: seconds = a + b steps + c steps^2 + d steps^3, fitted without the chains of {result['held_out']} "
         "steps, and checked there. Break-even is the number of steps at which continuations cost as much as the value "
         f"network, looked for from 1 to {max(row['steps'] for row in result['rows'])}:",
         "",
-        *table(["method", "a", "b", "c", "measured", "predicted", "error", "break-even steps"], rows),
+        *table(["method", "a", "b", "c", "d", "measured", "predicted", "error", "break-even steps"], rows),
         "",
     ]
 
@@ -126,11 +126,14 @@ def plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
             axes.plot(row["steps"], row["seconds"], "o", color=colour, markerfacecolor=face, zorder=3)
         if own and method in result["models"]:
             model = CostModel(tuple(result["models"][method]["coefficients"]))
-            xs = [min(r["steps"] for r in own) * 1.15**n for n in range(60)]
-            xs = [x for x in xs if x <= max(r["steps"] for r in result["rows"])]
+            low, high = min(r["steps"] for r in own), max(r["steps"] for r in result["rows"])
+            xs = [low * (high / low) ** (n / 50) for n in range(51)]
             axes.plot(xs, [model.seconds(x) for x in xs], color=colour, label=method)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    lengths = sorted({row["steps"] for row in result["rows"]})
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.minorticks_off()
     finish(axes, "steps of the response", "seconds per response")
     legend_below(axes)
     return [save(figure, folder / "scaling.png")]

@@ -25,6 +25,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"mean reward is {result['mean_reward']:.3f}. Brackets are 95% bootstrap intervals over problems. Errors are "
         "against exact values: the noise of gold is subtracted.",
         "",
+        *(
+            []
+            if result["gold_spread"]
+            else ["**All gold values are equal, so there is nothing to tell apart; give another task or model.**", ""]
+        ),
     ]
     lines += table(
         ["estimate", "bias", "RMSE", "explained variance", "explained within", "calibration error"],

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from vineppo.measure.output import heading, interval, number, table
 from vineppo.measure.variance import recommendation
 from vineppo.run.figures import canvas, finish, legend_below, save
@@ -117,6 +119,7 @@ def _variance(result: Mapping[str, Any]) -> Any:
     finish(axes, "K: continuations per state", "variance of the step advantage")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    _ticks_at_k(axes, result)
     legend_below(axes)
     return figure
 
@@ -138,5 +141,13 @@ def _errors(result: Mapping[str, Any]) -> Any:
     axes.axhline(plain, color="#444444", linestyle="--", linewidth=1.2, label="no continuations")
     finish(axes, "K: continuations per state", "relative squared error (best combination: 1)")
     axes.set_xscale("log")
+    _ticks_at_k(axes, result)
     legend_below(axes)
     return figure
+
+
+def _ticks_at_k(axes: Axes, result: Mapping[str, Any]) -> None:
+    """Put the ticks of the x axis at the measured K."""
+    ks = sorted({row["k"] for part in result["by_kind"].values() for row in part["rows"]})
+    axes.minorticks_off()
+    axes.set_xticks(ks, [str(k) for k in ks])
