@@ -56,6 +56,8 @@ def test_break_even_by_hand() -> None:
     assert break_even(lambda n: 40 * n, lambda n: 2 * n**2, 1000) == pytest.approx(20)
     assert break_even(lambda n: n**2 + 1, lambda n: n, 1000) is None
     assert break_even(lambda n: 2 * n**2, lambda n: 40 * n, 10) is None
+    # (n - 5) (n - 50) changes its sign twice; the first one counts.
+    assert break_even(lambda n: (n - 5) * (n - 50), lambda n: 0, 1000) == pytest.approx(5)
 
 
 def test_a_held_out_length_is_not_fitted() -> None:

@@ -64,21 +64,22 @@ def fit_cost(steps: Sequence[float], seconds: Sequence[float]) -> CostModel:
 def break_even(
     first: Callable[[float], float], second: Callable[[float], float], longest: float, shortest: float = 1.0
 ) -> float | None:
-    """Return the number of steps at which two costs are equal, or None if one of them is the smaller one everywhere.
+    """Return the smallest number of steps at which two costs are equal, or None if one of them is always smaller.
+
+    The range is searched at 400 lengths with equal ratios, and the first change of order is refined by bisection.
 
     Args:
         first: seconds over the number of steps.
-        second: the same of the alternative. The difference must change its sign at most once in the range.
+        second: the same of the alternative.
         longest, shortest: range of the numbers of steps.
     """
-    low, high = shortest, longest
-    if (first(low) > second(low)) == (first(high) > second(high)):
-        return None
-    rising = first(low) <= second(low)
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if (first(middle) <= second(middle)) == rising:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
+    lengths = [shortest * (longest / shortest) ** (n / 399) for n in range(400)]
+    cheaper = [first(n) <= second(n) for n in lengths]
+    for low, high, before, after in zip(lengths, lengths[1:], cheaper, cheaper[1:], strict=False):
+        if before == after:
+            continue
+        for _ in range(60):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if (first(middle) <= second(middle)) == before else (low, middle)
+        return math.sqrt(low * high)
+    return None
