@@ -18,6 +18,7 @@ from vineppo.measure.agreement import Gold
 from vineppo.measure.estimates import group_means, monte_carlo, state_table, tempo_values
 from vineppo.measure.intervals import bootstrap
 from vineppo.measure.session import Session
+from vineppo.measure.values import _picture
 from vineppo.steps import build_splitter
 from vineppo.types import Rollout, RolloutGroup
 from vineppo.values import State
@@ -181,3 +182,9 @@ def test_the_rewards_of_a_state_at_the_length_limit_are_0() -> None:
     s = session()
     rewards = s.rewards([State(world().problem, world().prompt_ids, (1, 2, 3, 4))], 3, "gold")
     assert rewards.tolist() == [[0, 0, 0]]
+
+
+def test_few_problems_do_not_show_whether_an_error_grows() -> None:
+    rows = {"critic": {"trend": {"mean": 0.2, "low": 0.1, "high": 0.3}}, "MC": {"trend": {"low": -0.2, "high": 0.1}}}
+    assert _picture(rows, 24) == {"critic": "grows", "MC": "not resolved"}
+    assert _picture(rows, 9) == {"critic": "not resolved", "MC": "not resolved"}

@@ -29,6 +29,8 @@ from vineppo.types import RolloutGroup, UserError
 
 DEPTH_BINS = 5
 """Number of bins of the relative depth of a state."""
+MIN_PROBLEMS = 10
+"""Smallest number of problems from which the report says whether an error grows along the response."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def measure_values(spec: ValuesSpec, say: Say) -> dict[str, Any]:
         ).tolist(),
         "estimates": results,
         "choices": choices,
-        "picture": _picture(results),
+        "picture": _picture(results, len(set(table.problems.tolist()))),
         "tokens": session.tokens,
         "seconds": session.seconds,
     }
@@ -167,13 +169,16 @@ def _result(estimate: Estimate, gold: Gold, table: StateTable, spec: ValuesSpec)
     }
 
 
-def _picture(results: Mapping[str, Any]) -> dict[str, str]:
-    """Say for each estimate whether its error grows along the response: `grows`, `falls` or `not resolved`."""
+def _picture(results: Mapping[str, Any], num_problems: int) -> dict[str, str]:
+    """Say for each estimate whether its error grows along the response: `grows`, `falls` or `not resolved`.
+
+    Nothing is said with fewer than `MIN_PROBLEMS` problems, because a percentile bootstrap of so few is too narrow.
+    """
     words = {}
     for label, result in results.items():
         trend = result.get("trend", {})
         low, high = trend.get("low"), trend.get("high")
-        if low is None or high is None or math.isnan(low):
+        if num_problems < MIN_PROBLEMS or low is None or high is None or math.isnan(low):
             words[label] = "not resolved"
         else:
             words[label] = "grows" if low > 0 else "falls" if high < 0 else "not resolved"
