@@ -14,7 +14,22 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, offline, plan, plot, sft, show, train
+from vineppo.cli import (
+    blame,
+    compare,
+    demo,
+    doctor,
+    eval,
+    offline,
+    plan,
+    plot,
+    scaling,
+    sft,
+    show,
+    train,
+    values,
+    variance,
+)
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -109,6 +124,10 @@ COMMANDS: dict[str, Command] = {
     "show": show.COMMAND,
     "plot": plot.COMMAND,
     "compare": compare.COMMAND,
+    "values": values.COMMAND,
+    "blame": blame.COMMAND,
+    "variance": variance.COMMAND,
+    "scaling": scaling.COMMAND,
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,
 }
