@@ -15,10 +15,10 @@ function renderCurve() {
   const title = r.hasValues ? (r.monteCarlo ? "Value, 95% interval" : "Value, predicted") : "Sum of token advantages";
   const chart = svg("svg", { width: across ? length : breadth, height: across ? breadth : length, class: "curve", role: "img",
     "aria-label": r.hasValues ? `Value of ${S} states, from ${num(r.steps[0].v)} to the reward ${num(r.reward)}` : `Sum of the token advantages of ${S} steps` });
-  const P = 14;
+  const P = across ? 26 : 14;
   const place = (along, value) => {
-    const a = P + (length - 2 * P) * along;
-    return across ? [a, breadth - P - (breadth - 2 * P) * value] : [P + (breadth - 2 * P) * value, a];
+    const a = P + (length - P - 14) * along;
+    return across ? [a, breadth - 14 - (breadth - 28) * value] : [P + (breadth - 2 * P) * value, a];
   };
   const line = (from, to, name) => svg("line", { x1: from[0], y1: from[1], x2: to[0], y2: to[1], class: name });
   if (r.hasValues) drawValues(r, chart, place, line); else drawBars(r, chart, place, line);
@@ -41,7 +41,14 @@ function renderCurve() {
 function pointer(event, chart, across, P, length) {
   const box = chart.getBoundingClientRect();
   const at = across ? (event.clientX - box.left) * (length / box.width) : (event.clientY - box.top) * (length / box.height);
-  return clamp((at - P) / (length - 2 * P), 0, 1);
+  return clamp((at - P) / (length - P - 14), 0, 1);
+}
+
+/** Return the label of a value at the start of the curve. */
+function tick([x, y], text, across) {
+  const node = svg("text", { x: across ? 1 : x, y: across ? y + 3 : y - 4, class: "tick", "text-anchor": across ? "start" : "middle" });
+  node.textContent = text;
+  return node;
 }
 
 function drawValues(r, chart, place, line) {
@@ -52,7 +59,7 @@ function drawValues(r, chart, place, line) {
   for (const s of states) for (const x of [s.v, s.lo, s.hi]) if (x !== null) { low = Math.min(low, x); high = Math.max(high, x); }
   const at = (i, value) => place(i / S, (value - low) / (high - low || 1));
   for (const [value, name] of [[low, "axis"], [(low + high) / 2, "axis faint"], [high, "axis"]]) {
-    chart.append(line(at(0, value), at(S, value), name));
+    chart.append(line(at(0, value), at(S, value), name), tick(at(0, value), num(value, Number.isInteger(value) ? 0 : 1), at(0, low)[0] === at(0, high)[0]));
   }
   const band = states.map((s, i) => ({ ...s, i })).filter((s) => s.lo !== null);
   if (band.length > 1) {

@@ -39,7 +39,7 @@ function treeNode(leaves, from, r) {
   const average = mean(known), range = run().range;
   const text = leaves[0].text(from, end);
   const mine = leaves.some((leaf) => leaf.id === r.id);
-  const shown = text.length > 220 ? el("details", {}, el("summary", {}, oneLine(text.slice(0, 110), 100)), el("div", {}, cut(text, 4000))) : el("div", {}, visible(text.replace(/\n$/, "")) || (from === end ? "\u2205" : "\u21b5"));
+  const shown = text.length > 60 || text.trimEnd().includes("\n") ? el("details", {}, el("summary", {}, oneLine(text.slice(0, 400).trimEnd().replace(/\n/g, " \u21b5 "), 90)), el("div", {}, cut(text, 4000))) : el("div", {}, visible(text.replace(/\n$/, "")) || (from === end ? "\u2205" : "\u21b5"));
   const share = average === null ? 0 : clamp((average - range.low) / (range.high - range.low), 0, 1);
   const meter = el("span", { class: "meter", "aria-hidden": "true" }, el("span", {}));
   meter.firstChild.style.width = `${100 * share}%`;
@@ -53,14 +53,14 @@ function treeNode(leaves, from, r) {
 
 function paneCredits(r) {
   const columns = [];
-  if (r.credit !== "none") columns.push([`${r.run.meta.algorithm} (recorded)`, r.adv]);
+  if (r.credit !== "none") columns.push([r.run.meta.algorithm === "Counterfactual" ? "Counter\u00adfactual" : r.run.meta.algorithm, r.adv]);
   for (const [name, numbers] of Object.entries(r.others)) if (numbers.length) columns.push([name, numbers]);
   if (r.tokenValue && r.reward !== null) columns.push(["Critic", r.tokenValue.map((v, i) => (i + 1 < r.ids.length ? r.tokenValue[i + 1] : r.reward) - v)]);
   const parts = [el("h2", {}, "Credits", el("span", { class: "of" }, " the same response under several algorithms"))];
   if (!columns.length) return [...parts, el("p", { class: "empty" }, "This response has no credit and no group to compute one from.")];
   const averages = columns.map(([, numbers]) => r.steps.map((step) => mean(numbers.slice(step.start, step.end)) || 0));
   const scales = averages.map((numbers) => Math.max(1e-9, ...numbers.map(Math.abs)));
-  const width = `minmax(0, 1fr) repeat(${columns.length}, minmax(58px, 76px))`;
+  const width = `minmax(64px, 1fr) repeat(${columns.length}, ${columns.length > 4 ? 56 : 66}px)`;
   const table = el("div", { class: "credits", role: "table", "aria-label": "Mean advantage of the tokens of each step" });
   const line = (cells, name) => { const row = el("div", { class: "credit-row " + name, role: "row" }, cells); row.style.gridTemplateColumns = width; return row; };
   table.append(line([el("span", { role: "columnheader" }, "Step"), ...columns.map(([name]) => el("span", { role: "columnheader", class: "r" }, name))], "head"));
@@ -70,10 +70,14 @@ function paneCredits(r) {
     row.addEventListener("click", () => go({ step: step.number, token: null }, { scroll: "center" }));
     table.append(row);
   });
-  parts.push(el("p", {}, "Mean advantage of the tokens of each step. Each column has its own colour scale."), table);
+  parts.push(el("p", {}, "Mean advantage of the tokens of each step. The first column is what the run recorded. Each column has its own colour scale."), table);
   if (r.steps.length > 400) parts.push(el("p", { class: "note" }, `${r.steps.length - 400} more steps are not shown.`));
-  if (columns.length > 1 && r.credit !== "none") {
-    parts.push(el("p", { class: "note" }, "Steps with the same sign as recorded: " + columns.slice(1).map(([name], c) => `${name} ${averages[c + 1].filter((x, i) => Math.sign(x) === Math.sign(averages[0][i])).length} of ${r.steps.length}`).join(", ") + "."));
+  const differing = columns.map(([name], c) => [name, averages[c]]).filter(([, numbers], c) => c && numbers.some((x) => x !== 0));
+  if (differing.length && r.credit !== "none") {
+    parts.push(el("p", { class: "note" }, "Steps with the same sign as recorded: " + differing.map(([name, numbers]) => `${name} ${numbers.filter((x, i) => Math.sign(x) === Math.sign(averages[0][i])).length} of ${r.steps.length}`).join(", ") + "."));
+  }
+  if (Object.values(r.others).length && Object.values(r.others).every((numbers) => numbers.every((x) => x === 0))) {
+    parts.push(el("p", { class: "note" }, "All responses of the group have the same reward, so GRPO, RLOO and TEMPO give no credit."));
   }
   if (!Object.keys(r.others).length) parts.push(el("p", { class: "note" }, "GRPO, RLOO and TEMPO compare the responses of a group. This response has no other response to compare with."));
   parts.push(el("p", { class: "note" }, "GRPO, RLOO and TEMPO are computed here from the rewards and tokens of the group, with their default settings. Critic is the change of the value that the run's value network predicts."));

@@ -98,7 +98,7 @@ function rowOf(i) {
   el("span", { class: "row-text" }, oneLine(c.preview[id], 70) || "(empty prompt)"),
   rewardMark(c.reward[id], r.range),
   el("span", { class: "row-more" }, c.kind[id] === "rollout" ? null : "training sample; ", step ? `step ${step}: ` : null, oneLine(below, 90)),
-  el("span", { class: "row-low " + shade(lowest, 1), title: "lowest step advantage" }, lowest === null ? "" : signed(lowest)));
+  el("span", { class: "row-low " + shade(lowest, r.lowScale), title: "lowest step advantage" }, lowest === null ? "" : signed(lowest)));
 }
 
 /** Open an entry of the list. */
@@ -114,8 +114,10 @@ function open(i, view = "response") {
 function reveal() {
   const box = $("list"), top = list.position * ROW;
   if (list.position < 0) return;
-  if (top < box.scrollTop) box.scrollTop = top;
-  else if (top + ROW > box.scrollTop + box.clientHeight) box.scrollTop = top + ROW - box.clientHeight;
+  const below = top + ROW - box.scrollTop - box.clientHeight, above = box.scrollTop - top;
+  if (Math.max(above, below) > 2 * ROW) box.scrollTop = top - box.clientHeight / 2 + ROW;
+  else if (above > 0) box.scrollTop = top;
+  else if (below > 0) box.scrollTop += below;
   renderRows();
 }
 

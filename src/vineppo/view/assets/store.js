@@ -70,6 +70,7 @@ class Run {
     for (const entries of Object.values(this.queues)) entries.sort((a, b) => a.key - b.key || a.id - b.id);
     this.c = c;
     this.size = c.it.length;
+    this.lowScale = c.lowest.reduce((most, x) => Math.max(most, Math.abs(x || 0)), 0);
     const known = c.reward.filter((r, i) => r !== null && c.kind[i] === "rollout");
     let high = -Infinity, low = Infinity;
     for (const r of known) { high = Math.max(high, r); low = Math.min(low, r); }

@@ -67,7 +67,8 @@ function showMore(until) {
   if (old) old.remove();
   const fragment = document.createDocumentFragment();
   let tokens = 0, characters = 0, at = view.shown;
-  const marks = new Set([...r.alternatives.map((a) => a.position), ...r.continuations.map((c) => c.state).filter((s) => !r.steps.some((step) => step.start === s))]);
+  const starts = new Set(r.steps.map((step) => step.start)), paid = new Set(r.alternatives.map((a) => a.position));
+  const marks = new Set([...paid, ...r.continuations.map((c) => c.state).filter((s) => !starts.has(s))]);
   while (at < r.ids.length && (tokens < PAGE_TOKENS && characters < PAGE_CHARACTERS || at <= until)) {
     const inside = r.steps.length && at < r.steps[r.steps.length - 1].end;
     const step = inside ? r.steps[stepAt(r, at) - 1] : { number: null, start: at, end: r.ids.length, v: null, a: null };
@@ -77,7 +78,7 @@ function showMore(until) {
       let shown = r.tok[i];
       if (i === step.end - 1) shown = shown.replace(/\n$/, "");
       characters += Math.min(shown.length, TOKEN_CHARACTERS);
-      const span = el("span", { class: "t " + shade(r.adv[i], r.scale) + (marks.has(i) ? " fork" : "") }, cut(shown, TOKEN_CHARACTERS));
+      const span = el("span", { class: "t " + shade(r.adv[i], r.scale) + (marks.has(i) ? " fork" : "") + (paid.has(i) ? " paid" : "") }, cut(shown, TOKEN_CHARACTERS));
       span.dataset.i = i;
       view.spans.set(i, span);
       text.append(span);
@@ -141,11 +142,11 @@ function inspect(i) {
   if (r.weight && r.weight[i] !== 1) items.push(item("Weight", num(r.weight[i])));
   if (step && step.v !== null) {
     items.push(item(`V before step ${n}`, num(step.v, 3), "value of the state before the step"));
-    items.push(item("K", step.k === null ? "predicted" : step.k === 0 ? "known" : String(step.k), "number of Monte-Carlo rollouts in the value"));
+    if (step.k !== null) items.push(item("K", step.k === 0 ? "known" : String(step.k), "number of Monte-Carlo rollouts in the value; known without sampling if 0"));
     if (step.lo !== null) items.push(item("95% interval", `${num(step.lo)} to ${num(step.hi)}`));
     if (step.after !== null && step.after !== undefined) items.push(item("V after", num(step.after, 3)));
   }
-  if (r.tokenValue && r.tokenValue[i] !== null) items.push(item("Critic before token", num(r.tokenValue[i], 3), "predicted by the value network"));
+  if (r.tokenValue && r.tokenValue[i] !== null) items.push(item("Critic", num(r.tokenValue[i], 3), "value of the state before the token as predicted by the value network"));
   const other = r.alternatives.filter((a) => a.position === i);
   if (other.length) items.push(item("In its place", other.slice(0, 3).map((a) => `${quoted(a.text)} ${signed(a.advantage)}`).join(", ") + (other.length > 3 ? "\u2026" : "")));
   box.replaceChildren(el("dl", {}, items));

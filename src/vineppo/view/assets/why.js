@@ -125,7 +125,7 @@ function branch(r, c, step) {
     el("button", { type: "button", class: "link", onclick: () => go({ step: stepAt(r, Math.min(leaves, r.ids.length - 1)), token: Math.min(leaves, r.ids.length - 1) }, { scroll: "center" }) }, where),
     el("span", { class: "of" }, plural(c.length, "token"), draft, c.finish === "length" ? ", cut off" : null)),
   el("div", { class: "branch-text", dir: "auto" }, shared ? el("span", { class: "shared" }, shared.length > 600 ? "\u2026" + visible(shared.slice(-600)) : visible(shared)) : null,
-    end ? null : el("span", { class: "leave", title: where }, "\u2442"), el("span", {}, cut(c.text, 1500))));
+    end ? null : el("span", { class: "leave", title: where }, "\u25b8"), el("span", {}, cut(c.text, 1500))));
 }
 
 function alternativeTable(r, alternatives) {
