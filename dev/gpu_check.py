@@ -733,6 +733,9 @@ class InTime:
         """Note the time at which the first evaluation starts."""
         self.began = time.perf_counter()
 
+    def phase(self, name: str) -> None:
+        """Do nothing."""
+
     def before_iteration(self, iteration: int) -> None:
         """Do nothing."""
 

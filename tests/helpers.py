@@ -45,6 +45,9 @@ class SilentReporter:
     def before_iteration(self, iteration: int) -> None:
         pass
 
+    def phase(self, name: str) -> None:
+        pass
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         pass
 

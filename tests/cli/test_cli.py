@@ -20,13 +20,15 @@ from vineppo.cli.console import (
     final_report,
     headline,
     progress_line,
+    share_before,
     share_done,
     short_number,
+    tokens_per_second,
 )
 from vineppo.cli.demo import _free_directory
 from vineppo.cli.main import COMMANDS, main
 from vineppo.config.recipes import load_recipe
-from vineppo.config.schema import Config
+from vineppo.config.schema import Config, RunConfig
 from vineppo.run.checkpoint import save_checkpoint
 from vineppo.run.directory import RunDirectory
 from vineppo.training.configure import build_config
@@ -332,6 +334,25 @@ def test_other_exceptions_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         main(["train"])
 
 
+def test_the_demo_ends_with_a_response_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    small = "--run.iterations 2 --rollouts.num_problems 16 --learner.minibatch_size 16 --learner.lr 1e-3"
+    small += " --eval.every 0 --eval.final_num_problems 0 --run.checkpoint_every 0"
+    assert main(["demo", "--run.dir", str(run), *small.split()]) == 0
+    text = capsys.readouterr().out
+    _, _, after = text.partition("The first of 64 validation problems that the starting model gets wrong")
+    if not after:  # possible on a machine with another rounding
+        assert "Training improved the response to none of 64 validation problems." in text
+        return
+    before, _, after = after.partition("After training, problem validation/")
+    assert "Before training, problem validation/" in before
+    for part, reward in ((before, "0"), (after, "1")):
+        assert (
+            f"reward {reward}, complete" in part and part.count("V(prompt)") == 1 and "K = 32" in " ".join(part.split())
+        )
+    assert f"  vineppo show {run}" in text.splitlines()
+
+
 def test_the_demo_takes_the_next_free_directory(tmp_path: Path) -> None:
     assert _free_directory(tmp_path / "demo").name == "demo"
     (tmp_path / "demo").mkdir()
@@ -452,6 +473,52 @@ def test_terminal_keeps_the_lines_of_evaluations(capsys: pytest.CaptureFixture[s
     reporter.close()
     reporter.close()
     assert "accuracy 45.3%" in capsys.readouterr().out
+
+
+def test_terminal_shows_the_phase_of_an_iteration() -> None:
+    """The bar moves within an iteration by the shares that the phases of the iteration before had."""
+    reporter = ConsoleReporter(Config(run=RunConfig(iterations=4)), live=True)
+    reporter.start("sampling with PyTorch")
+    seconds = {"seconds/sample": 1.0, "seconds/credit": 2.0, "seconds/update": 4.0, "seconds/eval": 1.0}
+    states = []
+
+    def note() -> None:
+        [task] = reporter._bar.tasks
+        states.append((task.fields["phase"], task.completed, task.description))
+
+    reporter.phase("eval")
+    note()
+    reporter.iteration({"iteration": 0, "tokens/generated": 0, "eval/accuracy": 0.25})
+    reporter.iteration({"iteration": 1, "tokens/generated": 3000, "reward/mean": 0.5, **seconds})
+    for name in ("sample", "credit", "update", "eval"):
+        reporter.phase(name)
+        note()
+    reporter.iteration({"iteration": 2, "tokens/generated": 9000, "reward/mean": 0.75, **seconds, "eval/accuracy": 0.5})
+    note()
+    reporter.close()
+    text = "1/4  reward 0.500  accuracy 25.0%  1k tokens/s"
+    assert states == [
+        ("evaluating", 0.0, "starting model"),
+        ("sampling", 0.25, text),
+        ("credit", 0.25 + 0.25 / 8, text),
+        ("updating", 0.25 + 0.25 * 3 / 8, text),
+        ("evaluating", 0.25 + 0.25 * 7 / 8, text),
+        ("evaluating", 0.5, "2/4  reward 0.750  accuracy 50.0%  2k tokens/s"),
+    ]
+
+
+def test_a_pipe_gets_no_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = ConsoleReporter(Config(), live=False)
+    reporter.phase("sample")
+    assert capsys.readouterr().out == ""
+
+
+def test_tokens_per_second_need_two_lines() -> None:
+    line = {"tokens/generated": 500, "seconds/sample": 1.0, "seconds/credit": 1.5}
+    assert tokens_per_second(line, {"tokens/generated": 100}) == 160
+    assert tokens_per_second(line, {}) is None and tokens_per_second({"tokens/generated": 5}, line) is None
+    assert share_before("update", {}) == 0 and share_before("unknown", line) == 0
+    assert share_before("credit", line) == 0.4
 
 
 def test_short_numbers_and_durations() -> None:

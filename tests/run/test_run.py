@@ -299,7 +299,7 @@ def test_the_ends_of_tokens_in_a_text() -> None:
     assert ends == [0, 1, 2, 3, 4, 4, 4, 4, 5]  # a character belongs to the token that completes it
     assert token_ends([3, 3, 5], _decode([3, 3, 5]), _decode, {}) == [3, 7, 9]
     assert token_ends([1, 2], "another text", _decode, {}) == []
-    cut = "a".encode() + "é".encode()[:1]
+    cut = b"a" + "é".encode()[:1]
     assert token_ends(list(cut), "a\N{REPLACEMENT CHARACTER}", decode_bytes, {}) == [1, 2]
 
 

@@ -10,12 +10,16 @@ from typing import Any
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 
+_PHASES = {"sample": "sampling", "credit": "credit", "update": "updating", "eval": "evaluating"}
+"""Name of each phase of an iteration (`Reporter.phase`), in their order -> its name on the terminal."""
+
 
 class ConsoleReporter:
     """Print the progress of a run on standard output. It implements the protocol `vineppo.training.session.Reporter`.
 
-    On a terminal, the reporter shows a progress bar and prints one line above the bar for each evaluation. If standard
-    output is a file or a pipe, the reporter prints one line per iteration.
+    On a terminal, the reporter shows a line that is updated: the phase of the iteration, a bar, the time that is left,
+    the reward of the newest iteration, the newest accuracy, and tokens per second. It prints one line above this line
+    for each evaluation. If standard output is a file or a pipe, the reporter prints one line per iteration.
     """
 
     def __init__(self, config: Config, live: bool | None = None) -> None:
@@ -23,12 +27,15 @@ class ConsoleReporter:
 
         Args:
             config: configuration of the run.
-            live: whether to show a progress bar. None shows the bar if standard output is a terminal.
+            live: whether to show the line that is updated. None shows it if standard output is a terminal.
         """
         self._live = sys.stdout.isatty() if live is None else live
         self._config = config
         self._bar: Any = None  # the rich.progress.Progress that is shown now, or None
         self._row: Any = None  # the id that rich gave to the only row of the bar
+        self._last: Mapping[str, Any] = {}  # the metrics of the newest iteration
+        self._done = self._increment = 0.0  # completed share of the run, and how much of it is the newest iteration
+        self._accuracy: float | None = None
 
     def start(self, sampler: str) -> None:
         """Print the first two lines of the output, and start the progress bar if there is one."""
@@ -36,21 +43,34 @@ class ConsoleReporter:
         _print(sampler)
         if not self._live:
             return
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         columns = (
+            SpinnerColumn("line"),
+            TextColumn("{task.fields[phase]:<10}", markup=False),
             BarColumn(bar_width=12),
-            TextColumn("{task.description}", markup=False),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            ),
         )
-        self._bar = Progress(*columns)
-        self._row = self._bar.add_task("evaluating the starting model", total=1.0)
+        self._bar = Progress(*columns, expand=True)
+        self._row = self._bar.add_task("starting model", total=1.0, phase="")
         self._bar.start()
 
     def before_iteration(self, iteration: int) -> None:
         """Print nothing."""
+
+    def phase(self, name: str) -> None:
+        """Show the name of the phase, and move the bar by the share of the iteration that earlier phases took.
+
+        The shares are those of the iteration before.
+        """
+        if self._bar is not None:
+            completed = min(1.0, self._done + self._increment * share_before(name, self._last))
+            self._bar.update(self._row, completed=completed, phase=_PHASES.get(name, name))
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of one iteration.
@@ -67,10 +87,12 @@ class ConsoleReporter:
             return
         if metrics.get("eval/accuracy") is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        # The bar shows its own clock instead of the seconds. The accuracy is in the lines above the bar.
-        reduced = {key: value for key, value in metrics.items() if key not in ("eval/accuracy", "seconds/train")}
-        short = progress_line(reduced, iterations) if metrics.get("iteration") else "first iteration"
-        self._bar.update(self._row, completed=share_done(metrics, self._config), description=short)
+            self._accuracy = metrics["eval/accuracy"]
+        done = share_done(metrics, self._config)
+        self._increment, self._done = (done - self._done if self._last else 0.0), done
+        text = live_line(metrics, self._last, iterations, self._accuracy)
+        self._bar.update(self._row, completed=done, description=text)
+        self._last = metrics
 
     def saved(self, iteration: int) -> None:
         """Print nothing."""
@@ -155,6 +177,53 @@ def progress_line(metrics: Mapping[str, Any], iterations: int) -> str:
     if metrics.get("eval/accuracy") is not None:
         bounds = {name: metrics.get(f"eval/accuracy_{name}") for name in ("low", "high")}
         parts.append(f"accuracy {interval_text({'mean': metrics['eval/accuracy'], **bounds})}")
+    return "  ".join(parts)
+
+
+def share_before(phase: str, metrics: Mapping[str, Any]) -> float:
+    """Return the share of an iteration's seconds that its phases before a phase took, from 0 to 1.
+
+    Args:
+        phase: name of the phase.
+        metrics: the line of the iteration in metrics.jsonl. Without seconds, the result is 0.
+    """
+    seconds = {name: metrics.get(f"seconds/{name}") or 0.0 for name in _PHASES}
+    names = list(_PHASES)
+    before = names[: names.index(phase)] if phase in names else []
+    total = sum(seconds.values())
+    return sum(seconds[name] for name in before) / total if total else 0.0
+
+
+def tokens_per_second(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> float | None:
+    """Return the generated tokens of an iteration, divided by its seconds of sampling and credit; None if unknown.
+
+    Args:
+        metrics: the line of the iteration in metrics.jsonl.
+        before: the line of the iteration before. Its number of tokens is subtracted.
+    """
+    seconds = (metrics.get("seconds/sample") or 0.0) + (metrics.get("seconds/credit") or 0.0)
+    tokens, tokens_before = metrics.get("tokens/generated"), before.get("tokens/generated")
+    if tokens is None or tokens_before is None or not seconds:
+        return None
+    return float(tokens - tokens_before) / seconds
+
+
+def live_line(metrics: Mapping[str, Any], before: Mapping[str, Any], iterations: int, accuracy: float | None) -> str:
+    """Return what the terminal shows beside the bar: iteration, reward, accuracy and tokens per second.
+
+    Args:
+        metrics: the line of the newest iteration in metrics.jsonl.
+        before: the line before; empty if there is none.
+        iterations: number of iterations of the run.
+        accuracy: the newest accuracy on the validation problems; None if there is none.
+    """
+    parts = [f"{metrics.get('iteration', 0)}/{iterations}"]
+    if metrics.get("reward/mean") is not None:
+        parts.append(f"reward {metrics['reward/mean']:.3f}")
+    if accuracy is not None:
+        parts.append(f"accuracy {100 * accuracy:.1f}%")
+    if (speed := tokens_per_second(metrics, before)) is not None:
+        parts.append(f"{short_number(speed)} tokens/s")
     return "  ".join(parts)
 
 

@@ -13,10 +13,13 @@ class Timer:
 
     Args:
         clock: function that returns the current time in seconds.
+        on_phase: function that is called with the name of each phase when the phase begins.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, on_phase: Callable[[str], None] | None = None
+    ) -> None:
+        self._clock, self._on_phase = clock, on_phase
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -25,6 +28,8 @@ class Timer:
 
         Blocks must not be nested, because the time of the inner block would count twice.
         """
+        if self._on_phase is not None:
+            self._on_phase(phase)
         start = self._clock()
         try:
             yield

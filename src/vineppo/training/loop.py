@@ -200,7 +200,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         (progress after the last iteration, reason to stop).
     """
     parts, evaluator, limits = session.parts, session.evaluator, session.limits
-    guards, timer = session.watch.guards, Timer()
+    guards, timer = session.watch.guards, Timer(on_phase=session.report_phase)
     if not progress.accuracy_before:
         progress = evaluate_before(session, progress)
     while not (reason := _reason_to_stop(session, progress, stop)):
@@ -228,6 +228,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         line = metrics_line(progress, groups, {**credit_metrics, **metrics, **reward_means, **tally.shares()}, seconds)
         is_last = _reason_to_stop(session, progress, stop) not in ("", "interrupted")
         if evaluator.settings.every and (iteration % evaluator.settings.every == 0 or is_last):
+            session.report_phase("eval")
             progress, accuracy = evaluator.during_training(progress)
             line.update(accuracy)
         if limits.save_rollouts:

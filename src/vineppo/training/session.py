@@ -35,6 +35,9 @@ class Reporter(Protocol):
     def before_iteration(self, iteration: int) -> None:
         """Report the beginning of an iteration. Iterations are counted from 1."""
 
+    def phase(self, name: str) -> None:
+        """Report the beginning of a phase: `sample`, `credit`, `update` or `eval`."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Report an iteration. `metrics` is the content of the iteration's line in metrics.jsonl."""
 
@@ -82,6 +85,11 @@ class Session:
         """
         return progress.seconds_total + time.perf_counter() - self.began
 
+    def report_phase(self, name: str) -> None:
+        """Tell the reporter that a phase begins (`Reporter.phase`)."""
+        if self.reporter:
+            self.reporter.phase(name)
+
 
 def evaluate_before(session: Session, progress: Progress) -> Progress:
     """Measure the accuracy before training, and save a checkpoint.
@@ -92,6 +100,7 @@ def evaluate_before(session: Session, progress: Progress) -> Progress:
     Returns:
         The progress with `accuracy_before` set, and with `greedy_before` if `eval.greedy` is true.
     """
+    session.report_phase("eval")
     progress, accuracy_before, greedy_before = session.evaluator.final(progress, "before")
     progress = replace(progress, accuracy_before=accuracy_before, greedy_before=greedy_before)
     line: dict[str, Any] = {"iteration": 0, "updates": 0, **cumulative(progress)}
@@ -114,6 +123,7 @@ def finish(session: Session, progress: Progress, reason: str) -> dict[str, Any]:
     after: Accuracy | None = None
     greedy_after: Accuracy = {}
     if reason != "interrupted":
+        session.report_phase("eval")
         progress, after, greedy_after = session.evaluator.final(progress, "after")
         with directory_written_aside(session.run.final) as folder:
             session.parts.policy.save(folder)

@@ -93,6 +93,10 @@ class LastingReporter:
         """Report the beginning of an iteration."""
         without_console(lambda: self._reporter.before_iteration(iteration))
 
+    def phase(self, name: str) -> None:
+        """Report the beginning of a phase."""
+        without_console(lambda: self._reporter.phase(name))
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Report an iteration."""
         without_console(lambda: self._reporter.iteration(metrics))

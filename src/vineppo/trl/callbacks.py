@@ -115,6 +115,9 @@ class Listener:
             self.call("on_epoch_begin")
         self.call("on_step_begin")
 
+    def phase(self, name: str) -> None:
+        """Do nothing: transformers has no callbacks for phases."""
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Call `on_step_end`, `on_log`, and `on_evaluate` if there was an evaluation.
 

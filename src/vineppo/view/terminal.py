@@ -24,8 +24,8 @@ NEGATIVE = ("#fdd0a2", "#fdae6b", "#f58231")
 POSITIVE = ("#d0e1f2", "#94c4df", "#4a98c9")
 """Backgrounds of positive advantages, from small to large."""
 FULL = 0.2
-"""Step advantages from values have the strongest colour from about this size on, even if all are smaller: a small change
-of the value is mostly noise."""
+"""Scale of the colours of step advantages from values if all are smaller, because small changes of the value are mostly
+noise."""
 _NARROW = 64
 """Below this number of columns, the numbers of a step stand on a line of their own."""
 _WITH_INTERVAL = 100
@@ -104,7 +104,7 @@ def _header(response: Response, label: str, width: int) -> Iterator[Text]:
     reward = "no reward" if response.reward is None else f"reward {response.reward:g}"
     end = {"length": "cut off", "stop": "complete"}.get(response.finish_reason or "", "")
     parts = [
-        label,
+        one_line(label),
         f"iteration {response.iteration}, response {response.number}" if response.iteration else "",
         f"problem {one_line(response.problem_id)}" if response.problem_id else "",
         reward,
@@ -117,7 +117,7 @@ def _header(response: Response, label: str, width: int) -> Iterator[Text]:
     for row in rows[:_PROMPT_ROWS]:
         yield Text(f"  {row}", style="dim")
     if len(rows) > _PROMPT_ROWS:
-        yield Text(f"  ... ({len(rows) - _PROMPT_ROWS} more lines)", style="dim")
+        yield Text(f"  ... ({len(rows) - _PROMPT_ROWS} more)", style="dim")
     if response.answer:
         yield Text(_cut(f"  answer: {one_line(response.answer)}", width), style="dim")
     yield Text()
@@ -136,14 +136,14 @@ def _steps(response: Response, chosen: Step | None, scale: float, width: int, co
             yield Text(numbers.rstrip(), style="bold" if mark == ">" else "")
         indent = 2 if narrow else len(numbers)
         rows = list(_rows(_characters(response, step, scale), max(10, width - indent)))
+        marked = not colour and not _uniform(response, step)
         for index, row in enumerate(rows):
             first = " " * indent if narrow or index else numbers
             line = Text().append(first, style="bold" if mark == ">" and not index else "")
             for shade, group in itertools.groupby(row, key=lambda character: character.shade):
                 line.append("".join(c.text for c in group), style=_style(shade) if colour else "")
             yield line
-            marks = _marks(row)
-            if not colour and marks.strip() and not _uniform(response, step):
+            if marked and (marks := _marks(row)).strip():
                 yield Text(" " * indent + marks)
 
 
