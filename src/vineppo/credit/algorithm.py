@@ -46,7 +46,7 @@ class CreditParts:
     """Strings that end a response as soon as the response contains one of them."""
     save_continuations: int = 0
     """Number of rollouts of an iteration whose continuations are returned in `TrainingSample.mc_rollouts`: the first
-    ones that have a reward. For all others the continuations are not kept in memory."""
+    ones that have any. For all others the continuations are not kept in memory."""
 
 
 @dataclass(frozen=True)

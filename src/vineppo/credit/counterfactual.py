@@ -207,14 +207,15 @@ def _kept(
     num_rollouts: int,
     keep: int,
 ) -> list[list[MCRollout]]:
-    """Return the continuations of each rollout's branches. They are empty for all but the first `keep` rollouts.
+    """Return the continuations of each rollout's branches: those of the first `keep` rollouts that are branched.
 
     Args:
         graded: for each branch, its completion, the text of its response, and the reward.
     """
     kept: list[list[MCRollout]] = [[] for _ in range(num_rollouts)]
+    chosen = set(sorted({branch.rollout for branch in branches})[:keep])
     for branch, [(completion, _, reward)] in zip(branches, graded, strict=True):
-        if branch.rollout < keep:
+        if branch.rollout in chosen:
             ids, reason = completion.token_ids, completion.finish_reason
             kept[branch.rollout].append(MCRollout(branch.position, ids, reward, reason, completion.accepted))
     return kept

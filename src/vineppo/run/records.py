@@ -65,12 +65,12 @@ SCHEMA = pa.schema(
         ("alternatives", pa.list_(_ALTERNATIVE)),  # (A,), ordered by position, or empty
         # (T,), number of characters of `response` before the end of each token; empty if the tokens cannot be found
         ("token_ends", pa.list_(pa.int32())),
-        # (T,), nats, entropy of the policy's distribution for each token at the start of the iteration; null for tokens
-        # that are not trained in this row; empty if unknown
+        # (T,), nats, entropy of the policy's distribution for each token at the start of the iteration, rounded to four
+        # decimal places; null for tokens that are not trained in this row; empty if unknown
         ("token_entropies", pa.list_(pa.float32())),
         # (T,), value of the state before each token as predicted by the value network; empty without one
         ("token_values", pa.list_(pa.float32())),
-        ("continuations", pa.list_(_CONTINUATION)),  # of the first `run.save_continuations` rollouts; or empty
+        ("continuations", pa.list_(_CONTINUATION)),  # of the first `run.save_continuations` rollouts that have any
     ]
 )
 """Columns of a Parquet file. The columns about steps contain empty lists if the algorithm computes no credit for steps.
@@ -78,6 +78,8 @@ A file of an earlier version lacks the last four columns. Continuations are a co
 their own, so that both are written at once and removed together; a reader of Parquet that does not ask for the column
 does not read it. `alternatives` contains empty lists if the algorithm gives no advantages to alternative tokens. All
 columns of credit contain empty lists for a rollout without a training sample."""
+_DIGITS = 4
+"""Number of decimal places of the saved entropies. All digits would take three times the space."""
 _CREDIT_COLUMNS = (
     "token_advantages", "token_weights", "step_texts", "step_ends", "values", "num_mc_rollouts", "step_advantages",
     "alternatives", "token_entropies", "token_values", "continuations",
@@ -279,9 +281,12 @@ def _credit_columns(sample: TrainingSample | None, start: int, decode: Decode, e
 
 
 def _of_trained(sample: TrainingSample, values: Sequence[float]) -> list[float | None]:
-    """Return one number per token from those of the trained tokens, None for the others; empty if there are none."""
+    """Return one rounded number per token from those of the trained tokens, None for the others.
+
+    The list is empty if there are no numbers.
+    """
     remaining = iter(values)
-    return [next(remaining) if trained else None for trained in sample.loss_mask] if values else []
+    return [round(next(remaining), _DIGITS) if trained else None for trained in sample.loss_mask] if values else []
 
 
 def _continuations(sample: TrainingSample, start: int, decode: Decode) -> list[dict[str, Any]]:

@@ -135,8 +135,10 @@ def _steps(response: Response, chosen: Step | None, scale: float, width: int, co
         if narrow:
             yield Text(numbers.rstrip(), style="bold" if mark == ">" else "")
         indent = 2 if narrow else len(numbers)
-        rows = list(_rows(_characters(response, step, scale), max(10, width - indent)))
-        marked = not colour and not _uniform(response, step)
+        characters = _characters(response, step, scale)
+        rows = _rows(characters, max(10, width - indent))
+        # If all tokens have the same sign, that of the step says everything.
+        marked = not colour and len({(c.shade > 0) - (c.shade < 0) for c in characters if c.text != "\n"}) > 1
         for index, row in enumerate(rows):
             first = " " * indent if narrow or index else numbers
             line = Text().append(first, style="bold" if mark == ">" and not index else "")
@@ -187,11 +189,6 @@ def _rows(characters: Sequence[_Character], width: int) -> Iterator[list[_Charac
             row.append(character)
             used += size
     yield row
-
-
-def _uniform(response: Response, step: Step) -> bool:
-    """Return whether all tokens of a step have the same advantage, so that the number of the step says everything."""
-    return len({token.advantage for token in response.tokens[step.start : step.end]}) <= 1
 
 
 def _marks(row: Sequence[_Character]) -> str:
