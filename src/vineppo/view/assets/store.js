@@ -74,9 +74,8 @@ class Run {
     const known = c.reward.filter((r, i) => r !== null && c.kind[i] === "rollout");
     let high = -Infinity, low = Infinity;
     for (const r of known) { high = Math.max(high, r); low = Math.min(low, r); }
-    this.range = known.length ? { high: Math.max(high, low + 1e-9), low: Math.min(low, 0) } : { high: 1, low: 0 };
+    this.range = known.length ? { high, low: Math.min(low, 0) } : { high: 1, low: 0 };
     if (this.range.high <= this.range.low) this.range.high = this.range.low + 1;
-    if (known.length && high === 0 && low === 0) this.range.high = 1;
   }
 
   get iterations() { return this.blocks.map((b) => b.iteration); }
