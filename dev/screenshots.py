@@ -70,8 +70,8 @@ def take(browser: Any, page_file: Path, fragment: str, name: str, size: tuple[in
     page.wait_for_timeout(500)
     path = OUT / f"viewer-{name}.png"
     page.screenshot(path=path)
-    with Image.open(path) as image:  # 256 colours suffice for text on plain grounds, and make the file much smaller
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    with Image.open(path) as image:
+        image.convert("RGB").save(path, optimize=True)
     context.close()
     if path.stat().st_size > MAX_BYTES:
         raise SystemExit(f"{path} has {path.stat().st_size} bytes; the limit is {MAX_BYTES}")
@@ -95,11 +95,14 @@ def main(arguments: list[str]) -> None:
         write_page(base / "one.html", [first])
         write_page(base / "both.html", [first, second])
         telling, (other, step) = most_telling(first), first_with_alternatives(second)
-        place, with_step = f"r={telling.iteration}.{telling.number}", f"run=b&r={other.iteration}.{other.number}&step={step}"
+        place, with_step = (
+            f"r={telling.iteration}.{telling.number}",
+            f"run=b&r={other.iteration}.{other.number}&step={step}",
+        )
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        take(browser, base / "one.html", f"{place}&queue=drops", "why", (1280, 760), "light")
-        take(browser, base / "one.html", f"{place}&tab=group", "group", (1280, 760), "dark")
-        take(browser, base / "both.html", f"{with_step}&tab=branches", "branches", (1280, 760), "light")
+        take(browser, base / "one.html", f"{place}&queue=drops", "why", (1280, 700), "light")
+        take(browser, base / "one.html", f"{place}&tab=group", "group", (1280, 700), "dark")
+        take(browser, base / "both.html", f"{with_step}&tab=branches", "branches", (1280, 700), "light")
         take(browser, base / "one.html", f"{place}&tab=credits", "phone", (390, 844), "light")
         browser.close()
 

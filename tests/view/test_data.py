@@ -101,7 +101,9 @@ def test_other_credits_come_from_the_rewards_and_tokens_of_the_group() -> None:
     assert entries[3] == entries[4] == {}
     std = (2 / 9 * 3 / 2) ** 0.5  # of 1, 0, 0 with the divisor 2
     for i, (grpo, rloo) in enumerate([(2 / 3, 1.0), (-1 / 3, -0.5), (-1 / 3, -0.5)]):
-        assert expanded(entries[i]["GRPO"]) == pytest.approx([grpo / (std + 1e-4)] * len(group[i]["response"]), rel=1e-5)
+        assert expanded(entries[i]["GRPO"]) == pytest.approx(
+            [grpo / (std + 1e-4)] * len(group[i]["response"]), rel=1e-5
+        )
         assert expanded(entries[i]["RLOO"]) == pytest.approx([rloo] * len(group[i]["response"]))
     tree = leave_one_out_tree([r["response_ids"] for r in group], [1.0, 0.0, 0.0], 2.0)
     for entry, of_tokens in zip(entries, tree, strict=False):
@@ -114,9 +116,7 @@ def test_every_number_of_a_real_run_survives(vineppo_run: Path) -> None:
     """The values, advantages and texts of the page are those of the read layer, and the sums telescope."""
     found, parts = responses_of(vineppo_run, 2), iteration_data(vineppo_run, 2)
     assert json.loads(gzip.decompress(compressed(parts))) == parts
-    for response, entry, tokens in zip(
-        found, parts["core"]["responses"], parts["tokens"]["responses"], strict=True
-    ):
+    for response, entry, tokens in zip(found, parts["core"]["responses"], parts["tokens"]["responses"], strict=True):
         texts = [parts["core"]["texts"][t] for t in entry["t"]]
         assert "".join(texts) == response.text
         assert expanded(entry["a"]) == pytest.approx([t.advantage for t in response.tokens], rel=1e-5, abs=1e-9)

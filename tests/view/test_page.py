@@ -81,7 +81,9 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     problems: list[str] = []
     contexts: list[Any] = []
 
-    def opened(*runs: Path, fragment: str = "", address: str = "", width: int = 1440, height: int = 900, scheme: str = "light") -> Any:
+    def opened(
+        *runs: Path, fragment: str = "", address: str = "", width: int = 1440, height: int = 900, scheme: str = "light"
+    ) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
@@ -137,13 +139,22 @@ def test_the_pointer_and_the_focus_show_numbers(show: Callable[..., Any], alpha:
     page = show(alpha, fragment="#r=1.1")
     page.locator(".step[data-step='2'] .t").nth(4).hover()
     shown = text(page, "#inspector")
-    for part in ("Token “p”", "Probability 0.607", "Entropy 0.250 nats", "Advantage −0.500", "V before step 2 0.750", "K 9", "95% interval 0.43 to 0.92", "V after 0.250"):
+    for part in (
+        "Token “p”",
+        "Probability 0.607",
+        "Entropy 0.250 nats",
+        "Advantage −0.500",
+        "V before 2 0.750",
+        "K 9",
+        "95% interval 0.43 to 0.92",
+        "V after 0.250",
+    ):
         assert part in shown
     page.mouse.move(2, 2)
     page.locator("#text").focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    assert "Token “n”" in text(page, "#inspector") and "V before step 1 0.500" in text(page, "#inspector")
+    assert "Token “n”" in text(page, "#inspector") and "V before 1 0.500" in text(page, "#inspector")
     assert fragment(page) == "r=1.1&step=1&token=1"
 
 
@@ -152,7 +163,7 @@ def test_the_curve_shows_the_values_and_scrolls_the_text(show: Callable[..., Any
     run = run_with(tmp_path / "long", response(long, 1.0, [i / 200 for i in range(200)]))
     page = show(run, fragment="#r=1.1&step=1")
     assert page.locator("svg.curve .band").count() == 1
-    assert "Value of 200 states, from 0.00 to the reward 1.00" == page.locator("svg.curve").get_attribute("aria-label")
+    assert page.locator("svg.curve").get_attribute("aria-label") == "Value of 200 states, from 0.00 to the reward 1.00"
     assert not page.locator(".step[data-step='190']").evaluate(
         "el => el.getBoundingClientRect().top < innerHeight - 100"
     )
@@ -193,9 +204,7 @@ def test_a_real_run_shows_alternatives_with_what_they_earned(
 ) -> None:
     from vineppo.view.records import responses_of
 
-    found = next(
-        r for i in (1, 2) for r in responses_of(counterfactual_run, i) if r.alternatives and r.continuations
-    )
+    found = next(r for i in (1, 2) for r in responses_of(counterfactual_run, i) if r.alternatives and r.continuations)
     position = found.alternatives[0].position
     number = next(s.number for s in found.steps if s.start <= position < s.end)
     page = show(counterfactual_run, fragment=f"#r={found.iteration}.{found.number}&step={number}&tab=branches")
@@ -398,7 +407,10 @@ def test_the_keyboard_alone_suffices(show: Callable[..., Any], alpha: Path) -> N
         press("Tab")
         reached.add(page.evaluate("() => document.activeElement.id || document.activeElement.textContent"))
     assert {"list", "text", "panel", "search", "filter-iteration", "theme", "help-button"} <= reached
-    unnamed = "() => [...document.querySelectorAll('button, input, select')].filter(e => !(e.textContent.trim() || e.getAttribute('aria-label'))).length"
+    unnamed = (
+        "() => [...document.querySelectorAll('button, input, select')]"
+        ".filter(e => !(e.textContent.trim() || e.getAttribute('aria-label'))).length"
+    )
     assert page.evaluate(unnamed) == 0
 
 
@@ -451,7 +463,12 @@ def test_hostile_text_stays_text(show: Callable[..., Any], tmp_path: Path) -> No
     for number in range(1, 6):
         page.keyboard.press(str(number))
         page.wait_for_timeout(60)
-        assert page.evaluate("() => document.querySelectorAll('main img, main script, main b img, main svg[onload]').length") == 0
+        assert (
+            page.evaluate(
+                "() => document.querySelectorAll('main img, main script, main b img, main svg[onload]').length"
+            )
+            == 0
+        )
     assert page.evaluate("() => window.hit") is None
     shown = page.locator("#steps").inner_text()
     assert "<script>window.hit=1</script>" in shown and "⟦RLO⟧desrever⟦PDF⟧ ⟦LRI⟧isolated⟦PDI⟧ zero⟦ZWSP⟧width" in shown
@@ -466,7 +483,9 @@ def test_hostile_text_stays_text(show: Callable[..., Any], tmp_path: Path) -> No
 def test_the_policy_blocks_scripts_that_are_added(browser: Any, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     write_page(out, [run_with(tmp_path / "run", response(LINES, 1.0, [0.5] * 4))])
-    out.write_text(out.read_text().replace("</main>", "</main><script>window.hit=1</script><img src=x onerror='window.hit=2'>"))
+    out.write_text(
+        out.read_text().replace("</main>", "</main><script>window.hit=1</script><img src=x onerror='window.hit=2'>")
+    )
     page = browser.new_page()
     page.goto(out.as_uri())
     page.locator("body[data-ready]").wait_for()
@@ -500,7 +519,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for iteration in range(1, 158):
         rows = [
             response([f"step {n} of {iteration}\n", f"so {n % 7}\n", "end"], float(n % 2), [0.5, n / 64, 0.25],
-                     iteration=iteration, problem_id=f"train/{iteration * 64 + n}", prompt=f"Problem {n} of iteration {iteration}?")
+                     iteration=iteration, problem_id=f"train/{iteration * 64 + n}",
+                     prompt=f"Problem {n} of iteration {iteration}?")
             for n in range(64)
         ]  # fmt: skip
         run_with(path / "run", *rows, iteration=iteration)

@@ -58,7 +58,10 @@ def test_the_policy_allows_this_style_and_this_script_only(tmp_path: Path) -> No
     write_page(out, [run_of(tmp_path / "run")])
     text = out.read_text()
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
-    style, script = re.search(r"<style>(.*?)</style>", text, re.S), re.search(r'type="module">(.*?)</script>', text, re.S)
+    style, script = (
+        re.search(r"<style>(.*?)</style>", text, re.S),
+        re.search(r'type="module">(.*?)</script>', text, re.S),
+    )
     assert policy and style and script
 
     def digest(part: str) -> str:
@@ -75,7 +78,9 @@ def test_the_file_names_no_address(tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     write_page(out, [run_of(tmp_path / "run")])
     text = re.sub(r'id="chunk/[^"]+">[^<]*', "", out.read_text())  # base64 may contain two slashes
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bsrc=|<link", re.sub(r"^\s*//.*$|\s// .*$", "", text, flags=re.M))
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|\bsrc=|<link", re.sub(r"^\s*//.*$|\s// .*$", "", text, flags=re.M)
+    )
 
 
 def test_the_script_puts_text_on_the_page_as_text() -> None:
@@ -117,7 +122,7 @@ def test_a_page_that_would_be_too_large_leaves_details_out(tmp_path: Path) -> No
     numbers = [int(n) for n in re.findall(r"\d+", contents.meta["left_out"][-1])]
     assert set(numbers) <= set(missing) and 9 in kept["tokens"]
     assert [b["iteration"] for b in data_of(html(contents.meta, contents.chunks))["0/rows"]] == list(range(1, 10))
-    with pytest.raises(UserError, match="for the lists of all responses alone, and --max_mb allows 0.01; allow more"):
+    with pytest.raises(UserError, match=r"for the lists of all responses alone, and --max_mb allows 0\.01; allow more"):
         contents_of([run], 10_000)
 
 
@@ -138,7 +143,9 @@ def themes() -> dict[str, dict[str, str]]:
     style = asset("style.css")
     light, dark, system = re.findall(r":root[^{]*\{(.*?)\}", style, re.S)[:3]
     assert dict(re.findall(r"--(\w[\w-]*): (#\w{6})", dark)) == dict(re.findall(r"--(\w[\w-]*): (#\w{6})", system))
-    return {name: dict(re.findall(r"--(\w[\w-]*): (#\w{6})", text)) for name, text in (("light", light), ("dark", dark))}
+    return {
+        name: dict(re.findall(r"--(\w[\w-]*): (#\w{6})", text)) for name, text in (("light", light), ("dark", dark))
+    }
 
 
 def luminance(colour: str) -> float:
@@ -258,7 +265,8 @@ def test_the_server_answers_only_its_own_address(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/data/1/rows", "/data/0/9/core", "/data/0/1/other", "/../etc/passwd", "/data/0/1/core/", "/data/0/-1/core"]
+    "path",
+    ["/data/1/rows", "/data/0/9/core", "/data/0/1/other", "/../etc/passwd", "/data/0/1/core/", "/data/0/-1/core"],
 )
 def test_other_paths_do_not_exist(tmp_path: Path, path: str) -> None:
     with served(run_of(tmp_path / "run", iterations=1)) as server:

@@ -76,9 +76,7 @@ def _curve(directory: RunDirectory) -> list[list[Any]]:
         lines = directory.read_metrics()
     except UserError:  # a damaged file must not hide the responses
         return []
-    return [
-        [line["iteration"], rounded(line.get("reward/mean")), rounded(line.get("eval/accuracy"))] for line in lines
-    ]
+    return [[line["iteration"], rounded(line.get("reward/mean")), rounded(line.get("eval/accuracy"))] for line in lines]
 
 
 def iteration_data(run: str | Path, iteration: int) -> dict[str, Json]:
@@ -213,7 +211,7 @@ def token_texts(response: Response) -> list[str]:
 
 def _steps(steps: Sequence[Step]) -> Json:
     """Return the columns of the steps, shape (S,) each; a column without any number is left out."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "end": [step.end for step in steps],
         "v": [rounded(step.value) for step in steps],
         "k": [step.num_mc_rollouts for step in steps],

@@ -94,7 +94,7 @@ class RunServer(ThreadingHTTPServer):
             return self._parts[key][part]
 
     def rows(self, r: int) -> bytes:
-        """Return the lists of all iterations of a run as compressed JSON. An iteration that cannot be read is left out."""
+        """Return the lists of all iterations of a run as compressed JSON. One that cannot be read is left out."""
         found = []
         for iteration in run_meta(self.runs[r])["iterations"]:
             key = (r, iteration, self._stamp(r, iteration))

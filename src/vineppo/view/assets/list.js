@@ -98,7 +98,7 @@ function rowOf(i) {
   el("span", { class: "row-text" }, oneLine(c.preview[id], 70) || "(empty prompt)"),
   rewardMark(c.reward[id], r.range),
   el("span", { class: "row-more" }, c.kind[id] === "rollout" ? null : "training sample; ", step ? `step ${step}: ` : null, oneLine(below, 90)),
-  el("span", { class: "row-low " + shade(lowest, r.lowScale), title: "lowest step advantage" }, lowest === null ? "" : signed(lowest)));
+  el("span", { class: "row-low " + shade(lowest, r.lowScale), title: "lowest step advantage" }, lowest ? signed(lowest) : ""));
 }
 
 /** Open an entry of the list. */

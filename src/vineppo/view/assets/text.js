@@ -13,7 +13,7 @@ function renderHead(r) {
   const facts = [
     el("span", {}, `Iteration ${c.it[id]}, response ${c.number[id]}`),
     el("span", {}, plural(c.steps[id], "step")), el("span", {}, plural(c.tokens[id], "token")),
-    c.finish[id] === null ? null : el("span", { class: c.finish[id] === "length" ? "warn" : "" }, c.finish[id] === "length" ? "cut off by the length limit" : c.finish[id] === "stop" ? "ended by itself" : `ended: ${oneLine(c.finish[id], 24)}`),
+    c.finish[id] === null || c.finish[id] === "stop" ? null : el("span", { class: "warn" }, c.finish[id] === "length" ? "cut off by the length limit" : `ended: ${oneLine(c.finish[id], 24)}`),
     c.kind[id] === "rollout" ? null : el("span", {}, "training sample, no rollout of its own"),
   ];
   const head = [el("div", { class: "head-line" }, rewardMark(c.reward[id], run().range), el("div", { class: "facts" }, facts),
@@ -141,7 +141,7 @@ function inspect(i) {
   items.push(item("Advantage", signed(r.adv[i], 3), "what the token was trained with"));
   if (r.weight && r.weight[i] !== 1) items.push(item("Weight", num(r.weight[i])));
   if (step && step.v !== null) {
-    items.push(item(`V before step ${n}`, num(step.v, 3), "value of the state before the step"));
+    items.push(item(`V before ${n}`, num(step.v, 3), "value of the state before the step"));
     if (step.k !== null) items.push(item("K", step.k === 0 ? "known" : String(step.k), "number of Monte-Carlo rollouts in the value; known without sampling if 0"));
     if (step.lo !== null) items.push(item("95% interval", `${num(step.lo)} to ${num(step.hi)}`));
     if (step.after !== null && step.after !== undefined) items.push(item("V after", num(step.after, 3)));

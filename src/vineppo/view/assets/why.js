@@ -120,7 +120,7 @@ function branch(r, c, step) {
   const leaves = c.state + c.shared, end = leaves >= r.ids.length;
   const where = end ? "never leaves the response" : `leaves in step ${r.steps.length ? stepAt(r, Math.min(leaves, r.ids.length - 1)) : "\u2013"}, after ${plural(leaves, "token")}`;
   const shared = c.place === null ? "" : r.text.slice(r.char[c.state], r.char[leaves]);
-  const draft = c.accepted === null ? null : `, ${c.accepted} of its tokens from the draft`;
+  const draft = c.accepted === null ? null : `, ${c.accepted} from the draft`;
   return el("li", {}, el("div", { class: "branch-head" }, rewardMark(c.reward, run().range),
     el("button", { type: "button", class: "link", onclick: () => go({ step: stepAt(r, Math.min(leaves, r.ids.length - 1)), token: Math.min(leaves, r.ids.length - 1) }, { scroll: "center" }) }, where),
     el("span", { class: "of" }, plural(c.length, "token"), draft, c.finish === "length" ? ", cut off" : null)),
