@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,29 @@ def test_credit_of_tokens_is_not_called_a_change_of_value() -> None:
     assert why(equal, equal.steps[0])[0].endswith("; 4 tokens have +0.50 each")
     [zero] = responses(row(["abc\n"], 1.0, advantages=[0.0] * 4))
     assert why(zero, zero.steps[0])[0].endswith("; all are 0")
+
+
+def test_other_tokens_are_explained_with_their_rewards() -> None:
+    others = [
+        {"position": 1, "token_id": 8, "text": "B\x1b", "advantage": -0.5},
+        {"position": 3, "token_id": 9, "text": "C", "advantage": -0.25},
+    ]
+    continuation = {"shared": 0, "num_tokens": 3, "text": "B\nc", "finish_reason": "stop", "state": 1, "reward": 0.0}
+    columns: dict[str, Any] = {"alternatives": others, "continuations": [continuation | {"accepted": 2}]}
+    [response] = responses(row(["ab\n", "c"], 1.0, advantages=[0.0, 0.5, 0.0, 0.25], **columns))
+    assert why(response, response.steps[0])[1] == "trained, too: 'B\\x1b' instead of 'b' -0.50 (reward 0)"
+    assert why(response, response.steps[1])[1] == "trained, too: 'C' instead of 'c' -0.25"
+
+
+def test_real_counterfactual_credit_names_the_other_token(counterfactual_run: Path) -> None:
+    lines = [
+        line
+        for response in responses_of(counterfactual_run, 1)
+        for step in response.steps
+        for line in why(response, step)
+        if line.startswith("trained, too")
+    ]
+    assert lines and all("(reward 0)" in line and "instead of" in line for line in lines)
 
 
 @pytest.mark.parametrize(

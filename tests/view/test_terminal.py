@@ -97,7 +97,7 @@ def test_no_line_is_wider_than_the_terminal(width: int, colour: bool) -> None:
 def test_hostile_texts_cannot_control_the_terminal(colour: bool, with_values: bool) -> None:
     text = HOSTILE * 2
     values = [0.5, 0.25] if with_values else []
-    columns = dict.fromkeys(("prompt", "answer", "problem_id", "finish_reason"), HOSTILE)
+    columns: dict[str, Any] = dict.fromkeys(("prompt", "answer", "problem_id", "finish_reason"), HOSTILE)
     lines = [HOSTILE + "\n", text[:-1] + "\n"]
     advantages = None if with_values else ([0.5, -0.25] * len(text))[: sum(map(len, lines))]
     [response] = responses(row(lines, 1.0, values, advantages=advantages, **columns))

@@ -125,7 +125,7 @@ def why(response: Response, step: Step) -> list[str]:
     found, total = subtraction(response, step), telescoping(response)
     lines = [] if found is None else [found.text]
     if response.credit == "tokens":
-        lines.append(_token_line(response, step))
+        lines += [_token_line(response, step), *_alternative_lines(response, step)]
     elif found is not None and not found.is_advantage:
         lines.append(f"the recorded advantage is {signed(step.advantage or 0.0)}, which is not this difference")
     return lines + ([] if total is None else [total.text])
@@ -143,6 +143,22 @@ def _token_line(response: Response, step: Step) -> str:
     largest = sorted(tokens, key=lambda token: -abs(token.advantage or 0.0))[:_LISTED]
     parts = [f"{quoted(token.text, token.id)} {signed(token.advantage or 0.0)}" for token in largest]
     return f"{line}: {', '.join(parts)}" + (" and others" if len(tokens) > _LISTED else "")
+
+
+def _alternative_lines(response: Response, step: Step) -> list[str]:
+    """Return a line about the tokens that were trained in place of tokens of a step; none if there are no such tokens.
+
+    If the continuation with the token is saved (counterfactual credit), the line has its reward.
+    """
+    rewards = {c.state: c.reward for c in response.continuations if c.accepted is not None}
+    found = [a for a in response.alternatives if step.start <= a.position < step.end]
+    parts = []
+    for other in sorted(found, key=lambda a: -abs(a.advantage))[:_LISTED]:
+        token, reward = response.tokens[other.position], rewards.get(other.position)
+        result = "" if reward is None else f" (reward {reward:g})"
+        text = f"{quoted(other.text, other.id)} instead of {quoted(token.text, token.id)}"
+        parts.append(f"{text} {signed(other.advantage)}{result}")
+    return [f"trained, too: {', '.join(parts)}" + (" and others" if len(found) > _LISTED else "")] if found else []
 
 
 def quoted(text: str | None, token_id: int) -> str:
