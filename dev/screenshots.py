@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
         if arguments:
             first, second = map(Path, arguments)
         else:
-            first, second = short_run(base / "vine", "vineppo"), short_run(base / "counterfactual", "counterfactual")
+            first, second = short_run(base / "vineppo", "vineppo"), short_run(base / "counterfactual", "counterfactual")
         write_page(base / "one.html", [first])
         write_page(base / "both.html", [first, second])
         telling, (other, step) = most_telling(first), first_with_alternatives(second)

@@ -220,7 +220,7 @@ def test_why_shows_the_subtraction_and_the_telescoping_sum(show: Callable[..., A
     page = show(alpha, fragment="#r=1.1")
     assert fragment(page) == "r=1.1&step=2"  # the step with the lowest advantage
     panel = text(page, "#panel")
-    assert "V after 0.250 K = 9" in panel and "V before 0.750 K = 9" in panel and "change of value −0.500" in panel
+    assert "V after 0.250 K = 9" in panel and "V before 0.750 K = 9" in panel and "change of V −0.500" in panel
     assert "✓ This is the recorded advantage of the step." in panel
     assert "V(prompt) 0.500 + advantages −0.500 = 0.000" in panel
     assert "✓ The step advantages telescope to the reward 0.000." in panel

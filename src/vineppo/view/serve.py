@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -53,6 +54,11 @@ class RunServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(f"port {port} cannot be used ({reason}); give another one with --port") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing if a browser closes its connection early; print other errors."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
@@ -116,6 +122,7 @@ class RunServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: RunServer
+    timeout = 30  # seconds that a connection may be silent
     server_version = "vineppo"
     sys_version = ""
 

@@ -58,7 +58,7 @@ function legend(r) {
   }
   const swatch = (name) => el("span", { class: "swatch " + name });
   return el("div", { class: "legend" }, `${MINUS}${num(r.scale)} `, ["n5", "n4", "n3", "n2", "n1", "z", "p1", "p2", "p3", "p4", "p5"].map(swatch), ` +${num(r.scale)}`,
-    el("span", { class: "legend-text" }, r.credit === "values" && !r.ownTokens ? "advantage of the step" : "advantage of the token; below 0 underlined"));
+    el("span", { class: "legend-text" }, r.credit === "values" && !r.ownTokens ? "advantage of the step" : "advantage of the token"));
 }
 
 /** Add rows of steps from the first one that is not shown, at least up to the token `until`. */

@@ -33,7 +33,7 @@ function subtraction(r, step) {
   const operator = (sign) => el("div", { class: "operator", "aria-hidden": "true" }, sign);
   return el("div", {}, el("div", { class: "equation", role: "math", "aria-label": `${num(step.after, 3)} minus ${num(step.v, 3)} is ${num(difference, 3)}` },
     estimate("V after", step.after, next), operator(MINUS), estimate("V before", step.v, step), operator("="),
-    el("div", { class: "term result " + shade(difference, Math.max(1e-9, r.scale, Math.abs(difference))) }, el("div", { class: "term-label" }, "change of value"), el("div", { class: "term-value" }, signed(difference, 3)))),
+    el("div", { class: "term result " + shade(difference, Math.max(1e-9, r.scale, Math.abs(difference))) }, el("div", { class: "term-label" }, "change of V"), el("div", { class: "term-value" }, signed(difference, 3)))),
   r.credit === "values" ? el("p", { class: recorded ? "check" : "check differs" }, recorded ? "\u2713 This is the recorded advantage of the step." : `\u2260 The recorded advantage is ${signed(step.a, 3)}, which is not this difference.`) : null,
   trained(r, step));
 }
