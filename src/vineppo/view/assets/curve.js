@@ -66,7 +66,7 @@ function drawValues(r, chart, place, line) {
     const points = [...band.map((s) => at(s.i, s.hi)), ...band.reverse().map((s) => at(s.i, s.lo))];
     chart.append(svg("polygon", { points: points.map((p) => p.join(",")).join(" "), class: "band" }));
   }
-  if (S <= 80) for (const s of band) chart.append(line(at(s.i, s.lo), at(s.i, s.hi), "whisker"));
+  if (S <= 40) for (const s of band) chart.append(line(at(s.i, s.lo), at(s.i, s.hi), "whisker"));
   for (let i = 0; i < S; i += 1) {
     const a = states[i], b = states[i + 1];
     if (a.v === null || b.v === null) continue;
@@ -74,8 +74,9 @@ function drawValues(r, chart, place, line) {
     chart.append(line(at(i, a.v), at(i + 1, b.v), "change " + (b.v > a.v + 1e-9 ? "up" : b.v < a.v - 1e-9 ? "down" : "flat") + (on ? " on" : "")));
   }
   states.forEach((s, i) => {
-    if (s.v === null || (S > 120 && i % Math.ceil(S / 120) && !s.reward)) return;
-    const [cx, cy] = at(i, s.v), on = i + 1 === state.step || i === state.step;
+    const on = i + 1 === state.step || i === state.step;
+    if (s.v === null || (S > 80 && !on && !s.reward)) return;
+    const [cx, cy] = at(i, s.v);
     chart.append(s.reward ? svg("rect", { x: cx - 4, y: cy - 4, width: 8, height: 8, class: "reward-point" }) : svg("circle", { cx, cy, r: on ? 4 : 2.5, class: "state" + (on ? " on" : "") }));
   });
 }

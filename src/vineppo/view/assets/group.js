@@ -80,6 +80,6 @@ function paneCredits(r) {
     parts.push(el("p", { class: "note" }, "All responses of the group have the same reward, so GRPO, RLOO and TEMPO give no credit."));
   }
   if (!Object.keys(r.others).length) parts.push(el("p", { class: "note" }, "GRPO, RLOO and TEMPO compare the responses of a group. This response has no other response to compare with."));
-  parts.push(el("p", { class: "note" }, "GRPO, RLOO and TEMPO are computed here from the rewards and tokens of the group, with their default settings. Critic is the change of the value that the run's value network predicts."));
+  parts.push(el("p", { class: "note" }, "GRPO, RLOO and TEMPO are computed here from the rewards and tokens of the group, with their default settings." + (r.tokenValue ? " Critic is the change of the value that the run's value network predicts." : "")));
   return parts;
 }

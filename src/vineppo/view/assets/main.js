@@ -89,7 +89,7 @@ function renderTop() {
 }
 
 function renderViews() {
-  $("views").replaceChildren(...Object.entries(VIEWS).map(([name, label]) => el("button", { type: "button", "aria-pressed": String(state.view === name), onclick: () => { go({ view: name }); renderRows(); renderCurve(); } }, label)));
+  $("views").replaceChildren(...Object.entries(VIEWS).map(([name, label]) => el("button", { type: "button", "aria-pressed": String(state.view === name), onclick: () => { go({ view: name }); reveal(); renderRows(); renderCurve(); } }, label)));
 }
 
 function renderTabs() {

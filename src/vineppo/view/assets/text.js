@@ -46,7 +46,7 @@ function renderText(r) {
     box.replaceChildren(el("p", { class: "empty" }, "The response is empty."));
     return;
   }
-  box.replaceChildren(legend(r), el("div", { class: "columns", "aria-hidden": "true" }, el("span", {}, "Step"), el("span", {}, r.hasValues ? "V" : ""), el("span", {}, r.credit === "tokens" ? "Sum" : "Adv.")), el("div", { id: "steps" }));
+  box.replaceChildren(legend(r), el("div", { class: "columns", "aria-hidden": "true" }, el("span", {}, "Step"), el("span", {}, r.hasValues ? "V" : ""), el("span", {}, { tokens: "Sum", values: "Adv.", none: "" }[r.credit])), el("div", { id: "steps" }));
   showMore(0);
   box.scrollTop = 0;
 }

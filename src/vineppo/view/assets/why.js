@@ -5,9 +5,11 @@ const CREDIT_NOTES = {
   none: "This response has no credit, because it was not trained on or has no reward.",
 };
 
+const noStep = (r) => [el("p", { class: "empty" }, r.steps.length ? "Choose a step: click it, or press n." : "The response has no step.")];
+
 function paneWhy(r) {
   const step = r.steps[(state.step || 0) - 1];
-  if (!step) return [el("p", { class: "empty" }, "Choose a step: click it, or press n.")];
+  if (!step) return noStep(r);
   const parts = [stepTitle(r, step)];
   if (CREDIT_NOTES[r.credit]) parts.push(el("p", { class: "note" }, CREDIT_NOTES[r.credit]));
   if (step.v !== null && step.after !== null && step.after !== undefined) parts.push(subtraction(r, step));
@@ -87,7 +89,7 @@ function telescope(r) {
 
 function paneBranches(r) {
   const step = r.steps[(state.step || 0) - 1];
-  if (!step) return [el("p", { class: "empty" }, "Choose a step: click it, or press n.")];
+  if (!step) return noStep(r);
   const inStep = (position) => position >= step.start && (position < step.end || step.number === r.steps.length);
   const own = r.continuations.filter((c) => inStep(c.state));
   const passing = r.continuations.filter((c) => c.state < step.start && c.state + c.shared >= step.start);
