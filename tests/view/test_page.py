@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -497,7 +498,10 @@ def test_a_megabyte_of_text_does_not_freeze_the_page(show: Callable[..., Any], t
     text_of = "x" * 1_000_000
     one = {**row([text_of], 1.0), "response_ids": [1], "token_ends": [1_000_000], "num_tokens": 1}
     one |= {"token_advantages": [0.5], "sampler_logprobs": [-1.0]}
-    many = response([f"line {i} of many\n" for i in range(60_000)], 0.0)
+    lines = [f"line {i} of many\n" for i in range(60_000)]  # one token each
+    many = {**row(["x"], 0.0), "response": "".join(lines), "response_ids": [2] * 60_000, "num_tokens": 60_000}
+    many |= {"token_ends": list(itertools.accumulate(map(len, lines))), "token_advantages": [0.5, -0.25] * 30_000}
+    many |= {"sampler_logprobs": [-1.0] * 60_000}
     run = run_with(tmp_path / "run", one, many)
     page = show(run, fragment="#r=1.1")
     assert len(page.locator("#steps").inner_text()) < 20_000
@@ -507,7 +511,15 @@ def test_a_megabyte_of_text_does_not_freeze_the_page(show: Callable[..., Any], t
     assert page.locator("#steps .t").count() < 5000
     assert page.locator("#more-text").is_visible()
     page.locator("#more-text").click()
-    assert 5000 < page.locator("#steps .t").count() < 9000
+    assert 3000 < page.locator("#steps .t").count() < 6000
+    box = page.locator("svg.curve").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] * 0.9)
+    assert page.locator("#steps .t").count() < 5000  # what stands between is not put on the page
+    step = int(page.locator(".step.on").get_attribute("data-step"))
+    assert step > 45_000 and 0 < page.locator(".step.on").bounding_box()["y"] < 850
+    assert page.locator(".step.on .step-text").inner_text() == f"line {step - 1} of many"
+    page.locator("#earlier-text").click()
+    assert page.locator("#steps .step").first.get_attribute("data-step") not in (None, "1")
     page.keyboard.press("5")
     page.locator("#tab-problem[aria-selected='true']").wait_for()
 

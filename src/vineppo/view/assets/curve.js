@@ -51,6 +51,19 @@ function tick([x, y], text, across) {
   return node;
 }
 
+const POINTS = 500; // largest number of states or bars that are drawn
+
+/** Return at most about POINTS of the numbers 0 to n - 1: of each stretch the one with the largest weight. */
+function thinned(n, weight) {
+  const width = Math.ceil(n / POINTS), kept = [];
+  for (let start = 0; start < n; start += width) {
+    let best = start;
+    for (let i = start + 1; i < Math.min(n, start + width); i += 1) if (weight(i) > weight(best)) best = i;
+    kept.push(best);
+  }
+  return kept;
+}
+
 function drawValues(r, chart, place, line) {
   const S = r.steps.length, states = r.steps.map((step) => ({ v: step.v, lo: step.lo, hi: step.hi }));
   states.push({ v: r.reward, lo: null, hi: null, reward: true });
@@ -61,32 +74,36 @@ function drawValues(r, chart, place, line) {
   for (const [value, name] of [[low, "axis"], [(low + high) / 2, "axis faint"], [high, "axis"]]) {
     chart.append(line(at(0, value), at(S, value), name), tick(at(0, value), num(value, Number.isInteger(value) ? 0 : 1), at(0, low)[0] === at(0, high)[0]));
   }
-  const band = states.map((s, i) => ({ ...s, i })).filter((s) => s.lo !== null);
+  const kept = [...new Set([0, ...thinned(S + 1, () => 0), S])], band = kept.map((i) => ({ ...states[i], i })).filter((s) => s.lo !== null);
   if (band.length > 1) {
     const points = [...band.map((s) => at(s.i, s.hi)), ...band.reverse().map((s) => at(s.i, s.lo))];
     chart.append(svg("polygon", { points: points.map((p) => p.join(",")).join(" "), class: "band" }));
   }
   if (S <= 40) for (const s of band) chart.append(line(at(s.i, s.lo), at(s.i, s.hi), "whisker"));
-  for (let i = 0; i < S; i += 1) {
-    const a = states[i], b = states[i + 1];
-    if (a.v === null || b.v === null) continue;
-    const on = i + 1 === state.step;
-    chart.append(line(at(i, a.v), at(i + 1, b.v), "change " + (b.v > a.v + 1e-9 ? "up" : b.v < a.v - 1e-9 ? "down" : "flat") + (on ? " on" : "")));
-  }
-  states.forEach((s, i) => {
-    const on = i + 1 === state.step || i === state.step;
-    if (s.v === null || (S > 80 && !on && !s.reward)) return;
+  const change = (i, j) => {
+    const a = states[i].v, b = states[j].v;
+    if (a === null || b === null) return;
+    chart.append(line(at(i, a), at(j, b), "change " + (b > a + 1e-9 ? "up" : b < a - 1e-9 ? "down" : "flat") + (j === state.step && j === i + 1 ? " on" : "")));
+  };
+  for (let n = 1; n < kept.length; n += 1) change(kept[n - 1], kept[n]);
+  if (S >= POINTS && state.step) change(state.step - 1, state.step);
+  const points = S > 80 ? [state.step - 1, state.step, S].filter((i) => i >= 0) : states.map((_, i) => i);
+  points.forEach((i) => {
+    const s = states[i], on = i + 1 === state.step || i === state.step;
+    if (s.v === null) return;
     const [cx, cy] = at(i, s.v);
     chart.append(s.reward ? svg("rect", { x: cx - 4, y: cy - 4, width: 8, height: 8, class: "reward-point" }) : svg("circle", { cx, cy, r: on ? 4 : 2.5, class: "state" + (on ? " on" : "") }));
   });
 }
 
 function drawBars(r, chart, place, line) {
-  const S = r.steps.length, largest = Math.max(1e-9, ...r.steps.map((step) => Math.abs(step.a || 0)));
+  const S = r.steps.length, largest = r.steps.reduce((most, step) => Math.max(most, Math.abs(step.a || 0)), 1e-9);
   const at = (i, value) => place(S > 1 ? i / (S - 1) : 0.5, 0.5 + value / (2 * largest));
   chart.append(line(at(0, 0), at(S - 1, 0), "axis"));
-  r.steps.forEach((step, i) => {
-    const name = "bar " + ((step.a || 0) > 0 ? "up" : (step.a || 0) < 0 ? "down" : "flat") + (i + 1 === state.step ? " on" : "") + (S > 60 ? " thin" : "");
+  const kept = new Set(thinned(S, (i) => Math.abs(r.steps[i].a || 0)));
+  if (state.step) kept.add(state.step - 1);
+  kept.forEach((i) => {
+    const step = r.steps[i], name = "bar " + ((step.a || 0) > 0 ? "up" : (step.a || 0) < 0 ? "down" : "flat") + (i + 1 === state.step ? " on" : "") + (S > 60 ? " thin" : "");
     chart.append(line(at(i, 0), at(i, step.a || 0), name));
     if (!step.a) {
       const [cx, cy] = at(i, 0);

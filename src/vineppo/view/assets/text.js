@@ -1,7 +1,7 @@
 // The response: its text coloured by advantage, and what is known about the token under the pointer or the focus.
 
 const PAGE_TOKENS = 3000, PAGE_CHARACTERS = 40000, TOKEN_CHARACTERS = 8000;
-const view = { response: null, shown: 0, spans: new Map(), rows: [], hover: null };
+const view = { response: null, first: 0, shown: 0, spans: new Map(), rows: [], hover: null };
 
 /** Return a text cut to `length` characters, with the number of characters that are missing. */
 function cut(text, length) {
@@ -33,7 +33,7 @@ function renderHead(r) {
 /** Show a response. Only the first tokens of a long one are put on the page; a button adds the next ones. */
 function renderText(r) {
   view.response = r;
-  view.shown = 0;
+  view.first = view.shown = 0;
   view.spans = new Map();
   view.rows = [];
   renderHead(r);
@@ -59,6 +59,25 @@ function legend(r) {
   const swatch = (name) => el("span", { class: "swatch " + name });
   return el("div", { class: "legend" }, `${MINUS}${num(r.scale)} `, ["n5", "n4", "n3", "n2", "n1", "z", "p1", "p2", "p3", "p4", "p5"].map(swatch), ` +${num(r.scale)}`,
     el("span", { class: "legend-text" }, r.credit === "values" && !r.ownTokens ? "advantage of the step" : "advantage of the token"));
+}
+
+/** Show a long response from a token on. What stands before it can be shown with a button. */
+function showFrom(token) {
+  const r = view.response, start = (at) => (r.steps.length && at > 0 ? r.steps[stepAt(r, at) - 1].start : 0);
+  view.first = view.shown = start(token);
+  view.spans = new Map();
+  view.rows = [];
+  $("steps").replaceChildren();
+  if (view.first > 0) {
+    $("steps").append(el("button", { type: "button", id: "earlier-text", onclick: () => showFrom(Math.max(0, view.first - PAGE_TOKENS)) }, `Show earlier text (${whole(view.first)} tokens stand before it)`));
+  }
+  showMore(view.first);
+}
+
+/** Put a token on the page, if it is not. */
+function reach(token) {
+  if (token < view.first || token >= view.shown + PAGE_TOKENS) showFrom(Math.max(0, token - 200));
+  if (token >= view.shown) showMore(token);
 }
 
 /** Add rows of steps from the first one that is not shown, at least up to the token `until`. */
@@ -109,8 +128,8 @@ function markStep(scroll) {
   const r = view.response;
   if (!r || !r.known) return;
   const step = r.steps[(state.step || 0) - 1];
-  if (step && step.start >= view.shown) showMore(step.start);
-  if (state.token !== null && state.token >= view.shown) showMore(state.token);
+  if (step) reach(step.start);
+  if (state.token !== null && state.token < r.ids.length) reach(state.token);
   for (const row of document.querySelectorAll("#steps .step.on")) row.classList.remove("on");
   for (const span of document.querySelectorAll("#steps .t.cur")) span.classList.remove("cur");
   if (step && view.rows[step.number]) {

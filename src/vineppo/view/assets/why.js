@@ -64,14 +64,15 @@ function tokenTable(r, step) {
 function telescope(r) {
   const start = r.steps[0].v, total = start + sum(r.steps.map((step) => step.a));
   const holds = Math.abs(total - r.reward) <= 1e-4 * Math.max(1, r.steps.length / 10);
-  const low = Math.min(0, r.reward, ...r.steps.map((s) => s.v || 0)), high = Math.max(1, r.reward, ...r.steps.map((s) => s.v || 0));
+  const values = r.steps.map((step) => step.v || 0);
+  const low = values.reduce((a, b) => Math.min(a, b), Math.min(0, r.reward)), high = values.reduce((a, b) => Math.max(a, b), Math.max(1, r.reward));
   const W = 360, row = r.steps.length > 40 ? 6 : 15, H = row * (r.steps.length + 2), X = (v) => 34 + ((W - 44) * (v - low)) / (high - low);
   const chart = svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "stairs", role: "img", "aria-label": "From the value of the prompt to the reward, step by step" });
   let at = start;
   const bar = (y, from, to, name) => svg("rect", { x: Math.min(X(from), X(to)), y: y + 2, width: Math.max(1.5, Math.abs(X(to) - X(from))), height: row - 4, class: name });
   const label = (y, text) => (row > 10 ? [Object.assign(svg("text", { x: 28, y: y + row - 4, class: "stair-label" }), { textContent: text })] : []);
   chart.append(bar(0, low, start, "stair whole"), ...label(0, "V\u2080"));
-  r.steps.forEach((step, i) => {
+  r.steps.slice(0, 600).forEach((step, i) => {
     const y = row * (i + 1), to = at + (step.a || 0);
     if (step.number === state.step) chart.append(svg("rect", { x: 0, y, width: W, height: row, class: "stair-on" }));
     chart.append(bar(y, at, to, "stair " + (step.a > 0 ? "up" : step.a < 0 ? "down" : "flat")), ...label(y, String(step.number)));
@@ -84,7 +85,7 @@ function telescope(r) {
   });
   return el("div", { class: "telescope" }, el("h3", {}, "All steps"),
     el("p", { class: "sum" }, `V(prompt) ${num(start, 3)} + advantages ${signed(total - start, 3)} = ${num(total, 3)}`),
-    el("p", { class: holds ? "check" : "check differs" }, holds ? `\u2713 The step advantages telescope to the reward ${num(r.reward, 3)}.` : `\u2260 The reward is ${num(r.reward, 3)}; the step advantages do not add up to it.`), chart);
+    el("p", { class: holds ? "check" : "check differs" }, holds ? `\u2713 The step advantages telescope to the reward ${num(r.reward, 3)}.` : `\u2260 The reward is ${num(r.reward, 3)}; the step advantages do not add up to it.`), r.steps.length > 600 ? el("p", { class: "note" }, "The stairs of more than 600 steps are not drawn.") : chart);
 }
 
 function paneBranches(r) {
