@@ -17,7 +17,7 @@ import gzip
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +348,3 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             groups.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in groups)
-
-
-Chunks = Mapping[str, bytes]
-"""Name of a part, such as `0/12/core` (run, iteration, part) -> its compressed JSON."""

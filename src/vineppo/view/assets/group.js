@@ -5,6 +5,7 @@ const LEAVES = 64;
 async function paneGroup(r) {
   const ids = r.run.byProblem.get(r.problem || run().c.preview[r.id]) || [r.id];
   const members = ids.filter((id) => r.run.c.it[id] === r.it && r.run.c.kind[id] === "rollout").slice(0, LEAVES);
+  if (!members.includes(r.id)) members.push(r.id);
   const responses = (await Promise.all(members.map((id) => (id === r.id ? r : r.run.response(id))))).filter((x) => x.known);
   if (!responses.length) responses.push(r);
   const leaves = responses.map((x) => ({ ids: x.ids, text: (i, j) => x.text.slice(x.char[i], x.char[j]), reward: x.reward, id: x.id, name: `response ${x.number}` }));

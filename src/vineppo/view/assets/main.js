@@ -245,6 +245,7 @@ async function follow() {
       for (const [i, r] of RUNS.entries()) {
         if (now[i] === stamps[i]) continue;
         const place = i === state.run && state.id !== null ? [r.c.it[state.id], r.c.number[state.id]] : null;
+        const stamp = () => (place ? r.meta.stamps[r.meta.iterations.indexOf(place[0])] : 0), before = stamp();
         r.meta = meta.runs[i];
         r.parts.clear();
         await r.load();
@@ -253,7 +254,7 @@ async function follow() {
         if (state.id === null && r.size) state.id = 0;
         if (state.q) search(state.q);
         renderFilters(); renderOverview(); renderTop(); updateList();
-        if (!place || state.id === null) show();
+        if (!place || state.id === null || stamp() !== before) show(); // also if the run repeated the iteration after a resume
       }
       stamps = now;
       say(meta.runs);
@@ -268,7 +269,7 @@ async function start() {
   try { theme = localStorage.getItem("vineppo-theme") || "auto"; } catch { /* no storage */ }
   setTheme(["auto", "light", "dark"].includes(theme) ? theme : "auto");
   if (!("DecompressionStream" in window)) {
-    $("main").replaceChildren(el("p", { class: "message" }, "This browser is too old for the page. It needs Chrome 80, Firefox 113 or Safari 16.4, or newer."));
+    $("main").replaceChildren(el("p", { class: "message" }, "This browser is too old for the page. It needs Chrome 108, Firefox 113 or Safari 16.4, or newer."));
     return;
   }
   renderHelp();
