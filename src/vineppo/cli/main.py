@@ -29,6 +29,7 @@ from vineppo.cli import (
     train,
     values,
     variance,
+    view,
 )
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
@@ -122,6 +123,7 @@ COMMANDS: dict[str, Command] = {
     "eval": eval.COMMAND,
     "plan": plan.COMMAND,
     "show": show.COMMAND,
+    "view": view.COMMAND,
     "plot": plot.COMMAND,
     "compare": compare.COMMAND,
     "values": values.COMMAND,
