@@ -131,6 +131,7 @@ def test_two_algorithms_of_the_same_name(page: str) -> None:
     assert (second.late_grpo.extra, second.late_grpo.decay, second.learner.lr) == (5, 0.9, 2e-4)
 
 
+@pytest.mark.real
 def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
     """The compared algorithm has the name of the recipe's one, and a label with characters of Markdown and TeX."""
     Path("mine.yaml").write_text(RECIPE)

@@ -90,7 +90,7 @@ def test_the_form_of_treerl_is_biased() -> None:
     [
         ({"branch_at": "tokens:2"}, 4),
         ({"branch_at": "steps:1", "splitter": "tests.world:cut_after_a"}, 4),
-        ({"branch_at": "tokens:1", "branches": (2, 2)}, 4),
+        pytest.param({"branch_at": "tokens:1", "branches": (2, 2)}, 4, marks=pytest.mark.real),
     ],
 )
 def test_sampled_trees_have_the_expected_gradient(settings: dict[str, Any], group_size: int) -> None:

@@ -358,9 +358,8 @@ def test_training_on_a_json_lines_file(tmp_path: Path) -> None:
     assert any(row["reward"] == 1.0 for row in rows) and all(row["answer"].startswith("#### ") for row in rows)
 
 
-@pytest.mark.parametrize(
-    "algorithm", [name if name == "vineppo" else pytest.param(name, marks=pytest.mark.real) for name in BUILT_IN]
-)
+@pytest.mark.real
+@pytest.mark.parametrize("algorithm", list(BUILT_IN))
 def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
     """On the level `habit`, a run of seconds raises accuracy significantly, because one habit decides most errors."""
     config = small_config(
@@ -379,6 +378,7 @@ def test_every_algorithm_learns(tmp_path: Path, algorithm: str) -> None:
     assert after["low"] > before["high"], f"{algorithm}: {before} -> {after}"
 
 
+@pytest.mark.real
 def test_the_accuracy_of_the_embedded_models_is_as_in_the_readme() -> None:
     """Accuracy on chains of 10 steps is 10-35% before training."""
     from vineppo.training.evaluate import evaluate_model
