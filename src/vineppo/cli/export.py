@@ -34,7 +34,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser,
         "FORMATS",
         "prm: prompt, completions (the steps) and labels, for PRMTrainer. dpo: prompt, chosen and rejected, for "
-        "DPOTrainer. sft: prompt and completion, for SFTTrainer. Labels come from Monte-Carlo values; a Monte-Carlo value "
+        "DPOTrainer. sft: prompt and completion, for SFTTrainer. Labels come from Monte-Carlo values; such a value "
         "is not step correctness (arXiv 2501.07301).",
     )
     parser.add_argument("--format", metavar="{" + ",".join(_FORMATS) + "}", help="format of the data set; needed")

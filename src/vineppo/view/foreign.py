@@ -15,6 +15,7 @@ the steps are the lines of the response. There are no values. Iterations are the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -65,24 +66,22 @@ def format_of(path: str | Path) -> Format:
         UserError: if the file has none of the formats, or cannot be read.
     """
     file = _files(path)[0]
+    record: Any = None
     try:
         with open(file, "rb") as opened:
             start = opened.read(4)
         if start == b"PAR1":
-            return _parquet_format(file, set(pq.read_schema(file).names))
-        with open(file, "rb") as opened:
-            line = next((line for line in opened if line.strip()), b"")
-        record = json.loads(line)
+            with _damage(file):
+                return _parquet_format(file, set(pq.read_schema(file).names))
+        with open(file, "rb") as opened, contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(next((line for line in opened if line.strip()), b""))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or type(error).__name__})") from None
-    except (pa.ArrowException, ValueError, RecursionError):
-        record = None
-    if isinstance(record, dict) and record.keys() >= _PRIME_KEYS:
-        return "prime-rl tokens"
-    if isinstance(record, dict):
-        missing = ", ".join(sorted(_PRIME_KEYS - record.keys()))
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is no file of responses: it is neither Parquet nor JSONL; {_ALLOWED}")
+    if missing := ", ".join(sorted(_PRIME_KEYS - record.keys())):
         raise UserError(f"{file} is no file of responses: its first line is JSON without {missing}; {_ALLOWED}")
-    raise UserError(f"{file} is no file of responses: it is neither Parquet nor JSONL; {_ALLOWED}")
+    return "prime-rl tokens"
 
 
 def _parquet_format(file: Path, columns: set[str]) -> Format:
