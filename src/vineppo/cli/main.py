@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, export, offline, plan, plot, sft, show, train
+from vineppo.cli import compare, demo, doctor, eval, export, offline, plan, plot, report, sft, show, train
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -108,6 +108,7 @@ COMMANDS: dict[str, Command] = {
     "plan": plan.COMMAND,
     "show": show.COMMAND,
     "export": export.COMMAND,
+    "report": report.COMMAND,
     "plot": plot.COMMAND,
     "compare": compare.COMMAND,
     "demo": demo.COMMAND,
