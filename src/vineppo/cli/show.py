@@ -157,7 +157,6 @@ COMMAND = Command(
     examples=(
         ("show the response of the newest iteration with the largest fall of the value", "vineppo show runs/demo"),
         ("show response 12 of iteration 9, and explain its step 3", "vineppo show runs/demo 9 12 --step 3"),
-        ("list the right responses of iteration 9 that had a wrong step", "vineppo show runs/demo 9 --lucky"),
         ("show what TRL's GRPOTrainer logged", "vineppo show out/completions/completions_00010.parquet"),
         ("list the largest falls of all iterations", "vineppo show runs/demo all --drops --limit 10"),
     ),

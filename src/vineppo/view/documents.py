@@ -87,7 +87,8 @@ body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: var(--b
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border: 1px solid var(--line); padding: .25rem .75rem; text-align: left; }
-pre { background: var(--box); padding: 1rem; overflow-x: auto; overflow-wrap: normal; line-height: 1.35; }
+pre { background: var(--box); padding: 1rem; overflow-x: auto; overflow-wrap: normal; font-size: .875rem;
+  line-height: 1.35; }
 img { max-width: 100%; height: auto; }
 .soft { color: var(--soft); }
 """
