@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "vineppo"
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"types", "seeds", "sentences"}),
     frozenset({"objects"}),
-    frozenset({"steps", "statistics"}),
+    frozenset({"steps", "statistics", "conformance"}),
     frozenset({"config"}),
     frozenset({"run"}),
     frozenset({"tasks"}),
@@ -31,6 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"credit"}),
     frozenset({"training"}),
     frozenset({"plan", "compare", "view"}),
+    frozenset({"measure"}),
     frozenset({"cli", "trl"}),
     frozenset({"__main__", "__init__"}),
 )

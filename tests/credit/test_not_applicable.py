@@ -30,7 +30,7 @@ from tests.credit.test_credit import (
     vine_samples,
 )
 from tests.credit.test_ground_truth import SIGMAS, expected_gradient, z_scores
-from tests.world import PartlyApplicable, World, build_policy, flat_gradient
+from tests.world import PartlyApplicable, World, build_policy, flat_gradient, world_of
 from vineppo.config.schema import LearnerConfig
 from vineppo.credit import BUILT_IN
 from vineppo.credit.bisection import bisected_vine_credit
@@ -237,7 +237,7 @@ def bisection_group() -> RolloutGroup:
 @cache
 def world() -> World:
     task = PartlyApplicable()
-    return World(build_policy(), task.problem("train", 0), 3, 0.7, task)
+    return world_of(build_policy(), task, task.problem("train", 0), 3)
 
 
 @cache

@@ -45,7 +45,7 @@ def _run(request: Request) -> int:
     target = json_target(request)
     if "model.path" in request.overrides:
         raise UserError("--model.path is not an option of `vineppo eval`; give the model as the argument MODEL")
-    layers = [_settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
+    layers = [settings_of_model(request.positional), (request.overrides, COMMAND_LINE)]
     spec = settings_from_layers(EvalSpec, layers)
     from vineppo.training.preflight import check_model_and_task
 
@@ -58,7 +58,7 @@ def _run(request: Request) -> int:
     return 0
 
 
-def _run_of(path: Path) -> Path | None:
+def run_of(path: Path) -> Path | None:
     """Return the run directory that `path` refers to, or None.
 
     `path` refers to a run directory if it is the directory itself, or the folder `final` or a checkpoint in it. A
@@ -69,20 +69,23 @@ def _run_of(path: Path) -> Path | None:
     return run_dir if os.path.isfile(run_dir / "config.yaml") else None
 
 
-def _settings_of_model(model: str) -> Layer:
+def settings_of_model(model: str, sampling: bool = False) -> Layer:
     """Return the settings that the argument MODEL determines.
 
     They always include the path of the model. If MODEL is a run directory or a recipe, they also include the other
     settings of the model, the task, the maximum length of a response and the stop strings.
 
+    Args:
+        model: the argument MODEL.
+        sampling: include the sampling temperature of the rollouts.
     Returns:
         A pair (keys of EvalSpec -> values, source of the settings in error messages).
     """
-    run_dir = _run_of(Path(model))
+    run_dir = run_of(Path(model))
     if run_dir:
         path = _path_of_model(Path(model), run_dir)
         recorded = _settings_of_run(run_dir)
-        settings = _evaluation_of(recorded, path)
+        settings = _evaluation_of(recorded, path) | _temperature(recorded, sampling)
         has_adapters = recorded.model.lora.r and Path(path).parent.name == "checkpoints"
         if has_adapters or (Path(path) / "adapter").is_dir():
             # Adapters are merged in float32; 16 bits would lose small adapters.
@@ -90,8 +93,13 @@ def _settings_of_model(model: str) -> Layer:
         return settings, f"in {run_dir}/config.yaml"
     if Path(model).suffix in (".yaml", ".yml") or (model in recipe_names() and not os.path.isdir(model)):
         recipe = training_config(model, {})
-        return _evaluation_of(recipe, recipe.model.path), f"in recipe {model}"
+        return _evaluation_of(recipe, recipe.model.path) | _temperature(recipe, sampling), f"in recipe {model}"
     return {"model.path": model}, COMMAND_LINE
+
+
+def _temperature(config: Config | _EvaluationSettings, sampling: bool) -> dict[str, float]:
+    """Return the sampling temperature of the rollouts as a setting, or nothing if `sampling` is false."""
+    return {"temperature": config.rollouts.temperature} if sampling else {}
 
 
 class _EvaluationSettings(Settings):

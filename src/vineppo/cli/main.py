@@ -14,7 +14,25 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from vineppo.cli import compare, demo, doctor, eval, export, offline, plan, plot, report, sft, show, train
+from vineppo.cli import (
+    blame,
+    compare,
+    demo,
+    doctor,
+    eval,
+    export,
+    offline,
+    plan,
+    plot,
+    report,
+    scaling,
+    sft,
+    show,
+    train,
+    values,
+    variance,
+    view,
+)
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
@@ -107,10 +125,15 @@ COMMANDS: dict[str, Command] = {
     "eval": eval.COMMAND,
     "plan": plan.COMMAND,
     "show": show.COMMAND,
+    "view": view.COMMAND,
     "export": export.COMMAND,
     "report": report.COMMAND,
     "plot": plot.COMMAND,
     "compare": compare.COMMAND,
+    "values": values.COMMAND,
+    "blame": blame.COMMAND,
+    "variance": variance.COMMAND,
+    "scaling": scaling.COMMAND,
     "demo": demo.COMMAND,
     "doctor": doctor.COMMAND,
 }

@@ -38,7 +38,7 @@ GPUS = {
 }
 """The accelerators that `vineppo plan --gpu` accepts, by name."""
 
-_TRAINING, _DECODING = 0.12, 0.06
+TRAINING, DECODING = 0.12, 0.06
 """Shares of `Gpu.flops` that training and decoding (sampling) are assumed to reach. They were chosen so that the
 predictions for the 1.1B model of the VinePPO paper come near the seconds per iteration that were reported for it. The
 entry "What a data sheet says of the paper's runs" in dev/LOG.md compares the numbers."""
@@ -54,7 +54,7 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     Raises:
         UserError: if the name is unknown, or the size of the model cannot be determined.
     """
-    gpu, shape = _gpu(name), shape_from_config(config)
+    gpu, shape = gpu_of(name), shape_from_config(config)
     amounts = guessed_amounts(config, response_tokens)
     length, mc_tokens, rows = (
         int(amounts.rollout_tokens / amounts.rollouts),
@@ -64,13 +64,15 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
     # Number of tokens of all prompts and responses. A forward pass takes two operations per token and parameter, and a
     # backward pass takes twice as long.
     trained = amounts.rollouts * amounts.sequence_tokens
-    per_token = 2 * shape.parameters / (_TRAINING * gpu.flops)
+    per_token = 2 * shape.parameters / (TRAINING * gpu.flops)
     # Number of networks: the policy, and the value network if the algorithm has one.
     networks = 1 + find_algorithm(config.algorithm).needs_critic
     forward = trained * per_token * separate_passes(config, amounts.rollouts)
     seconds = {
-        "sample": _decoding(shape, gpu, amounts.rollout_tokens, length, rows),
-        "credit": _decoding(shape, gpu, mc_tokens, length, rows) if mc_tokens else (networks - 1) * trained * per_token,
+        "sample": decoding_seconds(shape, gpu, amounts.rollout_tokens, length, rows),
+        "credit": decoding_seconds(shape, gpu, mc_tokens, length, rows)
+        if mc_tokens
+        else (networks - 1) * trained * per_token,
         "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
     }
     memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
@@ -91,7 +93,7 @@ def separate_passes(config: Config, rollouts: float) -> float:
     return max(0.0, 1 - config.learner.minibatch_size / rollouts) + (kl.share if kl.coefficient > 0 else 0.0)
 
 
-def _gpu(name: str) -> Gpu:
+def gpu_of(name: str) -> Gpu:
     """Return the speed and memory of an accelerator such as `h100`, or of several in parallel such as `8xh100`.
 
     Several accelerators are assumed to have the sum of their speeds and memories, without any cost of communication.
@@ -108,7 +110,7 @@ def _gpu(name: str) -> Gpu:
     return Gpu(gpu.flops * n, gpu.bandwidth * n, gpu.memory * n)
 
 
-def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
+def decoding_seconds(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> float:
     """Estimate the seconds to decode a number of tokens.
 
     The result is the time for arithmetic or the time for reading memory, whichever is larger. Each decoding step reads
@@ -124,4 +126,4 @@ def _decoding(shape: Shape, gpu: Gpu, tokens: float, length: int, rows: int) -> 
     batches = max(1.0, tokens / (rows * length))
     # Bytes that are read. Weights and KV cache have 2 bytes per number, and half of a response is cached on average.
     reading = batches * length * 2 * shape.parameters + tokens * length / 2 * kv_bytes(shape, 2)
-    return max(2 * shape.parameters * tokens / (_DECODING * gpu.flops), reading / gpu.bandwidth)
+    return max(2 * shape.parameters * tokens / (DECODING * gpu.flops), reading / gpu.bandwidth)

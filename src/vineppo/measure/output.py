@@ -1,0 +1,86 @@
+"""Write the results of a measurement: JSON, Markdown, and the plots that the caller draws."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vineppo.run.files import write_text
+from vineppo.types import UserError
+
+
+def number(value: Any, decimals: int = 3) -> str:
+    """Return a number as text, or `-` if it is not known."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return f"{value:.{decimals}f}"
+
+
+def interval(value: Mapping[str, Any] | None, decimals: int = 3) -> str:
+    """Return `mean [low, high]`, only the mean if the bounds are not known, or `-` if there is no mean."""
+    if not value or value.get("mean") is None:
+        return "-"
+    text = number(value["mean"], decimals)
+    if value.get("low") is None or value.get("high") is None:
+        return text
+    return f"{text} [{number(value['low'], decimals)}, {number(value['high'], decimals)}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table whose columns are padded, so that it is readable in a terminal too."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines.insert(1, "-|-".join("-" * width for width in widths))
+    return [f"| {line} |" if i != 1 else f"|-{line}-|" for i, line in enumerate(lines)]
+
+
+def finite(value: Any) -> Any:
+    """Return a value for JSON in which NaN and infinity are None, and tuples are lists."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str) -> list[Path]:
+    """Write NAME.json and NAME.md to a directory, and return their paths.
+
+    Raises:
+        UserError: if a file cannot be written.
+    """
+    files = {folder / f"{name}.json": json.dumps(finite(result), indent=1) + "\n", folder / f"{name}.md": text}
+    for path, content in files.items():
+        try:
+            write_text(path, content)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
+    return list(files)
+
+
+def heading(result: Mapping[str, Any], what: str) -> list[str]:
+    """Return the first lines of a report: its title, the command, the model, and where it ran."""
+    return [
+        f"# {what}",
+        "",
+        f"`{result['command']}`, {result['platform']}: {result['tokens']:,} generated tokens, "
+        f"{result['seconds']:.0f} s.",
+        "",
+    ]
+
+
+def folder_of(out: str, command: str) -> Path:
+    """Return the directory of the results of a command, which is created.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
+    folder = Path(out or f"runs/{command}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out {str(folder)!r} cannot be written ({error.strerror}); give another directory") from None
+    return folder
