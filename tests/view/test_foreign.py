@@ -15,10 +15,12 @@ from vineppo.cli.main import main
 from vineppo.model.location import resolve_model_path
 from vineppo.model.tiny import build_tokenizer
 from vineppo.types import UserError
+from vineppo.view.data import iteration_data, run_meta
 from vineppo.view.export import ExportSettings, export
 from vineppo.view.foreign import format_of
 from vineppo.view.queues import drops, most_telling
 from vineppo.view.records import algorithm_of, iterations_of, response_of, responses_of
+from vineppo.view.serve import RunServer
 
 RECORDED = Path(__file__).parent / "data" / "trl_completions.parquet"
 """Written by GRPOTrainer of TRL 1.16 with log_completions: two reward functions, of which the second returned None for
@@ -160,6 +162,29 @@ def test_a_response_of_another_trainer_can_be_shown_and_exported(capsys: pytest.
     pairs = export(found, "dpo").rows
     assert [(p["chosen"], p["rejected"]) for p in pairs] == [(found[0].text, found[1].text)]
     assert export(found, "prm", ExportSettings(rule="advantage")).rows == []
+
+
+def test_the_viewer_opens_files_of_other_trainers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = run_meta(RECORDED)
+    assert meta["algorithm"] == "TRL completions" and meta["name"] == RECORDED.name and meta["iterations"] == [1]
+    core = iteration_data(RECORDED, 1)["core"]
+    assert [entry["credit"] for entry in core["responses"]] == ["response"] * 4
+    # The two responses of a group differ in their first line, so TEMPO's tree splits there.
+    assert [entry["others"]["RLOO"][:1] for entry in core["responses"][:2]] == [[1], [-1]]
+    copy = tmp_path / "completions_00001.parquet"
+    copy.write_bytes(RECORDED.read_bytes())
+    assert main(["view", str(copy)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'completions_00001.html'} (")
+    assert main(["view", str(copy), "--tokenizer", "x"]) == 2
+    assert "--tokenizer has no meaning" in capsys.readouterr().err
+    ids = ids_of("b=1+2 by rule is 3")
+    path = prime_file(tmp_path / "rank_0.jsonl", record([3, *ids], [False] + [True] * len(ids), [1.0] * (len(ids) + 1)))
+    assert main(["view", str(path), "--tokenizer", str(resolve_model_path("embedded:judgement"))]) == 0
+    texts = iteration_data(path, 5, resolve_model_path("embedded:judgement"))["core"]["texts"]
+    assert "".join(texts) == "b=1+2 by rule is 3"
+    with RunServer([path], 0) as server:
+        assert server.meta()["runs"][0]["stamps"][0] > 0
+        server.server_close()
 
 
 def test_hostile_text_of_a_file_does_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,15 @@ def format_of(path: str | Path) -> Format:
     return "prime-rl tokens"
 
 
+def lacks_text(path: str | Path) -> bool:
+    """Return whether a path is a file with token ids and without text, for which a tokenizer is of use.
+
+    Raises:
+        UserError: if it is a file whose format is unknown.
+    """
+    return is_foreign(path) and format_of(path) == "prime-rl tokens"
+
+
 def _parquet_format(file: Path, columns: set[str]) -> Format:
     if columns >= _TRL_COLUMNS:
         return "TRL completions"
@@ -129,7 +139,7 @@ def foreign_responses(path: str | Path, iteration: int, tokenizer: str | Path | 
         UserError: if there is no such step, the format is unknown, or a file is damaged.
     """
     kind = format_of(path)
-    if tokenizer is not None and kind != "prime-rl tokens":
+    if tokenizer is not None and not lacks_text(path):
         raise UserError(f"{path} has the texts of its responses, so a tokenizer has no meaning; remove --tokenizer")
     decode = None if tokenizer is None else _decoder(Path(tokenizer))
     found: list[Response] = []
@@ -204,7 +214,8 @@ def _trl_responses(file: Path, iteration: int) -> Iterator[Response]:
         parts = [value for value in (_number(row[name]) for name in rewards) if value is not None]
         advantage = _number(row["advantage"])
         lines = [line for line in re.split(r"(?<=\n)", text) if line]
-        tokens = tuple(Token(-1, line, None, None, advantage, 1.0) for line in lines)
+        # Equal lines have equal ids, so that responses with the same beginning share a prefix.
+        tokens = tuple(Token(-1 - zlib.crc32(line.encode()), line, None, None, advantage, 1.0) for line in lines)
         yield Response(
             iteration=iteration,
             number=0,

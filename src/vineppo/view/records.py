@@ -34,7 +34,7 @@ class Token:
     """One token of a response. In a file without tokens, one line of the response stands for a token."""
 
     id: int
-    """Id in the vocabulary; -1 for a line of a file without tokens."""
+    """Id in the vocabulary. For a line of a file without tokens, a negative number that follows from the line."""
     text: str | None
     """Text of the token; the texts of all tokens of a response, joined, are the response. "" for a special token. None
     in files of earlier versions."""
