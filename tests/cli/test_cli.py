@@ -344,6 +344,9 @@ def test_the_demo_ends_with_a_response_before_and_after(tmp_path: Path, capsys: 
     small += " --eval.every 0 --eval.final_num_problems 0 --run.checkpoint_every 0"
     assert main(["demo", "--run.dir", str(run), *small.split()]) == 0
     text = capsys.readouterr().out
+    assert f"  report           {run / 'report.html'}" in text.splitlines() and (run / "report.html").exists()
+    report = (run / "report.md").read_text()
+    assert "| learner.lr | 0.001 | 0.0001 |" in report and "No accuracy was measured." in report
     _, _, after = text.partition("The first of 64 validation problems that the starting model gets wrong")
     if not after:  # possible on a machine with another rounding
         assert "Training improved the response to none of 64 validation problems." in text

@@ -90,7 +90,9 @@ def test_pairs_of_whole_responses_use_each_response_once() -> None:
     assert exported.notes == ["pairs: 0 share the text up to the worst step, 2 are whole responses"]
     loose = export(responses(*rows), "dpo", ExportSettings(right=0.5))
     assert [(entry["chosen"], entry["rejected"]) for entry in loose.rows] == [("r1", "w1"), ("r2", "w2")]
-    assert export(responses(*rows), "dpo", ExportSettings(pairs="prefix")).rows == []
+    none = export(responses(*rows), "dpo", ExportSettings(pairs="prefix"))
+    assert none.rows == [] and none.left_out["right, only for whole pairs"] == 3
+    assert none.left_out["wrong, without a right continuation"] == 3
 
 
 def test_the_same_pair_is_written_once() -> None:
@@ -163,8 +165,7 @@ def test_a_real_run_gives_pairs_and_labels(vineppo_run: Path) -> None:
 def test_the_split_keeps_problems_together() -> None:
     exported = Exported()
     for i in range(400):
-        [response] = responses(row([str(i)], 1.0) | {"problem_id": f"train/{i // 2}"})
-        exported.add(response, {"n": i})
+        exported.add((f"train/{i // 2}", "the same prompt"), {"n": i})
     first, second = split_rows(exported, 0.25)
     assert len(first) + len(second) == 400 and 60 <= len(second) <= 140
     assert not {entry["n"] // 2 for entry in first} & {entry["n"] // 2 for entry in second}

@@ -33,9 +33,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_note(
         parser,
         "FORMATS",
-        "prm: prompt, completions (the steps) and labels, for PRMTrainer. dpo: prompt, chosen and rejected, for "
-        "DPOTrainer. sft: prompt and completion, for SFTTrainer. Labels come from Monte-Carlo values; such a value "
-        "is not step correctness (arXiv 2501.07301).",
+        "prm: prompt, completions (the steps) and labels, for PRMTrainer (TRL up to 1.13). dpo: prompt, chosen and "
+        "rejected, for DPOTrainer. sft: prompt and completion, for SFTTrainer. Labels come from Monte-Carlo values; "
+        "such a value is not step correctness (arXiv 2501.07301).",
     )
     parser.add_argument("--format", metavar="{" + ",".join(_FORMATS) + "}", help="format of the data set; needed")
     parser.add_argument("--out", metavar="FILE", help=".jsonl or .parquet (default: RUN/exports/FORMAT.jsonl)")

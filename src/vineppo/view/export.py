@@ -79,10 +79,10 @@ class Exported:
     notes: list[str] = field(default_factory=list)
     num_responses: int = 0
 
-    def add(self, response: Response, row: Row) -> None:
-        """Add a row that was made from a response."""
+    def add(self, problem: tuple[str, str], row: Row) -> None:
+        """Add a row that was made from a response to a problem, which is (id, prompt)."""
         self.rows.append(row)
-        self.problems.append(f"{response.problem_id}\n{response.prompt}")
+        self.problems.append("\n".join(problem))
 
 
 def export(responses: Iterable[Response], form: str, settings: ExportSettings | None = None) -> Exported:
@@ -129,7 +129,10 @@ def _export_prm(responses: Iterator[Response], settings: ExportSettings, result:
                 texts = [text.removesuffix("\n") for text in texts]
             else:
                 other_ends += 1
-            result.add(response, {"prompt": response.prompt, "completions": texts, "labels": labels})
+            result.add(
+                (response.problem_id, response.prompt),
+                {"prompt": response.prompt, "completions": texts, "labels": labels},
+            )
             true, total = true + sum(labels), total + len(labels)
     if total:
         rule = (
@@ -166,42 +169,44 @@ def step_labels(response: Response, settings: ExportSettings) -> list[bool] | No
 
 def _export_dpo(responses: Iterator[Response], settings: ExportSettings, result: Exported) -> None:
     """Add pairs of a right and a wrong response to the same problem. Each response is in one pair at most."""
-    right: dict[tuple[str, str], list[Response]] = {}
-    wrong: dict[tuple[str, str], list[Response]] = {}
+    # Only the texts are kept, because a run can have more tokens than memory has room for.
+    right: dict[tuple[str, str], list[str]] = {}
+    wrong: dict[tuple[str, str], list[str]] = {}
     prefixes, seen = 0, set[tuple[str, str, str]]()
     for response in responses:
         reward, problem = response.reward or 0.0, (response.problem_id, response.prompt)
         if reward >= settings.right:
-            right.setdefault(problem, []).append(response)
+            right.setdefault(problem, []).append(response.text)
         elif reward > settings.wrong:
             result.left_out["neither right nor wrong"] += 1
         elif response.finish_reason == "length":
             result.left_out["cut off by the length limit"] += 1
         elif settings.pairs != "whole" and (pair := prefix_pair(response, settings)):
-            prefixes += _add_pair(result, response, pair, seen)
+            prefixes += _add_pair(result, problem, pair, seen)
         else:
-            wrong.setdefault(problem, []).append(response)
+            wrong.setdefault(problem, []).append(response.text)
+    num_right, num_wrong = (sum(map(len, texts.values())) for texts in (right, wrong))
     whole = used = 0
-    for problem, losers in wrong.items():
-        winners = [] if settings.pairs == "prefix" else right.get(problem, [])
-        for winner, loser in zip(winners, losers, strict=False):
-            row = {"prompt": loser.prompt, "chosen": winner.text, "rejected": loser.text}
-            whole += _add_pair(result, loser, row, seen)
-        reason = "without a right continuation" if settings.pairs == "prefix" else "without a right partner"
-        result.left_out[f"wrong, {reason}"] += max(0, len(losers) - len(winners))
-        used += min(len(losers), len(winners))
-    result.left_out["right, without a wrong partner"] += sum(map(len, right.values())) - used
+    for problem, losers in wrong.items() if settings.pairs != "prefix" else ():
+        for winner, loser in zip(right.get(problem, []), losers, strict=False):
+            row = {"prompt": problem[1], "chosen": winner, "rejected": loser}
+            whole += _add_pair(result, problem, row, seen)
+            used += 1
+    partner = "only for whole pairs" if settings.pairs == "prefix" else "without a wrong partner"
+    result.left_out[f"right, {partner}"] += num_right - used
+    lacking = "continuation" if settings.pairs == "prefix" else "partner"
+    result.left_out[f"wrong, without a right {lacking}"] += num_wrong - used
     result.notes.append(f"pairs: {prefixes:,} share the text up to the worst step, {whole:,} are whole responses")
 
 
-def _add_pair(result: Exported, response: Response, row: Row, seen: set[tuple[str, str, str]]) -> bool:
+def _add_pair(result: Exported, problem: tuple[str, str], row: Row, seen: set[tuple[str, str, str]]) -> bool:
     """Add a pair if it is new, and return whether it was."""
     key = (row["prompt"], row["chosen"], row["rejected"])
     if key in seen:
         result.left_out["the same pair again"] += 1
         return False
     seen.add(key)
-    result.add(response, row)
+    result.add(problem, row)
     return True
 
 
@@ -254,7 +259,7 @@ def _export_sft(responses: Iterator[Response], settings: ExportSettings, result:
             result.left_out["the same response again"] += 1
         else:
             seen.add((response.prompt, response.text))
-            result.add(response, {"prompt": response.prompt, "completion": response.text})
+            result.add((response.problem_id, response.prompt), {"prompt": response.prompt, "completion": response.text})
 
 
 FORMATS: Mapping[str, Callable[[Iterator[Response], ExportSettings, Exported], None]] = {
