@@ -113,8 +113,8 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "unknown command trian; did you mean train?"),
         (
             ["zzz"],
-            "unknown command zzz; commands: train, sft, offline, eval, plan, show, view, plot, compare, values, "
-            "blame, variance, scaling, demo, doctor",
+            "unknown command zzz; commands: train, sft, offline, eval, plan, show, view, export, report, plot, "
+            "compare, values, blame, variance, scaling, demo, doctor",
         ),
         (["--verison"], "unknown option --verison; did you mean --version?"),
         (["train", "--lr", "3"], "unknown option --lr; did you mean --learner.lr?"),
@@ -344,6 +344,9 @@ def test_the_demo_ends_with_a_response_before_and_after(tmp_path: Path, capsys: 
     small += " --eval.every 0 --eval.final_num_problems 0 --run.checkpoint_every 0"
     assert main(["demo", "--run.dir", str(run), *small.split()]) == 0
     text = capsys.readouterr().out
+    assert f"  report           {run / 'report.html'}" in text.splitlines() and (run / "report.html").exists()
+    report = (run / "report.md").read_text()
+    assert "| learner.lr | 0.001 | 0.0001 |" in report and "No accuracy was measured." in report
     _, _, after = text.partition("The first of 64 validation problems that the starting model gets wrong")
     if not after:  # possible on a machine with another rounding
         assert "Training improved the response to none of 64 validation problems." in text

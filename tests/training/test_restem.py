@@ -251,6 +251,8 @@ def test_other_commands_read_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     run_offline(offline_config(folder), "small", lambda line: None)
     assert main(["plot", str(folder)]) == 0
     assert len(list((folder / "plots").glob("*.png"))) == 3
+    assert main(["report", str(folder)]) == 0
+    assert "Columns: step, no credit." in (folder / "report.md").read_text()
     record = load_run(folder)
     assert (record.arm, record.level, len(record.evaluations)) == ("restem", "judgement", 3)
     assert record.evaluations[-1].tokens == record.summary["tokens"]["generated"]

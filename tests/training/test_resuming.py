@@ -160,6 +160,7 @@ def test_a_finished_run_is_extended_with_the_same_bits(tmp_path: Path, whole: Pa
     assert main(["train", "--resume", str(path), "--run.iterations", "2"]) == 0
     summary = json.loads((path / "summary.json").read_text())
     assert (summary["iterations"], summary["recipe"]) == (2, "small")
+    assert "The run ended after 2 iterations (reason: iterations)." in (path / "report.md").read_text()
     lines = metrics_of(path)  # the last iteration of the shorter run was evaluated, too
     assert [lines[0], lines[2]] == [metrics_of(whole)[0], metrics_of(whole)[2]]
     assert weights_hash(path / "final") == weights_hash(whole / "final")

@@ -75,6 +75,7 @@ def test_a_short_script_trains_and_calls_the_callbacks(tmp_path: Path, capsys: p
     assert last["completions/mean_length"] == last["response/length_mean"]
     assert last["completions/min_length"] <= last["completions/mean_length"] <= last["completions/max_length"]
     assert last["epoch"] == 8 / 20 and last["learning_rate"] < 1e-4  # linear decay, as TRL's default
+    assert "![Time of each phase](plots/seconds.png)" in (tmp_path / "a" / "report.md").read_text()
     trainer.save_model(tmp_path / "saved")
     AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert weights_hash(tmp_path / "saved") == weights_hash(tmp_path / "a/final")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.view.rows import row, run_with
+from tests.view.test_foreign import RECORDED
 from tests.view.test_viewer_file import served
 from vineppo.view.page import write_page
 
@@ -590,3 +591,17 @@ def test_parts_that_were_left_out_are_named(show: Callable[..., Any], tmp_path: 
     page.locator(".row").nth(2).click()
     page.locator("#text .empty", has_text="was left out to keep the page small").wait_for()
     assert text(page, "#response-head").startswith("✗ 0 Iteration")
+
+
+def test_a_file_of_another_trainer_is_shown(show: Callable[..., Any]) -> None:
+    page = show(RECORDED, fragment="#r=1.2&step=2")
+    assert text(page, "#run-facts") == "TRL completions · 1 iteration · 4 responses"
+    lines = [page.locator(f".step[data-step='{n}'] .step-text").inner_text() for n in (1, 2, 3, 4)]
+    assert lines == ["b=9*9 by rote = 8", "c=8+3 by rule = 1", "d=1+2 by rote = 3", "#### 3"]
+    assert [text(page, f".step[data-step='{n}'] .gutter") for n in (1, 4)] == ["1 −0.71", "4 −0.71"]
+    assert "advantage of the whole response, which is repeated" in text(page, "#panel")
+    assert "Advantage of the response" in text(page, "#curve")
+    assert "token" not in text(page, "#response-head")
+    page.keyboard.press("d")
+    assert text(page, "#list-status") == "1 response"
+    assert page.locator(".row .row-more").first.inner_text() == "advantage of the response -0.71"

@@ -39,6 +39,7 @@ def _run(request: Request) -> int:
         others = (arm.name for arm in BUILT_IN.values() if arm.name != config.algorithm and not arm.needs_critic)
         print("\nCommands to try next:")
         print(f"  vineppo show {folder}")
+        print(f"  vineppo view {folder}")
         print(f"  vineppo eval {folder}")
         print(f"  vineppo train {DEFAULT_RECIPE} --algorithm {next(others)}")
     return exit_code(summary)

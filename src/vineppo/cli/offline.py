@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from vineppo.cli.common import DEFAULT_RECIPE, check_kind
 from vineppo.cli.console import duration, interval_text
@@ -37,6 +38,7 @@ def _run(request: Request) -> int:
     check_offline(config)
     from vineppo.training.offline import run_offline
     from vineppo.training.stopping import hangup_ignored, without_console
+    from vineppo.view.report import report_finished
 
     def show(line: str) -> None:
         """Print a line; do nothing if the terminal is gone."""
@@ -52,6 +54,8 @@ def _run(request: Request) -> int:
         show(f"{summary['updates']:,} updates, {tokens['generated']:,} generated and {tokens['trained']:,} trained "
              f"tokens, {seconds} of training")  # fmt: skip
         show(f"run directory    {config.run.dir}")
+        if (path := report_finished(Path(config.run.dir))) is not None:
+            show(f"report           {path}")
     return 0
 
 

@@ -25,7 +25,12 @@ _QUEUES = {
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vineppo show` to its parser."""
-    add_note(parser, "RUN", "The directory of a run, finished or not.")
+    add_note(
+        parser,
+        "RUN",
+        "The directory of a run, finished or not; or a file with responses of another trainer: TRL's completions "
+        "(Parquet, of log_completions) or prime-rl's tokens (JSONL).",
+    )
     add_note(
         parser,
         "ITERATION",
@@ -42,6 +47,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     for name, text in _QUEUES.items():
         parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
     parser.add_argument("--limit", metavar="N", help="number of lines of a list (default: 20)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="tokenizer.json, or a directory with it, for files with token ids and no text (prime-rl)",
+    )
 
 
 def _run(request: Request) -> int:
@@ -71,12 +81,12 @@ def _print_queue(request: Request, name: str) -> None:
     from vineppo.view.records import iterations_of, responses_of
     from vineppo.view.terminal import show_entries
 
-    run, limit = str(request.positional), int_option(request, "limit", 20)
+    run, limit, tokenizer = str(request.positional), int_option(request, "limit", 20), request.options["tokenizer"]
     if limit < 1:
         raise UserError(f"--limit is {limit}; it must be at least 1")
     known = iterations_of(run)
     chosen = known if request.more == ("all",) else [_iteration(request, known)]
-    responses: list[Response] = [response for number in chosen for response in responses_of(run, number)]
+    responses: list[Response] = [response for number in chosen for response in responses_of(run, number, tokenizer)]
     entries = QUEUES[name](responses)
     _escape_what_cannot_be_encoded()
     where = f"iteration {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} iterations"
@@ -98,23 +108,22 @@ def _print_response(request: Request) -> None:
     """Print one response with its credit."""
     from rich.console import Console
 
-    from vineppo.run.directory import RunDirectory
     from vineppo.view.queues import most_telling
-    from vineppo.view.records import iterations_of, response_of, responses_of
+    from vineppo.view.records import algorithm_of, iterations_of, response_of, responses_of
     from vineppo.view.terminal import show_response
 
-    run = str(request.positional)
+    run, tokenizer = str(request.positional), request.options["tokenizer"]
     iteration = _iteration(request, iterations_of(run))
     if len(request.more) > 1:
-        response = response_of(run, iteration, _whole_number(request.more[1], "ROLLOUT"))
+        response = response_of(run, iteration, _whole_number(request.more[1], "ROLLOUT"), tokenizer)
     else:
-        responses = responses_of(run, iteration)
+        responses = responses_of(run, iteration, tokenizer)
         if not responses:
             raise UserError(f"iteration {iteration} of {run} has no responses; show another iteration")
         response = most_telling(responses)
     number = int_option(request, "step", 0)
     step = None if request.options["step"] is None else response.step(number)
-    label = str(RunDirectory.open(run, writable=False).config.get("algorithm", ""))
+    label = algorithm_of(run)
     _escape_what_cannot_be_encoded()
     show_response(Console(highlight=False), response, label=label, step=step)
 
@@ -148,7 +157,7 @@ COMMAND = Command(
     examples=(
         ("show the response of the newest iteration with the largest fall of the value", "vineppo show runs/demo"),
         ("show response 12 of iteration 9, and explain its step 3", "vineppo show runs/demo 9 12 --step 3"),
-        ("list the right responses of iteration 9 that had a wrong step", "vineppo show runs/demo 9 --lucky"),
+        ("show what TRL's GRPOTrainer logged", "vineppo show out/completions/completions_00010.parquet"),
         ("list the largest falls of all iterations", "vineppo show runs/demo all --drops --limit 10"),
     ),
 )

@@ -66,7 +66,21 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
     from vineppo.training.loop import train
 
     with _reporter(config) as reporter:
-        return train(config, recipe=recipe, reporter=reporter)
+        summary = train(config, recipe=recipe, reporter=reporter)
+    _report(config, summary)
+    return summary
+
+
+def _report(config: Config, summary: Mapping[str, Any]) -> None:
+    """Write the report of a run that has ended and was not interrupted, and print its path."""
+    if exit_code(summary):
+        return
+    from vineppo.training.stopping import without_console
+    from vineppo.view.report import report_finished
+
+    path = report_finished(Path(config.run.dir))
+    if path is not None:
+        without_console(lambda: print(f"  {'report':<16} {path}", flush=True))
 
 
 def _resume(request: Request) -> int:
@@ -101,7 +115,9 @@ def _resume(request: Request) -> int:
     from vineppo.training.loop import resume
 
     with _reporter(config) as reporter:
-        return exit_code(resume(config, reporter=reporter, checkpoint=checkpoint))
+        summary = resume(config, reporter=reporter, checkpoint=checkpoint)
+    _report(config, summary)
+    return exit_code(summary)
 
 
 @contextlib.contextmanager

@@ -14,14 +14,16 @@ _PORT = 8711
 
 def _options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `vineppo view` to its parser."""
-    add_note(parser, "RUN", "The directory of a run, finished or not.")
+    add_note(
+        parser, "RUN", "The directory of a run, finished or not; or a file of another trainer, as for `vineppo show`."
+    )
     add_note(
         parser,
         "PAGE",
         "One HTML file that needs no network: responses coloured by the advantage of their steps, the values of their "
         "states, the continuations behind a value, and lists of the responses that are worth reading first.",
     )
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: RUN/view.html)")
+    parser.add_argument("--out", metavar="FILE", help="the file to write (default: RUN/view.html, or FILE.html)")
     parser.add_argument("--compare", metavar="RUN2", help="a second run, which the page compares with the first one")
     parser.add_argument(
         "--max_mb", metavar="X", help="largest size of the file in MB (default: 5); the page says what was left out"
@@ -32,6 +34,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="write no file, but serve the page on this machine, and follow a run that is going on",
     )
+    parser.add_argument("--tokenizer", metavar="DIR", help="as for `vineppo show`, for files without text")
     parser.add_argument("--port", metavar="N", help=f"port of --serve (default: {_PORT}; 0 chooses a free one)")
 
 
@@ -41,20 +44,22 @@ def _run(request: Request) -> int:
         raise UserError("no RUN is given; give the directory of a run, such as runs/demo")
     options = request.options
     runs = [request.positional, *([options["compare"]] if options["compare"] is not None else [])]
+    tokenizer = _tokenizer(options["tokenizer"], runs)
     if options["serve"]:
         for name in ("out", "max_mb"):
             if options[name] is not None:
                 raise UserError(f"--{name} is for a file, and --serve writes none; remove one of the two")
-        _serve(runs, int_option(request, "port", _PORT))
+        _serve(runs, int_option(request, "port", _PORT), tokenizer)
         return 0
     if options["port"] is not None:
         raise UserError("--port is for --serve; add --serve, or remove --port")
     from vineppo.view.page import write_page
 
-    out = Path(options["out"]) if options["out"] is not None else Path(request.positional) / "view.html"
+    run = Path(request.positional)
+    out = Path(options["out"] or (run.with_suffix(".html") if run.is_file() else run / "view.html"))
     if out.is_dir():
         raise UserError(f"--out is {out}, which is a directory; give the name of a file, such as {out / 'view.html'}")
-    contents = write_page(out, runs, _max_bytes(options["max_mb"]))
+    contents = write_page(out, runs, _max_bytes(options["max_mb"]), tokenizer)
     print(f"{out} ({out.stat().st_size / 1e6:.2f} MB)")
     for text in contents.meta["left_out"]:
         print(f"left out: {text}")
@@ -76,11 +81,25 @@ def _max_bytes(text: str | None) -> int:
     return int(megabytes * 1e6)
 
 
-def _serve(runs: list[str], port: int) -> None:
+def _tokenizer(given: str | None, runs: list[str]) -> str | None:
+    """Return the tokenizer that is given.
+
+    Raises:
+        UserError: if none of the runs needs one.
+    """
+    if given is not None:
+        from vineppo.view.foreign import lacks_text
+
+        if not any(lacks_text(run) for run in runs):
+            raise UserError(f"{runs[0]} has the texts of its responses, so --tokenizer has no meaning; remove it")
+    return given
+
+
+def _serve(runs: list[str], port: int, tokenizer: str | None) -> None:
     """Serve the page until the user interrupts the command."""
     from vineppo.view.serve import RunServer
 
-    with RunServer(runs, port) as server:
+    with RunServer(runs, port, tokenizer) as server:
         print(f"{server.address} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -8,6 +8,8 @@ rollouts/000001.parquet one file per iteration, one row per rollout and per othe
 checkpoints/000020/     checkpoints (see checkpoint.py)
 final/                  the trained model
 plots/, summary.json    written at the end
+report.md, report.html  written at the end (see view/report.py)
+exports/                data sets (see view/export.py)
 .lock                   locked by the process that trains (see lock.py)
 ```
 """

@@ -54,6 +54,7 @@ from vineppo.trl.arguments import (
 from vineppo.trl.callbacks import Listener, Schedule
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
+from vineppo.view.report import report_finished
 
 __all__ = ["TrainOutput", "VinePPOConfig", "VinePPOTrainer"]
 
@@ -192,6 +193,8 @@ class VinePPOTrainer:
                 reporter=self._listener,
                 in_memory=InMemory(self.policy, tables),
             )
+        if summary["finish_reason"] != "interrupted":
+            report_finished(Path(self.config.run.dir))
         losses = self._listener.losses
         return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
 

@@ -29,8 +29,9 @@ from vineppo.credit.rloo import RLOO
 from vineppo.credit.tempo import TEMPO, TempoSettings, leave_one_out_tree
 from vineppo.run.directory import RunDirectory
 from vineppo.types import UserError
+from vineppo.view.foreign import is_foreign, lacks_text
 from vineppo.view.queues import QUEUES, Entry
-from vineppo.view.records import Response, Step, iterations_of, responses_of
+from vineppo.view.records import Response, Step, algorithm_of, iterations_of, responses_of
 
 PARTS = ("rows", "core", "tokens", "more")
 """Names of the parts of an iteration."""
@@ -46,13 +47,17 @@ def run_meta(run: str | Path) -> Json:
     """Return what the page says about a run as a whole.
 
     Returns:
-        The keys `name` (of the directory), `recipe`, `algorithm` (its label), `iterations` (numbers of the saved ones)
-        and `curve` (mean reward and accuracy of each iteration in metrics.jsonl).
+        The keys `name` (of the directory or file), `recipe`, `algorithm` (its label, or the format of another trainer's
+        file), `iterations` (numbers of the saved ones) and `curve` (mean reward and accuracy of each iteration in
+        metrics.jsonl).
     Raises:
-        UserError: if `run` is not a run directory, or no responses are saved.
+        UserError: if `run` is neither a run directory nor such a file, or no responses are saved.
     """
-    directory = RunDirectory.open(run, writable=False)
     iterations = iterations_of(run)
+    if is_foreign(run):
+        name = Path(run).resolve().name
+        return {"name": name, "recipe": "", "algorithm": algorithm_of(run), "iterations": iterations, "curve": []}
+    directory = RunDirectory.open(run, writable=False)
     return {
         "name": directory.path.resolve().name,
         "recipe": str(directory.read_record().get("recipe", "")),
@@ -79,13 +84,17 @@ def _curve(directory: RunDirectory) -> list[list[Any]]:
     return [[line["iteration"], rounded(line.get("reward/mean")), rounded(line.get("eval/accuracy"))] for line in lines]
 
 
-def iteration_data(run: str | Path, iteration: int) -> dict[str, Json]:
+def iteration_data(run: str | Path, iteration: int, tokenizer: str | Path | None = None) -> dict[str, Json]:
     """Return the parts of an iteration: the name of each part (`PARTS`) -> its data.
 
+    Args:
+        run: a run directory, or another trainer's file.
+        iteration: number of the iteration.
+        tokenizer: see `records.responses_of`; not used for a run that has texts.
     Raises:
         UserError: if the run has no such iteration, or its file cannot be read.
     """
-    return parts_of(responses_of(run, iteration), iteration)
+    return parts_of(responses_of(run, iteration, tokenizer if lacks_text(run) else None), iteration)
 
 
 def parts_of(responses: Sequence[Response], iteration: int) -> dict[str, Json]:
@@ -141,7 +150,7 @@ def _rows(responses: Sequence[Response], iteration: int) -> Json:
         "preview": [text if i == 0 or text != preview[i - 1] else None for i, text in enumerate(preview)],
         "reward": [rounded(r.reward) for r in responses],
         "finish": [r.finish_reason for r in responses],
-        "tokens": [len(r.tokens) for r in responses],
+        "tokens": [r.num_tokens or 0 for r in responses],  # 0: the file has no tokens
         "steps": [len(r.steps) for r in responses],
         "lowest": [rounded(number, 3) for number in lowest],
         "continuations": [len(r.continuations) for r in responses],

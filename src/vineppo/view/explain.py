@@ -124,7 +124,12 @@ def why(response: Response, step: Step) -> list[str]:
         return ["this response has no credit, because it was not trained on or has no reward"]
     found, total = subtraction(response, step), telescoping(response)
     lines = [] if found is None else [found.text]
-    if response.credit == "tokens":
+    if response.credit == "response":
+        lines.append(
+            f"{signed(step.advantage or 0.0)} is the advantage of the whole response, repeated for every step; it does "
+            "not say which step earned it"
+        )
+    elif response.credit == "tokens":
         lines += [_token_line(response, step), *_alternative_lines(response, step)]
     elif found is not None and not found.is_advantage:
         lines.append(f"the recorded advantage is {signed(step.advantage or 0.0)}, which is not this difference")

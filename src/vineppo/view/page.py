@@ -47,19 +47,22 @@ def asset(name: str) -> str:
     return (importlib.resources.files("vineppo") / "view" / "assets" / name).read_text(encoding="utf-8")
 
 
-def write_page(path: Path, runs: Sequence[str | Path], max_bytes: int = MAX_BYTES) -> Contents:
+def write_page(
+    path: Path, runs: Sequence[str | Path], max_bytes: int = MAX_BYTES, tokenizer: str | Path | None = None
+) -> Contents:
     """Write the page of one run, or of two runs that are compared, to a file, atomically.
 
     Args:
         path: the HTML file.
-        runs: one or two run directories.
+        runs: one or two run directories, or files of other trainers (`foreign.py`).
         max_bytes: limit of the size of the file. Details of some iterations are left out to stay below it.
+        tokenizer: see `records.responses_of`.
     Returns:
         The contents. `meta["left_out"]` says what was left out.
     Raises:
         UserError: if a run has no responses, the limit is too small for the lists alone, or the file cannot be written.
     """
-    contents = contents_of(runs, max_bytes)
+    contents = contents_of(runs, max_bytes, tokenizer)
     text = html(contents.meta, contents.chunks)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,9 @@ def write_page(path: Path, runs: Sequence[str | Path], max_bytes: int = MAX_BYTE
     return contents
 
 
-def contents_of(runs: Sequence[str | Path], max_bytes: int = MAX_BYTES) -> Contents:
+def contents_of(
+    runs: Sequence[str | Path], max_bytes: int = MAX_BYTES, tokenizer: str | Path | None = None
+) -> Contents:
     """Return the contents of a page that has at most `max_bytes` bytes.
 
     The lists of all responses are always complete. Then the texts of as many iterations as possible are kept, then
@@ -89,7 +94,7 @@ def contents_of(runs: Sequence[str | Path], max_bytes: int = MAX_BYTES) -> Conte
         contents.meta["runs"].append(meta)
         for iteration in list(meta["iterations"]):
             try:
-                parts = iteration_data(run, iteration)
+                parts = iteration_data(run, iteration, tokenizer)
             except UserError as error:
                 damaged.append(str(error))
                 meta["iterations"].remove(iteration)

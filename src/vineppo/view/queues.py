@@ -30,7 +30,7 @@ def drops(responses: Sequence[Response]) -> list[Entry]:
 
     Each response has one entry: its step with the lowest advantage, if that is below 0. If the algorithm computes step
     advantages from values, this is the step with the largest fall of the value; otherwise the step whose token
-    advantages have the lowest sum.
+    advantages have the lowest sum. If only the whole response has an advantage, the entry has no step.
     """
     found = []
     for response in responses:
@@ -38,7 +38,10 @@ def drops(responses: Sequence[Response]) -> list[Entry]:
         if worst is not None and worst.advantage is not None and worst.advantage < 0:
             found.append((worst.advantage, response, worst))
     found.sort(key=lambda entry: (entry[0], entry[1].iteration, entry[1].number))
-    return [Entry(response, step, _fall(response, step)) for _, response, step in found]
+    return [
+        Entry(response, None if response.credit == "response" else step, _fall(response, step))
+        for _, response, step in found
+    ]
 
 
 def lowest_step(response: Response) -> Step | None:
@@ -52,6 +55,8 @@ def _fall(response: Response, step: Step) -> str:
     after, advantage = response.value_after(step), step.advantage or 0.0
     if response.credit == "values" and step.value is not None and after is not None:
         return f"value {step.value:.2f} to {after:.2f} ({signed(advantage)})"
+    if response.credit == "response":
+        return f"advantage of the response {signed(advantage)}"
     return f"token advantages {signed(advantage)}"
 
 

@@ -21,18 +21,20 @@ from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, wilson
 from vineppo.types import UserError
 
-Credit = Literal["values", "tokens", "none"]
+Credit = Literal["values", "tokens", "response", "none"]
 """What `Step.advantage` is. "values": the step advantage that the algorithm computed from the values of states; with
 the value of the prompt, the step advantages add up to the reward (docs/algorithms.md). "tokens": the sum of the
-advantages of the step's tokens, because the algorithm computes no credit for steps; it is no change of value. "none":
-the response has no credit."""
+advantages of the step's tokens, because the algorithm computes no credit for steps; it is no change of value.
+"response": the advantage of the whole response, which is repeated for every step and says nothing about a single one
+(files of other trainers, `foreign.py`). "none": the response has no credit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a response."""
+    """One token of a response. In a file without tokens, one line of the response stands for a token."""
 
     id: int
+    """Id in the vocabulary. For a line of a file without tokens, a negative number that follows from the line."""
     text: str | None
     """Text of the token; the texts of all tokens of a response, joined, are the response. "" for a special token. None
     in files of earlier versions."""
@@ -123,6 +125,11 @@ class Response:
     alternatives: tuple[Alternative, ...] = ()
     continuations: tuple[Continuation, ...] = ()
 
+    @property
+    def num_tokens(self) -> int | None:
+        """T, or None if the response comes from a file without tokens."""
+        return None if any(token.id < 0 for token in self.tokens) else len(self.tokens)
+
     def step(self, number: int) -> Step:
         """Return a step by its number, from 1.
 
@@ -149,12 +156,31 @@ class Response:
         return None if None in texts else sum(len(text) for text in texts if text)
 
 
-def iterations_of(run: str | Path) -> list[int]:
-    """Return the numbers of the iterations whose responses the run has saved, in ascending order.
+def algorithm_of(run: str | Path) -> str:
+    """Return the name of the algorithm of a run, or the name of the format of another trainer's file.
 
     Raises:
-        UserError: if `run` is not a run directory, or no responses are saved.
+        UserError: if `run` is not a run directory, or a file whose format is unknown.
     """
+    from vineppo.view.foreign import format_of, is_foreign
+
+    if is_foreign(run):
+        return format_of(run)
+    return str(RunDirectory.open(run, writable=False).config.get("algorithm", ""))
+
+
+def iterations_of(run: str | Path) -> list[int]:
+    """Return the numbers of the iterations whose responses are saved, in ascending order.
+
+    Args:
+        run: a run directory, or what another trainer wrote (`foreign.py`), whose steps are its iterations.
+    Raises:
+        UserError: if `run` is neither, or no responses are saved.
+    """
+    from vineppo.view.foreign import foreign_iterations, is_foreign
+
+    if is_foreign(run):
+        return foreign_iterations(run)
     directory = RunDirectory.open(run, writable=False)
     stems = (path.stem for path in directory.rollouts.glob("*.parquet"))
     found = sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit())
@@ -168,14 +194,24 @@ def iterations_of(run: str | Path) -> list[int]:
     raise UserError(f"{run} has saved no responses yet; wait for the end of its first iteration")
 
 
-def responses_of(run: str | Path, iteration: int) -> list[Response]:
+def responses_of(run: str | Path, iteration: int, tokenizer: str | Path | None = None) -> list[Response]:
     """Return the responses of an iteration in the order of the file: rollouts, then other training samples.
 
     The rollouts of a problem are neighbours.
 
+    Args:
+        run: a run directory, or what another trainer wrote (`foreign.py`).
+        iteration: number of the iteration.
+        tokenizer: file `tokenizer.json`, or a directory with one. Only a file that has token ids and no text needs it.
     Raises:
         UserError: if the run has no such iteration, or the file cannot be read.
     """
+    from vineppo.view.foreign import foreign_responses, is_foreign
+
+    if is_foreign(run):
+        return foreign_responses(run, iteration, tokenizer)
+    if tokenizer is not None:
+        raise UserError(f"{run} has the texts of its responses, so a tokenizer has no meaning; remove --tokenizer")
     return responses_from_rows(_rows(run, iteration))
 
 
@@ -189,13 +225,24 @@ def responses_from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
     return [_response(row, number, unit) for number, row in enumerate(rows, start=1)]
 
 
-def response_of(run: str | Path, iteration: int, number: int) -> Response:
+def checked_responses(rows: Sequence[Mapping[str, Any]]) -> list[Response]:
+    """Return the responses of rows from a file, after a check that the lists of each row fit together.
+
+    Raises:
+        KeyError, TypeError, ValueError: if they do not.
+    """
+    for row in rows:
+        _check(row)
+    return responses_from_rows(rows)
+
+
+def response_of(run: str | Path, iteration: int, number: int, tokenizer: str | Path | None = None) -> Response:
     """Return one response of an iteration.
 
     Raises:
         UserError: as `responses_of`, and if there is no response with this number.
     """
-    responses = responses_of(run, iteration)
+    responses = responses_of(run, iteration, tokenizer)
     if not 1 <= number <= len(responses):
         raise UserError(
             f"iteration {iteration} of {run} has no response {number}; it has the responses 1 to {len(responses)}"
@@ -206,7 +253,7 @@ def response_of(run: str | Path, iteration: int, number: int) -> Response:
 def _rows(run: str | Path, iteration: int) -> list[dict[str, Any]]:
     known = iterations_of(run)
     if iteration not in known:
-        raise UserError(f"{run} has no responses of iteration {iteration}; it has {_ranges(known)}")
+        raise UserError(f"{run} has no responses of iteration {iteration}; it has {ranges(known)}")
     path = RunDirectory(Path(run), {}).rollouts_of(iteration)
     try:
         rows = pq.ParquetFile(path).read().to_pylist()
@@ -239,7 +286,7 @@ def _check(row: Mapping[str, Any]) -> None:
         raise ValueError("the ends of the steps are not in order")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """Return ascending numbers as a text such as `1 to 20, 25`."""
     ranges: list[list[int]] = []
     for number in numbers:

@@ -16,6 +16,7 @@ from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import package_version
 from vineppo.types import UserError
 from vineppo.view.data import PARTS, compressed, iteration_data, run_meta, to_json
+from vineppo.view.foreign import is_foreign
 from vineppo.view.page import html
 
 ADDRESS = "127.0.0.1"
@@ -35,16 +36,18 @@ class RunServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, runs: Sequence[str | Path], port: int = 0) -> None:
+    def __init__(self, runs: Sequence[str | Path], port: int = 0, tokenizer: str | Path | None = None) -> None:
         """Listen on a port.
 
         Args:
-            runs: one or two run directories.
+            runs: one or two run directories, or files of other trainers.
             port: number of the port; 0 chooses a free one.
+            tokenizer: see `records.responses_of`.
         Raises:
             UserError: if a run has no responses, or the port cannot be used.
         """
         self.runs = [Path(run) for run in runs]
+        self.tokenizer = tokenizer
         self._parts: OrderedDict[tuple[int, int, int], dict[str, bytes]] = OrderedDict()
         self._rows: dict[tuple[int, int, int], Any] = {}
         self._lock = Lock()
@@ -92,7 +95,7 @@ class RunServer(ThreadingHTTPServer):
         key = (r, iteration, self._stamp(r, iteration))
         with self._lock:
             if key not in self._parts:
-                data = iteration_data(self.runs[r], iteration)
+                data = iteration_data(self.runs[r], iteration, self.tokenizer)
                 self._rows[key] = data["rows"]
                 self._parts[key] = {name: compressed(data[name]) for name in PARTS}
                 while len(self._parts) > _KEPT:
@@ -115,7 +118,9 @@ class RunServer(ThreadingHTTPServer):
     def _stamp(self, r: int, iteration: int) -> int:
         """Return the time at which the file of an iteration was written, in ms; 0 if it is gone."""
         try:
-            return RunDirectory(self.runs[r], {}).rollouts_of(iteration).stat().st_mtime_ns // 1_000_000
+            run = self.runs[r]
+            file = run if is_foreign(run) else RunDirectory(run, {}).rollouts_of(iteration)
+            return file.stat().st_mtime_ns // 1_000_000
         except OSError:
             return 0
 

@@ -109,7 +109,7 @@ def _header(response: Response, label: str, width: int) -> Iterator[Text]:
         f"problem {one_line(response.problem_id)}" if response.problem_id else "",
         reward,
         end,
-        f"{len(response.tokens)} tokens",
+        "" if response.num_tokens is None else f"{response.num_tokens} tokens",
     ]
     for row in _wrapped(", ".join(part for part in parts if part), width):
         yield Text(row, style="bold")
@@ -212,10 +212,13 @@ def _legend(response: Response, scale: float, colour: bool) -> str:
     kind = {
         "values": "step advantage",
         "tokens": "sum of the token advantages of the step (no change of value)",
+        "response": "advantage of the whole response, repeated",
         "none": "no credit",
     }[response.credit]
     if response.credit == "none" or scale == 0:
         return f"Columns: step, {columns}{kind}."
+    if response.credit == "response":
+        return f"Columns: step, {columns}{kind}." + (" Text: orange: negative, blue: positive." if colour else "")
     signs = "orange: negative, blue: positive" if colour else "+ and -: sign of the token's advantage"
     return f"Columns: step, {columns}{kind}. Text: {signs}, up to {scale:.2g} per token."
 

@@ -12,9 +12,10 @@ function renderCurve() {
   const across = matchMedia("(max-width: 760px)").matches;
   const S = r.steps.length, W = Math.max(120, box.clientWidth), limit = Math.max(160, $("response-body").clientHeight - 44);
   const length = across ? W : Math.min(limit, Math.max(180, 34 * (S + 1))), breadth = across ? 110 : W;
-  const title = r.hasValues ? (r.monteCarlo ? "V, 95% interval" : "V, predicted") : "Token advantages";
+  const bars = r.credit === "response" ? "Advantage of the response" : "Token advantages";
+  const title = r.hasValues ? (r.monteCarlo ? "V, 95% interval" : "V, predicted") : bars;
   const chart = svg("svg", { width: across ? length : breadth, height: across ? breadth : length, class: "curve", role: "img",
-    "aria-label": r.hasValues ? `Value of ${S} states, from ${num(r.steps[0].v)} to the reward ${num(r.reward)}` : `Sum of the token advantages of ${S} steps` });
+    "aria-label": r.hasValues ? `Value of ${S} states, from ${num(r.steps[0].v)} to the reward ${num(r.reward)}` : r.credit === "response" ? `${bars}, repeated for ${S} steps` : `Sum of the token advantages of ${S} steps` });
   const P = across ? 26 : 14;
   const place = (along, value) => {
     const a = P + (length - P - 14) * along;

@@ -88,7 +88,7 @@ function rowOf(i) {
   const { id, step, reason } = list.entries[i], r = run(), c = r.c;
   const selected = i === list.position;
   const lowest = c.lowest[id];
-  const below = reason || `${plural(c.steps[id], "step")}, ${plural(c.tokens[id], "token")}${c.finish[id] === "length" ? ", cut off" : ""}`;
+  const below = reason || `${plural(c.steps[id], "step")}${c.tokens[id] ? ", " + plural(c.tokens[id], "token") : ""}${c.finish[id] === "length" ? ", cut off" : ""}`;
   return el("div", {
     class: "row" + (selected ? " selected" : ""), role: "option", id: "row-" + i, "aria-selected": String(selected),
     "aria-setsize": String(list.entries.length), "aria-posinset": String(i + 1),

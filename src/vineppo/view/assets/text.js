@@ -12,7 +12,7 @@ function renderHead(r) {
   const c = run().c, id = r.id;
   const facts = [
     el("span", {}, `Iteration ${c.it[id]}, response ${c.number[id]}`),
-    el("span", {}, plural(c.steps[id], "step")), el("span", {}, plural(c.tokens[id], "token")),
+    el("span", {}, plural(c.steps[id], "step")), c.tokens[id] ? el("span", {}, plural(c.tokens[id], "token")) : null,
     c.finish[id] === null || c.finish[id] === "stop" ? null : el("span", { class: "warn" }, c.finish[id] === "length" ? "cut off by the length limit" : `ended: ${oneLine(c.finish[id], 24)}`),
     c.kind[id] === "rollout" ? null : el("span", {}, "training sample, no rollout of its own"),
   ];
@@ -46,7 +46,7 @@ function renderText(r) {
     box.replaceChildren(el("p", { class: "empty" }, "The response is empty."));
     return;
   }
-  box.replaceChildren(legend(r), el("div", { class: "columns", "aria-hidden": "true" }, el("span", {}, "Step"), el("span", {}, r.hasValues ? "V" : ""), el("span", {}, { tokens: "Sum", values: "Adv.", none: "" }[r.credit])), el("div", { id: "steps" }));
+  box.replaceChildren(legend(r), el("div", { class: "columns", "aria-hidden": "true" }, el("span", {}, "Step"), el("span", {}, r.hasValues ? "V" : ""), el("span", {}, { tokens: "Sum", values: "Adv.", response: "Adv.", none: "" }[r.credit])), el("div", { id: "steps" }));
   showMore(0);
   box.scrollTop = 0;
 }
@@ -58,7 +58,7 @@ function legend(r) {
   }
   const swatch = (name) => el("span", { class: "swatch " + name });
   return el("div", { class: "legend" }, `${MINUS}${num(r.scale)} `, ["n5", "n4", "n3", "n2", "n1", "z", "p1", "p2", "p3", "p4", "p5"].map(swatch), ` +${num(r.scale)}`,
-    el("span", { class: "legend-text" }, r.credit === "values" && !r.ownTokens ? "advantage of the step" : "advantage of the token"));
+    el("span", { class: "legend-text" }, r.credit === "response" ? "advantage of the whole response" : r.credit === "values" && !r.ownTokens ? "advantage of the step" : "advantage of the token"));
 }
 
 /** Show a long response from a token on. What stands before it can be shown with a button. */
@@ -120,7 +120,7 @@ function showMore(until) {
 /** Return the number whose colour stands beside a step: the mean advantage of its tokens. */
 function perToken(r, step) {
   if (step.a === null || step.number === null) return null;
-  return r.credit === "values" ? step.a : step.a / Math.max(1, step.end - step.start);
+  return r.credit === "values" || r.credit === "response" ? step.a : step.a / Math.max(1, step.end - step.start);
 }
 
 /** Mark the step and the token of the state, and bring them into view. */

@@ -2,6 +2,7 @@
 
 const CREDIT_NOTES = {
   tokens: "This algorithm computes no credit for steps. The number of a step is the sum of the advantages of its tokens. It is not a change of value, and the numbers of the steps do not add up to the reward.",
+  response: "The number is the advantage of the whole response, which is repeated for every step. It does not say which step earned it.",
   none: "This response has no credit, because it was not trained on or has no reward.",
 };
 
