@@ -14,6 +14,7 @@ from vineppo.cli.eval import settings_of_model
 from vineppo.cli.options import Request, add_note, add_settings
 from vineppo.config.load import COMMAND_LINE, settings_from_layers
 from vineppo.config.measure import MeasureSpec
+from vineppo.run.directory import json_ready
 from vineppo.types import UserError
 
 Spec = TypeVar("Spec", bound=MeasureSpec)
@@ -74,9 +75,9 @@ def finish(
     plots: Callable[[Mapping[str, Any], Path], Sequence[Path]],
 ) -> int:
     """Write the results, draw the plots, print the report, and return the exit code 0."""
-    from vineppo.measure.output import finite, write_results
+    from vineppo.measure.output import write_results
 
-    complete = finite({"command": command_of(name), "platform": _platform(), **result})
+    complete = json_ready({"command": command_of(name), "platform": _platform(), **result})
     text = markdown(complete)
     files = [*write_results(folder, name, complete, text), *plots(complete, folder)]
     print(text)

@@ -37,22 +37,18 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {line} |" if i != 1 else f"|-{line}-|" for i, line in enumerate(lines)]
 
 
-def finite(value: Any) -> Any:
-    """Return a value for JSON in which NaN and infinity are None, and tuples are lists."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str) -> list[Path]:
     """Write NAME.json and NAME.md to a directory, and return their paths.
 
+    Args:
+        folder: the directory.
+        name: name of the files without the suffix.
+        result: the content of the JSON file, without NaN and infinity (`run.directory.json_ready`).
+        text: the content of the Markdown file.
     Raises:
         UserError: if a file cannot be written.
     """
-    files = {folder / f"{name}.json": json.dumps(finite(result), indent=1) + "\n", folder / f"{name}.md": text}
+    files = {folder / f"{name}.json": json.dumps(result, indent=1) + "\n", folder / f"{name}.md": text}
     for path, content in files.items():
         try:
             write_text(path, content)

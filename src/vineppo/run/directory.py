@@ -38,15 +38,15 @@ _BEFORE_CONFIG = (LOCK_FILE, "run.json", ".run.json.tmp", ".config.yaml.tmp")
 """Files that are written to a new run directory before config.yaml is complete."""
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Convert a value to types that JSON can represent.
 
     NaN and infinity become None. NumPy and PyTorch numbers become Python numbers.
     """
     if isinstance(value, Mapping):
-        return {str(key): _json_ready(inner) for key, inner in value.items()}
+        return {str(key): json_ready(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_ready(inner) for inner in value]
+        return [json_ready(inner) for inner in value]
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -196,7 +196,7 @@ class RunDirectory:
         the disk is full, the part that was written is removed again.
         """
         is_new = not self.metrics.exists()
-        line = (json.dumps(_json_ready(metrics), allow_nan=False) + "\n").encode()
+        line = (json.dumps(json_ready(metrics), allow_nan=False) + "\n").encode()
         with open(self.metrics, "ab", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             try:
@@ -216,7 +216,7 @@ class RunDirectory:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write run.json, atomically."""
-        write_text(self.path / "run.json", json.dumps(_json_ready(record), indent=2) + "\n")
+        write_text(self.path / "run.json", json.dumps(json_ready(record), indent=2) + "\n")
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, atomically."""
@@ -304,7 +304,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the results of the run to summary.json, atomically. NaN and infinity become null."""
-        write_text(self.summary, json.dumps(_json_ready(summary), indent=2, allow_nan=False) + "\n")
+        write_text(self.summary, json.dumps(json_ready(summary), indent=2, allow_nan=False) + "\n")
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -31,7 +31,7 @@ from vineppo.run.directory import RunDirectory
 from vineppo.types import UserError
 from vineppo.view.foreign import is_foreign, lacks_text
 from vineppo.view.queues import QUEUES, Entry
-from vineppo.view.records import Response, Step, algorithm_of, iterations_of, responses_of
+from vineppo.view.records import Response, Step, algorithm_of, consecutive, iterations_of, responses_of
 
 PARTS = ("rows", "core", "tokens", "more")
 """Names of the parts of an iteration."""
@@ -348,12 +348,5 @@ def spread_order(numbers: Sequence[int]) -> list[int]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return numbers as a text such as `1-20, 25`."""
-    ordered = sorted(numbers)
-    groups: list[list[int]] = []
-    for number in ordered:
-        if groups and number == groups[-1][1] + 1:
-            groups[-1][1] = number
-        else:
-            groups.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in groups)
+    """Return numbers as a short text such as `1-20, 25`."""
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in consecutive(numbers))

@@ -60,8 +60,11 @@ def measured_response(
         problem: the problem, which grades the response and its continuations.
         prompt_ids: token ids of the prompt.
         response_ids: token ids of the response, at least one.
+    Raises:
+        ValueError: if `reuse` is true.
     """
-    assert not measuring.reuse, "reuse needs the log-probabilities of the response; call measured_responses"
+    if measuring.reuse:
+        raise ValueError("reuse needs the log-probabilities of the response; call measured_responses")
     rollout = measuring.graded(problem, prompt_ids, response_ids)
     return measured_responses(measuring, [RolloutGroup(problem, (rollout,))])[0]
 

@@ -9,7 +9,7 @@ Letters: T response tokens, S steps, K MC rollouts of a state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -286,15 +286,20 @@ def _check(row: Mapping[str, Any]) -> None:
         raise ValueError("the ends of the steps are not in order")
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers as a text such as `1 to 20, 25`."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return (first, last) of each run of consecutive numbers, in ascending order."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
         else:
-            ranges.append([number, number])
-    texts = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges]
+            runs.append((number, number))
+    return runs
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as a text such as `1 to 20, 25`."""
+    texts = [f"{first}" if first == last else f"{first} to {last}" for first, last in consecutive(numbers)]
     return ", ".join(texts[:5]) + (f" and {len(texts) - 5} more ranges" if len(texts) > 5 else "")
 
 
