@@ -14,7 +14,7 @@ from vineppo.cli.eval import settings_of_model
 from vineppo.cli.options import Request, add_note, add_settings
 from vineppo.config.load import COMMAND_LINE, settings_from_layers
 from vineppo.config.measure import MeasureSpec
-from vineppo.run.directory import json_ready
+from vineppo.run.files import json_ready
 from vineppo.types import UserError
 
 Spec = TypeVar("Spec", bound=MeasureSpec)

@@ -43,7 +43,7 @@ def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str)
     Args:
         folder: the directory.
         name: name of the files without the suffix.
-        result: the content of the JSON file, without NaN and infinity (`run.directory.json_ready`).
+        result: the content of the JSON file, without NaN and infinity (`run.files.json_ready`).
         text: the content of the Markdown file.
     Raises:
         UserError: if a file cannot be written.

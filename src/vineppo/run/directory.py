@@ -17,7 +17,6 @@ exports/                data sets (see view/export.py)
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,27 +28,13 @@ import yaml
 
 from vineppo.config.load import config_to_dict
 from vineppo.run.environment import package_version
-from vineppo.run.files import check_writable, fsync_directory, remove_tree, write_text
+from vineppo.run.files import check_writable, fsync_directory, json_ready, remove_tree, write_text
 from vineppo.run.lock import LOCK_FILE
 from vineppo.run.records import Decode, rollout_rows, write_parquet
 from vineppo.types import RolloutGroup, TrainingSample, UserError
 
 _BEFORE_CONFIG = (LOCK_FILE, "run.json", ".run.json.tmp", ".config.yaml.tmp")
 """Files that are written to a new run directory before config.yaml is complete."""
-
-
-def json_ready(value: Any) -> Any:
-    """Convert a value to types that JSON can represent.
-
-    NaN and infinity become None. NumPy and PyTorch numbers become Python numbers.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_ready(inner) for inner in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write files and directories atomically, and compute checksums of files.
+"""Write files and directories atomically, compute checksums of files, and prepare values for JSON.
 
 A file is written atomically in three steps: a temporary file is written, forced to disk, and renamed. After a crash,
 either the old file or the complete new file exists.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vineppo.types import UserError
 
@@ -161,3 +163,17 @@ def check_writable(directory: Path) -> None:
     """
     existing = next(folder for folder in (directory, *directory.absolute().parents) if os.path.lexists(folder))
     tempfile.TemporaryFile(dir=existing).close()
+
+
+def json_ready(value: Any) -> Any:
+    """Convert a value to types that JSON can represent.
+
+    NaN and infinity become None. NumPy and PyTorch numbers become Python numbers.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
