@@ -65,6 +65,7 @@ def test_the_token_limit_reduces_the_problems(tmp_path: Path, capsys: pytest.Cap
         (["variance", "embedded:wording", "--model.path", "x"], "give the model as the argument MODEL"),
         (["values", "embedded:wording", "--critic", "nowhere"], "nowhere"),
         (["scaling", "--held_out", "11"], "it must be one of steps"),
+        (["scaling", "--steps", "10,20", "--held_out", "20"], "steps is 10,20; give at least four different numbers"),
         (["scaling", "--gpus", "v100"], "gpus contains v100; allowed: t4"),
         (["values", "embedded:wording", "--splitter", "lines"], "unknown splitter 'lines'"),
     ],

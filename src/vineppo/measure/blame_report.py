@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vineppo.measure.output import heading, interval, number, table
+from vineppo.measure.output import about_brackets, heading, interval, number, table
 from vineppo.run.figures import GREY, canvas, finish, save
 
 
@@ -19,8 +19,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['mean_reward']:.3f}. The blamed step has the largest drop of the value, from {result['k']} "
         f"continuations per state. The effect of resampling a step is the success of {result['score']} new "
         "continuations from the state before it, minus that of new continuations that keep the step. The control is a "
-        "random step at the same depth of a response to another problem. Brackets are 95% bootstrap intervals over "
-        "problems.",
+        "random step at the same depth of a response to another problem. "
+        f"{about_brackets(result['num_problems'])}",
         "",
         *table(
             ["step", "change of success"],

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vineppo.measure.intervals import MIN_PROBLEMS
 from vineppo.run.files import write_text
 from vineppo.types import UserError
 
@@ -55,6 +56,12 @@ def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
     return list(files)
+
+
+def about_brackets(num_problems: int) -> str:
+    """Return the sentences of a report about its intervals."""
+    few = f" {num_problems} problems are too few for them: they are too narrow, so measure at least {MIN_PROBLEMS}."
+    return "Brackets are 95% bootstrap intervals over problems." + few * (num_problems < MIN_PROBLEMS)
 
 
 def heading(result: Mapping[str, Any], what: str) -> list[str]:

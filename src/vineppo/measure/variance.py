@@ -18,7 +18,7 @@ from vineppo.config.measure import VarianceSpec
 from vineppo.measure.agreement import Gold
 from vineppo.measure.estimates import StateTable, monte_carlo, state_table
 from vineppo.measure.gradients import Spread, gradients_of, spread_of, step_gradients
-from vineppo.measure.intervals import bootstrap
+from vineppo.measure.intervals import MIN_PROBLEMS, bootstrap
 from vineppo.measure.session import Response, Say, Session, mean_tokens_left
 from vineppo.types import RolloutGroup, UserError
 
@@ -310,6 +310,9 @@ def best_split(costs: _Costs, seed: int) -> dict[str, Any]:
     }
 
 
+_UNSURE = "; the order is uncertain with so few problems"
+
+
 def recommendation(result: Mapping[str, Any]) -> str:
     """Return one line that says which K to use for this model and task."""
     budget, best = result["budget"], result["budget"]["best"]
@@ -317,17 +320,20 @@ def recommendation(result: Mapping[str, Any]) -> str:
     if best["method"] == "none":
         others = [row for row in budget["rows"] if row["method"] != "none"]
         second = min(others, key=lambda row: row["error"]["mean"])
+        low = second["error"]["low"]
+        sure = result["num_problems"] >= MIN_PROBLEMS and low is not None and low > 1
         return (
             f"Use no continuations here: at the same tokens, the best Monte-Carlo credit ({second['method']}, K = "
-            f"{second['k']}) has {second['error']['mean']:.2f} times the squared error of the gradient."
+            f"{second['k']}) has {second['error']['mean']:.2f} times the squared error of the gradient"
+            f"{'' if sure else _UNSURE}."
         )
     without = min(row["error"]["mean"] for row in budget["rows"] if row["method"] == "none")
     near = sorted({n["k"] for n in budget["near"] if n["method"] == best["method"]})
     also = f" (K = {', '.join(map(str, near))} are within 5%)" if len(near) > 1 else ""
-    low, high = (rows[best["method"], best["k"], best["group_size"]][bound] for bound in ("low", "high"))
-    sure = "" if low is None or high is None or high <= 1.05 else "; the order is uncertain with so few problems"
+    high = rows[best["method"], best["k"], best["group_size"]]["high"]
+    sure = result["num_problems"] >= MIN_PROBLEMS and high is not None and high <= 1.05
     return (
         f"Use K = {best['k']} with {best['method']} continuations{also} and {best['group_size']} response"
         f"{'s' * (best['group_size'] > 1)} per problem: without continuations, the squared error of the gradient at "
-        f"the same tokens is {without:.2f} times as large{sure}."
+        f"the same tokens is {without:.2f} times as large{'' if sure else _UNSURE}."
     )

@@ -33,7 +33,7 @@ from vineppo.view.documents import (
     to_markdown,
 )
 from vineppo.view.page import write_page
-from vineppo.view.queues import Entry, disagree, drops, lucky, truncated
+from vineppo.view.queues import Entry, disagree, drops, has_values, lucky, truncated
 from vineppo.view.records import Response, iterations_of, responses_of
 from vineppo.view.terminal import show_response
 
@@ -285,7 +285,7 @@ def telling_responses(run: str | Path) -> list[Telling]:
     chosen = [] if known[0] == known[-1] else [("Largest fall of the first iteration", drops(_rollouts(run, known[0])))]
     chosen += [
         ("Largest fall of the newest iteration", drops(newest)),
-        ("Right by wrong steps", lucky(newest)),
+        ("Right by wrong steps", lucky(newest) if has_values(newest) else []),
         ("Cut off", truncated(newest)),
     ]
     if any(step.num_mc_rollouts is not None for response in newest for step in response.steps):
