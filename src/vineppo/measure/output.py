@@ -10,6 +10,7 @@ from typing import Any
 
 from vineppo.measure.intervals import MIN_PROBLEMS
 from vineppo.run.files import write_text
+from vineppo.run.markdown import table_lines
 from vineppo.types import UserError
 
 
@@ -31,11 +32,8 @@ def interval(value: Mapping[str, Any] | None, decimals: int = 3) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table whose columns are padded, so that it is readable in a terminal too."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    lines.insert(1, "-|-".join("-" * width for width in widths))
-    return [f"| {line} |" if i != 1 else f"|-{line}-|" for i, line in enumerate(lines)]
+    """Return the lines of a Markdown table whose columns are padded, because reports are printed too."""
+    return table_lines(head, rows, padded=True)
 
 
 def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str) -> list[Path]:

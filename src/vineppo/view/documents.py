@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from vineppo.run.markdown import table_lines
 from vineppo.types import printable
 
 
@@ -117,9 +118,8 @@ def _markdown(block: Block, folder: Path) -> str:
         case Items(texts):
             return "\n".join(f"- {_line(text)}" for text in texts)
         case Table(header, rows):
-            lines = [header, tuple("---" for _ in header), *rows]
-            cells = [[cell if i == 1 else _plain(cell) for cell in line] for i, line in enumerate(lines)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+            cells = [[_plain(cell) for cell in line] for line in (header, *rows)]
+            return "\n".join(table_lines(cells[0], cells[1:]))
         case Preformatted(text):
             longest = max(map(len, re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)

@@ -32,17 +32,8 @@ import pyarrow.parquet as pq
 
 from vineppo.run.records import SCHEMA, Decode, token_ends
 from vineppo.types import UserError
-from vineppo.view.records import (
-    Credit,
-    Response,
-    Step,
-    Token,
-    checked_responses,
-    line_ends,
-    ranges,
-    step_texts_of,
-    sum_of,
-)
+from vineppo.view.records import checked_responses, line_ends, ranges, step_texts_of, sum_of
+from vineppo.view.response import Credit, Response, Step, Token
 
 Format = Literal["TRL completions", "prime-rl tokens", "rollouts"]
 _TRL_COLUMNS = frozenset({"step", "prompt", "completion", "advantage"})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vineppo.types import UserError
 from vineppo.view.explain import signed
-from vineppo.view.records import Response, Step
+from vineppo.view.response import Response, Step
 
 LOW = 0.25
 """`lucky`: a value is low if it is at most this share of the way from the lowest to the highest reward."""

@@ -34,7 +34,8 @@ from vineppo.view.documents import (
 )
 from vineppo.view.page import write_page
 from vineppo.view.queues import Entry, disagree, drops, has_values, lucky, truncated
-from vineppo.view.records import Response, iterations_of, responses_of
+from vineppo.view.records import iterations_of, responses_of
+from vineppo.view.response import Response
 from vineppo.view.terminal import show_response
 
 VIEWER = "view.html"
