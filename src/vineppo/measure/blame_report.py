@@ -34,15 +34,25 @@ def markdown(result: Mapping[str, Any]) -> str:
         ),
         "",
         f"Success is {interval(result['resampled'])} after resampling the blamed step and {interval(result['kept'])} "
-        f"with it. The drop that chose the step is {interval(result['drop'])} on average: larger than the effect, "
-        "because the largest of several noisy drops is chosen. The control is itself the blamed step of its response "
-        f"in {100 * result['same_step']:.0f}% of the trials.",
+        f"with it. The drop that chose the step is {interval(result['drop'])} on average{_about_drop(result)}. The "
+        f"control is itself the blamed step of its response in {100 * result['same_step']:.0f}% of the trials.",
         "",
+        *(
+            []
+            if result["resampled"]["mean"] or result["kept"]["mean"]
+            else ["**No continuation was right, so no step can be blamed; give another task or model.**", ""]
+        ),
         *_checked(result["checked"], result["k"]),
         "Plot: [blame.png](blame.png).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_drop(result: Mapping[str, Any]) -> str:
+    """Return why the drop is larger than the effect, if it is."""
+    larger = (result["drop"]["mean"] or 0.0) > (result["blamed"]["mean"] or 0.0)
+    return ": larger than the effect, because the largest of several noisy drops is chosen" if larger else ""
 
 
 def _checked(checked: Mapping[str, Any], k: int) -> list[str]:

@@ -126,11 +126,17 @@ def _rows(run: str | Path, iteration: int) -> list[dict[str, Any]]:
         for row in rows:
             _check(row)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(
-            f"{path} is damaged or not a file of rollouts ({reason}); the other iterations can still be shown"
+            f"{path} is damaged or not a file of rollouts ({reason_of(error)}); the other iterations can still be read"
         ) from None
     return list(rows)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a file could not be read, in one short line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing" if error.args else "a key is missing"
+    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
 
 
 _NEEDED = ("response", "response_ids", "token_advantages", "sampler_logprobs", "step_texts", "step_ends")
