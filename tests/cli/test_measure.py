@@ -55,6 +55,23 @@ def test_the_token_limit_reduces_the_problems(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((tmp_path / "values.json").read_text())["num_problems"] == 2
 
 
+def test_variance_of_a_model_that_is_never_right_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"prompt": "a={n};b=a+3;b?\\n", "answer": "none"}}\n' for n in range(3)))
+    paths = [word for split in ("train", "validation", "test") for word in (f"--task.{split}_path", str(problems))]
+    sizes = ["--num_problems", "3", "--group_size", "2", "--gold", "4", "--k", "1", "--max_new_tokens", "24"]
+    assert main(["variance", "embedded:wording", "--task.name", "dataset", *paths, *sizes, "--out", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "error: all responses and continuations have the same reward, so no advantage varies; give another model"
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -62,6 +62,7 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
     states = table.states
     say(f"{len(states)} states of {len(responses)} responses: {spec.gold} continuations each for the prediction")
     rewards = session.rewards(states, spec.gold, "gold")
+    _check_spread(rewards, responses)
     gold = _known_gold(rewards)
     series = [
         _series(session, table, spec, method, k)
@@ -88,6 +89,24 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
         "tokens": session.tokens,
         "seconds": session.seconds,
     }
+
+
+def _check_spread(rewards: np.ndarray, responses: Sequence[Response]) -> None:
+    """Raise UserError if no two rewards differ.
+
+    Args:
+        rewards: rewards of the continuations of each state, shape (states, gold); NaN if unknown.
+        responses: the responses that were cut into steps.
+    """
+    found = {*rewards[np.isfinite(rewards)].tolist(), *(r.reward for r in responses)}
+    if len(found) < 2:
+        raise UserError(_NO_SPREAD)
+
+
+_NO_SPREAD = (
+    "all responses and continuations have the same reward, so no advantage varies; give another model or task, or more "
+    "problems (--num_problems)"
+)
 
 
 def _responses(session: Session, spec: VarianceSpec, groups: Sequence[RolloutGroup]) -> list[Response]:
@@ -295,6 +314,8 @@ def best_split(costs: _Costs, seed: int) -> dict[str, Any]:
             equal[f"{method} {k}"] = value.as_dict()
             continue
         rows.append({"method": method, "k": int(k), "group_size": int(size), "error": value.as_dict()})
+    if any(row["error"]["mean"] is None for row in rows):  # the smallest error is 0
+        raise UserError(_NO_SPREAD)
     best = min(rows, key=lambda row: row["error"]["mean"])
     spread = spread_of(costs.gold, costs.gold_noise, costs.problems)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def train(
     return summary
 
 
-def report_finished(run_dir: Path, summary: dict[str, Any]) -> Path | None:
+def report_finished(run_dir: Path, summary: Mapping[str, Any]) -> Path | None:
     """Write the report of a run that has ended, and its page of responses (`view.html`).
 
     The page is left out if the responses have more than `MAX_TOKENS` tokens; `vineppo report` writes it at any length.
@@ -78,5 +78,5 @@ def report_finished(run_dir: Path, summary: dict[str, Any]) -> Path | None:
         return None
 
 
-def _is_short(summary: dict[str, Any]) -> bool:
+def _is_short(summary: Mapping[str, Any]) -> bool:
     return ((summary.get("tokens") or {}).get("rollouts") or 0) <= MAX_TOKENS
