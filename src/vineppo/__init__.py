@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     from vineppo.credit.algorithm import Algorithm, CreditParts
     from vineppo.credit.sample import training_sample
     from vineppo.training.configure import build_config, config_from_dict
-    from vineppo.training.loop import train
     from vineppo.trl.config import VinePPOConfig
     from vineppo.trl.trainer import VinePPOTrainer
     from vineppo.types import UserError
+    from vineppo.view.trained import train
 
     __version__: str
 
 _MODULE_OF = {
-    "train": "training.loop",
+    "train": "view.trained",
     "VinePPOTrainer": "trl.trainer",
     "VinePPOConfig": "trl.config",
     "build_config": "training.configure",

@@ -55,6 +55,23 @@ def test_the_token_limit_reduces_the_problems(tmp_path: Path, capsys: pytest.Cap
     assert json.loads((tmp_path / "values.json").read_text())["num_problems"] == 2
 
 
+def test_variance_of_a_model_that_is_never_right_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(f'{{"prompt": "a={n};b=a+3;b?\\n", "answer": "none"}}\n' for n in range(3)))
+    paths = [word for split in ("train", "validation", "test") for word in (f"--task.{split}_path", str(problems))]
+    sizes = ["--num_problems", "3", "--group_size", "2", "--gold", "4", "--k", "1", "--max_new_tokens", "24"]
+    assert main(["variance", "embedded:wording", "--task.name", "dataset", *paths, *sizes, "--out", str(tmp_path)]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(
+            "error: all responses and continuations have the same reward, so no advantage varies; give another model"
+        )
+    )
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -65,6 +82,7 @@ def test_the_token_limit_reduces_the_problems(tmp_path: Path, capsys: pytest.Cap
         (["variance", "embedded:wording", "--model.path", "x"], "give the model as the argument MODEL"),
         (["values", "embedded:wording", "--critic", "nowhere"], "nowhere"),
         (["scaling", "--held_out", "11"], "it must be one of steps"),
+        (["scaling", "--steps", "10,20", "--held_out", "20"], "steps is 10,20; give at least four different numbers"),
         (["scaling", "--gpus", "v100"], "gpus contains v100; allowed: t4"),
         (["values", "embedded:wording", "--splitter", "lines"], "unknown splitter 'lines'"),
     ],

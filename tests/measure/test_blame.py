@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from vineppo.config.schema import TaskConfig
 from vineppo.conformance.world import RandomRewards, TableSampler, World
 from vineppo.measure import blame
 from vineppo.measure.blame import Step, blamed_step, choose_trials, first_wrong_score, summarise
+from vineppo.measure.blame_report import markdown
 from vineppo.measure.checkers import evaluated, first_wrong_chain_step, first_wrong_sum_step
 from vineppo.measure.session import Session
 from vineppo.steps import build_splitter
@@ -176,3 +179,12 @@ def test_only_arithmetic_is_evaluated() -> None:
     assert evaluated("2 + 3*(4-1)") == 11 and evaluated("-2") == -2
     for text in ("__import__('os')", "2**9", "1/0", "a+1", "", "9" * 300):
         assert evaluated(text) is None
+
+
+def test_the_report_of_a_model_that_is_never_right_blames_no_step() -> None:
+    recorded = json.loads((Path(__file__).parents[2] / "docs/results/blame/blame.json").read_text())
+    larger, nothing = "larger than the effect", "**No continuation was right, so no step can be blamed;"
+    assert larger in markdown(recorded) and nothing not in markdown(recorded)
+    zero = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    text = markdown({**recorded, **dict.fromkeys(("resampled", "kept", "blamed", "drop"), zero)})
+    assert larger not in text and nothing in text

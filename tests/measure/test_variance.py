@@ -13,6 +13,7 @@ from vineppo.config.measure import VarianceSpec
 from vineppo.measure.agreement import Gold
 from vineppo.measure.estimates import StateTable, state_table
 from vineppo.measure.gradients import Spread, spread_of, step_gradients
+from vineppo.measure.output import about_brackets
 from vineppo.measure.variance import (
     Series,
     _noise_of_values,
@@ -125,11 +126,34 @@ def row(method: str, k: int, error: float, high: float = 1.0) -> dict[str, Any]:
 def test_the_recommendation_names_the_best_and_its_neighbours() -> None:
     rows = [row("none", 0, 2.5), row("reuse", 2, 1.04), row("reuse", 4, 1.0), row("reuse", 9, 1.6)]
     near = [{"method": "reuse", "k": k, "group_size": 1} for k in (2, 4)]
-    result = {"budget": {"rows": rows, "best": near[1], "near": near}}
+    result = {"num_problems": 10, "budget": {"rows": rows, "best": near[1], "near": near}}
     assert recommendation(result) == (
         "Use K = 4 with reuse continuations (K = 2, 4 are within 5%) and 1 response per problem: without "
         "continuations, the squared error of the gradient at the same tokens is 2.50 times as large."
     )
     rows[0]["error"]["mean"] = 1.0
     best = {"method": "none", "k": 0, "group_size": 1}
-    assert recommendation({"budget": {"rows": rows, "best": best, "near": []}}).startswith("Use no continuations here")
+    result["budget"] = {"rows": rows, "best": best, "near": []}
+    clear = "Use no continuations here: at the same tokens, the best Monte-Carlo credit (reuse, K = 4) has 1.20 times"
+    rows[2]["error"] = {"mean": 1.2, "low": 1.1, "high": 1.3}
+    rows[1]["error"]["mean"] = 1.25
+    assert recommendation(result) == f"{clear} the squared error of the gradient."
+
+
+def test_the_recommendation_is_uncertain_with_few_problems_or_wide_intervals() -> None:
+    rows = [row("none", 0, 1.0), row("reuse", 4, 1.2), row("reuse", 9, 1.6)]
+    rows[1]["error"]["low"] = 1.1
+    plain, vines = ({"rows": rows, "best": rows[n], "near": []} for n in (0, 1))
+    unsure = "the order is uncertain with so few problems."
+    assert not recommendation({"num_problems": 10, "budget": plain}).endswith(unsure)
+    assert recommendation({"num_problems": 9, "budget": plain}).endswith(unsure)
+    assert not recommendation({"num_problems": 10, "budget": vines}).endswith(unsure)
+    assert recommendation({"num_problems": 9, "budget": vines}).endswith(unsure)
+    rows[1]["error"] |= {"low": 0.9, "high": 1.5}  # vines may be no worse, and no better
+    assert recommendation({"num_problems": 10, "budget": plain}).endswith(unsure)
+    assert recommendation({"num_problems": 10, "budget": vines}).endswith(unsure)
+
+
+def test_reports_say_that_intervals_of_few_problems_are_too_narrow() -> None:
+    assert about_brackets(10) == "Brackets are 95% bootstrap intervals over problems."
+    assert about_brackets(2).endswith(" 2 problems are too few for them: they are too narrow, so measure at least 10.")

@@ -9,7 +9,8 @@ from typing import Any
 from vineppo.config.schema import Config
 from vineppo.run.directory import RunDirectory
 from vineppo.run.records import write_parquet
-from vineppo.view.records import Response, responses_from_rows
+from vineppo.view.records import responses_from_rows
+from vineppo.view.response import Response
 
 
 def row(

@@ -241,6 +241,14 @@ def test_damaged_parquet_is_one_line(tmp_path: Path) -> None:
         iterations_of(tmp_path / "x")
 
 
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    """A file of tokens without the number of the trainer's step."""
+    path = tmp_path / "rank_0.jsonl"
+    path.write_text('{"token_ids": [1], "loss_mask": [1], "advantages": [1.0], "inference_logprobs": [0.0]}\n')
+    with pytest.raises(UserError, match=r"is damaged \(step is missing\); give another file"):
+        iterations_of(path)
+
+
 def test_a_damaged_completion_is_one_line(tmp_path: Path) -> None:
     path = trl_file(tmp_path / "x", [{"step": 1, "prompt": 3, "completion": "c", "r": 0.0, "advantage": 1.0}])
     with pytest.raises(UserError, match=r"is damaged \(3 in place of a text or messages"):

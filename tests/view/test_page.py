@@ -218,6 +218,33 @@ def test_a_real_run_shows_alternatives_with_what_they_earned(
     assert page.locator("svg.curve .bar.up").count() >= 1
 
 
+def test_alternatives_of_continuations_show_what_they_earned(show: Callable[..., Any], tmp_path: Path) -> None:
+    """With `vineppo.alternatives`, a continuation leaves the response behind the beginning of its step."""
+    start = len(LINES[0])
+    place = start + 9
+    entries = [
+        continuation(start, 9, "two plus two is four", 1.0),
+        continuation(start, 9, "two plus two is fixed", 0.0),
+        continuation(start, 9, "two plus two is fourteen", 0.0),
+        continuation(start, 9, "two plus two is four", 1.0),
+        continuation(0, place, LINES[0] + "two plus two is four", 1.0),  # of the state before
+        continuation(start, 2, "two-two", 0.0),  # leaves at another place
+    ]
+    other = {"position": place, "token_id": 1, "text": "two is four", "advantage": 0.25}
+    longer = {"position": place, "token_id": 2, "text": "two is fourteen", "advantage": -0.5}
+    lower = {**other, "advantage": -0.125}
+    changed = response(LINES, 0.0, [0.5, 0.75, 0.25, 0.0], continuations=entries)
+    page = show(run_with(tmp_path / "run", {**changed, "alternatives": [other, lower, longer, other, other]}))
+    page.keyboard.press("2")
+    rows = page.locator("#panel table tbody tr")
+    cells = [[" ".join(c.split()) for c in rows.nth(n).locator("td").all_inner_texts()] for n in range(rows.count())]
+    assert [row[1:] for row in cells] == [
+        ["“two␣is␣four”", "+0.250 × 3", "✓ 1 × 3"],
+        ["“two␣is␣four”", "−0.125", ""],
+        ["“two␣is␣fourteen”", "−0.500", "✗ 0"],
+    ]
+
+
 def test_why_shows_the_subtraction_and_the_telescoping_sum(show: Callable[..., Any], alpha: Path) -> None:
     page = show(alpha, fragment="#r=1.1")
     assert fragment(page) == "r=1.1&step=2"  # the step with the lowest advantage
@@ -263,6 +290,11 @@ def test_one_response_under_several_credits(show: Callable[..., Any], alpha: Pat
     second = page.locator(".credit-row").nth(2).locator("[role=cell]").all_inner_texts()
     assert second[0] == "−0.50" and second[1] == "−0.71" and second[2] == "−1.00"
     assert "Steps with the same sign as recorded: GRPO 2 of 4, RLOO 2 of 4" in text(page, "#panel")
+
+
+def test_the_recorded_credit_is_told_from_the_computed_one(show: Callable[..., Any], tmp_path: Path) -> None:
+    page = show(run_with(tmp_path / "run", *rows_of(1), algorithm="grpo"), fragment="#r=1.1&tab=credits")
+    assert page.locator(".credit-row.head span").all_inner_texts() == ["Step", "GRPO, run", "GRPO", "RLOO", "TEMPO"]
 
 
 def test_the_critic_stands_beside_the_other_credits(show: Callable[..., Any], tmp_path: Path) -> None:

@@ -66,6 +66,11 @@ def test_low_is_relative_to_the_rewards() -> None:
     assert lucky([]) == []
 
 
+def test_without_values_no_response_can_be_called_lucky() -> None:
+    with pytest.raises(UserError, match="no response has values of its states, so a low value on the way cannot"):
+        lucky(responses(row(LINES, 1.0), row(LINES, 0.0)))
+
+
 def test_truncated_responses() -> None:
     found = responses(row(LINES, 0.0, finish_reason="length"), row(LINES, 1.0), row(LINES, 0.0, finish_reason="length"))
     entries = truncated(found)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import html
+import inspect
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -11,15 +13,18 @@ from typing import Any
 
 import pytest
 
+import vineppo
 from tests.view.rows import row, run_with
 from vineppo.cli.main import main
 from vineppo.config.load import config_to_dict
 from vineppo.config.offline import OfflineConfig
 from vineppo.config.schema import Config, LearnerConfig
 from vineppo.run.directory import RunDirectory
+from vineppo.training import loop
 from vineppo.training.configure import build_config
 from vineppo.view.documents import Block, Heading, Items, Paragraph, Preformatted, Table, to_html, to_markdown
-from vineppo.view.report import changed_settings, report_finished, telling_responses, write_report
+from vineppo.view.report import changed_settings, telling_responses, write_report, write_viewer
+from vineppo.view.trained import MAX_TOKENS, report_finished
 
 LINES = ["x=1\n", "y=2\n", "#3"]
 PNG = b"\x89PNG\r\n\x1a\n not a whole image"
@@ -196,23 +201,58 @@ def test_runs_without_summary_metrics_or_responses_have_a_report(tmp_path: Path)
 def test_the_report_links_to_the_viewer(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     assert "view.html" not in write_report(run.path)[0].read_text()
-    (run.path / "view.html").write_text("")
+    assert write_viewer(run.path) == run.path / "view.html"
     markdown, page = (path.read_text() for path in write_report(run.path))
     assert "(view.html)" in markdown and '<a href="view.html">' in page
+    entry = telling_responses(run.path)[0].entry
+    assert entry is not None and entry.step is not None
+    place = f"view.html#r={entry.response.iteration}.{entry.response.number}&step={entry.step.number}"
+    assert f"[This response in the credit viewer]({place})" in markdown
+    assert f'<a href="{html.escape(place)}">' in page
+
+
+@pytest.mark.parametrize(("tokens", "written"), [(MAX_TOKENS, True), (MAX_TOKENS + 1, False)])
+def test_only_the_page_of_a_short_run_is_written_at_its_end(tmp_path: Path, tokens: int, written: bool) -> None:
+    run = finished_run(tmp_path / "run")
+    assert report_finished(run.path, {**SUMMARY, "tokens": {"rollouts": tokens}}) == run.path / "report.html"
+    assert (run.path / "view.html").is_file() is written
+    assert ("vineppo report" in (run.path / "report.md").read_text()) is not written
+
+
+def test_an_interrupted_run_gets_no_report(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert report_finished(run.path, {**SUMMARY, "finish_reason": "interrupted"}) is None
+    assert not (run.path / "report.html").exists()
 
 
 def test_a_run_writes_its_report_at_the_end(vineppo_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(vineppo_run)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(vineppo_run / f"report.{end}") for end in ("md", "html")]
+    names = ("report.md", "report.html", "view.html")
+    assert capsys.readouterr().out.splitlines() == [str(vineppo_run / name) for name in names]
     markdown = (vineppo_run / "report.md").read_text()
     assert "![Time of each phase](plots/seconds.png)" in markdown and "Largest fall of the newest" in markdown
+
+
+def test_a_run_from_python_is_like_one_from_the_command_line(tmp_path: Path) -> None:
+    few: dict[str, Any] = {
+        "run.iterations": 1, "run.checkpoint_every": 0, "rollouts.num_problems": 2, "rollouts.group_size": 2,
+        "learner.minibatch_size": 4, "eval.every": 0, "eval.final_num_problems": 0,
+    }  # fmt: skip
+    settings = {**few, "run.dir": str(tmp_path / "python")}
+    config = vineppo.build_config(vineppo.load_recipe("judgement"), "grpo", settings)
+    assert vineppo.train(config)["finish_reason"] == "iterations"
+    options = [word for key, value in few.items() for word in (f"--{key}", str(value))]
+    assert main(["train", "--algorithm", "grpo", "--run.dir", str(tmp_path / "command"), *options]) == 0
+    names = [sorted(path.name for path in (tmp_path / run).iterdir()) for run in ("python", "command")]
+    assert names[0] == names[1] and {"report.md", "report.html", "view.html"} <= set(names[0])
+    assert inspect.signature(vineppo.train) == inspect.signature(loop.train)
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished_run(tmp_path / "run")
     (run.path / "report.html").mkdir()
     with pytest.warns(UserWarning, match=r"the report could not be made .*make it with `vineppo report"):
-        assert report_finished(run.path) is None
+        assert report_finished(run.path, SUMMARY) is None
     assert main(["report", str(run.path)]) == 2
     assert "cannot be made" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none")]) == 2
@@ -222,4 +262,8 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path, capsys: pytest.Capture
 def test_damaged_responses_do_not_prevent_the_report(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     run.rollouts_of(7).write_bytes(b"no")
+    assert write_viewer(run.path) is not None  # iteration 1 can be read
+    (run.path / "view.html").unlink()
+    run.rollouts_of(1).write_bytes(b"no")
+    assert write_viewer(run.path) is None and not (run.path / "view.html").exists()
     assert "No responses can be shown: " in write_report(run.path)[0].read_text()

@@ -123,7 +123,9 @@ def test_a_page_that_would_be_too_large_leaves_details_out(tmp_path: Path) -> No
     numbers = [int(n) for n in re.findall(r"\d+", contents.meta["left_out"][-1])]
     assert set(numbers) <= set(missing) and 9 in kept["tokens"]
     assert [b["iteration"] for b in data_of(html(contents.meta, contents.chunks))["0/rows"]] == list(range(1, 10))
-    with pytest.raises(UserError, match=r"for the lists of all responses alone, and --max_mb allows 0\.01; allow more"):
+    with pytest.raises(
+        UserError, match=r"script and the lists of all responses, and --max_mb allows 0\.01; allow more"
+    ):
         contents_of([run], 10_000)
 
 

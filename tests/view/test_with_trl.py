@@ -88,7 +88,8 @@ def test_dpo_trainer_reads_the_export(exported: Path, tmp_path: Path) -> None:
 def test_prm_trainer_reads_the_export(exported: Path, tmp_path: Path) -> None:
     """TRL has a PRMTrainer up to version 1.13."""
     prm = pytest.importorskip(
-        "trl.experimental.prm", reason="TRL has no PRMTrainer since version 1.14; install trl==1.13.0 to run this test"
+        "trl.experimental.prm",
+        reason="TRL has no PRMTrainer since version 1.14; `make test-real` runs this test with 1.13",
     )
     from transformers import AutoModelForTokenClassification
 

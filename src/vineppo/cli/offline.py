@@ -38,7 +38,7 @@ def _run(request: Request) -> int:
     check_offline(config)
     from vineppo.training.offline import run_offline
     from vineppo.training.stopping import hangup_ignored, without_console
-    from vineppo.view.report import report_finished
+    from vineppo.view.trained import report_finished
 
     def show(line: str) -> None:
         """Print a line; do nothing if the terminal is gone."""
@@ -54,7 +54,7 @@ def _run(request: Request) -> int:
         show(f"{summary['updates']:,} updates, {tokens['generated']:,} generated and {tokens['trained']:,} trained "
              f"tokens, {seconds} of training")  # fmt: skip
         show(f"run directory    {config.run.dir}")
-        if (path := report_finished(Path(config.run.dir))) is not None:
+        if (path := report_finished(Path(config.run.dir), summary)) is not None:
             show(f"report           {path}")
     return 0
 

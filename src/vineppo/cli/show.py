@@ -10,7 +10,7 @@ from vineppo.cli.options import Command, Request, add_note, int_option
 from vineppo.types import UserError
 
 if TYPE_CHECKING:
-    from vineppo.view.records import Response
+    from vineppo.view.response import Response
 
 _QUEUES = {
     "drops": "list the responses with the largest fall of the value in one step (without values: the lowest sum of "

@@ -73,12 +73,10 @@ def train_with(config: Config, recipe: str) -> dict[str, Any]:
 
 def _report(config: Config, summary: Mapping[str, Any]) -> None:
     """Write the report of a run that has ended and was not interrupted, and print its path."""
-    if exit_code(summary):
-        return
     from vineppo.training.stopping import without_console
-    from vineppo.view.report import report_finished
+    from vineppo.view.trained import report_finished
 
-    path = report_finished(Path(config.run.dir))
+    path = report_finished(Path(config.run.dir), summary)
     if path is not None:
         without_console(lambda: print(f"  {'report':<16} {path}", flush=True))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vineppo.compare.curves import AXES
+from vineppo.run.markdown import table_lines
 
 AXIS_NAMES = {
     "updates": "updates",
@@ -209,9 +210,8 @@ def markdown(result: dict[str, Any], checklist: Sequence[tuple[str, str]]) -> st
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of text cells as a table of Markdown. The first row has the names of the columns."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    escaped_bar = r"\|"
-    return "\n".join(f"| {' | '.join(cell.replace('|', escaped_bar) for cell in row)} |" for row in lines)
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    return "\n".join(table_lines(escaped[0], escaped[1:]))
 
 
 def format_percent(value: float | None) -> str:

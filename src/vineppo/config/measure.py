@@ -150,5 +150,5 @@ class ScalingSpec(Settings):
         require(self.held_out in self.steps, f"held_out is {self.held_out}; it must be one of steps {self.steps}")
         require(
             len(set(self.steps)) >= 4 and min(self.steps) >= 1,
-            f"steps is {self.steps}; give at least four different numbers, such as 10,50,100,500",
+            f"steps is {','.join(map(str, self.steps))}; give at least four different numbers, such as 10,50,100,500",
         )

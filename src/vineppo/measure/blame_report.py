@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vineppo.measure.output import heading, interval, number, table
+from vineppo.measure.output import about_brackets, heading, interval, number, table
 from vineppo.run.figures import GREY, canvas, finish, save
 
 
@@ -19,8 +19,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['mean_reward']:.3f}. The blamed step has the largest drop of the value, from {result['k']} "
         f"continuations per state. The effect of resampling a step is the success of {result['score']} new "
         "continuations from the state before it, minus that of new continuations that keep the step. The control is a "
-        "random step at the same depth of a response to another problem. Brackets are 95% bootstrap intervals over "
-        "problems.",
+        "random step at the same depth of a response to another problem. "
+        f"{about_brackets(result['num_problems'])}",
         "",
         *table(
             ["step", "change of success"],
@@ -34,15 +34,25 @@ def markdown(result: Mapping[str, Any]) -> str:
         ),
         "",
         f"Success is {interval(result['resampled'])} after resampling the blamed step and {interval(result['kept'])} "
-        f"with it. The drop that chose the step is {interval(result['drop'])} on average: larger than the effect, "
-        "because the largest of several noisy drops is chosen. The control is itself the blamed step of its response "
-        f"in {100 * result['same_step']:.0f}% of the trials.",
+        f"with it. The drop that chose the step is {interval(result['drop'])} on average{_about_drop(result)}. The "
+        f"control is itself the blamed step of its response in {100 * result['same_step']:.0f}% of the trials.",
         "",
+        *(
+            []
+            if result["resampled"]["mean"] or result["kept"]["mean"]
+            else ["**No continuation was right, so no step can be blamed; give another task or model.**", ""]
+        ),
         *_checked(result["checked"], result["k"]),
         "Plot: [blame.png](blame.png).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_drop(result: Mapping[str, Any]) -> str:
+    """Return why the drop is larger than the effect, if it is."""
+    larger = (result["drop"]["mean"] or 0.0) > (result["blamed"]["mean"] or 0.0)
+    return ": larger than the effect, because the largest of several noisy drops is chosen" if larger else ""
 
 
 def _checked(checked: Mapping[str, Any], k: int) -> list[str]:

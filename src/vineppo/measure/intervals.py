@@ -9,6 +9,9 @@ import numpy as np
 
 from vineppo.statistics import Interval
 
+MIN_PROBLEMS = 10
+"""With fewer problems, a percentile bootstrap over problems is too narrow to conclude anything."""
+
 Statistic = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 """Function (indices of rows, label of the problem of each row) -> name -> number; NaN if it is not defined. In a
 resample, a problem that was drawn twice has two labels."""

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vineppo.measure.intervals import MIN_PROBLEMS
 from vineppo.run.files import write_text
+from vineppo.run.markdown import table_lines
 from vineppo.types import UserError
 
 
@@ -30,11 +32,8 @@ def interval(value: Mapping[str, Any] | None, decimals: int = 3) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table whose columns are padded, so that it is readable in a terminal too."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    lines.insert(1, "-|-".join("-" * width for width in widths))
-    return [f"| {line} |" if i != 1 else f"|-{line}-|" for i, line in enumerate(lines)]
+    """Return the lines of a Markdown table whose columns are padded, because reports are printed too."""
+    return table_lines(head, rows, padded=True)
 
 
 def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str) -> list[Path]:
@@ -55,6 +54,12 @@ def write_results(folder: Path, name: str, result: Mapping[str, Any], text: str)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}); give another --out") from None
     return list(files)
+
+
+def about_brackets(num_problems: int) -> str:
+    """Return the sentences of a report about its intervals."""
+    few = f" {num_problems} problems are too few for them: they are too narrow, so measure at least {MIN_PROBLEMS}."
+    return "Brackets are 95% bootstrap intervals over problems." + few * (num_problems < MIN_PROBLEMS)
 
 
 def heading(result: Mapping[str, Any], what: str) -> list[str]:

@@ -22,15 +22,13 @@ from vineppo.measure.estimates import (
     state_table,
     tempo_values,
 )
-from vineppo.measure.intervals import bootstrap
+from vineppo.measure.intervals import MIN_PROBLEMS, bootstrap
 from vineppo.measure.session import Say, Session, mean_tokens_left
 from vineppo.statistics import Interval
 from vineppo.types import RolloutGroup, UserError
 
 DEPTH_BINS = 5
 """Number of bins of the relative depth of a state."""
-MIN_PROBLEMS = 10
-"""Smallest number of problems from which the report says whether an error grows along the response."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vineppo.measure.output import heading, interval, table
+from vineppo.measure.output import about_brackets, heading, interval, table
 from vineppo.run.figures import band, canvas, finish, legend_below, save
 
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -22,8 +22,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['num_states']} states of {result['num_responses']} responses to {result['num_problems']} problems. "
         f"A gold value is the mean reward of {result['gold']} continuations that no estimate uses; its noise has the "
         f"standard deviation {result['gold_noise']:.3f}, and the gold values have {result['gold_spread']:.3f}. The "
-        f"mean reward is {result['mean_reward']:.3f}. Brackets are 95% bootstrap intervals over problems. Errors are "
-        "against exact values: the noise of gold is subtracted.",
+        f"mean reward is {result['mean_reward']:.3f}. {about_brackets(result['num_problems'])} Errors are against "
+        "exact values: the noise of gold is subtracted.",
         "",
         *(
             []

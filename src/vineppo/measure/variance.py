@@ -18,7 +18,7 @@ from vineppo.config.measure import VarianceSpec
 from vineppo.measure.agreement import Gold
 from vineppo.measure.estimates import StateTable, monte_carlo, state_table
 from vineppo.measure.gradients import Spread, gradients_of, spread_of, step_gradients
-from vineppo.measure.intervals import bootstrap
+from vineppo.measure.intervals import MIN_PROBLEMS, bootstrap
 from vineppo.measure.session import Response, Say, Session, mean_tokens_left
 from vineppo.types import RolloutGroup, UserError
 
@@ -62,6 +62,7 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
     states = table.states
     say(f"{len(states)} states of {len(responses)} responses: {spec.gold} continuations each for the prediction")
     rewards = session.rewards(states, spec.gold, "gold")
+    _check_spread(rewards, responses)
     gold = _known_gold(rewards)
     series = [
         _series(session, table, spec, method, k)
@@ -88,6 +89,24 @@ def measure_variance(spec: VarianceSpec, say: Say) -> dict[str, Any]:
         "tokens": session.tokens,
         "seconds": session.seconds,
     }
+
+
+def _check_spread(rewards: np.ndarray, responses: Sequence[Response]) -> None:
+    """Raise UserError if no two rewards differ.
+
+    Args:
+        rewards: rewards of the continuations of each state, shape (states, gold); NaN if unknown.
+        responses: the responses that were cut into steps.
+    """
+    found = {*rewards[np.isfinite(rewards)].tolist(), *(r.reward for r in responses)}
+    if len(found) < 2:
+        raise UserError(_NO_SPREAD)
+
+
+_NO_SPREAD = (
+    "all responses and continuations have the same reward, so no advantage varies; give another model or task, or more "
+    "problems (--num_problems)"
+)
 
 
 def _responses(session: Session, spec: VarianceSpec, groups: Sequence[RolloutGroup]) -> list[Response]:
@@ -295,6 +314,8 @@ def best_split(costs: _Costs, seed: int) -> dict[str, Any]:
             equal[f"{method} {k}"] = value.as_dict()
             continue
         rows.append({"method": method, "k": int(k), "group_size": int(size), "error": value.as_dict()})
+    if any(row["error"]["mean"] is None for row in rows):  # the smallest error is 0
+        raise UserError(_NO_SPREAD)
     best = min(rows, key=lambda row: row["error"]["mean"])
     spread = spread_of(costs.gold, costs.gold_noise, costs.problems)
     return {
@@ -310,6 +331,9 @@ def best_split(costs: _Costs, seed: int) -> dict[str, Any]:
     }
 
 
+_UNSURE = "; the order is uncertain with so few problems"
+
+
 def recommendation(result: Mapping[str, Any]) -> str:
     """Return one line that says which K to use for this model and task."""
     budget, best = result["budget"], result["budget"]["best"]
@@ -317,17 +341,20 @@ def recommendation(result: Mapping[str, Any]) -> str:
     if best["method"] == "none":
         others = [row for row in budget["rows"] if row["method"] != "none"]
         second = min(others, key=lambda row: row["error"]["mean"])
+        low = second["error"]["low"]
+        sure = result["num_problems"] >= MIN_PROBLEMS and low is not None and low > 1
         return (
             f"Use no continuations here: at the same tokens, the best Monte-Carlo credit ({second['method']}, K = "
-            f"{second['k']}) has {second['error']['mean']:.2f} times the squared error of the gradient."
+            f"{second['k']}) has {second['error']['mean']:.2f} times the squared error of the gradient"
+            f"{'' if sure else _UNSURE}."
         )
     without = min(row["error"]["mean"] for row in budget["rows"] if row["method"] == "none")
     near = sorted({n["k"] for n in budget["near"] if n["method"] == best["method"]})
     also = f" (K = {', '.join(map(str, near))} are within 5%)" if len(near) > 1 else ""
-    low, high = (rows[best["method"], best["k"], best["group_size"]][bound] for bound in ("low", "high"))
-    sure = "" if low is None or high is None or high <= 1.05 else "; the order is uncertain with so few problems"
+    high = rows[best["method"], best["k"], best["group_size"]]["high"]
+    sure = result["num_problems"] >= MIN_PROBLEMS and high is not None and high <= 1.05
     return (
         f"Use K = {best['k']} with {best['method']} continuations{also} and {best['group_size']} response"
         f"{'s' * (best['group_size'] > 1)} per problem: without continuations, the squared error of the gradient at "
-        f"the same tokens is {without:.2f} times as large{sure}."
+        f"the same tokens is {without:.2f} times as large{'' if sure else _UNSURE}."
     )

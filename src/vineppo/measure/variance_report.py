@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from vineppo.measure.output import heading, interval, number, table
+from vineppo.measure.output import about_brackets, heading, interval, number, table
 from vineppo.measure.variance import recommendation
 from vineppo.run.figures import canvas, finish, legend_below, save
 
@@ -24,8 +24,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{result['num_steps']} steps of {result['num_responses']} responses to {result['num_problems']} problems, "
         f"valued {result['repeats']} times with every method and K. The mean reward is {result['mean_reward']:.3f}. "
         f"The prediction is p(1-p)/K before the step plus p(1-p)/K after it, with p from {result['gold'] // 2} "
-        f"other continuations; {result['gold'] // 2} more decide the kinds. Brackets are 95% bootstrap "
-        "intervals over problems.",
+        f"other continuations; {result['gold'] // 2} more decide the kinds. "
+        f"{about_brackets(result['num_problems'])}",
         "",
     ]
     rows = [

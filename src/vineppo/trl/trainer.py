@@ -54,7 +54,7 @@ from vineppo.trl.arguments import (
 from vineppo.trl.callbacks import Listener, Schedule
 from vineppo.trl.config import VinePPOConfig
 from vineppo.types import Split, UserError
-from vineppo.view.report import report_finished
+from vineppo.view.trained import report_finished
 
 __all__ = ["TrainOutput", "VinePPOConfig", "VinePPOTrainer"]
 
@@ -193,8 +193,7 @@ class VinePPOTrainer:
                 reporter=self._listener,
                 in_memory=InMemory(self.policy, tables),
             )
-        if summary["finish_reason"] != "interrupted":
-            report_finished(Path(self.config.run.dir))
+        report_finished(Path(self.config.run.dir), summary)
         losses = self._listener.losses
         return TrainOutput(summary["updates"], sum(losses) / max(1, len(losses)), summary)
 

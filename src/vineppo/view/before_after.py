@@ -13,7 +13,7 @@ from vineppo.training.overlong import fit_prompts
 from vineppo.training.rollouts import problem_range, sample_groups
 from vineppo.types import RolloutGroup, Task
 from vineppo.view.measure import Measuring, measured_responses
-from vineppo.view.records import Response
+from vineppo.view.response import Response
 
 NUM_PROBLEMS = 64
 """Number of validation problems among which one is chosen."""

@@ -31,7 +31,8 @@ from vineppo.run.directory import RunDirectory
 from vineppo.types import UserError
 from vineppo.view.foreign import is_foreign, lacks_text
 from vineppo.view.queues import QUEUES, Entry
-from vineppo.view.records import Response, Step, algorithm_of, consecutive, iterations_of, responses_of
+from vineppo.view.records import algorithm_of, consecutive, iterations_of, responses_of
+from vineppo.view.response import Response, Step
 
 PARTS = ("rows", "core", "tokens", "more")
 """Names of the parts of an iteration."""

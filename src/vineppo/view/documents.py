@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from vineppo.run.markdown import table_lines
 from vineppo.types import printable
 
 
@@ -71,6 +72,8 @@ class Link:
 
     name: str
     text: str
+    fragment: str = ""
+    """The place in the file, which stands behind `#` in the address; empty: its beginning."""
 
 
 Block = Heading | Paragraph | Items | Table | Preformatted | Image | Link
@@ -115,17 +118,16 @@ def _markdown(block: Block, folder: Path) -> str:
         case Items(texts):
             return "\n".join(f"- {_line(text)}" for text in texts)
         case Table(header, rows):
-            lines = [header, tuple("---" for _ in header), *rows]
-            cells = [[cell if i == 1 else _plain(cell) for cell in line] for i, line in enumerate(lines)]
-            return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+            cells = [[_plain(cell) for cell in line] for line in (header, *rows)]
+            return "\n".join(table_lines(cells[0], cells[1:]))
         case Preformatted(text):
             longest = max(map(len, re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{printable(text).strip(chr(10))}\n{fence}"
         case Image(path, text):
             return f"![{_plain(text)}]({_address(path, folder)})"
-        case Link(name, text):
-            return f"[{_plain(text)}]({quote(name)})"
+        case Link(name, text, fragment):
+            return f"[{_plain(text)}]({_target(name, fragment)})"
 
 
 def _plain(text: str) -> str:
@@ -141,6 +143,11 @@ def _line(text: str) -> str:
 def _address(path: Path, folder: Path) -> str:
     """Return the address of a file relative to the folder of a document."""
     return quote(path.relative_to(folder).as_posix())
+
+
+def _target(name: str, fragment: str) -> str:
+    """Return the address of a link to a file in the directory of a document."""
+    return quote(name) + (f"#{quote(fragment, safe='=&.')}" if fragment else "")
 
 
 def to_html(blocks: Sequence[Block], title: str) -> str:
@@ -177,8 +184,8 @@ def _html(block: Block) -> str:
             except OSError:
                 return f"<p>{_escaped(text)}: the image cannot be read.</p>"
             return f'<p><img src="data:image/png;base64,{data}" alt="{_escaped(text)}"></p>'
-        case Link(name, text):
-            return f'<p><a href="{html.escape(quote(name))}">{_escaped(text)}</a></p>'
+        case Link(name, text, fragment):
+            return f'<p><a href="{html.escape(_target(name, fragment))}">{_escaped(text)}</a></p>'
 
 
 def _escaped(text: str) -> str:

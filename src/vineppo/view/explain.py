@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vineppo.statistics import Interval
 from vineppo.types import printable
-from vineppo.view.records import Response, Step
+from vineppo.view.response import Response, Step
 
 TOLERANCE = 1e-6
 """Largest difference, in reward units, that passes as a rounding error of the saved numbers."""

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from vineppo.run.files import write_text, written_aside
 from vineppo.types import UserError
 from vineppo.view.queues import lowest_step
-from vineppo.view.records import Continuation, Response, Step
+from vineppo.view.response import Continuation, Response, Step
 
 Rule = Literal["value", "advantage"]
 Pairs = Literal["auto", "prefix", "whole"]

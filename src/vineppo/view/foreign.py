@@ -32,17 +32,8 @@ import pyarrow.parquet as pq
 
 from vineppo.run.records import SCHEMA, Decode, token_ends
 from vineppo.types import UserError
-from vineppo.view.records import (
-    Credit,
-    Response,
-    Step,
-    Token,
-    checked_responses,
-    line_ends,
-    ranges,
-    step_texts_of,
-    sum_of,
-)
+from vineppo.view.records import checked_responses, line_ends, ranges, reason_of, step_texts_of, sum_of
+from vineppo.view.response import Credit, Response, Step, Token
 
 Format = Literal["TRL completions", "prime-rl tokens", "rollouts"]
 _TRL_COLUMNS = frozenset({"step", "prompt", "completion", "advantage"})
@@ -170,8 +161,7 @@ class _damage:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         damaged = (pa.ArrowException, OSError, KeyError, TypeError, ValueError, IndexError, RecursionError)
         if isinstance(error, damaged) and not isinstance(error, UserError):
-            reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-            raise UserError(f"{self.file} is damaged ({reason}); give another file") from None
+            raise UserError(f"{self.file} is damaged ({reason_of(error)}); give another file") from None
 
 
 def _trl_files(path: str | Path) -> list[Path]:

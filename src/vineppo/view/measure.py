@@ -11,7 +11,8 @@ from vineppo.run.records import rollout_rows
 from vineppo.sampling.graded import grade_finished
 from vineppo.types import FinishReason, Problem, Rollout, RolloutGroup, Sampler, Task
 from vineppo.values import MonteCarlo
-from vineppo.view.records import Response, responses_from_rows
+from vineppo.view.records import responses_from_rows
+from vineppo.view.response import Response
 
 
 @dataclass(frozen=True)

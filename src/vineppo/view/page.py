@@ -120,7 +120,7 @@ def _fill(contents: Contents, offers: Mapping[str, Mapping[tuple[int, int], str]
     size = len(html(contents.meta, contents.chunks).encode()) + margin
     if size > max_bytes:
         raise UserError(
-            f"the page needs {size / 1e6:.2f} MB for the lists of all responses alone, and --max_mb allows "
+            f"the page needs {size / 1e6:.2f} MB for its script and the lists of all responses, and --max_mb allows "
             f"{max_bytes / 1e6:g}; allow more"
         )
     for part, texts in offers.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vineppo.types import UserError
 from vineppo.view.explain import signed
-from vineppo.view.records import Response, Step
+from vineppo.view.response import Response, Step
 
 LOW = 0.25
 """`lucky`: a value is low if it is at most this share of the way from the lowest to the highest reward."""
@@ -67,7 +67,15 @@ def lucky(responses: Sequence[Response]) -> list[Entry]:
     `LOW` of the way from the lowest reward to the highest one, and an earlier state of the response has a value that is
     higher by at least `FALL` of this range. The lowest reward counts as 0 if it is above 0. The state with the lowest
     value comes first; of equal values, the one from more MC rollouts. The entry names the step that ends in this state.
+
+    Raises:
+        UserError: if there are responses, and none has values.
     """
+    if responses and not has_values(responses):
+        raise UserError(
+            "no response has values of its states, so a low value on the way cannot be found; the algorithms vineppo, "
+            "spo_chain and ppo save such values"
+        )
     rewards = [r.reward for r in responses if r.kind == "rollout" and r.reward is not None]
     if not rewards:
         return []
@@ -85,6 +93,11 @@ def lucky(responses: Sequence[Response]) -> list[Entry]:
         Entry(response, step, f"right, but the value after this step was {key[0]:.2f} ({signed(-fall)} on the way)")
         for key, response, step, fall in found
     ]
+
+
+def has_values(responses: Sequence[Response]) -> bool:
+    """Return whether the value of any state of the responses is known."""
+    return any(step.value is not None for response in responses for step in response.steps)
 
 
 def _lowest_value(response: Response) -> tuple[float, float, Step, int] | None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from rich.console import Console
 from vineppo.config.load import config_to_dict
 from vineppo.config.offline import OfflineConfig
 from vineppo.config.settings import Settings
-from vineppo.objects import first_line
 from vineppo.run.directory import RunDirectory
 from vineppo.run.files import write_text
 from vineppo.training.configure import config_class_with_all_sections
@@ -34,10 +32,14 @@ from vineppo.view.documents import (
     to_html,
     to_markdown,
 )
-from vineppo.view.queues import Entry, disagree, drops, lucky, truncated
-from vineppo.view.records import Response, iterations_of, responses_of
+from vineppo.view.page import write_page
+from vineppo.view.queues import Entry, disagree, drops, has_values, lucky, truncated
+from vineppo.view.records import iterations_of, responses_of
+from vineppo.view.response import Response
 from vineppo.view.terminal import show_response
 
+VIEWER = "view.html"
+"""Name of the page with all responses, in the directory of a run."""
 _PLOTS = {
     "accuracy": "Accuracy and reward over updates",
     "tokens": "Tokens generated for training, by phase",
@@ -54,25 +56,27 @@ _DIM = 'style="color: #7f7f7f; text-decoration-color: #7f7f7f"'
 """Style that rich gives faint text. The report's own colours have more contrast."""
 
 
-def report_finished(run_dir: Path) -> Path | None:
-    """Write the report of a run that has ended, and return the path of the HTML file.
+def write_viewer(run_dir: str | Path) -> Path | None:
+    """Write `view.html` into a run directory (`page.py`), and return its path.
 
-    If that fails, the run is complete nevertheless: there is a warning, and the result is None.
+    The result is None if no responses are saved or can be read, or if the file cannot be written.
+
+    Raises:
+        UserError: if it is not a run directory.
     """
+    path = RunDirectory.open(run_dir, writable=False).path / VIEWER
     try:
-        return write_report(run_dir)[1]
-    except Exception as error:
-        warnings.warn(
-            f"the report could not be made ({first_line(error)}); make it with `vineppo report {run_dir}`",
-            stacklevel=2,
-        )
+        write_page(path, [path.parent])
+    except UserError:
         return None
+    return path
 
 
 def write_report(run_dir: str | Path) -> tuple[Path, Path]:
     """Write `report.md` and `report.html` into a run directory, and return their paths.
 
-    The run may still be going on. The plots are those that exist.
+    The run may still be going on. The plots are those that exist. If `view.html` exists (`write_viewer`), the report
+    has links to the responses in it.
 
     Raises:
         UserError: if it is not a run directory, or metrics.jsonl is damaged.
@@ -282,7 +286,7 @@ def telling_responses(run: str | Path) -> list[Telling]:
     chosen = [] if known[0] == known[-1] else [("Largest fall of the first iteration", drops(_rollouts(run, known[0])))]
     chosen += [
         ("Largest fall of the newest iteration", drops(newest)),
-        ("Right by wrong steps", lucky(newest)),
+        ("Right by wrong steps", lucky(newest) if has_values(newest) else []),
         ("Cut off", truncated(newest)),
     ]
     if any(step.num_mc_rollouts is not None for response in newest for step in response.steps):
@@ -314,7 +318,15 @@ def _responses(run: RunDirectory) -> Iterator[Block]:
         yield Heading(f"{item.title}{'' if entry is None else f': {entry.reason}'}", 3)
         yield _shown_response(response, label, entry)
         step = "" if entry is None or entry.step is None else f" --step {entry.step.number}"
-        yield Paragraph(f"In colours: vineppo show {run.path} {response.iteration} {response.number}{step}")
+        if (run.path / VIEWER).is_file():
+            yield Link(VIEWER, "This response in the credit viewer", _place(response, entry))
+        yield Paragraph(f"In the terminal: vineppo show {run.path} {response.iteration} {response.number}{step}")
+
+
+def _place(response: Response, entry: Entry | None) -> str:
+    """Return the part of the viewer's address that names a response and its step."""
+    step = "" if entry is None or entry.step is None else f"&step={entry.step.number}"
+    return f"r={response.iteration}.{response.number}{step}"
 
 
 def _shown_response(response: Response, label: str, entry: Entry | None) -> Preformatted:
@@ -349,9 +361,9 @@ def _first_lines(text: str) -> str:
 
 def _more(run: RunDirectory) -> Iterator[Block]:
     """Yield the link to the viewer's file, if it exists, and commands that show more."""
-    if (run.path / "view.html").is_file():
-        yield Link("view.html", "All saved responses, in the credit viewer")
+    if (run.path / VIEWER).is_file():
+        yield Link(VIEWER, "All saved responses, in the credit viewer")
     commands = [f"vineppo show {run.path} all --drops: the largest falls of all iterations"]
-    if not (run.path / "view.html").is_file():
-        commands.append(f"vineppo view {run.path}: a page with all saved responses; then make this report again")
+    if not (run.path / VIEWER).is_file():
+        commands.append(f"vineppo report {run.path}: this report again, with a page of all saved responses")
     yield Items(tuple(commands))

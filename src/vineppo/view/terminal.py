@@ -17,7 +17,7 @@ from rich.text import Text
 
 from vineppo.view.explain import one_line, signed, why
 from vineppo.view.queues import Entry, step_to_explain
-from vineppo.view.records import Response, Step
+from vineppo.view.response import Response, Step
 
 NEGATIVE = ("#fdd0a2", "#fdae6b", "#f58231")
 """Backgrounds of negative advantages, from small to large."""

@@ -54,7 +54,8 @@ function treeNode(leaves, from, r) {
 
 function paneCredits(r) {
   const columns = [];
-  if (r.credit !== "none") columns.push([r.run.meta.algorithm === "Counterfactual" ? "Counter\u00adfactual" : r.run.meta.algorithm, r.adv]);
+  const own = r.run.meta.algorithm;
+  if (r.credit !== "none") columns.push([own === "Counterfactual" ? "Counter\u00adfactual" : own in r.others ? `${own}, run` : own, r.adv]);
   for (const [name, numbers] of Object.entries(r.others)) if (numbers.length) columns.push([name, numbers]);
   if (r.tokenValue && r.reward !== null) columns.push(["Critic", r.tokenValue.map((v, i) => (i + 1 < r.ids.length ? r.tokenValue[i + 1] : r.reward) - v)]);
   const parts = [el("h2", {}, "Credits", el("span", { class: "of" }, " the same response under several algorithms"))];
@@ -71,7 +72,7 @@ function paneCredits(r) {
     row.addEventListener("click", () => go({ step: step.number, token: null }, { scroll: "center" }));
     table.append(row);
   });
-  parts.push(el("p", {}, "Mean advantage of the tokens of each step. The first column is what the run recorded. Each column has its own colour scale."), table);
+  parts.push(el("p", {}, `Mean advantage of the tokens of each step. ${r.credit === "none" ? "" : "The first column is what the run recorded. "}Each column has its own colour scale.`), table);
   if (r.steps.length > 400) parts.push(el("p", { class: "note" }, `${r.steps.length - 400} more steps are not shown.`));
   const differing = columns.map(([name], c) => [name, averages[c]]).filter(([, numbers], c) => c && numbers.some((x) => x !== 0));
   if (differing.length && r.credit !== "none") {

@@ -132,12 +132,42 @@ function branch(r, c, step) {
     end ? null : el("span", { class: "leave", title: where }, "\u25b8"), el("span", {}, cut(c.text, 1500))));
 }
 
+/**
+ * Return the trained alternatives of a step: one row per place, token and advantage. What a token earned are the rewards
+ * of the continuations that leave the response at its place with this token.
+ */
 function alternativeTable(r, alternatives) {
-  const range = run().range;
+  const rows = new Map(), range = run().range;
+  for (const a of alternatives) {
+    const key = JSON.stringify([a.position, a.text, a.advantage]);
+    if (!rows.has(key)) rows.set(key, { ...a, times: 0 });
+    rows.get(key).times += 1;
+  }
+  const shown = [...rows.values()].slice(0, 60), earned = rewardsOf(r, alternatives);
   return el("table", {}, el("thead", {}, el("tr", {}, ["In place of", "Token", "Advantage", "Earned"].map((name, i) => el("th", { scope: "col", class: i > 1 ? "r" : "" }, name)))),
-    el("tbody", {}, alternatives.slice(0, 60).map((a) => {
-      const branches = r.continuations.filter((c) => c.state === a.position && c.shared === 0 && c.text.startsWith(a.text));
+    el("tbody", {}, shown.map((a, i) => {
+      const before = shown[i - 1], same = before && before.position === a.position && before.text === a.text;
+      const times = (n) => (n > 1 ? ` \u00d7 ${n}` : null);
+      const rewards = same ? [] : earned.get(placeOf(a)) || [];
       return el("tr", {}, el("td", { class: "mono" }, r.exact && r.tok[a.position] !== undefined ? quoted(r.tok[a.position]) : `token ${a.position + 1}`), el("td", { class: "mono" }, quoted(a.text)),
-        el("td", { class: "r " + shade(a.advantage, r.scale) }, signed(a.advantage, 3)), el("td", { class: "r" }, branches.length ? branches.map((c) => rewardMark(c.reward, range)) : "\u2013"));
+        el("td", { class: "r " + shade(a.advantage, r.scale) }, signed(a.advantage, 3), times(a.times)),
+        el("td", { class: "r" }, same ? null : rewards.length ? rewards.map(([reward, n]) => el("div", {}, rewardMark(reward, range), times(n))) : "\u2013"));
     })));
+}
+
+const placeOf = (a) => `${a.position} ${a.text}`;
+
+/** Return a map from the place and the token of each alternative to the [reward, number] of its continuations. */
+function rewardsOf(r, alternatives) {
+  const counts = new Map();
+  for (const c of r.continuations) {
+    if (c.place === null && c.shared > 0) continue; // the text after the shared tokens is unknown
+    // A token can be the beginning of another one: the longest that fits is the token of the continuation.
+    const fitting = alternatives.filter((a) => a.position === c.state + c.shared && (a.text ? c.text.startsWith(a.text) : !c.text));
+    if (!fitting.length) continue;
+    const best = placeOf(fitting.reduce((x, y) => (y.text.length > x.text.length ? y : x)));
+    if (!counts.has(best)) counts.set(best, new Map());
+    counts.get(best).set(c.reward, (counts.get(best).get(c.reward) || 0) + 1);
+  }
+  return new Map([...counts].map(([place, rewards]) => [place, [...rewards].sort((x, y) => y[0] - x[0])]));
 }
