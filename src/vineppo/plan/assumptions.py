@@ -36,9 +36,9 @@ def assumptions_of(config: Config, cluster: Cluster, amounts: Amounts) -> list[A
         ),
         Assumption(
             "assumed",
-            f"prompts of {amounts.prompt_tokens:.0f} tokens, responses of {amounts.rollout_tokens / amounts.rollouts:.0f}"
-            f" on average and {config.rollouts.max_new_tokens} at most, steps of 30 tokens; the longest response of an "
-            "iteration has the maximum",
+            f"prompts of {amounts.prompt_tokens:.0f} tokens, steps of 30 tokens, responses of "
+            f"{amounts.rollout_tokens / amounts.rollouts:.0f} tokens on average (--response_tokens); the longest "
+            f"response of an iteration has {config.rollouts.max_new_tokens}",
         ),
         Assumption(
             "assumed",
@@ -88,21 +88,21 @@ def _of_speed(config: Config) -> list[Assumption]:
     found = [
         Assumption(
             "measured",
-            f"training reaches {rates.training_share(config):.1%} of the 16-bit operations per second: an update of 0.5B "
-            f"with 8,192 tokens in {dtype}, {'with' if checkpointing else 'without'} gradient checkpointing, took "
+            f"training reaches {rates.training_share(config):.1%} of the 16-bit operations per second: an update of "
+            f"0.5B with 8,192 tokens in {dtype}, {'with' if checkpointing else 'without'} gradient checkpointing, took "
             f"{measured} s on one H200 (docs/results/gpu/gpu.md); larger models have larger matrix products, which "
-            "reached up to 80% there, so this is probably too slow for them",
+            "alone reached 80% there, so their updates are probably faster than predicted",
         ),
         Assumption(
             "measured",
-            f"decoding reaches {rates.DECODING:.0%} of the operations per second: 1.1B with 2,048 rows in bfloat16 on one "
-            "H200 (docs/results/gpu/second/gpu.md), a lower bound",
+            f"decoding reaches {rates.DECODING:.0%} of the operations per second: 1.1B with 2,048 rows in bfloat16 on "
+            "one H200 (docs/results/gpu/second/gpu.md), a lower bound",
         ),
         Assumption("assumed", f"weights, keys and values are read at {rates.READING:.0%} of the memory bandwidth"),
         Assumption(
             "measured",
-            f"the first process takes {1000 * rates.RANK_0_SECONDS:g} ms per completion, with the included task on a CPU "
-            "(docs/results/scale/simulation.md)",
+            f"the first process takes {1000 * rates.RANK_0_SECONDS:g} ms per completion, with the included task on a "
+            "CPU (docs/results/scale/simulation.md)",
         ),
     ]
     if uses_vllm(config):

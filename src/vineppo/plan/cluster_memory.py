@@ -43,7 +43,7 @@ def number_bytes(config: Config) -> int:
 
 
 def sequences_per_sampler(count: float, cluster: Cluster, tensor_parallel: int) -> int:
-    """Return how many of `count` sequences the busiest sampler gets. There is one sampler for `tensor_parallel` GPUs."""
+    """Return how many of `count` sequences the busiest sampler gets; `tensor_parallel` GPUs share a sampler."""
     return math.ceil(count * tensor_parallel / cluster.ranks)
 
 

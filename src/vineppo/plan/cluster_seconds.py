@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 from vineppo.config.schema import Config
@@ -46,6 +47,15 @@ def training_seconds(config: Config, cluster: Cluster) -> float:
     return measured / _UPDATED * MEASURED_ON.flops / cluster.gpu.flops
 
 
+def forward_seconds(config: Config, cluster: Cluster) -> float:
+    """Return the seconds of one GPU for one token and one parameter in a forward pass.
+
+    It is a third of a training pass without gradient checkpointing.
+    """
+    measured = UPDATE_SECONDS[config.model.dtype, False]
+    return measured / 3 / _UPDATED * MEASURED_ON.flops / cluster.gpu.flops
+
+
 def training_share(config: Config) -> float:
     """Return the share of the data sheet's 16-bit operations per second that the measured update reached.
 
@@ -69,36 +79,28 @@ def iteration_seconds(
     Returns:
         Phase (`sample`, `credit`, `update` or `transfer`) -> part of the phase -> seconds. Nothing overlaps.
     """
+    decode = functools.partial(decode_seconds, config, shape, cluster, tensor_parallel)
     length = amounts.rollout_tokens / amounts.rollouts
     continuations = amounts.mc_tokens / max(1.0, length / 2)
-    # A forward pass takes a third of a training pass, whatever checkpointing adds to the training pass.
-    plain = (
-        UPDATE_SECONDS[config.model.dtype, False]
-        / UPDATE_SECONDS[config.model.dtype, config.model.gradient_checkpointing]
-    )
-    forward = training_seconds(config, cluster) * plain / 3 * shape.parameters / cluster.ranks
+    forward = forward_seconds(config, cluster) * shape.parameters / cluster.ranks
+    # With several nodes, every node receives all weights, even if each of its GPUs keeps a part of them.
+    moved = shape.parameters * number_bytes(config) / (tensor_parallel if cluster.nodes == 1 else 1)
     critic = find_algorithm(config.algorithm).needs_critic
     credit = {"continuations": 0.0, "prefixes": 0.0, "values": 0.0, "first process": RANK_0_SECONDS * continuations}
     if continuations:
-        credit["continuations"] = decode_seconds(
-            config, shape, cluster, tensor_parallel, continuations, length / 2, length / 2 + amounts.prompt_tokens
-        )
+        credit["continuations"] = decode(continuations, length / 2, amounts.prompt_tokens + length / 2)
         credit["prefixes"] = forward * amounts.rollouts * amounts.sequence_tokens
     if critic:
         credit["values"] = forward * amounts.rollouts * amounts.sequence_tokens
     return {
         "sample": {
             "prompts": forward * config.rollouts.num_problems * amounts.prompt_tokens,
-            "rollouts": decode_seconds(
-                config, shape, cluster, tensor_parallel, amounts.rollouts, length, amounts.prompt_tokens
-            ),
+            "rollouts": decode(amounts.rollouts, length, amounts.prompt_tokens),
             "first process": RANK_0_SECONDS * amounts.rollouts,
         },
         "credit": credit,
         "update": update_seconds(config, shape, amounts, cluster, forward),
-        "transfer": {
-            "weights to samplers": _gather(cluster, shape.parameters * number_bytes(config) / tensor_parallel)
-        },
+        "transfer": {"weights to samplers": _gather(cluster, moved)},
     }
 
 
@@ -162,12 +164,13 @@ def update_seconds(
 
 
 def link_speed(cluster: Cluster) -> float:
-    """Return the bytes per second and direction at which a GPU exchanges data with all others in a ring.
+    """Return the bytes per second at which every GPU receives data that are spread over all GPUs.
 
-    It is that of the slowest link: a GPU's part of the network of its node, if there are several nodes.
+    It is the speed of one direction of a GPU's link to its node, or of the network of a node if that is slower: in
+    NCCL's rings every byte enters a node once, by one of its adapters, and goes on from GPU to GPU.
     """
     inside = cluster.links.nvlink / 2
-    return inside if cluster.nodes == 1 else min(inside, cluster.links.network / cluster.per_node)
+    return inside if cluster.nodes == 1 else min(inside, cluster.links.network)
 
 
 def _gather(cluster: Cluster, size: float) -> float:

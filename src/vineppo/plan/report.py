@@ -51,12 +51,12 @@ def cluster_report(plan: ClusterPlan, config: Config) -> list[str]:
     """
     amounts, n, ranks = plan.amounts, plan.iterations, plan.cluster.ranks
     samplers = ranks // plan.tensor_parallel
-    tokens = amounts.rollout_tokens + amounts.mc_tokens
+    tokens, label = amounts.rollout_tokens + amounts.mc_tokens, find_algorithm(config.algorithm).label
     lines = [
-        f"{find_algorithm(config.algorithm).label} on {config.model.path} ({plan.shape.parameters / 1e9:.2f}B parameters, "
-        f"{config.model.dtype}), cluster {plan.cluster.name}: {_number(ranks, 'GPU')}, {_number(samplers, 'sampler')}",
-        f"  an iteration          {amounts.rollouts:,} rollouts, {amounts.rollout_tokens:,.0f} + {amounts.mc_tokens:,.0f} "
-        f"tokens (rollouts + MC rollouts), {amounts.updates} updates",
+        f"{label} on {config.model.path} ({plan.shape.parameters / 1e9:.2f}B parameters, {config.model.dtype}), "
+        f"cluster {plan.cluster.name}: {_number(ranks, 'GPU')}, {_number(samplers, 'sampler')}",
+        f"  an iteration          {amounts.rollouts:,} rollouts, {amounts.updates} updates, "
+        f"{amounts.rollout_tokens:,.0f} + {amounts.mc_tokens:,.0f} tokens (rollouts + MC rollouts)",
         "  GiB of a GPU",
         *_memory_lines(plan),
         f"    {'peak':<19} {plan.memory['peak'] / GIB:8.1f} of {plan.available / GIB:.1f} that can be used",
