@@ -36,7 +36,7 @@ READING = 0.7
 """Share of the memory bandwidth of the data sheet at which weights, keys and values are read (assumed)."""
 LINK = 0.7
 """Share of the data sheet's speed of a link that collective communication reaches (assumed)."""
-RANK_0_SECONDS = 0.0005
+RANK_0_SECONDS = 0.0002
 """Seconds of the first process for each completion: requests, decoding of texts, grading, credit, files. Measured for
 the included task on a CPU (`docs/results/scale`); graders that compare formulas take longer."""
 
