@@ -467,8 +467,8 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`, simulated, means over {result['seeds']} seeds. The measurements behind the workload "
         f"`cpu` are from {calibration['machine']['platform']} with {calibration['machine']['cores']} cores, on which "
-        f"other programs ran (load {calibration['machine']['load']:.1f}). So the elapsed seconds below say little about "
-        "the sampler; the simulation uses the CPU seconds.",
+        f"other programs ran (load {calibration['machine']['load']:.1f}). So the elapsed seconds below say little "
+        "about the sampler; the simulation uses the CPU seconds.",
         "",
         "## The calibration",
         "",
