@@ -38,9 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `ben
 from benchmarks.simulation import DESIGNS, PARTS, Machines, Workload, broadcast_seconds, run_units, simulate_iteration
 
 MODEL, RECIPE = "embedded:judgement", "judgement"
-UNIT_ROWS = {"cpu": 32, "7b": 64}
+UNIT_ROWS = {"cpu": 16, "7b": 64}
 """Workload -> completions of a unit."""
 SAMPLERS = tuple(1 << k for k in range(13))
+MOST_SAMPLERS = {"cpu": 256, "7b": SAMPLERS[-1]}
+"""Workload -> largest number of samplers."""
 RELATIVE_LENGTHS = (
     *(0.27, 0.34, 0.38, 0.42, 0.45, 0.48, 0.52, 0.54, 0.57, 0.60, 0.62, 0.65, 0.67, 0.70, 0.73, 0.76, 0.79, 0.81, 0.84),
     *(0.87, 0.90, 0.93, 0.97, 1.00, 1.03, 1.07, 1.11, 1.15, 1.20, 1.24, 1.29, 1.35, 1.41, 1.48, 1.56, 1.65, 1.76, 1.93),
@@ -192,6 +194,11 @@ def measure_iteration(iterations: int = 3) -> dict[str, float]:
     return {name: value / iterations for name, value in sums.items()} | {"weight_bytes": float(weights)}
 
 
+def command() -> str:
+    """Return the command line of this program."""
+    return " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]])
+
+
 def calibrate(units: int) -> dict[str, Any]:
     """Measure units with one process and with two, and iterations in this process."""
     requests = unit_requests(units, UNIT_ROWS["cpu"])
@@ -202,6 +209,7 @@ def calibrate(units: int) -> dict[str, Any]:
         run["predicted_from_one"] = run_units(runs[0]["unit_seconds"], speeds, "stealing").seconds
     iteration = measure_iteration()
     return {
+        "command": command(),
         "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "runs": runs,
         "iteration": iteration,
@@ -215,11 +223,16 @@ def calibrate(units: int) -> dict[str, Any]:
 Draw = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
-def measured_draw(seconds: Sequence[float], share: float = 1.0) -> Draw:
-    """Return a function that draws the seconds of units from measured ones, times `share`."""
+def measured_draw(seconds: Sequence[float], measured_rows: int, share: float = 1.0) -> Draw:
+    """Return a function that draws the seconds of units from measured ones.
+
+    Args:
+        seconds: measured seconds of units with `measured_rows` completions.
+        share: factor of the seconds. They are also proportional to the number of rows.
+    """
 
     def draw(generator: np.random.Generator, units: int, rows: int) -> np.ndarray:
-        return share * generator.choice(np.asarray(seconds), units)
+        return share * rows / measured_rows * generator.choice(np.asarray(seconds), units)
 
     return draw
 
@@ -259,8 +272,10 @@ def cpu_workload(calibration: dict[str, Any]) -> tuple[Workload, Machines]:
         rollouts=round(iteration["rollouts"]),
         continuations=round(iteration["continuations"]),
         unit_rows=UNIT_ROWS["cpu"],
-        rollout_seconds=measured_draw(seconds),
-        continuation_seconds=measured_draw(seconds, unit_of_continuations / (sum(seconds) / len(seconds))),
+        rollout_seconds=measured_draw(seconds, UNIT_ROWS["cpu"]),
+        continuation_seconds=measured_draw(
+            seconds, UNIT_ROWS["cpu"], unit_of_continuations / (sum(seconds) / len(seconds))
+        ),
         serial_seconds=calibration["serial_seconds_per_completion"],
         update_seconds=iteration["update_seconds"],
         trainers=1,
@@ -403,7 +418,8 @@ def variants(workload: Workload, machines: Machines, growing: bool) -> dict[str,
         machines,
         best,
     )
-    other["units of a quarter"] = (change(workload, unit_rows=workload.unit_rows // 4), machines, best)
+    for rows in (workload.unit_rows // 4, workload.unit_rows * 4):
+        other[f"units of {rows} rows"] = (change(workload, unit_rows=rows), machines, best)
     for way in ("one source", "chain"):
         other[f"broadcast: {way}"] = (workload, change(machines, broadcast=way), best)
     other["speeds spread by 0.3"] = (workload, change(machines, spread=0.3), best)
@@ -420,13 +436,13 @@ def simulate(calibration: dict[str, Any], seeds: int, samplers: Sequence[int]) -
     """Run all sweeps. Return workload -> `same work` or `growing work` -> results."""
     results: dict[str, Any] = {}
     for name, (workload, machines) in {"cpu": cpu_workload(calibration), "7b": gpu_workload()}.items():
-        results[name] = {}
+        results[name], counts = {}, [count for count in samplers if count <= MOST_SAMPLERS[name]]
         for mode, growing in (("same work", False), ("growing work", True)):
             work = per_sampler(workload) if growing else workload
-            designs = {design: sweep(work, machines, design, seeds, growing, samplers) for design in DESIGNS}
+            designs = {design: sweep(work, machines, design, seeds, growing, counts) for design in DESIGNS}
             first = designs[DESIGNS[-1]][0]
             changed = {
-                label: sweep(w, m, design, seeds, growing, samplers, first)
+                label: sweep(w, m, design, seeds, growing, counts, first)
                 for label, (w, m, design) in variants(work, machines, growing).items()
             }
             results[name][mode] = {
@@ -439,7 +455,7 @@ def simulate(calibration: dict[str, Any], seeds: int, samplers: Sequence[int]) -
                     for label, rows in changed.items()
                 },
             }
-        nodes = [count // machines.per_node for count in samplers if count >= machines.per_node]
+        nodes = [count // machines.per_node for count in counts if count >= machines.per_node]
         results[name]["broadcast"] = [
             {"nodes": n}
             | {
@@ -466,7 +482,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Where more samplers stop helping",
         "",
         f"`{result['command']}`, simulated, means over {result['seeds']} seeds. The measurements behind the workload "
-        f"`cpu` are from {calibration['machine']['platform']} with {calibration['machine']['cores']} cores, on which "
+        f"`cpu` (`{calibration['command']}`) are from {calibration['machine']['platform']} with {calibration['machine']['cores']} cores, on which "
         f"other programs ran (load {calibration['machine']['load']:.1f}). So the elapsed seconds below say little "
         "about the sampler; the simulation uses the CPU seconds.",
         "",
@@ -601,7 +617,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--calibration", type=Path, help="take the measurements from this simulation.json")
-    parser.add_argument("--units", type=int, default=64, help="measured units")
+    parser.add_argument("--units", type=int, default=48, help="measured units")
     parser.add_argument("--seeds", type=int, default=5, help="simulated iterations per number of samplers")
     parser.add_argument("--most", type=int, default=SAMPLERS[-1], help="largest number of samplers")
     return parser.parse_args()
@@ -615,9 +631,10 @@ def main() -> None:
         calibration = json.loads(arguments.calibration.read_text())["calibration"]
     else:
         calibration = calibrate(arguments.units)
+        (arguments.out / "simulation.json").write_text(json.dumps({"calibration": calibration}, indent=1) + "\n")
     samplers = [count for count in SAMPLERS if count <= arguments.most]
     result = {
-        "command": " ".join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
+        "command": command(),
         "seeds": arguments.seeds,
         "calibration": calibration,
         "results": simulate(calibration, arguments.seeds, samplers),

@@ -168,8 +168,8 @@ def test_lengths_of_units() -> None:
     assert longest.mean() > 110  # nearly every unit of 64 has a long response
     rest = longest_draw(100, 10_000, 0.5, whole=False)(generator, 20_000, 1)
     assert rest.mean() == pytest.approx((whole.mean() + 0.01 * 0.5 * 9750) / 2, rel=0.1)
-    drawn = measured_draw([1.0, 3.0], 0.5)(generator, 100, 8)
-    assert set(drawn) == {0.5, 1.5}
+    drawn = measured_draw([1.0, 3.0], 16, 0.5)(generator, 100, 8)
+    assert set(drawn) == {0.25, 0.75}  # half as many rows
 
 
 def test_efficiency_and_what_is_lost() -> None:
