@@ -142,6 +142,9 @@ bench-length: $(READY)  ## cost over the length of the chain
 bench-update: runs/smollm2  ## an update with and without its savings, and TRL's
 	$(BIN)/python benchmarks/update.py --models embedded:judgement,runs/smollm2 --out docs/results/update
 
+bench-scale: $(READY)  ## simulate 1 to 4,096 samplers, from measurements on this machine
+	$(BIN)/python benchmarks/scale.py --out docs/results/scale
+
 faults: $(READY)  ## put faults into short trainings and record which are noticed; about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python dev/faults.py --jobs 2 --out docs/results/faults.json --page docs/reliability.md
 

@@ -477,14 +477,14 @@ def _row(rows: Sequence[dict[str, Any]], samplers: int) -> dict[str, Any] | None
 def markdown(result: dict[str, Any]) -> str:
     """Return the report."""
     calibration = result["calibration"]
-    runs, iteration = calibration["runs"], calibration["iteration"]
+    runs, iteration, machine = calibration["runs"], calibration["iteration"], calibration["machine"]
     lines = [
         "# Where more samplers stop helping",
         "",
         f"`{result['command']}`, simulated, means over {result['seeds']} seeds. The measurements behind the workload "
-        f"`cpu` (`{calibration['command']}`) are from {calibration['machine']['platform']} with {calibration['machine']['cores']} cores, on which "
-        f"other programs ran (load {calibration['machine']['load']:.1f}). So the elapsed seconds below say little "
-        "about the sampler; the simulation uses the CPU seconds.",
+        f"`cpu` (`{calibration['command']}`) are from {machine['platform']} with {machine['cores']} cores, on which "
+        f"other programs ran (load {machine['load']:.1f}). So the elapsed seconds below say little about the sampler; "
+        "the simulation uses the CPU seconds.",
         "",
         "## The calibration",
         "",

@@ -26,11 +26,18 @@ class Assumption:
     """The assumption, in one line."""
 
 
-def assumptions_of(config: Config, cluster: Cluster, amounts: Amounts) -> list[Assumption]:
-    """Return the assumptions of a prediction."""
+def assumptions_of(config: Config, cluster: Cluster, amounts: Amounts, tensor_parallel: int) -> list[Assumption]:
+    """Return the assumptions of a prediction.
+
+    Args:
+        config: configuration of the run.
+        cluster: nodes, GPUs and links.
+        amounts: amounts of one iteration.
+        tensor_parallel: number of GPUs over which a sampler splits its weights.
+    """
     return [
         *_of_machines(cluster),
-        *_of_speed(config),
+        *_of_speed(config, tensor_parallel),
         Assumption(
             "assumed", f"{USABLE:.0%} of a GPU's memory can be used, {RUNTIME / GIB:.0f} GiB of it by libraries"
         ),
@@ -81,7 +88,7 @@ def _of_machines(cluster: Cluster) -> list[Assumption]:
     return found
 
 
-def _of_speed(config: Config) -> list[Assumption]:
+def _of_speed(config: Config, tensor_parallel: int) -> list[Assumption]:
     """Return the assumptions about the speed of training and of decoding."""
     dtype, checkpointing = config.model.dtype, config.model.gradient_checkpointing
     measured = rates.UPDATE_SECONDS[dtype, checkpointing]
@@ -105,8 +112,11 @@ def _of_speed(config: Config) -> list[Assumption]:
             "CPU (docs/results/scale/simulation.md)",
         ),
     ]
-    if uses_vllm(config):
-        found.append(Assumption("assumed", "vLLM has no time in which the GPU waits for launches (captured graphs)"))
+    if uses_vllm(config) or tensor_parallel > 1:
+        split = f", which splits its weights over {tensor_parallel} GPUs," if tensor_parallel > 1 else ""
+        found.append(
+            Assumption("assumed", f"the sampler is vLLM{split} and its GPU never waits for launches (captured graphs)")
+        )
     else:
         found.append(
             Assumption(

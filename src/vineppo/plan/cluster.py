@@ -96,7 +96,7 @@ def cluster_plan(
         seconds=seconds,
         iterations=iterations(config, amounts, phases),
         limits=_limits(config, amounts, cluster, tensor_parallel, seconds),
-        assumptions=assumptions_of(config, cluster, amounts),
+        assumptions=assumptions_of(config, cluster, amounts, tensor_parallel),
     )
 
 

@@ -52,7 +52,8 @@ def does_not_fit(config: Config, shape: Shape, amounts: Amounts, cluster: Cluste
 
     start = _Change((), config, cluster, tensor_parallel)
     if kept := first_that_fits(_that_keep_the_result(start, shape, amounts)):
-        return f"{needs}; it fits with {kept} (the result is the same)"
+        note = "needs vLLM, which splits a sampler" if "--tensor_parallel" in kept else "the result is the same"
+        return f"{needs}; it fits with {kept} ({note})"
     machines = first_that_fits(_more_machines(start, shape, amounts))
     others = [words for words in (machines, first_that_fits(_other_training(start, shape, amounts))) if words]
     if others:

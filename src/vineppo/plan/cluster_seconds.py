@@ -110,9 +110,9 @@ def decode_seconds(
     """Estimate the seconds in which the samplers decode `count` sequences with `mean` tokens on average.
 
     A sampler needs the longest of three times: the launches of its decode steps (PyTorch sampler only), the arithmetic,
-    and reading. The number of decode steps is that of the longest response, which is assumed to have
-    `rollouts.max_new_tokens` tokens. If not all sequences fit into one batch, the tokens divided by the rows of a batch
-    are added, which is the bound of list scheduling (Graham 1969).
+    and reading. A sampler that is split over several GPUs is vLLM. The number of decode steps is that of the longest
+    response, which is assumed to have `rollouts.max_new_tokens` tokens. If not all sequences fit into one batch, the
+    tokens divided by the rows of a batch are added, which is the bound of list scheduling (Graham 1969).
 
     Args:
         config: configuration of the run.
@@ -129,7 +129,7 @@ def decode_seconds(
     steps = max(mean, config.rollouts.max_new_tokens) + (tokens / rows if sequences > rows else 0.0)
     size, speed, together = number_bytes(config), cluster.gpu, tensor_parallel
     share = DECODING if size == 2 else DECODING * UPDATE_SECONDS["bfloat16", False] / UPDATE_SECONDS["float32", False]
-    launches = 0.0 if uses_vllm(config) else steps * shape.layers * LAUNCH_SECONDS
+    launches = 0.0 if uses_vllm(config) or tensor_parallel > 1 else steps * shape.layers * LAUNCH_SECONDS
     arithmetic = 2 * shape.parameters * tokens / (share * speed.flops * together)
     read = steps * shape.parameters * size + tokens * (prompt + mean / 2) * kv_bytes(shape, size)
     return max(launches, arithmetic, read / (READING * speed.bandwidth * together))
