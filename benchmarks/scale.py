@@ -41,7 +41,7 @@ MODEL, RECIPE = "embedded:judgement", "judgement"
 UNIT_ROWS = {"cpu": 16, "7b": 64}
 """Workload -> completions of a unit."""
 SAMPLERS = tuple(1 << k for k in range(13))
-MOST_SAMPLERS = {"cpu": 256, "7b": SAMPLERS[-1]}
+MOST_SAMPLERS = {"cpu": 64, "7b": SAMPLERS[-1]}
 """Workload -> largest number of samplers."""
 RELATIVE_LENGTHS = (
     *(0.27, 0.34, 0.38, 0.42, 0.45, 0.48, 0.52, 0.54, 0.57, 0.60, 0.62, 0.65, 0.67, 0.70, 0.73, 0.76, 0.79, 0.81, 0.84),
@@ -62,6 +62,8 @@ RESTART_SECONDS = 60.0
 (assumed)."""
 FEWEST = 64
 """Least number of simulated iterations times samplers for each point, so that means over few samplers are stable."""
+MANY, SEEDS_OF_MANY = 512, 2
+"""From this number of samplers on, a point is the mean of so many iterations, which differ little from each other."""
 LATENCY = 0.001
 """Seconds of a message (assumed)."""
 
@@ -372,7 +374,7 @@ def sweep(
         work = workload.times(count) if growing else workload
         found = [
             simulate_iteration(work, dataclasses.replace(machines, samplers=count), design, seed)
-            for seed in range(max(seeds, FEWEST // count))
+            for seed in range(max(seeds if count < MANY else SEEDS_OF_MANY, FEWEST // count))
         ]
         seconds = float(np.mean([result.total for result in found]))
         completions = work.rollouts + work.continuations
@@ -481,7 +483,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Where more samplers stop helping",
         "",
-        f"`{result['command']}`, simulated, means over {result['seeds']} seeds. The measurements behind the workload "
+        f"`{result['command']}`, simulated, means over {result['seeds']} seeds ("
+        f"{SEEDS_OF_MANY} from {MANY} samplers on). The measurements behind the workload "
         f"`cpu` (`{calibration['command']}`) are from {machine['platform']} with {machine['cores']} cores, on which "
         f"other programs ran (load {machine['load']:.1f}). So the elapsed seconds below say little about the sampler; "
         "the simulation uses the CPU seconds.",
