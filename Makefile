@@ -34,8 +34,9 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit results-credit \
-	results-values results-blame results-variance results-scaling bench bench-vines bench-budget bench-length bench-update faults clean
+.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
+	results-habit results-credit results-values results-blame results-variance results-scaling bench bench-vines \
+	bench-budget bench-length bench-update bench-scale faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -170,6 +171,9 @@ bench-length: $(READY)  ## cost over the length of the chain
 
 bench-update: runs/smollm2  ## an update with and without its savings, and TRL's
 	$(BIN)/python benchmarks/update.py --models embedded:judgement,runs/smollm2 --out docs/results/update
+
+bench-scale: $(READY)  ## simulate 1 to 4,096 samplers, from measurements on this machine
+	$(BIN)/python benchmarks/scale.py --out docs/results/scale
 
 faults: $(READY)  ## put faults into short trainings and record which are noticed; about ten minutes
 	OMP_NUM_THREADS=1 $(BIN)/python dev/faults.py --jobs 2 --out docs/results/faults.json --page docs/reliability.md

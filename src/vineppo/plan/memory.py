@@ -83,16 +83,25 @@ def _activations(config: Config, shape: Shape, size: int, tokens: float, trained
         tokens: number of tokens in the micro-batch.
         trained_share: share of the tokens that are trained, that is, response tokens.
     """
-    # Bytes per token for one layer.
+    # For each trained token and each token of the vocabulary, a logit with `size` bytes is kept, and 16 more bytes: a
+    # float32 copy of the logit, its log-softmax, and the gradients of these two.
+    return tokens * layer_bytes(config, shape, size) + tokens * trained_share * shape.vocabulary * (size + 16)
+
+
+def layer_bytes(config: Config, shape: Shape, size: int) -> float:
+    """Estimate the bytes per token that the layers keep for the backward pass.
+
+    Args:
+        config: configuration of the run.
+        shape: size of the model.
+        size: number of bytes per activation.
+    """
+    # Bytes for one layer.
     layer = (10 * shape.hidden + 4 * shape.intermediate + 4 * shape.heads * shape.head_dim) * size
     if config.model.gradient_checkpointing:
         # Only the input of each layer is kept. The backward pass computes the activations of one layer at a time again.
-        layers = shape.hidden * size * shape.layers + layer
-    else:
-        layers = layer * shape.layers
-    # For each trained token and each token of the vocabulary, a logit with `size` bytes is kept, and 16 more bytes: a
-    # float32 copy of the logit, its log-softmax, and the gradients of these two.
-    return tokens * layers + tokens * trained_share * shape.vocabulary * (size + 16)
+        return shape.hidden * size * shape.layers + layer
+    return layer * shape.layers
 
 
 def available_memory(device: str) -> float:

@@ -45,9 +45,12 @@ KNOWN = {
     "deepseek-ai/deepseek-math-7b-base": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
     "realtreetune/deepseekmath-7b-sft-GSM8K": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
     "realtreetune/deepseekmath-7b-sft-MATH-v2": Shape(6_910_365_696, 30, 4096, 11_008, 32, 32, 128, 102_400),
+    "Qwen/Qwen2.5-0.5B-Instruct": Shape(494_032_768, 24, 896, 4864, 14, 2, 64, 151_936),
+    "Qwen/Qwen2.5-7B-Instruct": Shape(7_615_616_512, 28, 3584, 18_944, 28, 4, 128, 152_064),
+    "meta-llama/Llama-3.1-70B-Instruct": Shape(70_553_706_496, 80, 8192, 28_672, 64, 8, 128, 128_256),
 }
-"""Sizes of the models in the VinePPO paper, from their published configurations. With this table, runs of these models
-can be planned without access to the Hugging Face Hub."""
+"""Sizes of the models in the VinePPO paper and of the recipes `gpu/`, from their published configurations. With this
+table, runs of these models can be planned without access to the Hugging Face Hub."""
 
 
 def shape_from_config(config: Config) -> Shape:
