@@ -393,6 +393,12 @@ class LearnerConfig(Settings):
     clip_high: float = Field(0.2, gt=0)
     """PPO's objective clips the probability ratio between the current and the old policy from above at
     1 + clip_high."""
+    importance_sampling_cap: float = Field(0.0, ge=0)
+    """Truncated importance sampling (TIS) between the sampler and the trainer: the policy loss of every trained token
+    is multiplied by min(cap, p / q), where p is the token's probability under the trainer before the first update of
+    the iteration and q under the sampler. It lowers the bias from a sampler that computes in other numbers than the
+    trainer. A usual cap is 2. 0 turns it off. Alternatives (`vineppo.alternatives`, `counterfactual`) are not
+    corrected, because q of them is not recorded."""
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
     """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
     deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""
