@@ -292,14 +292,52 @@ class RolloutConfig(Settings):
         require(all(self.stop), "rollouts.stop contains an empty string; give the text that ends a response")
 
 
+class VLLMConfig(Settings):
+    """Settings of vLLM, for `sampler.engine: vllm`. vLLM also reads `rollouts.max_rows` and, on a CPU,
+    `rollouts.kv_memory`."""
+
+    dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
+    """Data type in which vLLM computes. `model`: that of the policy."""
+    gpu_memory_share: float = Field(0.3, gt=0, le=1)
+    """Share of the GPU's memory for vLLM: its weights, keys and values. The trainer needs the rest if it is on the same
+    GPU."""
+    gpus: str = ""
+    """Numbers of the GPUs of the engine, such as `1` or `1,2`, as nvidia-smi counts them; several share the model
+    (tensor parallelism). Empty: the first visible GPU, which it shares with the trainer."""
+    sleep: bool = False
+    """Free the memory of the engine on the GPU during the updates of the trainer. It takes a few seconds per
+    iteration."""
+    max_length: int = Field(0, ge=0)
+    """Maximum length of a sequence in tokens, prompt and response together. 0: as long as the model and the memory of
+    keys and values allow."""
+    enforce_eager: bool = False
+    """Do not compile the model and record no CUDA graphs: a faster start and slower sampling."""
+    transfer: Literal["auto", "files", "ipc", "nccl"] = "auto"
+    """Way of new weights to the engine. `files`: through files in memory, which works everywhere on one machine. `ipc`:
+    CUDA IPC, for a GPU that trainer and engine share. `nccl`: between GPUs. `auto`: `files` on a CPU, `nccl` with
+    `gpus`, `ipc` otherwise."""
+    max_gap: float | None = Field(None, gt=0)
+    """Bound of the check after every update of the weights: largest root mean square of the differences between the
+    engine's and the trainer's log-probabilities of a fixed text, in nats. If it is not set, the bound is 0.02 if both
+    compute in float32, and 0.5 otherwise."""
+
+    def check(self) -> None:
+        """Raise UserError if `gpus` is no list of numbers."""
+        require(
+            re.fullmatch(r"(\d+(,\d+)*)?", self.gpus) is not None,
+            f"sampler.vllm.gpus is {self.gpus!r}; give numbers of GPUs separated by commas, such as 1,2",
+        )
+
+
 class SamplerConfig(Settings):
     """The program that samples responses and continuations."""
 
-    engine: Literal["auto", "engine", "torch"] = "auto"
+    engine: Literal["auto", "engine", "torch", "vllm"] = "auto"
     """`engine`: the package's compiled engine, for the CPU and for the families of models that it knows. `torch`: the
     PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used and is faster, or else
     the PyTorch sampler. The engine computes in float32, so it is slower for 16-bit weights on processors that multiply
-    16 bits fast."""
+    16 bits fast. `vllm`: vLLM in a process of its own, which must be installed (docs/vllm.md)."""
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
 
 
 class CriticConfig(Settings):

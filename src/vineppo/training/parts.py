@@ -14,7 +14,7 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
-from vineppo.sampling.build import build_sampler, sampler_line
+from vineppo.sampling.build import sampler_line, sampler_of
 from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
@@ -200,9 +200,8 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
 
 
 def build_engine(config: Config, policy: Policy) -> Sampler:
-    """Build the sampler that generates responses with the weights of a policy in this process."""
-    kv_memory = int(config.rollouts.kv_memory * 2**30)
-    return build_sampler(policy, config.sampler.engine, max_rows=config.rollouts.max_rows, kv_memory=kv_memory)
+    """Build the sampler that generates responses with the weights of a policy."""
+    return sampler_of(policy, config.sampler, config.rollouts)
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:
