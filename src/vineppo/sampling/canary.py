@@ -1,8 +1,8 @@
 """A check that an engine with its own copy of the weights really uses the trainer's newest weights.
 
 The engine and the trainer score the same tokens, the *probe*. The scores must agree within the rounding of the dtype.
-An update often changes the scores by less than this rounding allows for. Therefore the engine's scores are also compared
-with those of the trainer before the update: they must be nearer to the new ones.
+An update often changes the scores by less than the bound of this comparison. Therefore the engine's scores are also
+compared with those of the trainer before the update: they must be nearer to the new ones.
 
 In shapes, N is the number of scored tokens: all tokens of the probe except the first one.
 """
@@ -18,8 +18,8 @@ from vineppo.model.logits import selected_logits
 from vineppo.types import UserError
 
 MAX_GAP, MAX_GAP_16_BIT = 0.02, 0.5
-"""Largest root mean square of the differences between the engine's and the trainer's log-probabilities, in nats, if both
-compute in float32, and otherwise."""
+"""Bounds of the root mean square of the differences between the engine's and the trainer's log-probabilities, in nats.
+The first is for an engine and a trainer that both compute in float32."""
 _CLEAR = 12.0
 """How many times larger than the noise the change by an update must be, both as norms, for a decision. Then 6 standard
 deviations lie between the scores of old and of new weights and the middle between them."""

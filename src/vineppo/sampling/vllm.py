@@ -26,7 +26,7 @@ from vineppo.model.lora import merged_weights
 from vineppo.sampling.canary import Canary
 from vineppo.sampling.torch.sampler import LanguageModel
 from vineppo.sampling.trunks import empty_results, has_stop, response_tail, stop_window
-from vineppo.sampling.vllm_heads import head_size, wider_size, widen_config, widened
+from vineppo.sampling.vllm_heads import head_size, widen_config, widened, wider_size
 from vineppo.sampling.vllm_weights import Sender, Transfer, build_sender
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
@@ -276,7 +276,8 @@ class VLLMSampler:
         gpus = [gpu for gpu in self.settings.gpus.split(",") if gpu]
         on_cpu = self.policy.model.device.type == "cpu"
         memory = (
-            {"kv_cache_memory_bytes": self.kv_memory}
+            # Prefixes are computed in one piece, because with a seed vLLM 0.32 fails at an unfinished one on a CPU.
+            {"kv_cache_memory_bytes": self.kv_memory, "enable_chunked_prefill": False}
             if on_cpu
             else {"gpu_memory_utilization": self.settings.gpu_memory_share, "enable_sleep_mode": self.settings.sleep}
         )

@@ -53,9 +53,7 @@ def widen_config(config: Any, size: int) -> None:
     config.rope_parameters = {**parameters, "rope_theta": float(parameters["rope_theta"]) ** ratio}
 
 
-def widened(
-    weights: Iterable[tuple[str, torch.Tensor]], own: int, size: int
-) -> Iterator[tuple[str, torch.Tensor]]:
+def widened(weights: Iterable[tuple[str, torch.Tensor]], own: int, size: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the weights of a Llama with wider heads.
 
     Args:

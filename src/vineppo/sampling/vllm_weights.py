@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from vineppo.types import UserError, Weights
 
 Transfer = Literal["files", "ipc", "nccl"]
-"""`files`: through files in memory, for the CPU and as a fallback. `ipc`: CUDA IPC, if the trainer and the engine are on
-the same GPU. `nccl`: for an engine on other GPUs than the trainer."""
+"""`files`: through files in memory, for the CPU and as a fallback. `ipc`: CUDA IPC, for a trainer and an engine on the
+same GPU. `nccl`: for an engine on other GPUs than the trainer."""
 _PART = 1 << 29
 """Number of bytes of a file, unless a single tensor is larger."""
 
@@ -134,9 +134,7 @@ class _Client:
         self.llm.finish_weight_update(weight_version)
 
 
-def checkpoint_weights(
-    model: Any, weights: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def checkpoint_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield weights as a checkpoint of the model has them: without an output layer that is tied to the embedding.
 
     Args:
@@ -147,7 +145,8 @@ def checkpoint_weights(
     """
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = (
-        f"{names.get(id(module), '')}.weight" for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        f"{names.get(id(module), '')}.weight"
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
     )
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)) and embedding != head
     ends: dict[str, torch.Tensor] = {}
@@ -156,12 +155,12 @@ def checkpoint_weights(
             ends[name] = tensor
         if not (tied and name == head):
             yield name, tensor.detach()
-    if len(ends) == 2 and ends[embedding].data_ptr() != ends[head].data_ptr():
-        if not torch.equal(ends[embedding].float(), ends[head].float()):
-            raise UserError(
-                "the model's configuration ties the output layer to the embedding, but adapters made them differ, "
-                "which vLLM cannot represent; leave both out of model.lora.targets, or set sampler.engine to auto"
-            )
+    shared = len(ends) < 2 or ends[embedding].data_ptr() == ends[head].data_ptr()
+    if not shared and not torch.equal(ends[embedding].float(), ends[head].float()):
+        raise UserError(
+            "the model's configuration ties the output layer to the embedding, but adapters made them differ, which "
+            "vLLM cannot represent; leave both out of model.lora.targets, or set sampler.engine to auto"
+        )
 
 
 def _parts(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:

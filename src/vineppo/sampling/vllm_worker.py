@@ -66,13 +66,34 @@ class FileTransfer(WeightTransferEngine):
         self.model.load_weights(tensors_of(info.path))
 
     def finish_weight_update(self) -> None:
-        """Pack the weights of the layers that have not been packed yet."""
+        """Pack the weights of the layers that have not been packed yet, and those of a tied output layer."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        pack_tied_heads(self.model)
 
     def shutdown(self) -> None:
         """Do nothing, because no file is open."""
+
+
+def pack_tied_heads(model: Any) -> None:
+    """Pack the weights of output layers that are tied to the embedding again.
+
+    On a CPU, such a layer computes with a packed copy of the embedding. A checkpoint has no weights for the layer, so
+    vLLM 0.32 does not pack them again when the embedding has changed: the logits would be those of old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        UnquantizedEmbeddingMethod,
+        VocabParallelEmbedding,
+    )
+
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    embeddings = {layer.weight.data_ptr() for layer in layers if not isinstance(layer, ParallelLMHead)}
+    for layer in layers:
+        tied = isinstance(layer, ParallelLMHead) and layer.weight.data_ptr() in embeddings
+        if tied and isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def tensors_of(path: str) -> Iterator[tuple[str, Any]]:
@@ -85,9 +106,9 @@ def tensors_of(path: str) -> Iterator[tuple[str, Any]]:
 class ExcludedFirst(AdapterLogitsProcessor, SlotLogitsProcessor):
     """Gives the tokens in `extra_args["excluded_first"]` of a request the probability 0 at its first new token.
 
-    The two model runners of vLLM have different interfaces, and this class has both. V1 creates the object with (config,
-    device, whether memory is pinned) and calls `update_state` and `apply(logits)`. V2 creates it with (config, state of
-    the requests) and calls `add_request` and `apply(logits, context)`.
+    The two model runners of vLLM have different interfaces, and this class has both. V1 creates the object with three
+    arguments (config, device, whether memory is pinned) and calls `update_state` and `apply(logits)`. V2 creates it
+    with two (config, state of the requests) and calls `add_request` and `apply(logits, context)`.
     """
 
     def __init__(self, vllm_config: Any, *state: Any):

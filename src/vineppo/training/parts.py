@@ -16,6 +16,7 @@ from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.build import sampler_line, sampler_of
 from vineppo.sampling.version import CurrentSampler
+from vineppo.sampling.vllm import VLLMSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
@@ -84,6 +85,11 @@ class Parts:
     def update_sampler(self) -> None:
         """Give the learner's current weights to the sampler, with the learner's number of updates as their version."""
         self.sampler.update_weights(self.learner.updates, self.learner.weights)
+
+    def free_sampler_memory(self) -> None:
+        """Free the memory of a sampler that shares the learner's GPU, until the next call of the sampler."""
+        if isinstance(self.sampler.sampler, VLLMSampler):
+            self.sampler.sampler.sleep()
 
 
 @dataclass(frozen=True)
