@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -125,26 +126,18 @@ class VLLMSampler:
         self._require_possible(requests)
         results = empty_results(requests, self.version)
         running: dict[str, _Row] = {}
-        try:
-            self._add(requests, running)
-            while running:
-                ended = []
-                for output in engine.step():
-                    row = running.get(output.request_id)
-                    if row is None:  # the last token of a request that was ended after a stop string
-                        continue
-                    completion = self._completion(row, output)
-                    if completion is not None:
+        with _end_of_process_in_one_line():
+            try:
+                self._add(requests, running)
+                while running:
+                    ended = self._step(running)
+                    for row, completion in ended:
                         results[row.index][row.sample] = completion
-                        ended.append((row.index, completion))
-                        del running[output.request_id]
-                        if not output.finished:
-                            engine.abort_request([output.request_id])
-                if ended and on_finished:
-                    on_finished(ended)
-        finally:
-            if running:
-                engine.abort_request(list(running))
+                    if ended and on_finished:
+                        on_finished([(row.index, completion) for row, completion in ended])
+            finally:
+                if running:
+                    engine.abort_request(list(running))
         if not self.canary.probe:
             self._choose_probe(requests, results)
         return [[c for c in completions if c is not None] for completions in results]
@@ -188,6 +181,21 @@ class VLLMSampler:
                 name, self._count = str(self._count), self._count + 1
                 running[name] = _Row(index, sample, request, tail)
                 self._llm.llm_engine.add_request(name, prompt, self._parameters(request, key >> 1))
+
+    def _step(self, running: dict[str, _Row]) -> list[tuple[_Row, Completion]]:
+        """Let the engine make one step. Remove the samples that have ended from `running`, and return them."""
+        engine, ended = self._llm.llm_engine, []
+        for output in engine.step():
+            row = running.get(output.request_id)
+            if row is None:  # a further token of a request that was ended after a stop string
+                continue
+            completion = self._completion(row, output)
+            if completion is not None:
+                ended.append((row, completion))
+                del running[output.request_id]
+                if not output.finished:
+                    engine.abort_request([output.request_id])
+        return ended
 
     def _prompt(self, token_ids: Sequence[int]) -> Any:
         """Return a prompt whose cached keys and values are used only by requests with the same version of weights."""
@@ -277,11 +285,17 @@ class VLLMSampler:
         on_cpu = self.policy.model.device.type == "cpu"
         memory = (
             # Prefixes are computed in one piece, because with a seed vLLM 0.32 fails at an unfinished one on a CPU.
-            {"kv_cache_memory_bytes": self.kv_memory, "enable_chunked_prefill": False}
+            # The cache shares whole blocks, so small ones share more; the default on a CPU is 128 tokens.
+            {"kv_cache_memory_bytes": self.kv_memory, "enable_chunked_prefill": False, "block_size": 32}
             if on_cpu
             else {"gpu_memory_utilization": self.settings.gpu_memory_share, "enable_sleep_mode": self.settings.sleep}
         )
-        with tempfile.TemporaryDirectory(prefix="vineppo-vllm-") as folder, _visible_gpus(gpus):
+        with (
+            tempfile.TemporaryDirectory(prefix="vineppo-vllm-") as folder,
+            _visible_gpus(gpus),
+            _interrupts_blocked(),
+            _start_errors_in_one_line(),
+        ):
             from vllm import LLM
 
             self._heads = wider_size(self.policy.model.config, _head_sizes()) if on_cpu else 0
@@ -331,6 +345,7 @@ def require_vllm() -> str:
 
 def _set_environment(transfer: Transfer) -> None:
     """Set vLLM's environment variables where the user has not set them."""
+    os.environ["VINEPPO_TRAINER"] = str(os.getpid())  # the workers end with this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send statistics about its use
     if transfer == "ipc":
@@ -351,6 +366,49 @@ def _visible_gpus(gpus: Sequence[str]) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         elif gpus and before is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Context manager in which new processes do not receive Ctrl-C, and this process receives it only afterwards.
+
+    Ctrl-C asks a run to stop after its iteration, for which the engine must go on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _start_errors_in_one_line() -> Iterator[None]:
+    """Context manager that converts errors of vLLM's start to a message of one line."""
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        if isinstance(error, UserError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:3])[:300] or type(error).__name__
+        raise UserError(
+            f"vLLM could not start: {reason}; the environment variable VLLM_LOGGING_LEVEL=INFO shows more. Change the "
+            "section sampler.vllm, or set sampler.engine to auto"
+        ) from error
+
+
+@contextmanager
+def _end_of_process_in_one_line() -> Iterator[None]:
+    """Context manager that converts the end of vLLM's process to a message of one line."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise UserError(
+            "vLLM's process has ended, for a reason that it has printed above; continue the run from its last "
+            "checkpoint with vineppo train --resume RUN, or set sampler.engine to auto"
+        ) from error
 
 
 def _save_configuration(model: Any, folder: str, heads: int) -> None:

@@ -6,6 +6,9 @@ trainer does not import it.
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +27,10 @@ FILES = "vineppo_files"
 """Name of the weight transfer backend of this module."""
 EXCLUDED = "excluded_first"
 """Key in `SamplingParams.extra_args` of the token ids that a completion must not start with."""
+
+
+TRAINER = "VINEPPO_TRAINER"
+"""Environment variable with the number of the process that started the engine."""
 
 
 class Extension:
@@ -159,5 +166,38 @@ class ExcludedFirst(AdapterLogitsProcessor, SlotLogitsProcessor):
         return logits
 
 
+def end_with(trainer: int, seconds: float = 2.0) -> None:
+    """Wait until a process has ended, and then end this process. The engine ends when its worker has ended.
+
+    vLLM does not notice that the process that started it was killed. It would keep its memory on the GPU.
+
+    Args:
+        trainer: number of the process.
+        seconds: time between two looks at the process.
+    """
+    while _exists(trainer):
+        time.sleep(seconds)
+    os._exit(1)
+
+
+def _exists(process: int) -> bool:
+    """Return whether there is a process with this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _watch_trainer() -> None:
+    """Start a thread that ends this process with the trainer, if this is another process."""
+    trainer = int(os.environ.get(TRAINER, "0"))
+    if trainer and trainer != os.getpid():
+        threading.Thread(target=end_with, args=(trainer,), daemon=True).start()
+
+
 if FILES not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(FILES, FileTransfer)
+_watch_trainer()
