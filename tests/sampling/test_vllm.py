@@ -100,12 +100,22 @@ def standardized_chi_square(counts: np.ndarray, probabilities: np.ndarray) -> fl
     return float((((observed - expected) ** 2 / expected).sum() - degrees) / np.sqrt(2 * degrees))
 
 
-def uncertain_prefix(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return the prefix of a response after which the next token is most uncertain."""
+def uncertain_prefix(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], temperature: float = 1.0, *, without_best: bool = False
+) -> tuple[int, ...]:
+    """Return the prefix of a response after which the next token is most uncertain.
+
+    Args:
+        temperature: temperature of the next token.
+        without_best: exclude the most likely next token.
+    """
     requests = [SampleRequest(ids, 1, 60, seed=index) for index, ids in enumerate(prompts)]
     best, prefix = 0.0, prompts[0]
     for request, [completion] in zip(requests, build_sampler(policy, "torch").sample(requests), strict=True):
-        rows = trainer_distributions(policy, request.prompt_ids, completion.token_ids, 1.0)
+        rows = trainer_distributions(policy, request.prompt_ids, completion.token_ids, temperature)
+        if without_best:
+            rows[np.arange(len(rows)), rows.argmax(1)] = 0.0
+            rows /= rows.sum(1, keepdims=True)
         entropies = -(rows * np.log(rows + 1e-300)).sum(1)
         if entropies.max() > best:
             best, prefix = entropies.max(), request.prompt_ids + completion.token_ids[: int(entropies.argmax())]
@@ -119,12 +129,12 @@ def test_next_tokens_have_the_distribution_of_the_policy(
     """Chi-square over 20,000 draws against the exact probabilities, for vLLM and for the PyTorch sampler."""
     prefix = uncertain_prefix(policy, prompts)
     requests = [SampleRequest(prefix, DRAWS, 1, seed=11), SampleRequest(prefix, 3000, 1, seed=12, temperature=0.6)]
-    best = int(trainer_distributions(policy, prefix, (0,), 1.0)[0].argmax())
-    # The policy hesitates between two tokens; at temperature 3 the others have probabilities that can be counted.
-    requests.append(SampleRequest(prefix, 3000, 1, seed=13, excluded_first=(best,), temperature=3.0))
+    other = uncertain_prefix(policy, prompts, 2.0, without_best=True)
+    best = int(trainer_distributions(policy, other, (0,), 1.0)[0].argmax())
+    requests.append(SampleRequest(other, 3000, 1, seed=13, excluded_first=(best,), temperature=2.0))
     for engine in (sampler, build_sampler(policy, "torch")):
         for request, completions in zip(requests, engine.sample(requests), strict=True):
-            exact = trainer_distributions(policy, prefix, (0,), request.temperature)[0]
+            exact = trainer_distributions(policy, request.prompt_ids, (0,), request.temperature)[0]
             exact[list(request.excluded_first)] = 0.0
             drawn = [c.token_ids[0] for c in completions]
             assert not set(drawn) & set(request.excluded_first)
@@ -268,8 +278,9 @@ def test_requests_that_are_empty_or_impossible(sampler: VLLMSampler, prompts: li
     assert sampler.max_length == 512
     with pytest.raises(UserError, match=r"with 500 new tokens is longer than the 512 tokens"):
         sampler.sample([SampleRequest(prompts[0], 1, 500, seed=1)])
-    with pytest.raises(UserError, match=r"temperature is 0.001, but vLLM samples at 0.01 or more"):
-        sampler.sample([SampleRequest(prompts[0], 1, 5, seed=1, temperature=0.001)])
+    for temperature in (0.001, 3.0):
+        with pytest.raises(UserError, match=rf"temperature is {temperature:g}, but vLLM samples at 0.01 to 2"):
+            sampler.sample([SampleRequest(prompts[0], 1, 5, seed=1, temperature=temperature)])
 
 
 def test_an_engine_in_bfloat16_agrees_within_its_rounding(prompts: list[tuple[int, ...]]) -> None:

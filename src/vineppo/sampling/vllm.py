@@ -36,8 +36,8 @@ _WORKER = "vineppo.sampling.vllm_worker"
 """Module that vLLM loads into its workers."""
 _MAX_REQUESTS = 256
 """Maximum number of requests that vLLM decodes at the same time, which is the default of vLLM."""
-_LOWEST_TEMPERATURE = 0.01
-"""vLLM raises temperatures below this number to it."""
+_TEMPERATURES = (0.01, 2.0)
+"""Bounds of the temperatures that vLLM samples at, besides 0. It raises lower ones to the lower bound."""
 
 
 @dataclass
@@ -243,10 +243,11 @@ class VLLMSampler:
     def _require_possible(self, requests: Sequence[SampleRequest]) -> None:
         """Raise UserError if vLLM cannot sample one of the requests as it is."""
         for request in requests:
-            if 0 < request.temperature < _LOWEST_TEMPERATURE:
+            low, high = _TEMPERATURES
+            if request.temperature != 0 and not low <= request.temperature <= high:
                 raise UserError(
-                    f"the temperature is {request.temperature:g}, but vLLM samples at {_LOWEST_TEMPERATURE:g} or "
-                    "more; raise rollouts.temperature, or set sampler.engine to auto"
+                    f"the temperature is {request.temperature:g}, but vLLM samples at {low:g} to {high:g}, or greedily "
+                    "at 0; change rollouts.temperature, or set sampler.engine to auto"
                 )
             length = len(request.prompt_ids) + request.max_new_tokens
             if request.max_new_tokens and length > self.max_length:
