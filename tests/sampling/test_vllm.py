@@ -7,6 +7,9 @@ weights of the policy slightly and send them to the engine.
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -340,3 +343,18 @@ def test_the_logits_processor_has_the_interfaces_of_both_runners() -> None:
     assert not processor.add_request(4, SamplingParams())  # a new request in the slot
     context = SimpleNamespace(idx_mapping_np=slots, seq_lens_upper_bound_np=np.array([5, 8, 3]))
     assert torch.equal(processor.apply(torch.zeros(3, 4), context), torch.zeros(3, 4))
+
+
+def test_the_engine_ends_when_its_trainer_is_killed() -> None:
+    """A process stands for the trainer, one for the engine and one for its worker, which runs `end_with`."""
+    worker = "import sys; from vineppo.sampling.vllm_worker import end_with; end_with(int(sys.argv[1]), 0.1)"
+    engine = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]])"
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    started = subprocess.Popen([sys.executable, "-c", engine, str(trainer.pid)])
+    while not (workers := psutil.Process(started.pid).children()):
+        time.sleep(0.1)
+    assert started.poll() is None
+    trainer.kill()
+    trainer.wait()
+    assert started.wait() == -signal.SIGKILL
+    workers[0].wait()

@@ -7,6 +7,7 @@ trainer does not import it.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ class ExcludedFirst(AdapterLogitsProcessor, SlotLogitsProcessor):
 
 
 def end_with(trainer: int, seconds: float = 2.0) -> None:
-    """Wait until a process has ended, and then end this process. The engine ends when its worker has ended.
+    """Wait until a process has ended, and then end this process, and its parent if that is the engine's process.
 
     vLLM does not notice that the process that started it was killed. It would keep its memory on the GPU.
 
@@ -175,8 +176,12 @@ def end_with(trainer: int, seconds: float = 2.0) -> None:
         trainer: number of the process.
         seconds: time between two looks at the process.
     """
+    parent = os.getppid()
     while _exists(trainer):
         time.sleep(seconds)
+    # A process whose parent has ended gets another parent, which has nothing to do with vLLM.
+    if parent not in (1, trainer) and os.getppid() == parent:
+        os.kill(parent, signal.SIGKILL)
     os._exit(1)
 
 
