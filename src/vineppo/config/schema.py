@@ -292,14 +292,51 @@ class RolloutConfig(Settings):
         require(all(self.stop), "rollouts.stop contains an empty string; give the text that ends a response")
 
 
+class VLLMConfig(Settings):
+    """Settings of vLLM, which `sampler.engine: vllm` selects."""
+
+    dtype: Literal["model", "float32", "bfloat16", "float16"] = "model"
+    """Data type in which vLLM computes. `model`: that of the policy."""
+    gpu_memory_share: float = Field(0.3, gt=0, le=1)
+    """Share of the GPU's memory for vLLM: its weights, keys and values. The trainer needs the rest if it is on the same
+    GPU. On a CPU, `rollouts.kv_memory` limits the keys and values instead."""
+    gpus: str = ""
+    """Numbers of the GPUs of the engine, such as `1` or `1,2`, as nvidia-smi counts them; several share the model
+    (tensor parallelism). Empty: the first visible GPU, which it shares with the trainer."""
+    sleep: bool = False
+    """Free the memory of the engine on the GPU during the updates of the trainer. It takes a few seconds per
+    iteration."""
+    max_length: int = Field(0, ge=0)
+    """Maximum length of a sequence in tokens, prompt and response together. 0: as long as the model and the memory of
+    keys and values allow."""
+    enforce_eager: bool = False
+    """Do not compile the model and record no CUDA graphs: a faster start and slower sampling."""
+    transfer: Literal["auto", "files", "ipc", "nccl"] = "auto"
+    """Way of new weights to the engine. `files`: through files in memory, which works everywhere on one machine. `ipc`:
+    CUDA IPC, for a GPU that trainer and engine share. `nccl`: between GPUs. `auto`: `files` on a CPU, `nccl` with
+    `gpus`, `ipc` otherwise."""
+    max_gap: float | None = Field(None, gt=0)
+    """Bound of the check after every update of the weights: largest root mean square of the differences between the
+    engine's and the trainer's log-probabilities of a fixed text, in nats. If it is not set, the bound is 0.02 if both
+    compute in float32, and 0.5 otherwise."""
+
+    def check(self) -> None:
+        """Raise UserError if `gpus` is no list of numbers."""
+        require(
+            re.fullmatch(r"(\d+(,\d+)*)?", self.gpus) is not None,
+            f"sampler.vllm.gpus is {self.gpus!r}; give numbers of GPUs separated by commas, such as 1,2",
+        )
+
+
 class SamplerConfig(Settings):
     """The program that samples responses and continuations."""
 
-    engine: Literal["auto", "engine", "torch"] = "auto"
+    engine: Literal["auto", "engine", "torch", "vllm"] = "auto"
     """`engine`: the package's compiled engine, for the CPU and for the families of models that it knows. `torch`: the
     PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used and is faster, or else
     the PyTorch sampler. The engine computes in float32, so it is slower for 16-bit weights on processors that multiply
-    16 bits fast."""
+    16 bits fast. `vllm`: vLLM in a process of its own, which must be installed (docs/vllm.md)."""
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
 
 
 class CriticConfig(Settings):
@@ -393,6 +430,12 @@ class LearnerConfig(Settings):
     clip_high: float = Field(0.2, gt=0)
     """PPO's objective clips the probability ratio between the current and the old policy from above at
     1 + clip_high."""
+    importance_sampling_cap: float = Field(0.0, ge=0)
+    """Truncated importance sampling (TIS) between the sampler and the trainer: the policy loss of every trained token
+    is multiplied by min(cap, p / q), where p is the token's probability under the trainer before the first update of
+    the iteration and q under the sampler. It lowers the bias from a sampler that computes in other numbers than the
+    trainer. A usual cap is 2. 0 turns it off. Alternatives (`vineppo.alternatives`, `counterfactual`) are not
+    corrected, because q of them is not recorded."""
     advantage_scaling: Literal["none", "std", "whiten"] = "none"
     """Scaling of the token advantages with statistics of the whole iteration: `none`, `std` (divide by the standard
     deviation), or `whiten` (subtract the mean and divide by the standard deviation)."""

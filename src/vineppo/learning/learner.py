@@ -283,7 +283,7 @@ class TorchLearner:
             gradient = self._policy_gradient([experience[i] for i in first], share, sheet, first)
             with_old(joined)
         self.entropies = sheet.entropies
-        metrics = sample_metrics(samples, sheet.scores())
+        metrics = sample_metrics(samples, sheet.scores(), self.config.importance_sampling_cap)
         if self.reference is not None:
             metrics["kl/ref"] = kl_metric(samples, sheet.logprobs, refs, kl_weights, self.config.kl) / num_rollouts
         return experience, metrics, gradient

@@ -43,6 +43,26 @@ def clipped_policy_loss(
     return -(weights * torch.minimum(unclipped, clipped)).sum(), (weights * (clipped < unclipped)).sum()
 
 
+def importance_weights(old_logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """Return the weight of each token of truncated importance sampling, min(cap, exp(old_logprob - sampler_logprob)).
+
+    Tokens that a sampler draws with the probability q have, with these weights, the expectations that they have under
+    the trainer's probability p, except for the weights that the cap lowers. Only the probability of the token itself
+    is corrected, and not that of the tokens before it.
+
+    Source: Ionides, "Truncated Importance Sampling" (2008); Yao et al., "Your Efficient RL Framework Secretly Brings
+    You Off-Policy RL Training" (2025), for the difference between an inference engine and a trainer.
+
+    Args:
+        old_logprobs: log-probabilities under the trainer before the first update of the iteration, shape (N,).
+        sampler_logprobs: log-probabilities that the sampler returned, shape (N,).
+        cap: the largest weight, above 0.
+    Returns:
+        The weights, shape (N,), without gradient.
+    """
+    return (old_logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
+
+
 def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str, clamp: float) -> torch.Tensor:
     """Estimate KL(policy || reference) for each token. The tokens must be sampled from the policy.
 

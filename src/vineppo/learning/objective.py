@@ -12,7 +12,7 @@ import torch
 
 from vineppo.config.schema import LearnerConfig
 from vineppo.learning.experience import Counts, Experience, trained_part
-from vineppo.learning.losses import clipped_policy_loss, kl_estimate
+from vineppo.learning.losses import clipped_policy_loss, importance_weights, kl_estimate
 from vineppo.learning.scores import weights_of
 from vineppo.model.logits import TokenScores
 from vineppo.types import Metrics
@@ -33,6 +33,8 @@ class Tokens(NamedTuple):
     """Log-probabilities of the trained tokens under the reference, 0 where they are not known, shape (N,)."""
     kl_weights: torch.Tensor
     """Factor of the KL term of each trained token, shape (N,)."""
+    sampler: torch.Tensor
+    """Log-probabilities of the trained tokens that the sampler returned, shape (N,)."""
 
 
 def tokens_of(chosen: Sequence[Experience], logprobs: torch.Tensor) -> Tokens:
@@ -65,6 +67,7 @@ def tokens_of(chosen: Sequence[Experience], logprobs: torch.Tensor) -> Tokens:
         old,
         flat([x for e, count in zip(chosen, counts, strict=True) for x in e.ref_logprobs or (0.0,) * count]),
         flat([e.kl_weight for e, count in zip(chosen, counts, strict=True) for _ in range(count)]),
+        flat([x for s in samples for x in trained_part(s.sampler_logprobs, s)]),
     )
 
 
@@ -92,6 +95,9 @@ def policy_loss(
     logprobs, old = scores.logprobs, tokens.old
     weights = torch.cat([tokens.weights, tokens.weights[places]])  # (N + A,)
     scales = torch.cat([tokens.scales, tokens.scales[places]])  # (N + A,)
+    if config.importance_sampling_cap > 0:
+        # The weights are at least 0, so they may multiply the advantages instead of the clipped loss.
+        scales[:N] *= importance_weights(old[:N], tokens.sampler, config.importance_sampling_cap)
     objective, clipped = clipped_policy_loss(
         logprobs, old, tokens.advantages * scales, config.clip_low, config.clip_high, weights
     )

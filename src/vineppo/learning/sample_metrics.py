@@ -11,17 +11,18 @@ import torch
 
 from vineppo.config.schema import KLConfig
 from vineppo.learning.experience import largest_gap, trained_part
-from vineppo.learning.losses import kl_estimate
+from vineppo.learning.losses import importance_weights, kl_estimate
 from vineppo.learning.scores import Scores
 from vineppo.types import Metrics, TrainingSample
 
 
-def sample_metrics(samples: Sequence[TrainingSample], scores: Scores) -> Metrics:
+def sample_metrics(samples: Sequence[TrainingSample], scores: Scores, importance_sampling_cap: float = 0.0) -> Metrics:
     """Return the metrics of the samples that need no reference.
 
     Args:
         samples: the samples before their advantages are changed.
         scores: their scores under the policy.
+        importance_sampling_cap: the setting of the learner; above 0 adds the metrics `policy/importance_*`.
     """
     rows, weights = [trained_part(s.advantages, s) for s in samples], [s.trained_weights for s in samples]
     return {
@@ -31,6 +32,24 @@ def sample_metrics(samples: Sequence[TrainingSample], scores: Scores) -> Metrics
         "policy/logprob_excess_error": scores.excess_error,
         "credit/advantage_abs_mean": _weighted_sum(weights, [[abs(a) for a in row] for row in rows])
         / (sum(map(sum, weights)) or 1),
+        **(_importance_metrics(samples, scores, importance_sampling_cap) if importance_sampling_cap > 0 else {}),
+    }
+
+
+def _importance_metrics(samples: Sequence[TrainingSample], scores: Scores, cap: float) -> Metrics:
+    """Return the mean of the weights of truncated importance sampling, and the share of tokens at the cap."""
+    weights = [s.trained_weights for s in samples]
+    factors = [
+        importance_weights(
+            torch.tensor(old, dtype=torch.float64), torch.tensor(trained_part(s.sampler_logprobs, s)).double(), cap
+        ).tolist()
+        for old, s in zip(scores.logprobs, samples, strict=True)
+    ]
+    total = sum(map(sum, weights)) or 1
+    return {
+        "policy/importance_mean": _weighted_sum(weights, factors) / total,
+        "policy/importance_capped_share": _weighted_sum(weights, [[float(x >= cap) for x in row] for row in factors])
+        / total,
     }
 
 

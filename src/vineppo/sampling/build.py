@@ -6,14 +6,28 @@ from typing import Literal
 
 import torch
 
+from vineppo.config.schema import RolloutConfig, SamplerConfig
 from vineppo.model.hardware import cpu_multiplies
 from vineppo.sampling.engine.families import unsupported
 from vineppo.sampling.engine.library import Library, load, why_not_loaded
 from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import LanguageModel, TorchSampler
+from vineppo.sampling.vllm import VLLMSampler, require_vllm
 from vineppo.types import Sampler, UserError
 
 Engine = Literal["auto", "engine", "torch"]
+
+
+def sampler_of(policy: LanguageModel, settings: SamplerConfig, rollouts: RolloutConfig) -> Sampler:
+    """Build the sampler that the settings of a run select, for the weights of a policy.
+
+    Raises:
+        UserError: if the engine that `settings` names cannot be used.
+    """
+    kv_memory = int(rollouts.kv_memory * 2**30)
+    if settings.engine == "vllm":
+        return VLLMSampler(policy, settings.vllm, max_rows=rollouts.max_rows, kv_memory=kv_memory)
+    return build_sampler(policy, settings.engine, max_rows=rollouts.max_rows, kv_memory=kv_memory)
 
 
 def build_sampler(
@@ -62,8 +76,10 @@ def _library_of(policy: LanguageModel) -> Library | None:
     return bf16 or load()
 
 
-def sampler_line(policy: LanguageModel, engine: Engine) -> str:
-    """Return one line that says which sampler `build_sampler` builds, and why."""
+def sampler_line(policy: LanguageModel, engine: Engine | Literal["vllm"]) -> str:
+    """Return one line that says which sampler is built, and why."""
+    if engine == "vllm":
+        return f"sampling with vLLM {require_vllm()}, which takes half a minute or more to start"
     if reason := why_torch(policy, engine):
         return f"sampling with PyTorch: {reason}"
     library = _library_of(policy)

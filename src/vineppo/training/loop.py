@@ -219,6 +219,7 @@ def _loop(session: Session, progress: Progress, stop: threading.Event) -> tuple[
         with timer("credit"):
             samples, credit_metrics = parts.credit(groups, iteration)
         with timer("update"):
+            parts.free_sampler_memory()
             num_rollouts, check = sum(len(group.rollouts) for group in groups), guards.before_update
             metrics = parts.learner.update(samples, iteration, num_rollouts, check(groups, samples, iteration))
             guards.after_update(samples)

@@ -24,7 +24,7 @@ from vineppo.run.environment import require_one_process
 from vineppo.run.files import directory_written_aside, disk_errors_in_one_line
 from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
-from vineppo.sampling.build import build_sampler
+from vineppo.sampling.build import sampler_of
 from vineppo.sampling.version import CurrentSampler
 from vineppo.tasks import build_task
 from vineppo.training.configure_offline import with_offline_dir
@@ -59,8 +59,7 @@ class OfflineSession:
 
     def __post_init__(self) -> None:
         rollouts = self.config.rollouts
-        engine, kv_memory = self.config.sampler.engine, int(rollouts.kv_memory * 2**30)
-        sampler = build_sampler(self.policy, engine, max_rows=rollouts.max_rows, kv_memory=kv_memory)
+        sampler = sampler_of(self.policy, self.config.sampler, rollouts)
         self.sampler = CurrentSampler(sampler, lambda: self.updates)
         self.evaluator = Evaluator(
             self.policy.codec,

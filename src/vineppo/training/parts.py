@@ -14,8 +14,9 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
-from vineppo.sampling.build import build_sampler, sampler_line
+from vineppo.sampling.build import sampler_line, sampler_of
 from vineppo.sampling.version import CurrentSampler
+from vineppo.sampling.vllm import VLLMSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.training.configure import algorithm_settings
@@ -84,6 +85,11 @@ class Parts:
     def update_sampler(self) -> None:
         """Give the learner's current weights to the sampler, with the learner's number of updates as their version."""
         self.sampler.update_weights(self.learner.updates, self.learner.weights)
+
+    def free_sampler_memory(self) -> None:
+        """Free the memory of a sampler that shares the learner's GPU, until the next call of the sampler."""
+        if isinstance(self.sampler.sampler, VLLMSampler):
+            self.sampler.sampler.sleep()
 
 
 @dataclass(frozen=True)
@@ -200,9 +206,8 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
 
 
 def build_engine(config: Config, policy: Policy) -> Sampler:
-    """Build the sampler that generates responses with the weights of a policy in this process."""
-    kv_memory = int(config.rollouts.kv_memory * 2**30)
-    return build_sampler(policy, config.sampler.engine, max_rows=config.rollouts.max_rows, kv_memory=kv_memory)
+    """Build the sampler that generates responses with the weights of a policy."""
+    return sampler_of(policy, config.sampler, config.rollouts)
 
 
 def sample_independently(parts: CreditParts, problems: Sequence[Problem], iteration: int) -> list[RolloutGroup]:

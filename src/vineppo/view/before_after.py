@@ -77,7 +77,8 @@ def _trained(config: ModelConfig, trained: Path) -> ModelConfig:
 
 
 def _measuring(config: Config, policy: Policy, task: Task) -> Measuring:
-    sampler = build_sampler(policy, config.sampler.engine, max_rows=config.rollouts.max_rows)
+    engine = config.sampler.engine if config.sampler.engine != "vllm" else "auto"
+    sampler = build_sampler(policy, engine, max_rows=config.rollouts.max_rows)
     return Measuring(
         sampler=sampler,
         task=task,
