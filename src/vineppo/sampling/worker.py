@@ -56,7 +56,7 @@ def load_packed(model: Any, arrays: Arrays) -> None:
         raise UserError(f"the weights do not fit the model of the sampling worker, which differs in {different[0]}")
     owners: dict[int, str] = {}
     for name, (array, dtype, shape) in arrays.items():
-        tensor = torch.from_numpy(array.copy()).view(getattr(torch, dtype)).reshape(shape)
+        tensor = _unpacked(array, dtype, shape)
         target = state[name]
         owner = owners.setdefault(target.data_ptr(), name)
         if owner != name and target.numel() and not np.array_equal(array, arrays[owner][0]):
@@ -64,6 +64,10 @@ def load_packed(model: Any, arrays: Arrays) -> None:
             target = nn.Parameter(target.clone(), requires_grad=False)
             setattr(model.get_submodule(parent), leaf, target)
         target.data.copy_(tensor)
+
+
+def _unpacked(array: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(array.copy()).view(getattr(torch, dtype)).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Outline:
     settings: Any
     """The transformers configuration of the model."""
     dtype: torch.dtype
+    buffers: Arrays
+    """The buffers that are not among the weights, such as the frequencies of rotary positions."""
     codec: Codec
     config: ModelConfig
     """The settings of the model, with an absolute path."""
@@ -82,16 +88,22 @@ class Outline:
     @classmethod
     def of(cls, policy: Policy, config: ModelConfig) -> Outline:
         """Return the outline of a policy that was loaded with the given settings, or built in memory."""
-        kind = type(policy.model)
+        model, kind = policy.model, type(policy.model)
         remote = kind.__module__.startswith("transformers_modules")
-        settings = copy.deepcopy(policy.model.config)
-        return cls(None if remote else kind, settings, policy.model.dtype, policy.codec, config)
+        weights = model.state_dict()
+        buffers = packed((name, buffer) for name, buffer in model.named_buffers() if name not in weights)
+        settings = copy.deepcopy(model.config)
+        return cls(None if remote else kind, settings, model.dtype, buffers, policy.codec, config)
 
     def policy(self, device: str) -> Policy:
         """Build the policy on a device, with arbitrary weights and without adapters."""
         if self.model is None:
             return Policy.load(replace(self.config, device=device, lora=LoraConfig()))
         model = self.model._from_config(copy.deepcopy(self.settings), dtype=self.dtype)
+        for name, _ in list(model.named_buffers()):
+            if name in self.buffers:
+                parent, _, leaf = name.rpartition(".")
+                model.get_submodule(parent)._buffers[leaf] = _unpacked(*self.buffers[name])
         return Policy(model.to(device).requires_grad_(False), self.codec)
 
 
