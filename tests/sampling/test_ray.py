@@ -84,53 +84,54 @@ def process_of(cluster: Any, sampler: RaySampler, worker: int) -> int:
 def test_any_number_of_actors_has_the_bits_of_the_units_in_this_process(
     engine: Engine, cluster: Any, policy: Policy
 ) -> None:
-    expected = in_units(policy, engine, REQUESTS)
+    expected, sampler = in_units(policy, engine, REQUESTS), sampler_of(policy, 3, engine)
     for workers in (1, 2, 3):
-        sampler = sampler_of(policy, workers, engine)
+        sampler.crew.size = workers  # The first actors get all units.
         assert sampler.sample(REQUESTS) == expected
         assert set(sampler.pool.last.by.values()) <= set(range(workers))
         assert not sampler.pool.last.died
-        sampler.close()
+    sampler.close()
     if engine == "engine":  # Its bits do not depend on the batch.
         assert build_sampler(policy, engine).sample(REQUESTS) == expected
 
 
-@pytest.mark.parametrize("kill", ["ray.kill", "SIGKILL"])
-def test_a_kill_changes_no_bit_and_only_unfinished_units_run_again(kill: str, cluster: Any, policy: Policy) -> None:
-    expected = in_units(policy, "torch", REQUESTS)
-    sampler, finished_before, seen = sampler_of(policy, 2), set[int](), list[Any]()
-    pids = [process_of(cluster, sampler, worker) for worker in range(2)]
+def test_a_kill_changes_no_bit_and_only_unfinished_units_run_again(cluster: Any, policy: Policy) -> None:
+    expected, sampler = in_units(policy, "torch", REQUESTS), sampler_of(policy, 2)
+    for kill in ("ray.kill", "SIGKILL"):
+        finished_before, seen = set[int](), list[Any]()
+        pids = [process_of(cluster, sampler, worker) for worker in range(2)]
 
-    def kill_the_other(finished: Sequence[tuple[int, Completion]]) -> None:
-        """Kill the actor that did not sample the first unit, as soon as this unit has ended."""
-        seen.extend(finished)
-        if not finished_before:
-            finished_before.update(sampler.pool.last.by)
-            other = 1 - next(iter(sampler.pool.last.by.values()))
-            if kill == "ray.kill":
-                cluster.kill(sampler.crew.actors[other])
-            else:
-                os.kill(pids[other], signal.SIGKILL)
+        def kill_the_other(finished: Sequence[tuple[int, Completion]]) -> None:
+            """Kill the actor that did not sample the first unit, as soon as this unit has ended."""
+            seen.extend(finished)  # noqa: B023
+            if not finished_before:  # noqa: B023
+                finished_before.update(sampler.pool.last.by)  # noqa: B023
+                other = 1 - next(iter(sampler.pool.last.by.values()))
+                if kill == "ray.kill":  # noqa: B023
+                    cluster.kill(sampler.crew.actors[other])
+                else:
+                    os.kill(pids[other], signal.SIGKILL)  # noqa: B023
 
-    with pytest.warns(TrainingWarning, match=r"Ray workers that died and were replaced: 1 \(.*sampled again.* 1 of"):
-        assert sampler.sample(REQUESTS, kill_the_other) == expected
-    record = sampler.pool.last
-    assert len(record.died) == 1 and len(record.lost) == 1
-    assert record.started[record.lost[0]] >= 2
-    assert all(record.started[unit] == 1 for unit in finished_before)
-    assert len(seen) == sum(map(len, expected))
-    # The new actor has the weights of the next update, and both actors work.
+        with pytest.warns(TrainingWarning, match=r"Ray workers that died and were replaced: 1 \(.*again.* 1 of"):
+            assert sampler.sample(REQUESTS, kill_the_other) == expected
+        record = sampler.pool.last
+        assert len(record.died) == 1 and len(record.lost) == 1
+        assert record.started[record.lost[0]] >= 2
+        assert all(record.started[unit] == 1 for unit in finished_before)
+        assert len(seen) == sum(map(len, expected))
+        assert process_of(cluster, sampler, 0) not in pids or process_of(cluster, sampler, 1) not in pids
+    # The new actors get the weights of the next update.
     with torch.no_grad():
-        policy.model.lm_head.weight += 0.25
+        policy.model.lm_head.weight *= 2
     sampler.update_weights(1, lambda: policy.model.state_dict().items())
-    changed = [[c.token_ids for c in group] for group in in_units(policy, "torch", REQUESTS)]
     after = sampler.sample(REQUESTS)
-    assert [[c.token_ids for c in group] for group in after] == changed and changed != [
-        [c.token_ids for c in group] for group in expected
-    ]
     assert {c.version for group in after for c in group} == {1}
-    assert process_of(cluster, sampler, 0) not in pids or process_of(cluster, sampler, 1) not in pids
+    assert ids_of(after) == ids_of(in_units(policy, "torch", REQUESTS)) != ids_of(expected)
     sampler.close()
+
+
+def ids_of(results: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[c.token_ids for c in group] for group in results]
 
 
 def test_an_actor_with_old_weights_refuses(cluster: Any, policy: Policy) -> None:
