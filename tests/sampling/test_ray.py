@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -214,6 +215,8 @@ class Namespaces:
     """Two network namespaces that a pair of virtual interfaces connects. To Ray they are two machines."""
 
     names = ("vineppo-a", "vineppo-b")
+    token = secrets.token_hex(32)
+    """Every process of the cluster needs it."""
     addresses = ("10.77.0.1", "10.77.0.2")
 
     def __enter__(self) -> Namespaces:
@@ -249,6 +252,8 @@ class Namespaces:
             "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
