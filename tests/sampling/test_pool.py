@@ -102,7 +102,7 @@ def nothing(worker: int, requests: Sequence[SampleRequest]) -> None:
 def test_the_bits_do_not_depend_on_the_number_of_workers(
     size: int, llama: Policy, requests: list[SampleRequest], units: list[Unit], expected: list[list[Completion]]
 ) -> None:
-    pool, finished = Pool(Threads(llama, size, nothing)), []
+    pool, finished = Pool(Threads(llama, size, nothing)), list[tuple[int, Completion]]()
     assert pool.sample(requests, units, 0, finished.extend) == expected
     assert sorted((i, c.token_ids, c.logprobs) for i, c in finished) == sorted(
         (i, c.token_ids, c.logprobs) for i, group in enumerate(expected) for c in group
@@ -131,7 +131,7 @@ def test_only_the_unit_of_a_worker_that_died_is_sampled_again(
                 raise WorkerDied("killed")
 
     crew = Threads(llama, 2, die_in_the_second_unit)
-    pool, finished = Pool(crew), []
+    pool, finished = Pool(crew), list[tuple[int, Completion]]()
     assert pool.sample(requests, units, 0, finished.extend) == expected
     assert len(finished) == sum(map(len, expected))
     assert crew.replaced == [0] and pool.last.died == ["killed"] and len(pool.last.lost) == 1
@@ -165,7 +165,7 @@ def test_a_slow_worker_does_not_hold_the_others(
         if worker == 0:
             assert go_on.wait(60)
 
-    pool, finished = Pool(Threads(llama, 2, block)), []
+    pool, finished = Pool(Threads(llama, 2, block)), list[tuple[int, Completion]]()
     assert pool.sample(requests, units, 0, finished.extend) == expected
     assert set(pool.last.by.values()) == {1} and list(pool.late.values()) == [0]
     assert len(finished) == sum(map(len, expected))
