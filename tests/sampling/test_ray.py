@@ -269,7 +269,7 @@ class Namespaces:
 
 RAY = "from ray.scripts.scripts import main; main()"
 TRAIN = ["-m", "vineppo", "train", "judgement", "--run.iterations", "2", "--task.num_steps", "3", "--eval.every", "0"]
-TRAIN += ["--eval.final_num_problems", "8", "--rollouts.num_problems", "8"]
+TRAIN += ["--eval.final_num_problems", "8", "--rollouts.num_problems", "8", "--learner.minibatch_size", "8"]
 NODES = (
     "import ray; ray.init('auto', logging_level='ERROR'); print(len([n for n in ray.nodes() if n['Alive']]), 'nodes')"
 )
