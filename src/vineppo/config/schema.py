@@ -337,6 +337,30 @@ class SamplerConfig(Settings):
     the PyTorch sampler. The engine computes in float32, so it is slower for 16-bit weights on processors that multiply
     16 bits fast. `vllm`: vLLM in a process of its own, which must be installed (docs/vllm.md)."""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
+    pool: Literal["none", "ray"] = "none"
+    """`none`: the sampler runs in the process of the trainer. `ray`: samplers run in actors of Ray, on this machine or
+    on several (docs/scaling.md). Completions have the same bits for any number of actors."""
+    workers: int = Field(0, ge=0)
+    """pool ray: number of actors. 0: one per GPU of the cluster if `model.device` is a GPU, or else one per CPU core
+    except one."""
+    address: str = ""
+    """pool ray: address of a running Ray cluster, such as `auto` or `10.0.0.1:6379`. Empty: a cluster is started on
+    this machine, and ends with the run."""
+    unit_rows: int | None = Field(None, ge=1)
+    """pool ray: maximum number of sequences of a unit. An actor samples one unit at a time, as one batch. Small units
+    keep many actors busy; large ones use a processor better. With the PyTorch sampler, another value changes results by
+    rounding. Null: 16 with the compiled engine; with the PyTorch sampler 64 on a CPU and 256 on a GPU."""
+    unit_memory: float = Field(4.0, gt=0)
+    """pool ray: maximum memory of the KV cache of a unit in gibibytes. With the PyTorch sampler, another value can
+    change results by rounding."""
+
+    def check(self) -> None:
+        """Raise UserError if the actors of the pool cannot run the engine."""
+        require(
+            self.pool == "none" or self.engine != "vllm",
+            "sampler.pool is ray and sampler.engine is vllm; the actors of the pool run the engines of the package: set "
+            "sampler.engine to auto, engine or torch, or sampler.pool to none",
+        )
 
 
 class CriticConfig(Settings):

@@ -96,6 +96,10 @@ class CurrentSampler:
         self.sampler.update_weights(version, weights)
         self._seeds = {key: used for key, used in self._seeds.items() if used > version - _REMEMBERED_UPDATES}
 
+    def close(self) -> None:
+        """End the processes of the wrapped sampler, if it has any."""
+        close(self.sampler)
+
     def _check_seeds(self, requests: Sequence[SampleRequest], version: int) -> None:
         """Raise RepeatedSeeds if random numbers would be used twice. Greedy requests use no random numbers."""
         keys = [(r.seed, r.first_sample) for r in requests if r.temperature > 0 and r.num_samples and r.max_new_tokens]
@@ -111,3 +115,10 @@ class CurrentSampler:
                 "use the same random numbers; derive the seed of a request from the iteration too"
             )
         self._seeds |= dict.fromkeys(keys, version)
+
+
+def close(sampler: Sampler) -> None:
+    """End the processes of a sampler, if it has any: if it has a method `close`."""
+    end = getattr(sampler, "close", None)
+    if end is not None:
+        end()

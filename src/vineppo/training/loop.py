@@ -6,6 +6,7 @@ logs metrics. Some iterations also evaluate the model or save a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -173,6 +174,7 @@ def _watch(config: Config, parts: Parts) -> Watch:
 def _run(session: Session, progress: Progress) -> dict[str, Any]:
     """Train from `progress` to the end of the run, write all results, and return the content of summary.json."""
     with (
+        contextlib.closing(session.parts.sampler),
         graceful_stop() as stop,
         disk_errors_in_one_line(session.run.path),
         objects_before_excluded_from_collection(),

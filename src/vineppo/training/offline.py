@@ -5,6 +5,7 @@ The methods are in `restem` and `dpo`. They use the functions of this module to 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,12 @@ from vineppo.run.environment import require_one_process
 from vineppo.run.files import directory_written_aside, disk_errors_in_one_line
 from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
-from vineppo.sampling.build import sampler_of
 from vineppo.sampling.version import CurrentSampler
 from vineppo.tasks import build_task
 from vineppo.training.configure_offline import with_offline_dir
 from vineppo.training.evaluator import Evaluator
 from vineppo.training.overlong import fit_prompts, used_problems
+from vineppo.training.parts import build_engine
 from vineppo.training.preflight import check_offline
 from vineppo.training.progress import Progress, cumulative, metrics_line, totals
 from vineppo.training.rollouts import check_rewards, draw_problems, generated_tokens, sample_groups
@@ -59,8 +60,7 @@ class OfflineSession:
 
     def __post_init__(self) -> None:
         rollouts = self.config.rollouts
-        sampler = sampler_of(self.policy, self.config.sampler, rollouts)
-        self.sampler = CurrentSampler(sampler, lambda: self.updates)
+        self.sampler = CurrentSampler(build_engine(self.config, self.policy), lambda: self.updates)
         self.evaluator = Evaluator(
             self.policy.codec,
             self.sampler,
@@ -126,15 +126,16 @@ def run_offline(config: OfflineConfig, recipe: str = "", report: Callable[[str],
     with locked(path), disk_errors_in_one_line(path):
         run = RunDirectory.create(path, config, recipe)
         session = OfflineSession(config, policy, task, run, report, left_out, began)
-        try:
-            before = _measure_before(session)
-            (train_in_rounds if config.method == "restem" else train_on_pairs)(session)
-        except UserError:
-            if session.progress.iteration == 0:  # Remove the directory, so that the same command can be run again.
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        summary = _finish(session, before, recipe)
-        run.write_summary(summary)
+        with contextlib.closing(session.sampler):
+            try:
+                before = _measure_before(session)
+                (train_in_rounds if config.method == "restem" else train_on_pairs)(session)
+            except UserError:
+                if session.progress.iteration == 0:  # Remove the directory, so that the same command can be run again.
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+            summary = _finish(session, before, recipe)
+            run.write_summary(summary)
     plot_finished(run)
     return summary
 

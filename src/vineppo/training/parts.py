@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vineppo.config.offline import OfflineConfig
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.credit.algorithm import Algorithm, CreditParts, SampleFn
@@ -15,6 +16,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.build import sampler_line, sampler_of
+from vineppo.sampling.ray import RaySampler
 from vineppo.sampling.version import CurrentSampler
 from vineppo.sampling.vllm import VLLMSampler
 from vineppo.seeds import derive_seed
@@ -143,7 +145,8 @@ def build_parts(
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
     size, stop = parts.group_size, parts.stop
-    line = sampler_line(policy, config.sampler.engine)
+    engine = sampler.sampler
+    line = engine.line if isinstance(engine, RaySampler) else sampler_line(policy, config.sampler.engine)
     return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, line, left_out)
 
 
@@ -205,8 +208,13 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
     )
 
 
-def build_engine(config: Config, policy: Policy) -> Sampler:
-    """Build the sampler that generates responses with the weights of a policy."""
+def build_engine(config: Config | OfflineConfig, policy: Policy) -> Sampler:
+    """Build the sampler that generates responses: in this process with the weights of a policy, or in a pool.
+
+    `sampling.version.close` ends the processes of a pool.
+    """
+    if config.sampler.pool == "ray":
+        return RaySampler(policy, config.model, config.sampler)
     return sampler_of(policy, config.sampler, config.rollouts)
 
 

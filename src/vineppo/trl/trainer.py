@@ -34,6 +34,7 @@ from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
 from vineppo.run.environment import require_one_process
+from vineppo.sampling.version import close
 from vineppo.statistics import Interval
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
@@ -244,17 +245,21 @@ class VinePPOTrainer:
     def _mean_reward(self, rows: Any) -> Interval:
         """Measure the mean reward of responses to the prompts of a data set."""
         task = build_task(self.config.task, self.policy.codec.chat_prompt, self.reward_funcs, {"validation": rows})
-        measured = measure(
-            self.policy.codec,
-            build_engine(self.config, self.policy),
-            task,
-            problem_range(task, "validation", len(rows)),
-            num_samples=self.config.eval.num_samples,
-            max_new_tokens=self.config.rollouts.max_new_tokens,
-            temperature=self.config.eval.temperature,
-            stop=self.config.rollouts.stop,
-            address=(self.config.run.seed, "evaluate"),
-        )
+        sampler = build_engine(self.config, self.policy)
+        try:
+            measured = measure(
+                self.policy.codec,
+                sampler,
+                task,
+                problem_range(task, "validation", len(rows)),
+                num_samples=self.config.eval.num_samples,
+                max_new_tokens=self.config.rollouts.max_new_tokens,
+                temperature=self.config.eval.temperature,
+                stop=self.config.rollouts.stop,
+                address=(self.config.run.seed, "evaluate"),
+            )
+        finally:
+            close(sampler)
         return measured.mean_reward(self.config.run.seed)
 
     def save_model(self, output_dir: str | Path | None = None) -> None:

@@ -45,8 +45,9 @@ from vineppo.sampling.trunks import (
     stop_window,
     trunks_of,
 )
+from vineppo.sampling.units import equally_sampled, waves_of
 from vineppo.seeds import stream_keys, uniforms
-from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
+from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, Weights
 
 _KEEP_SHARE = 0.85
 """Finished rows are removed from the tree when at most this share of the rows in the tree is unfinished."""
@@ -138,8 +139,8 @@ class TorchSampler:
         results = empty_results(requests, self.version)
         waves = [
             wave
-            for indices in _groups(requests)
-            for wave in _waves(trunks_of(requests, indices, first_positions), self.max_rows, self._kv_tokens())
+            for indices in equally_sampled(requests)
+            for wave in waves_of(trunks_of(requests, indices, first_positions), self.max_rows, self._kv_tokens())
         ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
             for wave in waves:
@@ -426,66 +427,9 @@ def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(sums, level, right=True).clamp_max(sums.shape[1] - 1)
 
 
-def _groups(requests: Sequence[SampleRequest]) -> list[list[int]]:
-    """Return the indices of the requests in groups with equal temperature and stop strings.
-
-    Only requests of the same group may be decoded in one wave.
-    """
-    groups: dict[tuple[float, tuple[str, ...]], list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault((request.temperature, request.stop), []).append(i)
-    return list(groups.values())
-
-
 def kv_bytes_per_token(model: Any) -> int:
     """Return the number of bytes of the keys and values of one token in all layers."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize)
-
-
-def _waves(trunks: Sequence[Trunk], max_rows: int, kv_tokens: int) -> Iterator[list[Trunk]]:
-    """Divide the trunks into waves, and yield each wave as a list of trunks.
-
-    The trunks of a wave have similar numbers of rows, so that the tree has few empty places (see `KVTree`). A trunk
-    whose rows do not fit into one wave is first divided into several trunks.
-
-    Args:
-        max_rows: maximum number of rows of a wave.
-        kv_tokens: limit on the size of a wave in tokens. The size is (number of trunks x length of the longest trunk) +
-            (number of rows x largest budget).
-    """
-    pieces = sorted((p for trunk in trunks for p in _pieces(trunk, max_rows, kv_tokens)), key=lambda p: -len(p.rows))
-    wave: list[Trunk] = []
-    for piece in pieces:
-        if wave and not _fits([*wave, piece], max_rows, kv_tokens):
-            yield wave
-            wave = []
-        wave.append(piece)
-    if wave:
-        yield wave
-
-
-def _pieces(trunk: Trunk, max_rows: int, kv_tokens: int) -> Iterator[Trunk]:
-    """Yield copies of a trunk with parts of its rows, such that each copy fits into one wave.
-
-    Raises:
-        UserError: if not even the trunk with one row fits.
-    """
-    length, budget = len(trunk.token_ids), trunk.budget
-    size = min(max_rows, (kv_tokens - length) // budget)
-    if size < 1:
-        raise UserError(
-            f"a prefix of {length} tokens with {budget} new tokens needs keys and values of {length + budget} tokens, "
-            f"but rollouts.kv_memory holds {kv_tokens}; raise rollouts.kv_memory or lower rollouts.max_new_tokens"
-        )
-    for start in range(0, len(trunk.rows), size):
-        yield Trunk(trunk.token_ids, trunk.rows[start : start + size])
-
-
-def _fits(wave: Sequence[Trunk], max_rows: int, kv_tokens: int) -> bool:
-    """Return whether the trunks fit into one wave. The limits have the same meaning as in `_waves`."""
-    rows = sum(len(trunk.rows) for trunk in wave)
-    trunks = len(wave) * max(len(trunk.token_ids) for trunk in wave)
-    return rows <= max_rows and trunks + rows * max(trunk.budget for trunk in wave) <= kv_tokens
