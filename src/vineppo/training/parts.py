@@ -11,6 +11,7 @@ from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.credit.algorithm import Algorithm, CreditParts, SampleFn
 from vineppo.learning.learner import TorchLearner
+from vineppo.learning.sharding import ONE_RANK, Ranks
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
@@ -176,11 +177,16 @@ def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
     return checked
 
 
-def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
+def build_learner(
+    config: Config, algorithm: Algorithm, policy: Policy, ranks: Ranks = ONE_RANK
+) -> TorchLearner:
     """Build the learner that trains a policy.
 
     The learner gets a reference model if the coefficient of the KL penalty is above 0, and a value network if the
     algorithm needs one.
+
+    Args:
+        ranks: the processes that share the work of the learner. All of them must call this function.
     """
     settings = algorithm_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
@@ -196,6 +202,7 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
         total_updates=total_updates(config),
         seed=config.run.seed,
         max_new_tokens=config.rollouts.max_new_tokens,
+        ranks=ranks,
     )
 
 
