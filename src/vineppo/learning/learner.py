@@ -434,9 +434,7 @@ class TorchLearner:
             release(policy.model)
         sheet.merge(ranks, part, scored)
 
-    def _micro_batches(
-        self, samples: Sequence[TrainingSample], packed: bool, ranks: Ranks
-    ) -> list[list[int]]:
+    def _micro_batches(self, samples: Sequence[TrainingSample], packed: bool, ranks: Ranks) -> list[list[int]]:
         """Return the indices of the samples, divided into micro-batches."""
         limit = ranks.max_tokens(sum(len(s.token_ids) for s in samples), self.config.micro_batch_tokens)
         return micro_batches_of(samples, limit, packed)

@@ -114,7 +114,7 @@ class Optimizer:
         for name, parameter, master in zip(names, self.parameters, self.masters, strict=True):
             if master is not parameter:
                 tensors[f"{name}/master"] = master
-            moments = self.adamw.state[master] if master in self.adamw.state else {}
+            moments = self.adamw.state.get(master, {})
             if present is not None and present(f"{name}/step") and not moments:
                 moments = {"step": torch.tensor(0.0)}
                 moments |= {moment: torch.zeros_like(master.detach()) for moment in ("exp_avg", "exp_avg_sq")}

@@ -11,9 +11,10 @@ the identity.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -142,8 +143,8 @@ def join_ranks(device: str) -> Ranks:
     kind = device.partition(":")[0]
     if ":" in device:
         raise UserError(
-            f"model.device is {device!r}, but {count} processes were started, which need a device each; set model.device "
-            f"to {kind}"
+            f"model.device is {device!r}, but {count} processes were started, which need a device each; set "
+            f"model.device to {kind}"
         )
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -157,6 +158,17 @@ def join_ranks(device: str) -> Ranks:
                 "torchrun, which sets MASTER_ADDR and MASTER_PORT"
             ) from error
     return Ranks(rank, count, init_device_mesh(kind, (count,)), leads=rank == 0)
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """Context manager that yields the result of `join_ranks`, and closes the connection at the end of a run."""
+    was_connected = dist.is_initialized()
+    ranks = join_ranks(device)
+    yield ranks
+    if ranks.count > 1 and not was_connected:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def shard(network: nn.Module, ranks: Ranks) -> None:

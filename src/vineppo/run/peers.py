@@ -16,21 +16,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vineppo.types import UserError
 
-SILENCE = 30.0
+SILENCE = 20.0
 """Seconds without a sign of life after which a rank counts as ended."""
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another rank has reported an error."""
 _CONNECT = 10.0
 """Seconds to wait for the store."""
-_LOST = ("connection", "socket", "gloo", "nccl", "timed out", "broken pipe", "store")
+_LOST = ("connection closed", "connection reset", "connection refused", "socket", "gloo", "nccl", "broken pipe")
 """Words of which one is in the errors of PyTorch about a lost rank."""
-_joined = 0
+_runs = 0
 """Number of runs that this process has joined."""
+_reports = False
+"""Whether this process reports the error that ends the run."""
 
 
 class PeerEnded(UserError):
@@ -50,45 +52,44 @@ def may_report() -> bool:
 
     It is also true without other ranks, and if the store cannot be reached.
     """
-    if launched_ranks()[1] == 1:
-        return True
-    try:
-        first: bool = _connected().add(_key("reported"), 1) == 1
-    except (RuntimeError, ValueError, KeyError, OSError):
-        return True
-    return first
+    global _reports
+    if launched_ranks()[1] > 1 and not _reports:
+        try:
+            _reports = _connected().add(_key("reported"), 1) == 1
+        except (RuntimeError, ValueError, KeyError, OSError):
+            _reports = True
+        return _reports
+    return True
 
 
 @contextlib.contextmanager
-def ended_together() -> Iterator[None]:
+def ended_together() -> Iterator[Callable[[], None]]:
     """Context manager in which an error of one rank ends all ranks, and only one rank reports it.
+
+    It yields a function that starts the thread of this rank; it is called when the ranks are connected.
 
     Raises:
         PeerEnded: if another rank has reported an error.
         UserError: if another rank has ended without a report, or this rank raised the error.
     """
-    global _joined
+    global _runs
     if launched_ranks()[1] == 1:
-        yield
+        yield lambda: None
         return
-    _joined += 1
+    _runs += 1
     finished = threading.Event()
-    threading.Thread(target=_watch, args=(finished,), daemon=True).start()
     try:
-        yield
+        yield threading.Thread(target=_watch, args=(finished,), daemon=True).start
     except PeerEnded:
         raise
-    except RuntimeError as error:
-        if not _is_lost(error):
-            may_report()
-            raise
-        _without_signals()
+    except BaseException as error:
+        lost = _is_lost(error)
+        if lost:
+            _without_signals()
         if not may_report():
-            raise PeerEnded("another rank has ended the run") from None
-        raise UserError(_message("a process of the run has ended or lost its connection")) from None
-    except BaseException:
-        if not may_report():
-            raise PeerEnded("another rank has ended the run") from None
+            raise PeerEnded("another process has ended the run") from None
+        if lost:
+            raise UserError(_message("a process of the run has ended or lost its connection")) from None
         raise
     finally:
         finished.set()
@@ -105,7 +106,9 @@ def _is_lost(error: BaseException) -> bool:
     import torch.distributed as dist
 
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in _LOST)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in text for word in _LOST)
+    )
 
 
 def _message(what: str) -> str:
@@ -123,25 +126,33 @@ def _watch(finished: threading.Event) -> None:
         store = _connected()
         seen = dict.fromkeys(range(count), (0, time.monotonic()))
         while not finished.wait(1.0):
-            store.add(_key(f"alive/{rank}"), 1)
+            store.add(_key(f"alive/{_runs}/{rank}"), 1)
             now = time.monotonic()
             for other in range(count):
-                signs = store.add(_key(f"alive/{other}"), 0)
+                signs = store.add(_key(f"alive/{_runs}/{other}"), 0)
                 if signs != seen[other][0]:
                     seen[other] = (signs, now)
             silent = [other for other, (signs, when) in seen.items() if signs and now - when > SILENCE]
+            silent = [other for other in silent if not store.add(_key(f"ended/{_runs}/{other}"), 0)]
             if silent and not finished.is_set():
                 _end(finished, _message(f"rank {silent[0]} has given no sign of life for {SILENCE:.0f} seconds"))
             if store.add(_key("reported"), 0):
                 _end(finished, "")
-        store.add(_key(f"alive/{rank}"), -(10**9))
+        store.add(_key(f"ended/{_runs}/{rank}"), 1)
     except (RuntimeError, ValueError, OSError):
-        # The store ended with the process that holds it. The main thread gets an error from its next operation.
-        _end(finished, "")
+        # The store ended with the process that holds it, which is the launcher or rank 0.
+        _end(finished, _message("the launcher or rank 0 has ended"), wait_first=True)
 
 
-def _end(finished: threading.Event, message: str) -> None:
-    """Report a message, and end this process if its main thread does not end within `GRACE` seconds."""
+def _end(finished: threading.Event, message: str, wait_first: bool = False) -> None:
+    """Report a message, and end this process if its main thread does not end within `GRACE` seconds.
+
+    Args:
+        message: the message; empty if another rank has reported.
+        wait_first: whether the message is reported only after these seconds.
+    """
+    if wait_first and finished.wait(GRACE):
+        return
     if message and may_report():
         print(f"error: {message}", file=sys.stderr, flush=True)
     if not finished.wait(GRACE):
@@ -158,4 +169,4 @@ def _connected() -> Any:
 
 def _key(name: str) -> str:
     """Return the name of a number in the store. A launcher that starts the ranks again keeps its store."""
-    return f"vineppo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{_joined}/{name}"
+    return f"vineppo/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"

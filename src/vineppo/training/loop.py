@@ -17,10 +17,11 @@ from typing import Any
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
+from vineppo.learning.sharding import Ranks
 from vineppo.model.of_run import started_from
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
-from vineppo.run.environment import objects_before_excluded_from_collection, require_one_process
+from vineppo.run.environment import objects_before_excluded_from_collection
 from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
@@ -28,6 +29,7 @@ from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.evaluator import Evaluator
+from vineppo.training.following import with_ranks
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
@@ -73,12 +75,27 @@ def train(
         UserError: if the settings, the model, the data or the graders cannot be used, if the run directory exists and
             is not empty, or if the disk is full.
     """
-    require_one_process()
     config = with_run_dir(with_algorithm_section(config), recipe)
+
+    def lead(ranks: Ranks) -> dict[str, Any]:
+        return _train(config, recipe, reward_fn, reporter, in_memory, ranks)
+
+    return with_ranks(config.model.device, in_memory, lead)
+
+
+def _train(
+    config: Config,
+    recipe: str,
+    reward_fn: RewardFn | Sequence[RewardFn] | None,
+    reporter: Reporter | None,
+    in_memory: InMemory,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Train as the first of the ranks; see `train`."""
     check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
     if in_memory.policy is None:
         config = replace(config, model=started_from(config.model))
-    parts = build_parts(config, reward_fn, in_memory)
+    parts = build_parts(config, reward_fn, in_memory, ranks)
     RunDirectory(Path(config.run.dir), {}).make_folder()
     with locked(Path(config.run.dir)):
         run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
@@ -114,8 +131,24 @@ def resume(
         UserError: if the run is finished, another process trains in its directory, a setting differs that must not
             change, all checkpoints are damaged, or the model, the data or the graders cannot be used.
     """
-    require_one_process()
     config = with_algorithm_section(config)
+
+    def lead(ranks: Ranks) -> dict[str, Any]:
+        return _resume(config, recipe, reward_fn, reporter, in_memory, checkpoint, ranks)
+
+    return with_ranks(config.model.device, in_memory, lead)
+
+
+def _resume(
+    config: Config,
+    recipe: str,
+    reward_fn: RewardFn | Sequence[RewardFn] | None,
+    reporter: Reporter | None,
+    in_memory: InMemory,
+    checkpoint: str,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Continue a run as the first of the ranks; see `resume`."""
     run = RunDirectory.open(config.run.dir)
     with locked(run.path), disk_errors_in_one_line(run.path):
         start = chosen_checkpoint(run, checkpoint)
@@ -127,7 +160,7 @@ def resume(
         progress = with_changes(recorded or Progress(recipe=recipe), changes)
         check_goes_on(run, limit_reached(config.run, progress, updates_per_iteration(config)))
         require_trackers(config.run.report_to)
-        parts = build_parts(config, reward_fn, in_memory)
+        parts = build_parts(config, reward_fn, in_memory, ranks)
         if start is not None:
             restore(parts, start, state)
         run.read_metrics()  # raises UserError if the file is damaged

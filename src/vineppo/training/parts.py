@@ -16,6 +16,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.build import build_sampler, sampler_line
+from vineppo.sampling.ranks import RankSampler
 from vineppo.sampling.version import CurrentSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
@@ -98,12 +99,24 @@ class InMemory:
     the configured data."""
 
 
+BUILD = "build"
+"""First announcement of rank 0 to the other ranks of a run, with the configuration."""
 NOTHING_IN_MEMORY = InMemory()
 """Loads the configured model and data."""
 
 
+def build_networks(config: Config, policy: Policy, ranks: Ranks = ONE_RANK) -> tuple[TorchLearner, Sampler]:
+    """Build the learner of a policy, and the sampler that uses its weights. All ranks must call this function."""
+    learner = build_learner(config, find_algorithm(config.algorithm), policy, ranks)
+    engine = build_engine(config, policy)
+    return learner, engine if ranks.count == 1 else RankSampler(engine, ranks)
+
+
 def build_parts(
-    config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
+    config: Config,
+    reward_fn: RewardFn | Sequence[RewardFn] | None = None,
+    in_memory: InMemory = NOTHING_IN_MEMORY,
+    ranks: Ranks = ONE_RANK,
 ) -> Parts:
     """Load and build all objects of a training run. This function writes no files.
 
@@ -111,18 +124,20 @@ def build_parts(
         config: the settings of the run, with the section of its algorithm.
         reward_fn: one or several functions that replace the task's graders; None uses the configured graders.
         in_memory: a model or data sets that are used instead of loading the configured ones.
+        ranks: the processes of the run. This one leads the others, which call `following.follow`.
     Raises:
         UserError: if the algorithm, the model, the data or the graders cannot be used.
     """
     algorithm = find_algorithm(config.algorithm)
     settings = algorithm_settings(config, algorithm)
+    ranks.announce(BUILD, config)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
     limit = config.rollouts.max_new_tokens
     left_out = fit_prompts(task, policy.codec, limit, config.task.overlong, used_problems(config.eval))
     warn_of_few_problems(task, config.rollouts.num_problems)
-    learner = build_learner(config, algorithm, policy)
-    sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
+    learner, engine = build_networks(config, policy, ranks)
+    sampler = CurrentSampler(engine, lambda: learner.updates)
     parts = CreditParts(
         sampler=sampler,
         task=task,
@@ -138,7 +153,7 @@ def build_parts(
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
     size, stop = parts.group_size, parts.stop
-    line = sampler_line(policy, config.sampler.engine)
+    line = sampler_line(policy, config.sampler.engine) + (f", {ranks.count} processes" if ranks.count > 1 else "")
     return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, line, left_out)
 
 
@@ -177,9 +192,7 @@ def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
     return checked
 
 
-def build_learner(
-    config: Config, algorithm: Algorithm, policy: Policy, ranks: Ranks = ONE_RANK
-) -> TorchLearner:
+def build_learner(config: Config, algorithm: Algorithm, policy: Policy, ranks: Ranks = ONE_RANK) -> TorchLearner:
     """Build the learner that trains a policy.
 
     The learner gets a reference model if the coefficient of the KL penalty is above 0, and a value network if the
