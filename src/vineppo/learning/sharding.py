@@ -171,17 +171,20 @@ def joined(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def shard(network: nn.Module, ranks: Ranks) -> None:
+def shard(network: nn.Module, ranks: Ranks, units: Sequence[nn.Module] = ()) -> None:
     """Divide the parameters of a network over the ranks, in place (FSDP2). Gradients are summed over the ranks.
 
     Each layer is one unit whose parameters are gathered for its forward and backward pass. All other parameters, such
     as the embedding and the output layer, which may be tied, form one more unit.
+
+    Args:
+        units: modules that form a unit too, because their parameters have another dtype.
     """
     assert ranks.mesh is not None
     reduce = None if all(p.dtype == torch.float32 for p in network.parameters()) else torch.float32
     policy = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
     names = {name for module in network.modules() for name in getattr(module, "_no_split_modules", None) or ()}
-    for module in [m for m in network.modules() if type(m).__name__ in names]:
+    for module in [*(m for m in network.modules() if type(m).__name__ in names), *units]:
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
     # The output layer is also used after the forward pass of the model (`model.output`), so it stays gathered until
     # the end of the backward pass.
@@ -231,7 +234,7 @@ def sharded_reference(reference: Reference | None, policy: Policy, shards: Polic
 def shard_critic(critic: ValueNetwork | None, ranks: Ranks) -> None:
     """Divide a value network over the ranks, in place."""
     if critic is not None and ranks.count > 1:
-        shard(critic, ranks)
+        shard(critic, ranks, [critic.head])  # The head has float32 weights, also if the body has 16 bits.
         register_fsdp_forward_method(critic, "of_sequences")
 
 
