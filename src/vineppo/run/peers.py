@@ -47,6 +47,16 @@ def launched_ranks() -> tuple[int, int]:
     return int(rank), int(count)
 
 
+def require_launcher() -> None:
+    """Raise UserError if there should be several processes, but nothing says how they connect."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if launched_ranks()[1] > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} of the environment is not set, so the "
+            "processes of the run cannot connect; start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+
+
 def may_report() -> bool:
     """Return whether this process reports an error that ends the run: the first of the ranks that asks.
 
@@ -161,9 +171,9 @@ def _end(finished: threading.Event, message: str, wait_first: bool = False) -> N
 
 def _connected() -> Any:
     """Return a new connection to the store of the launcher or of rank 0."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     from torch.distributed import TCPStore
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=_CONNECT), wait_for_workers=False)
 
 

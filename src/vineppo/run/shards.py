@@ -8,8 +8,10 @@ PyTorch is imported inside the functions.
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,8 @@ def write_shards(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
     """Write the shards of a state. All processes must call this function with the same checkpoint."""
     from torch.distributed import checkpoint as dcp
 
-    dcp.save(dict(state), checkpoint_id=checkpoint / FOLDER)
+    with _without_note():
+        dcp.save(dict(state), checkpoint_id=checkpoint / FOLDER)
 
 
 def names_of_shards(checkpoint: Path) -> frozenset[str]:
@@ -61,7 +64,8 @@ def read_shards(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
         if tensor.shape != present[name].size:
             raise ValueError(f"{name} has the shape {tuple(present[name].size)}, and the model {tuple(tensor.shape)}")
     alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-    dcp.load(dict(state), checkpoint_id=checkpoint / FOLDER, no_dist=alone)
+    with _without_note():
+        dcp.load(dict(state), checkpoint_id=checkpoint / FOLDER, no_dist=alone)
 
 
 def read_networks(checkpoint: Path) -> dict[str, Any]:
@@ -84,12 +88,21 @@ def read_networks(checkpoint: Path) -> dict[str, Any]:
         for name, entry in _metadata(checkpoint).items()
         if name.partition("/")[0] in kinds
     }
-    dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
+    with _without_note():
+        dcp.load(tensors, checkpoint_id=checkpoint / FOLDER, no_dist=True)
     networks: dict[str, Any] = {kind: {} for kind in kinds}
     for name, tensor in tensors.items():
         kind, _, inner = name.partition("/")
         networks[kind][inner] = tensor
     return {"policy": networks["policy"], "critic": networks["critic"] or None}
+
+
+@contextlib.contextmanager
+def _without_note() -> Iterator[None]:
+    """Suppress the warning of PyTorch that a single process reads or writes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        yield
 
 
 def _metadata(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from vineppo.config.schema import Config
 from vineppo.learning.sharding import Ranks, joined
 from vineppo.model.policy import Policy
-from vineppo.run.peers import ended_together
+from vineppo.run.peers import ended_together, require_launcher
 from vineppo.training.parts import BUILD, InMemory, build_networks
 
 STOP = "stop"
@@ -33,6 +33,7 @@ def with_ranks(device: str, in_memory: InMemory, lead: Callable[[Ranks], dict[st
         UserError: if this process reports why the run ends.
         PeerEnded: if another process does.
     """
+    require_launcher()
     with ended_together() as watch, joined(device) as ranks:
         watch()
         if ranks.rank:

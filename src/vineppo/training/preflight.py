@@ -16,7 +16,7 @@ from vineppo.model.location import NEW_TINY, only_local_copy
 from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import require_one_process
 from vineppo.run.files import check_writable
-from vineppo.run.peers import launched_ranks
+from vineppo.run.peers import launched_ranks, require_launcher
 from vineppo.run.trackers import require_trackers
 from vineppo.tasks.build import check_task
 from vineppo.training.changes import check_resumable
@@ -84,6 +84,7 @@ def check_resume(config: Config, checkpoint: str) -> None:
         UserError: if the run cannot be resumed with these settings or from this checkpoint, or if a tracker, the model
             or the task cannot be used.
     """
+    require_launcher()
     if launched_ranks()[0]:  # Rank 0 checks, and may have changed the files already.
         return
     check_resumable(RunDirectory.open(config.run.dir), config, checkpoint)
@@ -102,6 +103,7 @@ def check_new_run(config: Config, *, model: bool = True, task: bool = True) -> N
         UserError: if the run directory cannot be created, a tracker is not installed, or the model or the task cannot
             be used.
     """
+    require_launcher()
     if launched_ranks()[0]:  # Rank 0 checks, and may have created the directory already.
         return
     RunDirectory.check_new(config.run.dir)

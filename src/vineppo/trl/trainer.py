@@ -37,7 +37,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
-from vineppo.run.peers import launched_ranks
+from vineppo.run.peers import launched_ranks, require_launcher
 from vineppo.statistics import Interval
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
@@ -113,6 +113,7 @@ class VinePPOTrainer:
         callbacks: Sequence[Any] | None = None,
         peft_config: Any = None,
     ):
+        require_launcher()
         check_config(args)
         self.args = args or VinePPOConfig()
         self.reward_funcs: list[Any] = []
