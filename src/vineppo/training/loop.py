@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config
@@ -78,33 +78,23 @@ def train(
     config = with_run_dir(with_algorithm_section(config), recipe)
 
     def lead(ranks: Ranks) -> dict[str, Any]:
-        return _train(config, recipe, reward_fn, reporter, in_memory, ranks)
+        nonlocal config
+        check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
+        if in_memory.policy is None:
+            config = replace(config, model=started_from(config.model))
+        parts = build_parts(config, reward_fn, in_memory, ranks)
+        RunDirectory(Path(config.run.dir), {}).make_folder()
+        with locked(Path(config.run.dir)):
+            run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
+            try:
+                session = _session(config, parts, run, reporter, 0)
+            except UserError:
+                # A tracker did not start. Remove the directory, so that the same command can be run again.
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
+            return _run(session, Progress(recipe=recipe))
 
     return with_ranks(config.model.device, in_memory, lead)
-
-
-def _train(
-    config: Config,
-    recipe: str,
-    reward_fn: RewardFn | Sequence[RewardFn] | None,
-    reporter: Reporter | None,
-    in_memory: InMemory,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Train as the first of the ranks; see `train`."""
-    check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
-    if in_memory.policy is None:
-        config = replace(config, model=started_from(config.model))
-    parts = build_parts(config, reward_fn, in_memory, ranks)
-    RunDirectory(Path(config.run.dir), {}).make_folder()
-    with locked(Path(config.run.dir)):
-        run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
-        try:
-            session = _session(config, parts, run, reporter, 0)
-        except UserError:  # A tracker did not start. Remove the directory, so that the same command can be run again.
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        return _run(session, Progress(recipe=recipe))
 
 
 def resume(
@@ -134,33 +124,33 @@ def resume(
     config = with_algorithm_section(config)
 
     def lead(ranks: Ranks) -> dict[str, Any]:
-        return _resume(config, recipe, reward_fn, reporter, in_memory, checkpoint, ranks)
+        return _resume(config, recipe, reporter, checkpoint, _Given(reward_fn, in_memory, ranks))
 
     return with_ranks(config.model.device, in_memory, lead)
 
 
-def _resume(
-    config: Config,
-    recipe: str,
-    reward_fn: RewardFn | Sequence[RewardFn] | None,
-    reporter: Reporter | None,
-    in_memory: InMemory,
-    checkpoint: str,
-    ranks: Ranks,
-) -> dict[str, Any]:
+class _Given(NamedTuple):
+    """What a run gets besides its settings; see `resume`."""
+
+    reward_fn: RewardFn | Sequence[RewardFn] | None
+    in_memory: InMemory
+    ranks: Ranks
+
+
+def _resume(config: Config, recipe: str, reporter: Reporter | None, checkpoint: str, given: _Given) -> dict[str, Any]:
     """Continue a run as the first of the ranks; see `resume`."""
     run = RunDirectory.open(config.run.dir)
     with locked(run.path), disk_errors_in_one_line(run.path):
         start = chosen_checkpoint(run, checkpoint)
         changes = changed_settings(run, config, any_change=start is None)
-        if start is None and in_memory.policy is None:
+        if start is None and given.in_memory.policy is None:
             config = replace(config, model=started_from(config.model))
         recorded, state = read_progress(start)
         recipe = recipe or str(run.read_record().get("recipe") or "")
         progress = with_changes(recorded or Progress(recipe=recipe), changes)
         check_goes_on(run, limit_reached(config.run, progress, updates_per_iteration(config)))
         require_trackers(config.run.report_to)
-        parts = build_parts(config, reward_fn, in_memory, ranks)
+        parts = build_parts(config, *given)
         if start is not None:
             restore(parts, start, state)
         run.read_metrics()  # raises UserError if the file is damaged
