@@ -172,6 +172,22 @@ def measure(cases: list[str], counts: tuple[int, ...] = (2, 3)) -> dict[str, Any
     return results
 
 
+def largest(results: dict[str, Any]) -> dict[str, float]:
+    """Return the largest differences over the cases with float32, of all weights and of those of each network."""
+    exact = [found for case, found in results.items() if case not in ROUNDED]
+
+    def over(names: tuple[str, ...], counts: tuple[str, ...]) -> float:
+        return max(found[count][name] for found in exact for count in counts for name in names)
+
+    many, control = ("2", "3"), (CONTROL,)
+    return {
+        "ranks_max_difference": over(("weights", "critic"), many),
+        "ranks_max_difference_of_policy": over(("weights",), many),
+        "ranks_max_difference_of_value_network": over(("critic",), many),
+        "one_process_other_micro_batches": over(("weights", "critic"), control),
+    }
+
+
 def main() -> None:
     """Measure, print and write the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,10 +203,8 @@ def main() -> None:
     for case, found in results.items():
         print(f"{case:<30} {json.dumps(found)}")
     if options.out:
-        exact = [found for case, found in results.items() if case not in ROUNDED]
-        largest = max(max(found[n]["weights"], found[n]["critic"]) for found in exact for n in ("2", "3"))
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"ranks_max_difference": largest, "cases": results}, indent=2) + "\n")
+        options.out.write_text(json.dumps({**largest(results), "cases": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
