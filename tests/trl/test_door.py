@@ -271,8 +271,8 @@ def test_fields_without_effect_are_documented() -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "trainer"])
-def test_a_launcher_with_several_processes_is_refused(tmp_path: Path, command: str) -> None:
-    """Case 20."""
+def test_several_processes_that_cannot_connect_are_refused(tmp_path: Path, command: str) -> None:
+    """Case 20: nothing is written. `vineppo sft` trains in one process, also with a launcher."""
     script = (
         "from vineppo import VinePPOConfig, VinePPOTrainer\n"
         f"VinePPOTrainer({MODEL!r}, 'hash', VinePPOConfig(output_dir='out'), [{{'prompt': 'a', 'answer': '1'}}])\n"
@@ -287,8 +287,13 @@ def test_a_launcher_with_several_processes_is_refused(tmp_path: Path, command: s
         [sys.executable, *arguments_of[command]], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert (
-        "WORLD_SIZE is 2: a launcher (torchrun, accelerate launch) started 2 processes, but vineppo trains in one "
-        "process; start one process without a launcher, or unset WORLD_SIZE"
-    ) in done.stderr.splitlines()[-1]
+    several = (
+        "WORLD_SIZE is 2: a launcher (torchrun, accelerate launch) started 2 processes, but only `vineppo train` and "
+        "VinePPOTrainer work with several; start one process without a launcher, or unset WORLD_SIZE"
+    )
+    alone = (
+        "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT of the environment is not set, so the processes of the run "
+        "cannot connect; start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+    )
+    assert (several if command == "sft" else alone) in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vineppo.cli.common import add_recipe_note, training_config, training_recipes
 from vineppo.cli.options import Command, Request, add_settings, int_option
 from vineppo.credit import BASELINES, COMPARED
+from vineppo.run.environment import require_one_process
 from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
 
@@ -103,6 +104,7 @@ def _arms(given: list[tuple[str, str]]) -> tuple[Arm, ...]:
 
 def _run(request: Request) -> int:
     """Run the comparison. Return the exit code: 1 if a run did not finish, else 0."""
+    require_one_process()
     from vineppo.compare.arms import swept
     from vineppo.compare.spec import CompareSpec, parse_budget, parse_seeds
 

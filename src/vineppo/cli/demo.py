@@ -11,6 +11,7 @@ from vineppo.cli.train import exit_code, train_with
 from vineppo.config.load import settings_of
 from vineppo.config.schema import Config
 from vineppo.credit import BUILT_IN
+from vineppo.run.environment import require_one_process
 from vineppo.types import UserError
 
 _DEMO_KEYS = ("algorithm", "run.dir", "run.seed", "run.iterations")
@@ -24,6 +25,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(request: Request) -> int:
     """Explain the demo, train, and propose further commands. Return the exit code of the run."""
+    require_one_process()
     folder = request.overrides.get("run.dir") or _free_directory(Path("runs/demo"))
     config = training_config(DEFAULT_RECIPE, {**request.overrides, "run.dir": str(folder)})
     print(

@@ -37,6 +37,7 @@ from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
 from vineppo.run.environment import package_version
+from vineppo.run.peers import PeerEnded, may_report
 from vineppo.types import UserError, printable
 
 
@@ -53,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+    except PeerEnded:
+        return 2  # another process reports why
     except UserError as error:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if may_report():
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

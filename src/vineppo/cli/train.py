@@ -15,6 +15,7 @@ from vineppo.config.load import COMMAND_LINE
 from vineppo.config.recipes import recipe_stem
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
+from vineppo.run.peers import launched_ranks
 from vineppo.training.configure import config_class_with_all_sections, config_from_layers, with_run_dir
 from vineppo.types import UserError
 
@@ -119,10 +120,13 @@ def _resume(request: Request) -> int:
 
 
 @contextlib.contextmanager
-def _reporter(config: Config) -> Iterator[Reporter]:
+def _reporter(config: Config) -> Iterator[Reporter | None]:
     """Yield a reporter that does without a closed terminal. It is closed also after an error, with its progress bar."""
     from vineppo.training.stopping import LastingReporter, without_console
 
+    if launched_ranks()[0]:  # Rank 0 reports.
+        yield None
+        return
     reporter = ConsoleReporter(config)
     try:
         yield LastingReporter(reporter)

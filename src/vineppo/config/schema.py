@@ -358,7 +358,7 @@ class SamplerConfig(Settings):
         """Raise UserError if the actors of the pool cannot run the engine."""
         require(
             self.pool == "none" or self.engine != "vllm",
-            "sampler.pool is ray and sampler.engine is vllm; the actors of the pool run the engines of the package: set "
+            "sampler.pool is ray and sampler.engine is vllm; actors of the pool run the engines of the package: set "
             "sampler.engine to auto, engine or torch, or sampler.pool to none",
         )
 

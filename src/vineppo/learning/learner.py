@@ -44,6 +44,16 @@ from vineppo.learning.optim import GradientError, Optimizer, lr_factor
 from vineppo.learning.sample_metrics import kl_metric, kl_of_tokens, sample_metrics
 from vineppo.learning.scaling import penalties_to_go
 from vineppo.learning.scores import Savings, Scores, ScoreSheet, micro_batches_of, sequences_of, weights_of
+from vineppo.learning.sharding import (
+    ONE_RANK,
+    Ranks,
+    gather_weights,
+    like,
+    release,
+    shard_critic,
+    sharded_policy,
+    sharded_reference,
+)
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import sequence_scores
 from vineppo.model.lora import load_trained_state, merged_weights, trained_state
@@ -51,6 +61,7 @@ from vineppo.model.packing import packing_supported
 from vineppo.model.policy import Policy, Reference
 from vineppo.model.sequences import build_sequences, divide, mode
 from vineppo.run.checkpoint import read_state, write_state
+from vineppo.run.shards import has_shards, names_of_shards, read_shards, write_shards
 from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
 
@@ -75,6 +86,9 @@ class TorchLearner:
         seed: seed of the run. The seeds of the order of the samples and of dropout are derived from it.
         max_new_tokens: maximum number of tokens of a response, which the reduction `constant` divides by.
         savings: which ways to save computation are used; other values than the default are for measurements and tests.
+        ranks: the processes that share the work (`learning.sharding`). With several, each has a shard of the networks,
+            and `policy` is a whole copy, which every update changes in place. All ranks must make the same calls of
+            the public methods, except for `logprobs` and `weights`, or rank 0 leads and announces its calls.
     """
 
     def __init__(
@@ -90,12 +104,17 @@ class TorchLearner:
         seed: int,
         max_new_tokens: int = 1,
         savings: Savings = Savings(),  # noqa: B008
+        ranks: Ranks = ONE_RANK,
     ):
-        self.policy, self.reference, self.critic = policy, reference, critic
+        self.policy, self.critic, self.ranks = policy, critic, ranks
+        self.trained = sharded_policy(policy, ranks)
+        """The policy that is trained: a sharded copy of `policy`, or `policy` itself in one process."""
+        self.reference = sharded_reference(reference, policy, self.trained, ranks)
+        shard_critic(critic, ranks)
         self.config, self.critic_settings = config, critic_settings or CriticConfig()
         self.temperature, self.total_updates, self.seed = temperature, total_updates, seed
         self.max_new_tokens, self.savings = max_new_tokens, savings
-        self.optimizer = Optimizer(policy.model.parameters(), config.betas, config.weight_decay)
+        self.optimizer = Optimizer(self.trained.model.parameters(), config.betas, config.weight_decay)
         self.critic_optimizer = (
             None if critic is None else Optimizer(critic.parameters(), config.betas, config.weight_decay)
         )
@@ -134,6 +153,7 @@ class TorchLearner:
         Raises:
             UserError: if a sample is invalid, or the norm of a gradient is not finite.
         """
+        self.ranks.announce("update", samples, iteration, num_rollouts)
         check_samples(samples, with_returns=self.critic is not None)
         if self.config.mask_truncated:
             samples = without_truncated(samples)
@@ -148,12 +168,11 @@ class TorchLearner:
             if not train_policy or not self.savings.first_forward:
                 first = ()
             experience, metrics, gradient = self._prepare(samples, num_rollouts, iteration, first)
-        if check is not None:
-            try:
-                check(metrics)
-            except BaseException:
-                self.optimizer.clear_gradients()
-                raise
+        try:
+            self.ranks.together(None if check is None else lambda: check(metrics))
+        except BaseException:
+            self.optimizer.clear_gradients()
+            raise
         totals: dict[str, float] = defaultdict(float)
         updates_before = self.updates
         for indices in itertools.chain.from_iterable(parts):
@@ -165,6 +184,7 @@ class TorchLearner:
                     totals[key] += value
                 gradient = None
             self.scheduled += 1
+        gather_weights(self.trained.model, self.policy.model)
         num_updates = max(1, self.updates - updates_before)
         return {**metrics, **{key: value / num_updates for key, value in totals.items()}, "updates": self.updates}
 
@@ -181,11 +201,13 @@ class TorchLearner:
             raise UserError(
                 "the algorithm calls predict_values but has no value network; set needs_critic=True in its Algorithm"
             )
+        self.ranks.announce("predict_values", rollouts)
         values: list[list[float]] = [[] for _ in rollouts]
         ids = [r.prompt_ids + r.response_ids for r in rollouts]
         masks = [(0,) * len(r.prompt_ids) + (1,) * len(r.response_ids) for r in rollouts]
         packed = self._packs(self.policy)
-        for group in divide(ids, masks, self.config.micro_batch_tokens, packed):
+        limit = self.ranks.max_tokens(sum(map(len, ids)), self.config.micro_batch_tokens)
+        for group, _ in self.ranks.share(divide(ids, masks, limit, packed)):
             chosen_ids, chosen_masks = ([rows[i] for i in group] for rows in (ids, masks))
             sequences = build_sequences(chosen_ids, chosen_masks, [()] * len(group), packed, self.policy.device)
             with mode(self.critic.body, packed):
@@ -193,14 +215,24 @@ class TorchLearner:
             for i in group:
                 count = len(rollouts[i].response_ids)
                 values[i], flat = flat[:count], flat[count:]
-        return values
+        release(self.critic)
+        parts = self.ranks.gather(values)
+        return [next((row for row in rows if row), []) for rows in zip(*parts, strict=True)]
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the (name, tensor) pairs of the policy's current weights, with adapters merged into the weights."""
         return merged_weights(self.policy.model)
 
     def save(self, folder: Path) -> None:
-        """Write trained weights, optimizer states and numbers of updates to the file `learner.pt` in a folder."""
+        """Write trained weights, optimizer states and numbers of updates to a folder.
+
+        One process writes the file `learner.pt`. Several processes write the directory `learner`, each its shards; the
+        folder must be on a file system that all of them share.
+        """
+        self.ranks.announce("save", folder)
+        if self.ranks.count > 1:
+            write_shards(folder, self._shards())
+            return
         critic, critic_optimizer = self.critic, self.critic_optimizer
         state = {
             "policy": trained_state(self.policy.model),
@@ -213,13 +245,55 @@ class TorchLearner:
         write_state(folder / STATE_FILE, state)
 
     def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote to a folder.
+        """Restore the state that `save` wrote to a folder, with this or another number of processes.
 
         Raises:
-            UserError: if `learner.pt` is missing or cannot be read.
+            UserError: if the state is missing or cannot be read.
         """
+        self.ranks.announce("load", folder)
+        if has_shards(folder):
+            self._load_shards(folder)
+        else:
+            self._load_file(folder)
+        gather_weights(self.trained.model, self.policy.model)
+
+    def _networks(self) -> list[tuple[str, torch.nn.Module, Optimizer]]:
+        """Return (name, network, optimizer) of the policy and of the value network, if there is one."""
+        networks: list[tuple[str, torch.nn.Module, Optimizer]] = [("policy", self.trained.model, self.optimizer)]
+        if self.critic is not None and self.critic_optimizer is not None:
+            networks.append(("critic", self.critic, self.critic_optimizer))
+        return networks
+
+    def _shards(self, present: Callable[[str], bool] | None = None) -> dict[str, torch.Tensor]:
+        """Return the state of the learner as a dictionary from names to tensors, which may be sharded.
+
+        Args:
+            present: whether a tensor of the optimizer is needed, by name; None means those that exist. Those that are
+                needed and do not exist are created.
+        """
+        state: dict[str, torch.Tensor] = {}
+        for kind, network, optimizer in self._networks():
+            release(network)
+            state |= {f"{kind}/{name}": tensor for name, tensor in trained_state(network).items()}
+            names = [f"{kind}_optimizer/{name}" for name, p in network.named_parameters() if p.requires_grad]
+            state |= optimizer.tensors(names, present)
+        return state | {"updates": torch.tensor(self.updates), "scheduled": torch.tensor(self.scheduled)}
+
+    def _load_shards(self, folder: Path) -> None:
+        """Restore the state that several processes wrote."""
+        saved = names_of_shards(folder)
+        state = self._shards(lambda name: name in saved)
+        read_shards(folder, state)
+        self.updates, self.scheduled = int(state["updates"]), int(state["scheduled"])
+
+    def _load_file(self, folder: Path) -> None:
+        """Restore the state that one process wrote."""
         state: dict[str, Any] = read_state(folder / STATE_FILE)
-        load_trained_state(self.policy.model, state["policy"])
+        for kind, network, _ in self._networks():
+            release(network)
+            own = trained_state(network) if self.ranks.count > 1 else {}
+            state[kind] = {name: like(t, own.get(name, t)) for name, t in state[kind].items()}
+        load_trained_state(self.trained.model, state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.critic is not None and self.critic_optimizer is not None:
             load_trained_state(self.critic, state["critic"])
@@ -255,7 +329,8 @@ class TorchLearner:
         joined = {i for i in first if self._all_tokens_stay(kl_weights[i])}
         if self.policy.has_dropout or (self.reference is not None and self.config.kl.place == "reward"):
             joined = set()
-        self._score(self.policy, [i for i in range(len(samples)) if i not in joined], sheet)
+        others = [i for i in range(len(samples)) if i not in joined]
+        self._score(self.trained, others, sheet, ranks=self.ranks)
         refs = self._ref_logprobs(samples, kl_weights)
         rows = [trained_part(s.advantages, s) for s in samples]
         if self.reference is not None and self.config.kl.place == "reward":
@@ -307,37 +382,68 @@ class TorchLearner:
         if self.reference is not None:
             sheet, drawn = ScoreSheet(samples), [i for i, weight in enumerate(kl_weights) if weight]
             with self.reference.active() as start:
-                self._score(start, drawn, sheet, metrics=False)
+                self._score(start, drawn, sheet, metrics=False, ranks=self.ranks)
             for i in drawn:
                 refs[i] = tuple(sheet.logprobs[i])
         return refs
 
     def logprobs(self, policy: Policy, samples: Sequence[TrainingSample]) -> Scores:
-        """Compute the log-probabilities of the trained tokens and of the alternatives under a policy."""
+        """Compute the log-probabilities of the trained tokens and of the alternatives under a whole policy.
+
+        With several ranks, this rank computes them alone.
+        """
         sheet = ScoreSheet(samples)
         self._score(policy, range(len(samples)), sheet)
         return sheet.scores()
 
+    def ref_logprobs(self, samples: Sequence[TrainingSample]) -> list[tuple[float, ...]]:
+        """Compute the log-probabilities of the trained tokens of each sample under the reference; [] without one."""
+        if self.reference is None:
+            return []
+        self.ranks.announce("ref_logprobs", samples)
+        return [row or () for row in self._ref_logprobs(samples, [1.0] * len(samples))]
+
     @torch.no_grad()
-    def _score(self, policy: Policy, indices: Sequence[int], sheet: ScoreSheet, metrics: bool = True) -> None:
+    def _score(
+        self,
+        policy: Policy,
+        indices: Sequence[int],
+        sheet: ScoreSheet,
+        metrics: bool = True,
+        ranks: Ranks = ONE_RANK,
+    ) -> None:
         """Add the scores of some samples of a sheet under a policy to the sheet.
 
         Args:
             metrics: whether the entropies and variances are computed.
+            ranks: the ranks that share the work. The policy is sharded if there are several.
         """
         samples, packed = [sheet.samples[i] for i in indices], self._packs(policy)
-        for group in micro_batches_of(samples, self.config.micro_batch_tokens, packed):
+        part, scored = ScoreSheet(sheet.samples) if ranks.count > 1 else sheet, []
+        for group, counts in ranks.share(self._micro_batches(samples, packed, ranks)):
             chosen = [samples[i] for i in group]
             sequences = sequences_of(chosen, packed, policy.device)
             with mode(policy.model, packed):
                 scores = sequence_scores(
                     policy.model, sequences, self.temperature, variances=metrics, chunked=self.savings.chunked
                 )
-            sheet.add([indices[i] for i in group], scores, weights_of(chosen, policy.device))
+            if counts:
+                part.add([indices[i] for i in group], scores, weights_of(chosen, policy.device))
+                scored += [indices[i] for i in group]
+        if ranks.count > 1:
+            release(policy.model)
+        sheet.merge(ranks, part, scored)
+
+    def _micro_batches(self, samples: Sequence[TrainingSample], packed: bool, ranks: Ranks) -> list[list[int]]:
+        """Return the indices of the samples, divided into micro-batches."""
+        limit = ranks.max_tokens(sum(len(s.token_ids) for s in samples), self.config.micro_batch_tokens)
+        return micro_batches_of(samples, limit, packed)
 
     def _packs(self, policy: Policy) -> bool:
         """Return whether the samples are packed for the model of a policy without dropout."""
-        return self.savings.packed and packing_supported(policy.model)
+        # A sharded model is not tried, because all ranks would have to try it at the same time.
+        model = policy.model if self.ranks.count == 1 else self.policy.model
+        return self.savings.packed and packing_supported(model)
 
     def _update(
         self,
@@ -399,33 +505,38 @@ class TorchLearner:
         seed = derive_seed(self.seed, "dropout", self.updates)
         packed = self._packs(self.policy) and not self.policy.has_dropout
         totals: dict[str, float] = defaultdict(float)
-        for group, new in self._gradient_batches(parts, packed):
+        part, scored = ScoreSheet(sheet.samples) if sheet is not None and self.ranks.count > 1 else sheet, []
+        for (group, new), real in self.ranks.share(list(self._gradient_batches(parts, packed))):
             chosen = [parts[i] for i in group]
             sequences = sequences_of([e.sample for e in chosen], packed, self.policy.device)
             masks = [e.sample.loss_mask for e in chosen]
             # The backward pass is inside, too, because gradient checkpointing computes layers again.
-            with mode(self.policy.model, packed), self.policy.dropout([derive_seed(seed, i) for i in group], masks):
+            with mode(self.trained.model, packed), self.trained.dropout([derive_seed(seed, i) for i in group], masks):
                 entropies, chunked = config.entropy_coefficient > 0, self.savings.chunked
                 scores = sequence_scores(
-                    self.policy.model, sequences, self.temperature, entropies=entropies, variances=new, chunked=chunked
+                    self.trained.model, sequences, self.temperature, entropies=entropies, variances=new, chunked=chunked
                 )
                 tokens = tokens_of(chosen, scores.logprobs)
                 loss, sums = policy_loss(
                     config, tokens, scores, sequences.places, counts, self._divisor(counts), kl_in_loss
                 )
-                loss.backward()
-            if sheet is not None and new:
-                sheet.add([numbers[numbered[i][0]] for i in group], scores, tokens.weights)
+                (loss if real else loss * 0).backward()
+            if part is not None and new and real:
+                indices = [numbers[numbered[i][0]] for i in group]
+                part.add(indices, scores, tokens.weights)
+                scored += indices
             for key, value in sums.items():
-                totals[key] += value
-        return dict(totals)
+                totals[key] += value if real else 0.0
+        if sheet is not None and part is not None:
+            sheet.merge(self.ranks, part, scored)
+        return self.ranks.sums(totals)
 
     def _gradient_batches(self, parts: Sequence[Experience], packed: bool) -> Iterator[tuple[list[int], bool]]:
         """Yield (indices of the samples of a micro-batch, whether they have no old log-probabilities yet)."""
         for new in (True, False):
             chosen = [i for i, e in enumerate(parts) if (e.old_logprobs is None) == new]
             samples = [parts[i].sample for i in chosen]
-            for group in micro_batches_of(samples, self.config.micro_batch_tokens, packed):
+            for group in self._micro_batches(samples, packed, self.ranks):
                 yield [chosen[i] for i in group], new
 
     def _all_tokens_stay(self, kl_weight: float) -> bool:
@@ -458,13 +569,13 @@ class TorchLearner:
         chosen = [e.sample for e in minibatch if e.sample.returns is not None]
         tokens, total = sum(sum(s.trained_weights) for s in chosen) or 1, 0.0
         packed = self._packs(self.policy)
-        for group in micro_batches_of(chosen, self.config.micro_batch_tokens, packed):
+        for group, real in self.ranks.share(self._micro_batches(chosen, packed, self.ranks)):
             samples = [chosen[i] for i in group]
             with mode(critic.body, packed):
                 loss = self._value_loss(critic, samples, packed) / tokens
-                loss.backward()
-            total += loss.item()
-        return total
+                (loss if real else loss * 0).backward()
+            total += loss.item() if real else 0.0
+        return self.ranks.sums({"value/loss": total})["value/loss"]
 
     def _value_loss(self, critic: ValueNetwork, samples: Sequence[TrainingSample], packed: bool) -> torch.Tensor:
         """Return the value loss of a micro-batch, summed over its trained tokens."""

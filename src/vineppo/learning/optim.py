@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from vineppo.learning.sharding import full, like
 from vineppo.types import UserError
 
 
@@ -64,7 +65,7 @@ class Optimizer:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm or float("inf")))
+        norm = float(full(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm or float("inf"))))
         if not norm < float("inf"):
             raise GradientError(f"the gradient's norm is {norm}")
         for group in self.adamw.param_groups:
@@ -88,8 +89,35 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that `state_dict` returned."""
-        self.adamw.load_state_dict(state["adamw"])
+        """Load a state that `state_dict` returned, also into sharded parameters."""
+        moments = {
+            number: {name: like(tensor, self.masters[number]) for name, tensor in of_one.items()}
+            for number, of_one in state["adamw"]["state"].items()
+        }
+        self.adamw.load_state_dict({**state["adamw"], "state": moments})
         masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
         for master, saved in zip(masters, state["masters"], strict=True):
-            master.copy_(saved)
+            master.copy_(like(saved, master))
+
+    def tensors(self, names: Sequence[str], present: Callable[[str], bool] | None = None) -> dict[str, torch.Tensor]:
+        """Return the tensors of the state by name, which share their memory with the state.
+
+        Args:
+            names: name of each parameter.
+            present: whether a tensor is needed, by name; those that are needed and do not exist are created. None
+                means those that exist.
+        Returns:
+            `NAME/step`, `NAME/exp_avg` and `NAME/exp_avg_sq` of each parameter that has been updated, and
+            `NAME/master` of 16-bit weights.
+        """
+        tensors = {}
+        for name, parameter, master in zip(names, self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                tensors[f"{name}/master"] = master
+            moments = self.adamw.state.get(master, {})
+            if present is not None and present(f"{name}/step") and not moments:
+                moments = {"step": torch.tensor(0.0)}
+                moments |= {moment: torch.zeros_like(master.detach()) for moment in ("exp_avg", "exp_avg_sq")}
+                self.adamw.state[master] = moments
+            tensors |= {f"{name}/{moment}": tensor for moment, tensor in moments.items()}
+        return tensors

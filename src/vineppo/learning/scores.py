@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vineppo.learning.sharding import Ranks
 from vineppo.model.logits import TokenScores
 from vineppo.model.sequences import Sequences, build_sequences, divide
 from vineppo.types import TrainingSample
@@ -85,6 +86,23 @@ class ScoreSheet:
         for i in indices:
             count = len(self.samples[i].alternatives)
             self.alternatives[i], start = flat[start : start + count], start + count
+
+    def merge(self, ranks: Ranks, part: ScoreSheet, indices: Sequence[int]) -> None:
+        """Add the scores that all ranks have put on their sheets `part`.
+
+        Args:
+            part: an empty sheet of the same samples to which this rank has added the scores of its micro-batches; this
+                sheet itself in one process.
+            indices: the indices of the samples of these micro-batches.
+        """
+        if part is self:
+            return
+        rows = {i: (part.logprobs[i], part.alternatives[i], part.entropies[i]) for i in indices}
+        for found, sums in ranks.gather((rows, (part._entropy, part._excess, part._variance))):
+            for i, row in found.items():
+                self.logprobs[i], self.alternatives[i], self.entropies[i] = row
+            self._entropy, self._excess = self._entropy + sums[0], self._excess + sums[1]
+            self._variance += sums[2]
 
     def scores(self) -> Scores:
         """Return the scores of all samples."""

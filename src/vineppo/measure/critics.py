@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vineppo.config.load import settings_from_layers
 from vineppo.config.schema import ModelConfig
-from vineppo.learning.learner import STATE_FILE
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.lora import load_trained_state
 from vineppo.model.policy import Policy
-from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint, read_state
+from vineppo.run.checkpoint import has_checkpoint, latest_checkpoint
 from vineppo.run.directory import RunDirectory
+from vineppo.run.shards import read_networks
 from vineppo.types import UserError
 from vineppo.values import State
 
@@ -35,7 +34,7 @@ def load_critic(path: str | Path, codec_of: Policy) -> Critic:
     run = RunDirectory.open(path, writable=False)
     if not has_checkpoint(run.checkpoints):
         raise UserError(f"--critic {path} has no complete checkpoint; train it with run.checkpoint_every above 0")
-    state: dict[str, Any] = read_state(latest_checkpoint(run.checkpoints) / STATE_FILE)
+    state = read_networks(latest_checkpoint(run.checkpoints))
     if state.get("critic") is None:
         raise UserError(f"--critic {path} has no value network; give a run of an algorithm with one, such as ppo")
     if run.read_record().get("model_in_memory"):
@@ -61,7 +60,7 @@ def has_critic(path: str | Path) -> bool:
     run = RunDirectory.open(folder, writable=False)
     if not has_checkpoint(run.checkpoints):
         return False
-    state: dict[str, Any] = read_state(latest_checkpoint(run.checkpoints) / STATE_FILE)
+    state = read_networks(latest_checkpoint(run.checkpoints))
     return state.get("critic") is not None
 
 

@@ -23,7 +23,12 @@ _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
 def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
-    """Return a copy of a transformers model that has separate weights and computes bit-identical results.
+    """Return the copy of a model that `clone_with_adapters` makes, without its peft model."""
+    return clone_with_adapters(model, share)[0]
+
+
+def clone_with_adapters(model: Any, share: Iterable[torch.Tensor] = ()) -> tuple[Any, Any]:
+    """Copy a transformers model. The copy has separate weights and computes bit-identical results.
 
     The copy is built from the model's configuration on PyTorch's meta device, with the same adapters (peft) if the
     model has any. Then the parameters and buffers of each module are copied, and those other attributes that contain
@@ -36,12 +41,14 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
     Args:
         model: a transformers model. If it has adapters: the transformers model inside the peft model.
         share: parameters and buffers of `model` that are not copied, so that `model` and the copy share them.
+    Returns:
+        (the copy, the peft model that contains the copy, or None if `model` has no adapters).
     Raises:
         UserError: if layers were replaced, so that the model differs from a model built from its configuration, or if
             adapters of this kind cannot be built on the meta device.
     """
     try:
-        clone = _skeleton(model)
+        clone, wrapper = _skeleton(model)
     except (RuntimeError, NotImplementedError) as error:  # PyTorch raises both for computations with meta tensors.
         kinds = ", ".join(str(settings.peft_type.value) for settings in getattr(model, "peft_config", {}).values())
         raise UserError(
@@ -62,11 +69,11 @@ def clone_model(model: Any, share: Iterable[torch.Tensor] = ()) -> Any:
         _copy_state(source, targets[name], tensors)
     if hasattr(model, "generation_config"):
         clone.generation_config = copy.deepcopy(model.generation_config)
-    return clone
+    return clone, wrapper
 
 
-def _skeleton(model: Any) -> Any:
-    """Return a model with the same modules and adapters, on the meta device, where weights need no memory."""
+def _skeleton(model: Any) -> tuple[Any, Any]:
+    """Return (model, peft model or None) with the same modules and adapters, on the meta device without memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The same warnings were shown when the original model was created.
         skeleton = type(model)(copy.deepcopy(model.config))
@@ -86,7 +93,7 @@ def _skeleton(model: Any) -> Any:
     if adapters:
         # The settings of the original model, without the change above.
         skeleton.peft_config = copy.deepcopy(adapters)
-    return skeleton
+    return skeleton, wrapper
 
 
 def _same_class(source: nn.Module, target: nn.Module) -> bool:

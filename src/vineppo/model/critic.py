@@ -60,7 +60,8 @@ class ValueNetwork(nn.Module):
         If the sequences are packed, the body must be in `packed_mode`.
         """
         hidden = self.body(**sequences.inputs).last_hidden_state  # (X, Y, H)
-        return self.head(sequences.at_trained(hidden).float()).squeeze(-1)  # (N,)
+        # FSDP2 needs a result that is no view.
+        return self.head(sequences.at_trained(hidden).float()).squeeze(-1).clone()  # (N,)
 
 
 def _body_of(policy: Policy) -> nn.Module:

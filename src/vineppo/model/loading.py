@@ -18,7 +18,8 @@ from vineppo.model.location import only_local_copy, resolve_model_path, run_of_c
 from vineppo.model.lora import load_trained_state, merged_model, with_adapters
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.of_run import base_of_checkpoint, dtype_of_checkpoint
-from vineppo.run.checkpoint import read_state, verify_checkpoint
+from vineppo.run.checkpoint import verify_checkpoint
+from vineppo.run.shards import read_networks
 from vineppo.types import UserError
 
 
@@ -70,7 +71,7 @@ def _load_checkpoint(config: ModelConfig) -> tuple[Any, Any]:
     verify_checkpoint(folder)
     if base.lora.r:
         _warn_of_lost_adapters(config)
-    weights = read_state(folder / "learner.pt")["policy"]
+    weights = read_networks(folder)["policy"]
     model, tokenizer = load_pretrained(base)
     adapters = None
     if base.lora.r:

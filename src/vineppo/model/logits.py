@@ -101,6 +101,8 @@ def sequence_scores(
 
         with _before_head(model, keep):
             model(**sequences.inputs)
+        # In a sharded model, the layer has its whole weight only from the forward pass on.
+        output = output_of(model, sequences.packing is not None) or output
         return TokenScores(*chunked_scores(output, hidden[0], sequences.targets, others, temperature))
     with _before_head(model, lambda states: sequences.at_trained(states)[None]):
         logits = model(**sequences.inputs).logits[0]  # (N, V)

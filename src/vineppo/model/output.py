@@ -70,6 +70,16 @@ def output_of(model: Any, packed: bool = False) -> Output | None:
     return None if found is None else Output(layer.weight, layer.bias, *found)
 
 
+def share_operations(model: Any, copy: Any) -> None:
+    """Let `output_of` use for a copy of a model what it finds out about the model.
+
+    A copy that is sharded cannot be tried, because all processes would have to try it at the same time.
+    """
+    output_of(model)
+    if model in _OPERATIONS:
+        _OPERATIONS[copy] = _OPERATIONS[model]
+
+
 @torch.no_grad()
 def _tried(model: Any, layer: nn.Linear, packed: bool) -> tuple[float, float | None] | None:
     """Return the operations (factor, cap) after the output layer, or None if they do not give the model's logits."""

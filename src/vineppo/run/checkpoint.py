@@ -7,6 +7,7 @@ files:
 ```
 checkpoints/000020/state.pt       progress of the run (here after 20 iterations)
 checkpoints/000020/learner.pt     weights and optimizer states, written by the learner
+checkpoints/000020/learner/       the same, written by several processes, in place of learner.pt (see shards.py)
 checkpoints/000020/manifest.json  format, version of the package, and size and SHA-256 of every other file
 ```
 

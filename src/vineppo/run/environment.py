@@ -27,13 +27,14 @@ def version_of(package: str) -> str | None:
 def require_one_process() -> None:
     """Raise UserError if a launcher for distributed training, such as torchrun, started this process with others.
 
-    Training uses one process. Without this check, every process would train the same run in the same directory.
+    Without this check, every process would do the whole work and write the same files.
     """
     world_size = os.environ.get("WORLD_SIZE", "1").strip()
     if world_size.isdecimal() and int(world_size) > 1:
         raise UserError(
             f"WORLD_SIZE is {world_size}: a launcher (torchrun, accelerate launch) started {world_size} processes, but "
-            "vineppo trains in one process; start one process without a launcher, or unset WORLD_SIZE"
+            "only `vineppo train` and VinePPOTrainer work with several; start one process without a launcher, or unset "
+            "WORLD_SIZE"
         )
 
 

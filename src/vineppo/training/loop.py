@@ -13,15 +13,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace as replace_fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
+from vineppo.learning.sharding import Ranks
 from vineppo.model.of_run import started_from
 from vineppo.run.clock import Timer
 from vineppo.run.directory import RunDirectory
-from vineppo.run.environment import objects_before_excluded_from_collection, require_one_process
+from vineppo.run.environment import objects_before_excluded_from_collection
 from vineppo.run.files import disk_errors_in_one_line
 from vineppo.run.finished import plot_finished
 from vineppo.run.lock import locked
@@ -29,6 +30,7 @@ from vineppo.run.trackers import build_trackers, require_trackers
 from vineppo.training.changes import changed_settings, check_goes_on
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.evaluator import Evaluator
+from vineppo.training.following import with_ranks
 from vineppo.training.guards import Guards
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory, Parts, build_parts, updates_per_iteration
 from vineppo.training.preflight import check_new_run
@@ -74,21 +76,26 @@ def train(
         UserError: if the settings, the model, the data or the graders cannot be used, if the run directory exists and
             is not empty, or if the disk is full.
     """
-    require_one_process()
     config = with_run_dir(with_algorithm_section(config), recipe)
-    check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
-    if in_memory.policy is None:
-        config = replace(config, model=started_from(config.model))
-    parts = build_parts(config, reward_fn, in_memory)
-    RunDirectory(Path(config.run.dir), {}).make_folder()
-    with locked(Path(config.run.dir)):
-        run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
-        try:
-            session = _session(config, parts, run, reporter, 0)
-        except UserError:  # A tracker did not start. Remove the directory, so that the same command can be run again.
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        return _run(session, Progress(recipe=recipe))
+
+    def lead(ranks: Ranks) -> dict[str, Any]:
+        nonlocal config
+        check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
+        if in_memory.policy is None:
+            config = replace(config, model=started_from(config.model))
+        parts = build_parts(config, reward_fn, in_memory, ranks)
+        RunDirectory(Path(config.run.dir), {}).make_folder()
+        with locked(Path(config.run.dir)):
+            run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
+            try:
+                session = _session(config, parts, run, reporter, 0)
+            except UserError:
+                # A tracker did not start. Remove the directory, so that the same command can be run again.
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
+            return _run(session, Progress(recipe=recipe))
+
+    return with_ranks(config.model.device, in_memory, lead)
 
 
 def resume(
@@ -115,20 +122,36 @@ def resume(
         UserError: if the run is finished, another process trains in its directory, a setting differs that must not
             change, all checkpoints are damaged, or the model, the data or the graders cannot be used.
     """
-    require_one_process()
     config = with_algorithm_section(config)
+
+    def lead(ranks: Ranks) -> dict[str, Any]:
+        return _resume(config, recipe, reporter, checkpoint, _Given(reward_fn, in_memory, ranks))
+
+    return with_ranks(config.model.device, in_memory, lead)
+
+
+class _Given(NamedTuple):
+    """What a run gets besides its settings; see `resume`."""
+
+    reward_fn: RewardFn | Sequence[RewardFn] | None
+    in_memory: InMemory
+    ranks: Ranks
+
+
+def _resume(config: Config, recipe: str, reporter: Reporter | None, checkpoint: str, given: _Given) -> dict[str, Any]:
+    """Continue a run as the first of the ranks; see `resume`."""
     run = RunDirectory.open(config.run.dir)
     with locked(run.path), disk_errors_in_one_line(run.path):
         start = chosen_checkpoint(run, checkpoint)
         changes = changed_settings(run, config, any_change=start is None)
-        if start is None and in_memory.policy is None:
+        if start is None and given.in_memory.policy is None:
             config = replace(config, model=started_from(config.model))
         recorded, state = read_progress(start)
         recipe = recipe or str(run.read_record().get("recipe") or "")
         progress = with_changes(recorded or Progress(recipe=recipe), changes)
         check_goes_on(run, limit_reached(config.run, progress, updates_per_iteration(config)))
         require_trackers(config.run.report_to)
-        parts = build_parts(config, reward_fn, in_memory)
+        parts = build_parts(config, *given)
         if start is not None:
             restore(parts, start, state)
         run.read_metrics()  # raises UserError if the file is damaged

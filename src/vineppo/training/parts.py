@@ -12,10 +12,12 @@ from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.credit.algorithm import Algorithm, CreditParts, SampleFn
 from vineppo.learning.learner import TorchLearner
+from vineppo.learning.sharding import ONE_RANK, Ranks
 from vineppo.model.codec import Codec
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling.build import sampler_line, sampler_of
+from vineppo.sampling.ranks import RankSampler
 from vineppo.sampling.ray import RaySampler
 from vineppo.sampling.version import CurrentSampler
 from vineppo.sampling.vllm import VLLMSampler
@@ -90,7 +92,7 @@ class Parts:
 
     def free_sampler_memory(self) -> None:
         """Free the memory of a sampler that shares the learner's GPU, until the next call of the sampler."""
-        if isinstance(self.sampler.sampler, VLLMSampler):
+        if isinstance(self.sampler.sampler, VLLMSampler | RankSampler):
             self.sampler.sampler.sleep()
 
 
@@ -105,12 +107,30 @@ class InMemory:
     the configured data."""
 
 
+BUILD = "build"
+"""First announcement of rank 0 to the other ranks of a run, with the configuration."""
 NOTHING_IN_MEMORY = InMemory()
 """Loads the configured model and data."""
 
 
+def build_networks(config: Config, policy: Policy, ranks: Ranks = ONE_RANK) -> tuple[TorchLearner, Sampler | None]:
+    """Build the learner of a policy, and the sampler that uses its weights. All ranks must call this function.
+
+    Returns:
+        (learner, sampler). With a Ray pool only rank 0 has a sampler; it is None on the other ranks.
+    """
+    learner = build_learner(config, find_algorithm(config.algorithm), policy, ranks)
+    if config.sampler.pool == "ray":
+        return learner, build_engine(config, policy) if ranks.rank == 0 else None
+    engine = build_engine(config, policy)
+    return learner, engine if ranks.count == 1 else RankSampler(engine, ranks)
+
+
 def build_parts(
-    config: Config, reward_fn: RewardFn | Sequence[RewardFn] | None = None, in_memory: InMemory = NOTHING_IN_MEMORY
+    config: Config,
+    reward_fn: RewardFn | Sequence[RewardFn] | None = None,
+    in_memory: InMemory = NOTHING_IN_MEMORY,
+    ranks: Ranks = ONE_RANK,
 ) -> Parts:
     """Load and build all objects of a training run. This function writes no files.
 
@@ -118,18 +138,21 @@ def build_parts(
         config: the settings of the run, with the section of its algorithm.
         reward_fn: one or several functions that replace the task's graders; None uses the configured graders.
         in_memory: a model or data sets that are used instead of loading the configured ones.
+        ranks: the processes of the run. This one leads the others, which call `following.follow`.
     Raises:
         UserError: if the algorithm, the model, the data or the graders cannot be used.
     """
     algorithm = find_algorithm(config.algorithm)
     settings = algorithm_settings(config, algorithm)
+    ranks.announce(BUILD, config)
     policy = in_memory.policy or Policy.load(config.model)
     task = build_task(config.task, policy.codec.chat_prompt, reward_fn, in_memory.tables)
     limit = config.rollouts.max_new_tokens
     left_out = fit_prompts(task, policy.codec, limit, config.task.overlong, used_problems(config.eval))
     warn_of_few_problems(task, config.rollouts.num_problems)
-    learner = build_learner(config, algorithm, policy)
-    sampler = CurrentSampler(build_engine(config, policy), lambda: learner.updates)
+    learner, engine = build_networks(config, policy, ranks)
+    assert engine is not None  # This is rank 0.
+    sampler = CurrentSampler(engine, lambda: learner.updates)
     parts = CreditParts(
         sampler=sampler,
         task=task,
@@ -145,9 +168,14 @@ def build_parts(
     sample = algorithm.sample(settings, parts) if algorithm.sample else functools.partial(sample_independently, parts)
     credit = checked_credit(algorithm, algorithm.build(settings, parts))
     size, stop = parts.group_size, parts.stop
-    engine = sampler.sampler
-    line = engine.line if isinstance(engine, RaySampler) else sampler_line(policy, config.sampler.engine)
+    line = _sampler_line(policy, config, engine, ranks)
     return Parts(algorithm, policy, policy.codec, task, sampler, sample, credit, learner, size, stop, line, left_out)
+
+
+def _sampler_line(policy: Policy, config: Config, engine: Sampler, ranks: Ranks) -> str:
+    """Return one line that says which sampler is used, and with how many processes."""
+    line = engine.line if isinstance(engine, RaySampler) else sampler_line(policy, config.sampler.engine)
+    return f"{line}, {ranks.count} processes" if ranks.count > 1 else line
 
 
 def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
@@ -185,11 +213,14 @@ def checked_credit(algorithm: Algorithm, credit: CreditFn) -> CreditFn:
     return checked
 
 
-def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> TorchLearner:
+def build_learner(config: Config, algorithm: Algorithm, policy: Policy, ranks: Ranks = ONE_RANK) -> TorchLearner:
     """Build the learner that trains a policy.
 
     The learner gets a reference model if the coefficient of the KL penalty is above 0, and a value network if the
     algorithm needs one.
+
+    Args:
+        ranks: the processes that share the work of the learner. All of them must call this function.
     """
     settings = algorithm_settings(config, algorithm) if algorithm.needs_critic else None
     critic = None
@@ -205,6 +236,7 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy) -> Torch
         total_updates=total_updates(config),
         seed=config.run.seed,
         max_new_tokens=config.rollouts.max_new_tokens,
+        ranks=ranks,
     )
 
 

@@ -16,6 +16,7 @@ from vineppo.model.location import NEW_TINY, only_local_copy
 from vineppo.run.directory import RunDirectory
 from vineppo.run.environment import require_one_process
 from vineppo.run.files import check_writable
+from vineppo.run.peers import launched_ranks, require_launcher
 from vineppo.run.trackers import require_trackers
 from vineppo.tasks.build import check_task
 from vineppo.training.changes import check_resumable
@@ -80,10 +81,12 @@ def check_resume(config: Config, checkpoint: str) -> None:
         config: all settings, with the directory of the run as `run.dir`.
         checkpoint: the checkpoint to continue from: `newest`, `best` or the number of an iteration.
     Raises:
-        UserError: if a launcher started several processes, if the run cannot be resumed with these settings or from
-            this checkpoint, or if a tracker, the model or the task cannot be used.
+        UserError: if the run cannot be resumed with these settings or from this checkpoint, or if a tracker, the model
+            or the task cannot be used.
     """
-    require_one_process()
+    require_launcher()
+    if launched_ranks()[0]:  # Rank 0 checks, and may have changed the files already.
+        return
     check_resumable(RunDirectory.open(config.run.dir), config, checkpoint)
     require_trackers(config.run.report_to)
     check_model_and_task(config.model, config.task, needed_splits(config.eval))
@@ -97,10 +100,12 @@ def check_new_run(config: Config, *, model: bool = True, task: bool = True) -> N
         model: whether the model is loaded from `config.model`. False if it is already in memory.
         task: whether the task reads its data and reward functions from `config.task`. False if they are in memory.
     Raises:
-        UserError: if a launcher started several processes, the run directory cannot be created, a tracker is not
-            installed, or the model or the task cannot be used.
+        UserError: if the run directory cannot be created, a tracker is not installed, or the model or the task cannot
+            be used.
     """
-    require_one_process()
+    require_launcher()
+    if launched_ranks()[0]:  # Rank 0 checks, and may have created the directory already.
+        return
     RunDirectory.check_new(config.run.dir)
     require_trackers(config.run.report_to)
     if model:

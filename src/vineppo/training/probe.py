@@ -93,10 +93,6 @@ class Probe:
     ) -> ProbeResult:
         learner, policy = self.parts.learner, self.parts.policy
         known = [_sample(SampleRequest(prompt_ids, 1, len(self.known), 0), _unscored(self.known))]
-        reference: Scores | None = None
-        if learner.reference is not None:
-            with learner.reference.active() as start:
-                reference = learner.logprobs(start, known)
         repeats, expected = repeated(completions)
         return ProbeResult(
             agreement=agreement(
@@ -105,7 +101,7 @@ class Probe:
             repeats=repeats,
             expected_repeats=expected,
             policy_logprobs=tuple(learner.logprobs(policy, known).logprobs[0]),
-            reference_logprobs=() if reference is None else tuple(reference.logprobs[0]),
+            reference_logprobs=tuple(learner.ref_logprobs(known)[0]) if learner.reference is not None else (),
         )
 
 

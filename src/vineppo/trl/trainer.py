@@ -12,6 +12,9 @@
     )
     trainer.train()
 
+With `torchrun` or `accelerate launch`, the processes share the work (docs/scaling.md). The callbacks, the reward
+functions and the files are those of the first process.
+
 The trainer runs the same training as `vineppo train`, with the settings that `VinePPOConfig.to_config` returns.
 docs/from-trl.md lists for each field of TRL the corresponding setting of vineppo.
 """
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +37,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
-from vineppo.run.environment import require_one_process
+from vineppo.run.peers import launched_ranks, require_launcher
 from vineppo.sampling.version import close
 from vineppo.statistics import Interval
 from vineppo.tasks import build_task
@@ -66,7 +70,8 @@ class TrainOutput(NamedTuple):
     global_step: int
     """Number of updates."""
     training_loss: float
-    """Mean of the logged policy losses. The loss does not show whether the policy has improved."""
+    """Mean of the logged policy losses. The loss does not show whether the policy has improved. Of several processes,
+    only the first one logs; it is 0 in the others."""
     metrics: dict[str, Any]
     """The content of summary.json in the run directory: accuracies, numbers of tokens and updates, seconds."""
 
@@ -109,7 +114,7 @@ class VinePPOTrainer:
         callbacks: Sequence[Any] | None = None,
         peft_config: Any = None,
     ):
-        require_one_process()
+        require_launcher()
         check_config(args)
         self.args = args or VinePPOConfig()
         self.reward_funcs: list[Any] = []
@@ -271,7 +276,8 @@ class VinePPOTrainer:
         Args:
             output_dir: directory to write to; None means the folder `final` in the run directory.
         """
-        self.policy.save(output_dir or Path(self.args.output_dir) / "final")
+        if launched_ranks()[0] == 0:
+            self.policy.save(output_dir or Path(self.args.output_dir) / "final")
 
 
 def _ignore(*_: Any) -> None:
@@ -336,7 +342,12 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
 
 
 def _device(args: VinePPOConfig) -> str:
-    """Return the device for training: `cuda` if PyTorch finds a GPU and `args.use_cpu` is False, otherwise `cpu`."""
+    """Return the device for training: `cuda` if PyTorch finds a GPU and `args.use_cpu` is False, otherwise `cpu`.
+
+    If a launcher has started several processes, each of a machine uses another GPU.
+    """
+    if launched_ranks()[1] > 1 and torch.cuda.is_available() and not args.use_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
 
 
@@ -363,7 +374,7 @@ def _model_config(policy: Policy, args: VinePPOConfig) -> ModelConfig:
     return ModelConfig(
         path=getattr(policy.model.config, "_name_or_path", "") or "in memory",
         dtype="bfloat16" if next(policy.model.parameters()).dtype == torch.bfloat16 else "float32",
-        device=str(policy.device),
+        device=str(policy.device) if launched_ranks()[1] == 1 else policy.device.type,
         gradient_checkpointing=args.gradient_checkpointing,
         trust_remote_code=args.trust_remote_code,
         lora=lora,

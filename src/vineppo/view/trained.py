@@ -9,6 +9,7 @@ from typing import Any
 
 from vineppo.config.schema import Config
 from vineppo.objects import first_line
+from vineppo.run.peers import launched_ranks
 from vineppo.training import loop
 from vineppo.training.configure import with_algorithm_section, with_run_dir
 from vineppo.training.parts import NOTHING_IN_MEMORY, InMemory
@@ -61,10 +62,11 @@ def report_finished(run_dir: Path, summary: Mapping[str, Any]) -> Path | None:
     Args:
         run_dir: the directory of the run.
         summary: the content of summary.json. An interrupted run gets no report.
+            Of several processes, the first one writes it.
     Returns:
         The path of the HTML file of the report, or None if there is none.
     """
-    if summary.get("finish_reason") == "interrupted":
+    if summary.get("finish_reason") == "interrupted" or launched_ranks()[0] > 0:
         return None
     try:
         if _is_short(summary):
