@@ -6,6 +6,7 @@ weights of the policy slightly and send them to the engine.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -38,8 +39,16 @@ EXACT = 2e-3
 DRAWS = 20_000
 
 
-def build_engine(policy: Policy, **settings: object) -> VLLMSampler:
-    return VLLMSampler(policy, VLLMConfig(enforce_eager=True, **settings), kv_memory=1 << 28)  # type: ignore[arg-type]
+def descendants(process: int) -> list[int]:
+    """Return the numbers of the processes that a process has started, and of those that they have started."""
+    found = [
+        int(n) for task in Path(f"/proc/{process}/task").iterdir() for n in (task / "children").read_text().split()
+    ]
+    return [*found, *(n for child in found for n in descendants(child))]
+
+
+def build_engine(policy: Policy, **settings: Any) -> VLLMSampler:
+    return VLLMSampler(policy, VLLMConfig(enforce_eager=True, **settings), kv_memory=1 << 28)
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +278,8 @@ def test_the_canary_finds_an_update_that_does_not_arrive(
 def test_the_processes_of_the_engine_do_not_receive_interrupts(sampler: VLLMSampler) -> None:
     """Ctrl-C goes to all processes of a terminal, but a run that it stops finishes its iteration with the engine."""
     assert sampler.llm
-    processes = {p.pid: p.name() for p in psutil.Process().children(recursive=True)}
-    masks = [int(Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0], 16) for pid in processes]
+    statuses = [Path(f"/proc/{n}/status").read_text() for n in descendants(os.getpid())]
+    masks = [int(status.split("SigBlk:")[1].split()[0], 16) for status in statuses]
     assert sum(mask >> (signal.SIGINT - 1) & 1 for mask in masks) >= 2  # the engine and its worker
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGINT}
 
@@ -351,10 +360,11 @@ def test_the_engine_ends_when_its_trainer_is_killed() -> None:
     engine = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]])"
     trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     started = subprocess.Popen([sys.executable, "-c", engine, str(trainer.pid)])
-    while not (workers := psutil.Process(started.pid).children()):
+    while not (workers := descendants(started.pid)):
         time.sleep(0.1)
     assert started.poll() is None
     trainer.kill()
     trainer.wait()
     assert started.wait() == -signal.SIGKILL
-    workers[0].wait()
+    while Path(f"/proc/{workers[0]}").exists():
+        time.sleep(0.1)
