@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from tests.sampling.test_sampler import build_policy, prompts_and_states
-from vineppo.config.schema import ModelConfig
+from vineppo.config.schema import LoraConfig, ModelConfig, SamplerConfig
 from vineppo.model.policy import Policy
 from vineppo.sampling import pool as pool_module
 from vineppo.sampling.pool import Pool, WorkerDied, _queues
+from vineppo.sampling.ray import RaySampler
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.units import Unit, cut
 from vineppo.sampling.version import StaleWeights
@@ -243,3 +245,18 @@ def test_weights_of_another_model_are_refused() -> None:
         outcome.get()
     with pytest.raises(StaleWeights):
         worker.sample(1, []).get()
+
+
+def test_without_ray_one_line_says_how_to_install_it(llama: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # import raises ModuleNotFoundError
+    with pytest.raises(
+        UserError, match=r"^sampler.pool is ray, but Ray is not installed; pip install 'vineppo\[ray\]'$"
+    ):
+        RaySampler(llama, ModelConfig(), SamplerConfig(pool="ray"))
+
+
+def test_adapters_on_16_bit_weights_are_refused() -> None:
+    pytest.importorskip("peft")
+    policy = Policy.load(ModelConfig(dtype="bfloat16", lora=LoraConfig(r=2)))
+    with pytest.raises(UserError, match=r"^sampler.pool is ray, and model.dtype is bfloat16: adapters are merged"):
+        RaySampler(policy, ModelConfig(), SamplerConfig(pool="ray"))
