@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -375,6 +376,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
     Ctrl-C asks a run to stop after its iteration, for which the engine must go on.
     """
+    resource_tracker.ensure_running()  # Python starts it with the first process, and then unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
