@@ -53,7 +53,7 @@ def build_sampler(
     return EngineSampler(policy, library, max_rows=max_rows, kv_memory=kv_memory)
 
 
-def why_torch(policy: LanguageModel, engine: Engine) -> str:
+def why_torch(policy: LanguageModel, engine: Engine | Literal["vllm"]) -> str:
     """Return why `build_sampler` builds the PyTorch sampler, or an empty text if it builds the compiled engine."""
     if engine == "torch":
         return "sampler.engine is torch"
