@@ -84,6 +84,7 @@ def test_train(page: str) -> None:
     assert main(["train", "--resume", "runs/mine"]) == 2  # refused because the run is finished
 
 
+@pytest.mark.real
 def test_compare(page: str) -> None:
     arguments = ["--algorithms", "late_grpo:late_grpo,grpo", "--late_grpo.decay", "0.9", "--seeds", "1"]
     command = ["compare", "judgement", *SMALL, *arguments, "--budget", "updates=2", "--out", "runs/compared"]

@@ -169,6 +169,6 @@ def test_without_vllm_one_line_says_how_to_install_it() -> None:
 
 
 def test_settings() -> None:
-    assert SamplerConfig().vllm == VLLMConfig() and VLLMConfig(gpus="1,2").gpus == "1,2"
-    with pytest.raises(UserError, match=r"sampler.vllm.gpus is 'cuda:1'; give numbers of GPUs separated by commas"):
-        VLLMConfig(gpus="cuda:1")
+    assert SamplerConfig().vllm == VLLMConfig() and VLLMConfig(devices="1,2").devices == "1,2"
+    with pytest.raises(UserError, match=r"sampler.vllm.devices is 'cuda:1'; give numbers of GPUs separated by commas"):
+        VLLMConfig(devices="cuda:1")

@@ -300,7 +300,7 @@ class VLLMConfig(Settings):
     gpu_memory_share: float = Field(0.3, gt=0, le=1)
     """Share of the GPU's memory for vLLM: its weights, keys and values. The trainer needs the rest if it is on the same
     GPU. On a CPU, `rollouts.kv_memory` limits the keys and values instead."""
-    gpus: str = ""
+    devices: str = ""
     """Numbers of the GPUs of the engine, such as `1` or `1,2`, as nvidia-smi counts them; several share the model
     (tensor parallelism). Empty: the first visible GPU, which it shares with the trainer."""
     sleep: bool = False
@@ -314,17 +314,17 @@ class VLLMConfig(Settings):
     transfer: Literal["auto", "files", "ipc", "nccl"] = "auto"
     """Way of new weights to the engine. `files`: through files in memory, which works everywhere on one machine. `ipc`:
     CUDA IPC, for a GPU that trainer and engine share. `nccl`: between GPUs. `auto`: `files` on a CPU, `nccl` with
-    `gpus`, `ipc` otherwise."""
+    `devices`, `ipc` otherwise."""
     max_gap: float | None = Field(None, gt=0)
     """Bound of the check after every update of the weights: largest root mean square of the differences between the
     engine's and the trainer's log-probabilities of a fixed text, in nats. If it is not set, the bound is 0.02 if both
     compute in float32, and 0.5 otherwise."""
 
     def check(self) -> None:
-        """Raise UserError if `gpus` is no list of numbers."""
+        """Raise UserError if `devices` is no list of numbers."""
         require(
-            re.fullmatch(r"(\d+(,\d+)*)?", self.gpus) is not None,
-            f"sampler.vllm.gpus is {self.gpus!r}; give numbers of GPUs separated by commas, such as 1,2",
+            re.fullmatch(r"(\d+(,\d+)*)?", self.devices) is not None,
+            f"sampler.vllm.devices is {self.devices!r}; give numbers of GPUs separated by commas, such as 1,2",
         )
 
 

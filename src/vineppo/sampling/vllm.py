@@ -283,7 +283,7 @@ class VLLMSampler:
         """Start the engine, with random weights. The weights of the policy are sent afterwards."""
         transfer = self._transfer()
         _set_environment(transfer)
-        gpus = [gpu for gpu in self.settings.gpus.split(",") if gpu]
+        gpus = [gpu for gpu in self.settings.devices.split(",") if gpu]
         on_cpu = self.policy.model.device.type == "cpu"
         memory = (
             # Prefixes are computed in one piece, because with a seed vLLM 0.32 fails at an unfinished one on a CPU.
@@ -329,7 +329,7 @@ class VLLMSampler:
             return self.settings.transfer
         if self.policy.model.device.type != "cuda":
             return "files"
-        return "nccl" if self.settings.gpus else "ipc"
+        return "nccl" if self.settings.devices else "ipc"
 
 
 def require_vllm() -> str:

@@ -37,7 +37,7 @@ CHANGEABLE = (
     "sampler.engine",
     "sampler.vllm.dtype",
     "sampler.vllm.gpu_memory_share",
-    "sampler.vllm.gpus",
+    "sampler.vllm.devices",
     "sampler.vllm.sleep",
     "sampler.vllm.max_length",
     "sampler.vllm.enforce_eager",
