@@ -23,20 +23,18 @@ from vineppo.model.codec import Codec
 from vineppo.model.location import resolve_model_path
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import build_sampler
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.judge import InProcess
 from vineppo.training.rollouts import sample_groups
 from vineppo.types import (
-    Capabilities,
     Completion,
     CreditFn,
     Problem,
     RolloutGroup,
-    Sampler,
     SampleRequest,
     Split,
     Task,
-    Weights,
 )
 from vineppo.values import MonteCarlo
 
@@ -67,29 +65,12 @@ class EndlessCodec(Codec):
         return "".join(("x" + LETTERS)[token] for token in token_ids)
 
 
-@dataclass
-class FullLengthSampler:
+class FullLengthSampler(WrappedSampler):
     """A sampler that forwards all calls to another sampler and reports all completions as finished ("stop").
 
     No token ends a sequence here, so every completion has the maximum length. With the finish reason "length", its
     reward would be 0.
     """
-
-    sampler: Sampler
-
-    @property
-    def version(self) -> int:
-        """Number of policy updates that the weights include."""
-        return self.sampler.version
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Optional features of the sampler."""
-        return self.sampler.capabilities
-
-    def update_weights(self, version: int, weights: Weights) -> None:
-        """Give new weights to the sampler."""
-        self.sampler.update_weights(version, weights)
 
     def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
         """Return one list of completions per request, as described in `vineppo.types.Sampler.sample`."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vineppo.learning.sharding import Ranks
-from vineppo.sampling.version import close
 from vineppo.sampling.vllm import VLLMSampler
-from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleRequest, UserError, Weights
+from vineppo.sampling.wrapped import WrappedSampler
+from vineppo.types import Completion, OnFinished, SampleRequest, UserError, Weights
 
 
 @dataclass
-class RankSampler:
+class RankSampler(WrappedSampler):
     """Divides requests over the samplers of all ranks, and returns the completions on all ranks.
 
     Implements `types.Sampler`. All ranks must make the same calls, or rank 0 leads and announces its calls. With the
@@ -23,18 +23,7 @@ class RankSampler:
         ranks: the ranks.
     """
 
-    sampler: Sampler
     ranks: Ranks
-
-    @property
-    def version(self) -> int:
-        """Version of the weights."""
-        return self.sampler.version
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Capabilities of the sampler of this rank."""
-        return self.sampler.capabilities
 
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
@@ -71,10 +60,6 @@ class RankSampler:
         self.ranks.announce("sleep")
         if isinstance(self.sampler, VLLMSampler):
             self.sampler.sleep()
-
-    def close(self) -> None:
-        """End the processes of the sampler of this rank, if it has any."""
-        close(self.sampler)
 
 
 def cut(requests: Sequence[SampleRequest], rank: int, count: int) -> list[tuple[int, SampleRequest]]:

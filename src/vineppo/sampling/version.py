@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vineppo.types import Capabilities, Completion, OnFinished, Sampler, SampleRequest, UserError, Weights
+from vineppo.sampling.wrapped import WrappedSampler
+from vineppo.types import Completion, OnFinished, SampleRequest, UserError, Weights
 
 _REMEMBERED_UPDATES = 64
 """Number of updates for which the seeds of requests are remembered."""
@@ -25,7 +26,7 @@ class StaleWeights(RuntimeError):
 
 
 @dataclass
-class CurrentSampler:
+class CurrentSampler(WrappedSampler):
     """Wraps a sampler, and checks in every call of `sample` that the wrapped sampler has the current weights.
 
     Implements `types.Sampler`.
@@ -36,23 +37,12 @@ class CurrentSampler:
         tokens: total number of tokens of the completions that `sample` has returned.
     """
 
-    sampler: Sampler
     updates: Callable[[], int]
     tokens: int = 0
     kept: list[tuple[SampleRequest, Completion]] | None = None
     """Some completions of every call with their requests, kept for a check; None: none are kept."""
     _seeds: dict[tuple[int, int], int] = field(default_factory=dict, init=False, repr=False)
     """(seed, number of the first sample) of each recent request, and the version of the weights at that time."""
-
-    @property
-    def version(self) -> int:
-        """Version of the wrapped sampler's weights."""
-        return self.sampler.version
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """Capabilities of the wrapped sampler."""
-        return self.sampler.capabilities
 
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
@@ -96,10 +86,6 @@ class CurrentSampler:
         self.sampler.update_weights(version, weights)
         self._seeds = {key: used for key, used in self._seeds.items() if used > version - _REMEMBERED_UPDATES}
 
-    def close(self) -> None:
-        """End the processes of the wrapped sampler, if it has any."""
-        close(self.sampler)
-
     def _check_seeds(self, requests: Sequence[SampleRequest], version: int) -> None:
         """Raise RepeatedSeeds if random numbers would be used twice. Greedy requests use no random numbers."""
         keys = [(r.seed, r.first_sample) for r in requests if r.temperature > 0 and r.num_samples and r.max_new_tokens]
@@ -115,10 +101,3 @@ class CurrentSampler:
                 "use the same random numbers; derive the seed of a request from the iteration too"
             )
         self._seeds |= dict.fromkeys(keys, version)
-
-
-def close(sampler: Sampler) -> None:
-    """End the processes of a sampler, if it has any: if it has a method `close`."""
-    end = getattr(sampler, "close", None)
-    if end is not None:
-        end()

@@ -243,7 +243,7 @@ def build_learner(config: Config, algorithm: Algorithm, policy: Policy, ranks: R
 def build_engine(config: Config | OfflineConfig, policy: Policy) -> Sampler:
     """Build the sampler that generates responses: in this process with the weights of a policy, or in a pool.
 
-    `sampling.version.close` ends the processes of a pool.
+    `sampling.wrapped.close` ends the processes of a pool.
     """
     if config.sampler.pool == "ray":
         return RaySampler(policy, config.model, config.sampler)

@@ -38,7 +38,7 @@ from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
 from vineppo.run.peers import launched_ranks, require_launcher
-from vineppo.sampling.version import close
+from vineppo.sampling.wrapped import close
 from vineppo.statistics import Interval
 from vineppo.tasks import build_task
 from vineppo.tasks.grading.graders import load_grader
