@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.rendezvous import rendezvous
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vineppo.config.schema import ModelConfig, SamplerConfig, VLLMConfig
@@ -15,7 +19,8 @@ from vineppo.sampling.build import sampler_line
 from vineppo.sampling.canary import Canary, OldWeights
 from vineppo.sampling.vllm import VLLMSampler
 from vineppo.sampling.vllm_heads import head_size, widen_config, widened, wider_size
-from vineppo.sampling.vllm_weights import checkpoint_weights
+from vineppo.sampling.vllm_process import engine_gpus, environment_of_engine, transfer_of
+from vineppo.sampling.vllm_weights import _free_port, checkpoint_weights
 from vineppo.types import UserError
 
 SIZES = [32, 64, 128]
@@ -172,3 +177,68 @@ def test_settings() -> None:
     assert SamplerConfig().vllm == VLLMConfig() and VLLMConfig(devices="1,2").devices == "1,2"
     with pytest.raises(UserError, match=r"sampler.vllm.devices is 'cuda:1'; give numbers of GPUs separated by commas"):
         VLLMConfig(devices="cuda:1")
+
+
+# --- the process of the engine ---
+
+
+def launch(monkeypatch: pytest.MonkeyPatch, rank: int, count: int, visible: str = "") -> None:
+    """Set what torchrun sets in one of the processes of a machine."""
+    values = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
+    for name, value in (values | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+def test_the_engine_is_on_the_gpu_of_its_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert engine_gpus("", None) == [] and engine_gpus("", 0) == ["0"] and engine_gpus("", 1) == ["1"]
+    assert engine_gpus("1,2", 0) == ["1", "2"] and engine_gpus("1", None) == ["1"]
+    launch(monkeypatch, 1, 2)
+    assert engine_gpus("", 1) == ["1"]  # not the first visible GPU, which is that of the other trainer
+    launch(monkeypatch, 1, 2, visible="4, 6,7")
+    assert engine_gpus("", 1) == ["6"]
+
+
+def test_the_trainers_of_a_machine_divide_the_gpus_of_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank, gpus in ((0, ["4", "5"]), (1, ["6", "7"])):
+        launch(monkeypatch, rank, 2)
+        assert engine_gpus("4,5,6,7", rank) == gpus
+    with pytest.raises(UserError, match=r"^sampler.vllm.devices is 4,5,6: 3 GPUs cannot be divided among the 2 proc"):
+        engine_gpus("4,5,6", 1)
+    with pytest.raises(UserError, match=r"^sampler.vllm.devices is 2,1, but a trainer is on GPU 1; name other GPUs"):
+        engine_gpus("2,1", 0)
+    launch(monkeypatch, 0, 2, visible="2,3")
+    assert engine_gpus("0,1", 0) == ["0"]
+    with pytest.raises(UserError, match="a trainer is on GPU 3"):
+        engine_gpus("3,4", 0)
+
+
+def test_the_way_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = [transfer_of("auto", on_gpu, devices) for on_gpu, devices in ((False, ""), (True, ""), (True, "1"))]
+    assert ways == ["files", "ipc", "nccl"] and transfer_of("ipc", True, "") == "ipc"
+    launch(monkeypatch, 0, 2)
+    assert transfer_of("auto", True, "") == "files" and transfer_of("auto", True, "2,3") == "nccl"
+    with pytest.raises(UserError, match=r"^sampler.vllm.transfer is ipc, which vLLM supports only for one engine"):
+        transfer_of("ipc", True, "")
+
+
+def test_the_engine_opens_its_own_store_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM connects the processes of an engine in this way. Under torchrun it would wait for a store of torchrun."""
+    launch(monkeypatch, 1, 2, visible="0,1")
+
+    def store() -> bytes:
+        address = f"tcp://127.0.0.1:{_free_port()}"
+        opened, _, _ = next(rendezvous(address, rank=0, world_size=1, timeout=timedelta(seconds=1)))
+        opened.set("key", "value")
+        value: bytes = opened.get("key")
+        return value
+
+    with pytest.raises((DistNetworkError, DistStoreError)):
+        store()
+    with environment_of_engine(["1"]):
+        assert store() == b"value" and os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    with environment_of_engine([]):
+        assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ

@@ -302,7 +302,8 @@ class VLLMConfig(Settings):
     GPU. On a CPU, `rollouts.kv_memory` limits the keys and values instead."""
     devices: str = ""
     """Numbers of the GPUs of the engine, such as `1` or `1,2`, as nvidia-smi counts them; several share the model
-    (tensor parallelism). Empty: the first visible GPU, which it shares with the trainer."""
+    (tensor parallelism). With several trainers on a machine, each has an engine, and the engines divide these GPUs.
+    Empty: the engine is on the GPU of its trainer."""
     sleep: bool = False
     """Free the memory of the engine on the GPU during the updates of the trainer. It takes a few seconds per
     iteration."""
@@ -313,8 +314,8 @@ class VLLMConfig(Settings):
     """Do not compile the model and record no CUDA graphs: a faster start and slower sampling."""
     transfer: Literal["auto", "files", "ipc", "nccl"] = "auto"
     """Way of new weights to the engine. `files`: through files in memory, which works everywhere on one machine. `ipc`:
-    CUDA IPC, for a GPU that trainer and engine share. `nccl`: between GPUs. `auto`: `files` on a CPU, `nccl` with
-    `devices`, `ipc` otherwise."""
+    CUDA IPC, for a GPU that trainer and engine share, not with several trainers. `nccl`: between GPUs. `auto`: `nccl`
+    with `devices`, or else `ipc` for one trainer on a GPU and `files` for several and on a CPU."""
     max_gap: float | None = Field(None, gt=0)
     """Bound of the check after every update of the weights: largest root mean square of the differences between the
     engine's and the trainer's log-probabilities of a fixed text, in nats. If it is not set, the bound is 0.02 if both

