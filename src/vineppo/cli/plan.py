@@ -33,7 +33,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensor_parallel",
         metavar="N",
-        help="number of GPUs of the cluster over which a sampler splits its weights (default: 1, whole weights)",
+        help="number of GPUs of the cluster over which a sampler splits its weights, which training cannot do yet "
+        "(default: 1, whole weights)",
     )
     parser.add_argument(
         "--response_tokens", metavar="N", help="mean response length in tokens; needs --gpu or --cluster"

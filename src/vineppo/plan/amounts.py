@@ -11,6 +11,7 @@ from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.training.configure import algorithm_settings
 from vineppo.training.parts import total_updates, updates_per_iteration
+from vineppo.types import UserError
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,15 @@ def guessed_amounts(config: Config, response_tokens: int | None) -> Amounts:
     Args:
         config: configuration of the run.
         response_tokens: assumed number of tokens in a response. None assumes a third of `rollouts.max_new_tokens`.
+    Raises:
+        UserError: if no response can be as long as `response_tokens`.
     """
     settings = config.rollouts
+    if (response_tokens or 0) > settings.max_new_tokens:
+        raise UserError(
+            f"--response_tokens is {response_tokens}, but a response has at most {settings.max_new_tokens} tokens "
+            "(rollouts.max_new_tokens); give a smaller mean, or raise rollouts.max_new_tokens"
+        )
     length = response_tokens or max(1, settings.max_new_tokens // 3)
     rollouts = settings.num_problems * settings.group_size
     steps = max(1, length // 30)

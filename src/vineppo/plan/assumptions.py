@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vineppo.config.schema import Config
 from vineppo.plan import cluster_seconds as rates
-from vineppo.plan.amounts import Amounts
-from vineppo.plan.cluster_memory import RUNTIME, USABLE, uses_vllm
+from vineppo.plan.cluster_memory import RUNTIME, USABLE
+from vineppo.plan.job import Job
 from vineppo.plan.machines import ETHERNET, Cluster
 from vineppo.plan.shape import GIB
 
@@ -26,18 +25,12 @@ class Assumption:
     """The assumption, in one line."""
 
 
-def assumptions_of(config: Config, cluster: Cluster, amounts: Amounts, tensor_parallel: int) -> list[Assumption]:
-    """Return the assumptions of a prediction.
-
-    Args:
-        config: configuration of the run.
-        cluster: nodes, GPUs and links.
-        amounts: amounts of one iteration.
-        tensor_parallel: number of GPUs over which a sampler splits its weights.
-    """
+def assumptions_of(job: Job) -> list[Assumption]:
+    """Return the assumptions of a prediction."""
+    amounts = job.amounts
     return [
-        *_of_machines(cluster),
-        *_of_speed(config, tensor_parallel),
+        *_of_machines(job.cluster),
+        *_of_speed(job),
         Assumption(
             "assumed", f"{USABLE:.0%} of a GPU's memory can be used, {RUNTIME / GIB:.0f} GiB of it by libraries"
         ),
@@ -45,7 +38,7 @@ def assumptions_of(config: Config, cluster: Cluster, amounts: Amounts, tensor_pa
             "assumed",
             f"prompts of {amounts.prompt_tokens:.0f} tokens, steps of 30 tokens, responses of "
             f"{amounts.rollout_tokens / amounts.rollouts:.0f} tokens on average (--response_tokens); the longest "
-            f"response of an iteration has {config.rollouts.max_new_tokens}",
+            f"response of an iteration has {job.config.rollouts.max_new_tokens}",
         ),
         Assumption(
             "assumed",
@@ -88,8 +81,9 @@ def _of_machines(cluster: Cluster) -> list[Assumption]:
     return found
 
 
-def _of_speed(config: Config, tensor_parallel: int) -> list[Assumption]:
+def _of_speed(job: Job) -> list[Assumption]:
     """Return the assumptions about the speed of training and of decoding."""
+    config, tensor_parallel = job.config, job.tensor_parallel
     dtype, checkpointing = config.model.dtype, config.model.gradient_checkpointing
     measured = rates.UPDATE_SECONDS[dtype, checkpointing]
     found = [
@@ -112,7 +106,7 @@ def _of_speed(config: Config, tensor_parallel: int) -> list[Assumption]:
             "CPU (docs/results/scale/simulation.md)",
         ),
     ]
-    if uses_vllm(config) or tensor_parallel > 1:
+    if job.uses_vllm:
         split = f", which splits its weights over {tensor_parallel} GPUs," if tensor_parallel > 1 else ""
         found.append(
             Assumption("assumed", f"the sampler is vLLM{split} and its GPU never waits for launches (captured graphs)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 from vineppo.config.schema import Config
 from vineppo.plan.amounts import Amounts, guessed_amounts, iterations
 from vineppo.plan.assumptions import Assumption, assumptions_of
-from vineppo.plan.cluster_memory import USABLE, memory_per_gpu, sequences_per_sampler
+from vineppo.plan.cluster_memory import USABLE, memory_per_gpu
 from vineppo.plan.cluster_mends import does_not_fit
 from vineppo.plan.cluster_seconds import iteration_seconds
+from vineppo.plan.job import Job
 from vineppo.plan.machines import Cluster
 from vineppo.plan.shape import Shape, shape_from_config
 from vineppo.types import UserError
@@ -39,7 +39,7 @@ class ClusterPlan:
     iterations: int
     """Number of iterations of the run."""
     limits: Sequence[str]
-    """What more GPUs would not make faster, in sentences."""
+    """What is not possible yet and what more GPUs would not make faster, in sentences."""
     assumptions: Sequence[Assumption]
     """Every number that the prediction uses and that is not a setting, with its source."""
 
@@ -68,7 +68,8 @@ def cluster_plan(
     Args:
         config: configuration of the run.
         cluster: nodes, GPUs and links.
-        tensor_parallel: number of GPUs over which a sampler splits its weights; 1 gives every GPU a whole copy.
+        tensor_parallel: number of GPUs over which a sampler splits its weights, which training cannot do yet; 1 gives
+            every GPU a whole copy.
         response_tokens: mean number of tokens in a response. None assumes a third of `rollouts.max_new_tokens`.
     Raises:
         UserError: if the size of the model cannot be determined, the GPUs of a node or the attention heads cannot be
@@ -80,11 +81,12 @@ def cluster_plan(
             f"--tensor_parallel is {tensor_parallel}; it must divide the {cluster.per_node} GPUs of a node and the "
             f"{shape.heads} attention heads of the model"
         )
-    memory = memory_per_gpu(config, shape, amounts, cluster, tensor_parallel)
+    job = Job(config, shape, amounts, cluster, tensor_parallel)
+    memory = memory_per_gpu(job)
     available = USABLE * cluster.gpu.memory
     if memory["peak"] > available:
-        raise UserError(does_not_fit(config, shape, amounts, cluster, tensor_parallel))
-    seconds = iteration_seconds(config, shape, amounts, cluster, tensor_parallel)
+        raise UserError(does_not_fit(job))
+    seconds = iteration_seconds(job)
     phases = {phase: sum(parts.values()) for phase, parts in seconds.items()}
     return ClusterPlan(
         cluster=cluster,
@@ -95,32 +97,27 @@ def cluster_plan(
         available=available,
         seconds=seconds,
         iterations=iterations(config, amounts, phases),
-        limits=_limits(config, amounts, cluster, tensor_parallel, seconds),
-        assumptions=assumptions_of(config, cluster, amounts, tensor_parallel),
+        limits=_limits(job, seconds),
+        assumptions=assumptions_of(job),
     )
 
 
-def _limits(
-    config: Config,
-    amounts: Amounts,
-    cluster: Cluster,
-    tensor_parallel: int,
-    seconds: Mapping[str, Mapping[str, float]],
-) -> list[str]:
-    """Return what more GPUs would not make faster, in sentences."""
+def _limits(job: Job, seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return what is not possible yet and what more GPUs would not make faster, in sentences."""
     found = []
-    minibatch, ranks = min(config.learner.minibatch_size, amounts.rollouts), cluster.ranks
-    own = math.ceil(minibatch / ranks)
-    if own * ranks > minibatch:
+    minibatch, ranks, rollouts = job.minibatch, job.cluster.ranks, job.amounts.rollouts
+    if job.tensor_parallel > 1:
         found.append(
-            f"a minibatch has {minibatch} sequences for {ranks} GPUs, so {1 - minibatch / (own * ranks):.0%} of their "
-            "time in updates is not used"
+            "not possible yet: training keeps the whole policy on every GPU, and splits an engine only over GPUs of "
+            "its own (sampler.vllm.devices)"
         )
-    samplers = ranks // tensor_parallel
-    if sequences_per_sampler(amounts.rollouts, cluster, tensor_parallel) == 1 and samplers > 1:
+    if job.own_sequences * ranks > minibatch:
         found.append(
-            f"{amounts.rollouts} rollouts for {samplers} samplers: a sampler cannot take less than one response"
+            f"a minibatch has {minibatch} sequences for {ranks:,} GPUs, so "
+            f"{1 - minibatch / (job.own_sequences * ranks):.0%} of their time in updates is not used"
         )
+    if job.sequences_per_sampler(rollouts) == 1 and job.samplers > 1:
+        found.append(f"{rollouts} rollouts for {job.samplers:,} samplers: a sampler cannot take less than one response")
     total = sum(sum(parts.values()) for parts in seconds.values())
     serial = sum(parts.get("first process", 0.0) for parts in seconds.values())
     if serial > 0.1 * total:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 from vineppo.config.schema import Config
-from vineppo.credit import find_algorithm
-from vineppo.plan.amounts import Amounts
-from vineppo.plan.cluster_memory import micro_batch, number_bytes, rows_at_once, sequences_per_sampler, uses_vllm
 from vineppo.plan.datasheet import GPUS, separate_passes
+from vineppo.plan.job import Job
 from vineppo.plan.machines import Cluster
-from vineppo.plan.shape import KNOWN, Shape, count_trainable, kv_bytes
+from vineppo.plan.shape import KNOWN, count_trainable, kv_bytes
 
 MEASURED_ON = GPUS["h200"]
 """The GPU of docs/results/gpu."""
@@ -65,79 +62,63 @@ def training_share(config: Config) -> float:
     return 6 * _UPDATED / measured / MEASURED_ON.flops
 
 
-def iteration_seconds(
-    config: Config, shape: Shape, amounts: Amounts, cluster: Cluster, tensor_parallel: int
-) -> dict[str, dict[str, float]]:
+def iteration_seconds(job: Job) -> dict[str, dict[str, float]]:
     """Estimate the seconds of an iteration.
 
-    Args:
-        config: configuration of the run.
-        shape: size of the model.
-        amounts: amounts of one iteration.
-        cluster: nodes, GPUs and links.
-        tensor_parallel: number of GPUs over which a sampler splits its weights.
     Returns:
         Phase (`sample`, `credit`, `update` or `transfer`) -> part of the phase -> seconds. Nothing overlaps.
     """
-    decode = functools.partial(decode_seconds, config, shape, cluster, tensor_parallel)
+    config, shape, amounts, cluster = job.config, job.shape, job.amounts, job.cluster
     length = amounts.rollout_tokens / amounts.rollouts
     continuations = amounts.mc_tokens / max(1.0, length / 2)
     forward = forward_seconds(config, cluster) * shape.parameters / cluster.ranks
     # With several nodes, every node receives all weights, even if each of its GPUs keeps a part of them.
-    moved = shape.parameters * number_bytes(config) / (tensor_parallel if cluster.nodes == 1 else 1)
-    critic = find_algorithm(config.algorithm).needs_critic
+    moved = shape.parameters * job.number_bytes / (job.tensor_parallel if cluster.nodes == 1 else 1)
     credit = {"continuations": 0.0, "prefixes": 0.0, "values": 0.0, "first process": RANK_0_SECONDS * continuations}
     if continuations:
-        credit["continuations"] = decode(continuations, length / 2, amounts.prompt_tokens + length / 2)
+        credit["continuations"] = decode_seconds(job, continuations, length / 2, amounts.prompt_tokens + length / 2)
         credit["prefixes"] = forward * amounts.rollouts * amounts.sequence_tokens
-    if critic:
+    if job.needs_critic:
         credit["values"] = forward * amounts.rollouts * amounts.sequence_tokens
     return {
         "sample": {
             "prompts": forward * config.rollouts.num_problems * amounts.prompt_tokens,
-            "rollouts": decode(amounts.rollouts, length, amounts.prompt_tokens),
+            "rollouts": decode_seconds(job, amounts.rollouts, length, amounts.prompt_tokens),
             "first process": RANK_0_SECONDS * amounts.rollouts,
         },
         "credit": credit,
-        "update": update_seconds(config, shape, amounts, cluster, forward),
+        "update": update_seconds(job, forward),
         "transfer": {"weights to samplers": _gather(cluster, moved)},
     }
 
 
-def decode_seconds(
-    config: Config, shape: Shape, cluster: Cluster, tensor_parallel: int, count: float, mean: float, prompt: float
-) -> float:
+def decode_seconds(job: Job, count: float, mean: float, prompt: float) -> float:
     """Estimate the seconds in which the samplers decode `count` sequences with `mean` tokens on average.
 
     A sampler needs the longest of three times: the launches of its decode steps (PyTorch sampler only), the arithmetic,
-    and reading. A sampler that is split over several GPUs is vLLM. The number of decode steps is that of the longest
-    response, which is assumed to have `rollouts.max_new_tokens` tokens. If not all sequences fit into one batch, the
-    tokens divided by the rows of a batch are added, which is the bound of list scheduling (Graham 1969).
+    and reading. The number of decode steps is that of the longest response, which is assumed to have
+    `rollouts.max_new_tokens` tokens. If not all sequences fit into one batch, the tokens divided by the rows of a batch
+    are added, which is the bound of list scheduling (Graham 1969).
 
     Args:
-        config: configuration of the run.
-        shape: size of the model.
-        cluster: nodes, GPUs and links.
-        tensor_parallel: number of GPUs of a sampler.
         count: number of sequences, for all samplers.
         mean: mean number of decoded tokens of a sequence.
         prompt: mean number of tokens before these.
     """
-    sequences = sequences_per_sampler(count, cluster, tensor_parallel)
-    rows = rows_at_once(config, shape, prompt + mean, sequences, tensor_parallel)
+    shape, speed, together = job.shape, job.cluster.gpu, job.tensor_parallel
+    sequences = job.sequences_per_sampler(count)
+    rows = job.rows_at_once(prompt + mean, sequences)
     tokens = sequences * mean
-    steps = max(mean, config.rollouts.max_new_tokens) + (tokens / rows if sequences > rows else 0.0)
-    size, speed, together = number_bytes(config), cluster.gpu, tensor_parallel
+    steps = max(mean, job.config.rollouts.max_new_tokens) + (tokens / rows if sequences > rows else 0.0)
+    size = job.number_bytes
     share = DECODING if size == 2 else DECODING * UPDATE_SECONDS["bfloat16", False] / UPDATE_SECONDS["float32", False]
-    launches = 0.0 if uses_vllm(config) or tensor_parallel > 1 else steps * shape.layers * LAUNCH_SECONDS
+    launches = 0.0 if job.uses_vllm else steps * shape.layers * LAUNCH_SECONDS
     arithmetic = 2 * shape.parameters * tokens / (share * speed.flops * together)
     read = steps * shape.parameters * size + tokens * (prompt + mean / 2) * kv_bytes(shape, size)
     return max(launches, arithmetic, read / (READING * speed.bandwidth * together))
 
 
-def update_seconds(
-    config: Config, shape: Shape, amounts: Amounts, cluster: Cluster, forward: float
-) -> dict[str, float]:
+def update_seconds(job: Job, forward: float) -> dict[str, float]:
     """Estimate the seconds of the parts of all updates of an iteration.
 
     The sequences of a minibatch are shared by all GPUs; the GPU with the most sequences determines the time. Every
@@ -146,13 +127,12 @@ def update_seconds(
     Args:
         forward: seconds of a forward pass for one token, if all GPUs share the tokens.
     """
-    length, minibatch = amounts.sequence_tokens, min(config.learner.minibatch_size, amounts.rollouts)
-    networks = 1 + find_algorithm(config.algorithm).needs_critic
-    own = math.ceil(minibatch / cluster.ranks)  # sequences of the busiest GPU
-    batches = math.ceil(own * length / micro_batch(config, amounts, cluster.ranks))
+    config, shape, amounts, cluster = job.config, job.shape, job.amounts, job.cluster
+    length, own, networks = amounts.sequence_tokens, job.own_sequences, 1 + job.needs_critic
+    batches = math.ceil(own * length / job.micro_batch)
     passes = separate_passes(config, amounts.rollouts)
-    forward_batches = passes * amounts.rollouts * length / cluster.ranks / micro_batch(config, amounts, cluster.ranks)
-    weights = _gather(cluster, shape.parameters * number_bytes(config))
+    forward_batches = passes * amounts.rollouts * length / cluster.ranks / job.micro_batch
+    weights = _gather(cluster, shape.parameters * job.number_bytes)
     gradients = _gather(cluster, count_trainable(config, shape) * 4.0)
     per_token = training_seconds(config, cluster) * shape.parameters
     return {

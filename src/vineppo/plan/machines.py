@@ -79,6 +79,7 @@ def cluster_of(name: str, links: str | None = None) -> Cluster:
     Raises:
         UserError: if one of the two is not of this form, or names an unknown kind of GPU, link or unit.
     """
+    name = name.strip().lower()
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([a-z0-9-]+)", name)
     if not match:
         raise UserError(

@@ -1,0 +1,78 @@
+"""A run on a cluster, from which memory and seconds are computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vineppo.config.schema import Config
+from vineppo.credit import find_algorithm
+from vineppo.plan.amounts import Amounts
+from vineppo.plan.machines import Cluster
+from vineppo.plan.shape import GIB, Shape, kv_bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings, model, work and machines of a run."""
+
+    config: Config
+    """Configuration of the run."""
+    shape: Shape
+    """Size of the model."""
+    amounts: Amounts
+    """Amounts of one iteration."""
+    cluster: Cluster
+    """Nodes, GPUs and links."""
+    tensor_parallel: int = 1
+    """Number of GPUs over which a sampler splits its weights; 1 gives every GPU a whole copy."""
+
+    @property
+    def uses_vllm(self) -> bool:
+        """Whether the sampler is vLLM, which keeps weights of its own and captures its decode step in a graph."""
+        return self.config.sampler.engine == "vllm" or self.tensor_parallel > 1
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether a value network is trained."""
+        return find_algorithm(self.config.algorithm).needs_critic
+
+    @property
+    def number_bytes(self) -> int:
+        """Number of bytes of a number of the model."""
+        return 2 if self.config.model.dtype == "bfloat16" else 4
+
+    @property
+    def samplers(self) -> int:
+        """Number of samplers."""
+        return self.cluster.ranks // self.tensor_parallel
+
+    @property
+    def minibatch(self) -> int:
+        """Number of sequences of a minibatch."""
+        return min(self.config.learner.minibatch_size, self.amounts.rollouts)
+
+    @property
+    def own_sequences(self) -> int:
+        """Number of sequences of a minibatch that the busiest GPU trains on."""
+        return math.ceil(self.minibatch / self.cluster.ranks)
+
+    @property
+    def micro_batch(self) -> float:
+        """Number of tokens of the largest micro-batch of one GPU."""
+        length = self.amounts.sequence_tokens
+        return max(length, min(self.config.learner.micro_batch_tokens, self.own_sequences * length))
+
+    def sequences_per_sampler(self, count: float) -> int:
+        """Return how many of `count` sequences the busiest sampler gets."""
+        return math.ceil(count / self.samplers)
+
+    def rows_at_once(self, length: float, count: int) -> int:
+        """Return how many of `count` sequences a sampler decodes at the same time.
+
+        Args:
+            length: mean number of tokens of a sequence with its prompt.
+        """
+        rollouts = self.config.rollouts
+        bytes_per_row = length * kv_bytes(self.shape, self.number_bytes) / self.tensor_parallel
+        return max(1, min(count, rollouts.max_rows, int(rollouts.kv_memory * GIB / bytes_per_row)))
