@@ -6,7 +6,8 @@ python benchmarks/ranks.py --out docs/results/scale/equal.json
 
 Each case samples the training samples of an algorithm once, and makes eight updates with them with 1, 2 and 3 ranks
 (gloo, one thread each). The largest absolute difference of a weight, of a value and of a metric is written as JSON,
-together with the largest change of a weight, with which the difference must be compared.
+together with the largest change of a weight, with which the difference must be compared. The other fields of the file
+are those of `benchmarks/workers.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,13 @@ def largest(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def write_fields(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write fields to a JSON file. The other fields that the file has stay."""
+    present = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(fields) | {k: v for k, v in present.items() if k not in fields}, indent=2) + "\n")
+
+
 def main() -> None:
     """Measure, print and write the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,8 +212,7 @@ def main() -> None:
     for case, found in results.items():
         print(f"{case:<30} {json.dumps(found)}")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**largest(results), "cases": results}, indent=2) + "\n")
+        write_fields(options.out, {**largest(results), "cases": results})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from vineppo.config.schema import (
 )
 from vineppo.learning.learner import TorchLearner
 from vineppo.training.configure import config_class
-from vineppo.types import Capabilities, Completion, Metrics, Sampler, SampleRequest, TrainingSample, Weights
+from vineppo.types import Metrics, TrainingSample
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
@@ -59,27 +58,6 @@ class SilentReporter:
 
     def finish(self, summary: Mapping[str, Any], run_dir: Path) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class WrappedSampler:
-    """A sampler that forwards all calls to another sampler. Samplers for tests extend it and override one method."""
-
-    sampler: Sampler
-
-    @property
-    def version(self) -> int:
-        return self.sampler.version
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self.sampler.capabilities
-
-    def sample(self, requests: Sequence[SampleRequest], on_finished: Any = None) -> list[list[Completion]]:
-        return self.sampler.sample(requests, on_finished)
-
-    def update_weights(self, version: int, weights: Weights) -> None:
-        self.sampler.update_weights(version, weights)
 
 
 def small_config(run_dir: Path, algorithm: str = "vineppo", **sections: Any) -> Config:

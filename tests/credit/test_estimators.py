@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from tests.credit.test_ground_truth import ExactValues, TableCritic, policy, ppo, vine, world
-from tests.helpers import WrappedSampler
 from tests.world import EOS, LETTERS, TableSampler, World, text_of
 from vineppo.credit.bisection import bisected_vine_credit, differ
 from vineppo.credit.grpo import grpo_credit
 from vineppo.credit.reinforce import reinforce_credit
 from vineppo.credit.rloo import rloo_credit
 from vineppo.credit.vineppo import vine_credit, vine_node_credit
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.steps import build_splitter
 from vineppo.types import Completion, CreditFn, Metrics, Rollout, RolloutGroup, SampleRequest, TrainingSample
 from vineppo.values import MonteCarlo, ReusingMonteCarlo, State, Value

@@ -17,11 +17,11 @@ import pytest
 from tests.credit.enumerated import cosine, error, length, weighted
 from tests.credit.test_ground_truth import policy, world
 from tests.credit.test_tree import Tree, copies, families
-from tests.helpers import WrappedSampler
 from tests.world import TableSampler, World
 from vineppo.cli.common import training_config
 from vineppo.credit.algorithm import CreditParts
 from vineppo.credit.tree import TreeSettings, branching_points, sample_trees, tree_credit
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.types import Completion, Rollout, RolloutGroup, Sampler, SampleRequest, TrainingSample, UserError
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import WrappedSampler
 from tests.sampling.test_sampler import (
     EOS,
     SPECIAL,
@@ -34,6 +33,7 @@ from vineppo.sampling.engine.sampler import EngineSampler
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.trunks import trunks_of
 from vineppo.sampling.version import CurrentSampler
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.seeds import derive_seed
 from vineppo.tasks.chain import ChainTask
 from vineppo.types import Capabilities, Completion, Draft, Sampler, SampleRequest, UserError

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.workers import in_this_process
 
 from tests.helpers import ROOT, small_config, weights_hash
 from tests.sampling.test_sampler import build_policy, prompts_and_states
@@ -27,7 +28,6 @@ from vineppo.sampling import pool as pool_module
 from vineppo.sampling.build import Engine, build_sampler
 from vineppo.sampling.engine.library import load
 from vineppo.sampling.ray import RaySampler
-from vineppo.sampling.units import cut
 from vineppo.sampling.version import StaleWeights
 from vineppo.training.loop import train
 from vineppo.types import Completion, SampleRequest, TrainingWarning, UserError
@@ -67,13 +67,9 @@ def in_units(policy: Policy, engine: Engine, requests: Sequence[SampleRequest]) 
     """The completions of the units, sampled one after another in this process with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sampler = build_sampler(policy, engine, max_rows=ROWS)
-    results: list[dict[int, Completion]] = [{} for _ in requests]
-    for unit in cut(requests, ROWS, 1 << 40, "m"):
-        for part, group in zip(unit.parts, sampler.sample(unit.requests), strict=True):
-            results[part.index] |= {part.first + j: completion for j, completion in enumerate(group)}
+    results = in_this_process(policy, engine, requests, ROWS)
     torch.set_num_threads(threads)
-    return [[by_sample[j] for j in sorted(by_sample)] for by_sample in results]
+    return results
 
 
 def process_of(cluster: Any, sampler: RaySampler, worker: int) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import WrappedSampler
 from tests.world import build_world
 from vineppo.sampling.version import CurrentSampler, StaleWeights
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.types import Completion, SampleRequest
 
 W = build_world(3)
@@ -28,7 +28,7 @@ class Learner:
         return W.policy.model.named_parameters()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Behind(WrappedSampler):
     """A sampler that returns some completions with the previous version, like an engine that samples in advance."""
 

@@ -20,12 +20,12 @@ from tests.run.test_lock_and_disk import file_size_limit
 from vineppo.cli.main import main
 from vineppo.config.schema import Config, EvalConfig, LearnerConfig, LoraConfig, ModelConfig, RunConfig
 from vineppo.config.settings import replace
-from vineppo.learning.learner import STATE_FILE
 from vineppo.model.lora import merged_weights
 from vineppo.model.policy import Policy
 from vineppo.run.checkpoint import read_state, save_checkpoint
 from vineppo.run.directory import RunDirectory
 from vineppo.run.lock import locked
+from vineppo.run.shards import WHOLE
 from vineppo.statistics import Interval
 from vineppo.training.changes import changed_settings
 from vineppo.training.evaluate import Measurement
@@ -322,7 +322,7 @@ def test_the_model_of_a_run_that_did_not_finish(tmp_path: Path, lora: int, capsy
         train(second, reporter=At(1, crash))
     recorded = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
     assert recorded["model"]["path"] == str(checkpoint)  # also if the first run goes on
-    at_start = read_state(tmp_path / "second/checkpoints/000000" / STATE_FILE)["policy"]
+    at_start = read_state(tmp_path / "second/checkpoints/000000" / WHOLE)["policy"]
     assert all(torch.equal(at_start[name], expected[name]) for name in expected)
     checkpoint.rename(tmp_path / "run/checkpoints/000009")
     with pytest.raises(UserError, match="does not exist any more: its run has removed that checkpoint"):

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.helpers import SilentReporter, WrappedSampler, small_config, weights_hash
+from tests.helpers import SilentReporter, small_config, weights_hash
 from vineppo.config.load import config_to_dict
 from vineppo.config.schema import (
     Config,
@@ -40,6 +40,7 @@ from vineppo.credit.vineppo import VinePPOSettings
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import build_sampler
 from vineppo.sampling.version import StaleWeights
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.training.loop import resume, train
 from vineppo.types import Sampler, UserError, Weights
 
@@ -151,7 +152,7 @@ def test_truth_7_a_resumed_run_has_the_same_bits(tmp_path: Path, algorithm: str)
     ]
 
 
-@dataclass(frozen=True)
+@dataclass
 class CopyingEngine(WrappedSampler):
     """Samples from a copy of the policy that only `update_weights` changes, as an engine in another process does."""
 

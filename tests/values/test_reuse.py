@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from tests.credit.test_ground_truth import SIGMAS, world, z_scores
-from tests.helpers import WrappedSampler, known
+from tests.helpers import known
 from tests.world import World, policy_gradient
 from vineppo.credit.sample import reward_of
 from vineppo.credit.vineppo import VinePPOSettings, build_vine_credit, vine_node_credit
+from vineppo.sampling.wrapped import WrappedSampler
 from vineppo.steps import build_splitter
 from vineppo.types import (
     Capabilities,
@@ -133,7 +134,7 @@ def test_a_tree_that_contains_all_responses_needs_no_sampling() -> None:
         assert value.mean == pytest.approx(mean, abs=SIGMAS * math.sqrt(variance / 4096) + 1e-4)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recording(WrappedSampler):
     """A sampler that records its requests and completions."""
 
@@ -159,7 +160,7 @@ def test_sampled_continuations_leave_the_tree_at_their_first_token() -> None:
         assert completion.logprobs[0] < 0 or len(request.excluded_first) == 4
 
 
-@dataclass(frozen=True)
+@dataclass
 class OnlyPlain(WrappedSampler):
     """A sampler that cannot exclude first tokens, and fails if a request has excluded tokens."""
 

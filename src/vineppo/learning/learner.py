@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,25 +47,20 @@ from vineppo.learning.sharding import (
     ONE_RANK,
     Ranks,
     gather_weights,
-    like,
     release,
     shard_critic,
     sharded_policy,
     sharded_reference,
 )
+from vineppo.learning.state import Trained, read_learner, write_learner
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import sequence_scores
-from vineppo.model.lora import load_trained_state, merged_weights, trained_state
+from vineppo.model.lora import merged_weights
 from vineppo.model.packing import packing_supported
 from vineppo.model.policy import Policy, Reference
 from vineppo.model.sequences import build_sequences, divide, mode
-from vineppo.run.checkpoint import read_state, write_state
-from vineppo.run.shards import has_shards, names_of_shards, read_shards, write_shards
 from vineppo.seeds import derive_seed
 from vineppo.types import Metrics, Rollout, TrainingSample, UserError
-
-STATE_FILE = "learner.pt"
-"""Name of the learner's file in a checkpoint."""
 
 
 class TorchLearner:
@@ -230,19 +224,8 @@ class TorchLearner:
         folder must be on a file system that all of them share.
         """
         self.ranks.announce("save", folder)
-        if self.ranks.count > 1:
-            write_shards(folder, self._shards())
-            return
-        critic, critic_optimizer = self.critic, self.critic_optimizer
-        state = {
-            "policy": trained_state(self.policy.model),
-            "optimizer": self.optimizer.state_dict(),
-            "critic": None if critic is None else trained_state(critic),
-            "critic_optimizer": None if critic_optimizer is None else critic_optimizer.state_dict(),
-            "updates": self.updates,
-            "scheduled": self.scheduled,
-        }
-        write_state(folder / STATE_FILE, state)
+        counts = {"updates": self.updates, "scheduled": self.scheduled}
+        write_learner(folder, self._networks(), counts, self.ranks)
 
     def load(self, folder: Path) -> None:
         """Restore the state that `save` wrote to a folder, with this or another number of processes.
@@ -251,54 +234,15 @@ class TorchLearner:
             UserError: if the state is missing or cannot be read.
         """
         self.ranks.announce("load", folder)
-        if has_shards(folder):
-            self._load_shards(folder)
-        else:
-            self._load_file(folder)
+        self.updates, self.scheduled = read_learner(folder, self._networks(), self.ranks)
         gather_weights(self.trained.model, self.policy.model)
 
-    def _networks(self) -> list[tuple[str, torch.nn.Module, Optimizer]]:
-        """Return (name, network, optimizer) of the policy and of the value network, if there is one."""
-        networks: list[tuple[str, torch.nn.Module, Optimizer]] = [("policy", self.trained.model, self.optimizer)]
+    def _networks(self) -> list[Trained]:
+        """Return the networks that are trained: the policy, and the value network if there is one."""
+        networks = [Trained("policy", self.trained.model, self.optimizer)]
         if self.critic is not None and self.critic_optimizer is not None:
-            networks.append(("critic", self.critic, self.critic_optimizer))
+            networks.append(Trained("critic", self.critic, self.critic_optimizer))
         return networks
-
-    def _shards(self, present: Callable[[str], bool] | None = None) -> dict[str, torch.Tensor]:
-        """Return the state of the learner as a dictionary from names to tensors, which may be sharded.
-
-        Args:
-            present: whether a tensor of the optimizer is needed, by name; None means those that exist. Those that are
-                needed and do not exist are created.
-        """
-        state: dict[str, torch.Tensor] = {}
-        for kind, network, optimizer in self._networks():
-            release(network)
-            state |= {f"{kind}/{name}": tensor for name, tensor in trained_state(network).items()}
-            names = [f"{kind}_optimizer/{name}" for name, p in network.named_parameters() if p.requires_grad]
-            state |= optimizer.tensors(names, present)
-        return state | {"updates": torch.tensor(self.updates), "scheduled": torch.tensor(self.scheduled)}
-
-    def _load_shards(self, folder: Path) -> None:
-        """Restore the state that several processes wrote."""
-        saved = names_of_shards(folder)
-        state = self._shards(lambda name: name in saved)
-        read_shards(folder, state)
-        self.updates, self.scheduled = int(state["updates"]), int(state["scheduled"])
-
-    def _load_file(self, folder: Path) -> None:
-        """Restore the state that one process wrote."""
-        state: dict[str, Any] = read_state(folder / STATE_FILE)
-        for kind, network, _ in self._networks():
-            release(network)
-            own = trained_state(network) if self.ranks.count > 1 else {}
-            state[kind] = {name: like(t, own.get(name, t)) for name, t in state[kind].items()}
-        load_trained_state(self.trained.model, state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic is not None and self.critic_optimizer is not None:
-            load_trained_state(self.critic, state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.updates, self.scheduled = state["updates"], state["scheduled"]
 
     def _order(self, count: int, num_rollouts: int, iteration: int, epoch: int) -> list[Sequence[int]]:
         """Return the indices of the samples of each minibatch of an epoch, in random order."""

@@ -79,21 +79,7 @@ def train(
     config = with_run_dir(with_algorithm_section(config), recipe)
 
     def lead(ranks: Ranks) -> dict[str, Any]:
-        nonlocal config
-        check_new_run(config, model=in_memory.policy is None, task=not (reward_fn or in_memory.tables))
-        if in_memory.policy is None:
-            config = replace(config, model=started_from(config.model))
-        parts = build_parts(config, reward_fn, in_memory, ranks)
-        RunDirectory(Path(config.run.dir), {}).make_folder()
-        with locked(Path(config.run.dir)):
-            run = RunDirectory.create(config.run.dir, config, recipe, in_memory=in_memory.policy is not None)
-            try:
-                session = _session(config, parts, run, reporter, 0)
-            except UserError:
-                # A tracker did not start. Remove the directory, so that the same command can be run again.
-                shutil.rmtree(run.path, ignore_errors=True)
-                raise
-            return _run(session, Progress(recipe=recipe))
+        return _train(config, recipe, reporter, _Given(reward_fn, in_memory, ranks))
 
     return with_ranks(config.model.device, in_memory, lead)
 
@@ -131,11 +117,30 @@ def resume(
 
 
 class _Given(NamedTuple):
-    """What a run gets besides its settings; see `resume`."""
+    """What a run gets besides its settings; see `train`."""
 
     reward_fn: RewardFn | Sequence[RewardFn] | None
     in_memory: InMemory
     ranks: Ranks
+
+
+def _train(config: Config, recipe: str, reporter: Reporter | None, given: _Given) -> dict[str, Any]:
+    """Train in a new run directory as the first of the ranks; see `train`."""
+    loads_model = given.in_memory.policy is None
+    check_new_run(config, model=loads_model, task=not (given.reward_fn or given.in_memory.tables))
+    if loads_model:
+        config = replace(config, model=started_from(config.model))
+    parts = build_parts(config, *given)
+    RunDirectory(Path(config.run.dir), {}).make_folder()
+    with locked(Path(config.run.dir)):
+        run = RunDirectory.create(config.run.dir, config, recipe, in_memory=not loads_model)
+        try:
+            session = _session(config, parts, run, reporter, 0)
+        except UserError:
+            # A tracker did not start. Remove the directory, so that the same command can be run again.
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return _run(session, Progress(recipe=recipe))
 
 
 def _resume(config: Config, recipe: str, reporter: Reporter | None, checkpoint: str, given: _Given) -> dict[str, Any]:
