@@ -327,6 +327,9 @@ BEFORE_PYTORCH = [
     ["WORLD_SIZE=2", "train"],
     ["WORLD_SIZE=2", "train", "--resume", "a_run", "--run.iterations", "999"],
     ["WORLD_SIZE=2", "sft", "--model.path", "embedded:habit", *OUT],
+    ["WORLD_SIZE=2", "eval", "embedded:habit"],
+    ["WORLD_SIZE=2", "compare", "--out", "comparison"],
+    ["WORLD_SIZE=2", "demo"],
 ]
 """Mistakes for which PyTorch is not imported. A first word with `=` is a variable of the environment."""
 RUN_ALL = """

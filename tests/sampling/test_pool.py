@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,6 +254,32 @@ def test_without_ray_one_line_says_how_to_install_it(llama: Policy, monkeypatch:
         UserError, match=r"^sampler.pool is ray, but Ray is not installed; pip install 'vineppo\[ray\]'$"
     ):
         RaySampler(llama, ModelConfig(), SamplerConfig(pool="ray"))
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "",
+            r"^sampler.pool is ray, but Ray could not start a cluster on this machine: The node timed out\.; try again",
+        ),
+        (
+            "10.0.0.1:6379",
+            r"^sampler.address: Ray could not connect to 10.0.0.1:6379: The node timed out\.; start a cl",
+        ),
+    ],
+)
+def test_a_cluster_that_does_not_start_gets_one_line(
+    address: str, message: str, llama: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine, `ray.init` raised the class Exception itself."""
+
+    def init(**_: Any) -> None:
+        raise Exception("The node timed out.")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(UserError, match=message):
+        RaySampler(llama, ModelConfig(), SamplerConfig(pool="ray", workers=1, address=address))
 
 
 def test_adapters_on_16_bit_weights_are_refused() -> None:

@@ -22,6 +22,8 @@ from benchmarks.workers import in_this_process
 
 from tests.helpers import ROOT, small_config, weights_hash
 from tests.sampling.test_sampler import build_policy, prompts_and_states
+from tests.training.test_ranks import SMALL
+from tests.training.test_ranks import train as train_ranks
 from vineppo.config.schema import LoraConfig, ModelConfig, SamplerConfig
 from vineppo.model.policy import Policy
 from vineppo.sampling import pool as pool_module
@@ -203,6 +205,18 @@ def test_a_training_with_the_engine_has_the_same_bits_with_and_without_a_pool(
         train(small_config(tmp_path / "ray", model=model, sampler=SamplerConfig(pool="ray", workers=2, unit_rows=8)))
     assert [str(w.message) for w in given if "Ray workers that died" in str(w.message)]
     assert calls[0] < 0
+    assert metrics_of(tmp_path / "ray") == metrics_of(tmp_path / "none")
+    assert weights_hash(tmp_path / "ray/final") == weights_hash(tmp_path / "none/final")
+
+
+@pytest.mark.skipif(load() is None, reason="the engine is not built")
+def test_two_processes_with_a_pool_have_the_bits_of_two_processes_without(tmp_path: Path) -> None:
+    """Process 0 has the actors. Both processes train."""
+    pytest.importorskip("ray")
+    for pool in ("none", "ray"):
+        options = ["--sampler.pool", pool, "--sampler.workers", "2", "--run.iterations", "2"]
+        text = train_ranks(2, *SMALL, *options, "--run.dir", str(tmp_path / pool))
+    assert "in 2 Ray workers, 2 processes" in text
     assert metrics_of(tmp_path / "ray") == metrics_of(tmp_path / "none")
     assert weights_hash(tmp_path / "ray/final") == weights_hash(tmp_path / "none/final")
 

@@ -26,22 +26,28 @@ SHORT = (
     "--run.checkpoint_every 1 --run.keep_checkpoints 9"
 )
 SMALL = SHORT.split()
-LAUNCHER = "torch.distributed.run"
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --main_process_port 0 --mixed_precision no "
+    "--dynamo_backend no --num_processes",
+}
+"""Name of a launcher -> module and options, without the number of processes. `accelerate launch` starts several only
+with --multi_gpu, also if they use the CPU."""
 
 
-def start(count: int, *arguments: str, script: Path | None = None) -> subprocess.Popen[str]:
-    """Start `vineppo train` or a script with some number of processes."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(vineppo.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, *(["-m", LAUNCHER, "--standalone", f"--nproc-per-node={count}"] if count > 1 else [])]
+def start(count: int, *arguments: str, script: Path | None = None, launcher: str = "torchrun") -> subprocess.Popen[str]:
+    """Start `vineppo train` or a script with some number of processes; one process without a launcher."""
+    paths = os.pathsep.join([str(Path(vineppo.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    launched = ["-m", *LAUNCHERS[launcher].split(), str(count)] if count > 1 else []
     program = [str(script)] if script else ["-m", "vineppo", "train"]
-    return subprocess.Popen(
-        [*launcher, *program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, *launched, *program, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def train(count: int, *arguments: str, script: Path | None = None) -> str:
+def train(count: int, *arguments: str, script: Path | None = None, launcher: str = "torchrun") -> str:
     """Run to the end, and return the output."""
-    process = start(count, *arguments, script=script)
+    process = start(count, *arguments, script=script, launcher=launcher)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
@@ -166,13 +172,16 @@ print(f"result {result.global_step} {sum(weights):.4f}", flush=True)
 """
 
 
-def test_the_trainer_does_the_same_in_every_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_trainer_does_the_same_in_every_process(tmp_path: Path, launcher: str) -> None:
     """The model of the script is trained on every rank, and files are written once."""
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     results = {}
     for count in (1, 2):
-        output = train(count, str(tmp_path / str(count)), script=script)
+        output = train(count, str(tmp_path / str(count)), script=script, launcher=launcher)
         results[count] = [line for line in output.splitlines() if line.startswith("result")]
     assert len(results[1]) == 1 and results[2] == results[1] * 2
     assert distance(tmp_path / "1", tmp_path / "2") < 1e-6

@@ -36,7 +36,7 @@ from vineppo.cli import (
 from vineppo.cli.options import Command, parse_request, parser_of
 from vineppo.config.messages import did_you_mean
 from vineppo.model.hardware import keep_freed_memory
-from vineppo.run.environment import package_version
+from vineppo.run.environment import package_version, require_one_process
 from vineppo.run.peers import PeerEnded, may_report
 from vineppo.types import UserError, printable
 
@@ -105,6 +105,8 @@ def _dispatch(argv: list[str]) -> int:
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return 0
+    if command is not train.COMMAND:
+        require_one_process()
     # This call makes training on the CPU faster. It must come before any thread starts.
     keep_freed_memory()
     return command.run(parse_request(parser, command, rest))

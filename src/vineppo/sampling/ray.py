@@ -228,13 +228,22 @@ def _connected(settings: SamplerConfig, weight_bytes: int) -> tuple[ModuleType, 
             options["address"] = settings.address
         try:
             ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-            where = settings.address or "a local cluster"
-            raise UserError(
-                f"sampler.address: Ray could not connect to {where}: {_last_line(error)}; start one with `ray start "
-                "--head` and give its address, such as auto or 10.0.0.1:6379, or leave sampler.address empty"
-            ) from error
+        except Exception as error:  # Ray raises Exception itself if a process of a local cluster does not start.
+            raise UserError(_why_not_connected(settings.address, _last_line(error))) from error
     return ray, not settings.address
+
+
+def _why_not_connected(address: str, reason: str) -> str:
+    """Return the message for a cluster that cannot be reached, or that does not start if the address is empty."""
+    if address:
+        return (
+            f"sampler.address: Ray could not connect to {address}: {reason}; start a cluster with `ray start --head` and "
+            "give its address, such as auto or 10.0.0.1:6379, or leave sampler.address empty"
+        )
+    return (
+        f"sampler.pool is ray, but Ray could not start a cluster on this machine: {reason}; try again when the machine "
+        "is less busy, or start a cluster with `ray start --head` and set sampler.address to auto"
+    )
 
 
 @contextlib.contextmanager
