@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vineppo.learning.optim import Optimizer
-from vineppo.learning.sharding import ONE_RANK, Ranks
+from vineppo.learning.sharding import ONE_RANK, Ranks, join_ranks
 from vineppo.run.peers import launched_ranks, may_report, require_launcher
 from vineppo.run.shards import has_shards, names_of_shards, read_networks, read_shards, write_shards
 from vineppo.sampling.ranks import cut
@@ -56,6 +56,22 @@ def test_a_launcher_must_say_how_the_processes_connect(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT of the environment is not set"):
         require_launcher()
     assert may_report()  # nobody else can be asked
+
+
+def test_a_process_without_a_device_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    messages = {
+        "cuda:1": "8 processes were started, which need a device each; set model.device to cuda",
+        "mps": "8 processes were started, which train on cuda or cpu only; start one process without a launcher",
+    }
+    for device, message in messages.items():
+        with pytest.raises(UserError, match=message):
+            join_ranks(device)
+    for present, mend in ((4, "at most 4 processes on this machine"), (0, "the processes with model.device cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda present=present: present)
+        with pytest.raises(UserError, match=f"process 5 of this machine .* has no GPU: {present} are .*; start {mend}"):
+            join_ranks("cuda")
 
 
 def test_shards_are_read_by_one_process(tmp_path: Path) -> None:

@@ -135,7 +135,8 @@ def join_ranks(device: str) -> Ranks:
     Returns:
         `ONE_RANK` if there are no others. Rank 0 leads.
     Raises:
-        UserError: if the setting names one GPU, or the processes cannot connect.
+        UserError: if the setting names one GPU or another kind of device, if there are more processes than GPUs, or the
+            processes cannot connect.
     """
     rank, count = launched_ranks()
     if count == 1:
@@ -146,8 +147,13 @@ def join_ranks(device: str) -> Ranks:
             f"model.device is {device!r}, but {count} processes were started, which need a device each; set "
             f"model.device to {kind}"
         )
+    if kind not in ("cpu", "cuda"):
+        raise UserError(
+            f"model.device is {device!r}, but {count} processes were started, which train on cuda or cpu only; start "
+            "one process without a launcher"
+        )
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        use_own_gpu()
     if not dist.is_initialized():
         try:
             # Objects are sent with gloo, also between GPUs.
@@ -158,6 +164,22 @@ def join_ranks(device: str) -> Ranks:
                 "torchrun, which sets MASTER_ADDR and MASTER_PORT"
             ) from error
     return Ranks(rank, count, init_device_mesh(kind, (count,)), leads=rank == 0)
+
+
+def use_own_gpu() -> None:
+    """Select the GPU of this process among those of the machine: the one with the number of the process.
+
+    Raises:
+        UserError: if the machine has fewer visible GPUs than processes.
+    """
+    number, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= present:
+        mend = f"at most {present} processes on this machine" if present else "the processes with model.device cpu"
+        raise UserError(
+            f"model.device is cuda, but process {number} of this machine (counted from 0) has no GPU: {present} are "
+            f"visible to PyTorch; start {mend}"
+        )
+    torch.cuda.set_device(number)
 
 
 @contextlib.contextmanager

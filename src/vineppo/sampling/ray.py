@@ -237,8 +237,8 @@ def _why_not_connected(address: str, reason: str) -> str:
     """Return the message for a cluster that cannot be reached, or that does not start if the address is empty."""
     if address:
         return (
-            f"sampler.address: Ray could not connect to {address}: {reason}; start a cluster with `ray start --head` and "
-            "give its address, such as auto or 10.0.0.1:6379, or leave sampler.address empty"
+            f"sampler.address: Ray could not connect to {address}: {reason}; start a cluster with `ray start --head` "
+            "and give its address, such as auto or 10.0.0.1:6379, or leave sampler.address empty"
         )
     return (
         f"sampler.pool is ray, but Ray could not start a cluster on this machine: {reason}; try again when the machine "

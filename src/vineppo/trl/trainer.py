@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +31,7 @@ import torch
 
 from vineppo.config.schema import Config, LoraConfig, ModelConfig
 from vineppo.config.settings import replace
+from vineppo.learning.sharding import use_own_gpu
 from vineppo.model.adapters import check_new_adapters
 from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
@@ -347,7 +347,7 @@ def _device(args: VinePPOConfig) -> str:
     If a launcher has started several processes, each of a machine uses another GPU.
     """
     if launched_ranks()[1] > 1 and torch.cuda.is_available() and not args.use_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        use_own_gpu()
     return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
 
 
