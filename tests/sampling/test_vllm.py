@@ -22,6 +22,8 @@ import pytest
 import torch
 
 from tests.helpers import small_config
+from tests.training.test_ranks import SMALL
+from tests.training.test_ranks import train as train_ranks
 from vineppo.config.schema import GuardConfig, ModelConfig, SamplerConfig, TaskConfig, VLLMConfig
 from vineppo.model.policy import Policy
 from vineppo.run.directory import RunDirectory
@@ -323,6 +325,19 @@ def test_a_training_run_of_ten_iterations(tmp_path: Path) -> None:
     assert summary["finish_reason"] == "iterations" and [line["iteration"] for line in lines] == list(range(1, 11))
     assert max(line["policy/sampler_logprob_gap"] for line in lines) < EXACT
     assert summary["updates"] == 20 and summary["warnings"] == []
+
+
+def test_every_process_of_torchrun_has_an_engine(tmp_path: Path) -> None:
+    """Without `environment_of_engine`, the engines wait for stores that torchrun does not open."""
+    run, rows = tmp_path / "run", ["--rollouts.kv_memory", "0.25"]
+    engine = ["--sampler.engine", "vllm", "--sampler.vllm.enforce_eager", "true"]
+    output = train_ranks(
+        2, *SMALL, "--algorithm", "grpo", "--run.iterations", "2", *engine, *rows, "--run.dir", str(run)
+    )
+    assert "2 processes" in output
+    lines = [line for line in RunDirectory.open(run).read_metrics() if line["iteration"]]
+    assert [line["iteration"] for line in lines] == [1, 2]
+    assert max(line["policy/sampler_logprob_gap"] for line in lines) < EXACT
 
 
 # --- excluded tokens with both of vLLM's model runners ---
