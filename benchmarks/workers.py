@@ -4,20 +4,24 @@
 python benchmarks/workers.py --out docs/results/scale/equal.json
 ```
 
-The samplers are Ray actors (`pip install 'vineppo[ray]'`). The requests are those of the rollouts and of continuations
-of the embedded model. A completion is equal if its token ids and the bits of its log-probabilities are those of the
-units sampled one after another in this process. The result is written to the fields `workers_bits_equal` and `workers`
-of the JSON file, whose other fields (`benchmarks/ranks.py`) stay.
+The samplers are processes behind the pool of `sampler.pool ray`, but without Ray, so that the measurement needs only
+Linux; `make test-ray` does the same with Ray's actors. The requests are those of rollouts and of continuations of the
+embedded model. A completion is equal if its token ids and the bits of its log-probabilities are those of the units
+sampled one after another in this process. The result is written to the fields `workers_bits_equal` and `workers` of the
+JSON file, whose other fields (`benchmarks/ranks.py`) stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `ben
 
 from benchmarks.ranks import write_fields
 
-from vineppo.config.schema import ModelConfig, SamplerConfig, TaskConfig
+from vineppo.config.schema import ModelConfig, TaskConfig
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import Engine, build_sampler
-from vineppo.sampling.ray import RaySampler
-from vineppo.sampling.units import cut
+from vineppo.sampling.pool import Pool, WorkerDied
+from vineppo.sampling.units import Unit, cut
+from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, packed
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.types import Completion, SampleRequest
@@ -71,21 +76,87 @@ def in_this_process(
     return [[by_sample[j] for j in sorted(by_sample)] for by_sample in results]
 
 
-def with_a_kill(sampler: RaySampler, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
-    """Sample, and kill the process of an actor as soon as another one has ended its first unit."""
-    ray, actors = sampler.crew.ray, list(sampler.crew.actors)
-    pids = ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+class Processes:
+    """Processes that sample units; implements `pool.Crew`. They are forked, so that they need not import PyTorch.
+
+    Args:
+        policy: the policy that they sample with.
+        size: number of processes.
+        engine: the sampler of every process.
+    """
+
+    def __init__(self, policy: Policy, size: int, engine: Engine):
+        self.size, self.engine = size, engine
+        self.outline, self.arrays = Outline.of(policy, ModelConfig()), packed(policy.model.state_dict().items())
+        self.context, self.numbers = multiprocessing.get_context("fork"), itertools.count()
+        self.channels: dict[int, connection.Connection] = {}
+        """Number of a unit that was started -> the channel to its process."""
+        self.workers = [self._new() for _ in range(size)]
+
+    def _new(self) -> tuple[Any, connection.Connection]:
+        """Start a process, and return (process, channel to it)."""
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=serve, args=(there, self.outline, self.arrays, self.engine), daemon=True)
+        process.start()
+        there.close()  # Otherwise the end of the process would not close the channel.
+        return process, here
+
+    def start(self, worker: int, version: int, requests: Sequence[SampleRequest]) -> int:
+        """Let a process sample requests. Return the number of the unit, counted over all calls."""
+        number = next(self.numbers)
+        self.channels[number] = self.workers[worker][1]
+        with contextlib.suppress(OSError):  # The process may have ended, which `wait` and `result` find.
+            self.channels[number].send((version, list(requests)))
+        return number
+
+    def wait(self, handles: Sequence[int], seconds: float | None) -> list[int]:
+        """Return the units whose processes have sent their results or have ended."""
+        ready = connection.wait([self.channels[number] for number in handles], seconds)
+        return [number for number in handles if self.channels[number] in ready]
+
+    def result(self, handle: int) -> list[list[Completion]]:
+        """Return the completions of a unit. Raise WorkerDied if its process has ended."""
+        try:
+            outcome: Outcome = self.channels.pop(handle).recv()
+        except (EOFError, OSError) as error:
+            raise WorkerDied("killed") from error
+        completions: list[list[Completion]] = outcome.get()
+        return completions
+
+    def replace(self, worker: int) -> None:
+        """Start a new process in the place of one that died."""
+        self.workers[worker] = self._new()
+
+    def close(self) -> None:
+        """End all processes."""
+        for process, _ in self.workers:
+            process.kill()
+            process.join()
+
+
+def serve(channel: connection.Connection, outline: Outline, arrays: Arrays, engine: Engine) -> None:
+    """Sample units as a process of `Processes` until the channel is closed."""
+    worker = SamplingWorker(outline, engine, UNIT_ROWS, 4 << 30, "cpu", 1)
+    worker.load(0, arrays).get()
+    while True:
+        try:
+            version, requests = channel.recv()
+        except EOFError:
+            return
+        channel.send(worker.sample(version, requests))
+
+
+def with_a_kill(pool: Pool, crew: Processes, requests: Sequence[SampleRequest], units: Sequence[Unit]) -> Any:
+    """Sample, and kill a process as soon as another one has ended its first unit."""
     killed: list[int] = []
 
     def kill(_: Sequence[tuple[int, Completion]]) -> None:
         if not killed:
-            first = next(iter(sampler.pool.last.by.values()))
-            killed.append(pids[(first + 1) % len(pids)])
+            first = next(iter(pool.last.by.values()))
+            killed.append(crew.workers[(first + 1) % crew.size][0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a warning says that an actor died
-        return sampler.sample(requests, kill)
+    return pool.sample(requests, units, 0, kill)
 
 
 def equal(found: Sequence[Sequence[Completion]], expected: Sequence[Sequence[Completion]]) -> int:
@@ -97,22 +168,22 @@ def equal(found: Sequence[Sequence[Completion]], expected: Sequence[Sequence[Com
 def measure(engine: Engine) -> dict[str, Any]:
     """Return the numbers of completions, tokens and units, and how many completions are equal in each case."""
     policy = Policy.load(ModelConfig())
-    requests = requests_of(policy)
-    expected = in_this_process(policy, engine, requests, UNIT_ROWS)
-    settings = SamplerConfig(pool="ray", workers=max(WORKERS), engine=engine, unit_rows=UNIT_ROWS)
-    sampler, same = RaySampler(policy, ModelConfig(), settings), dict[str, int]()
+    crew = Processes(policy, max(WORKERS), engine)  # before this process samples, so that it has no threads yet
+    pool, requests = Pool(crew), requests_of(policy)
+    units = cut(requests, UNIT_ROWS, 1 << 40, "sampler.unit_memory")
+    expected, same = in_this_process(policy, engine, requests, UNIT_ROWS), dict[str, int]()
     for workers in WORKERS:
-        sampler.crew.size = workers  # The first actors get all units.
-        same[str(workers)] = equal(sampler.sample(requests), expected)
-    same[f"{max(WORKERS)}, one killed"] = equal(with_a_kill(sampler, requests), expected)
-    died, units = len(sampler.pool.last.died), len(sampler.pool.last.by)
-    sampler.close()
+        crew.size = workers  # The first processes get all units.
+        same[str(workers)] = equal(pool.sample(requests, units, 0), expected)
+    same[f"{max(WORKERS)}, one killed"] = equal(with_a_kill(pool, crew, requests, units), expected)
+    crew.close()
     completions = [completion for group in expected for completion in group]
     return {
         "completions": len(completions),
         "tokens": sum(len(completion.token_ids) for completion in completions),
-        "units": units,
-        "killed": died,
+        "units": len(units),
+        "processes that died": len(pool.last.died),
+        "units that were sampled again": len(set(pool.last.lost)),
         "equal completions": same,
     }
 
@@ -122,7 +193,10 @@ def fields_of(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     all_equal = all(
         count == found["completions"] for found in results.values() for count in found["equal completions"].values()
     )
-    return {"workers_bits_equal": all_equal and all(found["killed"] for found in results.values()), "workers": results}
+    return {
+        "workers_bits_equal": all_equal and all(found["processes that died"] == 1 for found in results.values()),
+        "workers": results,
+    }
 
 
 def main() -> None:
