@@ -288,7 +288,7 @@ class VLLMSampler:
         settings, device = self.settings, self.policy.model.device
         on_cpu = device.type == "cpu"
         transfer = transfer_of(settings.transfer, device.type == "cuda", settings.devices)
-        gpus = engine_gpus(settings.devices, None if on_cpu else device.index or 0)
+        gpus = engine_gpus(settings.devices, (device.index or 0) if device.type == "cuda" else None)
         set_variables(transfer)
         memory = (
             # Prefixes are computed in one piece, because with a seed vLLM 0.32 fails at an unfinished one on a CPU.
