@@ -14,8 +14,8 @@ from vineppo.credit.algorithm import CreditParts
 from vineppo.credit.counterfactual import CounterfactualSettings, counterfactual_credit
 from vineppo.types import Metrics, TrainingSample, UserError
 
-RESPONSES = 20_000
-"""Number of responses; enough for a standard error of the gradient's length of at most 2.5%."""
+RESPONSES = 10_000
+"""Number of responses; enough for a standard error of the gradient's length of at most 3.6%."""
 
 
 def parts(world: World) -> CreditParts:
@@ -62,13 +62,13 @@ def test_the_expected_gradient_is_the_policy_gradient(
     exact = world.table_gradient.ravel()
     terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
     # Rarely reached states have too few terms for a normal distribution of their mean.
-    often = (terms != 0).sum(0) > 500
+    often = (terms != 0).sum(0) > 250
     assert np.linalg.norm(exact[often]) > 0.8 * np.linalg.norm(exact)
     error = terms.std(0, ddof=1) / math.sqrt(len(samples))
     assert np.abs((terms.mean(0) - exact)[often] / error[often]).max() < 4.5
     along = terms @ exact / (exact @ exact)  # its expectation is 1
     assert along.mean() == pytest.approx(1, abs=4.5 * along.std() / math.sqrt(len(samples)))
-    assert along.std() / math.sqrt(len(samples)) < 0.025
+    assert along.std() / math.sqrt(len(samples)) < 0.036
 
 
 def test_the_share_weights_the_two_credits() -> None:
