@@ -68,14 +68,8 @@ def training_share(config: Config) -> float:
 def iteration_seconds(
     config: Config, shape: Shape, amounts: Amounts, cluster: Cluster, tensor_parallel: int
 ) -> dict[str, dict[str, float]]:
-    """Estimate the seconds of an iteration.
+    """Estimate the seconds of an iteration. The arguments are those of `cluster_memory.memory_per_gpu`.
 
-    Args:
-        config: configuration of the run.
-        shape: size of the model.
-        amounts: amounts of one iteration.
-        cluster: nodes, GPUs and links.
-        tensor_parallel: number of GPUs over which a sampler splits its weights.
     Returns:
         Phase (`sample`, `credit`, `update` or `transfer`) -> part of the phase -> seconds. Nothing overlaps.
     """
