@@ -31,15 +31,20 @@ def parts(world: World) -> CreditParts:
     )
 
 
-def credit_of(world: World, count: int, openness: float, coupled: bool) -> tuple[list[TrainingSample], Metrics]:
-    settings = CounterfactualSettings(openness=openness, coupled=coupled)
+def credit_of(
+    world: World, count: int, openness: float, coupled: bool, failed_share: float = 0.0
+) -> tuple[list[TrainingSample], Metrics]:
+    settings = CounterfactualSettings(openness=openness, coupled=coupled, failed_share=failed_share)
     return counterfactual_credit(settings, parts(world))([world.sampled_group(count, 0)], 0)
 
 
-@pytest.mark.parametrize(("openness", "coupled"), [(0.5, True), (1.0, True), (1.0, False)])
-def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool) -> None:
+@pytest.mark.parametrize(
+    ("openness", "coupled", "failed_share"),
+    [(0.5, True, 0.0), (1.0, True, 0.0), (1.0, False, 0.0), (0.5, True, 1.0), (0.7, True, 0.3), (0.5, False, 0.5)],
+)
+def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool, failed_share: float) -> None:
     world = build_world(3)
-    samples, _ = credit_of(world, RESPONSES, openness, coupled)
+    samples, _ = credit_of(world, RESPONSES, openness, coupled, failed_share)
     exact = world.table_gradient.ravel()
     terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
     # Rarely reached states have too few terms for a normal distribution of their mean.
@@ -52,18 +57,20 @@ def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: 
     assert along.std() / math.sqrt(len(samples)) < 0.025
 
 
-def test_the_two_tokens_of_a_pair_have_opposite_credit() -> None:
+@pytest.mark.parametrize("failed_share", [0.0, 0.5])
+def test_the_two_tokens_of_a_pair_have_opposite_credit(failed_share: float) -> None:
     world = build_world(4)
-    samples, _ = credit_of(world, 50, 0.5, True)
+    samples, _ = credit_of(world, 50, 0.5, True, failed_share)
     prompt = len(world.prompt_ids)
     pairs = 0
     for sample in samples:
         assert sample.rollout is not None
         of_others = {alternative.position: alternative.advantage for alternative in sample.alternatives}
-        assert sample.rollout.reward or not of_others
+        assert sample.rollout.reward or failed_share or not of_others
         for position, advantage in enumerate(sample.advantages[prompt:]):
-            assert advantage == -of_others.pop(position, 0.0) >= 0
-            pairs += advantage > 0
+            assert advantage == -of_others.pop(position, 0.0)
+            assert sample.rollout.reward or advantage <= 0  # no reward is below 0
+            pairs += advantage != 0
         assert not of_others
     assert pairs > 20
 

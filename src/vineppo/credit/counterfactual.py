@@ -48,9 +48,14 @@ class CounterfactualSettings(Settings):
     coupled: bool = True
     """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
     costs about as many tokens as the rest of the response, and is noisier."""
+    failed_share: float = Field(0.0, ge=0, le=1)
+    """Share of the branches of failed responses. The places of a response whose reward is at most `lowest_reward` are
+    branched with the probability of other responses, multiplied by this number. With 0, failed responses cost nothing,
+    and a token gets credit only in responses that succeeded. With more, credit for tokens that are rarely chosen is
+    less noisy, but most branches of failed responses fail, too. The credit is unbiased for every value."""
     lowest_reward: float = 0.0
-    """The lowest reward that a response can have. Responses with this reward are not branched: no continuation can have
-    a lower one."""
+    """Responses with at most this reward have failed. With `failed_share` 0 it must be the lowest reward that a
+    response can have."""
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,19 @@ def _build(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
 def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
     """Build the credit function.
 
-    Let a be the token of a response at some place, s the state before it, p the probability of a, and R the reward of
-    the response. Another token b is drawn with the probability pi(b | s) / (1 - p), and continued to a response with
-    the reward R'. If R > R', the credit of a is (R - R') (1 - p) / (probability of branching the place), and b is
-    trained as an alternative at s with the negative of it. Otherwise both are 0.
+    Let a be the token of a response at some place, s the state before it, p(a) its probability, and R the reward of the
+    response. Another token b is drawn with the probability p(b) / (1 - p(a)), and continued to a response with the
+    reward R'. Let w(a, R) be (1 - p(a)) / (probability of branching the place). The credit of a is
+
+        (R - R') h,  h = w(a, R) w(b, R') / (w(a, R) + w(b, R')),
+
+    and b is trained as an alternative at s with the negative of it. If failed responses are not branched
+    (`failed_share` 0) and b failed, w(b, R') is infinite and h = w(a, R).
 
     The expected gradient of this credit is the policy gradient at s, if the joint distribution of R and R' stays the
-    same when the response and the continuation change places, as it does with drafts: the expectation of R - R' over
-    the pairs in which R is higher, with a and b in both orders, is Q(a) - Q(b). If R and R' are coupled, their
-    difference is 0 wherever the token does not matter.
+    same when the response and the continuation change places, as it does with drafts. A pair (a, R), (b, R') is then
+    drawn in both orders, with probabilities in proportion to 1 / w(a, R) and 1 / w(b, R'). Multiplied by h, they add up
+    to p(a) p(b). If R and R' are coupled, their difference is 0 wherever the token does not matter.
 
     `learner.advantage_scaling` measures only the deviation of the response's own tokens.
 
@@ -123,7 +132,7 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         branches = [
             branch
             for index, owner in enumerate(rollouts)
-            if reward_of(owner[1]) > settings.lowest_reward
+            if _share(settings, reward_of(owner[1]))
             for branch in _branches(settings, parts.run_seed, iteration, index, owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
@@ -132,7 +141,7 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         advantages = [[0.0] * len(rollout.response_ids) for _, rollout in rollouts]
         alternatives: list[list[Alternative]] = [[] for _ in rollouts]
         for branch, [(completion, _, reward)] in zip(branches, graded, strict=True):
-            other = _credit_of_other(parts, rollouts[branch.rollout][1], branch, completion, reward)
+            other = _credit_of_other(settings, parts, rollouts[branch.rollout][1], branch, completion, reward)
             if other is not None:
                 alternatives[branch.rollout].append(other)
                 advantages[branch.rollout][branch.position] -= other.advantage
@@ -161,6 +170,7 @@ def _metrics(graded: Sequence[_Graded], alternatives: Sequence[Sequence[Alternat
 
 
 def _credit_of_other(
+    settings: CounterfactualSettings,
     parts: CreditParts,
     rollout: Rollout,
     branch: _Branch,
@@ -174,11 +184,31 @@ def _credit_of_other(
         reward: the reward of the response with the completion; None if no reward function applies to it.
     """
     token = completion.token_ids[0]
-    change = 0.0 if reward is None else min(0.0, reward - reward_of(rollout))
-    if change == 0 or token == rollout.response_ids[branch.position]:
+    change = 0.0 if reward is None else reward - reward_of(rollout)
+    if reward is None or change == 0 or token == rollout.response_ids[branch.position]:
         return None
-    chosen = branch.others if parts.sampler.capabilities.excluded_first else 1.0
-    return Alternative(branch.position, token, chosen / branch.chance * change)
+    if parts.sampler.capabilities.excluded_first:
+        others = 1 - math.exp(completion.logprobs[0]) * branch.others
+        weight, reverse = branch.others / branch.chance, _share(settings, reward) / max(others, settings.openness)
+    else:
+        others = -math.expm1(completion.logprobs[0])
+        weight, reverse = 1 / branch.chance, _chance(settings, others, reward)
+    return Alternative(branch.position, token, change * weight / (1 + weight * reverse))  # reverse is 1 / w(b, R')
+
+
+def _share(settings: CounterfactualSettings, reward: float) -> float:
+    """Return the factor of the probability of branching a response with a reward."""
+    return 1.0 if reward > settings.lowest_reward else settings.failed_share
+
+
+def _chance(settings: CounterfactualSettings, others: float, reward: float) -> float:
+    """Return the probability of branching a place of a response.
+
+    Args:
+        others: 1 - p, where p is the probability of the response's token at this place.
+        reward: the reward of the response.
+    """
+    return _share(settings, reward) * min(1.0, others / settings.openness)
 
 
 def _kept(
@@ -212,7 +242,7 @@ def _branches(
     branches = []
     for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
         others = -math.expm1(logprob)  # 1 - p
-        chance = min(1.0, others / settings.openness)
+        chance = _chance(settings, others, reward_of(rollout))
         if number < chance:
             branches.append(_Branch(index, position, others, chance))
     return branches
