@@ -1,18 +1,18 @@
-"""Measure on which kinds of task a credit method needs fewer generated tokens than a baseline.
+"""Measure on which kinds of task a credit method needs fewer generated tokens than the best baseline.
 
-    python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual --baseline reinforce \
-        --seeds 5 --budget 300000 --out runs/map
+    python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
+        --baselines reinforce,grpo --seeds 5 --budget 300000 --jobs 2 --out runs/map
 
 The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
-decisive steps or the number of training problems. On each task, `vineppo compare` trains both arms with the same seeds
+decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
 and the same budget of generated tokens. The settings of the arms are not tuned again for each task, so this is a map of
-two fixed configurations. Models for other lengths of the chains are trained first, with the demonstrations of
+fixed configurations. Models for other lengths of the chains are trained first, with the demonstrations of
 `sft-wording`.
 
-`map.json` has one entry per task: the accuracies, the tokens and the seconds that the baseline needs to its best mean
-accuracy, divided by those that the method needs to the same accuracy, with 95% intervals over seeds; the difference of
-the accuracies at equal tokens; and the accuracy on new problems over that on the training problems. `map.md` is the
-table, `map.png` the picture. What exists in `--out` is not repeated.
+`map.json` has one entry per task: the accuracies on new problems and on the training problems; the baseline that is
+best on this task; the tokens and the seconds that it needs to its best mean accuracy, divided by those that the method
+needs to the same accuracy, with 95% intervals over seeds; and the difference of the accuracies at equal tokens.
+`map.md` is the table, `map.png` the picture. What exists in `--out` is not repeated.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ import yaml
 
 LAST = 5
 """The accuracy on training problems is the mean reward of this many last iterations."""
+COLOURS = ("#7F3C8D", "#888888", "#E68310", "#3969AC", "#11A579")
+"""Colours of the arms in the picture: the method first, then the baselines."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ POINTS = (
     BASE,
     _length(5, 3.33),
     _length(20, 3.33),
+    _length(40, 3.33),
     *(
         Point(f"share{share}", "share of decisive steps", f"{share:.0%}", {"task.trap_share": str(share)})
         for share in (0.1, 0.2, 0.5)
@@ -76,23 +79,24 @@ def _model(point: Point, folder: Path) -> Path:
     """Return the directory of the starting model for chains of another length. Train it if it does not exist."""
     path = folder / "models" / point.name
     if not (path / "config.json").exists():
-        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "512"}
+        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "1024"}
         _run(["sft", "sft-wording", "--out", str(path), *_flags(options)])
     return path
 
 
 def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
-    """Train both arms on a task, and return what `vineppo compare` measured."""
+    """Train all arms on a task, and return what `vineppo compare` measured."""
     settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **point.settings}
     settings["run.save_rollouts"] = "false"
     if point.steps != 10:
         settings["model.path"] = str(_model(point, options.out))
     out = options.out / point.name
-    arms = {name: yaml.safe_load(options.arms.read_text())[name] for name in (options.arm, options.baseline)}
+    arms = {name: yaml.safe_load(options.arms.read_text())[name] for name in (options.arm, *options.baselines)}
     arms_file = options.out / "arms.yaml"
     arms_file.write_text(yaml.safe_dump(arms))
-    command = ["compare", "wording", "--arms", str(arms_file), "--baselines", options.baseline]
-    command += ["--seeds", options.seeds, "--budget", f"tokens={options.budget}", "--out", str(out)]
+    command = ["compare", "wording", "--arms", str(arms_file), "--baselines", ",".join(options.baselines)]
+    command += ["--seeds", options.seeds, "--budget", f"tokens={options.budget}", "--jobs", str(options.jobs)]
+    command += ["--out", str(out)]
     _run([*command, *_flags(settings)])
     return json.loads((out / "compare.json").read_text())
 
@@ -121,14 +125,14 @@ def _train_accuracy(folder: Path, arm: str) -> float:
 def _entry(point: Point, options: argparse.Namespace, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry of a task in map.json."""
     best, arms = result["best_vs_baseline"], {}
-    for name in (options.arm, options.baseline):
+    for name in (options.arm, *options.baselines):
         arm = result["arms"][name]
         arms[name] = {
             "accuracy_before": arm["accuracy_before"]["mean"],
             "accuracy_after": arm["final_accuracy"],
             "accuracy_on_training_problems": _train_accuracy(options.out / point.name, name),
         }
-    keys = ["baseline_best_accuracy", "tokens_ratio", "tokens_ratio_interval", "seconds_ratio"]
+    keys = ["baseline", "baseline_best_accuracy", "tokens_ratio", "tokens_ratio_interval", "seconds_ratio"]
     keys += ["seconds_ratio_interval", "difference_at_equal_tokens", "reason"]
     described = {"axis": point.axis, "label": point.label, "settings": dict(point.settings)}
     return {**described, "arms": arms, **{key: best[key] for key in keys}}
@@ -143,27 +147,29 @@ def _interval(value: Mapping[str, Any] | None, scale: float = 1, digits: int = 2
 
 def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
     """Return map.md."""
-    arm, baseline = options.arm, options.baseline
+    names = (options.arm, *options.baselines)
     lines = [
-        f"# Where `{arm}` needs fewer tokens than `{baseline}`",
+        f"# Where `{options.arm}` needs fewer tokens than the best baseline",
         "",
         f"{options.seeds} seeds, {options.budget:,} generated tokens per run. Command: `{options.command}`.",
         "",
-        "*Tokens* and *seconds*: the amount that the baseline needs to its best mean accuracy, divided by the amount "
-        "that the method needs to the same accuracy; - if it never does. *Difference*: accuracy of the method minus "
-        "that of the baseline after the same number of generated tokens, in points. *Train*: mean reward of the last "
-        f"{LAST} iterations. Intervals are 95% over seeds.",
+        "*Tokens* and *seconds*: the amount that the best baseline needs to its best mean accuracy, divided by the "
+        f"amount that `{options.arm}` needs to the same accuracy; - if it never does. *Difference*: accuracy of "
+        f"`{options.arm}` minus that of this baseline after the same number of generated tokens, in points. *Train*: "
+        f"mean reward of the last {LAST} iterations. Intervals are 95% over seeds.",
         "",
-        f"| axis | task | before | {arm}: after (train) | {baseline}: after (train) | tokens | seconds | difference |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| axis | task | before | {' | '.join(f'{name}: after (train)' for name in names)} | best baseline | tokens "
+        "| seconds | difference |",
+        "|---|---|---|---|" + "---|" * len(names) + "---|---|---|",
     ]
     for entry in entries.values():
-        cells = [entry["axis"], entry["label"], f"{entry['arms'][arm]['accuracy_before']:.0%}"]
-        for name in (arm, baseline):
+        cells = [entry["axis"], entry["label"], f"{entry['arms'][options.arm]['accuracy_before']:.0%}"]
+        for name in names:
             of_arm = entry["arms"][name]
             after = of_arm["accuracy_after"]
             trained = of_arm["accuracy_on_training_problems"]
             cells.append(f"{100 * after['mean']:.1f}{_interval(after, 100, 1)} ({trained:.0%})")
+        cells.append(entry["baseline"])
         for key in ("tokens_ratio", "seconds_ratio"):
             ratio = entry[key]
             cells.append("-" if ratio is None else f"{ratio:.2f}{_interval(entry[key + '_interval'])}")
@@ -180,6 +186,7 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    colours = dict(zip((options.arm, *options.baselines), COLOURS, strict=False))
     rows = list(entries.values())[::-1]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.45 * len(rows) + 1.9), sharey=True)
     for position, entry in enumerate(rows):
@@ -187,10 +194,10 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
         if ratio is None:
             left.text(1, position, " the baseline's best accuracy is not reached", va="center", fontsize=8)
         else:
-            left.plot(ratio, position, "o", color="#7F3C8D")
+            left.plot(ratio, position, "o", color=COLOURS[0])
         if interval.get("low") is not None:
-            left.plot([interval["low"], interval["high"]], [position] * 2, color="#7F3C8D")
-        for name, colour in ((options.arm, "#7F3C8D"), (options.baseline, "#888888")):
+            left.plot([interval["low"], interval["high"]], [position] * 2, color=COLOURS[0])
+        for name, colour in colours.items():
             of_arm = entry["arms"][name]
             after = of_arm["accuracy_after"]
             right.plot(100 * after["mean"], position, "o", color=colour)
@@ -201,12 +208,12 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
     left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
-    left.set_xlabel(f"tokens of {options.baseline} divided by\nthose of {options.arm}")
+    left.set_xlabel(f"tokens of the best baseline divided by\nthose of {options.arm}")
     right.set_xlim(0, 102)
     right.set_xlabel("accuracy, %\n(dot: new problems, bar: training problems)")
-    for name, colour in ((options.arm, "#7F3C8D"), (options.baseline, "#888888")):
+    for name, colour in colours.items():
         right.plot([], [], "o", color=colour, label=name)
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, frameon=False)
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(colours), fontsize=8, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -216,13 +223,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", type=Path, required=True, help="YAML file with both arms, as for `vineppo compare`")
     parser.add_argument("--arm", default="counterfactual", help="name of the arm that is measured")
-    parser.add_argument("--baseline", default="reinforce", help="name of the arm with which it is compared")
+    parser.add_argument("--baselines", default="reinforce", help="names of the other arms")
     parser.add_argument("--points", default=",".join(point.name for point in POINTS), help="tasks, by name")
     parser.add_argument("--seeds", default="3", help="as for `vineppo compare`")
     parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.command = " ".join(["python benchmarks/map.py", *sys.argv[1:]])
+    options.baselines = options.baselines.split(",")
+    if len(options.baselines) >= len(COLOURS):
+        parser.error(f"--baselines: at most {len(COLOURS) - 1}")
     names = options.points.split(",")
     unknown = sorted(set(names) - {point.name for point in POINTS})
     if unknown:
@@ -232,7 +243,12 @@ def main() -> None:
     for point in POINTS:
         if point.name in names:
             entries[point.name] = _entry(point, options, _compare(point, options))
-            document = {"command": options.command, "arm": options.arm, "baseline": options.baseline, "points": entries}
+            document = {
+                "command": options.command,
+                "arm": options.arm,
+                "baselines": options.baselines,
+                "points": entries,
+            }
             (options.out / "map.json").write_text(json.dumps(document, indent=1) + "\n")
             (options.out / "map.md").write_text(_table(entries, options))
     _picture(entries, options, options.out / "map.png")

@@ -1,11 +1,57 @@
-"""Provide a fixture with a real language model, SmolLM2-135M-Instruct, for the tests marked `real`."""
+"""Fixtures for all tests: a real model, and figures that are not drawn.
+
+Two things that are the same for every test would take a third of the time of the suite, so they are done once or not
+at all: the garbage collector does not read the objects that exist after the collection of the tests (PyTorch,
+transformers and the tests, about a million), and the figures of runs are built but not drawn.
+"""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dev.real_model import find_gguf, save_real_model
+from matplotlib.figure import Figure
+
+# The imports of the test modules make no garbage. Without collections they take less time.
+gc.disable()
+
+EMPTY_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
+    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+"""A picture of one pixel."""
+_DRAWN = Figure.savefig
+
+
+def pytest_collection_finish() -> None:
+    """Exclude all objects that exist now from the collections of the garbage collector."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def _not_drawn(figure: Figure, path: Path, *, format: str, metadata: dict[str, Any]) -> None:
+    """Write a picture of one pixel in place of the figure."""
+    assert figure.axes and format == "png" and metadata == {"Software": None}
+    Path(path).write_bytes(EMPTY_PNG)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _figures_are_not_drawn() -> Iterator[None]:
+    """Build the figures of runs, but do not draw them: Matplotlib needs longer for them than a short run trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _not_drawn)
+        yield
+
+
+@pytest.fixture
+def drawn_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the figures in this test, as outside of the tests."""
+    monkeypatch.setattr(Figure, "savefig", _DRAWN)
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ def test_train(page: str) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("drawn_figures")
 def test_compare(page: str) -> None:
     arguments = ["--algorithms", "late_grpo:late_grpo,grpo", "--late_grpo.decay", "0.9", "--seeds", "1"]
     command = ["compare", "judgement", *SMALL, *arguments, "--budget", "updates=2", "--out", "runs/compared"]
@@ -133,6 +134,7 @@ def test_two_algorithms_of_the_same_name(page: str) -> None:
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("drawn_figures")
 def test_compare_with_a_recipe_of_a_users_algorithm(page: str) -> None:
     """The compared algorithm has the name of the recipe's one, and a label with characters of Markdown and TeX."""
     Path("mine.yaml").write_text(RECIPE)

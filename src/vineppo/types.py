@@ -254,8 +254,12 @@ class Sampler(Protocol):
     ) -> list[list[Completion]]:
         """Return one list of `num_samples` completions per request, in the order of the requests.
 
+        A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
+        `on_finished`.
+
         Args:
-            on_finished: function to call with completions as soon as they end. A sampler may ignore this argument.
+            on_finished: function to call with completions as soon as they end; each completion is passed once. A
+                sampler may ignore this argument.
         """
         ...
 

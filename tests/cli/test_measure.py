@@ -12,6 +12,7 @@ from vineppo.cli.main import main
 TINY = ["--task.num_steps", "3", "--max_new_tokens", "48", "--num_problems", "3", "--group_size", "2"]
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_values_writes_tables_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "values"
     arguments = ["--gold", "8", "--k", "1,2", "--choices", "2", "--out", str(out)]
@@ -36,6 +37,7 @@ def test_the_same_command_gives_the_same_numbers_and_another_seed_others(tmp_pat
     assert run("c", 1) != run("a", 0)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_blame_and_variance_write_their_results(tmp_path: Path) -> None:
     blame = ["--k", "2", "--score", "4", "--which", "all", "--out", str(tmp_path / "blame")]
     assert main(["blame", "embedded:wording", *TINY, *blame]) == 0

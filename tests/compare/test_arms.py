@@ -22,6 +22,8 @@ from vineppo.compare.spec import Arm, CompareSpec, arms_of, check_same_compariso
 from vineppo.compare.tables import conclusions, header, table_rows
 from vineppo.types import UserError
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 GRPO320 = "grpo320=algorithm=grpo,rollouts.num_problems=80,rollouts.group_size=4,learner.lr=4e-4"
 
 

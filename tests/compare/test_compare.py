@@ -28,6 +28,8 @@ from vineppo.compare.tables import missing_lines, table_rows
 from vineppo.run.plots import plot_run
 from vineppo.types import UserError
 
+pytestmark = pytest.mark.usefixtures("drawn_figures")
+
 compare_module = importlib.import_module("vineppo.compare.comparison")
 
 Point = tuple[float, float, float, float]

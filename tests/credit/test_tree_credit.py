@@ -95,7 +95,7 @@ def test_the_form_of_treerl_is_biased() -> None:
 )
 def test_sampled_trees_have_the_expected_gradient(settings: dict[str, Any], group_size: int) -> None:
     """Sampling and credit together. With the branches (2, 2) there is one edge at the prompt."""
-    w, count = world(3, 3), 5000
+    w, count = world(3, 3), 3000
     chosen, parts = TreeSettings(**settings), parts_of(w, group_size)
     groups = sample_trees(chosen, parts)([w.problem] * count, 0)
     samples, _ = tree_credit(chosen, parts)(groups, 0)
@@ -110,7 +110,7 @@ def test_sampled_trees_have_the_expected_gradient(settings: dict[str, Any], grou
     directions = np.concatenate([exact[None], np.random.default_rng(3).standard_normal((8, exact.size))])
     errors = (terms - exact) @ directions.T / np.linalg.norm(directions, axis=1) / np.linalg.norm(exact)
     standard_errors = errors.std(0) / math.sqrt(count)
-    assert standard_errors[0] < 0.035
+    assert standard_errors[0] < 0.046
     assert np.abs(errors.mean(0) / standard_errors).max() < 4.5
 
 

@@ -683,7 +683,7 @@ def test_the_error_of_a_missing_tracker_names_the_extra(tmp_path: Path, monkeypa
     assert build_trackers((), tmp_path, {}) == []
 
 
-def test_objects_from_before_a_run_are_not_collected_and_later_ones_are() -> None:
+def test_objects_from_before_a_run_are_not_collected_and_later_ones_are(request: pytest.FixtureRequest) -> None:
     class Node:
         me: Any = None
 
@@ -692,6 +692,8 @@ def test_objects_from_before_a_run_are_not_collected_and_later_ones_are() -> Non
         node.me = node
         return weakref.ref(node)
 
+    gc.unfreeze()  # the tests exclude objects too (tests/conftest.py)
+    request.addfinalizer(gc.freeze)
     with objects_before_excluded_from_collection():
         frozen, made = gc.get_freeze_count(), cycle()
         with objects_before_excluded_from_collection():  # the objects stay excluded behind an inner block

@@ -333,11 +333,11 @@ def test_a_sample_depends_only_on_its_request(llama: Policy) -> None:
     assert tokens(sampler.sample(requests[::-1]))[::-1] == together
     others = [SampleRequest(random_ids(n, 50 + n), 2, 25, seed=n) for n in range(1, 12)]
     assert tokens(sampler.sample(others + requests))[len(others) :] == together
-    for max_rows in (1, 2, 5):
+    for max_rows in (1, 5):
         assert tokens(TorchSampler(llama, max_rows=max_rows).sample(requests)) == together
     per_token = kv_bytes_per_token(llama.model)
     assert per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, dimensions, bytes
-    for kv_tokens in (70, 100, 200):
+    for kv_tokens in (70, 200):
         small = TorchSampler(llama, kv_memory=kv_tokens * per_token)
         assert tokens(small.sample(requests)) == together
     six_samples = sampler.sample([replace(request, num_samples=6) for request in requests])
@@ -356,12 +356,13 @@ def test_keys_and_values_of_a_wave_stay_within_kv_memory(llama: Policy, monkeypa
         return result
 
     monkeypatch.setattr(KVTree, "append", counting)
-    requests = [SampleRequest(random_ids(n, n), 5, 20, seed=n) for n in range(3, 20)]
+    requests = [SampleRequest(random_ids(n, n), 3, 12, seed=n) for n in range(3, 20, 2)]
     per_token = kv_bytes_per_token(llama.model)
-    for kv_tokens in (40, 100, 300, 10_000):
-        sizes.clear()
-        TorchSampler(llama, kv_memory=kv_tokens * per_token).sample(requests)
-        assert 0.5 < max(sizes) / (min(kv_tokens, 17 * 19 + 85 * 20) * per_token) <= 1
+    for kv_tokens in (32, 80, 200, 10_000):
+        sampler = TorchSampler(llama, kv_memory=kv_tokens * per_token)
+        sizes.clear()  # the constructor has tried out the tree attention of the model
+        sampler.sample(requests)
+        assert 0.5 < max(sizes) / (min(kv_tokens, 9 * 19 + 27 * 12) * per_token) <= 1
 
 
 def test_a_sequence_that_does_not_fit_into_kv_memory_is_refused(llama: Policy) -> None:

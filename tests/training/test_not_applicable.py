@@ -70,6 +70,7 @@ def test_rewards_that_apply_to_no_response_stop_the_run(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("drawn_figures")  # a curve with a gap
 def test_an_iteration_without_any_reward_warns_and_goes_on(tmp_path: Path) -> None:
     """The reward function is called once per iteration. In the second one it applies to nothing."""
     calls: list[int] = []

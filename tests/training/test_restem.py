@@ -246,9 +246,12 @@ def test_the_first_evaluation_and_the_first_rewards_are_those_of_a_training_run(
     assert set(summaries[0]) == set(summaries[1])
 
 
-def test_other_commands_read_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_commands_read_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
     folder = tmp_path / "run"
     run_offline(offline_config(folder), "small", lambda line: None)
+    request.getfixturevalue("drawn_figures")
     assert main(["plot", str(folder)]) == 0
     assert len(list((folder / "plots").glob("*.png"))) == 3
     assert main(["report", str(folder)]) == 0

@@ -367,6 +367,7 @@ def test_a_run_on_a_full_disk_stops_and_continues_with_the_same_bits(tmp_path: P
     assert metrics_of(run.path) == metrics_of(whole)
 
 
+@pytest.mark.usefixtures("drawn_figures")
 def test_plots_that_fail_do_not_fail_the_run_and_are_made_by_a_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -69,7 +69,9 @@ def without_seconds(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", BUILT_IN)
-def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str) -> None:
+def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str, request: pytest.FixtureRequest) -> None:
+    if algorithm == "vineppo":
+        request.getfixturevalue("drawn_figures")
     run = tmp_path / "run"
     summary = train(small_config(run, algorithm), recipe="small")
     lines = read_lines(run)
@@ -99,7 +101,9 @@ def test_a_run_writes_all_its_files(tmp_path: Path, algorithm: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(run / "final")
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     assert model(**tokenizer("a=7;b=a*3;b?\n", return_tensors="pt")).logits.shape[-1] == len(tokenizer)
-    assert sorted(path.suffix for path in (run / "plots").iterdir()) and (run / "config.yaml").exists()
+    assert {path.name for path in (run / "plots").iterdir()} == {"accuracy.png", "tokens.png", "seconds.png"}
+    drawn = all(path.stat().st_size > 10_000 for path in (run / "plots").iterdir())
+    assert drawn == (algorithm == "vineppo") and (run / "config.yaml").exists()
 
 
 CHEAPER_SETTINGS = {

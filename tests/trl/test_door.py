@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,9 @@ from transformers import TrainerCallback
 from tests.helpers import ROOT, weights_hash
 from tests.trl.test_trainer import MODEL, arguments, chains, right
 from vineppo import VinePPOConfig, VinePPOTrainer
+from vineppo.cli.main import main
 from vineppo.config.load import config_to_dict
+from vineppo.run import peers
 from vineppo.run.directory import RunDirectory
 from vineppo.trl import fields
 from vineppo.trl.callbacks import Listener, Schedule
@@ -271,22 +270,27 @@ def test_fields_without_effect_are_documented() -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "trainer"])
-def test_several_processes_that_cannot_connect_are_refused(tmp_path: Path, command: str) -> None:
+def test_several_processes_that_cannot_connect_are_refused(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Case 20: nothing is written. `vineppo sft` trains in one process, also with a launcher."""
-    script = (
-        "from vineppo import VinePPOConfig, VinePPOTrainer\n"
-        f"VinePPOTrainer({MODEL!r}, 'hash', VinePPOConfig(output_dir='out'), [{{'prompt': 'a', 'answer': '1'}}])\n"
-    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(peers, "_reports", False)  # `main` asks whether it reports, and stores the answer
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     arguments_of = {
-        "train": ["-m", "vineppo", "train", "judgement", "--run.dir", "out"],
-        "sft": ["-m", "vineppo", "sft", "--out", "out", "--model.path", MODEL],
-        "trainer": ["-c", script],
+        "train": ["train", "judgement", "--run.dir", "out"],
+        "sft": ["sft", "--out", "out", "--model.path", MODEL],
     }
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, *arguments_of[command]], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode != 0
+    if command == "trainer":
+        with pytest.raises(UserError) as caught:
+            VinePPOTrainer(MODEL, "hash", VinePPOConfig(output_dir="out"), [{"prompt": "a", "answer": "1"}])
+        message = str(caught.value)
+    else:
+        assert main(arguments_of[command]) != 0
+        message = capsys.readouterr().err.splitlines()[-1]
     several = (
         "WORLD_SIZE is 2: a launcher (torchrun, accelerate launch) started 2 processes, but only `vineppo train` and "
         "VinePPOTrainer work with several; start one process without a launcher, or unset WORLD_SIZE"
@@ -295,5 +299,5 @@ def test_several_processes_that_cannot_connect_are_refused(tmp_path: Path, comma
         "WORLD_SIZE is 2, but MASTER_ADDR, MASTER_PORT of the environment is not set, so the processes of the run "
         "cannot connect; start them with torchrun or accelerate launch, or unset WORLD_SIZE"
     )
-    assert (several if command == "sft" else alone) in done.stderr.splitlines()[-1]
+    assert (several if command == "sft" else alone) in message
     assert not list(tmp_path.iterdir())

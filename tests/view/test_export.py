@@ -236,6 +236,28 @@ def test_mistakes_are_one_line(
     assert not Path("run/exports").exists()
 
 
+def test_damaged_iterations_are_left_out_and_named(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = Path("run/rollouts/000002.parquet").read_bytes()
+    Path("run/rollouts/000002.parquet").write_bytes(whole[: len(whole) // 2])
+    Path("run/rollouts/000003.parquet").write_bytes(b"PAR1")
+    assert main(["export", run, "--format", "prm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["run/exports/prm.jsonl: 2 rows", "from 2 responses of 1 iteration"]
+    for line, number in zip(lines[2:4], (2, 3), strict=True):
+        assert line.startswith(f"left out: run/rollouts/00000{number}.parquet is damaged or not a file of rollouts (")
+    assert lines[4] == "left out: 2 iterations that cannot be read"
+    # The rows are those of the other iteration alone.
+    written = Path("run/exports/prm.jsonl").read_text()
+    assert main(["export", run, "--format", "prm", "--iterations", "1"]) == 0
+    assert "left out" not in capsys.readouterr().out and Path("run/exports/prm.jsonl").read_text() == written
+    assert main(["export", run, "--format", "sft", "--right", "2"]) == 2
+    assert "of 2 responses are 2 not right; 2 iterations cannot be read; choose" in capsys.readouterr().err
+    assert main(["export", run, "--format", "prm", "--iterations", "2-3"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: run has no iteration that can be read: run/rollouts/000002.parquet is damaged")
+    assert error.count("\n") == 1 and Path("run/exports/prm.jsonl").read_text() == written
+
+
 def test_a_file_needs_out_and_a_directory_must_be_writable(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run/rollouts/000001.parquet", "--format", "sft"]) == 2
     assert "add --out FILE" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -70,17 +72,19 @@ def _run(request: Request) -> int:
         raise UserError(f"no format is given; add --format with one of {', '.join(_FORMATS)}")
     settings, share, out = _settings(request, form), _share(request), _out(request, form)
     from vineppo.view.export import export, split_rows, write_rows
-    from vineppo.view.records import iterations_of, responses_of
+    from vineppo.view.records import iterations_of, read_each, responses_of
 
-    run, tokenizer = request.positional, request.options["tokenizer"]
+    run, damaged = request.positional, dict[int, str]()
     numbers = _iterations(request, iterations_of(run))
-    found = (response for number in numbers for response in responses_of(run, number, tokenizer))
+    read = functools.partial(responses_of, run, tokenizer=request.options["tokenizer"])
+    found = (response for _, responses in read_each(run, numbers, read, damaged) for response in responses)
     exported = export(found, form, settings)
     if not exported.rows:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in exported.left_out.items() if count)
+        unread = f"; {_counted(len(damaged))} cannot be read" if damaged else ""
         raise UserError(
-            f"{run} has nothing to export as {form}: of {exported.num_responses:,} responses are {reasons or 'none'}; "
-            "choose other iterations, another format or another threshold"
+            f"{run} has nothing to export as {form}: of {exported.num_responses:,} responses are {reasons or 'none'}"
+            f"{unread}; choose other iterations, another format or another threshold"
         )
     first, second = split_rows(exported, share)
     files = [(out, first)]
@@ -89,19 +93,31 @@ def _run(request: Request) -> int:
     for path, rows in files:
         write_rows(path, rows, form)
         print(f"{path}: {len(rows):,} rows")
-    _report(exported, len(numbers))
+    _report(exported, len(numbers) - len(damaged), list(damaged.values()))
     return 0
 
 
-def _report(exported: Exported, num_iterations: int) -> None:
-    """Print where the rows come from, and what was left out."""
-    unit = "iteration" if num_iterations == 1 else "iterations"
-    print(f"from {exported.num_responses:,} responses of {num_iterations} {unit}")
+def _report(exported: Exported, num_iterations: int, damaged: Sequence[str]) -> None:
+    """Print where the rows come from, and what was left out.
+
+    Args:
+        num_iterations: number of the iterations that were read.
+        damaged: for each iteration that could not be read, the message that names its file.
+    """
+    print(f"from {exported.num_responses:,} responses of {_counted(num_iterations)}")
+    for message in damaged:
+        print(f"left out: {message}")
+    if damaged:
+        print(f"left out: {_counted(len(damaged))} that cannot be read")
     for reason, count in exported.left_out.items():
         if count:
             print(f"left out: {count:,} {reason}")
     for note in exported.notes:
         print(note)
+
+
+def _counted(num_iterations: int) -> str:
+    return f"{num_iterations:,} iteration{'' if num_iterations == 1 else 's'}"
 
 
 def _choice(request: Request, name: str, allowed: tuple[str, ...]) -> str | None:

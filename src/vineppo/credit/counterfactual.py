@@ -13,14 +13,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
 from vineppo.config.schema import Config
 from vineppo.config.settings import Settings, require
-from vineppo.credit.advantages import leave_one_out_advantages
 from vineppo.credit.algorithm import Algorithm, CreditParts
 from vineppo.credit.sample import one_per_rollout, reward_of, training_sample, with_reward
 from vineppo.sampling.graded import sampled_and_graded
@@ -50,16 +48,14 @@ class CounterfactualSettings(Settings):
     coupled: bool = True
     """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
     costs about as many tokens as the rest of the response, and is noisier."""
-    pairs: Literal["better", "all"] = "better"
-    """Pairs of a response's token and another token that are trained. `better`: the pairs in which the response has the
-    higher reward; its token gets the difference as positive credit, the other one as negative credit. Only responses
-    whose reward is above `lowest_reward` are branched. `all`: all pairs; only the other token gets credit."""
+    failed_share: float = Field(0.0, ge=0, le=1)
+    """Share of the branches of failed responses. The places of a response whose reward is at most `lowest_reward` are
+    branched with the probability of other responses, multiplied by this number. With 0, failed responses cost nothing,
+    and a token gets credit only in responses that succeeded. With more, credit for tokens that are rarely chosen is
+    less noisy, but most branches of failed responses fail, too. The credit is unbiased for every value."""
     lowest_reward: float = 0.0
-    """For `pairs: better`: the lowest reward that a response can have."""
-    share: float = Field(1.0, gt=0, le=1)
-    """Weight of counterfactual credit. The credit of REINFORCE on the response's own tokens has the weight 1 - share.
-    Both are unbiased estimates of the same gradient, so their weighted mean is, too. Their errors are different, so the
-    mean can be less noisy than either of them."""
+    """Responses with at most this reward have failed. With `failed_share` 0 it must be the lowest reward that a
+    response can have."""
 
 
 @dataclass(frozen=True)
@@ -111,48 +107,44 @@ def _build(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
 def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) -> CreditFn:
     """Build the credit function.
 
-    Let a be the token of a response at some place, s the state before it, p the probability of a, and R the reward of
-    the response. Another token b is drawn with the probability pi(b | s) / (1 - p), and continued to a response with
-    the reward R'. With w = (1 - p) / (probability of branching the place), the credit at s is
+    Let a be the token of a response at some place, s the state before it, p(a) its probability, and R the reward of the
+    response. Another token b is drawn with the probability p(b) / (1 - p(a)), and continued to a response with the
+    reward R'. Let w(a, R) be (1 - p(a)) / (probability of branching the place). The credit of a is
 
-    - for `pairs: all`: w (R' - R) for b, which is trained as an alternative at the place;
-    - for `pairs: better`: w (R - R') for a and the negative of it for b, if R > R'; otherwise 0.
+        (R - R') h,  h = w(a, R) w(b, R') / (w(a, R) + w(b, R')),
 
-    Both have the policy gradient at s as their expected gradient. For `all` it is the sum over a and b != a of
-    pi(a) (Q(b) - Q(a)) grad pi(b), for every joint distribution of R and R'. For `better`, the joint distribution must
-    be the same if the response and the continuation change places, as it is with drafts: then the expectation of
-    R - R' over the pairs in which R is higher, with a and b in both orders, is Q(a) - Q(b). If R and R' are coupled,
-    their difference is 0 wherever the token does not matter.
+    and b is trained as an alternative at s with the negative of it. If failed responses are not branched
+    (`failed_share` 0) and b failed, w(b, R') is infinite and h = w(a, R).
 
-    This credit is multiplied by `share`. The credit of REINFORCE, multiplied by 1 - `share`, is added to that of the
-    response's own tokens.
+    The expected gradient of this credit is the policy gradient at s, if the joint distribution of R and R' stays the
+    same when the response and the continuation change places, as it does with drafts. A pair (a, R), (b, R') is then
+    drawn in both orders, with probabilities in proportion to 1 / w(a, R) and 1 / w(b, R'). Multiplied by h, they add up
+    to p(a) p(b). If R and R' are coupled, their difference is 0 wherever the token does not matter.
 
     `learner.advantage_scaling` measures only the deviation of the response's own tokens.
 
     With a sampler that cannot exclude the token a, b is drawn from pi(b | s), and the factor (1 - p) is left out; if b
     is a, there is no credit. Rollouts and continuations without a reward have no credit.
     """
-    better = settings.pairs == "better"
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
         rollouts = with_reward(groups)
         branches = [
             branch
             for index, owner in enumerate(rollouts)
-            if not better or reward_of(owner[1]) > settings.lowest_reward
+            if _share(settings, reward_of(owner[1]))
             for branch in _branches(settings, parts.run_seed, iteration, index, owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
         prefixes = [(rollouts[b.rollout][0], rollouts[b.rollout][1].response_ids[: b.position]) for b in branches]
         graded = sampled_and_graded(parts.sampler, parts.task, parts.codec.decode, requests, prefixes)
-        advantages = _reinforce_part(settings, rollouts)
+        advantages = [[0.0] * len(rollout.response_ids) for _, rollout in rollouts]
         alternatives: list[list[Alternative]] = [[] for _ in rollouts]
         for branch, [(completion, _, reward)] in zip(branches, graded, strict=True):
             other = _credit_of_other(settings, parts, rollouts[branch.rollout][1], branch, completion, reward)
             if other is not None:
                 alternatives[branch.rollout].append(other)
-                if better:
-                    advantages[branch.rollout][branch.position] -= other.advantage
+                advantages[branch.rollout][branch.position] -= other.advantage
         kept = _kept(branches, graded, len(rollouts), parts.save_continuations)
         samples = [
             training_sample(rollout, of_tokens, alternatives=others, mc_rollouts=mc_rollouts)
@@ -193,12 +185,30 @@ def _credit_of_other(
     """
     token = completion.token_ids[0]
     change = 0.0 if reward is None else reward - reward_of(rollout)
-    if settings.pairs == "better":
-        change = min(change, 0.0)
-    if change == 0 or token == rollout.response_ids[branch.position]:
+    if reward is None or change == 0 or token == rollout.response_ids[branch.position]:
         return None
-    chosen = branch.others if parts.sampler.capabilities.excluded_first else 1.0
-    return Alternative(branch.position, token, settings.share * chosen / branch.chance * change)
+    if parts.sampler.capabilities.excluded_first:
+        others = 1 - math.exp(completion.logprobs[0]) * branch.others
+        weight, reverse = branch.others / branch.chance, _share(settings, reward) / max(others, settings.openness)
+    else:
+        others = -math.expm1(completion.logprobs[0])
+        weight, reverse = 1 / branch.chance, _chance(settings, others, reward)
+    return Alternative(branch.position, token, change * weight / (1 + weight * reverse))  # reverse is 1 / w(b, R')
+
+
+def _share(settings: CounterfactualSettings, reward: float) -> float:
+    """Return the factor of the probability of branching a response with a reward."""
+    return 1.0 if reward > settings.lowest_reward else settings.failed_share
+
+
+def _chance(settings: CounterfactualSettings, others: float, reward: float) -> float:
+    """Return the probability of branching a place of a response.
+
+    Args:
+        others: 1 - p, where p is the probability of the response's token at this place.
+        reward: the reward of the response.
+    """
+    return _share(settings, reward) * min(1.0, others / settings.openness)
 
 
 def _kept(
@@ -221,16 +231,6 @@ def _kept(
     return kept
 
 
-def _reinforce_part(settings: CounterfactualSettings, rollouts: Sequence[tuple[Problem, Rollout]]) -> list[list[float]]:
-    """Return the credit of REINFORCE for each response token, multiplied by 1 - `share`, one list per rollout."""
-    rewards = [reward_of(rollout) for _, rollout in rollouts]
-    credit = leave_one_out_advantages(rewards) if len(rewards) > 1 else [0.0] * len(rewards)
-    return [
-        [(1 - settings.share) * advantage] * len(rollout.response_ids)
-        for advantage, (_, rollout) in zip(credit, rollouts, strict=True)
-    ]
-
-
 def _branches(
     settings: CounterfactualSettings, run_seed: int, iteration: int, index: int, owner: tuple[Problem, Rollout]
 ) -> list[_Branch]:
@@ -242,7 +242,7 @@ def _branches(
     branches = []
     for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
         others = -math.expm1(logprob)  # 1 - p
-        chance = min(1.0, others / settings.openness)
+        chance = _chance(settings, others, reward_of(rollout))
         if number < chance:
             branches.append(_Branch(index, position, others, chance))
     return branches

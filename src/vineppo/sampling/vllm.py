@@ -117,10 +117,7 @@ class VLLMSampler:
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """Return one list of `num_samples` completions per request, in the order of the requests.
-
-        A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
-        `on_finished`.
+        """Return the completions of requests, as `types.Sampler.sample` says.
 
         Raises:
             UserError: if a sequence is too long for the engine, or a temperature too low.

@@ -58,23 +58,9 @@ def train(
     reporter: Reporter | None = None,
     in_memory: InMemory = NOTHING_IN_MEMORY,
 ) -> dict[str, Any]:
-    """Train a model in a new run directory.
+    """Train a model in a new run directory, without a report at its end.
 
-    Args:
-        config: all settings. An empty `run.dir` becomes `runs/<recipe>-<algorithm>-seed<seed>`, with the name of the
-            task in place of an empty `recipe`.
-        recipe: name of the recipe from which `config` was built, or empty; it is written to summary.json.
-        reward_fn: one or several functions that replace the task's graders. Signature: fn(prompts, completions,
-            completion_ids, **columns) -> list with one number per completion, or None where the function does not
-            apply. `columns` are the other columns of the problems, each a list with one entry per completion. The
-            functions are called in this process.
-        reporter: receives the progress of the run; optional.
-        in_memory: a model or data sets that are used instead of loading the configured ones.
-    Returns:
-        The content of summary.json.
-    Raises:
-        UserError: if the settings, the model, the data or the graders cannot be used, if the run directory exists and
-            is not empty, or if the disk is full.
+    The arguments, the result and the errors are those of `vineppo.train` (`view/trained.py`).
     """
     config = with_run_dir(with_algorithm_section(config), recipe)
 

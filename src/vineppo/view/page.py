@@ -8,6 +8,7 @@ text, never as markup.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 import re
@@ -20,6 +21,7 @@ from vineppo.run.environment import package_version
 from vineppo.run.files import written_aside
 from vineppo.types import UserError
 from vineppo.view.data import compressed, iteration_data, ranges, run_meta, spread_order, to_json
+from vineppo.view.records import read_each
 
 MAX_BYTES = 5_000_000
 """Default limit of the size of the file, in bytes."""
@@ -90,20 +92,15 @@ def contents_of(
     offers: dict[str, dict[tuple[int, int], str]] = {part: {} for part in _OPTIONAL}
     damaged: list[str] = []
     for r, run in enumerate(runs):
-        meta, rows = run_meta(run), []
+        meta, rows, unread = run_meta(run), [], dict[int, str]()
         contents.meta["runs"].append(meta)
-        for iteration in list(meta["iterations"]):
-            try:
-                parts = iteration_data(run, iteration, tokenizer)
-            except UserError as error:
-                damaged.append(str(error))
-                meta["iterations"].remove(iteration)
-                continue
+        read = functools.partial(iteration_data, run, tokenizer=tokenizer)
+        for iteration, parts in read_each(run, meta["iterations"], read, unread):
             rows.append(parts["rows"])
             for part in _OPTIONAL:
                 offers[part][r, iteration] = _base64(parts[part])
-        if not rows:
-            raise UserError(f"{run} has no iteration that can be read: {damaged[0]}")
+        meta["iterations"] = [iteration for iteration in meta["iterations"] if iteration not in unread]
+        damaged += unread.values()
         contents.chunks[f"{r}/rows"] = _base64(rows)
     _fill(contents, offers, max_bytes)
     contents.meta["left_out"] = damaged + _left_out(contents, offers)

@@ -9,9 +9,9 @@ Letters: T response tokens, S steps, K MC rollouts of a state.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,8 @@ from vineppo.run.directory import RunDirectory
 from vineppo.statistics import Interval, wilson
 from vineppo.types import UserError
 from vineppo.view.response import Alternative, Continuation, Credit, Response, Step, Token
+
+_T = TypeVar("_T")
 
 
 def algorithm_of(run: str | Path) -> str:
@@ -79,6 +81,32 @@ def responses_of(run: str | Path, iteration: int, tokenizer: str | Path | None =
     if tokenizer is not None:
         raise UserError(f"{run} has the texts of its responses, so a tokenizer has no meaning; remove --tokenizer")
     return responses_from_rows(_rows(run, iteration))
+
+
+def read_each(
+    run: str | Path, iterations: Iterable[int], read: Callable[[int], _T], damaged: dict[int, str]
+) -> Iterator[tuple[int, _T]]:
+    """Yield the number of each iteration with what `read` returns for it. Iterations that cannot be read are left out.
+
+    Args:
+        run: the run, for the message.
+        iterations: numbers of the iterations.
+        read: function that reads an iteration. It raises UserError if the iteration cannot be read.
+        damaged: receives the number of each iteration that is left out, with the message, which names the file.
+    Raises:
+        UserError: if there are iterations, and none of them can be read.
+    """
+    found = False
+    for iteration in iterations:
+        try:
+            content = read(iteration)
+        except UserError as error:
+            damaged[iteration] = str(error)
+            continue
+        found = True
+        yield iteration, content
+    if damaged and not found:
+        raise UserError(f"{run} has no iteration that can be read: {next(iter(damaged.values()))}")
 
 
 def responses_from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Response]:

@@ -75,13 +75,8 @@ class EngineSampler:
     def sample(
         self, requests: Sequence[SampleRequest], on_finished: OnFinished | None = None
     ) -> list[list[Completion]]:
-        """Return one list of `num_samples` completions per request, in the order of the requests.
+        """Return the completions of requests, as `types.Sampler.sample` says.
 
-        A request with `max_new_tokens` 0 gets empty completions with finish reason "length", which are not passed to
-        `on_finished`.
-
-        Args:
-            on_finished: called with completions as soon as they end; each completion is passed once.
         Raises:
             UserError: if the keys and values of a single sequence do not fit into `kv_memory`, or if the model has
                 changed in a way that the engine does not know.

@@ -199,10 +199,7 @@ def tree_attention(
         key, value: shape (B, Hkv, q, d).
         attention_mask: ignored, because the tree determines which tokens a query may attend to.
         tree: the keys and values. They are extended by those of the new tokens.
-        scaling: factor of the attention scores; None means d ** -0.5.
-        softcap: if given, each score s is replaced by softcap * tanh(s / softcap).
-        sliding_window: number of most recent tokens that a query may attend to; None means all tokens.
-        s_aux: attention sinks, which are not supported.
+        scaling, softcap, sliding_window, s_aux: as for `model.packing.packed_attention`.
     Returns:
         (attention output of shape (B, q, H, d), None in place of attention weights).
     Raises:
