@@ -93,7 +93,7 @@ build/trl-prm/.ready: | $(READY_REAL)
 	$(PIP) install --quiet --no-deps --upgrade --target build/trl-prm trl==1.13.0
 	@touch $@
 
-test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; some minutes
+test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; about 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes

@@ -184,8 +184,8 @@ def _credit_of_other(
         reward: the reward of the response with the completion; None if no reward function applies to it.
     """
     token = completion.token_ids[0]
-    change = 0.0 if reward is None else reward - reward_of(rollout)
-    if reward is None or change == 0 or token == rollout.response_ids[branch.position]:
+    own_reward = reward_of(rollout)
+    if reward is None or reward == own_reward or token == rollout.response_ids[branch.position]:
         return None
     if parts.sampler.capabilities.excluded_first:
         others = 1 - math.exp(completion.logprobs[0]) * branch.others
@@ -193,7 +193,8 @@ def _credit_of_other(
     else:
         others = -math.expm1(completion.logprobs[0])
         weight, reverse = 1 / branch.chance, _chance(settings, others, reward)
-    return Alternative(branch.position, token, change * weight / (1 + weight * reverse))  # reverse is 1 / w(b, R')
+    # `reverse` is 1 / w(b, R').
+    return Alternative(branch.position, token, (reward - own_reward) * weight / (1 + weight * reverse))
 
 
 def _share(settings: CounterfactualSettings, reward: float) -> float:
@@ -236,13 +237,14 @@ def _branches(
 ) -> list[_Branch]:
     """Return the places of a rollout that are branched, drawn at random."""
     problem, rollout = owner
+    reward = reward_of(rollout)
     seed = derive_seed(run_seed, iteration, problem.id, "branches", index)
     keys = stream_keys(np.array([seed], np.uint64), np.array([0]))
     numbers = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
     branches = []
     for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
         others = -math.expm1(logprob)  # 1 - p
-        chance = _chance(settings, others, reward_of(rollout))
+        chance = _chance(settings, others, reward)
         if number < chance:
             branches.append(_Branch(index, position, others, chance))
     return branches
