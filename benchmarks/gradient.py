@@ -17,7 +17,11 @@ the number of tokens per problem:
 
 The policy gradient is estimated from all arms together. The scale c of an arm, the part of its mean gradient along
 mu, is 1 for an unbiased arm; the signal of an arm is c * mu. Generated tokens are those of rollouts and MC rollouts,
-without those that are taken from drafts. Standard errors come from a jackknife over BLOCKS blocks of problems.
+without those that are taken from drafts. `trained_to_snr_1` and `seconds_to_snr_1` are the same for trained tokens and
+for seconds of sampling and credit. Standard errors come from a jackknife over BLOCKS blocks of problems.
+
+`--free NAME` leaves out the tokens of an arm's MC rollouts. With many of them, the arm then shows what a method could
+reach at most that has nearly exact values without sampling for them.
 
 The signal-to-noise ratio needs many problems. `tokens_times_square`, the tokens times the mean squared length of a
 problem's gradient, is known with fewer. Unbiased arms have the same signal, so its ratio between two of them is the
@@ -59,6 +63,9 @@ FLOOR = 0.1
 """The square root of a second moment is at least this share of its median over the coordinates. Coordinates that the
 pilot hardly used would otherwise dominate."""
 
+UNITS = ("tokens", "trained", "seconds")
+"""What an arm needs for a problem: generated tokens, trained tokens, seconds."""
+
 
 @dataclass
 class Arm:
@@ -73,6 +80,8 @@ class Arm:
     """Sum over each block of the squared length of a problem's gradient, without and with Adam's scale."""
     problems: np.ndarray = field(default_factory=lambda: np.zeros(BLOCKS))
     """Number of problems in each block."""
+    free: bool = False
+    """Whether the tokens of MC rollouts are left out."""
     generated: float = 0.0
     """Number of generated tokens."""
     trained: float = 0.0
@@ -181,7 +190,7 @@ def batch_of(
     groups, sampled = parts.sample(problems, iteration)
     samples, metrics = parts.credit(groups, iteration)
     arm.seconds += time.perf_counter() - start
-    arm.generated += sampled + metrics.get("tokens/mc", 0.0)
+    arm.generated += sampled + (0.0 if arm.free else metrics.get("tokens/mc", 0.0))
     arm.trained += sum(sum(a != 0 for a in s.advantages) + len(s.alternatives) for s in samples)
     return list(zip(groups, samples_by_group(groups, list(samples)), strict=True))
 
@@ -233,12 +242,13 @@ def figures(arms: list[Arm], scale: np.ndarray) -> dict[str, Any]:
     result: dict[str, Any] = {
         arm.name: {
             "settings": arm.overrides,
+            "free": arm.free,
             "problems": int(arm.problems.sum()),
             "tokens_per_problem": arm.generated / arm.problems.sum(),
             "trained_per_problem": arm.trained / arm.problems.sum(),
             "seconds_per_problem": arm.seconds / arm.problems.sum(),
             "tokens_times_square": {},
-            "tokens_to_snr_1": {},
+            **{f"{unit}_to_snr_1": {} for unit in UNITS},
             "scale": {},
         }
         for arm in arms
@@ -255,7 +265,9 @@ def figures(arms: list[Arm], scale: np.ndarray) -> dict[str, Any]:
             errors = [float(np.std(column)) * (BLOCKS - 1) ** 0.5 for column in zip(*without, strict=True)]
             tokens = result[arm.name]["tokens_per_problem"]
             result[arm.name]["tokens_times_square"][space] = float(squares.mean()) * tokens
-            result[arm.name]["tokens_to_snr_1"][space] = {"mean": problems * tokens, "error": errors[0] * tokens}
+            for unit in UNITS:
+                amount = result[arm.name][f"{unit}_per_problem"]
+                result[arm.name][f"{unit}_to_snr_1"][space] = {"mean": problems * amount, "error": errors[0] * amount}
             result[arm.name]["scale"][space] = {"mean": along, "error": errors[1]}
     return result
 
@@ -267,21 +279,25 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}` with torch {result['torch']}; mean reward of the policy {result['reward']:.2f}. Tokens "
         "to a signal-to-noise ratio of 1 (with standard errors), in the space of the parameters and with Adam's scale; "
-        "tokens times mean squared length of the gradient, relative to the first arm.",
+        "tokens times mean squared length of the gradient, relative to the first arm. The tokens of the MC rollouts of "
+        "an arm marked with * are left out.",
         "",
-        "| arm | tokens a problem | trained tokens | raw | Adam | tokens x square, raw | Adam | scale |",
-        "|---|---|---|---|---|---|---|---|",
+        "| arm | tokens a problem | trained tokens | raw | Adam | trained, raw | seconds, raw | tokens x square, raw | "
+        "Adam | scale |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     first = next(iter(result["methods"].values()))
     for name, method in result["methods"].items():
         needed = [method["tokens_to_snr_1"][space] for space in ("raw", "adam")]
+        others = f"{method['trained_to_snr_1']['raw']['mean']:,.0f} | {method['seconds_to_snr_1']['raw']['mean']:.2f}"
         squares = [
             method["tokens_times_square"][space] / first["tokens_times_square"][space] for space in ("raw", "adam")
         ]
+        label = name + ("*" if method["free"] else "")
         lines.append(
-            f"| {name} | {method['tokens_per_problem']:.0f} | {method['trained_per_problem']:.0f} | "
+            f"| {label} | {method['tokens_per_problem']:.0f} | {method['trained_per_problem']:.0f} | "
             + " | ".join(f"{figure['mean']:,.0f} ({figure['error']:,.0f})" for figure in needed)
-            + f" | {squares[0]:.2f} | {squares[1]:.2f} | {method['scale']['raw']['mean']:.2f} |"
+            + f" | {others} | {squares[0]:.2f} | {squares[1]:.2f} | {method['scale']['raw']['mean']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -291,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--arm", action="append", required=True, metavar="NAME=KEY=VALUE,...")
+    parser.add_argument("--free", action="append", default=[], metavar="NAME")
     parser.add_argument("--model", help="model of the policy, instead of the recipe's")
     parser.add_argument("--problems", type=int, default=1024, help="number of problems per arm")
     parser.add_argument("--batch", type=int, default=64, help="number of problems that are sampled together")
@@ -303,7 +320,12 @@ def main() -> None:
         parsed = [parse_arm(text) for text in arguments.arm]
     except UserError as error:
         parser.error(str(error))
-    arms = [Arm(arm.name, {"algorithm": arm.algorithm, **arm.overrides}) for arm in parsed]
+    unknown = sorted({*arguments.free} - {arm.name for arm in parsed})
+    if unknown:
+        parser.error(f"--free {unknown[0]}: no arm has this name; allowed: {', '.join(arm.name for arm in parsed)}")
+    arms = [
+        Arm(arm.name, {"algorithm": arm.algorithm, **arm.overrides}, free=arm.name in arguments.free) for arm in parsed
+    ]
     arguments.out.mkdir(parents=True, exist_ok=True)
     scale, reward = adam_scale(arguments)
     for arm in arms:
