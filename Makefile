@@ -39,11 +39,11 @@ RESULTS_JOBS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
-	results-habit results-credit results-values results-blame results-variance results-scaling bench bench-vines \
+	results-habit tuning results-equal-tokens results-credit results-values results-blame results-variance results-scaling bench bench-vines \
 	bench-budget bench-length bench-update bench-scale test-vllm test-ray test-ranks faults clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 ENGINE := src/vineppo/sampling/engine
 
@@ -136,6 +136,40 @@ results-default results-habit: results-%: $(READY)
 		--budget $(RESULTS_BUDGET) --jobs $(RESULTS_JOBS) --eval.split test --out runs/compare-$*
 	mkdir -p docs/results/$*
 	cd runs/compare-$* && cp compare.json compare.csv table.md *.png ../../docs/results/$*/
+
+# The study at equal generated tokens (docs/results/equal_tokens): every algorithm is tuned over the same grid of learning
+# rate, KL penalty and rollouts (or continuations) per update, with seeds that the comparison does not use.
+STUDY ?= counterfactual reinforce grpo ppo vineppo rloo tempo tree grpo_lambda spo_chain
+STUDY_BUDGET ?= 360000
+STUDY_JOBS ?= 2
+TUNE := wording --grid learner.lr=2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
+	--set eval.num_problems=256 --set eval.every=2 --budget $(STUDY_BUDGET) --rungs 3 --eta 2 --target 0.9 \
+	--seeds 100-101 --jobs $(STUDY_JOBS)
+KL := --grid learner.kl.coefficient=1e-3,3e-3
+ROLLOUTS := --grid rollouts.num_problems+learner.minibatch_size
+BATCH_OF_32 := --set rollouts.num_problems=32 --set learner.minibatch_size=32
+TUNE_counterfactual := $(KL) $(ROLLOUTS)=32,64
+TUNE_ppo := $(TUNE_counterfactual)
+TUNE_reinforce := --grid learner.kl.coefficient=0,1e-3,3e-3 $(ROLLOUTS)=32,64
+TUNE_grpo := $(KL) $(ROLLOUTS)=8:32,16:64
+TUNE_rloo := $(TUNE_grpo)
+TUNE_tempo := $(TUNE_grpo)
+TUNE_tree := $(TUNE_grpo)
+TUNE_grpo_lambda := $(TUNE_grpo)
+TUNE_vineppo := $(KL) $(BATCH_OF_32) --set vineppo.alternatives=true --grid vineppo.num_mc_rollouts=1,3
+TUNE_spo_chain := $(KL) $(BATCH_OF_32) --grid spo_chain.num_mc_rollouts=1,3
+
+tuning: $(STUDY:%=docs/results/equal_tokens/tuning/%.json)  ## tune every algorithm of the study with equal care; 20 minutes each
+
+docs/results/equal_tokens/tuning/%.json: | $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python dev/tune.py $(TUNE) --algorithms $* $(TUNE_$*) --out runs/tune-$*
+	cp runs/tune-$*/tune.json $@
+
+results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_tokens/arms.yaml with ten new seeds
+	$(BIN)/vineppo compare wording --arms docs/results/equal_tokens/arms.yaml --seeds 10-19 --budget tokens=$(STUDY_BUDGET) \
+		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
+		--out runs/equal_tokens
+	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
 
 results-credit: results-values results-blame results-variance results-scaling  ## the measurements of docs/answers.md (results-values, -blame, -variance, -scaling), minutes
 
