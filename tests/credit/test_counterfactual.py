@@ -32,19 +32,20 @@ def parts(world: World) -> CreditParts:
 
 
 def credit_of(
-    world: World, count: int, openness: float, coupled: bool, failed_share: float = 0.0
+    world: World, count: int, openness: float, coupled: bool, lowest_reward: float = 0.0
 ) -> tuple[list[TrainingSample], Metrics]:
-    settings = CounterfactualSettings(openness=openness, coupled=coupled, failed_share=failed_share)
+    settings = CounterfactualSettings(openness=openness, coupled=coupled, lowest_reward=lowest_reward)
     return counterfactual_credit(settings, parts(world))([world.sampled_group(count, 0)], 0)
 
 
 @pytest.mark.parametrize(
-    ("openness", "coupled", "failed_share"),
-    [(0.5, True, 0.0), (1.0, True, 0.0), (1.0, False, 0.0), (0.5, True, 1.0), (0.7, True, 0.3), (0.5, False, 0.5)],
+    ("openness", "coupled", "lowest_reward"),
+    # With the lowest reward -1, responses without reward are branched, too.
+    [(0.5, True, 0.0), (1.0, True, 0.0), (1.0, False, 0.0), (0.5, True, -1.0), (0.5, False, -1.0)],
 )
-def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool, failed_share: float) -> None:
+def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: bool, lowest_reward: float) -> None:
     world = build_world(3)
-    samples, _ = credit_of(world, RESPONSES, openness, coupled, failed_share)
+    samples, _ = credit_of(world, RESPONSES, openness, coupled, lowest_reward)
     exact = world.table_gradient.ravel()
     terms = np.array([world.table_gradient_of([(1.0, sample)]).ravel() for sample in samples])
     # Rarely reached states have too few terms for a normal distribution of their mean.
@@ -57,22 +58,27 @@ def test_the_expected_gradient_is_the_policy_gradient(openness: float, coupled: 
     assert along.std() / math.sqrt(len(samples)) < 0.025
 
 
-@pytest.mark.parametrize("failed_share", [0.0, 0.5])
-def test_the_two_tokens_of_a_pair_have_opposite_credit(failed_share: float) -> None:
+@pytest.mark.parametrize("lowest_reward", [0.0, -1.0])
+def test_the_two_tokens_of_a_pair_have_opposite_credit(lowest_reward: float) -> None:
     world = build_world(4)
-    samples, _ = credit_of(world, 50, 0.5, True, failed_share)
+    samples, _ = credit_of(world, 50, 0.5, True, lowest_reward)
     prompt = len(world.prompt_ids)
     pairs = 0
     for sample in samples:
         assert sample.rollout is not None
         of_others = {alternative.position: alternative.advantage for alternative in sample.alternatives}
-        assert sample.rollout.reward or failed_share or not of_others
+        assert sample.rollout.reward or lowest_reward or not of_others
         for position, advantage in enumerate(sample.advantages[prompt:]):
             assert advantage == -of_others.pop(position, 0.0)
             assert sample.rollout.reward or advantage <= 0  # no reward is below 0
             pairs += advantage != 0
         assert not of_others
     assert pairs > 20
+
+
+def test_a_reward_below_the_lowest_one_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"the reward 0[.0-9]*, .* counterfactual.lowest_reward 0\.5"):
+        credit_of(build_world(4), 50, 0.5, True, 0.5)
 
 
 @pytest.mark.parametrize(("key", "value"), [("learner.kl.place", "reward"), ("learner.advantage_scaling", "whiten")])

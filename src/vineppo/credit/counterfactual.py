@@ -48,14 +48,9 @@ class CounterfactualSettings(Settings):
     coupled: bool = True
     """Use the rest of the response as the draft of the continuation. `false` samples every continuation anew, which
     costs about as many tokens as the rest of the response, and is noisier."""
-    failed_share: float = Field(0.0, ge=0, le=1)
-    """Share of the branches of failed responses. The places of a response whose reward is at most `lowest_reward` are
-    branched with the probability of other responses, multiplied by this number. With 0, failed responses cost nothing,
-    and a token gets credit only in responses that succeeded. With more, credit for tokens that are rarely chosen is
-    less noisy, but most branches of failed responses fail, too. The credit is unbiased for every value."""
     lowest_reward: float = 0.0
-    """Responses with at most this reward have failed. With `failed_share` 0 it must be the lowest reward that a
-    response can have."""
+    """The lowest reward that a response can have. Responses with this reward are never the better one of a pair. They
+    are not branched, so they cost nothing."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +108,8 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
 
         (R - R') h,  h = w(a, R) w(b, R') / (w(a, R) + w(b, R')),
 
-    and b is trained as an alternative at s with the negative of it. If failed responses are not branched
-    (`failed_share` 0) and b failed, w(b, R') is infinite and h = w(a, R).
+    and b is trained as an alternative at s with the negative of it. If R' is the lowest reward, the continuation would
+    not be branched, so w(b, R') is infinite and h = w(a, R).
 
     The expected gradient of this credit is the policy gradient at s, if the joint distribution of R and R' stays the
     same when the response and the continuation change places, as it does with drafts. A pair (a, R), (b, R') is then
@@ -132,7 +127,6 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         branches = [
             branch
             for index, owner in enumerate(rollouts)
-            if _share(settings, reward_of(owner[1]))
             for branch in _branches(settings, parts.run_seed, iteration, index, owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
@@ -189,27 +183,32 @@ def _credit_of_other(
         return None
     if parts.sampler.capabilities.excluded_first:
         others = 1 - math.exp(completion.logprobs[0]) * branch.others
-        weight, reverse = branch.others / branch.chance, _share(settings, reward) / max(others, settings.openness)
+        weight, reverse = branch.others / branch.chance, 1 / max(others, settings.openness)
     else:
-        others = -math.expm1(completion.logprobs[0])
-        weight, reverse = 1 / branch.chance, _chance(settings, others, reward)
+        weight, reverse = 1 / branch.chance, _chance(settings, -math.expm1(completion.logprobs[0]))
+    if _is_lowest(settings, reward):
+        reverse = 0.0
     # `reverse` is 1 / w(b, R').
     return Alternative(branch.position, token, (reward - own_reward) * weight / (1 + weight * reverse))
 
 
-def _share(settings: CounterfactualSettings, reward: float) -> float:
-    """Return the factor of the probability of branching a response with a reward."""
-    return 1.0 if reward > settings.lowest_reward else settings.failed_share
+def _is_lowest(settings: CounterfactualSettings, reward: float) -> bool:
+    """Return whether a reward is the lowest one, or raise UserError if it is below that."""
+    require(
+        reward >= settings.lowest_reward,
+        f"a response has the reward {reward:g}, which is below counterfactual.lowest_reward "
+        f"{settings.lowest_reward:g}; set counterfactual.lowest_reward to the lowest reward that a response can have",
+    )
+    return reward == settings.lowest_reward
 
 
-def _chance(settings: CounterfactualSettings, others: float, reward: float) -> float:
+def _chance(settings: CounterfactualSettings, others: float) -> float:
     """Return the probability of branching a place of a response.
 
     Args:
         others: 1 - p, where p is the probability of the response's token at this place.
-        reward: the reward of the response.
     """
-    return _share(settings, reward) * min(1.0, others / settings.openness)
+    return min(1.0, others / settings.openness)
 
 
 def _kept(
@@ -237,14 +236,15 @@ def _branches(
 ) -> list[_Branch]:
     """Return the places of a rollout that are branched, drawn at random."""
     problem, rollout = owner
-    reward = reward_of(rollout)
+    if _is_lowest(settings, reward_of(rollout)):
+        return []
     seed = derive_seed(run_seed, iteration, problem.id, "branches", index)
     keys = stream_keys(np.array([seed], np.uint64), np.array([0]))
     numbers = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
     branches = []
     for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
         others = -math.expm1(logprob)  # 1 - p
-        chance = _chance(settings, others, reward)
+        chance = _chance(settings, others)
         if number < chance:
             branches.append(_Branch(index, position, others, chance))
     return branches
