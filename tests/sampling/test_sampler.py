@@ -17,8 +17,10 @@ from vineppo.model.codec import Codec
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_tokenizer
-from vineppo.sampling.torch.sampler import TorchSampler, draw, kv_bytes_per_token
-from vineppo.sampling.torch.tree import KVTree, _decode_attention
+from vineppo.sampling.torch.attention import _decode_attention
+from vineppo.sampling.torch.draw import draw
+from vineppo.sampling.torch.sampler import TorchSampler, kv_bytes_per_token
+from vineppo.sampling.torch.tree import KVTree
 from vineppo.types import Completion, SampleRequest, UserError
 
 TOKENIZER = build_tokenizer()

@@ -11,7 +11,8 @@ from vineppo.model.hardware import cpu_multiplies
 from vineppo.sampling.engine.families import unsupported
 from vineppo.sampling.engine.library import Library, load, why_not_loaded
 from vineppo.sampling.engine.sampler import EngineSampler
-from vineppo.sampling.torch.sampler import LanguageModel, TorchSampler
+from vineppo.sampling.language_model import LanguageModel
+from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.vllm import VLLMSampler, require_vllm
 from vineppo.types import Sampler, UserError
 
