@@ -14,6 +14,8 @@ heads, Hkv key-value heads, d dimensions of a head, q queries, k keys, T tokens,
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,24 +135,50 @@ def _decode_attention(
     # The queries of all rows of a trunk, and of all query heads of a key-value head, form one matrix.
     by_trunk = tree.to_places(query).transpose(1, 2).reshape(M, Hkv, R * g, d)
     bias = tree.trunk_bias(g, query.dtype, window)
-    # PyTorch's fused CPU kernel does not support softcap. For a query that may attend to no token, it returns a
-    # log-sum-exp of 0 instead of -inf. This happens with a sliding window when a branch is longer than the window.
-    plain = softcap is not None or window is not None or query.device.type != "cpu"
-    attend = _attend if plain else _attend_fused
+    attend = _trunk_attention(query, softcap, window)
     out_trunk, lse_trunk = attend(by_trunk, tree.trunk_keys[layer], tree.trunk_values[layer], bias, scale, softcap)
     out_trunk = tree.from_places(out_trunk.view(M, Hkv, R, g, d).transpose(1, 2))  # (B, Hkv, g, d)
-    lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
-    if window is not None and keys.shape[2] > window:
+    lse_trunk = tree.from_places(lse_trunk.reshape(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
+    if window is not None and keys.shape[2] > window and not tree.fixed:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # Every row has a separate branch, so there is one query per head and row. In float32, the fused kernel is slower
-    # than batched matrix products for so few queries, by a fifth to two thirds. In 16 bits, `_attend` first copies the
-    # keys to float32, which the fused kernel does not need.
-    narrow = query.dtype != torch.float32 and query.device.type == "cpu" and softcap is None
-    attend = _attend_fused if narrow else _attend
-    out_branch, lse_branch = attend(query, keys, values, None, scale, softcap)
+    attend = _branch_attention(query, softcap)
+    out_branch, lse_branch = attend(query, keys, values, tree.branch_bias(query.dtype, window), scale, softcap)
     # The trunk's share of the softmax over all tokens.
     weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
     return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
+
+
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float, float | None],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""The functions `_attend`, `_attend_on_cpu` and `_attend_on_cuda`."""
+
+
+def _trunk_attention(query: torch.Tensor, softcap: float | None, window: int | None) -> Attention:
+    """Return the function for the attention to the trunks."""
+    # PyTorch's fused kernels do not support softcap. For a query that may attend to no token, the one for the CPU
+    # returns a log-sum-exp of 0 instead of -inf. This happens with a sliding window when a branch is longer than the
+    # window.
+    if softcap is not None or window is not None:
+        return _attend
+    if query.device.type == "cpu":
+        return _attend_on_cpu
+    return _attend_on_cuda if fused_on_cuda(query.device, query.dtype, query.shape[-1]) else _attend
+
+
+def _branch_attention(query: torch.Tensor, softcap: float | None) -> Attention:
+    """Return the function for the attention to the branches.
+
+    Every row has a separate branch, so there is one query per head and row. In float32 on a CPU, the fused kernel is
+    slower than batched matrix products for so few queries, by a fifth to two thirds. In 16 bits, `_attend` first copies
+    the keys to float32, which the fused kernels do not need.
+    """
+    if softcap is not None or (query.device.type == "cpu" and query.dtype == torch.float32):
+        return _attend
+    if query.device.type == "cpu":
+        return _attend_on_cpu
+    return _attend_on_cuda if fused_on_cuda(query.device, query.dtype, query.shape[-1]) else _attend
 
 
 def _attend(
@@ -187,7 +215,7 @@ def _attend(
     return out, (highest + total.log()).squeeze(-1)
 
 
-def _attend_fused(
+def _attend_on_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -203,6 +231,55 @@ def _attend_fused(
         query, key, value, 0.0, False, attn_mask=bias, scale=scale
     )
     return out, lse
+
+
+def _attend_on_cuda(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    _softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the same as `_attend` without softcap, with PyTorch's memory-efficient CUDA kernel.
+
+    It is the one of PyTorch's kernels that takes a bias and returns log-sum-exps. It returns them for a multiple of 32
+    queries.
+    """
+    q, k = query.shape[2], key.shape[2]
+    wide = None if bias is None else bias.expand(*query.shape[:2], q, k)
+    out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, wide, True, scale=scale)
+    return out, lse[..., :q]
+
+
+@functools.cache
+def fused_on_cuda(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    """Return whether a device has PyTorch's memory-efficient kernel, and whether its results are those of `_attend`.
+
+    Both are tried with random numbers, with and without a bias, once per device, dtype and dimension of a head. The
+    result is False if a log-sum-exp or an output differs by more than the rounding of the dtype explains, for example
+    because the kernel multiplies float32 numbers with fewer bits.
+    """
+    if device.type != "cuda":
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    query, key, value = random(3, 2, 35, dim), random(3, 2, 45, dim), random(3, 2, 45, dim)
+    lengths = torch.arange(1, 3 * 35 + 1, device=device).view(3, 1, 35, 1) % 45 + 1
+    hidden = torch.arange(48, device=device) >= lengths  # (3, 1, 35, 48)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[..., :45]
+    limit = 2e-5 if dtype == torch.float32 else 0.02
+    try:
+        for some in (None, bias):
+            fused, plain = (f(query, key, value, some, dim**-0.5, None) for f in (_attend_on_cuda, _attend))
+            if max(float((a.float() - b.float()).abs().max()) for a, b in zip(fused, plain, strict=True)) > limit:
+                return False
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def tree_mode(model: Any) -> contextlib.AbstractContextManager[None]:
@@ -239,6 +316,7 @@ def tree_supported(model: Any) -> bool:
             model(input_ids=ids[:, :-2], use_cache=False, tree=tree)
             for position in range(_TRIAL_TOKENS - 2, _TRIAL_TOKENS):
                 place = torch.tensor([[position]], device=device)  # (1, 1)
+                tree.begin_step()
                 decoded = model(input_ids=ids[:, place[0]], position_ids=place, use_cache=False, tree=tree).logits
                 tree.length += 1
     except (RuntimeError, TypeError):

@@ -5,7 +5,6 @@ Letters in shapes: B rows, V tokens in the vocabulary.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -19,20 +18,22 @@ _LOGITS_AT_ONCE_ELSEWHERE = 1 << 28
 """The same for other devices, where a call takes longer than the work in it. The float32 numbers take 1 GiB."""
 
 
-def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverting the cumulative distribution, with one random number per row.
+
+    The work is done on the device of the logits, without waiting for it.
 
     Args:
         logits: next-token logits, shape (B, V).
         temperature: sampling temperature; 0 selects the most likely token.
-        uniform: random numbers in [0, 1), shape (B,).
+        uniform: random numbers in [0, 1), float64, on the device of the logits, shape (B,).
     Returns:
-        (token ids, log-probabilities), each of shape (B,). The log-probabilities are in nats, under the distribution
-        that the tokens were drawn from; they are 0 at temperature 0.
+        (token ids, log-probabilities), each of shape (B,), int64 and float32. The log-probabilities are in nats, under
+        the distribution that the tokens were drawn from; they are 0 at temperature 0.
     """
     if temperature == 0:
-        best = logits.argmax(-1).cpu().numpy()
-        return best, np.zeros(len(best), dtype=np.float32)
+        best = logits.argmax(-1)  # (B,)
+        return best, torch.zeros(len(best), device=logits.device)
     limit = _LOGITS_AT_ONCE.get(logits.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
     size = max(1, min(len(logits), limit // logits.shape[1]))
     # The rows are divided into parts of `size` rows. All parts use the same memory, because allocating memory takes
@@ -42,12 +43,12 @@ def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple
         _draw(logits[start : start + size], temperature, uniform[start : start + size], weights)
         for start in range(0, len(logits), size)
     ]
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([logprobs for _, logprobs in parts])
+    return torch.cat([ids for ids, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
 
 
 def _draw(
-    logits: torch.Tensor, temperature: float, uniform: np.ndarray, memory: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray]:
+    logits: torch.Tensor, temperature: float, uniform: torch.Tensor, memory: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Do the work of `draw` for some of the rows, at a temperature above 0.
 
     Args:
@@ -58,11 +59,11 @@ def _draw(
         weights /= temperature
     highest = weights.amax(-1, keepdim=True)  # (B, 1)
     weights.sub_(highest).exp_()
-    drawn, total = invert(weights, torch.from_numpy(uniform).to(logits.device)[:, None])
+    drawn, total = invert(weights, uniform[:, None])
     # The log-probability is computed from the logit and not from the weight, because the weight of a very unlikely
     # token is so small that it has lost precision.
     logprobs = (logits.gather(1, drawn).float() / temperature - highest).double() - total.log()  # (B, 1)
-    return drawn.squeeze(1).cpu().numpy(), logprobs.squeeze(1).float().cpu().numpy()
+    return drawn.squeeze(1), logprobs.squeeze(1).float()
 
 
 def invert(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 
 from vineppo.sampling.language_model import LanguageModel
+from vineppo.sampling.stops import StopTokens
 from vineppo.sampling.torch.attention import tree_supported
 from vineppo.sampling.torch.drafts import DraftedSampling
+from vineppo.sampling.torch.graph import Steps
+from vineppo.sampling.torch.pace import Pace, pace_of
 from vineppo.sampling.torch.packed import packed_weights
 from vineppo.sampling.torch.wave import Wave
 from vineppo.sampling.trunks import draft_length, empty_results, trunks_of
@@ -35,12 +38,18 @@ class TorchSampler:
         policy: the policy. Its weights are shared and not copied, so every call of `sample` uses the current weights.
         max_rows: maximum number of rows of a wave.
         kv_memory: maximum number of bytes of the keys and values of a wave.
+        pace: how often the sampler waits for the device; None: `pace_of` the device of the policy.
     """
 
     capabilities = Capabilities(excluded_first=True, reproducible=True, drafts=True)
 
-    def __init__(self, policy: LanguageModel, *, max_rows: int = 2048, kv_memory: int = 4 << 30):
+    def __init__(
+        self, policy: LanguageModel, *, max_rows: int = 2048, kv_memory: int = 4 << 30, pace: Pace | None = None
+    ):
         self.policy = policy
+        self.pace = pace or pace_of(policy.device)
+        self.steps = Steps(self.pace.graph, policy.device)
+        self.stops = StopTokens(policy.codec, policy.model.get_output_embeddings().weight.shape[0])
         self.version = 0
         self.max_rows, self.kv_memory = max_rows, kv_memory
         self.tree_attention = tree_supported(policy.model)
@@ -93,9 +102,12 @@ class TorchSampler:
             for wave in waves_of(trunks_of(requests, indices, first_positions), self.max_rows, self._kv_tokens())
         ]
         with packed_weights(self.policy.model) if waves else contextlib.nullcontext():
-            for wave in waves:
-                for row, completion in Wave(self, requests, wave, on_finished).run():
-                    results[row.request][row.sample] = completion
+            try:
+                for wave in waves:
+                    for row, completion in Wave(self, requests, wave, on_finished).run():
+                        results[row.request][row.sample] = completion
+            finally:
+                self.steps.release()
         return [[c for c in completions if c is not None] for completions in results]
 
     def _kv_tokens(self) -> int:

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import torch
 
+_FIRST_CAPACITY = 64
+"""Smallest `capacity` of a fixed tree. It is doubled whenever the branches are full."""
+
 
 class KVTree:
     """Keys and values of M trunks and of the branches of B rows. The rows are in the order of their trunks.
@@ -28,7 +31,12 @@ class KVTree:
     """
 
     def __init__(
-        self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor, trunk_length: int, branch_limit: int = 1 << 30
+        self,
+        trunk_of: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        trunk_length: int,
+        branch_limit: int = 1 << 30,
+        fixed: bool = False,
     ):
         """Create a tree without keys and values.
 
@@ -37,6 +45,8 @@ class KVTree:
             prefix_lengths: for each row, the number of tokens of its trunk that are the prefix of the row, shape (B,).
             trunk_length: L, the number of tokens of the longest trunk.
             branch_limit: maximum number of tokens of a branch. The capacity of the branches does not exceed it.
+            fixed: whether the tensors keep their addresses until rows are removed. The branches then have their full
+                capacity from the start, and attention reads `capacity` tokens of them and hides the unused ones.
         """
         # Dictionaries from the index of a layer to a tensor.
         self.trunk_keys: dict[int, torch.Tensor] = {}
@@ -45,7 +55,9 @@ class KVTree:
         self.branch_values: dict[int, torch.Tensor] = {}
         # Number of tokens in every branch. The caller increases it after each forward pass of the model.
         self.length = 0
-        self.trunk_length, self.branch_limit = trunk_length, branch_limit
+        # The same number on the device, for a fixed tree; `end_step` increases it.
+        self.end = trunk_of.new_zeros(1)
+        self.trunk_length, self.branch_limit, self.fixed = trunk_length, branch_limit, fixed
         # Whether a layer has used sliding-window attention.
         self.windowed = False
         self._set_rows(trunk_of, prefix_lengths)
@@ -62,6 +74,21 @@ class KVTree:
         # because a softmax over no tokens may be nan.
         self.lengths_by_place = prefix_lengths.new_ones(M * R).index_copy(0, self.places, prefix_lengths).view(M, R)
         self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        # Numbers that change with every token: (name, window) -> tensor, for the layers of one step.
+        self._moving: dict[tuple[str, int | None], torch.Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Number of tokens of each branch that attention reads in a fixed tree, the unused ones included."""
+        return min(max(_FIRST_CAPACITY, 1 << self.length.bit_length()), self.branch_limit)
+
+    def begin_step(self) -> None:
+        """Prepare a forward pass for one token of each row."""
+        self._moving = {}
+
+    def end_step(self) -> None:
+        """Note on the device that each branch has one token more."""
+        self.end.add_(1)
 
     def to_places(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor with one entry per row to the places of the rows.
@@ -91,18 +118,40 @@ class KVTree:
         """
         if window is None and (groups, dtype) in self._bias:
             return self._bias[groups, dtype]
+        if ("trunk", window) in self._moving:
+            return self._moving["trunk", window]
         columns = torch.arange(self.trunk_length, device=self.lengths_by_place.device)  # (L,)
         lengths = self.lengths_by_place[:, :, None]  # (M, R, 1)
         visible = columns < lengths  # (M, R, L)
         if window is not None:
             # The token that is being decoded has the position lengths + self.length.
-            visible &= columns > lengths + self.length - window
+            visible &= columns > lengths + (self.end if self.fixed else self.length) - window
         M, R, L = visible.shape
         visible = visible[:, None, :, None].expand(M, 1, R, groups, L).reshape(M, 1, R * groups, L)
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        bias = _bias_of(visible, dtype)
         if window is None:
             self._bias[groups, dtype] = bias
+        else:
+            self._moving["trunk", window] = bias
         return bias
+
+    def branch_bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor | None:
+        """Return the numbers that are added to the attention scores of the branch tokens, shape (1, 1, 1, capacity).
+
+        The result is None if the tree is not fixed: no branch has unused tokens then.
+
+        Args:
+            window: size of the sliding window in tokens, or None.
+        """
+        if not self.fixed:
+            return None
+        if ("branch", window) not in self._moving:
+            columns = torch.arange(self.capacity, device=self.end.device)  # (capacity,)
+            visible = columns <= self.end
+            if window is not None:
+                visible &= columns > self.end - window
+            self._moving["branch", window] = _bias_of(visible[None, None, None], dtype)
+        return self._moving["branch", window]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Remove all rows except the given ones, and all trunks that no remaining row uses.
@@ -121,7 +170,8 @@ class KVTree:
             self.trunk_length = longest
         for store in (self.branch_keys, self.branch_values):
             for layer, tensor in store.items():
-                kept = tensor.new_empty(len(rows), *tensor.shape[1:])
+                create = tensor.new_zeros if self.fixed else tensor.new_empty
+                kept = create(len(rows), *tensor.shape[1:])
                 kept[:, :, : self.length] = tensor[rows, :, : self.length]
                 store[layer] = kept
         self._set_rows(trunk_of, prefix_lengths)
@@ -132,8 +182,11 @@ class KVTree:
         Args:
             key, value: shape (B, Hkv, 1, d).
         Returns:
-            (keys, values) of the branches with the new token, each of shape (B, Hkv, length + 1, d).
+            (keys, values) of the branches with the new token, each of shape (B, Hkv, length + 1, d), or in a fixed tree
+            (B, Hkv, capacity, d).
         """
+        if self.fixed:
+            return self._put(self.branch_keys, layer, key), self._put(self.branch_values, layer, value)
         for store, tensor in ((self.branch_keys, key), (self.branch_values, value)):
             branch = store.get(layer)
             if branch is None:
@@ -146,3 +199,21 @@ class KVTree:
             store[layer] = branch
         used = self.length + 1
         return self.branch_keys[layer][:, :, :used], self.branch_values[layer][:, :, :used]
+
+    def _put(self, store: dict[int, torch.Tensor], layer: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Write the keys or values of one token per row into the branches of a fixed tree, and return the branches."""
+        if layer not in store:
+            # Unused tokens are multiplied by a weight of 0, so they must be finite.
+            store[layer] = tensor.new_zeros(*tensor.shape[:2], self.branch_limit, tensor.shape[3])
+        return store[layer].index_copy_(2, self.end, tensor)[:, :, : self.capacity]
+
+
+def _bias_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where `visible`, of shape (..., k), is True, and -inf elsewhere.
+
+    On a GPU, the memory of a row has a multiple of 8 numbers, as PyTorch's fused attention requires.
+    """
+    *shape, k = visible.shape
+    room = -(-k // 8) * 8 if visible.device.type != "cpu" else k
+    bias = torch.zeros(*shape, room, dtype=dtype, device=visible.device)[..., :k]
+    return bias.masked_fill_(~visible, float("-inf"))

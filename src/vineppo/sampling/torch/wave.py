@@ -14,7 +14,7 @@ tokens in the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from vineppo.model.batch import pad
 from vineppo.model.logits import selected_logits
 from vineppo.sampling.torch.attention import tree_mode
+from vineppo.sampling.torch.decoder import TreeDecoder
 from vineppo.sampling.torch.draw import draw
 from vineppo.sampling.torch.tree import KVTree
 from vineppo.sampling.trunks import Row, Trunk, has_stop, response_tail, stop_window
@@ -31,9 +32,6 @@ from vineppo.types import Completion, OnFinished, SampleRequest
 
 if TYPE_CHECKING:
     from vineppo.sampling.torch.sampler import TorchSampler
-
-_KEEP_SHARE = 0.85
-"""Finished rows are removed from the tree when at most this share of the rows in the tree is unfinished."""
 
 
 class Wave:
@@ -78,6 +76,9 @@ class Wave:
         # tokens of this part are needed for finding stop strings.
         window = stop_window(self.stop)
         self.tails = [response_tail(requests[row.request], window) for row in self.rows]
+        # Whether the part of the response in the prefix contains a stop string already. Every token is then checked.
+        decode = sampler.policy.codec.decode
+        self.stop_in_tail = np.array([any(text in decode(tail) for text in self.stop) for tail in self.tails])
         # Index of a row -> token ids that must not be drawn at position 0.
         self.excluded = {i: ids for i, row in enumerate(self.rows) if (ids := requests[row.request].excluded_first)}
         steps = int(self.budgets.max())
@@ -92,41 +93,46 @@ class Wave:
 
     def run(self) -> list[tuple[Row, Completion]]:
         """Decode until all rows are finished. Return a pair (row, completion) for each row."""
-        decode = self._decode_tree if self.sampler.tree_attention else self._decode_plain
-        for position, (logits, alive) in enumerate(decode()):
-            self._sample_tokens(logits, alive, position)
+        if self.sampler.tree_attention:
+            self._decode_tree()
+        else:
+            self._decode_plain()
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
-    def _decode_tree(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """For each position, yield the logits (B', V) of the unfinished rows and the indices (B',) of these rows.
+    def _decode_tree(self) -> None:
+        """Decode with tree attention, several tokens per row between two looks at which rows are finished.
 
-        The caller must draw a token for each of these rows (`_sample_tokens`) before it asks for the next position.
-        Finished rows are not removed from the tree at every position, because each removal copies the other branches.
+        Finished rows are not removed from the tree at every look, because each removal copies the other branches. A
+        finished row that is still in the tree is computed, too, and `_store` drops its tokens.
         """
-        with tree_mode(self.model):
-            tree, logits = self._prefill()
-            rows = np.arange(len(self.rows))  # the rows in the tree, including finished ones
-            while True:
-                active = ~self.finished[rows]
-                yield logits if active.all() else logits[self._on_device(np.flatnonzero(active))], rows[active]
-                active = ~self.finished[rows]
-                if not active.any():
-                    return
-                if active.mean() <= _KEEP_SHARE:
-                    tree.keep(self._on_device(np.flatnonzero(active)))
-                    rows = rows[active]
-                # A finished row that is still in the tree is computed, too, and its logits are ignored. Its last token
-                # is computed again at the same place in the sequence, because the next place may exceed the maximum
-                # length of the model.
-                ids = self.token_ids[rows, self.counts[rows] - 1]
-                positions = self.prefix_lengths[rows] + self.counts[rows] - 1
-                logits = self.model(
-                    input_ids=self._on_device(ids)[:, None],
-                    position_ids=self._on_device(positions)[:, None],
-                    use_cache=False,
-                    tree=tree,
-                ).logits[:, -1]
-                tree.length += 1
+        pace, steps, position = self.sampler.pace, self.sampler.steps, 0
+        rows = np.arange(len(self.rows))  # the rows in the tree, including finished ones
+        steps.forget()
+        try:
+            with tree_mode(self.model):
+                tree, logits = self._prefill()
+                budgets = self._on_device(self.budgets)
+                decoder = TreeDecoder(self.model, tree, budgets, self.temperature, pace.check_every, steps)
+                known: torch.Tensor | None = self._without_excluded(logits, rows) if self.excluded else logits
+                del logits
+                while not self.finished.all():
+                    left = int(self.budgets[rows[~self.finished[rows]]].max()) - position
+                    numbers = self._numbers(rows, range(position, position + min(pace.check_every, left)))
+                    drawn, logprobs = decoder.tokens(numbers, known)
+                    known = None
+                    self._store(rows, drawn, logprobs, position)
+                    position += numbers.shape[1]
+                    active = ~self.finished[rows]
+                    due = position % pace.remove_every == 0 and len(rows) > pace.few_rows
+                    if due and active.any() and active.mean() <= pace.keep_share:
+                        decoder.keep(self._on_device(np.flatnonzero(active)))
+                        rows = rows[active]
+        finally:
+            steps.forget()
+
+    def _numbers(self, rows: np.ndarray, positions: range) -> np.ndarray:
+        """Return the random numbers of some rows at n positions, float64, shape (rows, n)."""
+        return uniforms(self.keys[rows][:, None], self.first_positions[rows][:, None] + np.array(positions))
 
     def _prefill(self) -> tuple[KVTree, torch.Tensor]:
         """Compute the keys and values of the trunks, and the logits of the first token of each row.
@@ -140,6 +146,7 @@ class Wave:
             self._on_device(self.prefix_lengths),
             token_ids.shape[1],
             int(self.budgets.max()),
+            self.sampler.pace.fixed,
         )
         # Several rows can have the same prefix. The logits after each different prefix are computed once.
         select = np.zeros(token_ids.shape, dtype=bool)
@@ -154,38 +161,54 @@ class Wave:
         """Convert a NumPy array to a tensor on the device of the policy."""
         return torch.from_numpy(array).to(self.device)
 
-    def _decode_plain(self) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-        """Yield the same as `_decode_tree`, for a model that does not support tree attention.
+    def _decode_plain(self) -> None:
+        """Decode a model that does not support tree attention.
 
         The whole sequence of every unfinished row is computed again for each token, without stored keys and values.
         """
         prefixes = [trunk.token_ids[: row.prefix_length] for trunk in self.trunks for row in trunk.rows]
-        while not self.finished.all():
+        for position in range(int(self.budgets.max())):
             alive = np.flatnonzero(~self.finished)
+            if not len(alive):
+                return
             rows = [(*prefixes[i], *self.token_ids[i, : self.counts[i]].tolist()) for i in alive]
             token_ids = pad(rows, torch.int64, self.device)
             select = torch.zeros(token_ids.shape, dtype=torch.bool, device=self.device)
             select[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
-            yield selected_logits(self.model, token_ids, select), alive
+            logits = selected_logits(self.model, token_ids, select)  # (B', V)
+            if position == 0 and self.excluded:
+                logits = self._without_excluded(logits, alive)
+            numbers = self._numbers(alive, range(position, position + 1))
+            drawn, logprobs = draw(logits, self.temperature, self._on_device(numbers[:, 0]))
+            self._store(alive, drawn[:, None].cpu().numpy(), logprobs[:, None].cpu().numpy(), position)
 
-    def _sample_tokens(self, logits: torch.Tensor, alive: np.ndarray, position: int) -> None:
-        """Draw and store one token for each unfinished row, and mark the rows that this token finishes.
+    def _store(self, rows: np.ndarray, drawn: np.ndarray, logprobs: np.ndarray, first: int) -> None:
+        """Store the tokens that rows have drawn, and find out which rows end. What a row drew after its end is dropped.
 
         Args:
-            logits: logits of the unfinished rows, shape (B', V).
+            rows: indices of the rows, shape (B,).
+            drawn, logprobs: the tokens and their log-probabilities at n consecutive positions, shape (B, n).
+            first: position of the first of them.
+        """
+        for column in range(drawn.shape[1]):
+            alive = ~self.finished[rows]
+            if alive.any():
+                self._store_tokens(rows[alive], drawn[alive, column], logprobs[alive, column], first + column)
+
+    def _store_tokens(self, alive: np.ndarray, drawn: np.ndarray, logprobs: np.ndarray, position: int) -> None:
+        """Store one token for each unfinished row, and mark the rows that this token finishes.
+
+        Args:
             alive: indices of the unfinished rows, shape (B',).
+            drawn, logprobs: the tokens and their log-probabilities, shape (B',).
             position: index of the new token among those that the row samples.
         """
-        if position == 0 and self.excluded:
-            logits = self._without_excluded(logits, alive)
-        numbers = uniforms(self.keys[alive], self.first_positions[alive] + position)
-        drawn, logprobs = draw(logits, self.temperature, numbers)
         self.token_ids[alive, position] = drawn
         self.logprobs[alive, position] = logprobs
         self.counts[alive] = position + 1
         stopped = np.isin(drawn, self.sampler.policy.codec.eos_ids)
-        if self.stop:
-            stopped |= np.array([self._ends_with_stop(row) for row in alive])
+        for index in np.flatnonzero(self._may_stop(alive, drawn) & ~stopped):
+            stopped[index] = self._ends_with_stop(alive[index])
         self.stopped[alive] = stopped
         self.finished[alive] = stopped | (position + 1 >= self.budgets[alive])
         if self.on_finished:
@@ -199,6 +222,12 @@ class Wave:
         logits = logits.clone()
         logits[batch_indices, tokens] = float("-inf")
         return logits
+
+    def _may_stop(self, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """Return for each row whether its last token may have completed a stop string, shape (B',), bool."""
+        if not self.stop:
+            return np.zeros(len(rows), dtype=bool)
+        return self.stop_in_tail[rows] | self.sampler.stops.table(self.stop)[drawn].astype(bool)
 
     def _ends_with_stop(self, row: int) -> bool:
         """Return whether the last token of a row completed a stop string."""
