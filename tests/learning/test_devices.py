@@ -43,8 +43,8 @@ def test_an_update_on_a_device_is_that_of_a_cpu(device: torch.device) -> None:
     # AdamW moves a weight whose gradient is about 0 by the learning rate, in either direction.
     for one, two in ((of_policy, other[1]), (of_critic, other[2])):
         assert ((one - two).abs() > 1e-5).float().mean() < 0.01
-    for one, two in zip(entropies, other[3], strict=True):
-        assert one == pytest.approx(two, abs=1e-5)
+    for expected, of_sample in zip(entropies, other[3], strict=True):
+        assert of_sample == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_update_waits_for_the_device_equally_often_for_any_number_of_micro_batches(
@@ -107,7 +107,7 @@ def test_updates_in_parts_are_those_of_whole_float32_copies(
     for step in range(3):
         for i, (p, m, grad) in enumerate(zip(mine, masters, gradients(step), strict=True)):
             p.grad = None if i == 3 else grad.to(device, p.dtype)
-            m.grad = None if p.grad is None else p.grad.float()
+            m.grad = None if p.grad is None else p.grad.float().clone()
         norm = optimizer.step(0.1, limit)
         expected = torch.nn.utils.clip_grad_norm_(masters, limit or float("inf"))
         adamw.step()

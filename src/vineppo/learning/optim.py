@@ -67,22 +67,41 @@ class Optimizer:
             GradientError: if the norm of the gradient is not finite. In this case the weights are not changed.
         """
         limit = max_grad_norm or float("inf")
-        narrow = [p.grad for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        narrow = any(master is not p for p, master in zip(self.parameters, self.masters, strict=True))
         norm = _global_norm(self.parameters) if narrow else torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         total = float(full(norm))
         if not total < float("inf"):
             raise GradientError(f"the gradient's norm is {total}")
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        if not narrow:
+        if narrow:
+            self._step_in_parts((limit / (norm + 1e-6)).clamp(max=1.0))
+        else:
             self.adamw.step()
-        for part in self._parts() if narrow else ():
-            self._step_part(part, (limit / (norm + 1e-6)).clamp(max=1.0))
         self.clear_gradients()
         return total
 
+    def _step_in_parts(self, factor: torch.Tensor) -> None:
+        """Update the weights with gradients multiplied by a factor.
+
+        AdamW updates the masters that have a gradient. So only some of them have one at a time, which limits the memory
+        of the float32 copies of the gradients.
+        """
+        grads = [parameter.grad for parameter in self.parameters]
+        self.clear_gradients()
+        for part in self._parts():
+            for i in part:
+                grad, grads[i] = grads[i], None
+                self.masters[i].grad = None if grad is None else grad.float().mul_(factor.to(grad.device))
+            self.adamw.step()
+            for i in part:
+                parameter, master = self.parameters[i], self.masters[i]
+                if master is not parameter and master.grad is not None:
+                    parameter.data.copy_(master)
+                master.grad = None
+
     def _parts(self) -> Iterator[list[int]]:
-        """Yield the indices of the parameters in parts of about `PART` numbers."""
+        """Yield the indices of the parameters, in parts of about `PART` weights."""
         part: list[int] = []
         size = 0
         for i, parameter in enumerate(self.parameters):
@@ -91,24 +110,6 @@ class Optimizer:
             if size >= PART or i == len(self.parameters) - 1:
                 yield part
                 part, size = [], 0
-
-    def _step_part(self, part: Sequence[int], factor: torch.Tensor) -> None:
-        """Update some of the parameters, with gradients multiplied by a factor, and clear their gradients.
-
-        AdamW updates the masters that have a gradient. So float32 copies of the gradients exist for a part at a time.
-        """
-        for i in part:
-            parameter, master = self.parameters[i], self.masters[i]
-            if parameter.grad is not None:
-                grad = parameter.grad.float()
-                parameter.grad = None
-                master.grad = grad.mul_(factor.to(grad.device))
-        self.adamw.step()
-        for i in part:
-            parameter, master = self.parameters[i], self.masters[i]
-            if master is not parameter and master.grad is not None:
-                parameter.data.copy_(master)
-            master.grad = None
 
     def clear_gradients(self) -> None:
         """Remove the gradients of the parameters."""

@@ -91,7 +91,8 @@ class ScoreSheet:
             scores: their scores. The means of `scores()` need their entropies and variances.
             weights: weight of each trained token, shape (N,).
         """
-        logprobs, entropies, sums = scores.logprobs.detach(), None, ()
+        logprobs, entropies = scores.logprobs.detach(), None
+        sums: tuple[torch.Tensor, ...] = ()
         if scores.entropies is not None and scores.variances is not None:
             entropies = scores.entropies.detach()
             sums = (

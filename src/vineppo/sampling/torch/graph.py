@@ -118,11 +118,11 @@ class CudaGraphs:
         stream = self._stream = self._stream or torch.cuda.Stream()
         graph = torch.cuda.CUDAGraph()
         # The pool of a graph is freed with it, so the last graph is kept until the next one has joined its pool.
-        pool = () if self._last is None else (self._last.pool(),)
+        pool = None if self._last is None else self._last.pool()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Other threads, such as those of graders, may use the GPU meanwhile.
-            graph.capture_begin(*pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 step()
             except BaseException:
