@@ -121,24 +121,22 @@ class CudaGraphs:
         pool = None if self._last is None else self._last.pool()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Other threads, such as those of graders, may use the GPU meanwhile.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
+                # Other threads, such as those of graders, may use the GPU meanwhile.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 step()
+                graph.capture_end()
             except BaseException:
                 self._failed.append(graph)
-                with contextlib.suppress(RuntimeError):  # The first error says more.
+                with contextlib.suppress(RuntimeError):  # The stream must not stay in a capture.
                     graph.capture_end()
-                raise
-            try:
-                graph.capture_end()
-            except RuntimeError:
-                self._failed.append(graph)
                 raise
         torch.cuda.current_stream().wait_stream(stream)
         self._last = graph
         return graph
 
     def release(self) -> None:
-        """Free the memory, once nothing else refers to the last graph."""
-        self._last = None
+        """Free the memory, which PyTorch otherwise uses for graphs only. Nothing else may refer to the last graph."""
+        if self._last is not None:
+            self._last = None
+            torch.cuda.empty_cache()
