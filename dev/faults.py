@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
 import vineppo
@@ -37,7 +36,7 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.learning.optim import Optimizer
 from vineppo.model.policy import Policy, Reference
 from vineppo.sampling import build as sampling_build
-from vineppo.sampling.torch import sampler as torch_sampler
+from vineppo.sampling.torch import decoder, wave
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.version import RepeatedSeeds, StaleWeights
 from vineppo.seeds import derive_seed, stream_keys
@@ -104,14 +103,14 @@ class WithoutAdapters(TorchSampler):
 
 def other_draw(change: Callable[[torch.Tensor], torch.Tensor]) -> Patches:
     """Draw tokens from changed logits, and report the log-probabilities of the unchanged logits."""
-    original = torch_sampler.draw
+    original = decoder.draw
 
-    def draw(logits: torch.Tensor, temperature: float, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def draw(logits: torch.Tensor, temperature: float, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ids, _ = original(change(logits.float()), temperature, uniform)
         logprobs = (logits.float() / (temperature or 1)).log_softmax(-1)
-        return ids, logprobs.gather(1, torch.from_numpy(ids)[:, None])[:, 0].numpy()
+        return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
-    return lambda: patch.object(torch_sampler, "draw", draw)
+    return lambda: patch.object(decoder, "draw", draw)
 
 
 def nucleus(logits: torch.Tensor) -> torch.Tensor:
@@ -125,7 +124,7 @@ def nucleus(logits: torch.Tensor) -> torch.Tensor:
 
 def same_random_numbers() -> AbstractContextManager[Any]:
     """All samples of a request use the random numbers of its first sample."""
-    return patch.object(torch_sampler, "stream_keys", lambda seeds, samples: stream_keys(seeds, 0 * samples))
+    return patch.object(wave, "stream_keys", lambda seeds, samples: stream_keys(seeds, 0 * samples))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ Parts, in this order; `--parts a,b` selects some of them:
 
 - `device`: name, memory and versions; speed of matrix products.
 - `equal`: the sampler's log-probabilities against the trainer's; two calls and two devices with the same seeds.
+- `pace`: the sampler with and without CUDA graphs, fused attention, and a check at every token: the same results, and
+  tokens per second.
 - `speed`: tokens per second of the sampler and of `generate`, and a profile of both.
 - `trainings`: three iterations on the GPU and on the CPU, side by side.
 - `update`: memory and seconds of an update, and the memory that `vineppo plan` predicts.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -36,6 +39,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +66,8 @@ from vineppo.plan.memory import available_memory, memory_by_kind
 from vineppo.plan.shape import count, shape_of
 from vineppo.run.clock import peak_memory
 from vineppo.run.environment import version_of
+from vineppo.sampling.torch import attention
+from vineppo.sampling.torch.pace import Pace, pace_of
 from vineppo.sampling.torch.sampler import TorchSampler, kv_bytes_per_token
 from vineppo.tasks import build_task
 from vineppo.training.loop import resume
@@ -71,6 +77,8 @@ from vineppo.types import Completion, Rollout, SampleRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 1 << 30
+Engine = Callable[[int], Any]
+"""A function that samples a number of tokens in every row."""
 KV_GIB = 16
 """Memory for the sampler's keys and values in `speed`; enough for one batch of 2,048 rows."""
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,12 +88,13 @@ Cells = dict[str, Any]
 
 SHARES = {
     "device": 0.03,
-    "equal": 0.15,
-    "speed": 0.37,
-    "trainings": 0.10,
+    "equal": 0.12,
+    "pace": 0.18,
+    "speed": 0.27,
+    "trainings": 0.08,
     "update": 0.07,
-    "resume": 0.13,
-    "learning": 0.15,
+    "resume": 0.12,
+    "learning": 0.13,
 }
 """Share of the total time of each part, in the order in which the parts run."""
 
@@ -135,6 +144,7 @@ COMPARED = (
 )
 """Metrics that `trainings` shows side by side."""
 CALLS = {
+    "graph launches": ("cudaGraphLaunch", "cuGraphLaunch"),
     "kernel launches": ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"),
     "synchronizations": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
     "copies": ("cudaMemcpyAsync", "cudaMemcpy"),
@@ -382,10 +392,106 @@ def _agreement(one: list[list[Completion]], other: list[list[Completion]]) -> Ce
     }
 
 
-# speed
+# pace
 
-Engine = Callable[[int], Any]
-"""A function that samples a number of tokens in every row."""
+
+@dataclass(frozen=True)
+class Variant:
+    """A way in which the sampler decodes."""
+
+    pace: Pace
+    fused: bool = True
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Leave fused attention out if the variant does."""
+        chosen = attention.fused_on_cuda
+        if not self.fused:
+            attention.fused_on_cuda = lambda *_: False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            attention.fused_on_cuda = chosen
+
+
+def _variants(part: Part) -> dict[str, Variant]:
+    """Return the ways to compare by name. The first one is the default of the device."""
+    usual = pace_of(torch.device(part.device))
+    if not part.cuda:  # for a test of this program: everything but the capture
+        usual = Pace(8, 8, 0.5, fixed=True)
+    every = dataclasses.replace(usual, check_every=1)
+    without = dataclasses.replace(usual, graph=False)
+    return {
+        "default": Variant(usual),
+        "no graphs": Variant(without),
+        "no graphs, no fixed tensors": Variant(dataclasses.replace(without, fixed=False)),
+        "no fused attention": Variant(usual, fused=False),
+        "a check at every token": Variant(every),
+        "none of these": Variant(dataclasses.replace(every, graph=False, fixed=False), fused=False),
+    }
+
+
+def check_pace(part: Part) -> None:
+    """Compare the results and the speed of the sampler's ways to decode."""
+    for dtype in BOTH:
+        models: dict[str, Callable[[], Policy]] = {
+            EMBEDDED: functools.partial(trained_policy, EMBEDDED, part, dtype),
+            "random Qwen2, 4 layers": functools.partial(random_policy, part, {**QWEN_05B, **SHARP}, dtype),
+        }
+        for name, build in models.items():
+            part.check(3)
+            _compare_variants(part, {"model": name, "dtype": dtype}, build())
+            part.clear()
+    dtype = "float32" if part.small else "bfloat16"
+    part.facts |= {"dtype of the speeds": dtype, "rows per prompt": 8 if not part.small else 2}
+    if part.cuda:
+        found = {name: attention.fused_on_cuda(torch.device(part.device), DTYPES[name], 64) for name in BOTH}
+        part.facts["fused attention agrees with matrix products"] = found
+    policy = random_policy(part, QWEN_05B, dtype)
+    sizes = (4,) if part.small else (64, 2048, 512)
+    limit = min(4.0, part.left() / (2.5 * len(_variants(part)) * len(sizes)))
+    for rows in sizes:
+        engines = {}
+        for name, variant in _variants(part).items():
+            part.check(2)
+            sampler = _endless_sampler(policy, variant.pace)
+            engines[name] = _with_variant(variant, _engines(part, sampler, rows)["sampler"])
+        _speed_cells(part, {"model": "0.5B (Qwen2.5)", "rows": rows}, engines, _endless_sampler(policy), limit)
+
+
+def _with_variant(variant: Variant, engine: Engine) -> Engine:
+    def run(tokens: int) -> None:
+        with variant.used():
+            engine(tokens)
+
+    return run
+
+
+def _compare_variants(part: Part, head: Cells, policy: Policy) -> None:
+    """Sample the same requests in every way; add a row for each that compares it with the first."""
+    prompts = chain_prompts(policy, 8) if head["model"] == EMBEDDED else random_prompts(policy, 4, 20)
+    length = 12 if part.small else 40
+    requests = [SampleRequest(ids, 4 + i, length + i, seed=i, temperature=0.8) for i, ids in enumerate(prompts)]
+    expected: list[list[Completion]] = []
+    for name, variant in _variants(part).items():
+        part.check(1)
+        sampler = TorchSampler(policy, pace=variant.pace)
+        with variant.used(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = sampler.sample(requests)
+        expected = expected or found
+        cells = {
+            **head,
+            "variant": name,
+            **_agreement(expected, found),
+            "same bits": found == expected,
+            "graphs": sampler.steps.captures,
+            "warning": "; ".join(str(w.message) for w in caught),
+        }
+        part.row("compared with the default", cells)
+
+
+# speed
 
 
 def check_speed(part: Part) -> None:
@@ -412,9 +518,9 @@ def check_speed(part: Part) -> None:
     _profile(part, _engines(part, _endless_sampler(next(iter(models.values()))()), sizes[1]))
 
 
-def _endless_sampler(policy: Policy) -> TorchSampler:
+def _endless_sampler(policy: Policy, pace: Pace | None = None) -> TorchSampler:
     """Return a sampler of the policy that knows no end-of-sequence token."""
-    return TorchSampler(Policy(policy.model, Codec(policy.codec.tokenizer, ())), kv_memory=KV_GIB * GIB)
+    return TorchSampler(Policy(policy.model, Codec(policy.codec.tokenizer, ())), kv_memory=KV_GIB * GIB, pace=pace)
 
 
 def _prompt_length(part: Part) -> int:
@@ -448,7 +554,8 @@ def _engines(part: Part, sampler: TorchSampler, rows: int) -> dict[str, Engine]:
 
 def _speed_cells(part: Part, head: Cells, engines: Mapping[str, Engine], sampler: TorchSampler, seconds: float) -> None:
     """Add a row for each engine. All engines sample equal numbers of tokens, so that the slowest needs `seconds`."""
-    few, most = (2, 4) if part.small else (6, 128)
+    # The short run has a captured graph already.
+    few, most = (2, 4) if part.small else (10, 128)
     short: dict[str, float] = {}
     for name, run in engines.items():
         part.clear()
@@ -490,7 +597,8 @@ def _out_of_memory(part: Part, head: Cells) -> Iterator[None]:
 def _profile(part: Part, engines: Mapping[str, Engine]) -> None:
     """Profile a few token steps of each engine: tables of the longest operations, and calls of CUDA per token step."""
     text = []
-    few, more = 1, 3
+    # More tokens than it takes to capture a graph, and then those of one check.
+    few, more = 9, 17
     for name, run in engines.items():
         part.check(3)
         fewer, _ = _events(part, run, few)
@@ -789,6 +897,7 @@ def check_learning(part: Part) -> None:
 CHECKS: dict[str, Callable[[Part], None]] = {
     "device": check_device,
     "equal": check_equal,
+    "pace": check_pace,
     "speed": check_speed,
     "trainings": check_trainings,
     "update": check_update,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dev.real_model import find_gguf, save_real_model
 from matplotlib.figure import Figure
 
@@ -66,3 +67,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "smollm2"
     save_real_model(source, out)
     return out
+
+
+@pytest.fixture(
+    scope="session",
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))],
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return each device of this machine in turn. Tests on a GPU are skipped if there is none."""
+    return torch.device(request.param)

@@ -95,7 +95,8 @@ def uniforms(keys: np.ndarray, positions: int | np.ndarray) -> np.ndarray:
 
     Args:
         keys: keys from `stream_keys`, shape (B,) or (B, 1).
-        positions: one token position, or a position for each key of shape (B,), or T positions of shape (T,).
+        positions: one token position, or a position for each key of shape (B,), or T positions of shape (T,), or T
+            positions for each key of shape (B, T).
     Returns:
         Shape (B,) for keys of shape (B,) and one position, or one position each; shape (B, T) for keys of shape (B, 1)
         and T positions.

@@ -86,7 +86,7 @@ def test_memory_of_a_7b_model_on_eight_gpus_by_hand() -> None:
     n = 7_615_616_512
     assert memory["weights"] == 2 * n / 8  # bfloat16
     assert memory["optimizer"] == 12 * n / 8  # two moments and a master copy in float32
-    assert memory["gradients"] == 6 * n / 8  # in bfloat16, and a float32 copy
+    assert memory["gradients"] == (2 * n + 2**30) / 8  # in bfloat16, and a float32 copy of some of them
     assert memory["reference"] == 2 * n / 8
     assert memory["critic"] == 0
     assert memory["whole policy"] == 2 * n and memory["engine weights"] == 0
@@ -102,7 +102,7 @@ def test_memory_of_a_7b_model_on_eight_gpus_by_hand() -> None:
     assert memory["logits"] == (1 << 23) * 18  # in chunks, because 400 x 152,064 logits are more than a chunk
     assert memory["peak update"] == pytest.approx(
         RUNTIME
-        + (2 + 12 + 2 + 6) * n / 8
+        + ((2 + 12 + 2 + 2) * n + 2**30) / 8
         + 2 * n
         + memory["gathered layers"]
         + memory["activations"]

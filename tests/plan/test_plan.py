@@ -14,6 +14,8 @@ from vineppo.cli.main import main
 from vineppo.config.recipes import load_recipe, recipe_names
 from vineppo.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
 from vineppo.config.settings import replace
+from vineppo.plan.amounts import guessed_amounts
+from vineppo.plan.memory import memory_by_kind
 from vineppo.plan.predict import plan
 from vineppo.plan.shape import GIB, KNOWN
 from vineppo.training.configure import build_config
@@ -60,11 +62,11 @@ def test_memory_by_hand_with_and_without_adapters() -> None:
     config = Config(model=ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda"))
     full = plan(config, gpu="h100").memory
     n = KNOWN["microsoft/rho-math-1b-v0.1"].parameters
-    assert full["weights"] == 2 * n and full["optimizer"] == 12 * n and full["gradients"] == 6 * n
+    assert full["weights"] == 2 * n and full["optimizer"] == 12 * n and full["gradients"] == 2 * n + GIB
     assert full["reference"] == 0 and full["critic"] == 0
     with_kl = replace(config, learner=replace(config.learner, kl=replace(config.learner.kl, coefficient=1e-3)))
     assert plan(with_kl, gpu="h100").memory["reference"] == 2 * n
-    assert plan(replace(config, algorithm="ppo"), gpu="h100").memory["critic"] == 20 * n
+    assert plan(replace(config, algorithm="ppo"), gpu="h100").memory["critic"] == 16 * n + GIB
     lora = replace(with_kl, model=replace(config.model, lora=LoraConfig(r=16)))
     memory = plan(lora, gpu="h100").memory
     # Rank 16 on seven layers: q, k, v, o, gate, up, down of 22 layers.
@@ -137,3 +139,21 @@ def test_command_prints_the_plan_and_writes_json(tmp_path: Path, capsys: pytest.
     assert "--response_tokens is 40; it must be above 0 and needs --gpu" in capsys.readouterr().err
     assert main(["plan", "paper/rho1b-math-vineppo", "--gpu", "h100", "--response_tokens", "0"]) == 2
     assert "--response_tokens is 0; it must be above 0 and needs --gpu" in capsys.readouterr().err
+
+
+def test_the_default_memory_of_keys_and_values_follows_from_the_gpu() -> None:
+    """Many long responses of the 1.1B model: weights and optimizer take 2 + 12 bytes of each parameter."""
+    model = ModelConfig(path="microsoft/rho-math-1b-v0.1", dtype="bfloat16", device="cuda")
+    rollouts = RolloutConfig(num_problems=4096, group_size=8, max_new_tokens=3072, max_rows=1 << 15)
+    config = Config(algorithm="grpo", model=model, rollouts=rollouts)
+    shape = KNOWN["microsoft/rho-math-1b-v0.1"]
+    n, amounts = shape.parameters, guessed_amounts(config, 3000)
+
+    def keys_and_values(of: Config, gibibytes: int) -> float:
+        return memory_by_kind(of, shape, amounts, n, gibibytes * GIB)["keys and values"] / GIB
+
+    for total, expected in ((80, 32), (24, 4), (16, 1)):
+        assert expected <= max(2, total - 14 * n / GIB) / 2 < 2 * expected
+        assert keys_and_values(config, total) == expected
+    assert keys_and_values(config, 0) == 4  # a CPU
+    assert keys_and_values(replace(config, rollouts=replace(rollouts, kv_memory=3.0)), 80) == 3

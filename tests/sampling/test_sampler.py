@@ -17,8 +17,10 @@ from vineppo.model.codec import Codec
 from vineppo.model.logits import token_logprobs
 from vineppo.model.policy import Policy
 from vineppo.model.tiny import build_tokenizer
-from vineppo.sampling.torch.sampler import TorchSampler, draw, kv_bytes_per_token
-from vineppo.sampling.torch.tree import KVTree, _decode_attention
+from vineppo.sampling.torch.attention import _decode_attention
+from vineppo.sampling.torch.draw import draw
+from vineppo.sampling.torch.sampler import TorchSampler, kv_bytes_per_token
+from vineppo.sampling.torch.tree import KVTree
 from vineppo.types import Completion, SampleRequest, UserError
 
 TOKENIZER = build_tokenizer()
@@ -112,6 +114,18 @@ def llama() -> Policy:
     return build_policy()
 
 
+@pytest.fixture(scope="module")
+def llama_on_device(device: torch.device) -> Policy:
+    """The same on every device of this machine."""
+    return on(device, build_policy())
+
+
+def on(device: torch.device, policy: Policy) -> Policy:
+    """The policy, after its model has moved to a device."""
+    policy.model.to(device)
+    return policy
+
+
 def random_ids(length: int, seed: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(SPECIAL, len(TOKENIZER), length).tolist())
 
@@ -127,10 +141,10 @@ def prompts_and_states(temperature: float = 1.0) -> list[SampleRequest]:
 
 def trainer_logprobs(policy: Policy, prompt_ids: Sequence[int], completion: Completion, T: float) -> torch.Tensor:
     """Log-probabilities of a completion's tokens as computed by the trainer, shape (T,)."""
-    token_ids = torch.tensor([[*prompt_ids, *completion.token_ids]])
-    mask = torch.arange(token_ids.shape[1])[None] >= len(prompt_ids)
+    token_ids = torch.tensor([[*prompt_ids, *completion.token_ids]], device=policy.device)
+    mask = torch.arange(token_ids.shape[1], device=policy.device)[None] >= len(prompt_ids)
     with torch.no_grad():
-        return token_logprobs(policy.model, token_ids, mask, T)[0]
+        return token_logprobs(policy.model, token_ids, mask, T)[0].cpu()
 
 
 def largest_gap(policy: Policy, requests: Sequence[SampleRequest], results: list[list[Completion]], T: float) -> float:
@@ -152,8 +166,8 @@ def flatten(results: list[list[Completion]]) -> list[Completion]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("family", list(TREE))
-def test_sampler_logprobs_are_the_trainers(family: str, temperature: float) -> None:
-    policy = build_policy(family)
+def test_sampler_logprobs_are_the_trainers(family: str, temperature: float, device: torch.device) -> None:
+    policy = on(device, build_policy(family))
     requests = prompts_and_states(temperature)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -293,8 +307,8 @@ def test_models_without_tree_support_fall_back_with_one_warning(family: str) -> 
     assert largest_gap(policy, requests, results, 0.6) < 1e-4
 
 
-def test_logprobs_in_bfloat16_differ_by_rounding_only() -> None:
-    policy = build_policy()
+def test_logprobs_in_bfloat16_differ_by_rounding_only(device: torch.device) -> None:
+    policy = on(device, build_policy())
     policy.model.to(torch.bfloat16)
     sampler = TorchSampler(policy)
     assert sampler.tree_attention
@@ -384,12 +398,13 @@ def test_samples_of_one_request_and_of_other_seeds_differ(llama: Policy) -> None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_first_tokens_have_the_distribution_of_the_softmax(llama: Policy, temperature: float) -> None:
+def test_first_tokens_have_the_distribution_of_the_softmax(llama_on_device: Policy, temperature: float) -> None:
+    llama = llama_on_device
     request = SampleRequest(random_ids(6, 0), 20_000, 1, seed=0, temperature=temperature)
     (completions,) = TorchSampler(llama).sample([request])
     counts = np.bincount([c.token_ids[0] for c in completions], minlength=len(TOKENIZER))
     with torch.no_grad():
-        logits = llama.model(torch.tensor([request.prompt_ids])).logits[0, -1].double()
+        logits = llama.model(torch.tensor([request.prompt_ids], device=llama.device)).logits[0, -1].double().cpu()
     assert chi_square(counts, (logits / temperature).softmax(-1).numpy()) < chi_square_limit(len(counts) - 1)
     assert chi_square(counts, (logits / (1.6 - temperature)).softmax(-1).numpy()) > 10 * len(counts)
     expected = (logits / temperature).log_softmax(-1)
@@ -435,7 +450,7 @@ def test_draw_never_returns_a_token_of_probability_zero() -> None:
             row[[0, -1]] = -np.inf
             row[rng.integers(size)] = 1.0
             logits = torch.from_numpy(np.tile(row, (len(uniforms), 1))).float()
-            drawn, logprobs = draw(logits, 0.7, uniforms)
+            drawn, logprobs = (x.numpy() for x in draw(logits, 0.7, torch.from_numpy(uniforms)))
             possible = np.flatnonzero(np.isfinite(row))
             assert set(drawn) <= set(possible)
             assert np.isfinite(logprobs).all()
@@ -443,27 +458,27 @@ def test_draw_never_returns_a_token_of_probability_zero() -> None:
             assert (np.diff(drawn) >= 0).all()
 
 
-def test_draw_inverts_the_cumulative_distribution() -> None:
-    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log().expand(8, 4)
+def test_draw_inverts_the_cumulative_distribution(device: torch.device) -> None:
+    logits = torch.tensor([[0.1, 0.2, 0.3, 0.4]], device=device).log().expand(8, 4)
     uniforms = np.array([0.0, 0.0999, 0.1001, 0.2999, 0.3001, 0.5999, 0.6001, 0.9999])
-    drawn, logprobs = draw(logits, 1.0, uniforms)
+    drawn, logprobs = (x.cpu() for x in draw(logits, 1.0, torch.from_numpy(uniforms).to(device)))
     assert drawn.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert np.exp(logprobs) == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4])
     # At temperature 1/2 probabilities are squared: 1, 4, 9 and 16 thirtieths.
-    drawn, logprobs = draw(logits, 0.5, uniforms)
+    drawn, logprobs = (x.cpu() for x in draw(logits, 0.5, torch.from_numpy(uniforms).to(device)))
     assert drawn.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
     assert np.exp(logprobs) == pytest.approx(np.array([1, 4, 4, 9, 9, 16, 16, 16]) / 30)
 
 
 def test_draw_at_temperature_zero_selects_the_most_likely_token() -> None:
-    drawn, logprobs = draw(torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]]), 0, np.array([0.99, 0.0]))
+    drawn, logprobs = draw(torch.tensor([[0.0, 3.0, 1.0], [2.0, -1.0, 1.0]]), 0, torch.tensor([0.99, 0.0]))
     assert drawn.tolist() == [1, 0]
     assert logprobs.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("tree_attention", [True, False])
-def test_completions_include_eos_if_and_only_if_it_was_sampled(llama: Policy, tree_attention: bool) -> None:
-    sampler = TorchSampler(llama)
+def test_completions_include_eos_if_and_only_if_it_was_sampled(llama_on_device: Policy, tree_attention: bool) -> None:
+    sampler = TorchSampler(llama_on_device)
     sampler.tree_attention = tree_attention
     completions = sampler.sample([SampleRequest(random_ids(5, 3), 60, 24, seed=1)])[0]
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -501,7 +516,8 @@ def stopped(ids: tuple[int, ...], stop: Sequence[str], decode: Callable[[Sequenc
     return ids
 
 
-def test_stop_strings_end_a_completion_and_stay_in_it(llama: Policy) -> None:
+def test_stop_strings_end_a_completion_and_stay_in_it(llama_on_device: Policy) -> None:
+    llama = llama_on_device
     request = SampleRequest(random_ids(5, 5), 60, 24, seed=2)
     free = tokens(TorchSampler(llama).sample([request]))[0]
     full_length = [llama.codec.token_texts(ids) for ids in free if len(ids) == 24]
@@ -526,8 +542,9 @@ def test_a_stop_string_in_the_prompt_has_no_effect(llama: Policy) -> None:
     assert max(len(c.token_ids) for c in completions) > 10
 
 
-def test_new_weights_are_used_at_once() -> None:
-    policy = build_policy()
+def test_new_weights_are_used_at_once(device: torch.device) -> None:
+    """On a GPU, a captured step of the first call would have old copies of merged weights."""
+    policy = on(device, build_policy())
     requests = prompts_and_states()
     sampler = TorchSampler(policy)
     before = tokens(sampler.sample(requests))

@@ -283,9 +283,10 @@ class RolloutConfig(Settings):
     """Strings that end a response, in addition to the end-of-sequence token. The response includes the string."""
     max_rows: int = Field(2048, ge=1)
     """Maximum number of sequences in a batch of the sampler. More sequences are sampled in several batches."""
-    kv_memory: float = Field(4.0, gt=0)
-    """Maximum memory of the sampler's KV cache in gibibytes. Sequences that need more are sampled in several
-    batches."""
+    kv_memory: float | None = Field(None, gt=0)
+    """Maximum memory of the sampler's KV cache in gibibytes. Sequences that need more are sampled in several batches.
+    Null: 4 on a CPU. On a CUDA GPU, half of the memory that weights, optimizer and other processes leave, rounded down
+    to a power of two and at least 1; give a number if runs on different GPUs should have the same batches."""
 
     def check(self) -> None:
         """Raise UserError for an empty stop string."""
@@ -337,6 +338,13 @@ class SamplerConfig(Settings):
     PyTorch sampler, for every model and device. `auto`: the compiled engine if it can be used and is faster, or else
     the PyTorch sampler. The engine computes in float32, so it is slower for 16-bit weights on processors that multiply
     16 bits fast. `vllm`: vLLM in a process of its own, which must be installed (docs/vllm.md)."""
+    check_every: int = Field(0, ge=0)
+    """PyTorch sampler: number of tokens per sequence between two looks at which sequences are finished. Every look has
+    to wait for a GPU. What a sequence draws after its end is dropped. 0: 1 on a CPU, 8 on a GPU. On a GPU, 1, 2, 4 and
+    8 give equal bits; other values can change results by rounding."""
+    graph: bool = True
+    """PyTorch sampler on a CUDA GPU: capture the decoding of a token as a CUDA graph, which saves the launches of about
+    a thousand small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     pool: Literal["none", "ray"] = "none"
     """`none`: the sampler runs in the process of the trainer. `ray`: samplers run in actors of Ray, on this machine or
@@ -361,6 +369,11 @@ class SamplerConfig(Settings):
             self.pool == "none" or self.engine != "vllm",
             "sampler.pool is ray and sampler.engine is vllm; actors of the pool run the engines of the package: set "
             "sampler.engine to auto, engine or torch, or sampler.pool to none",
+        )
+        require(
+            self.pool == "none" or (self.check_every == 0 and self.graph),
+            "sampler.pool is ray, and sampler.check_every or sampler.graph is set; actors of the pool use the defaults "
+            "of their device: set sampler.check_every to 0 and sampler.graph to true, or sampler.pool to none",
         )
 
 

@@ -53,6 +53,7 @@ from vineppo.learning.sharding import (
     sharded_reference,
 )
 from vineppo.learning.state import Trained, read_learner, write_learner
+from vineppo.learning.sums import Sums
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.logits import sequence_scores
 from vineppo.model.lora import merged_weights
@@ -197,6 +198,7 @@ class TorchLearner:
             )
         self.ranks.announce("predict_values", rollouts)
         values: list[list[float]] = [[] for _ in rollouts]
+        predicted: list[tuple[list[int], torch.Tensor]] = []
         ids = [r.prompt_ids + r.response_ids for r in rollouts]
         masks = [(0,) * len(r.prompt_ids) + (1,) * len(r.response_ids) for r in rollouts]
         packed = self._packs(self.policy)
@@ -205,11 +207,13 @@ class TorchLearner:
             chosen_ids, chosen_masks = ([rows[i] for i in group] for rows in (ids, masks))
             sequences = build_sequences(chosen_ids, chosen_masks, [()] * len(group), packed, self.policy.device)
             with mode(self.critic.body, packed):
-                flat = self.critic.of_sequences(sequences).tolist()
+                predicted.append((group, self.critic.of_sequences(sequences)))
+        release(self.critic)
+        for group, tensor in predicted:  # only now, because it waits for the device
+            flat = tensor.tolist()
             for i in group:
                 count = len(rollouts[i].response_ids)
                 values[i], flat = flat[:count], flat[count:]
-        release(self.critic)
         parts = self.ranks.gather(values)
         return [next((row for row in rows if row), []) for rows in zip(*parts, strict=True)]
 
@@ -448,7 +452,7 @@ class TorchLearner:
         )
         seed = derive_seed(self.seed, "dropout", self.updates)
         packed = self._packs(self.policy) and not self.policy.has_dropout
-        totals: dict[str, float] = defaultdict(float)
+        totals = Sums()
         part, scored = ScoreSheet(sheet.samples) if sheet is not None and self.ranks.count > 1 else sheet, []
         for (group, new), real in self.ranks.share(list(self._gradient_batches(parts, packed))):
             chosen = [parts[i] for i in group]
@@ -461,7 +465,7 @@ class TorchLearner:
                     self.trained.model, sequences, self.temperature, entropies=entropies, variances=new, chunked=chunked
                 )
                 tokens = tokens_of(chosen, scores.logprobs)
-                loss, sums = policy_loss(
+                loss, terms = policy_loss(
                     config, tokens, scores, sequences.places, counts, self._divisor(counts), kl_in_loss
                 )
                 (loss if real else loss * 0).backward()
@@ -469,11 +473,12 @@ class TorchLearner:
                 indices = [numbers[numbered[i][0]] for i in group]
                 part.add(indices, scores, tokens.weights)
                 scored += indices
-            for key, value in sums.items():
-                totals[key] += value if real else 0.0
+            if not real:
+                terms = {name: (torch.zeros_like(number), divisor) for name, (number, divisor) in terms.items()}
+            totals.add(terms)
         if sheet is not None and part is not None:
             sheet.merge(self.ranks, part, scored)
-        return self.ranks.sums(totals)
+        return self.ranks.sums(totals.totals())
 
     def _gradient_batches(self, parts: Sequence[Experience], packed: bool) -> Iterator[tuple[list[int], bool]]:
         """Yield (indices of the samples of a micro-batch, whether they have no old log-probabilities yet)."""
@@ -511,15 +516,15 @@ class TorchLearner:
         Samples without returns, whose rollouts have no reward, are left out.
         """
         chosen = [e.sample for e in minibatch if e.sample.returns is not None]
-        tokens, total = sum(sum(s.trained_weights) for s in chosen) or 1, 0.0
+        tokens, total = sum(sum(s.trained_weights) for s in chosen) or 1, Sums()
         packed = self._packs(self.policy)
         for group, real in self.ranks.share(self._micro_batches(chosen, packed, self.ranks)):
             samples = [chosen[i] for i in group]
             with mode(critic.body, packed):
                 loss = self._value_loss(critic, samples, packed) / tokens
                 (loss if real else loss * 0).backward()
-            total += loss.item() if real else 0.0
-        return self.ranks.sums({"value/loss": total})["value/loss"]
+            total.add({"value/loss": (loss if real else torch.zeros_like(loss), 1.0)})
+        return self.ranks.sums({"value/loss": 0.0, **total.totals()})["value/loss"]
 
     def _value_loss(self, critic: ValueNetwork, samples: Sequence[TrainingSample], packed: bool) -> torch.Tensor:
         """Return the value loss of a micro-batch, summed over its trained tokens."""

@@ -14,8 +14,8 @@ from vineppo.config.schema import LearnerConfig
 from vineppo.learning.experience import Counts, Experience, trained_part
 from vineppo.learning.losses import clipped_policy_loss, importance_weights, kl_estimate
 from vineppo.learning.scores import weights_of
+from vineppo.learning.sums import Parts
 from vineppo.model.logits import TokenScores
-from vineppo.types import Metrics
 
 
 class Tokens(NamedTuple):
@@ -79,7 +79,7 @@ def policy_loss(
     counts: Counts,
     divisor: float,
     kl_in_loss: bool,
-) -> tuple[torch.Tensor, Metrics]:
+) -> tuple[torch.Tensor, Parts]:
     """Compute the contribution of a micro-batch to the policy loss and the metrics of its minibatch.
 
     Args:
@@ -89,7 +89,7 @@ def policy_loss(
         divisor: the number by which the sum of the policy loss is divided (`learner.reduction`).
         kl_in_loss: whether the KL penalty is a term of the loss.
     Returns:
-        (contribution to the loss as a scalar tensor, contributions to the metrics).
+        (contribution to the loss as a scalar tensor, contributions to the metrics, which are not waited for).
     """
     N, kl = len(tokens.weights), config.kl
     logprobs, old = scores.logprobs, tokens.old
@@ -105,9 +105,9 @@ def policy_loss(
     # How far the policy has moved since the first update of the iteration; only a metric.
     kl_old = (tokens.weights * kl_estimate(logprobs[:N].detach(), old[:N], "k3", 10.0)).sum()
     metrics = {
-        "policy/loss": loss.item(),
-        "policy/clip_share": float(clipped) / counts.ratios,
-        "policy/kl_old": float(kl_old) / counts.seen,
+        "policy/loss": (loss, 1.0),
+        "policy/clip_share": (clipped, counts.ratios),
+        "policy/kl_old": (kl_old, counts.seen),
     }
     if config.entropy_coefficient > 0:
         assert scores.entropies is not None, "the entropy bonus needs the entropies"
@@ -121,4 +121,4 @@ def policy_loss(
         divisors = {"sequence_sum": counts.rollouts, "token_mean": counts.tokens, "as_policy": divisor}
         total = (tokens.weights * tokens.kl_weights * penalties).sum()
         loss = loss + kl.coefficient * total / divisors[kl.reduction]
-    return loss, {**metrics, "policy/objective": loss.item()}
+    return loss, {**metrics, "policy/objective": (loss, 1.0)}

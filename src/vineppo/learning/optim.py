@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
         return 1.0
     remaining = max(0.0, (total - update) / max(1, total - warmup))
     return (1 - math.cos(math.pi * remaining)) / 2 if decay == "cosine" else remaining
+
+
+PART = 1 << 28
+"""Number of weights that are updated at once if some have 16 bits. The float32 copies of their gradients take 1 GiB."""
 
 
 class GradientError(UserError):
@@ -62,21 +66,50 @@ class Optimizer:
         Raises:
             GradientError: if the norm of the gradient is not finite. In this case the weights are not changed.
         """
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = float(full(torch.nn.utils.clip_grad_norm_(self.masters, max_grad_norm or float("inf"))))
-        if not norm < float("inf"):
-            raise GradientError(f"the gradient's norm is {norm}")
+        limit = max_grad_norm or float("inf")
+        narrow = any(master is not p for p, master in zip(self.parameters, self.masters, strict=True))
+        norm = _global_norm(self.parameters) if narrow else torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        total = float(full(norm))
+        if not total < float("inf"):
+            raise GradientError(f"the gradient's norm is {total}")
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            parameter.grad = None
-            if master is not parameter:
+        if narrow:
+            self._step_in_parts((limit / (norm + 1e-6)).clamp(max=1.0))
+        else:
+            self.adamw.step()
+        self.clear_gradients()
+        return total
+
+    def _step_in_parts(self, factor: torch.Tensor) -> None:
+        """Update the weights with gradients multiplied by a factor.
+
+        AdamW updates the masters that have a gradient. So only some of them have one at a time, which limits the memory
+        of the float32 copies of the gradients.
+        """
+        grads = [parameter.grad for parameter in self.parameters]
+        self.clear_gradients()
+        for part in self._parts():
+            for i in part:
+                grad, grads[i] = grads[i], None
+                self.masters[i].grad = None if grad is None else grad.float().mul_(factor.to(grad.device))
+            self.adamw.step()
+            for i in part:
+                parameter, master = self.parameters[i], self.masters[i]
+                if master is not parameter and master.grad is not None:
+                    parameter.data.copy_(master)
                 master.grad = None
-                parameter.data.copy_(master)
-        return norm
+
+    def _parts(self) -> Iterator[list[int]]:
+        """Yield the indices of the parameters, in parts of about `PART` weights."""
+        part: list[int] = []
+        size = 0
+        for i, parameter in enumerate(self.parameters):
+            part.append(i)
+            size += parameter.numel()
+            if size >= PART or i == len(self.parameters) - 1:
+                yield part
+                part, size = [], 0
 
     def clear_gradients(self) -> None:
         """Remove the gradients of the parameters."""
@@ -121,3 +154,9 @@ class Optimizer:
                 self.adamw.state[master] = moments
             tensors |= {f"{name}/{moment}": tensor for moment, tensor in moments.items()}
         return tensors
+
+
+def _global_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Return the norm of all gradients together, computed in float32 with a copy of one gradient at a time."""
+    norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.tensor(0.0)

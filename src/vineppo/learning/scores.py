@@ -55,37 +55,71 @@ class ScoreSheet:
 
     def __init__(self, samples: Sequence[TrainingSample]):
         self.samples = samples
-        self.logprobs: list[list[float]] = [[] for _ in samples]
-        self.alternatives: list[list[float]] = [[] for _ in samples]
-        self.entropies: list[list[float]] = [[] for _ in samples]
-        """Entropies of the next-token distributions at the trained tokens, one list per sample, in nats. The lists are
-        empty for samples that were scored without entropies."""
+        self._logprobs: list[list[float]] = [[] for _ in samples]
+        self._alternatives: list[list[float]] = [[] for _ in samples]
+        self._entropies: list[list[float]] = [[] for _ in samples]
         self._entropy = self._excess = self._variance = 0.0
+        # Scores that are still on the device: (indices of the samples, log-probabilities, entropies, three sums).
+        self._waiting: list[tuple[Sequence[int], torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]] = []
+
+    @property
+    def logprobs(self) -> list[list[float]]:
+        """Log-probabilities of the trained tokens, one list per sample, in nats."""
+        self._settle()
+        return self._logprobs
+
+    @property
+    def alternatives(self) -> list[list[float]]:
+        """Log-probabilities of the alternatives, one list per sample, in nats."""
+        self._settle()
+        return self._alternatives
+
+    @property
+    def entropies(self) -> list[list[float]]:
+        """Entropies of the next-token distributions at the trained tokens, one list per sample, in nats.
+
+        The lists are empty for samples that were scored without entropies.
+        """
+        self._settle()
+        return self._entropies
 
     def add(self, indices: Sequence[int], scores: TokenScores, weights: torch.Tensor) -> None:
-        """Add the scores of a micro-batch.
+        """Add the scores of a micro-batch, without waiting for the device.
 
         Args:
             indices: the indices of its samples.
             scores: their scores. The means of `scores()` need their entropies and variances.
             weights: weight of each trained token, shape (N,).
         """
-        flat_logprobs = scores.logprobs.detach()
-        counts = [sum(self.samples[i].loss_mask) for i in indices]
+        logprobs, entropies = scores.logprobs.detach(), None
+        sums: tuple[torch.Tensor, ...] = ()
         if scores.entropies is not None and scores.variances is not None:
             entropies = scores.entropies.detach()
-            self._entropy += float((weights * entropies).sum())
-            self._excess += float((weights * (flat_logprobs[: len(entropies)] + entropies)).double().sum())
-            self._variance += float((weights**2 * scores.variances).double().sum())
-            of_tokens = iter(entropies.tolist())
+            sums = (
+                (weights * entropies).sum(),
+                (weights * (logprobs[: len(entropies)] + entropies)).double().sum(),
+                (weights**2 * scores.variances).double().sum(),
+            )
+        self._waiting.append((indices, logprobs, entropies, sums))
+
+    def _settle(self) -> None:
+        """Wait for the device, and add the scores that are still on it."""
+        waiting, self._waiting = self._waiting, []
+        for indices, logprobs, entropies, sums in waiting:
+            counts = [sum(self.samples[i].loss_mask) for i in indices]
+            if entropies is not None:
+                entropy, excess, variance = map(float, sums)
+                self._entropy, self._excess = self._entropy + entropy, self._excess + excess
+                self._variance += variance
+                of_tokens = iter(entropies.tolist())
+                for i, count in zip(indices, counts, strict=True):
+                    self._entropies[i] = list(itertools.islice(of_tokens, count))
+            flat, start = logprobs.tolist(), 0
             for i, count in zip(indices, counts, strict=True):
-                self.entropies[i] = list(itertools.islice(of_tokens, count))
-        flat, start = flat_logprobs.tolist(), 0
-        for i, count in zip(indices, counts, strict=True):
-            self.logprobs[i], start = flat[start : start + count], start + count
-        for i in indices:
-            count = len(self.samples[i].alternatives)
-            self.alternatives[i], start = flat[start : start + count], start + count
+                self._logprobs[i], start = flat[start : start + count], start + count
+            for i in indices:
+                count = len(self.samples[i].alternatives)
+                self._alternatives[i], start = flat[start : start + count], start + count
 
     def merge(self, ranks: Ranks, part: ScoreSheet, indices: Sequence[int]) -> None:
         """Add the scores that all ranks have put on their sheets `part`.
@@ -97,18 +131,21 @@ class ScoreSheet:
         """
         if part is self:
             return
+        self._settle()
+        part._settle()
         rows = {i: (part.logprobs[i], part.alternatives[i], part.entropies[i]) for i in indices}
         for found, sums in ranks.gather((rows, (part._entropy, part._excess, part._variance))):
             for i, row in found.items():
-                self.logprobs[i], self.alternatives[i], self.entropies[i] = row
+                self._logprobs[i], self._alternatives[i], self._entropies[i] = row
             self._entropy, self._excess = self._entropy + sums[0], self._excess + sums[1]
             self._variance += sums[2]
 
     def scores(self) -> Scores:
         """Return the scores of all samples."""
+        self._settle()
         weight = sum(sum(s.trained_weights) for s in self.samples) or 1
         means = (self._entropy / weight, self._excess / weight, self._variance**0.5 / weight)
-        return Scores(self.logprobs, self.alternatives, *means)
+        return Scores(self._logprobs, self._alternatives, *means)
 
 
 def sequences_of(samples: Sequence[TrainingSample], packed: bool, device: torch.device) -> Sequences:

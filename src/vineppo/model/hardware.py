@@ -23,6 +23,22 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Numbers of two parameters of mallopt(3) in glibc."""
 
 
+KV_MEMORY_ON_CPU = 4 << 30
+"""Default of `rollouts.kv_memory` on a CPU, in bytes."""
+
+
+def kv_memory_in(room: float) -> int:
+    """Return the default of `rollouts.kv_memory` on a GPU, in bytes: half of the room, rounded down to a power of two.
+
+    The other half is for logits and activations. Because of the rounding, small differences of the room do not change
+    how sequences are divided into batches, which would change results by rounding. The result is at least 1 GiB.
+
+    Args:
+        room: bytes of the GPU's memory that weights and optimizer states leave.
+    """
+    return 1 << max(30, int(room / 2).bit_length() - 1) if room > 0 else 1 << 30
+
+
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
     """Return whether this processor has vector instructions for a 16-bit dtype and oneDNN is available to use them.

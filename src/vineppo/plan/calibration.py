@@ -19,7 +19,7 @@ from vineppo.learning.learner import TorchLearner
 from vineppo.model.codec import Codec
 from vineppo.plan.amounts import Amounts, Plan, guessed_amounts, iterations
 from vineppo.plan.datasheet import separate_passes
-from vineppo.plan.memory import available_memory, does_not_fit, memory_by_kind
+from vineppo.plan.memory import available_memory, does_not_fit, gpu_memory_of, memory_by_kind
 from vineppo.plan.shape import count, count_trainable, shape_from_config, shape_of
 from vineppo.training.configure import algorithm_settings
 from vineppo.training.parts import build_parts, updates_per_iteration
@@ -45,7 +45,7 @@ def calibrated_safely(config: Config, problems: int | None) -> Plan:
     """
     shape, available = shape_from_config(config), available_memory(config.model.device)
     amounts = guessed_amounts(config, None)
-    memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
+    memory = memory_by_kind(config, shape, amounts, count_trainable(config, shape), gpu_memory_of(config.model.device))
     kinds = ("runtime", "weights", "optimizer", "gradients", "reference", "critic")
     if 0 < available < sum(memory[kind] for kind in kinds):
         raise UserError(does_not_fit(config, amounts, memory, available))
@@ -92,7 +92,13 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
         "credit": credit_seconds + extra * metrics["tokens/mc"] if metrics.get("tokens/mc") else credit_seconds * scale,
         "update": scale * (prepare + config.learner.epochs * passes) + amounts.updates * step,
     }
-    memory = memory_by_kind(config, shape_of(policy.model), amounts, trainable=count(policy.model, trainable=True))
+    memory = memory_by_kind(
+        config,
+        shape_of(policy.model),
+        amounts,
+        count(policy.model, trainable=True),
+        gpu_memory_of(config.model.device),
+    )
     source = f"calibrated on {num_problems} of {settings.num_problems} problems: {tokens:,} tokens and their credit"
     return Plan(
         source, amounts, seconds, iterations(config, amounts, seconds), memory, available_memory(config.model.device),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vineppo.learning.optim import PART
 from vineppo.model.logits import CHUNKED_FROM
 from vineppo.model.output import CHUNK
 from vineppo.plan.job import Job
@@ -41,11 +42,11 @@ def memory_per_gpu(job: Job) -> dict[str, float]:
     config, shape, amounts, size, ranks = job.config, job.shape, job.amounts, job.number_bytes, job.cluster.ranks
     lora = config.model.lora.r > 0
     trainable = count_trainable(config, shape)
-    masters = 4 if size == 2 and not lora else 0  # float32 copies of 16-bit weights, and of their gradients
+    masters = 4 if size == 2 and not lora else 0  # float32 copies of 16-bit weights, and of some of their gradients
     whole = float(shape.parameters * size)
     weights = whole / ranks
     optimizer = trainable * (8 + masters) / ranks
-    gradients = trainable * ((4 if lora else size) + masters) / ranks
+    gradients = (trainable * (4 if lora else size) + masters * min(trainable, PART)) / ranks
     count = max(amounts.rollouts, amounts.mc_tokens / max(1.0, amounts.rollout_tokens / amounts.rollouts / 2))
     rows = job.rows_at_once(amounts.sequence_tokens, job.sequences_per_sampler(count))
     kinds = {

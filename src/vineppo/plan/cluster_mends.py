@@ -96,7 +96,7 @@ def _with(start: _Change, word: str, **sections: object) -> _Change:
 def _smaller_caches(start: _Change) -> list[_Change]:
     """Return changes with smaller limits of keys and values, the largest first."""
     rollouts = start.job.config.rollouts
-    sizes = [size for size in (32, 16, 8, 4, 2, 1) if size < rollouts.kv_memory]
+    sizes = [size for size in (32, 16, 8, 4, 2, 1) if size * GIB < start.job.kv_limit]
     return [
         _with(start, f"rollouts.kv_memory {size}", rollouts=replace(rollouts, kv_memory=float(size))) for size in sizes
     ]

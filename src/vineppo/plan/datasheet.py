@@ -75,7 +75,7 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
         else (networks - 1) * trained * per_token,
         "update": forward + 3 * trained * per_token * config.learner.epochs * networks,
     }
-    memory = memory_by_kind(config, shape, amounts, trainable=count_trainable(config, shape))
+    memory = memory_by_kind(config, shape, amounts, count_trainable(config, shape), gpu.memory)
     source = f"rough estimate from the data sheet of {name}, {length} tokens per response"
     return Plan(source, amounts, seconds, iterations(config, amounts, seconds), memory, gpu.memory, ())
 

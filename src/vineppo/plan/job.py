@@ -9,7 +9,8 @@ from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
 from vineppo.plan.amounts import Amounts
 from vineppo.plan.machines import Cluster
-from vineppo.plan.shape import GIB, Shape, kv_bytes
+from vineppo.plan.memory import kv_limit
+from vineppo.plan.shape import Shape, count_trainable, kv_bytes
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ class Job:
         length = self.amounts.sequence_tokens
         return max(length, min(self.config.learner.micro_batch_tokens, self.own_sequences * length))
 
+    @property
+    def kv_limit(self) -> float:
+        """Maximum number of bytes of keys and values of a GPU."""
+        masters = 4 if self.number_bytes == 2 and self.config.model.lora.r == 0 else 0
+        optimizer = count_trainable(self.config, self.shape) * (8 + masters)
+        weights, ranks, memory = self.shape.parameters * self.number_bytes, self.cluster.ranks, self.cluster.gpu.memory
+        # Each of several processes has a whole copy of the policy, with which it samples, and a shard of everything.
+        shards = (optimizer + weights * (ranks > 1)) / ranks
+        return kv_limit(self.config, memory, memory - weights / self.tensor_parallel - shards)
+
     def sequences_per_sampler(self, count: float) -> int:
         """Return how many of `count` sequences the busiest sampler gets."""
         return math.ceil(count / self.samplers)
@@ -75,4 +86,4 @@ class Job:
         """
         rollouts = self.config.rollouts
         bytes_per_row = length * kv_bytes(self.shape, self.number_bytes) / self.tensor_parallel
-        return max(1, min(count, rollouts.max_rows, int(rollouts.kv_memory * GIB / bytes_per_row)))
+        return max(1, min(count, rollouts.max_rows, int(self.kv_limit / bytes_per_row)))

@@ -9,11 +9,15 @@ import torch
 
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
+from vineppo.learning.optim import PART
+from vineppo.model.hardware import KV_MEMORY_ON_CPU, kv_memory_in
 from vineppo.plan.amounts import Amounts
 from vineppo.plan.shape import GIB, Shape, kv_bytes
 
 
-def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: int) -> dict[str, float]:
+def memory_by_kind(
+    config: Config, shape: Shape, amounts: Amounts, trainable: int, gpu_memory: float = 0.0
+) -> dict[str, float]:
     """Estimate how many bytes of memory a run needs for each purpose.
 
     Sampling and updating do not happen at the same time. So the peak contains only the larger of their two amounts of
@@ -24,6 +28,7 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
         shape: size of the model.
         amounts: amounts of one iteration.
         trainable: number of trainable parameters.
+        gpu_memory: bytes of the GPU's memory, which decides on the default of `rollouts.kv_memory`; 0 for a CPU.
     Returns:
         Kind of memory -> bytes. `keys and values` and `sampling` are in use only during sampling, and `gradients` and
         `activations` only during updates. `peak` is the peak of the whole run.
@@ -34,16 +39,17 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
     weights = shape.parameters * size
     # Bytes per number of the trained weights. LoRA adapters are float32, also if the other weights have 16 bits.
     trained_size = 4 if lora else size
-    # AdamW keeps two moments. For 16-bit weights there are also float32 copies of the weights and of the gradients.
+    # AdamW keeps two moments. For 16-bit weights there are also float32 copies of the weights, and of the gradients of
+    # some weights at a time.
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
-    gradients = trainable * (trained_size + (4 if trained_size == 2 else 0))
+    gradients = trainable * trained_size + (4 * min(trainable, PART) if trained_size == 2 else 0)
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
     critic = (trainable * trained_size if lora else weights) + optimizer + gradients if has_critic else 0.0
     length = amounts.sequence_tokens
     # Number of sequences that are sampled at the same time. MC rollouts are assumed to have half the mean length of a
     # sequence.
     rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
-    kv = min(config.rollouts.kv_memory * GIB, rows * length * kv_bytes(shape, size))
+    kv = min(kv_limit(config, gpu_memory, gpu_memory - weights - optimizer), rows * length * kv_bytes(shape, size))
     # The logits of one decoding step, for at most 4096 sequences.
     logits = min(rows, 1 << 12) * shape.vocabulary * size
     # On a CPU, the sampler copies the weights if they have 16 bits or LoRA adapters (see sampling/torch/packed.py).
@@ -64,6 +70,18 @@ def memory_by_kind(config: Config, shape: Shape, amounts: Amounts, trainable: in
         "activations": activations,
         "peak": permanent + max(kv + logits + packed, gradients + activations),
     }
+
+
+def kv_limit(config: Config, gpu_memory: float, room: float) -> float:
+    """Return the maximum number of bytes of keys and values of a sampler.
+
+    Args:
+        gpu_memory: bytes of the memory of a GPU; 0 for a CPU.
+        room: bytes of it that weights and optimizer states leave.
+    """
+    if config.rollouts.kv_memory is not None:
+        return config.rollouts.kv_memory * GIB
+    return float(kv_memory_in(room) if gpu_memory else KV_MEMORY_ON_CPU)
 
 
 def _micro_batch(config: Config, amounts: Amounts) -> float:
@@ -102,6 +120,11 @@ def layer_bytes(config: Config, shape: Shape, size: int) -> float:
         # Only the input of each layer is kept. The backward pass computes the activations of one layer at a time again.
         return shape.hidden * size * shape.layers + layer
     return layer * shape.layers
+
+
+def gpu_memory_of(device: str) -> float:
+    """Return the memory of a device in bytes if it is a CUDA GPU, or 0."""
+    return available_memory(device) if device.startswith("cuda") else 0.0
 
 
 def available_memory(device: str) -> float:

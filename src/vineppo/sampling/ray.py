@@ -23,8 +23,8 @@ from vineppo.model.lora import merged_weights
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import Engine, why_torch
 from vineppo.sampling.pool import Pool, WorkerDied
+from vineppo.sampling.torch.attention import tree_supported
 from vineppo.sampling.torch.sampler import kv_bytes_per_token
-from vineppo.sampling.torch.tree import tree_supported
 from vineppo.sampling.units import cut
 from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, packed
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, TrainingWarning, UserError, Weights

@@ -23,7 +23,7 @@ import torch
 from vineppo.config.schema import VLLMConfig
 from vineppo.model.lora import merged_weights
 from vineppo.sampling.canary import Canary
-from vineppo.sampling.torch.sampler import LanguageModel
+from vineppo.sampling.language_model import LanguageModel
 from vineppo.sampling.trunks import empty_results, has_stop, response_tail, stop_window
 from vineppo.sampling.vllm_heads import head_size, widen_config, widened, wider_size
 from vineppo.sampling.vllm_process import (

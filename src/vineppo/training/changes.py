@@ -35,6 +35,8 @@ CHANGEABLE = (
     "rollouts.max_rows",
     "rollouts.kv_memory",
     "sampler.engine",
+    "sampler.check_every",
+    "sampler.graph",
     "sampler.vllm.dtype",
     "sampler.vllm.gpu_memory_share",
     "sampler.vllm.devices",

@@ -16,8 +16,8 @@ import torch
 from vineppo.sampling.engine.drafts import Drafts
 from vineppo.sampling.engine.families import EngineModel
 from vineppo.sampling.engine.library import Job, Library, start_job
-from vineppo.sampling.engine.stops import StopTokens
-from vineppo.sampling.torch.sampler import LanguageModel
+from vineppo.sampling.language_model import LanguageModel
+from vineppo.sampling.stops import StopTokens
 from vineppo.sampling.trunks import Row, Trunk, empty_results, has_stop, response_tail, stop_window, trunks_of
 from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights

@@ -1,4 +1,4 @@
-"""Tree attention: attention for decoding many sequences that share prefixes. The sampler in sampler.py uses it.
+"""The keys and values of sequences that share prefixes, for tree attention (attention.py).
 
 Terms used in this module:
 
@@ -7,38 +7,16 @@ Terms used in this module:
   tokens of a trunk, and many rows can share a trunk.
 - The *branch* of a row holds the keys and values of the tokens that were sampled for the row.
 
-The attention of a row to its trunk and to its branch is computed separately. The two results are then combined exactly
-by means of their log-sum-exps (the logarithms of the softmax denominators). Therefore the keys and values of a trunk
-are read once for all its rows, and are not copied for each row.
-
-Tree attention is registered in the attention interface of transformers, so it works with the unchanged modules of any
-architecture that uses this interface.
-
 Letters in shapes: M trunks, L tokens of the longest trunk, B rows, R rows of the trunk with the most rows, H query
 heads, Hkv key-value heads, d dimensions of a head, q queries, k keys, T tokens, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
-
 import torch
-from torch.nn import functional as F
-from transformers import AttentionInterface
 
-from vineppo.model.packing import attention_mode
-
-NAME = "vineppo_tree"
-"""Name of tree attention in the attention interface of transformers."""
-_TRIAL_TOKENS = 8
-"""Number of tokens of the test sequence of `tree_supported`."""
-_TRIAL_DISTANCE = 0.05
-"""Largest total variation distance between two next-token distributions that `tree_supported` accepts in float32. The
-effect of rounding is smaller, and the effect of a wrong attention is larger."""
-_TRIAL_DISTANCE_ROUNDED = 0.3
-"""The same limit for 16-bit weights. As an example, the distance for SmolLM2-135M is below 1e-6 in float32 and 0.10 in
-bfloat16."""
+_FIRST_CAPACITY = 64
+"""Smallest `capacity` of a fixed tree. It is doubled whenever the branches are full."""
 
 
 class KVTree:
@@ -53,7 +31,12 @@ class KVTree:
     """
 
     def __init__(
-        self, trunk_of: torch.Tensor, prefix_lengths: torch.Tensor, trunk_length: int, branch_limit: int = 1 << 30
+        self,
+        trunk_of: torch.Tensor,
+        prefix_lengths: torch.Tensor,
+        trunk_length: int,
+        branch_limit: int = 1 << 30,
+        fixed: bool = False,
     ):
         """Create a tree without keys and values.
 
@@ -62,6 +45,8 @@ class KVTree:
             prefix_lengths: for each row, the number of tokens of its trunk that are the prefix of the row, shape (B,).
             trunk_length: L, the number of tokens of the longest trunk.
             branch_limit: maximum number of tokens of a branch. The capacity of the branches does not exceed it.
+            fixed: whether the tensors keep their addresses until rows are removed. The branches then have their full
+                capacity from the start, and attention reads `capacity` tokens of them and hides the unused ones.
         """
         # Dictionaries from the index of a layer to a tensor.
         self.trunk_keys: dict[int, torch.Tensor] = {}
@@ -70,7 +55,9 @@ class KVTree:
         self.branch_values: dict[int, torch.Tensor] = {}
         # Number of tokens in every branch. The caller increases it after each forward pass of the model.
         self.length = 0
-        self.trunk_length, self.branch_limit = trunk_length, branch_limit
+        # The same number on the device, for a fixed tree; `end_step` increases it.
+        self.end = trunk_of.new_zeros(1)
+        self.trunk_length, self.branch_limit, self.fixed = trunk_length, branch_limit, fixed
         # Whether a layer has used sliding-window attention.
         self.windowed = False
         self._set_rows(trunk_of, prefix_lengths)
@@ -87,6 +74,21 @@ class KVTree:
         # because a softmax over no tokens may be nan.
         self.lengths_by_place = prefix_lengths.new_ones(M * R).index_copy(0, self.places, prefix_lengths).view(M, R)
         self._bias: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+        # Numbers that change with every token: (name, window) -> tensor, for the layers of one step.
+        self._moving: dict[tuple[str, int | None], torch.Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        """Number of tokens of each branch that attention reads in a fixed tree, the unused ones included."""
+        return min(max(_FIRST_CAPACITY, 1 << self.length.bit_length()), self.branch_limit)
+
+    def begin_step(self) -> None:
+        """Prepare a forward pass for one token of each row."""
+        self._moving = {}
+
+    def end_step(self) -> None:
+        """Note on the device that each branch has one token more."""
+        self.end.add_(1)
 
     def to_places(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor with one entry per row to the places of the rows.
@@ -116,18 +118,40 @@ class KVTree:
         """
         if window is None and (groups, dtype) in self._bias:
             return self._bias[groups, dtype]
+        if ("trunk", window) in self._moving:
+            return self._moving["trunk", window]
         columns = torch.arange(self.trunk_length, device=self.lengths_by_place.device)  # (L,)
         lengths = self.lengths_by_place[:, :, None]  # (M, R, 1)
         visible = columns < lengths  # (M, R, L)
         if window is not None:
             # The token that is being decoded has the position lengths + self.length.
-            visible &= columns > lengths + self.length - window
+            visible &= columns > lengths + (self.end if self.fixed else self.length) - window
         M, R, L = visible.shape
         visible = visible[:, None, :, None].expand(M, 1, R, groups, L).reshape(M, 1, R * groups, L)
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        bias = _bias_of(visible, dtype)
         if window is None:
             self._bias[groups, dtype] = bias
+        else:
+            self._moving["trunk", window] = bias
         return bias
+
+    def branch_bias(self, dtype: torch.dtype, window: int | None) -> torch.Tensor | None:
+        """Return the numbers that are added to the attention scores of the branch tokens, shape (1, 1, 1, capacity).
+
+        The result is None if the tree is not fixed: no branch has unused tokens then.
+
+        Args:
+            window: size of the sliding window in tokens, or None.
+        """
+        if not self.fixed:
+            return None
+        if ("branch", window) not in self._moving:
+            columns = torch.arange(self.capacity, device=self.end.device)  # (capacity,)
+            visible = columns <= self.end
+            if window is not None:
+                visible &= columns > self.end - window
+            self._moving["branch", window] = _bias_of(visible[None, None, None], dtype)
+        return self._moving["branch", window]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Remove all rows except the given ones, and all trunks that no remaining row uses.
@@ -146,7 +170,8 @@ class KVTree:
             self.trunk_length = longest
         for store in (self.branch_keys, self.branch_values):
             for layer, tensor in store.items():
-                kept = tensor.new_empty(len(rows), *tensor.shape[1:])
+                create = tensor.new_zeros if self.fixed else tensor.new_empty
+                kept = create(len(rows), *tensor.shape[1:])
                 kept[:, :, : self.length] = tensor[rows, :, : self.length]
                 store[layer] = kept
         self._set_rows(trunk_of, prefix_lengths)
@@ -157,8 +182,11 @@ class KVTree:
         Args:
             key, value: shape (B, Hkv, 1, d).
         Returns:
-            (keys, values) of the branches with the new token, each of shape (B, Hkv, length + 1, d).
+            (keys, values) of the branches with the new token, each of shape (B, Hkv, length + 1, d), or in a fixed tree
+            (B, Hkv, capacity, d).
         """
+        if self.fixed:
+            return self._put(self.branch_keys, layer, key), self._put(self.branch_values, layer, value)
         for store, tensor in ((self.branch_keys, key), (self.branch_values, value)):
             branch = store.get(layer)
             if branch is None:
@@ -172,221 +200,20 @@ class KVTree:
         used = self.length + 1
         return self.branch_keys[layer][:, :, :used], self.branch_values[layer][:, :, :used]
 
+    def _put(self, store: dict[int, torch.Tensor], layer: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Write the keys or values of one token per row into the branches of a fixed tree, and return the branches."""
+        if layer not in store:
+            # Unused tokens are multiplied by a weight of 0, so they must be finite.
+            store[layer] = tensor.new_zeros(*tensor.shape[:2], self.branch_limit, tensor.shape[3])
+        return store[layer].index_copy_(2, self.end, tensor)[:, :, : self.capacity]
 
-def tree_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    tree: KVTree,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Compute the attention of one layer. In `tree_mode`, the attention modules of transformers call this function.
 
-    In the first call for a layer, the sequences are the trunks: the first dimension is M, q is L, the attention is
-    causal, and the keys and values are stored in the tree. In every later call, the sequences are the rows, with one
-    new token each (q = 1).
+def _bias_of(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return 0 where `visible`, of shape (..., k), is True, and -inf elsewhere.
 
-    Args:
-        module: the attention module; only its `layer_idx` is used.
-        query: shape (B, H, q, d).
-        key, value: shape (B, Hkv, q, d).
-        attention_mask: ignored, because the tree determines which tokens a query may attend to.
-        tree: the keys and values. They are extended by those of the new tokens.
-        scaling, softcap, sliding_window, s_aux: as for `model.packing.packed_attention`.
-    Returns:
-        (attention output of shape (B, q, H, d), None in place of attention weights).
-    Raises:
-        TypeError: if `s_aux` is given.
+    On a GPU, the memory of a row has a multiple of 8 numbers, as PyTorch's fused attention requires.
     """
-    if s_aux is not None:
-        raise TypeError("tree attention does not support attention sinks")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = module.layer_idx
-    tree.windowed |= sliding_window is not None
-    if layer not in tree.trunk_keys:
-        tree.trunk_keys[layer], tree.trunk_values[layer] = key, value
-        out = _prefill_attention(query, key, value, scale, softcap, sliding_window)
-    else:
-        keys, values = tree.append(layer, key, value)
-        out = _decode_attention(tree, layer, query, keys, values, scale, softcap, sliding_window)
-    return out.transpose(1, 2), None
-
-
-def _prefill_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Return the causal attention within the trunks, shape (M, H, L, d).
-
-    Args:
-        query: shape (M, H, L, d).
-        key, value: shape (M, Hkv, L, d).
-    """
-    groups = query.shape[1] // key.shape[1]
-    if softcap is None and window is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
-    length = query.shape[2]
-    position = torch.arange(length, device=query.device)
-    distance = position[:, None] - position[None, :]  # (L, L)
-    visible = distance >= 0
-    if window is not None:
-        visible &= distance < window
-    bias = torch.zeros(length, length, dtype=query.dtype, device=query.device).masked_fill_(~visible, float("-inf"))
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return _attend(query, key, value, bias, scale, softcap)[0]
-
-
-def _decode_attention(
-    tree: KVTree,
-    layer: int,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    """Return the attention of one query per row to the row's trunk and branch, shape (B, H, 1, d).
-
-    Args:
-        query: queries of the new tokens, shape (B, H, 1, d).
-        keys, values: keys and values of the branches, including the new tokens, shape (B, Hkv, k, d).
-    """
-    B, H, _, d = query.shape
-    M, R = tree.lengths_by_place.shape
-    Hkv = keys.shape[1]
-    g = H // Hkv  # number of query heads per key-value head
-    query = query.view(B, Hkv, g, d)
-    # The queries of all rows of a trunk, and of all query heads of a key-value head, form one matrix.
-    by_trunk = tree.to_places(query).transpose(1, 2).reshape(M, Hkv, R * g, d)
-    bias = tree.trunk_bias(g, query.dtype, window)
-    # PyTorch's fused CPU kernel does not support softcap. For a query that may attend to no token, it returns a
-    # log-sum-exp of 0 instead of -inf. This happens with a sliding window when a branch is longer than the window.
-    plain = softcap is not None or window is not None or query.device.type != "cpu"
-    attend = _attend if plain else _attend_fused
-    out_trunk, lse_trunk = attend(by_trunk, tree.trunk_keys[layer], tree.trunk_values[layer], bias, scale, softcap)
-    out_trunk = tree.from_places(out_trunk.view(M, Hkv, R, g, d).transpose(1, 2))  # (B, Hkv, g, d)
-    lse_trunk = tree.from_places(lse_trunk.view(M, Hkv, R, g, 1).transpose(1, 2))  # (B, Hkv, g, 1)
-    if window is not None and keys.shape[2] > window:
-        keys, values = keys[:, :, -window:], values[:, :, -window:]
-    # Every row has a separate branch, so there is one query per head and row. In float32, the fused kernel is slower
-    # than batched matrix products for so few queries, by a fifth to two thirds. In 16 bits, `_attend` first copies the
-    # keys to float32, which the fused kernel does not need.
-    narrow = query.dtype != torch.float32 and query.device.type == "cpu" and softcap is None
-    attend = _attend_fused if narrow else _attend
-    out_branch, lse_branch = attend(query, keys, values, None, scale, softcap)
-    # The trunk's share of the softmax over all tokens.
-    weight = torch.sigmoid(lse_trunk - lse_branch.unsqueeze(-1))  # (B, Hkv, g, 1), float32
-    return (out_branch + weight * (out_trunk - out_branch)).to(query.dtype).view(B, H, 1, d)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute softmax attention, and the log-sum-exp of the attention scores of each query.
-
-    Args:
-        query: shape (..., q, d).
-        key, value: shape (..., k, d).
-        bias: numbers that are added to the scores, of a shape that broadcasts to (..., q, k), or None.
-        scale: factor of the scores.
-        softcap: if given, each score s is replaced by softcap * tanh(s / softcap).
-    Returns:
-        (output of shape (..., q, d), log-sum-exps of shape (..., q) in float32). For a query whose bias is -inf for all
-        keys, they are 0 and -inf.
-    """
-    # A product of 16-bit matrices would be rounded to 16 bits before the softmax, with up to 4 times the error.
-    scores = (query.float() * scale) @ key.float().transpose(-1, -2)  # (..., q, k)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None:
-        scores += bias
-    # If all scores are -inf, their maximum is replaced by a finite number, because -inf - -inf would be nan.
-    highest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)  # (..., q, 1)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1, keepdim=True)  # (..., q, 1)
-    out = (weights.to(value.dtype) @ value) / total.clamp_min(torch.finfo(torch.float32).tiny)
-    return out, (highest + total.log()).squeeze(-1)
-
-
-def _attend_fused(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    _softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same as `_attend` without softcap, with PyTorch's fused CPU kernel, which does not store the scores.
-
-    Every query must have at least one key with a finite bias.
-    """
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=bias, scale=scale
-    )
-    return out, lse
-
-
-def tree_mode(model: Any) -> contextlib.AbstractContextManager[None]:
-    """Context manager in which a model uses tree attention instead of its configured attention implementation.
-
-    In the context, every call of the model needs the argument `tree`, a `KVTree`.
-    """
-    return attention_mode(model, NAME)
-
-
-@torch.no_grad()
-def tree_supported(model: Any) -> bool:
-    """Return whether decoding with tree attention gives the same next-token distributions as the model's forward pass.
-
-    Tree attention supports full attention and sliding-window attention. It does not support layers with a state other
-    than keys and values (convolutions, recurrences), chunked attention, attention sinks, and models that pass a sliding
-    window to the attention only as part of the attention mask. Some unsupported models are recognised by their
-    configuration. For the others, the last tokens of a short sequence are decoded with tree attention, and the
-    resulting distribution is compared with that of the normal forward pass.
-    """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    # Whether some layers have a sliding window according to the configuration.
-    windowed = "sliding_attention" in kinds if kinds else bool(getattr(config, "sliding_window", None))
-    if not getattr(model, "_supports_attention_backend", False) or kinds - {"full_attention", "sliding_attention"}:
-        return False
-    device = next(model.parameters()).device
-    ids = torch.arange(_TRIAL_TOKENS, device=device)[None] % config.vocab_size  # (1, T)
-    one_row = torch.zeros(1, dtype=torch.int64, device=device)
-    tree = KVTree(one_row, one_row + _TRIAL_TOKENS - 2, _TRIAL_TOKENS - 2)
-    # The last two tokens are decoded one at a time; the tokens before them are the prefix.
-    try:
-        with tree_mode(model):
-            model(input_ids=ids[:, :-2], use_cache=False, tree=tree)
-            for position in range(_TRIAL_TOKENS - 2, _TRIAL_TOKENS):
-                place = torch.tensor([[position]], device=device)  # (1, 1)
-                decoded = model(input_ids=ids[:, place[0]], position_ids=place, use_cache=False, tree=tree).logits
-                tree.length += 1
-    except (RuntimeError, TypeError):
-        return False
-    expected = model(input_ids=ids, use_cache=False).logits  # (1, T, V)
-    distance = (expected[0, -1].float().softmax(-1) - decoded[0, -1].float().softmax(-1)).abs().sum() / 2
-    # The sequence is shorter than any sliding window, so the distance does not show whether the windows are applied.
-    # Therefore the windows that the configuration describes must also have been passed to tree attention.
-    limit = _TRIAL_DISTANCE if expected.dtype == torch.float32 else _TRIAL_DISTANCE_ROUNDED
-    return bool(distance < limit) and tree.windowed == windowed
-
-
-AttentionInterface.register(NAME, tree_attention)
+    *shape, k = visible.shape
+    room = -(-k // 8) * 8 if visible.device.type != "cpu" else k
+    bias = torch.zeros(*shape, room, dtype=dtype, device=visible.device)[..., :k]
+    return bias.masked_fill_(~visible, float("-inf"))
