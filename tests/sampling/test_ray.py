@@ -37,6 +37,7 @@ from vineppo.sampling.version import StaleWeights
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.grading.ray import RayCrew, RayGraders
 from vineppo.tasks.grading.remote import RemotePool
+from vineppo.tasks.grading.sandbox import missing_protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.training.loop import train
 from vineppo.types import Completion, Failure, Problem, SampleRequest, TrainingWarning, UserError
@@ -244,6 +245,13 @@ def graded(completions, answer, **columns):
     time.sleep(0.05)
     return [len(text) / 3 + int(answer[0]) * 1e-9]
 
+def written(completions, **columns):
+    try:
+        (Path(__file__).parent / "written.txt").write_text("")
+    except PermissionError:
+        return [0.0]
+    return [1.0]
+
 def sevenths(completions, **columns):
     [text] = completions
     return [sum(map(ord, text)) % 7 / 7]
@@ -290,6 +298,16 @@ def test_actors_that_grade_have_local_verdicts_and_only_unfinished_responses_of_
     with pytest.raises(UserError, match="the columns of a problem cannot be sent to a grader process"):
         pool.verdicts([unpicklable], ["x"], [])
     remote.close()
+
+
+def test_actors_grade_in_the_sandbox(cluster: Any, graders: Path) -> None:
+    if reason := missing_protection():
+        pytest.skip(reason)
+    for protection, reward in (("required", 0.0), ("none", 1.0)):
+        judge = RayGraders([functools.partial(load_grader, "my_ray_rewards:written")], 1, 10.0, 0, protection)
+        assert judge.verdicts([Problem("train/0", "?", "0", {})], ["x"], []) == [(reward,)]
+        assert (graders.parent / "written.txt").exists() == bool(reward)
+        judge.close()
 
 
 @pytest.mark.skipif(load() is None, reason="the engine is not built")

@@ -45,6 +45,7 @@ def do(thing: Thing, folder: Path, rank: int, count: int) -> None:
             work(folder, list(thing.arguments))
         elif thing.kind == "train":
             code = main(["train", *thing.arguments])
+            file.flush()
             assert code == 0, path.read_text()
         else:
             with patch.object(sys, "argv", list(thing.arguments)):
