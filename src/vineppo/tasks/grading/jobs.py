@@ -38,6 +38,11 @@ class Jobs:
         """Number of jobs that no worker has."""
         return len(self._queue)
 
+    @property
+    def graded(self) -> int:
+        """Number of verdicts that have not been collected yet."""
+        return len(self._verdicts)
+
     def submit(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[Key]:
