@@ -37,7 +37,7 @@ from vineppo.sampling.version import StaleWeights
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.grading.ray import RayCrew, RayGraders
 from vineppo.tasks.grading.remote import RemotePool
-from vineppo.tasks.grading.sandbox import missing_protection
+from vineppo.tasks.grading.sandbox import Protection, missing_protection
 from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.training.loop import train
 from vineppo.types import Completion, Failure, Problem, SampleRequest, TrainingWarning, UserError
@@ -303,7 +303,8 @@ def test_actors_that_grade_have_local_verdicts_and_only_unfinished_responses_of_
 def test_actors_grade_in_the_sandbox(cluster: Any, graders: Path) -> None:
     if reason := missing_protection():
         pytest.skip(reason)
-    for protection, reward in (("required", 0.0), ("none", 1.0)):
+    cases: tuple[tuple[Protection, float], ...] = (("required", 0.0), ("none", 1.0))
+    for protection, reward in cases:
         judge = RayGraders([functools.partial(load_grader, "my_ray_rewards:written")], 1, 10.0, 0, protection)
         assert judge.verdicts([Problem("train/0", "?", "0", {})], ["x"], []) == [(reward,)]
         assert (graders.parent / "written.txt").exists() == bool(reward)
@@ -330,7 +331,7 @@ def test_a_training_with_graders_in_actors_has_the_bits_of_one_without(
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
             train(small_config(tmp_path / pool, task=task, sampler=sampler))
-    assert killed and [str(w.message) for w in given if "a grading worker died" in str(w.message)]
+    assert killed and any("a grading worker died" in str(w.message) for w in given)
     assert metrics_of(tmp_path / "ray") == metrics_of(tmp_path / "none")
     assert weights_hash(tmp_path / "ray/final") == weights_hash(tmp_path / "none/final")
 
