@@ -139,6 +139,8 @@ class RemotePool:
             timeout: maximum time in seconds to wait for a report.
         """
         if self._crew is None:
+            if not self._jobs.waiting:
+                return
             self._crew = self._start_crew()
         self._send_jobs(self._crew)
         for handle in self._crew.wait(list(self._running), timeout) if self._running else ():
