@@ -52,7 +52,11 @@ def start(count: int, *arguments: str, script: Path | None = None, launcher: str
 def train(count: int, *arguments: str, script: Path | None = None, launcher: str = "torchrun") -> str:
     """Run to the end, and return the output."""
     process = start(count, *arguments, script=script, launcher=launcher)
-    output, _ = process.communicate(timeout=1800)  # on a busy machine
+    try:
+        output, _ = process.communicate(timeout=1800)  # on a busy machine
+    except subprocess.TimeoutExpired:
+        process.terminate()  # The launcher ends the others.
+        raise
     assert process.returncode == 0, output
     return output
 
