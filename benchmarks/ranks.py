@@ -29,7 +29,7 @@ from vineppo.config.recipes import load_recipe
 from vineppo.config.schema import Config
 from vineppo.config.settings import replace
 from vineppo.credit import find_algorithm
-from vineppo.learning.sharding import ONE_RANK, Ranks, full, join_ranks
+from vineppo.learning.sharding import ONE_RANK, Ranks, full, joined
 from vineppo.model.policy import Policy
 from vineppo.training.configure import build_config, with_algorithm_section
 from vineppo.training.parts import build_learner, build_parts
@@ -130,18 +130,17 @@ def difference(one: dict[str, Any], many: dict[str, Any]) -> dict[str, float]:
 
 
 def work(folder: Path, cases: list[str]) -> None:
-    """Make the updates of all cases as one of the ranks that torchrun started; rank 0 writes the results."""
+    """Make the updates of all cases as one of the ranks that torchrun started; rank 0 writes the results.
+
+    The samples of the cases are in the folder already (`prepare`).
+    """
     torch.set_num_threads(1)
-    ranks = join_ranks("cpu")
-    ranks = Ranks(ranks.rank, ranks.count, ranks.mesh)  # every rank makes all calls
-    for number, case in enumerate(cases):
-        iterations = pickle.loads((folder / f"{number}.pkl").read_bytes())
-        result = updated(case, iterations, ranks)
-        if ranks.rank == 0:
-            torch.save(result, folder / f"{number}-{ranks.count}.pt")
-    if ranks is not ONE_RANK and ranks.count > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    with joined("cpu") as ranks:
+        ranks = Ranks(ranks.rank, ranks.count, ranks.mesh)  # every rank makes all calls
+        for number, case in enumerate(cases):
+            result = updated(case, samples_of(folder, number), ranks)
+            if ranks.rank == 0:
+                torch.save(result, folder / f"{number}-{ranks.count}.pt")
 
 
 def torchrun(count: int, *arguments: str) -> None:
@@ -155,23 +154,51 @@ def torchrun(count: int, *arguments: str) -> None:
     subprocess.run([*launcher, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def measure(cases: list[str], counts: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
-    """Return the differences of all cases: case -> {"change": ..., number of ranks: `difference`}."""
+def prepare(folder: Path, cases: list[str]) -> None:
+    """Write the training samples of all cases into a folder."""
     torch.set_num_threads(1)
+    for number, case in enumerate(cases):
+        (folder / f"{number}.pkl").write_bytes(pickle.dumps(sampled(case)))
+
+
+def samples_of(folder: Path, number: int) -> list[Any]:
+    """Read what `sampled` returned for the case with a number."""
+    iterations: list[Any] = pickle.loads((folder / f"{number}.pkl").read_bytes())
+    return iterations
+
+
+def compared(folder: Path, number: int, case: str, counts: tuple[int, ...], enough: float = -1.0) -> dict[str, Any]:
+    """Return the differences of a case: {"change": ..., number of ranks: `difference`, CONTROL: `difference`}.
+
+    Args:
+        folder: has the samples of the case and the results of each number of ranks (`work`).
+        number: number of the case in the folder.
+        counts: the numbers of ranks.
+        enough: the control is not computed if no weight differs by more than this.
+    """
+    iterations = samples_of(folder, number)
+    one = updated(case, iterations, ONE_RANK)
+    found: dict[str, Any] = {
+        str(count): difference(one, torch.load(folder / f"{number}-{count}.pt", weights_only=False)) for count in counts
+    }
+    control = {}
+    if max(of_weights(differences) for differences in found.values()) > enough:
+        control = {CONTROL: difference(one, updated(case, iterations, ONE_RANK, 170))}
+    return {"change": one["change"]} | control | found
+
+
+def of_weights(differences: Mapping[str, float]) -> float:
+    """Return the largest difference of a weight of the policy or of the value network."""
+    return max(differences["weights"], differences["critic"])
+
+
+def measure(cases: list[str], counts: tuple[int, ...] = (2, 3)) -> dict[str, Any]:
+    """Return the differences of all cases: case -> `compared`."""
     with tempfile.TemporaryDirectory() as name:
-        folder, results = Path(name), {}
-        for number, case in enumerate(cases):
-            (folder / f"{number}.pkl").write_bytes(pickle.dumps(sampled(case)))
+        prepare(Path(name), cases)
         for count in counts:
             torchrun(count, __file__, "--work", name, "--cases", ";".join(cases))
-        for number, case in enumerate(cases):
-            iterations = pickle.loads((folder / f"{number}.pkl").read_bytes())
-            one, other = updated(case, iterations, ONE_RANK), updated(case, iterations, ONE_RANK, 170)
-            results[case] = {"change": one["change"], CONTROL: difference(one, other)} | {
-                str(count): difference(one, torch.load(folder / f"{number}-{count}.pt", weights_only=False))
-                for count in counts
-            }
-    return results
+        return {case: compared(Path(name), number, case, counts) for number, case in enumerate(cases)}
 
 
 def largest(results: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,11 +19,6 @@ from matplotlib.figure import Figure
 # The imports of the test modules make no garbage. Without collections they take less time.
 gc.disable()
 
-EMPTY_PNG = bytes.fromhex(
-    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
-    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
-)
-"""A picture of one pixel."""
 _DRAWN = Figure.savefig
 
 
@@ -35,17 +29,13 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-def _not_drawn(figure: Figure, path: Path, *, format: str, metadata: dict[str, Any]) -> None:
-    """Write a picture of one pixel in place of the figure."""
-    assert figure.axes and format == "png" and metadata == {"Software": None}
-    Path(path).write_bytes(EMPTY_PNG)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _figures_are_not_drawn() -> Iterator[None]:
     """Build the figures of runs, but do not draw them: Matplotlib needs longer for them than a short run trains."""
+    from tests.helpers import draw_nothing
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", _not_drawn)
+        patch.setattr(Figure, "savefig", draw_nothing)
         yield
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from vineppo.config.schema import (
     Config,
@@ -26,6 +27,17 @@ from vineppo.types import Metrics, TrainingSample
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
+EMPTY_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d494844520000000100000001080000000"
+    "03a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
+"""A picture of one pixel."""
+
+
+def draw_nothing(figure: Figure, path: Path, *, format: str, metadata: dict[str, Any]) -> None:
+    """Write a picture of one pixel in place of a figure; replaces `Figure.savefig`."""
+    assert figure.axes and format == "png" and metadata == {"Software": None}
+    Path(path).write_bytes(EMPTY_PNG)
 
 
 def known(entries: Sequence[T | None]) -> list[T]:

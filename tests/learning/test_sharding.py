@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vineppo.learning.optim import Optimizer
 from vineppo.learning.sharding import ONE_RANK, Ranks, join_ranks
+from vineppo.run import peers
 from vineppo.run.peers import launched_ranks, may_report, require_launcher
 from vineppo.run.shards import has_shards, names_of_shards, read_networks, read_shards, write_shards
 from vineppo.sampling.ranks import cut
@@ -56,6 +59,22 @@ def test_a_launcher_must_say_how_the_processes_connect(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT of the environment is not set"):
         require_launcher()
     assert may_report()  # nobody else can be asked
+
+
+def test_the_end_of_a_run_is_not_noted_for_the_next_run_of_the_same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the other ranks would not notice that this rank dies in the next run."""
+    noted: list[str] = []
+
+    def connect_late() -> SimpleNamespace:
+        monkeypatch.setattr(peers, "_runs", peers._runs + 1)  # the next run has begun
+        return SimpleNamespace(add=lambda key, number: noted.append(key))
+
+    monkeypatch.setattr(peers, "_runs", 4)
+    monkeypatch.setattr(peers, "_connected", connect_late)
+    finished = threading.Event()
+    finished.set()
+    peers._watch(finished)
+    assert noted == ["vineppo/0/ended/4/0"]
 
 
 def test_a_process_without_a_device_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

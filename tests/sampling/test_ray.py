@@ -5,13 +5,16 @@ Actors that are killed or stopped are real processes here; sampling/test_pool.py
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,15 +27,20 @@ from tests.helpers import ROOT, small_config, weights_hash
 from tests.sampling.test_sampler import build_policy, prompts_and_states
 from tests.training.test_ranks import SMALL
 from tests.training.test_ranks import train as train_ranks
-from vineppo.config.schema import LoraConfig, ModelConfig, SamplerConfig
+from vineppo.config.schema import GradingConfig, LoraConfig, ModelConfig, SamplerConfig, TaskConfig
 from vineppo.model.policy import Policy
 from vineppo.sampling import pool as pool_module
 from vineppo.sampling.build import Engine, build_sampler
 from vineppo.sampling.engine.library import load
 from vineppo.sampling.ray import RaySampler
 from vineppo.sampling.version import StaleWeights
+from vineppo.tasks.grading.graders import load_grader
+from vineppo.tasks.grading.ray import RayCrew, RayGraders
+from vineppo.tasks.grading.remote import RemotePool
+from vineppo.tasks.grading.sandbox import Protection, missing_protection
+from vineppo.tasks.grading.workers import WorkerPool
 from vineppo.training.loop import train
-from vineppo.types import Completion, SampleRequest, TrainingWarning, UserError
+from vineppo.types import Completion, Failure, Problem, SampleRequest, TrainingWarning, UserError
 
 pytestmark = pytest.mark.ray
 ENGINES = ["torch", pytest.param("engine", marks=pytest.mark.skipif(load() is None, reason="the engine is not built"))]
@@ -217,6 +225,113 @@ def test_two_processes_with_a_pool_have_the_bits_of_two_processes_without(tmp_pa
         options = ["--sampler.pool", pool, "--sampler.workers", "2", "--run.iterations", "2"]
         text = train_ranks(2, *SMALL, *options, "--run.dir", str(tmp_path / pool))
     assert "in 2 Ray workers, 2 processes" in text
+    assert metrics_of(tmp_path / "ray") == metrics_of(tmp_path / "none")
+    assert weights_hash(tmp_path / "ray/final") == weights_hash(tmp_path / "none/final")
+
+
+GRADERS = """
+import time
+from pathlib import Path
+from vineppo.types import UserError
+
+def graded(completions, answer, **columns):
+    [text] = completions
+    with (Path(__file__).parent / "graded.txt").open("a") as file:
+        file.write(text + "\\n")
+    if text == "stop":
+        raise UserError("the judge model has no credit")
+    if text == "hang":
+        time.sleep(60)
+    time.sleep(0.05)
+    return [len(text) / 3 + int(answer[0]) * 1e-9]
+
+def written(completions, **columns):
+    try:
+        (Path(__file__).parent / "written.txt").write_text("")
+    except PermissionError:
+        return [0.0]
+    return [1.0]
+
+def sevenths(completions, **columns):
+    [text] = completions
+    return [sum(map(ord, text)) % 7 / 7]
+"""
+
+
+@pytest.fixture
+def graders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file to which the reward function `graded` of the module `my_ray_rewards` writes what it grades."""
+    (tmp_path / "my_ray_rewards.py").write_text(GRADERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "graded.txt"
+
+
+def test_actors_that_grade_have_local_verdicts_and_only_unfinished_responses_of_a_dead_one_are_graded_again(
+    cluster: Any, graders: Path
+) -> None:
+    texts = ["a" * i for i in range(40)] + ["hang"]
+    problems = [Problem(f"train/{i}", "?", str(i), {}) for i in range(41)]
+    setup = ([functools.partial(load_grader, "my_ray_rewards:graded")], 2, 1.0, 0)
+    local, remote = WorkerPool(*setup), RayGraders(*setup)
+    expected = local.verdicts(problems, texts, [])
+    local.close()
+    assert expected[:40] == [(i / 3 + i * 1e-9,) for i in range(40)]
+    assert isinstance(expected[40], Failure) and expected[40].timed_out
+    remote.expect(problems[:1], texts[:1], [])
+    pool = remote.judge
+    assert isinstance(pool, RemotePool)
+    assert pool.verdicts(problems, texts, []) == expected
+    crew = pool._crew
+    assert isinstance(crew, RayCrew)
+    pids = [cluster.get(actor.__ray_call__.remote(lambda _: os.getpid())) for actor in crew.actors]
+    assert len({os.getpid(), *pids}) == 3
+    graders.unlink()
+    pool.expect(problems[:40], texts[:40], [])  # eight responses for each actor, of which each takes 0.05 s
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.warns(TrainingWarning, match=r"a grading worker died and was replaced \(.*graded again, .*: 8$"):
+        assert pool.verdicts(problems[:40], texts[:40], []) == expected[:40]
+    counts = Counter(graders.read_text().split("\n"))
+    assert all(counts[text] in (1, 2) for text in texts[1:40]) and sum(counts[text] == 2 for text in texts[1:40]) <= 8
+    with pytest.raises(UserError, match=r"^the judge model has no credit$"):
+        pool.verdicts(problems[:1], ["stop"], [])
+    unpicklable = Problem("train/0", "?", "0", {"lock": threading.Lock()})
+    with pytest.raises(UserError, match="the columns of a problem cannot be sent to a grader process"):
+        pool.verdicts([unpicklable], ["x"], [])
+    remote.close()
+
+
+def test_actors_grade_in_the_sandbox(cluster: Any, graders: Path) -> None:
+    if reason := missing_protection():
+        pytest.skip(reason)
+    cases: tuple[tuple[Protection, float], ...] = (("required", 0.0), ("none", 1.0))
+    for protection, reward in cases:
+        judge = RayGraders([functools.partial(load_grader, "my_ray_rewards:written")], 1, 10.0, 0, protection)
+        assert judge.verdicts([Problem("train/0", "?", "0", {})], ["x"], []) == [(reward,)]
+        assert (graders.parent / "written.txt").exists() == bool(reward)
+        judge.close()
+
+
+@pytest.mark.skipif(load() is None, reason="the engine is not built")
+def test_a_training_with_graders_in_actors_has_the_bits_of_one_without(
+    cluster: Any, graders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when an actor that grades is killed."""
+    start, killed = RayCrew.start, list[int]()
+
+    def kill_once(self: RayCrew, host: int, jobs: Sequence[Any]) -> Any:
+        if host == 1 and not killed:
+            killed.append(cluster.get(self.actors[1].__ray_call__.remote(lambda _: os.getpid())))
+            os.kill(killed[0], signal.SIGKILL)
+        return start(self, host, jobs)
+
+    monkeypatch.setattr(RayCrew, "start", kill_once)
+    for pool in ("none", "ray"):
+        task = TaskConfig(num_steps=3, rewards=("my_ray_rewards:sevenths",), grading=GradingConfig(pool=pool))
+        sampler = SamplerConfig(pool=pool, workers=2 if pool == "ray" else 0, unit_rows=8)
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            train(small_config(tmp_path / pool, task=task, sampler=sampler))
+    assert killed and any("a grading worker died" in str(w.message) for w in given)
     assert metrics_of(tmp_path / "ray") == metrics_of(tmp_path / "none")
     assert weights_hash(tmp_path / "ray/final") == weights_hash(tmp_path / "none/final")
 

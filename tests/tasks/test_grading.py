@@ -119,9 +119,9 @@ def test_expect_starts_grading_before_verdicts_are_requested(pool_of: Any) -> No
     pool.expect([problem(i) for i in range(5)], list("abcde"), [])
     time.sleep(0.5)
     pool.expect([], [], [])
-    assert len(pool._verdicts) == 5  # before verdicts() was called
+    assert pool._jobs.graded == 5  # before verdicts() was called
     assert pool.verdicts([problem(i) for i in range(5)], list("abcde"), []) == [(1.0,)] * 5
-    assert not pool._verdicts and not pool._jobs
+    assert not pool._jobs.graded and not pool._jobs
 
 
 def test_sampling_passes_responses_to_the_grader_as_they_end() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from benchmarks.ranks import CASES, CONTROL, ROUNDED, measure
+from benchmarks.ranks import CASES, CONTROL, ROUNDED, compared, of_weights, prepare
 from safetensors.torch import load_file
 
 import vineppo
+from tests.helpers import ROOT
+from tests.training import ranks_program
+from tests.training.ranks_program import Thing, printed
 from vineppo.run.shards import read_networks
 
 pytestmark = pytest.mark.ranks
@@ -37,8 +41,8 @@ with --multi_gpu, also if they use the CPU."""
 
 def start(count: int, *arguments: str, script: Path | None = None, launcher: str = "torchrun") -> subprocess.Popen[str]:
     """Start `vineppo train` or a script with some number of processes; one process without a launcher."""
-    paths = os.pathsep.join([str(Path(vineppo.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(vineppo.__file__).parents[1]), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     launched = ["-m", *LAUNCHERS[launcher].split(), str(count)] if count > 1 else []
     program = [str(script)] if script else ["-m", "vineppo", "train"]
     command = [sys.executable, *launched, *program, *arguments]
@@ -48,7 +52,11 @@ def start(count: int, *arguments: str, script: Path | None = None, launcher: str
 def train(count: int, *arguments: str, script: Path | None = None, launcher: str = "torchrun") -> str:
     """Run to the end, and return the output."""
     process = start(count, *arguments, script=script, launcher=launcher)
-    output, _ = process.communicate(timeout=600)
+    try:
+        output, _ = process.communicate(timeout=1800)  # on a busy machine
+    except subprocess.TimeoutExpired:
+        process.terminate()  # The launcher ends the others.
+        raise
     assert process.returncode == 0, output
     return output
 
@@ -64,92 +72,6 @@ def responses(run: Path) -> list[list[int]]:
     """Return the token ids of all saved rollouts."""
     tables = [pq.read_table(path, columns=["response_ids"]) for path in sorted((run / "rollouts").glob("*.parquet"))]
     return [row for table in tables for row in table["response_ids"].to_pylist()]
-
-
-def test_updates_are_those_of_one_process() -> None:
-    """Every algorithm, full and LoRA, with a critic, KL, entropy, dropout, checkpointing and bfloat16.
-
-    The weights agree to 1e-6 after eight updates. With bfloat16, and where gradients are sums that cancel, they agree
-    as well as those of one process with other micro-batches.
-    """
-    results = measure(list(CASES))
-    for case, found in results.items():
-        assert found["change"] > 1e-4, case  # the updates did something
-        for count in ("2", "3"):
-            rounding = max(found[CONTROL]["weights"], found[CONTROL]["critic"])
-            allowed = 0.02 if case in ROUNDED else max(1e-6, 4 * rounding)
-            assert max(found[count]["weights"], found[count]["critic"]) <= allowed, (case, found)
-
-
-@pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, algorithm: str) -> None:
-    """Two iterations with 2 processes, one more with 3, and one more with 1 are four iterations with 1."""
-    one, many = tmp_path / "one", tmp_path / "many"
-    arguments = [*SMALL, "--algorithm", algorithm]
-    train(1, *arguments, "--run.iterations", "4", "--run.dir", str(one))
-    output = train(2, *arguments, "--run.iterations", "2", "--run.dir", str(many))
-    assert "2 processes" in output and output.count("iteration 2/2") == 1
-    assert (many / "checkpoints" / "000002" / "learner" / "__1_0.distcp").is_file()
-    assert bool(read_networks(many / "checkpoints" / "000002")["critic"]) == (algorithm == "ppo")
-    train(3, "--resume", str(many), "--run.iterations", "3")
-    train(1, "--resume", str(many), "--run.iterations", "4")
-    assert (many / "checkpoints" / "000004" / "learner.pt").is_file()
-    assert responses(one) == responses(many)
-    assert distance(one, many) < 1e-6
-
-
-def test_a_run_of_one_process_goes_on_with_three(tmp_path: Path) -> None:
-    """With LoRA: the frozen weights are not in the checkpoint. A minibatch of one rollout is smaller than the ranks."""
-    one, many = tmp_path / "one", tmp_path / "many"
-    arguments = [*SMALL, "--algorithm", "reinforce", "--model.lora.r", "4", "--learner.minibatch_size", "5"]
-    train(1, *arguments, "--run.iterations", "3", "--run.dir", str(one))
-    train(1, *arguments, "--run.iterations", "1", "--run.dir", str(many))
-    train(3, "--resume", str(many), "--run.iterations", "3")
-    assert responses(one) == responses(many)
-    assert distance(one, many) < 2e-6
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_others_with_one_line(tmp_path: Path, rank: int) -> None:
-    run = tmp_path / "run"
-    process = start(2, *SMALL, "--algorithm", "grpo", "--run.iterations", "500", "--run.dir", str(run))
-    deadline = time.monotonic() + 300
-    while not (run / "checkpoints" / "000002").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    os.kill(process_of_rank(process.pid, rank), signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)  # all processes have ended within a minute
-    assert process.returncode != 0
-    lines = [line for line in output.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "--resume" in lines[0], output
-    done = len(list((run / "checkpoints").iterdir())) - 1
-    output = train(2, "--resume", str(run), "--run.iterations", str(done + 1))
-    assert (run / "summary.json").exists()
-
-
-def process_of_rank(parent: int, rank: int) -> int:
-    """Return the number of the process with a rank among the children of a launcher."""
-    for folder in Path("/proc").iterdir():
-        try:
-            is_child = re.search(rf"^PPid:\t{parent}$", (folder / "status").read_text(), re.MULTILINE)
-            if is_child and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no process has rank {rank}")
-
-
-def test_a_mistake_is_one_line_and_ctrl_c_keeps_a_checkpoint(tmp_path: Path) -> None:
-    process = start(2, *SMALL, "--model.path", str(tmp_path / "absent"), "--run.dir", str(tmp_path / "a"))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and not (tmp_path / "a").exists()
-    assert [line for line in output.splitlines() if "error:" in line.lower() and "absent" in line][1:] == []
-    run = tmp_path / "run"
-    process = start(2, *SMALL, "--algorithm", "grpo", "--run.iterations", "500", "--run.dir", str(run))
-    while not (run / "checkpoints" / "000001").exists() and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert '"finish_reason": "interrupted"' in (run / "summary.json").read_text(), output
 
 
 SCRIPT = """
@@ -170,20 +92,158 @@ trainer.save_model(sys.argv[1] + "-saved")
 weights = [p.detach().double().sum().item() for p in trainer.model.parameters()]
 print(f"result {result.global_step} {sum(weights):.4f}", flush=True)
 """
+LORA = ["--algorithm", "reinforce", "--model.lora.r", "4", "--learner.minibatch_size", "5"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory with the results of one process, and of one launch of 2 and one of 3 processes.
+
+    - `0-2.pt` and so on: the updates of the cases of benchmarks/ranks.py (number of the case, number of processes).
+    - `vineppo-one` and `ppo-one`: four iterations of one process. `vineppo-many`, `ppo-many`: two iterations with 2
+      processes, one more with 3, and one more with 1.
+    - `lora-one`: three iterations of one process. `lora-many`: one with 1 and two with 3.
+    - `script-1`, `script-2`: SCRIPT with one process and with 2.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "script.py").write_text(SCRIPT)
+    cases = Thing("cases", "cases", list(CASES))
+
+    def new(name: str, iterations: int, *arguments: str) -> Thing:
+        return Thing(name, "train", [*arguments, "--run.iterations", str(iterations), "--run.dir", str(folder / name)])
+
+    def resumed(name: str, iterations: int) -> Thing:
+        return Thing(name, "train", ["--resume", str(folder / name), "--run.iterations", str(iterations)])
+
+    def script(count: int) -> Thing:
+        return Thing("script", "script", [str(folder / "script.py"), str(folder / f"script-{count}")])
+
+    of = {name: [*SMALL, "--algorithm", name] for name in ("vineppo", "ppo")}
+    prepare(folder, list(CASES))
+    alone = [new(f"{name}-one", 4, *arguments) for name, arguments in of.items()]
+    ranks_program.run(
+        folder, [*alone, new("lora-one", 3, *SMALL, *LORA), new("lora-many", 1, *SMALL, *LORA), script(1)]
+    )
+    launch(folder, 2, [cases, *(new(f"{name}-many", 2, *arguments) for name, arguments in of.items()), script(2)])
+    for name in of:
+        checkpoint = folder / f"{name}-many" / "checkpoints" / "000002"
+        assert (checkpoint / "learner" / "__1_0.distcp").is_file()
+        assert bool(read_networks(checkpoint)["critic"]) == (name == "ppo")
+    launch(folder, 3, [cases, *(resumed(f"{name}-many", 3) for name in of), resumed("lora-many", 3)])
+    ranks_program.run(folder, [resumed(f"{name}-many", 4) for name in of])
+    return folder
+
+
+def launch(folder: Path, count: int, things: list[Thing]) -> None:
+    """Let several processes do things one after another."""
+    train(count, str(folder), json.dumps(things), script=Path(ranks_program.__file__))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_those_of_one_process(folder: Path, case: str) -> None:
+    """Every algorithm, full and LoRA, with a critic, KL, entropy, dropout, checkpointing and bfloat16.
+
+    The weights agree to 1e-6 after eight updates. With bfloat16, and where gradients are sums that cancel, they agree
+    as well as those of one process with other micro-batches.
+    """
+    allowed = 0.02 if case in ROUNDED else 1e-6
+    found = compared(folder, list(CASES).index(case), case, (2, 3), enough=allowed)
+    assert found["change"] > 1e-4  # the updates did something
+    if CONTROL in found and case not in ROUNDED:
+        allowed = max(allowed, 4 * of_weights(found[CONTROL]))
+    assert max(of_weights(found[count]) for count in ("2", "3")) <= allowed, found
+
+
+@pytest.mark.parametrize("algorithm", ["vineppo", "ppo"])
+def test_a_run_goes_on_with_another_number_of_processes(folder: Path, algorithm: str) -> None:
+    """Two iterations with 2 processes, one more with 3, and one more with 1 are four iterations with 1."""
+    one, many = folder / f"{algorithm}-one", folder / f"{algorithm}-many"
+    output = printed(folder, many.name, 2)
+    assert "2 processes" in output[0] and output[0].count("iteration 2/2") == 1 and "iteration" not in output[1]
+    assert printed(folder, many.name, 3)[1:] == ["", ""]
+    assert (many / "checkpoints" / "000003" / "learner" / "__2_0.distcp").is_file()
+    assert (many / "checkpoints" / "000004" / "learner.pt").is_file()
+    assert responses(one) == responses(many)
+    assert distance(one, many) < 1e-6
+
+
+def test_a_run_of_one_process_goes_on_with_three(folder: Path) -> None:
+    """With LoRA: the frozen weights are not in the checkpoint. The last minibatch of one rollout is smaller than W."""
+    assert "3 processes" in printed(folder, "lora-many", 3)[0]
+    assert responses(folder / "lora-one") == responses(folder / "lora-many")
+    assert distance(folder / "lora-one", folder / "lora-many") < 2e-6
+
+
+def result(outputs: list[str]) -> list[str]:
+    """Return the lines of the results of SCRIPT."""
+    return [line for output in outputs for line in output.splitlines() if line.startswith("result")]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_the_trainer_does_the_same_in_every_process(tmp_path: Path, launcher: str) -> None:
+def test_the_trainer_does_the_same_in_every_process(folder: Path, tmp_path: Path, launcher: str) -> None:
     """The model of the script is trained on every rank, and files are written once."""
+    one = result(printed(folder, "script", 1))
+    run, outputs = folder / "script-2", printed(folder, "script", 2)
     if launcher == "accelerate":
         pytest.importorskip("accelerate")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    results = {}
-    for count in (1, 2):
-        output = train(count, str(tmp_path / str(count)), script=script, launcher=launcher)
-        results[count] = [line for line in output.splitlines() if line.startswith("result")]
-    assert len(results[1]) == 1 and results[2] == results[1] * 2
-    assert distance(tmp_path / "1", tmp_path / "2") < 1e-6
-    saved = [load_file(tmp_path / f"{count}-saved" / "model.safetensors") for count in (1, 2)]
+        run = tmp_path / "run"
+        outputs = [train(2, str(run), script=folder / "script.py", launcher=launcher)]
+    assert len(one) == 1 and result(outputs) == one * 2
+    assert distance(folder / "script-1", run) < 1e-6
+    saved = [load_file(path / "model.safetensors") for path in (folder / "script-1-saved", Path(f"{run}-saved"))]
     assert all(float((saved[0][name] - saved[1][name]).abs().max()) < 1e-6 for name in saved[0])
+
+
+def test_killed_and_interrupted_processes_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Rank 0 of a run is killed, then rank 1 when it goes on, then Ctrl-C stops it, and then it runs to its end."""
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--algorithm", "grpo", "--run.iterations", "500", "--run.dir", str(run)]
+    for rank in (0, 1):
+        process = start(2, *arguments)
+        wait_for_checkpoints(run, 2, process)
+        os.kill(process_of_rank(process.pid, rank), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)  # all processes have ended within a minute
+        assert process.returncode != 0
+        lines = [line for line in output.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and "--resume" in lines[0], output
+        arguments = ["--resume", str(run)]
+    process = start(2, *arguments)
+    wait_for_checkpoints(run, 1, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert '"finish_reason": "interrupted"' in (run / "summary.json").read_text(), output
+    done = newest(run)
+    train(2, "--resume", str(run), "--run.iterations", str(done + 1))
+    assert newest(run) == done + 1 and f'"iterations": {done + 1}' in (run / "summary.json").read_text()
+
+
+def newest(run: Path) -> int:
+    """Return the number of the newest checkpoint of a run; 0 if there is none."""
+    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()), default=0)
+
+
+def wait_for_checkpoints(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has written some number of further checkpoints."""
+    target, deadline = newest(run) + count, time.monotonic() + 300
+    while newest(run) < target and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert newest(run) >= target, process.communicate(timeout=60)[0]
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    process = start(2, *SMALL, "--model.path", str(tmp_path / "absent"), "--run.dir", str(tmp_path / "a"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and not (tmp_path / "a").exists()
+    assert [line for line in output.splitlines() if "error:" in line.lower() and "absent" in line][1:] == []
+
+
+def process_of_rank(parent: int, rank: int) -> int:
+    """Return the number of the process with a rank among the children of a launcher."""
+    for folder in Path("/proc").iterdir():
+        try:
+            is_child = re.search(rf"^PPid:\t{parent}$", (folder / "status").read_text(), re.MULTILINE)
+            if is_child and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                return int(folder.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process has rank {rank}")

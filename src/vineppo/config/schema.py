@@ -105,6 +105,9 @@ class GradingConfig(Settings):
     workers: int = Field(2, ge=1)
     """Maximum number of grader processes, which grade responses while the sampler generates others. Graders that may be
     slow or unsafe run in them: `boxed`, `module:function` and the scorers of reasoning-gym."""
+    pool: Literal["none", "ray"] = "none"
+    """`none`: grader processes run on the machine of the trainer. `ray`: they run on the machines of the cluster of
+    `sampler.pool ray`, spread evenly (docs/scaling.md). The rewards are the same."""
     seconds: float = Field(10.0, gt=0)
     """Time limit in seconds for grading one response in a grader process. If it is exceeded, the process is killed, and
     the response counts as not graded."""
@@ -604,7 +607,15 @@ class Config(Settings):
         return _rebuilt, (sections, {name: getattr(self, name) for name in type(self).model_fields})
 
     def check(self) -> None:
-        """Raise UserError for a decay of the learning rate to 0 if the number of updates is unknown."""
+        """Raise UserError for a decay of the learning rate to 0 if the number of updates is unknown.
+
+        Raise it also for graders in a pool that does not exist.
+        """
+        require(
+            self.task.grading.pool == "none" or self.sampler.pool == "ray",
+            "task.grading.pool is ray and sampler.pool is none; graders run in the cluster of the samplers: set "
+            "sampler.pool to ray, or task.grading.pool to none",
+        )
         open_ended = [f"run.{name}" for name in ("max_tokens", "max_seconds") if getattr(self.run, name)]
         require(
             self.learner.decay == "constant" or bool(self.run.max_updates) or not open_ended,

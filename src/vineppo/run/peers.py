@@ -131,24 +131,24 @@ def _watch(finished: threading.Event) -> None:
     Args:
         finished: is set when the run of this process has ended.
     """
-    rank, count = launched_ranks()
+    (rank, count), run = launched_ranks(), _runs
     try:
         store = _connected()
         seen = dict.fromkeys(range(count), (0, time.monotonic()))
         while not finished.wait(1.0):
-            store.add(_key(f"alive/{_runs}/{rank}"), 1)
+            store.add(_key(f"alive/{run}/{rank}"), 1)
             now = time.monotonic()
             for other in range(count):
-                signs = store.add(_key(f"alive/{_runs}/{other}"), 0)
+                signs = store.add(_key(f"alive/{run}/{other}"), 0)
                 if signs != seen[other][0]:
                     seen[other] = (signs, now)
             silent = [other for other, (signs, when) in seen.items() if signs and now - when > SILENCE]
-            silent = [other for other in silent if not store.add(_key(f"ended/{_runs}/{other}"), 0)]
+            silent = [other for other in silent if not store.add(_key(f"ended/{run}/{other}"), 0)]
             if silent and not finished.is_set():
                 _end(finished, _message(f"rank {silent[0]} has given no sign of life for {SILENCE:.0f} seconds"))
             if store.add(_key("reported"), 0):
                 _end(finished, "")
-        store.add(_key(f"ended/{_runs}/{rank}"), 1)
+        store.add(_key(f"ended/{run}/{rank}"), 1)
     except (RuntimeError, ValueError, OSError):
         # The store ended with the process that holds it, which is the launcher or rank 0.
         _end(finished, _message("the launcher or rank 0 has ended"), wait_first=True)

@@ -18,6 +18,7 @@ from vineppo.tasks.dataset import DatasetTask, Layout, layout_of
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import GRADERS, QUICK, load_grader
 from vineppo.tasks.grading.judge import InProcess, Judge
+from vineppo.tasks.grading.ray import RayGraders
 from vineppo.tasks.grading.rewards import check_signature
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.tasks.grading.workers import WorkerPool
@@ -208,7 +209,7 @@ def _from_scorer(config: TaskConfig, load_scorer: Callable[[], RewardFn]) -> _Na
     return (config.name,), _in_workers(config, [load_scorer], protection)
 
 
-def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]], protection: Protection) -> WorkerPool:
+def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]], protection: Protection) -> Judge:
     """Return a judge that calls the reward functions in grader processes, with the limits of `config.grading`.
 
     Args:
@@ -216,7 +217,8 @@ def _in_workers(config: TaskConfig, loaders: Sequence[Callable[[], RewardFn]], p
         protection: whether the processes run in the sandbox.
     """
     limits = config.grading
-    return WorkerPool(loaders, limits.workers, limits.seconds, int(limits.memory * 2**30), protection)
+    judge = RayGraders if limits.pool == "ray" else WorkerPool
+    return judge(loaders, limits.workers, limits.seconds, int(limits.memory * 2**30), protection)
 
 
 def _demonstrator(spec: str) -> Callable[[Problem], str]:

@@ -49,6 +49,7 @@ CHANGEABLE = (
     "sampler.workers",
     "sampler.address",
     "task.grading.workers",
+    "task.grading.pool",
     "task.grading.seconds",
     "task.grading.memory",
     "task.grading.max_error_share",

@@ -30,15 +30,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from vineppo.tasks.grading.output import Output
+from vineppo.tasks.grading.jobs import Jobs, Key
+from vineppo.tasks.grading.output import Output, print_to_stderr
 from vineppo.tasks.grading.rewards import MAX_REWARD
 from vineppo.tasks.grading.sandbox import Protection
 from vineppo.types import Failure, Problem, RewardFn, UserError, Verdict
 
-_CHUNK = 8
-"""Maximum number of responses that are sent to a worker at once. A small number would leave the worker idle between two
-messages. With a large number, many responses would have to be sent again if the worker ends."""
-_START_SECONDS = 180.0
+START_SECONDS = 180.0
 """Time limit for a worker to import the modules of the reward functions."""
 _GRACE_SECONDS = 2.0
 """Time limit for a worker process to end after it has closed its connection."""
@@ -50,10 +48,6 @@ _WROTE_TO_CONNECTION = (
 )
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Environment variables of the workers. There are several workers, and the sandbox needs processes of one thread."""
-_Key = tuple[str, str]
-"""(problem id, response text). Responses with equal keys are one job and are graded once."""
-_Job = tuple[Problem, str, list[int]]
-"""(problem, response text, token ids of the response): a response to grade."""
 
 
 @dataclass
@@ -63,7 +57,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     channel: socket.socket
     output: Output
-    jobs: deque[tuple[int, _Key]] = field(default_factory=deque)
+    jobs: deque[tuple[int, Key]] = field(default_factory=deque)
     """Jobs sent to the worker that have no verdict yet, each with its number, in the order in which the worker
     processes them."""
     received: bytes = b""
@@ -77,6 +71,21 @@ class _Worker:
     value when its process was started."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where grader processes find modules and files, if another process than the trainer starts them."""
+
+    path: list[str]
+    """`sys.path` of the processes."""
+    folder: str
+    """Their current directory. It is not used if the machine does not have it."""
+
+    @classmethod
+    def here(cls) -> Place:
+        """Return the modules and the current directory of this process."""
+        return cls([os.path.abspath(entry) if entry == "" else entry for entry in sys.path], os.getcwd())
+
+
 class WorkerPool:
     """Grades responses in worker processes; implements `judge.Judge`. Equal responses to a problem are graded once.
 
@@ -86,6 +95,8 @@ class WorkerPool:
         seconds: time limit for grading one response with all functions.
         memory: limit on the address space of a worker in bytes; 0 means no limit.
         protection: whether the workers run in the sandbox.
+        place: where the workers find modules and files; by default, where this process finds them.
+        show: called with what the workers print; by default, it is printed to stderr.
     """
 
     grades_in_background = True
@@ -98,8 +109,12 @@ class WorkerPool:
         seconds: float,
         memory: int,
         protection: Protection = "none",
+        *,
+        place: Place | None = None,
+        show: Callable[[str], None] = print_to_stderr,
     ):
-        self._setup = pickle.dumps((tuple(loaders), memory, list(sys.path), protection))
+        self._setup = pickle.dumps((tuple(loaders), memory, place.path if place else list(sys.path), protection))
+        self._folder, self._show = place.folder if place and os.path.isdir(place.folder) else None, show
         self._size, self._seconds, self._num_rewards = workers, seconds, len(loaders)
         self._trusted = protection == "none"
         """Whether only a mistake of the user makes a worker send an error. In the sandbox, the text of a model may."""
@@ -107,17 +122,13 @@ class WorkerPool:
         self._notices: set[str] = set()
         """Notices of workers that were shown as a warning."""
         self._workers: list[_Worker] = []
-        self._queue: deque[_Key] = deque()
-        """Keys of the jobs that have not been sent to a worker."""
-        self._jobs: dict[_Key, _Job] = {}
-        """Jobs in the queue, jobs that were sent to a worker, and jobs whose verdict has not been returned yet."""
-        self._verdicts: dict[_Key, Verdict] = {}
+        self._jobs = Jobs()
 
     def expect(
         self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> None:
         """Start grading these responses in the background."""
-        self._submit(problems, texts, completion_ids)
+        self._jobs.submit(problems, texts, completion_ids)
         self._serve(0.0)
 
     def verdicts(
@@ -129,13 +140,10 @@ class WorkerPool:
             UserError: if a worker cannot load the reward functions, if a reward function raises UserError or returns a
                 value that is not allowed, or if a problem cannot be pickled.
         """
-        keys = self._submit(problems, texts, completion_ids)
-        while any(key not in self._verdicts for key in keys):
+        keys = self._jobs.submit(problems, texts, completion_ids)
+        while self._jobs.unfinished(keys):
             self._serve(min(0.2, self._seconds))
-        verdicts = [self._verdicts[key] for key in keys]
-        for key in set(keys):
-            del self._verdicts[key], self._jobs[key]
-        return verdicts
+        return self._jobs.collect(keys)
 
     def close(self) -> None:
         """Stop the worker processes. A later call of `expect` or `verdicts` starts new processes."""
@@ -147,31 +155,20 @@ class WorkerPool:
     def __del__(self) -> None:
         self.close()
 
-    def _submit(
-        self, problems: Sequence[Problem], texts: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> list[_Key]:
-        """Queue a job for each response that does not have one yet. Return the key of each response."""
-        keys = [(problem.id, text) for problem, text in zip(problems, texts, strict=True)]
-        for i, (key, problem) in enumerate(zip(keys, problems, strict=True)):
-            if key not in self._jobs:
-                self._jobs[key] = problem, key[1], list(completion_ids[i]) if completion_ids else []
-                self._queue.append(key)
-        return keys
-
     def _serve(self, timeout: float) -> None:
         """Start workers, send queued jobs, receive verdicts, and replace workers that exceeded their time limit.
 
         Args:
             timeout: maximum time in seconds to wait for a message from a worker.
         """
-        while self._queue and len(self._workers) < min(self._size, len(self._jobs)):
+        while self._jobs.waiting and len(self._workers) < min(self._size, len(self._jobs)):
             self._workers.append(self._start())
         self._send_jobs()
         for channel in wait([worker.channel for worker in self._workers], timeout):
             self._receive(next(worker for worker in self._workers if worker.channel is channel))
         now = time.monotonic()
         for worker in list(self._workers):
-            limit = self._seconds if worker.ready else _START_SECONDS
+            limit = self._seconds if worker.ready else START_SECONDS
             if (worker.jobs or not worker.ready) and now - worker.busy_since > limit:
                 response_late = f"a response was not graded within {limit:g} s (task.grading.seconds)"
                 reason = response_late if worker.ready else f"its modules were not imported within {limit:g} s"
@@ -179,11 +176,10 @@ class WorkerPool:
         self._send_jobs()
 
     def _send_jobs(self) -> None:
-        """Send queued jobs to the workers that have none, in equal shares of at most _CHUNK jobs."""
+        """Send queued jobs to the workers that have none, in equal shares of at most `CHUNK` jobs."""
         idle = [worker for worker in self._workers if worker.ready and not worker.jobs]
         for index, worker in enumerate(idle):
-            share = -(-len(self._queue) // (len(idle) - index))
-            keys = [self._queue.popleft() for _ in range(min(_CHUNK, share))]
+            keys = self._jobs.take(len(idle) - index)
             if keys:
                 worker.jobs, worker.busy_since = deque(zip(self._numbers, keys)), time.monotonic()
                 try:
@@ -235,7 +231,7 @@ class WorkerPool:
         verdict, full = _verdict(message, self._num_rewards), message.get("full") is True
         # The memory may have been used up by earlier responses. A new process decides that.
         if not (full and worker.graded and isinstance(verdict, Failure)):
-            self._verdicts[worker.jobs.popleft()[1]] = verdict
+            self._jobs.finish(worker.jobs.popleft()[1], verdict)
             worker.graded += 1
         if full:
             _kill(worker)
@@ -253,16 +249,16 @@ class WorkerPool:
         if not worker.ready:
             raise UserError(f"a grader process could not be started: {failure.text}")
         if worker.jobs and (failure.timed_out or not worker.graded):
-            self._verdicts[worker.jobs.popleft()[1]] = failure
+            self._jobs.finish(worker.jobs.popleft()[1], failure)
         self._return_jobs(worker)
 
     def _return_jobs(self, worker: _Worker) -> None:
         """Put the jobs of a stopped worker back to the front of the queue."""
-        self._queue.extendleft(key for _, key in reversed(worker.jobs))
+        self._jobs.put_back([key for _, key in worker.jobs])
 
     def _start(self) -> _Worker:
         trainer_end, worker_end = socket.socketpair()
-        output = Output()
+        output = Output(self._show)
         environment = {**os.environ, **_ONE_THREAD, "TOKENIZERS_PARALLELISM": "false"}
         # With the source folder of this module in PYTHONPATH, the worker imports the same copy of vineppo.
         root = str(Path(__file__).resolve().parents[3])
@@ -278,6 +274,7 @@ class WorkerPool:
                 # The session is also a process group, which is killed as a whole.
                 start_new_session=True,
                 env=environment,
+                cwd=self._folder,
             )
         output.start()
         with contextlib.suppress(OSError):  # the process has ended; _receive handles it
