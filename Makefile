@@ -96,8 +96,8 @@ build/trl-prm/.ready: | $(READY_REAL)
 	$(PIP) install --quiet --no-deps --upgrade --target build/trl-prm trl==1.13.0
 	@touch $@
 
-test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; about 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(call marked,ranks)
+test-ranks: $(READY)  ## training with 1, 2 and 3 processes on the CPU: equal weights, checkpoints, kills; about five minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(call marked,ranks) --numprocesses $(TEST_JOBS) --dist loadfile
 
 test-faults: $(READY)  ## kills, full disks, damaged files, signals and hostile text; about seven minutes
 	mkdir -p build
