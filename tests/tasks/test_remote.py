@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from vineppo.config.schema import GradingConfig, SamplerConfig, TaskConfig
 from vineppo.tasks import build_task
+from vineppo.tasks.grading import host as host_module
 from vineppo.tasks.grading.graded import Graded
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.grading.host import GraderHost, HostSettings, Report
@@ -103,8 +106,14 @@ class Threads:
 
 
 @pytest.fixture
-def pool_of(settings: HostSettings) -> Iterator[Callable[..., tuple[RemotePool, list[Threads]]]]:
+def pool_of(
+    settings: HostSettings, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[RemotePool, list[Threads]]]]:
     pools: list[RemotePool] = []
+    # A host catches the warnings of its whole process. These hosts are threads of one process, so they would catch
+    # those of the pool.
+    quiet = SimpleNamespace(catch_warnings=lambda record: contextlib.nullcontext([]), simplefilter=lambda action: None)
+    monkeypatch.setattr(host_module, "warnings", quiet)
 
     def build(
         size: int = 2, before: Callable[[int, Sequence[Job]], None] = lambda host, jobs: None, **options: Any
