@@ -42,7 +42,7 @@ marked = -m $(1) $$(grep -rl --include='*.py' 'mark\.$(1)' tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
-	results-habit tuning results-equal-tokens results-credit results-values results-blame results-variance results-scaling bench bench-vines \
+	results-habit tuning results-equal-tokens results-map results-ablations results-gradient results-credit results-values results-blame results-variance results-scaling bench bench-vines \
 	bench-budget bench-length bench-update bench-scale test-vllm test-ray test-ranks faults clean
 
 help:  ## list the targets
@@ -173,6 +173,48 @@ results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_
 		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
 		--out runs/equal_tokens
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
+
+# Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
+MAP_BASELINES ?= reinforce,grpo
+MAP_SEEDS ?= 3
+MAP_BUDGET ?= 300000
+
+results-map: $(READY)  ## the tuned arms on eleven tasks: lengths, shares of decisive steps, numbers of problems; two hours
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
+		--baselines $(MAP_BASELINES) --seeds $(MAP_SEEDS) --budget $(MAP_BUDGET) --jobs $(STUDY_JOBS) --out runs/map
+	mkdir -p docs/results/map
+	cd runs/map && cp map.json map.md map.png ../../docs/results/map/
+
+# Ablations of the paper: continuations per state and sampling temperature, with VinePPO's best cell of the study.
+results-ablations: $(READY)  ## VinePPO with K = 1, 3, 9 and with temperatures of 0.6, 0.8 and 1, five seeds each; half an hour
+	$(BIN)/vineppo compare wording --arms docs/results/ablations/arms.yaml --seeds 20-24 --budget tokens=$(STUDY_BUDGET) \
+		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
+		--out runs/ablations
+	cd runs/ablations && cp compare.json compare.csv table.md *.png ../../docs/results/ablations/
+
+# Tokens that each credit method needs to measure the policy gradient, of the start and of a half-trained model.
+GRADIENT := --arm reinforce=algorithm=reinforce \
+	--arm rloo4=algorithm=rloo,rollouts.group_size=4 --arm rloo16=algorithm=rloo,rollouts.group_size=16 \
+	--arm tempo4=algorithm=tempo,rollouts.group_size=4 --arm tempo16=algorithm=tempo,rollouts.group_size=16 \
+	--arm grpo_lambda4=algorithm=grpo_lambda,rollouts.group_size=4 \
+	--arm tree=algorithm=tree,rollouts.group_size=4,tree.branch_at=steps:5 \
+	--arm vines1=algorithm=vineppo,vineppo.num_mc_rollouts=1 --arm vines3=algorithm=vineppo,vineppo.num_mc_rollouts=3 \
+	--arm vines9=algorithm=vineppo,vineppo.num_mc_rollouts=9 \
+	--arm alternatives1=algorithm=vineppo,vineppo.num_mc_rollouts=1,vineppo.alternatives=true \
+	--arm alternatives3=algorithm=vineppo,vineppo.num_mc_rollouts=3,vineppo.alternatives=true \
+	--arm spo_chain3=algorithm=spo_chain,spo_chain.num_mc_rollouts=3 \
+	--arm counterfactual=algorithm=counterfactual \
+	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16 --free exact
+GRADIENT_PROBLEMS ?= 4096
+
+runs/half/final/config.json: | $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo train wording --algorithm reinforce --run.iterations 13 --run.seed 100 --run.dir runs/half
+
+results-gradient: runs/half/final/config.json  ## tokens to measure the gradient, for every credit method; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording $(GRADIENT) --problems $(GRADIENT_PROBLEMS) \
+		--out docs/results/gradient
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording --model runs/half/final $(GRADIENT) \
+		--problems $(GRADIENT_PROBLEMS) --out docs/results/gradient/half
 
 results-credit: results-values results-blame results-variance results-scaling  ## the measurements of docs/answers.md (results-values, -blame, -variance, -scaling), minutes
 
