@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import reasoning_gym
-
 from experiments.smollm2.demonstrations import chain_sum
 
 SIZES = {"train": 16_384, "validation": 512, "test": 1_024}
