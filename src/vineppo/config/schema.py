@@ -373,11 +373,6 @@ class SamplerConfig(Settings):
             "sampler.pool is ray and sampler.engine is vllm; actors of the pool run the engines of the package: set "
             "sampler.engine to auto, engine or torch, or sampler.pool to none",
         )
-        require(
-            self.pool == "none" or (self.check_every == 0 and self.graph),
-            "sampler.pool is ray, and sampler.check_every or sampler.graph is set; actors of the pool use the defaults "
-            "of their device: set sampler.check_every to 0 and sampler.graph to true, or sampler.pool to none",
-        )
 
 
 class CriticConfig(Settings):
