@@ -347,7 +347,7 @@ class SamplerConfig(Settings):
     8 give equal bits; other values can change results by rounding."""
     graph: bool = True
     """PyTorch sampler on a CUDA GPU: capture the decoding of a token as a CUDA graph, which saves the launches of about
-    a thousand small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
+    2,000 small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     pool: Literal["none", "ray"] = "none"
     """`none`: the sampler runs in the process of the trainer. `ray`: samplers run in actors of Ray, on this machine or

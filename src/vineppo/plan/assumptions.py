@@ -126,7 +126,7 @@ def _of_speed(job: Job) -> list[Assumption]:
                     "assumed",
                     "CUDA graphs (sampler.graph) and checks at every eighth token (sampler.check_every) save nothing, "
                     f"because no GPU has run them; without them the GPU works for {rates.WORKING:.0%} of a decode step "
-                    "(measured, 0.5B with 512 rows), which is the least that such a step can take with them",
+                    "(measured, 0.5B with 512 rows), and graphs alone cannot shorten a step further",
                 )
             )
     return found

@@ -1,8 +1,8 @@
 """Capture a step of decoding as a CUDA graph, and replay it.
 
-A step launches about a thousand small kernels, and launching them takes longer than computing them. A captured graph
-launches all of them at once. It repeats the same operations on the same memory. So a step can be captured only if all
-its tensors keep their addresses and sizes, and if nothing in it waits for the device.
+A step of a model with 24 layers launches about 2,000 small kernels, and launching takes longer than computing them.
+A captured graph launches all of them at once. It repeats the same operations on the same memory. So a step can be
+captured only if all its tensors keep their addresses and sizes, and if nothing in it waits for the device.
 """
 
 from __future__ import annotations
