@@ -36,7 +36,7 @@ from vineppo.model.policy import Policy
 from vineppo.sampling.build import Engine, build_sampler
 from vineppo.sampling.pool import Pool, WorkerDied
 from vineppo.sampling.units import Unit, cut
-from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, packed
+from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, WorkerSettings, packed
 from vineppo.seeds import derive_seed
 from vineppo.tasks import build_task
 from vineppo.types import Completion, SampleRequest
@@ -136,7 +136,7 @@ class Processes:
 
 def serve(channel: connection.Connection, outline: Outline, arrays: Arrays, engine: Engine) -> None:
     """Sample units as a process of `Processes` until the channel is closed."""
-    worker = SamplingWorker(outline, engine, UNIT_ROWS, 4 << 30, "cpu", 1)
+    worker = SamplingWorker(outline, WorkerSettings(engine, UNIT_ROWS, 4 << 30, threads=1))
     worker.load(0, arrays).get()
     while True:
         try:

@@ -108,6 +108,8 @@ def test_updates_in_parts_are_those_of_whole_float32_copies(
         for i, (p, m, grad) in enumerate(zip(mine, masters, gradients(step), strict=True)):
             p.grad = None if i == 3 else grad.to(device, p.dtype)
             m.grad = None if p.grad is None else p.grad.float().clone()
+        sizes = [sum(mine[i].numel() for i in indices) for indices in optimizer._parts()]
+        assert sizes == {1: [35, 11, 12, 2, 36], 40: [35, 25, 36], 1 << 28: [96]}[part]
         norm = optimizer.step(0.1, limit)
         expected = torch.nn.utils.clip_grad_norm_(masters, limit or float("inf"))
         adamw.step()

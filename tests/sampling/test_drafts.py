@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.sampling.test_sampler import (
     EOS,
@@ -27,9 +28,12 @@ from tests.sampling.test_sampler import (
 )
 from tests.world import World, build_world
 from vineppo.config.schema import ModelConfig
+from vineppo.model.logits import selected_logits
 from vineppo.model.policy import Policy
 from vineppo.sampling.engine.library import INSTRUCTIONS, EngineError, load
 from vineppo.sampling.engine.sampler import EngineSampler
+from vineppo.sampling.torch import drafts
+from vineppo.sampling.torch.drafts import DraftedSampling
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.trunks import trunks_of
 from vineppo.sampling.version import CurrentSampler
@@ -377,6 +381,52 @@ def drafted(policy: Policy, temperature: float = 1.0) -> list[SampleRequest]:
             replace(request, draft=Draft(other, (), ()), seed=870 + i),
         ]
     return requests
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor is read, which waits for a GPU: by `item`, `float`, `int`, `bool` and `tolist`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+    def tolist(self, tensor: torch.Tensor) -> Any:
+        self.count += 1
+        return TOLIST(tensor)
+
+
+TOLIST = torch.Tensor.tolist
+
+
+def test_drafts_wait_for_the_device_equally_often_for_any_number_of_samples(
+    llama: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two forward passes score all drafts, and the contexts of those that are not taken. Each is waited for."""
+    found: list[tuple[int, int, int]] = []
+    take, passes = DraftedSampling._take, [0]
+
+    def scored(*arguments: Any) -> torch.Tensor:
+        passes[0] += 1
+        return selected_logits(*arguments)
+
+    def counted(sampling: DraftedSampling, samples: Any) -> None:
+        reads, passes[0] = Reads(), 0
+        with monkeypatch.context() as patch, reads:
+            patch.setattr(torch.Tensor, "tolist", lambda tensor: reads.tolist(tensor))
+            take(sampling, samples)
+        found.append((len(samples), passes[0], reads.count))
+
+    monkeypatch.setattr(drafts, "selected_logits", scored)
+    monkeypatch.setattr(DraftedSampling, "_take", counted)
+    for samples in (1, 3):
+        TorchSampler(llama).sample([replace(request, num_samples=samples) for request in drafted(llama)])
+    (few, *of_few), (many, *of_many) = found
+    assert many == 3 * few > 100 and of_few == of_many
+    assert of_many[0] == 2 and of_many[1] < 10  # transformers reads two tensors in a forward pass
 
 
 def facts(results: list[list[Completion]]) -> list[tuple[Tokens, int, str]]:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,14 +20,16 @@ from vineppo.model.policy import Policy
 from vineppo.sampling import pool as pool_module
 from vineppo.sampling.pool import Pool, WorkerDied, _queues
 from vineppo.sampling.ray import RaySampler
+from vineppo.sampling.torch.pace import Pace, pace_of
 from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.units import Unit, cut
 from vineppo.sampling.version import StaleWeights
-from vineppo.sampling.worker import Arrays, Outline, SamplingWorker, packed
+from vineppo.sampling.worker import Arrays, Outline, SamplingWorker, WorkerSettings, packed
 from vineppo.types import Completion, SampleRequest, UserError
 
 MAX_ROWS = 4
 KV_MEMORY = 1 << 24
+SETTINGS = WorkerSettings("torch", MAX_ROWS, KV_MEMORY)
 
 
 class Threads:
@@ -46,7 +49,7 @@ class Threads:
         self.threads = ThreadPoolExecutor(8)
 
     def new_worker(self, arrays: Arrays) -> SamplingWorker:
-        worker = SamplingWorker(self.outline, "torch", MAX_ROWS, KV_MEMORY, "cpu", 0)
+        worker = SamplingWorker(self.outline, SETTINGS)
         worker.load(0, arrays).get()
         return worker
 
@@ -220,11 +223,23 @@ def test_a_worker_with_other_weights_refuses(llama: Policy, requests: list[Sampl
 def test_a_worker_has_the_bits_of_the_policy(family: str, dtype: torch.dtype, requests: list[SampleRequest]) -> None:
     policy = build_policy(family)
     policy.model.to(dtype)  # This also rounds buffers that are not among the weights.
-    worker = SamplingWorker(Outline.of(policy, ModelConfig()), "torch", MAX_ROWS, KV_MEMORY, "cpu", 0)
+    worker = SamplingWorker(Outline.of(policy, ModelConfig()), SETTINGS)
     worker.load(7, packed(policy.model.state_dict().items())).get()
     sampler = TorchSampler(policy, max_rows=MAX_ROWS, kv_memory=KV_MEMORY)
     sampler.update_weights(7, lambda: policy.model.state_dict().items())
     assert worker.sample(7, requests).get() == sampler.sample(requests)
+
+
+def test_a_worker_looks_at_its_tokens_as_often_as_the_settings_say(
+    llama: Policy, requests: list[SampleRequest]
+) -> None:
+    settings = replace(SETTINGS, check_every=8, graph=False)
+    worker = SamplingWorker(Outline.of(llama, ModelConfig()), settings)
+    worker.load(0, packed(llama.model.state_dict().items())).get()
+    assert isinstance(worker.sampler, TorchSampler)
+    assert worker.sampler.pace == pace_of(torch.device("cpu"), 8) != pace_of(torch.device("cpu"))
+    alone = TorchSampler(llama, max_rows=MAX_ROWS, kv_memory=KV_MEMORY, pace=Pace(8, 8))
+    assert worker.sample(0, requests).get() == alone.sample(requests)
 
 
 def test_tied_weights_that_differ_are_untied_in_a_worker() -> None:
@@ -233,14 +248,14 @@ def test_tied_weights_that_differ_are_untied_in_a_worker() -> None:
     assert arrays["lm_head.weight"][0] is arrays["model.embed_tokens.weight"][0]  # stored once
     tensors = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     tensors["lm_head.weight"] += 1
-    worker = SamplingWorker(Outline.of(policy, ModelConfig()), "torch", MAX_ROWS, KV_MEMORY, "cpu", 0)
+    worker = SamplingWorker(Outline.of(policy, ModelConfig()), SETTINGS)
     worker.load(1, packed(tensors.items())).get()
     assert all(torch.equal(t, tensors[name]) for name, t in worker.policy.model.state_dict().items())
 
 
 def test_weights_of_another_model_are_refused() -> None:
     policy = build_policy()
-    worker = SamplingWorker(Outline.of(policy, ModelConfig()), "torch", MAX_ROWS, KV_MEMORY, "cpu", 0)
+    worker = SamplingWorker(Outline.of(policy, ModelConfig()), SETTINGS)
     outcome = worker.load(1, packed([("other", torch.zeros(1))]))
     with pytest.raises(UserError, match="do not fit the model of the sampling worker"):
         outcome.get()

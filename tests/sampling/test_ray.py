@@ -33,6 +33,7 @@ from vineppo.sampling import pool as pool_module
 from vineppo.sampling.build import Engine, build_sampler
 from vineppo.sampling.engine.library import load
 from vineppo.sampling.ray import RaySampler
+from vineppo.sampling.torch.pace import Pace
 from vineppo.sampling.version import StaleWeights
 from vineppo.tasks.grading.graders import load_grader
 from vineppo.tasks.grading.ray import RayCrew, RayGraders
@@ -181,6 +182,21 @@ def test_mistakes_get_one_line(cluster: Any, policy: Policy) -> None:
     sampler = RaySampler(policy, ModelConfig(), settings)
     with pytest.raises(UserError, match=r"raise sampler.unit_memory"):
         sampler.sample(REQUESTS)
+    sampler.close()
+
+
+def test_actors_look_at_their_tokens_as_often_as_the_settings_say(cluster: Any, policy: Policy) -> None:
+    settings = SamplerConfig(pool="ray", workers=1, engine="torch", unit_rows=ROWS, check_every=4, graph=False)
+    sampler = RaySampler(policy, ModelConfig(), settings)
+    paces = cluster.get(
+        [actor.__ray_call__.remote(lambda worker: worker.sampler.pace) for actor in sampler.crew.actors]
+    )
+    assert paces == [Pace(4, 4)]
+    assert (
+        sampler.line == f"sampling with PyTorch: sampler.engine is torch, PyTorch {torch.__version__}, in 1 Ray worker"
+    )
+    expected = in_units(policy, "torch", REQUESTS)
+    assert ids_of(sampler.sample(REQUESTS)) == ids_of(expected)
     sampler.close()
 
 

@@ -155,6 +155,18 @@ def test_verdicts_are_those_of_local_grader_processes(
     assert all(f"grading {text}\n" in printed for text in TEXTS)
 
 
+def test_a_host_finds_the_packages_of_its_own_machine(tmp_path: Path) -> None:
+    """The trainer's packages are in a directory that this machine does not have."""
+    (tmp_path / "my_numeric_rewards.py").write_text(
+        "import numpy\n\ndef length(completions, **columns):\n    return [float(numpy.log2(len(completions[0])))]\n"
+    )
+    loader = functools.partial(load_grader, "my_numeric_rewards:length")
+    elsewhere = Place([str(tmp_path), "/no/such/site-packages"], "/no/such/folder")
+    host = GraderHost(HostSettings((loader,), 20.0, 0, "none", elsewhere))
+    assert host.grade([(problem(0), "aaaaaaaa", [])]) == Report(((3.0,),))
+    host.close()
+
+
 def test_a_host_that_dies_is_replaced_and_only_the_jobs_without_a_verdict_are_graded_again(pool_of: Any) -> None:
     deaths: list[tuple[str, ...]] = []
 

@@ -347,7 +347,7 @@ class SamplerConfig(Settings):
     8 give equal bits; other values can change results by rounding."""
     graph: bool = True
     """PyTorch sampler on a CUDA GPU: capture the decoding of a token as a CUDA graph, which saves the launches of about
-    a thousand small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
+    2,000 small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     pool: Literal["none", "ray"] = "none"
     """`none`: the sampler runs in the process of the trainer. `ray`: samplers run in actors of Ray, on this machine or
@@ -372,11 +372,6 @@ class SamplerConfig(Settings):
             self.pool == "none" or self.engine != "vllm",
             "sampler.pool is ray and sampler.engine is vllm; actors of the pool run the engines of the package: set "
             "sampler.engine to auto, engine or torch, or sampler.pool to none",
-        )
-        require(
-            self.pool == "none" or (self.check_every == 0 and self.graph),
-            "sampler.pool is ray, and sampler.check_every or sampler.graph is set; actors of the pool use the defaults "
-            "of their device: set sampler.check_every to 0 and sampler.graph to true, or sampler.pool to none",
         )
 
 

@@ -33,7 +33,8 @@ def lr_factor(update: int, warmup: int, total: int, decay: str) -> float:
 
 
 PART = 1 << 28
-"""Number of weights that are updated at once if some have 16 bits. The float32 copies of their gradients take 1 GiB."""
+"""Maximum number of weights that are updated at once if some have 16 bits, unless one parameter has more. The float32
+copies of their gradients take 1 GiB."""
 
 
 class GradientError(UserError):
@@ -101,15 +102,17 @@ class Optimizer:
                 master.grad = None
 
     def _parts(self) -> Iterator[list[int]]:
-        """Yield the indices of the parameters, in parts of about `PART` weights."""
+        """Yield the indices of the parameters, in parts of at most `PART` weights or one parameter."""
         part: list[int] = []
         size = 0
         for i, parameter in enumerate(self.parameters):
-            part.append(i)
-            size += parameter.numel()
-            if size >= PART or i == len(self.parameters) - 1:
+            if part and size + parameter.numel() > PART:
                 yield part
                 part, size = [], 0
+            part.append(i)
+            size += parameter.numel()
+        if part:
+            yield part
 
     def clear_gradients(self) -> None:
         """Remove the gradients of the parameters."""

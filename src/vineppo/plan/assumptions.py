@@ -116,7 +116,17 @@ def _of_speed(job: Job) -> list[Assumption]:
             Assumption(
                 "measured",
                 f"a decode step of the PyTorch sampler takes at least {1000 * rates.LAUNCH_SECONDS:.2f} ms per layer, "
-                "because the GPU waits for launches: 1.1B on one H200 (docs/results/gpu/second/gpu.md)",
+                "because the GPU waits for launches: 1.1B on one H200, with a check at every token and without CUDA "
+                "graphs (docs/results/gpu/second/gpu.md)",
             )
         )
+        if config.sampler.graph:
+            found.append(
+                Assumption(
+                    "assumed",
+                    "CUDA graphs (sampler.graph) and checks at every eighth token (sampler.check_every) save nothing, "
+                    f"because no GPU has run them; without them the GPU works for {rates.WORKING:.0%} of a decode step "
+                    "(measured, 0.5B with 512 rows), and graphs alone cannot shorten a step further",
+                )
+            )
     return found

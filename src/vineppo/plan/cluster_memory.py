@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vineppo.learning.optim import PART
 from vineppo.model.logits import CHUNKED_FROM
 from vineppo.model.output import CHUNK
 from vineppo.plan.job import Job
-from vineppo.plan.memory import layer_bytes
+from vineppo.plan.memory import largest_part, layer_bytes
 from vineppo.plan.shape import GIB, Shape, count_trainable, kv_bytes
 
 RUNTIME = 2 * GIB
@@ -46,7 +45,7 @@ def memory_per_gpu(job: Job) -> dict[str, float]:
     whole = float(shape.parameters * size)
     weights = whole / ranks
     optimizer = trainable * (8 + masters) / ranks
-    gradients = (trainable * (4 if lora else size) + masters * min(trainable, PART)) / ranks
+    gradients = (trainable * (4 if lora else size) + masters * largest_part(trainable, shape)) / ranks
     count = max(amounts.rollouts, amounts.mc_tokens / max(1.0, amounts.rollout_tokens / amounts.rollouts / 2))
     rows = job.rows_at_once(amounts.sequence_tokens, job.sequences_per_sampler(count))
     kinds = {
@@ -57,7 +56,7 @@ def memory_per_gpu(job: Job) -> dict[str, float]:
         "critic": (0.0 if lora else weights) + optimizer if job.needs_critic else 0.0,
         "whole policy": whole if ranks > 1 and job.tensor_parallel == 1 else 0.0,
         "engine weights": whole / job.tensor_parallel if job.uses_vllm else 0.0,
-        "keys and values": rows * amounts.sequence_tokens * kv_bytes(shape, size) / job.tensor_parallel,
+        "keys and values": rows * job.row_tokens(amounts.sequence_tokens) * kv_bytes(shape, size) / job.tensor_parallel,
         "next-token logits": float(rows * shape.vocabulary * 4),
         "gradients": gradients * (2 if job.needs_critic else 1),
         "gathered layers": _gathered(shape, size, lora) if ranks > 1 else 0.0,

@@ -26,6 +26,9 @@ LAUNCH_SECONDS = 0.03854 / 22
 """Seconds of a layer in a decode step of the PyTorch sampler, in which the GPU waits for the launch of small kernels:
 38.54 ms for the 22 layers of a 1.1B model, nearly the same for 64 and for 2,048 rows
 (docs/results/gpu/second/gpu.md)."""
+WORKING = 0.23757870322340985
+"""Share of the time of such a decode step in which the GPU works, for a 0.5B model and 512 rows
+(docs/results/gpu/second/gpu.md, table `calls per token step`). CUDA graphs alone cannot shorten a step further."""
 DECODING = 2 * 1_100_048_384 * 2048 / 0.03854 / MEASURED_ON.flops
 """Share of the data sheet's operations per second in that decode step with 2,048 rows, about 12%. It is a lower bound
 of what decoding can reach, since the GPU waited."""

@@ -78,6 +78,18 @@ class Job:
         """Return how many of `count` sequences the busiest sampler gets."""
         return math.ceil(count / self.samplers)
 
+    def row_tokens(self, length: float) -> float:
+        """Return for how many tokens a sampler reserves keys and values of a sequence.
+
+        vLLM reserves blocks of tokens as a sequence grows. The PyTorch sampler reserves the budget of the longest one.
+
+        Args:
+            length: mean number of tokens of a sequence with its prompt.
+        """
+        if self.uses_vllm:
+            return length
+        return max(length, self.amounts.prompt_tokens + self.config.rollouts.max_new_tokens)
+
     def rows_at_once(self, length: float, count: int) -> int:
         """Return how many of `count` sequences a sampler decodes at the same time.
 
@@ -85,5 +97,5 @@ class Job:
             length: mean number of tokens of a sequence with its prompt.
         """
         rollouts = self.config.rollouts
-        bytes_per_row = length * kv_bytes(self.shape, self.number_bytes) / self.tensor_parallel
+        bytes_per_row = self.row_tokens(length) * kv_bytes(self.shape, self.number_bytes) / self.tensor_parallel
         return max(1, min(count, rollouts.max_rows, int(self.kv_limit / bytes_per_row)))

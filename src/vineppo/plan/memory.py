@@ -42,14 +42,17 @@ def memory_by_kind(
     # AdamW keeps two moments. For 16-bit weights there are also float32 copies of the weights, and of the gradients of
     # some weights at a time.
     optimizer = trainable * (8 + (4 if trained_size == 2 else 0))
-    gradients = trainable * trained_size + (4 * min(trainable, PART) if trained_size == 2 else 0)
+    gradients = trainable * trained_size + (4 * largest_part(trainable, shape) if trained_size == 2 else 0)
     reference = weights if config.learner.kl.coefficient > 0 and not lora else 0
     critic = (trainable * trained_size if lora else weights) + optimizer + gradients if has_critic else 0.0
     length = amounts.sequence_tokens
     # Number of sequences that are sampled at the same time. MC rollouts are assumed to have half the mean length of a
     # sequence.
     rows = min(config.rollouts.max_rows, max(amounts.rollouts, amounts.mc_tokens / max(1.0, length / 2)))
-    kv = min(kv_limit(config, gpu_memory, gpu_memory - weights - optimizer), rows * length * kv_bytes(shape, size))
+    # On a GPU, the PyTorch sampler reserves the budget of the longest sequence for each.
+    reserved = amounts.prompt_tokens + config.rollouts.max_new_tokens
+    row = max(length, reserved) if gpu_memory and config.sampler.engine != "vllm" else length
+    kv = min(kv_limit(config, gpu_memory, gpu_memory - weights - optimizer), rows * row * kv_bytes(shape, size))
     # The logits of one decoding step, for at most 4096 sequences.
     logits = min(rows, 1 << 12) * shape.vocabulary * size
     # On a CPU, the sampler copies the weights if they have 16 bits or LoRA adapters (see sampling/torch/packed.py).
@@ -70,6 +73,15 @@ def memory_by_kind(
         "activations": activations,
         "peak": permanent + max(kv + logits + packed, gradients + activations),
     }
+
+
+def largest_part(trainable: int, shape: Shape) -> int:
+    """Return how many 16-bit weights are updated at once: a part, or the embeddings if these are more.
+
+    Args:
+        trainable: number of trainable parameters.
+    """
+    return min(trainable, max(PART, shape.vocabulary * shape.hidden))
 
 
 def kv_limit(config: Config, gpu_memory: float, room: float) -> float:

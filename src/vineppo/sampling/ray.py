@@ -26,7 +26,7 @@ from vineppo.sampling.pool import Pool, WorkerDied
 from vineppo.sampling.torch.attention import tree_supported
 from vineppo.sampling.torch.sampler import kv_bytes_per_token
 from vineppo.sampling.units import cut
-from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, packed
+from vineppo.sampling.worker import Arrays, Outcome, Outline, SamplingWorker, WorkerSettings, packed
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, TrainingWarning, UserError, Weights
 
 _GIB = 1 << 30
@@ -42,21 +42,16 @@ class RayCrew:
     Args:
         ray: the module `ray`, connected to a cluster.
         size: number of actors.
-        on_gpu: whether each actor has a GPU; otherwise each has a CPU core.
         outline: the model.
-        engine: the sampler of every actor.
-        max_rows, kv_memory: the limits of a unit.
+        settings: how every actor samples. With a GPU as device, each actor has a GPU, or else a CPU core.
     """
 
-    def __init__(
-        self, ray: ModuleType, size: int, on_gpu: bool, outline: Outline, engine: Engine, max_rows: int, kv_memory: int
-    ):
-        self.ray, self.size = ray, size
+    def __init__(self, ray: ModuleType, size: int, outline: Outline, settings: WorkerSettings):
+        self.ray, self.size, on_gpu = ray, size, settings.device != "cpu"
         # A restarted actor would have no weights. `replace` starts a new one, and gives it the weights.
         resources = {"num_cpus": 0 if on_gpu else 1, "num_gpus": 1 if on_gpu else 0, "max_restarts": 0}
         self._kind = ray.remote(SamplingWorker).options(**resources)
-        device, threads = ("cuda", 0) if on_gpu else ("cpu", 1)
-        self._arguments = (ray.put(outline), engine, max_rows, kv_memory, device, threads)
+        self._arguments = (ray.put(outline), settings)
         self._weights: tuple[int, Any] | None = None
         self.actors = [self._kind.remote(*self._arguments) for _ in range(size)]
 
@@ -153,8 +148,10 @@ class RaySampler:
         size = settings.workers or _default_size(ray, on_gpu)
         _check_size(ray, size, on_gpu, settings)
         outline = Outline.of(policy, replace(model, path=_absolute(model.path)))
-        engine: Engine = "torch" if reason else "engine"
-        self.crew = RayCrew(ray, size, on_gpu, outline, engine, self.max_rows, kv_memory)
+        device, threads = ("cuda", 0) if on_gpu else ("cpu", 1)
+        limits: tuple[Engine, int, int] = ("torch" if reason else "engine", self.max_rows, kv_memory)
+        worker = WorkerSettings(*limits, device, threads, settings.check_every, settings.graph, reason)
+        self.crew = RayCrew(ray, size, outline, worker)
         self.pool = Pool(self.crew)
         lines = sorted(set(self.crew.ready()))
         if len(lines) > 1:

@@ -21,6 +21,8 @@ from vineppo.config.settings import replace
 from vineppo.model.codec import Codec
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import Engine, build_sampler, sampler_line
+from vineppo.sampling.language_model import LanguageModel
+from vineppo.sampling.torch.pace import pace_of
 from vineppo.sampling.version import StaleWeights
 from vineppo.types import Completion, Sampler, SampleRequest, UserError
 
@@ -108,6 +110,35 @@ class Outline:
 
 
 @dataclass(frozen=True)
+class WorkerSettings:
+    """How a worker samples. It can be pickled."""
+
+    engine: Engine
+    """Which sampler to build."""
+    max_rows: int
+    """Maximum number of rows that are decoded at the same time."""
+    kv_memory: int
+    """Maximum number of bytes of keys and values."""
+    device: str = "cpu"
+    """Device of the model."""
+    threads: int = 0
+    """Number of threads of PyTorch and of the engine; 0: PyTorch's choice."""
+    check_every: int = 0
+    """`sampler.check_every`, for the PyTorch sampler."""
+    graph: bool = True
+    """`sampler.graph`, for the PyTorch sampler."""
+    why_torch: str = "sampler.engine is torch"
+    """Why `engine` is torch."""
+
+    def line(self, policy: LanguageModel) -> str:
+        """Return one line that says with what the worker samples."""
+        sampler = (
+            f"sampling with PyTorch: {self.why_torch}" if self.engine == "torch" else sampler_line(policy, self.engine)
+        )
+        return f"{sampler}, PyTorch {torch.__version__}"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a call in a worker returned: a value, or the exception that it raised."""
 
@@ -126,23 +157,19 @@ class SamplingWorker:
 
     Args:
         outline: the model.
-        engine: which sampler to build.
-        max_rows: maximum number of rows that are decoded at the same time.
-        kv_memory: maximum number of bytes of keys and values.
-        device: device of the model.
-        threads: number of threads of PyTorch and of the engine; 0: PyTorch's choice.
+        settings: how to sample with it.
     """
 
-    def __init__(self, outline: Outline, engine: Engine, max_rows: int, kv_memory: int, device: str, threads: int):
-        if threads:
-            torch.set_num_threads(threads)
+    def __init__(self, outline: Outline, settings: WorkerSettings):
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.sampler: Sampler | None = None
         self.version = -1
         try:
-            self.policy = outline.policy(device)
-            self.sampler = build_sampler(self.policy, engine, max_rows=max_rows, kv_memory=kv_memory)
-            self.line = f"{sampler_line(self.policy, engine)}, PyTorch {torch.__version__}"
-            self.built = Outcome(self.line)
+            self.policy, rows, memory = outline.policy(settings.device), settings.max_rows, settings.kv_memory
+            pace = pace_of(self.policy.device, settings.check_every, settings.graph)
+            self.sampler = build_sampler(self.policy, settings.engine, max_rows=rows, kv_memory=memory, pace=pace)
+            self.built = Outcome(settings.line(self.policy))
         except Exception as error:
             self.built = Outcome(error=error)
 

@@ -7,11 +7,14 @@ There are three phases:
    one other token at the first that it does not take.
 3. The rest of each sample is sampled as a request of its own, whose prefix ends with the tokens so far.
 
+In the second phase the device is waited for once per forward pass, and not once per sample.
+
 Letters in shapes: B sequences, T tokens, V tokens in the vocabulary, n tokens of a draft.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,6 +52,8 @@ class _Sample:
     """None if the sample is not finished."""
     refused: torch.Tensor | None = None
     """Log-probabilities of the vocabulary at the first token of the draft that was not taken, shape (V,); else None."""
+    refused_logprob: float = 0.0
+    """The log-probability of that token of the draft."""
 
 
 @dataclass
@@ -162,26 +167,45 @@ class DraftedSampling:
         for sample in samples:
             request = self.requests[sample.request]
             prefix = request.prompt_ids + tuple(sample.token_ids)
-            excluded = () if sample.token_ids else request.excluded_first
-            key = (prefix, _tokens(request), request.temperature, excluded)
+            key = (prefix, _tokens(request), request.temperature, self._excluded(sample))
             groups.setdefault(key, []).append(sample)
         same = list(groups.values())
         prefixes = [self.requests[group[0].request].prompt_ids + tuple(group[0].token_ids) for group in same]
         drafts = [_tokens(self.requests[group[0].request]) for group in same]
         pairs = [(prefix, tokens[:-1]) for prefix, tokens in zip(prefixes, drafts, strict=True)]
         for indices, logits in self._scored(pairs):
-            for i, rows in zip(indices, logits, strict=True):
-                logprobs = self._distributions(same[i][0], rows)
-                for sample in same[i]:
-                    self._accept(sample, logprobs)
+            self._accept_all([same[i] for i in indices], logits)
         refused = [sample for sample in samples if sample.refused is not None]
         own = []
         for sample in refused:
             draft = _draft(self.requests[sample.request])
             own.append((draft.context + draft.token_ids[: sample.accepted], ()))
         for indices, logits in self._scored(own):
-            for i, rows in zip(indices, logits, strict=True):
-                self._replace_refused(refused[i], rows[0])
+            self._replace_refused([refused[i] for i in indices], [rows[0] for rows in logits])
+
+    def _accept_all(self, groups: Sequence[Sequence[_Sample]], logits: Sequence[torch.Tensor]) -> None:
+        """Take the tokens of the drafts that chance allows. The device is waited for once, for all samples together.
+
+        Args:
+            groups: samples; those of a group have the same distributions.
+            logits: the logits of the tokens of the draft of each group, shape (n, V).
+        """
+        tokens = [_tokens(self.requests[group[0].request]) for group in groups]
+        tokens_on_device = self._on_device(tokens)
+        excluded = self._on_device([self._excluded(group[0]) for group in groups])
+        tables = [
+            self._distributions(group[0], rows, ids) for group, rows, ids in zip(groups, logits, excluded, strict=True)
+        ]
+        # For each token of a draft, its log-probability and the most likely token, shape (n, 2). A token id is exact.
+        pairs = [
+            torch.stack((table.gather(1, ids[:, None]).squeeze(1), table.argmax(-1).double()), 1)
+            for table, ids in zip(tables, tokens_on_device, strict=True)
+        ]
+        found = iter(torch.cat(pairs).tolist())
+        for group, table, ids in zip(groups, tables, tokens, strict=True):
+            here, best = zip(*itertools.islice(found, len(ids)), strict=True)
+            for sample in group:
+                self._accept(sample, here, best, table)
 
     def _scored(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -210,70 +234,97 @@ class DraftedSampling:
             logits = selected_logits(self.model, token_ids.to(self.device), select.to(self.device))
             yield some, list(logits.split(counts))
 
-    def _accept(self, sample: _Sample, logprobs: torch.Tensor) -> None:
+    def _accept(self, sample: _Sample, here: Sequence[float], best: Sequence[float], logprobs: torch.Tensor) -> None:
         """Take the tokens of the draft that chance allows a sample.
 
         Args:
+            here: log-probability of each token of the draft.
+            best: the most likely token at the place of each token of the draft.
             logprobs: log-probabilities of the vocabulary before each token of the draft, float64, shape (n, V).
         """
         request = self.requests[sample.request]
         draft, first, tokens = _draft(request), len(sample.token_ids), _tokens(request)
-        here = logprobs.gather(1, torch.tensor(tokens, device=logprobs.device)[:, None]).squeeze(1).tolist()
-        best = logprobs.argmax(-1).tolist()
         numbers = self._uniforms(sample, range(first, first + len(tokens)))
         for i, token in enumerate(tokens):
             if request.temperature == 0:
                 sample.accepted += best[i] == token
-                self._append(sample, best[i], 0.0)
+                self._append(sample, int(best[i]), 0.0)
                 if best[i] != token:
                     return
             elif numbers[i] < _share(here[i], draft.logprobs[i]):
                 sample.accepted += 1
                 self._append(sample, token, here[i])
             else:
-                sample.refused = logprobs[i].clone()
+                sample.refused, sample.refused_logprob = logprobs[i].clone(), here[i]
                 return
             if sample.finish_reason:
                 return
 
-    def _replace_refused(self, sample: _Sample, logits: torch.Tensor) -> None:
-        """Draw a token in place of the first token of the draft that a sample did not take.
+    def _replace_refused(self, samples: Sequence[_Sample], logits: Sequence[torch.Tensor]) -> None:
+        """Draw a token in place of the first token of the draft that each sample did not take.
+
+        The device is waited for once, for all samples together.
+
+        Args:
+            logits: for each sample, the logits in the draft's own context, shape (V,).
+        """
+        drafts = [_draft(self.requests[sample.request]) for sample in samples]
+        shares = [
+            _share(sample.refused_logprob, draft.logprobs[sample.accepted])
+            for sample, draft in zip(samples, drafts, strict=True)
+        ]
+        drawn = [self._drawn_rest(*one) for one in zip(samples, logits, shares, strict=True)]
+        found = torch.stack(drawn).tolist()
+        for sample, draft, share, (left, token, logprob) in zip(samples, drafts, shares, found, strict=True):
+            sample.refused = None
+            if left > 0 or share == 0:
+                self._append(sample, int(token), logprob)
+            else:  # The two distributions are equal except for rounding.
+                sample.accepted += 1
+                self._append(sample, draft.token_ids[sample.accepted - 1], sample.refused_logprob)
+
+    def _drawn_rest(self, sample: _Sample, logits: torch.Tensor, share: float) -> torch.Tensor:
+        """Draw a token from what is left of the probabilities here without those in the draft's own context.
+
+        The device is not waited for. If nothing is left, the token is drawn from the probabilities here.
 
         Args:
             logits: the logits in the draft's own context, shape (V,).
+            share: the probability with which the token of the draft is taken.
+        Returns:
+            (sum of the probabilities that are left, token, its log-probability), float64, shape (3,).
         """
-        request, position = self.requests[sample.request], len(sample.token_ids)
-        here = sample.refused
+        request, position, here = self.requests[sample.request], len(sample.token_ids), sample.refused
         assert here is not None
-        draft = _draft(request)
-        token = draft.token_ids[sample.accepted]
-        share = _share(float(here[token]), draft.logprobs[sample.accepted])
         rest = (self._uniforms(sample, [position])[0] - share) / (1 - share)
         p, q = here.exp(), (logits.double() / request.temperature).softmax(-1)  # (V,)
         weights = (p - q).clamp_min(0)
-        # The distributions may be equal except for rounding.
-        if float(weights.sum()) > 0 or share == 0:
-            sums = (weights if float(weights.sum()) > 0 else p).cumsum(0)
-            level = torch.nextafter(sums[-1:], torch.zeros_like(sums[-1:])).minimum(rest * sums[-1:])
-            token = int(torch.searchsorted(sums, level, right=True))
-        else:
-            sample.accepted += 1
-        sample.refused = None
-        self._append(sample, token, float(here[token]))
+        left = weights.sum()
+        sums = torch.where(left > 0, weights, p).cumsum(0)
+        level = torch.nextafter(sums[-1:], torch.zeros_like(sums[-1:])).minimum(rest * sums[-1:])
+        token = torch.searchsorted(sums, level, right=True)  # (1,)
+        return torch.cat((left[None], token.double(), here.gather(0, token)))
 
-    def _distributions(self, sample: _Sample, logits: torch.Tensor) -> torch.Tensor:
+    def _distributions(self, sample: _Sample, logits: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities from which the next tokens of a sample are drawn, float64, shape (n, V).
-
-        At position 0 of a completion, the excluded tokens of the request have probability 0.
 
         Args:
             logits: the logits of the next n tokens, shape (n, V).
+            excluded: token ids that have probability 0 at the first of them, on the device.
         """
-        request = self.requests[sample.request]
-        scaled = logits.double() / (request.temperature or 1)
-        if not sample.token_ids and request.excluded_first:
-            scaled[0, list(request.excluded_first)] = float("-inf")
+        scaled = logits.double() / (self.requests[sample.request].temperature or 1)
+        if len(excluded):
+            scaled[0].index_fill_(0, excluded, float("-inf"))
         return scaled.log_softmax(-1)
+
+    def _excluded(self, sample: _Sample) -> tuple[int, ...]:
+        """Return the token ids that the next token of a sample must not be."""
+        return () if sample.token_ids else self.requests[sample.request].excluded_first
+
+    def _on_device(self, lists: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+        """Copy lists of token ids to the device at once, because each copy waits for the device."""
+        flat = torch.tensor([token for ids in lists for token in ids], dtype=torch.int64)
+        return flat.to(self.device).split([len(ids) for ids in lists])
 
     def _uniforms(self, sample: _Sample, positions: Sequence[int]) -> list[float]:
         """Return the random numbers of a sample at some positions."""

@@ -6,10 +6,11 @@ depend on where a response is graded.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vineppo.tasks.grading.jobs import Job
 from vineppo.tasks.grading.sandbox import Protection
@@ -33,7 +34,7 @@ class HostSettings:
     protection: Protection
     """Whether the grader process runs in the sandbox."""
     place: Place
-    """Where the grader process finds modules and files: where the trainer finds them."""
+    """Where the trainer finds modules and files. The grader process looks there first, and then where its host does."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,16 @@ class GraderHost:
 
     def __init__(self, settings: HostSettings):
         self._output: deque[str] = deque(maxlen=_KEPT_LINES)
+        # The packages of this machine may be in other directories than those of the trainer's machine.
+        here = [entry for entry in sys.path if entry and entry not in settings.place.path]
+        place = replace(settings.place, path=[*settings.place.path, *here])
         self._pool = WorkerPool(
             settings.loaders,
             1,
             settings.seconds,
             settings.memory,
             settings.protection,
-            place=settings.place,
+            place=place,
             show=self._output.append,
         )
 
