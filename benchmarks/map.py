@@ -207,19 +207,22 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
             left.plot(ratio, position, "o", color=COLOURS[0])
         if interval.get("low") is not None:
             left.plot([interval["low"], interval["high"]], [position] * 2, color=COLOURS[0])
-        for name, colour in colours.items():
-            of_arm = entry["arms"][name]
+        for number, (name, colour) in enumerate(colours.items()):
+            of_arm, height = entry["arms"][name], position + 0.16 * ((len(colours) - 1) / 2 - number)
             after = of_arm["accuracy_after"]
-            right.plot(100 * after["mean"], position, "o", color=colour)
+            right.plot(100 * after["mean"], height, "o", color=colour, markersize=5)
             if after["low"] is not None:
-                right.plot([100 * after["low"], 100 * after["high"]], [position] * 2, color=colour)
-            right.plot(100 * of_arm["accuracy_on_training_problems"], position, "|", color=colour, markersize=12)
+                right.plot([100 * after["low"], 100 * after["high"]], [height] * 2, color=colour)
+            right.plot(100 * of_arm["accuracy_on_training_problems"], height, "|", color=colour, markersize=9)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
+    low, high = left.get_xlim()
+    left.set_xlim(min(0.5, low), max(4, high))
+    left.set_ylim(-0.6, len(rows) - 0.4)
     left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
     left.set_xlabel(f"tokens of the best baseline divided by\nthose of {options.arm}")
-    right.set_xlim(0, 102)
+    right.set_xlim(-2, 102)
     right.set_xlabel("accuracy, %\n(dot: new problems, bar: training problems)")
     for name, colour in colours.items():
         right.plot([], [], "o", color=colour, label=name)
