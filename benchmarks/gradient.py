@@ -91,9 +91,10 @@ class Arm:
 
 
 def config_of(arm: Arm, arguments: argparse.Namespace) -> Config:
-    """Return the configuration of an arm."""
+    """Return the configuration of an arm. The size of minibatches has no effect, because nothing is trained."""
     overrides = {key: value for key, value in arm.overrides.items() if key != "algorithm"}
     fixed = {"run.seed": str(arguments.seed), "rollouts.num_problems": str(arguments.batch)}
+    fixed["learner.minibatch_size"] = "1"
     if arguments.model:
         fixed["model.path"] = arguments.model
     return training_config(arguments.recipe, {**fixed, **overrides}, arm.overrides["algorithm"])
@@ -280,7 +281,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}` with torch {result['torch']}; mean reward of the policy {result['reward']:.2f}. Tokens "
         "to a signal-to-noise ratio of 1 (with standard errors), in the space of the parameters and with Adam's scale; "
         "tokens times mean squared length of the gradient, relative to the first arm. The tokens of the MC rollouts of "
-        "an arm marked with * are left out.",
+        "an arm marked with * are left out. - means that the noise hides the signal: measure more problems.",
         "",
         "| arm | tokens a problem | trained tokens | raw | Adam | trained, raw | seconds, raw | tokens x square, raw | "
         "Adam | scale |",
@@ -289,14 +290,15 @@ def markdown(result: dict[str, Any]) -> str:
     first = next(iter(result["methods"].values()))
     for name, method in result["methods"].items():
         needed = [method["tokens_to_snr_1"][space] for space in ("raw", "adam")]
-        others = f"{method['trained_to_snr_1']['raw']['mean']:,.0f} | {method['seconds_to_snr_1']['raw']['mean']:.2f}"
+        trained, seconds = (method[f"{unit}_to_snr_1"]["raw"]["mean"] for unit in ("trained", "seconds"))
+        others = f"{trained:,.0f} | {seconds:.2f}" if trained > 0 else "- | -"
         squares = [
             method["tokens_times_square"][space] / first["tokens_times_square"][space] for space in ("raw", "adam")
         ]
         label = name + ("*" if method["free"] else "")
         lines.append(
             f"| {label} | {method['tokens_per_problem']:.0f} | {method['trained_per_problem']:.0f} | "
-            + " | ".join(f"{figure['mean']:,.0f} ({figure['error']:,.0f})" for figure in needed)
+            + " | ".join(f"{f['mean']:,.0f} ({f['error']:,.0f})" if f["mean"] > 0 else "-" for f in needed)
             + f" | {others} | {squares[0]:.2f} | {squares[1]:.2f} | {method['scale']['raw']['mean']:.2f} |"
         )
     return "\n".join(lines) + "\n"
@@ -326,6 +328,11 @@ def main() -> None:
     arms = [
         Arm(arm.name, {"algorithm": arm.algorithm, **arm.overrides}, free=arm.name in arguments.free) for arm in parsed
     ]
+    for arm in arms:
+        try:
+            config_of(arm, arguments)
+        except UserError as error:
+            parser.error(f"arm {arm.name}: {error}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     scale, reward = adam_scale(arguments)
     for arm in arms:

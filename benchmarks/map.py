@@ -1,7 +1,7 @@
 """Measure on which kinds of task a credit method needs fewer generated tokens than the best baseline.
 
     python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
-        --baselines reinforce,grpo --seeds 5 --budget 300000 --jobs 2 --out runs/map
+        --baselines reinforce --seeds 5 --budget 300000 --jobs 2 --out runs/map
 
 The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
 decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
@@ -28,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from vineppo.compare.arms import load_arms
+from vineppo.types import UserError
 
 LAST = 5
 """The accuracy on training problems is the mean reward of this many last iterations."""
@@ -61,7 +64,7 @@ POINTS = (
     BASE,
     _length(5, 3.33),
     _length(20, 3.33),
-    _length(40, 3.33),
+    _length(25, 3.33),
     *(
         Point(f"share{share}", "share of decisive steps", f"{share:.0%}", {"task.trap_share": str(share)})
         for share in (0.1, 0.2, 0.5)
@@ -79,21 +82,21 @@ def _model(point: Point, folder: Path) -> Path:
     """Return the directory of the starting model for chains of another length. Train it if it does not exist."""
     path = folder / "models" / point.name
     if not (path / "config.json").exists():
-        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "1024"}
+        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "512"}
         _run(["sft", "sft-wording", "--out", str(path), *_flags(options)])
     return path
 
 
 def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     """Train all arms on a task, and return what `vineppo compare` measured."""
-    settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **point.settings}
-    settings["run.save_rollouts"] = "false"
+    settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **options.set}
+    settings |= {**point.settings, "run.save_rollouts": "false"}
     if point.steps != 10:
         settings["model.path"] = str(_model(point, options.out))
     out = options.out / point.name
-    arms = {name: yaml.safe_load(options.arms.read_text())[name] for name in (options.arm, *options.baselines)}
+    content = yaml.safe_load(options.arms.read_text())
     arms_file = options.out / "arms.yaml"
-    arms_file.write_text(yaml.safe_dump(arms))
+    arms_file.write_text(yaml.safe_dump({name: content[name] for name in (options.arm, *options.baselines)}))
     command = ["compare", "wording", "--arms", str(arms_file), "--baselines", ",".join(options.baselines)]
     command += ["--seeds", options.seeds, "--budget", f"tokens={options.budget}", "--jobs", str(options.jobs)]
     command += ["--out", str(out)]
@@ -145,6 +148,12 @@ def _interval(value: Mapping[str, Any] | None, scale: float = 1, digits: int = 2
     return f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
 
 
+def _why_no_ratio(entry: Mapping[str, Any]) -> str:
+    """Return why there is no ratio. The arm may start at the baseline's best accuracy, or never reach it."""
+    starts = "starts at" in (entry["reason"] or "")
+    return f"the baseline's best accuracy is {'the start' if starts else 'not reached'}"
+
+
 def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
     """Return map.md."""
     names = (options.arm, *options.baselines)
@@ -154,9 +163,9 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
         f"{options.seeds} seeds, {options.budget:,} generated tokens per run. Command: `{options.command}`.",
         "",
         "*Tokens* and *seconds*: the amount that the best baseline needs to its best mean accuracy, divided by the "
-        f"amount that `{options.arm}` needs to the same accuracy; - if it never does. *Difference*: accuracy of "
-        f"`{options.arm}` minus that of this baseline after the same number of generated tokens, in points. *Train*: "
-        f"mean reward of the last {LAST} iterations. Intervals are 95% over seeds.",
+        f"amount that `{options.arm}` needs to the same accuracy; - if it never reaches it, or starts at it. "
+        f"*Difference*: accuracy of `{options.arm}` minus that of this baseline after the same number of generated "
+        f"tokens, in points. *Train*: mean reward of the last {LAST} iterations. Intervals are 95% over seeds.",
         "",
         f"| axis | task | before | {' | '.join(f'{name}: after (train)' for name in names)} | best baseline | tokens "
         "| seconds | difference |",
@@ -174,7 +183,8 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
             ratio = entry[key]
             cells.append("-" if ratio is None else f"{ratio:.2f}{_interval(entry[key + '_interval'])}")
         difference = entry["difference_at_equal_tokens"]
-        cells.append(f"{100 * difference['mean']:+.1f}{_interval(difference, 100, 1)}")
+        mean = difference["mean"]
+        cells.append("-" if mean is None else f"{100 * mean:+.1f}{_interval(difference, 100, 1)}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -192,24 +202,27 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     for position, entry in enumerate(rows):
         ratio, interval = entry["tokens_ratio"], entry["tokens_ratio_interval"] or {}
         if ratio is None:
-            left.text(1, position, " the baseline's best accuracy is not reached", va="center", fontsize=8)
+            left.text(1, position, f" {_why_no_ratio(entry)}", va="center", fontsize=8)
         else:
             left.plot(ratio, position, "o", color=COLOURS[0])
         if interval.get("low") is not None:
             left.plot([interval["low"], interval["high"]], [position] * 2, color=COLOURS[0])
-        for name, colour in colours.items():
-            of_arm = entry["arms"][name]
+        for number, (name, colour) in enumerate(colours.items()):
+            of_arm, height = entry["arms"][name], position + 0.16 * ((len(colours) - 1) / 2 - number)
             after = of_arm["accuracy_after"]
-            right.plot(100 * after["mean"], position, "o", color=colour)
+            right.plot(100 * after["mean"], height, "o", color=colour, markersize=5)
             if after["low"] is not None:
-                right.plot([100 * after["low"], 100 * after["high"]], [position] * 2, color=colour)
-            right.plot(100 * of_arm["accuracy_on_training_problems"], position, "|", color=colour, markersize=12)
+                right.plot([100 * after["low"], 100 * after["high"]], [height] * 2, color=colour)
+            right.plot(100 * of_arm["accuracy_on_training_problems"], height, "|", color=colour, markersize=9)
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
+    low, high = left.get_xlim()
+    left.set_xlim(min(0.5, low), max(4, high))
+    left.set_ylim(-0.6, len(rows) - 0.4)
     left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
     left.set_xlabel(f"tokens of the best baseline divided by\nthose of {options.arm}")
-    right.set_xlim(0, 102)
+    right.set_xlim(-2, 102)
     right.set_xlabel("accuracy, %\n(dot: new problems, bar: training problems)")
     for name, colour in colours.items():
         right.plot([], [], "o", color=colour, label=name)
@@ -218,30 +231,50 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Train on every task of the map, and write the results."""
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, and check names before the first run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", type=Path, required=True, help="YAML file with both arms, as for `vineppo compare`")
+    parser.add_argument("--arms", type=Path, required=True, help="YAML file with all arms, as for `vineppo compare`")
     parser.add_argument("--arm", default="counterfactual", help="name of the arm that is measured")
     parser.add_argument("--baselines", default="reinforce", help="names of the other arms")
     parser.add_argument("--points", default=",".join(point.name for point in POINTS), help="tasks, by name")
     parser.add_argument("--seeds", default="3", help="as for `vineppo compare`")
     parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    options.command = " ".join(["python benchmarks/map.py", *sys.argv[1:]])
+    options = parser.parse_args(arguments)
+    options.command = " ".join(["python benchmarks/map.py", *(sys.argv[1:] if arguments is None else arguments)])
     options.baselines = options.baselines.split(",")
     if len(options.baselines) >= len(COLOURS):
         parser.error(f"--baselines: at most {len(COLOURS) - 1}")
-    names = options.points.split(",")
-    unknown = sorted(set(names) - {point.name for point in POINTS})
-    if unknown:
-        parser.error(f"--points: unknown {', '.join(unknown)}; allowed: {', '.join(point.name for point in POINTS)}")
+    try:
+        arms = [arm.name for arm in load_arms(options.arms)]
+    except UserError as error:
+        parser.error(str(error))
+    if not all("=" in text for text in options.set):
+        parser.error("--set must be KEY=VALUE")
+    options.set = dict(text.split("=", 1) for text in options.set)
+    options.points = options.points.split(",")
+    points = [point.name for point in POINTS]
+    for option, names, allowed in (
+        ("--points", options.points, points),
+        ("--arm", [options.arm], arms),
+        ("--baselines", options.baselines, arms),
+    ):
+        unknown = sorted(set(names) - set(allowed))
+        if unknown:
+            parser.error(f"{option}: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    return options
+
+
+def main() -> None:
+    """Train on every task of the map, and write the results."""
+    options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
     entries: dict[str, dict[str, Any]] = {}
     for point in POINTS:
-        if point.name in names:
+        if point.name in options.points:
             entries[point.name] = _entry(point, options, _compare(point, options))
             document = {
                 "command": options.command,

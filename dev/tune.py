@@ -324,13 +324,17 @@ def tune(plan: Plan, algorithms: Sequence[Arm], cells: Mapping[str, Sequence[Arm
         runs = [run_of(plan, cell, seed) for cell in by_name.values() for seed in plan.seeds]
         spent = [evaluations[-1].tokens for run in runs if (evaluations := evaluations_in(run))]
         settings = {cell.name: dict(cell.overrides) for cell in by_name.values()}
+        best = next((name for name in order if rungs[-1]["cells"][name]["accuracy"] is not None), None)
         result["algorithms"][algorithm.name] = {
-            "best": order[0],
+            "best": best,
             "generated_tokens": sum(spent),
             "settings": settings,
             "rungs": rungs,
         }
-        arms[algorithm.name] = arm_of(plan, algorithm, by_name[order[0]], len(by_name))
+        if best is None:
+            print(f"  all cells of the last rung failed, so arms.yaml has no {algorithm.name}: see {plan.out / 'logs'}")
+        else:
+            arms[algorithm.name] = arm_of(plan, algorithm, by_name[best], len(by_name))
         (plan.out / "arms.yaml").write_text(yaml.safe_dump(arms, sort_keys=False), encoding="utf-8")
         (plan.out / "tune.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written: {plan.out / 'arms.yaml'}, {plan.out / 'tune.json'}")

@@ -140,6 +140,7 @@ COMPARE = ["compare", "judgement", "--out", "o"]
         (["--arm", "a=b"], "write --arm NAME=algorithm=A"),
         (["--arm", "a=learner.lr=1e-4"], "algorithm is not set in --arm a"),
         (["--arm", "a=algorithm=grop"], "did you mean grpo?"),
+        (["--arm", "a=algorithm=grop"], "(in --arm a)"),
         (["--arm", "a/b=algorithm=grpo"], "the name of an arm is 'a/b'"),
         (["--arm", "a=algorithm=grpo,learner.lrr=1"], "unknown key learner.lrr in --arm a; did you mean learner.lr?"),
         (["--arm", "a=algorithm=grpo,learner.lr=1,learner.lr=2"], "--arm a sets learner.lr twice"),
@@ -166,6 +167,40 @@ def test_a_wrong_arm_is_one_line_before_any_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*COMPARE, *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert named in printed and printed.count("\n") == 1
+    assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (
+            "a: {algorithm: grpo}\na: {algorithm: rloo}\n",
+            "--arms arms.yaml is not valid YAML in line 2: key a is repeated",
+        ),
+        ("a:\n  learner.lr: 1\n  learner.lr: 2\n", "in line 3: key learner.lr is repeated"),
+        ("a: {algorithm: grop}\n", "allowed: vineppo, "),
+        ("a: {algorithm: grop}\n", "(in arms.yaml, arm a)"),
+        (
+            "a: {algorithm: grpo, learner.lrr: 1}\n",
+            "unknown key learner.lrr in arms.yaml, arm a; did you mean learner.lr?",
+        ),
+        ("", "--arms arms.yaml contains no arms"),
+        ("- a\n- b\n", "--arms arms.yaml contains no arms"),
+        ("a: grpo\n", "the arm is 'grpo' in arms.yaml, arm a"),
+        ("a: {learner.lr: 1}\n", "algorithm is not set in arms.yaml, arm a"),
+        ("a: {algorithm: grpo, cells: 0}\n", "cells of arm a is 0"),
+        ("a: {algorithm: grpo}\nA: {algorithm: rloo}\n", "the comparison contains A, a more than once"),
+        ("a: {algorithm: grpo, rollouts.group_size: 1}\n", "arm a: rollouts.group_size is 1"),
+    ],
+)
+def test_a_wrong_file_of_arms_is_one_line_before_any_run(
+    content: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("arms.yaml").write_text(content)
+    assert main([*COMPARE, "--arms", "arms.yaml"]) == 2
     printed = capsys.readouterr().err
     assert named in printed and printed.count("\n") == 1
     assert not Path("o").exists()
@@ -291,6 +326,22 @@ def test_greedy_accuracies_show_sharpening(tmp_path: Path) -> None:
     assert [run["greedy_before"] for run in figures["per_seed"]] == [0.5, 0.6]
 
 
+def test_a_ratio_without_interval_says_why(tmp_path: Path) -> None:
+    """Without seed 0, `vines` starts at the best accuracy of `rloo`, so there is no ratio."""
+    write_run(tmp_path, "vines", 0, points([0.2, 0.8], 200, 2))
+    write_run(tmp_path, "vines", 1, points([0.6, 0.8], 200, 2))
+    for seed in (0, 1):
+        write_run(tmp_path, "rloo", seed, points([0.2, 0.6], 100, 1))
+    result = analyse(load_arms_of(tmp_path), (VINES[0], VINES[3]), ("rloo",))
+    assert result["best_vs_baseline"]["tokens_ratio_interval"] == {"low": None, "high": None}
+    spec = {"budget": "updates=10", "jobs": 1}
+    (sentence, *_) = conclusions({**result, "spec": spec, "cpu_count": 2})
+    assert "updates 2.00" in sentence and "t interval" not in sentence
+    assert sentence.endswith(
+        "(no interval: without one of the runs, VinePPO (vines) starts at or above it, or no ratio changes)."
+    )
+
+
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +364,9 @@ def test_reports_of_arms(tmp_path: Path) -> None:
     for run in (tmp_path / "runs").iterdir():
         (run / "config.yaml").write_text(config)
     (tmp_path / "runs" / "few-seed0" / "config.yaml").write_text(config.replace("num_problems: 32", "num_problems: 80"))
+    short = config.replace("final_num_problems: 512", "final_num_problems: 128")
+    for seed in (0, 1):
+        (tmp_path / "runs" / f"rloo-seed{seed}" / "config.yaml").write_text(short)
     plans = plan_runs(spec)
     # The run without a summary would be started again: let its process fail.
     broken = next(i for i, plan in enumerate(plans) if plan.directory.name == "grpo-seed1")
@@ -340,7 +394,7 @@ def test_reports_of_arms(tmp_path: Path) -> None:
     assert answers["tuning: combinations of settings tried"].startswith("vines: 12; few: not recorded")
     assert "few: 80 problems x 1, minibatch 32, 2 epochs, lr 0.0003, KL 0.001" in answers["batch and step size"]
     assert answers["task and splits"].startswith(
-        "chain judgement, 10 steps; 64 validation problems during training, 512"
+        "chain judgement, 10 steps; 64 validation problems during training, 512 (vines, few, grpo), 128 (rloo) test"
     )
     assert "and 1 greedy response" in answers["decoding in the evaluation"]
     assert answers["runs failed, stopped or skipped"].startswith("FAILED: grpo seed 1")

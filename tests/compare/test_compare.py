@@ -20,7 +20,7 @@ from rich.console import Console
 from vineppo.compare.comparison import compare
 from vineppo.compare.curves import Curves, align, first_reach, versus
 from vineppo.compare.figures import analyse
-from vineppo.compare.records import load_run
+from vineppo.compare.records import evaluations_of, load_run
 from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
 from vineppo.compare.spec import Arm, Budget, CompareSpec, arms_of, parse_budget
@@ -61,8 +61,8 @@ def write_run(
             "seconds/train": seconds,
             "eval/accuracy": accuracy,
         }
-        if kl and updates > 0:
-            line["kl/ref"] = updates / 1000
+        if kl and iteration > 0:  # measured before the updates of the iteration
+            line["kl/ref"] = evaluations[iteration - 1][0] / 1000
         lines.append(json.dumps(line) + "\n")
     (run / "metrics.jsonl").write_text("".join(lines))
     updates, tokens, seconds, accuracy = evaluations[-1]
@@ -166,6 +166,18 @@ def test_curves_use_the_union_of_points_and_are_not_extrapolated(tmp_path: Path)
     assert curves.accuracy == pytest.approx(np.array([[0.0, 0.2, 0.3, 0.4], [0.2, 0.4, 0.6, 0.6]]))
     assert curves.tokens.mean(axis=0) == pytest.approx(np.array([0, 15, 30, 45]))
     assert curves.kl is None
+
+
+def test_the_kl_of_an_evaluation_is_that_of_the_evaluated_policy() -> None:
+    """`kl/ref` of an iteration belongs to the policy before its updates, `eval/accuracy` to the one after them."""
+    lines = [
+        {"iteration": 0, "updates": 0, "eval/accuracy": 0.1},
+        {"iteration": 1, "updates": 4, "kl/ref": 0.0, "eval/accuracy": 0.2},
+        {"iteration": 2, "updates": 8, "kl/ref": 0.3},
+        {"iteration": 3, "updates": 12, "kl/ref": 0.5, "eval/accuracy": 0.4},
+    ]
+    found = [(e.updates, e.accuracy, e.kl) for e in evaluations_of(lines)]
+    assert found == [(0, 0.1, 0.0), (4, 0.2, 0.3), (12, 0.4, None)]
 
 
 def make_curves(*accuracies: Sequence[float]) -> Curves:
@@ -453,7 +465,7 @@ def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> Non
     stored = json.loads((tmp_path / "compare.json").read_text())
     assert stored == json.loads(json.dumps(result))
     assert stored["vs_reference"]["updates_ratio"] == pytest.approx(2.0)
-    assert stored["arms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, 0.04])
+    assert stored["arms"]["vineppo"]["curve"]["kl"] == pytest.approx([0, 0.01, 0.02, 0.03, None])
     assert (stored["spec"]["budget"], stored["spec"]["level"]) == ("updates=40", "judgement")
     with open(tmp_path / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))

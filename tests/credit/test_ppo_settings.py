@@ -117,6 +117,13 @@ def test_the_explained_variance_of_the_others_is_that_of_a_smaller_batch() -> No
     assert math.isnan(explained_by_others(values[:2], [1.0, 0.0])[0])
 
 
+def test_rewards_that_differ_by_a_rounding_error_have_no_explained_variance() -> None:
+    """0.1 + 0.2 and 0.3 are the same sum of weighted rewards; the variance of the others is then 0 or noise."""
+    for other in (0.1 + 0.2, 0.1 + 0.2 + 1e-16):
+        shares = explained_by_others([[0.5], [0.1, 0.9], [0.2]], [0.3, other, 1.0])
+        assert math.isnan(shares[2]) and not math.isnan(shares[0])
+
+
 @pytest.mark.parametrize(("value_error", "expected_share"), [(0.0, 0.1723), (0.5, 0.0680)])
 def test_the_switch_is_unbiased(value_error: float, expected_share: float) -> None:
     """All groups of three: the value network is the baseline of some rollouts, and the mean of the others of some."""

@@ -155,3 +155,20 @@ def test_mistakes_are_found_before_the_first_run(tmp_path: Path, more: list[str]
     with pytest.raises(UserError, match=named):
         tune.tune(*parsed([*SMALL, "--algorithms", "reinforce,grpo", "--out", str(tmp_path / "o"), *more]))
     assert not (tmp_path / "o").exists()
+
+
+def test_an_algorithm_whose_cells_all_failed_has_no_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def failing(command: Sequence[str], stdout: Any, **options: Any) -> SimpleNamespace:
+        stdout.write("error: no memory\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(tune, "subprocess", SimpleNamespace(run=failing, STDOUT=None))
+    result = tune.tune(*parsed([*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path)]))
+    own = result["algorithms"]["grpo"]
+    assert own["best"] is None and {cell["reason"] for cell in own["rungs"][-1]["cells"].values()} == {
+        "error: no memory"
+    }
+    assert "all cells of the last rung failed, so arms.yaml has no grpo" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "arms.yaml").read_text()) == {}

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vineppo.compare.spec import Arm
 from vineppo.config.load import flat_values
+from vineppo.config.recipes import parse_yaml
 from vineppo.credit import BUILT_IN, find_algorithm
 from vineppo.training.configure import config_class_with_all_sections
 from vineppo.types import UserError
@@ -47,16 +46,19 @@ def load_arms(path: str | Path) -> tuple[Arm, ...]:
     settings among which those of the arm were chosen.
 
     Raises:
-        UserError: if the file cannot be read, has another form, or sets an unknown key.
+        UserError: if the file cannot be read, has another form, names an arm or a key twice, or sets an unknown key.
     """
     if not os.path.isfile(path):
         raise UserError(f"--arms {path} is not a file; give a YAML file with a mapping from names to settings")
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"--arms {path} is not valid YAML; it must map names to settings") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"--arms {path} is not UTF-8 text; it must be a YAML file that maps names to settings"
+        ) from None
     except OSError as error:
         raise UserError(f"--arms {path} cannot be read ({error.strerror})") from None
+    content = parse_yaml(text, f"--arms {path}")
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"--arms {path} contains no arms; it must map names to settings, as in grpo: {{algorithm: grpo}}"
@@ -78,7 +80,10 @@ def _arm(name: str, values: Mapping[Any, Any], cells: int | None, where: str) ->
     algorithm = values.get("algorithm")
     if not isinstance(algorithm, str) or not algorithm:
         raise UserError(f"algorithm is not set {where}; set it to one of {', '.join(BUILT_IN)}, or module:object")
-    known = config_class_with_all_sections(find_algorithm(algorithm))
+    try:
+        known = config_class_with_all_sections(find_algorithm(algorithm))
+    except UserError as error:
+        raise UserError(f"{error} ({where})") from None
     flat = flat_values(known, {key: value for key, value in values.items() if key != "algorithm"}, where)
     return Arm(name, algorithm, {key: as_text(value) for key, value in flat.items()}, cells)
 

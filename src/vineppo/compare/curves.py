@@ -41,7 +41,8 @@ class Curves:
     seconds: np.ndarray
     """Seconds of training since the start of the run, shape (N, E)."""
     kl: np.ndarray | None
-    """KL divergence from the starting model in nats, shape (N, E), or None if an evaluation has no KL divergence."""
+    """KL divergence from the starting model in nats, shape (N, E), NaN where it was not measured; None if it never
+    was."""
 
     def without(self, run: int) -> Curves:
         """Return the curves without one run, given by its index, 0 <= run < N."""
@@ -74,12 +75,12 @@ def align(runs: Sequence[RunRecord]) -> Curves | None:
 
     # This function interpolates one field of `Evaluation` at the points of the grid, for each run.
     def rows(field: str) -> np.ndarray:  # (N, E)
-        values = [[float(getattr(e, field)) for e in run.evaluations] for run in runs]
+        values = [[_number(getattr(e, field)) for e in run.evaluations] for run in runs]
         return np.stack([np.interp(grid, x, y) for x, y in zip(knots, values, strict=True)])
 
-    has_kl = all(e.kl is not None for run in runs for e in run.evaluations)
+    kl = rows("kl")
     used = (rows("tokens"), rows("trained"), rows("seconds"))
-    return Curves(grid, rows("accuracy"), *used, rows("kl") if has_kl else None)
+    return Curves(grid, rows("accuracy"), *used, None if np.isnan(kl).all() else kl)
 
 
 @dataclass(frozen=True)
@@ -194,9 +195,9 @@ def versus(curves: Curves, baseline: Curves, *, level: float = 0.95) -> dict[str
     return {**result, "share_reached_without_one_run": sum(reached) / len(reached)}
 
 
-def _number(ratio: float | None) -> float:
-    """Return NaN for a missing ratio."""
-    return math.nan if ratio is None else ratio
+def _number(value: float | None) -> float:
+    """Return NaN for a missing number."""
+    return math.nan if value is None else float(value)
 
 
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:

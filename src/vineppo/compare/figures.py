@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -145,7 +146,8 @@ def _curve_figures(curves: Curves) -> dict[str, Any]:
     """Return the curve of an arm for `compare.json`: name of a quantity -> list of its E values.
 
     The values are means over the runs. The bounds of the accuracy are those of Student's t interval; they are None if
-    there is only one run. `best_accuracy` and `best_updates` are the highest mean accuracy and its number of updates.
+    there is only one run. A KL divergence that a run did not measure is None. `best_accuracy` and `best_updates` are
+    the highest mean accuracy and its number of updates.
     """
     band = [interval_over_seeds(column).as_dict() for column in curves.accuracy.T]
     mean = curves.accuracy.mean(axis=0)
@@ -154,13 +156,18 @@ def _curve_figures(curves: Curves) -> dict[str, Any]:
         "tokens": curves.tokens.mean(axis=0).tolist(),
         "trained": curves.trained.mean(axis=0).tolist(),
         "seconds": curves.seconds.mean(axis=0).tolist(),
-        "kl": None if curves.kl is None else curves.kl.mean(axis=0).tolist(),
+        "kl": None if curves.kl is None else [_known(value) for value in curves.kl.mean(axis=0).tolist()],
         "accuracy": mean.tolist(),
         "accuracy_low": [point["low"] for point in band],
         "accuracy_high": [point["high"] for point in band],
         "best_accuracy": float(mean.max()),
         "best_updates": float(curves.updates[int(mean.argmax())]),
     }
+
+
+def _known(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else value
 
 
 def _run_figures(run: RunRecord) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     curves = {
         name: figures["curve"]
         for name, figures in result["arms"].items()
-        if figures["curve"] is not None and figures["curve"].get(axis) is not None
+        if figures["curve"] is not None and any(x is not None for x in figures["curve"].get(axis) or ())
     }
     if not curves:
         return None
@@ -122,7 +122,10 @@ def _curves_figure(result: dict[str, Any], axis: str) -> Figure | None:
     figure, axes = canvas(f"Accuracy over {_AXIS_LABELS[axis].split(' (')[0]}", _subtitle(result, has_band))
     for name, curve in curves.items():
         style = styles[name]
-        x, mean = curve[axis], curve["accuracy"]
+        # The KL divergence after the last iteration is not known.
+        x, mean = zip(
+            *((x, y) for x, y in zip(curve[axis], curve["accuracy"], strict=True) if x is not None), strict=True
+        )
         if has_band:
             band(axes, x, curve["accuracy_low"], curve["accuracy_high"], style.colour, None)
         axes.plot(

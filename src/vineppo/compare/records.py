@@ -27,8 +27,8 @@ class Evaluation:
     accuracy: float
     """Accuracy on the validation problems, between 0 and 1 (the metric `eval/accuracy`)."""
     kl: float | None
-    """KL divergence from the starting model in nats per response (the metric `kl/ref`), or None if it was not
-    measured."""
+    """KL divergence of the evaluated policy from the starting model in nats per response, or None if it was not
+    measured: an iteration measures it before its updates (`kl/ref`), so it is not known after the last iteration."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,29 @@ def load_run(directory: Path, arm: str = "") -> RunRecord:
 
 
 def evaluations_of(lines: Sequence[dict[str, Any]]) -> tuple[Evaluation, ...]:
-    """Return the evaluations in the lines of metrics.jsonl, ordered by number of updates."""
-    has_kl = any(line.get("kl/ref") is not None for line in lines)
-    evaluations = [_evaluation(line, has_kl) for line in lines if line.get("eval/accuracy") is not None]
+    """Return the evaluations in the lines of metrics.jsonl, ordered by number of updates.
+
+    An iteration measures `kl/ref` before its updates and the accuracy after them. So the KL divergence that belongs to
+    an accuracy is in the next line.
+    """
+    following = [*lines[1:], {}]
+    evaluations = [
+        _evaluation(line, after.get("kl/ref"))
+        for line, after in zip(lines, following, strict=True)
+        if line.get("eval/accuracy") is not None
+    ]
     # Several evaluations can have the same number of updates, but a curve has one accuracy for each. Keep the last one.
     unique = {evaluation.updates: evaluation for evaluation in evaluations}
     return tuple(unique[updates] for updates in sorted(unique))
 
 
-def _evaluation(record: dict[str, Any], has_kl: bool) -> Evaluation:
+def _evaluation(record: dict[str, Any], kl: float | None) -> Evaluation:
     """Convert a line of metrics.jsonl to an evaluation.
 
     Args:
         record: the line as a dictionary. It must have an accuracy.
-        has_kl: whether any line of the run has a KL divergence.
+        kl: KL divergence of the evaluated policy, or None if it was not measured.
     """
-    kl = record.get("kl/ref")
-    if kl is None and has_kl and record["updates"] == 0:
-        kl = 0.0  # The KL is not measured before the first update. At that time the policy equals the reference model.
     return Evaluation(
         updates=float(record["updates"]),
         tokens=float(record.get("tokens/generated", 0)),

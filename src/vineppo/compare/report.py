@@ -43,7 +43,7 @@ _COMMON = (
     "eval.greedy",
     "eval.split",
 )
-"""Settings of the first run that the record of a comparison and its checklist show."""
+"""Settings of the runs that the record of a comparison and its checklist show."""
 
 
 _LEFT_OUT = (("tokens", "greedy"), ("'s best",), ("tuning",))
@@ -56,15 +56,27 @@ def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:
     Args:
         spec: settings of the comparison.
         runs: the finished runs. The entry `level`, a text that names the problems in titles of plots, is taken from
-            them, and so are the settings under `common`. They are empty if no run has finished.
+            them, and so are the settings under `common` (`_common_value`). They are empty if no run has finished.
     """
     return {
         **spec.identity(),
         "level": next((run.level for run in runs if run.level), ""),
         "seeds": list(spec.seeds),
         "jobs": spec.jobs,
-        "common": {key: setting_in(runs[0].config, key) for key in _COMMON} if runs else {},
+        "common": {key: _common_value(runs, key) for key in _COMMON} if runs else {},
     }
+
+
+def _common_value(runs: Sequence[RunRecord], key: str) -> Any:
+    """Return the value of a setting in all runs, or a text such as `64 (reinforce), 512 (grpo)` if arms differ."""
+    of_arm = {run.arm: setting_in(run.config, key) for run in runs}
+    values = list(of_arm.values())
+    if all(value == values[0] for value in values):
+        return values[0]
+    names: dict[str, list[str]] = {}
+    for arm, value in of_arm.items():
+        names.setdefault(str(value), []).append(arm)
+    return ", ".join(f"{value} ({', '.join(arms)})" for value, arms in names.items())
 
 
 def environment_record() -> dict[str, Any]:

@@ -177,6 +177,8 @@ def _pair_sentence(result: dict[str, Any], arm: str, pair: dict[str, Any]) -> st
         form = " (95% log-ratio t interval over seeds)"
         if share < 1:
             form = f" (no interval: without one of the runs, {first} reaches it in only {share:.0%} of the cases)"
+        elif all(pair[f"{axis}_ratio_interval"]["low"] is None for axis in AXES):
+            form = f" (no interval: without one of the runs, {first} starts at or above it, or no ratio changes)"
     return f"{ends} {best}. To reach it, {name} needs these multiples of {first}'s amounts: {ratios}{form}."
 
 

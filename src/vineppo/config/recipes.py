@@ -95,6 +95,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str, what: str) -> Any:
+    """Return the content of a YAML text in which no key is repeated.
+
+    Args:
+        what: the file in error messages, such as `recipe mine.yaml`.
+    Raises:
+        UserError: if the text is not valid YAML, or a key is repeated. The message names the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "the file contains control characters, which are not allowed"
+        raise UserError(f"{what} is not valid YAML{line}: {reason}") from None
+
+
 def _parse_recipe(text: str, name: str) -> dict[str, Any]:
     """Return the keys and values in the text of a recipe.
 
@@ -103,13 +120,7 @@ def _parse_recipe(text: str, name: str) -> dict[str, Any]:
     Raises:
         UserError: if the text is not a YAML mapping, or the description is not text.
     """
-    try:
-        data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" in line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "the file contains control characters, which are not allowed"
-        raise UserError(f"recipe {name} is not valid YAML{line}: {reason}") from None
+    data = parse_yaml(text, f"recipe {name}")
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -145,7 +145,7 @@ def _other_means(values: Sequence[Sequence[float]], rewards: Sequence[float]) ->
 def explained_by_others(values: Sequence[Sequence[float]], rewards: Sequence[float]) -> list[float]:
     """Return for each rollout the explained variance over the tokens of all other rollouts (`explained_variance`).
 
-    The number is nan if the other rewards are all equal.
+    The number is nan if the other rewards are all equal, or differ only by a rounding error.
 
     Args:
         values: predicted values of each rollout, one row of T numbers per rollout.
@@ -160,10 +160,13 @@ def explained_by_others(values: Sequence[Sequence[float]], rewards: Sequence[flo
     explained = []
     for i, own in enumerate(rows):
         n, target, target2, error, error2 = (total - part for total, part in zip(totals, own, strict=True))
-        if len({reward for j, reward in enumerate(rewards) if j != i}) < 2:
+        others = [reward for j, reward in enumerate(rewards) if j != i]
+        variance = target2 / n - (target / n) ** 2 if n else 0.0
+        # Weighted rewards may differ by a rounding error only. The difference of the two terms is then noise, or 0.
+        if len(set(others)) < 2 or variance <= 1e-12 * max(reward**2 for reward in others):
             explained.append(math.nan)
             continue
-        explained.append(1 - (error2 / n - (error / n) ** 2) / (target2 / n - (target / n) ** 2))
+        explained.append(1 - (error2 / n - (error / n) ** 2) / variance)
     return explained
 
 
