@@ -5,9 +5,9 @@
 
 The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
 decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
-and the same budget of generated tokens. The settings of the arms are not tuned again for each task, so this is a map of
-fixed configurations. Models for other lengths of the chains are trained first, with the demonstrations of
-`sft-wording`.
+and the same budget of generated tokens, which is proportional to the length of the chains. The settings of the arms
+are not tuned again for each task, so this is a map of fixed configurations. Models for other lengths of the chains are
+trained first, with the demonstrations of `sft-wording`. Chains have at most 25 steps, because a variable has one letter.
 
 `map.json` has one entry per task: the accuracies on new problems and on the training problems; the baseline that is
 best on this task; the tokens and the seconds that it needs to its best mean accuracy, divided by those that the method
@@ -87,6 +87,11 @@ def _model(point: Point, folder: Path) -> Path:
     return path
 
 
+def _budget(point: Point, options: argparse.Namespace) -> int:
+    """Return the generated tokens of a run, in proportion to the length: the number of responses stays the same."""
+    return options.budget * point.steps // BASE.steps
+
+
 def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     """Train all arms on a task, and return what `vineppo compare` measured."""
     settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **options.set}
@@ -98,7 +103,7 @@ def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     arms_file = options.out / "arms.yaml"
     arms_file.write_text(yaml.safe_dump({name: content[name] for name in (options.arm, *options.baselines)}))
     command = ["compare", "wording", "--arms", str(arms_file), "--baselines", ",".join(options.baselines)]
-    command += ["--seeds", options.seeds, "--budget", f"tokens={options.budget}", "--jobs", str(options.jobs)]
+    command += ["--seeds", options.seeds, "--budget", f"tokens={_budget(point, options)}", "--jobs", str(options.jobs)]
     command += ["--out", str(out)]
     _run([*command, *_flags(settings)])
     return json.loads((out / "compare.json").read_text())
@@ -160,7 +165,8 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
     lines = [
         f"# Where `{options.arm}` needs fewer tokens than the best baseline",
         "",
-        f"{options.seeds} seeds, {options.budget:,} generated tokens per run. Command: `{options.command}`.",
+        f"{options.seeds} seeds, {options.budget:,} generated tokens per run for chains of {BASE.steps} steps, and in "
+        f"proportion for other lengths. Command: `{options.command}`.",
         "",
         "*Tokens* and *seconds*: the amount that the best baseline needs to its best mean accuracy, divided by the "
         f"amount that `{options.arm}` needs to the same accuracy; - if it never reaches it, or starts at it. "
@@ -239,7 +245,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baselines", default="reinforce", help="names of the other arms")
     parser.add_argument("--points", default=",".join(point.name for point in POINTS), help="tasks, by name")
     parser.add_argument("--seeds", default="3", help="as for `vineppo compare`")
-    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run")
+    parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run, for 10 steps")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--out", type=Path, required=True)
