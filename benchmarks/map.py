@@ -7,7 +7,7 @@ The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from i
 decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
 and the same budget of generated tokens, which is proportional to the length of the chains. The settings of the arms
 are not tuned again for each task, so this is a map of fixed configurations. Models for other lengths of the chains are
-trained first, with the demonstrations of `sft-wording`. Chains have at most 25 steps, because a variable has one letter.
+trained first, with the demonstrations of `sft-wording`. Chains have at most 25 steps: a variable has one letter.
 
 `map.json` has one entry per task: the accuracies on new problems and on the training problems; the baseline that is
 best on this task; the tokens and the seconds that it needs to its best mean accuracy, divided by those that the method
