@@ -192,7 +192,11 @@ def test_rates_are_those_of_the_measured_files() -> None:
 
 
 def test_what_no_gpu_has_run_is_an_assumption_where_it_is_used() -> None:
-    for sampler, used in ((SamplerConfig(), 1), (SamplerConfig(graph=False), 0), (SamplerConfig(engine="vllm"), 0)):
+    for sampler, used in (
+        (SamplerConfig(graph=True), 1),
+        (SamplerConfig(), 0),
+        (SamplerConfig(graph=True, engine="vllm"), 0),
+    ):
         found = planned(settings(sampler=sampler), "1x8xh100-80gb").assumptions
         graphs = [a for a in found if a.text.startswith("CUDA graphs (sampler.graph)")]
         assert [a.source for a in graphs] == ["assumed"] * used

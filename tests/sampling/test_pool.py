@@ -233,7 +233,7 @@ def test_a_worker_has_the_bits_of_the_policy(family: str, dtype: torch.dtype, re
 def test_a_worker_looks_at_its_tokens_as_often_as_the_settings_say(
     llama: Policy, requests: list[SampleRequest]
 ) -> None:
-    settings = replace(SETTINGS, check_every=8, graph=False)
+    settings = replace(SETTINGS, check_every=8, graph=True)
     worker = SamplingWorker(Outline.of(llama, ModelConfig()), settings)
     worker.load(0, packed(llama.model.state_dict().items())).get()
     assert isinstance(worker.sampler, TorchSampler)

@@ -186,7 +186,7 @@ def test_mistakes_get_one_line(cluster: Any, policy: Policy) -> None:
 
 
 def test_actors_look_at_their_tokens_as_often_as_the_settings_say(cluster: Any, policy: Policy) -> None:
-    settings = SamplerConfig(pool="ray", workers=1, engine="torch", unit_rows=ROWS, check_every=4, graph=False)
+    settings = SamplerConfig(pool="ray", workers=1, engine="torch", unit_rows=ROWS, check_every=4, graph=True)
     sampler = RaySampler(policy, ModelConfig(), settings)
     paces = cluster.get(
         [actor.__ray_call__.remote(lambda worker: worker.sampler.pace) for actor in sampler.crew.actors]

@@ -345,9 +345,10 @@ class SamplerConfig(Settings):
     """PyTorch sampler: number of tokens per sequence between two looks at which sequences are finished. Every look has
     to wait for a GPU. What a sequence draws after its end is dropped. 0: 1 on a CPU, 8 on a GPU. On a GPU, 1, 2, 4 and
     8 give equal bits; other values can change results by rounding."""
-    graph: bool = True
+    graph: bool = False
     """PyTorch sampler on a CUDA GPU: capture the decoding of a token as a CUDA graph, which saves the launches of about
-    2,000 small kernels per token. Models that cannot be captured are decoded without graphs, with one warning."""
+    2,000 small kernels per token. No GPU has run this yet, so it is off by default. Models that cannot be captured are
+    decoded without graphs, with one warning."""
     vllm: VLLMConfig = Field(default_factory=VLLMConfig)
     pool: Literal["none", "ray"] = "none"
     """`none`: the sampler runs in the process of the trainer. `ray`: samplers run in actors of Ray, on this machine or

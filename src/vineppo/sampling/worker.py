@@ -125,7 +125,7 @@ class WorkerSettings:
     """Number of threads of PyTorch and of the engine; 0: PyTorch's choice."""
     check_every: int = 0
     """`sampler.check_every`, for the PyTorch sampler."""
-    graph: bool = True
+    graph: bool = False
     """`sampler.graph`, for the PyTorch sampler."""
     why_torch: str = "sampler.engine is torch"
     """Why `engine` is torch."""
