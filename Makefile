@@ -145,7 +145,7 @@ results-default results-habit: results-%: $(READY)
 STUDY ?= counterfactual reinforce grpo ppo vineppo rloo tempo tree grpo_lambda spo_chain
 STUDY_BUDGET ?= 360000
 STUDY_JOBS ?= 2
-TUNE := wording --grid learner.lr=2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
+TUNE := wording --grid learner.lr=1e-4,2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
 	--set eval.num_problems=256 --set eval.every=2 --budget $(STUDY_BUDGET) --rungs 3 --eta 2 --target 0.9 \
 	--seeds 100-101 --jobs $(STUDY_JOBS)
 KL := --grid learner.kl.coefficient=1e-3,3e-3
