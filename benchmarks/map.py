@@ -94,7 +94,7 @@ def _budget(point: Point, options: argparse.Namespace) -> int:
 
 def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     """Train all arms on a task, and return what `vineppo compare` measured."""
-    settings = {"eval.num_problems": "512", "eval.every": "2", "eval.final_num_problems": "512", **options.set}
+    settings = {"eval.num_problems": "256", "eval.every": "2", "eval.final_num_problems": "512", **options.set}
     settings |= {**point.settings, "run.save_rollouts": "false"}
     if point.steps != 10:
         settings["model.path"] = str(_model(point, options.out))
