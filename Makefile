@@ -175,7 +175,7 @@ results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
 
 # Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
-MAP_BASELINES ?= reinforce,grpo
+MAP_BASELINES ?= reinforce
 MAP_SEEDS ?= 3
 MAP_BUDGET ?= 300000
 
@@ -208,7 +208,8 @@ GRADIENT := --arm reinforce=algorithm=reinforce \
 GRADIENT_PROBLEMS ?= 4096
 
 runs/half/final/config.json: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/vineppo train wording --algorithm reinforce --run.iterations 13 --run.seed 100 --run.dir runs/half
+	OMP_NUM_THREADS=1 $(BIN)/vineppo train $(if $(wildcard runs/half/config.yaml),--resume runs/half,wording --algorithm reinforce \
+		--run.iterations 13 --run.seed 100 --run.dir runs/half)
 
 results-gradient: runs/half/final/config.json  ## tokens to measure the gradient, for every credit method; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording $(GRADIENT) --problems $(GRADIENT_PROBLEMS) \

@@ -93,8 +93,11 @@ class Arm:
 def config_of(arm: Arm, arguments: argparse.Namespace) -> Config:
     """Return the configuration of an arm. The size of minibatches has no effect, because nothing is trained."""
     overrides = {key: value for key, value in arm.overrides.items() if key != "algorithm"}
-    fixed = {"run.seed": str(arguments.seed), "rollouts.num_problems": str(arguments.batch)}
-    fixed["learner.minibatch_size"] = "1"
+    fixed = {
+        "run.seed": str(arguments.seed),
+        "rollouts.num_problems": str(arguments.batch),
+        "learner.minibatch_size": "1",
+    }
     if arguments.model:
         fixed["model.path"] = arguments.model
     return training_config(arguments.recipe, {**fixed, **overrides}, arm.overrides["algorithm"])

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The comparison of sums.yaml on one GPU: supervised training, tuning, five seeds. About ten minutes on an H100.
+# The comparison of sums.yaml on one GPU: supervised training, tuning, five seeds. No GPU has run it yet.
 #
 #     make runs/smollm2 && PYTHONPATH=. .venv/bin/python experiments/smollm2/tables.py runs/sums    # on any machine
 #     JOBS=6 sh experiments/smollm2/gpu.sh tune && JOBS=6 sh experiments/smollm2/gpu.sh compare     # on the GPU
@@ -13,7 +13,10 @@ if [ "$1" = tune ]; then
 	"$PYTHON" dev/tune.py $RECIPE --algorithms counterfactual,vineppo,reinforce,grpo,ppo --grid learner.lr=1e-5,2e-5,4e-5,8e-5 \
 		--set model.device=cuda --set eval.num_problems=256 --budget "${BUDGET:-60000}" --rungs 2 --eta 2 --target 0.99 \
 		--seeds 100 --jobs "${JOBS:-4}" --out runs/tune-sums
-else
+elif [ "$1" = compare ]; then
 	"$PYTHON" -m vineppo compare $RECIPE --arms runs/tune-sums/arms.yaml --baselines reinforce,grpo,ppo --seeds 0-4 \
 		--budget tokens="${BUDGET:-120000}" --jobs "${JOBS:-4}" --eval.split test --run.save_rollouts false $GPU --out runs/compare-sums
+else
+	echo "usage: gpu.sh tune, and then gpu.sh compare" >&2
+	exit 2
 fi
