@@ -204,7 +204,8 @@ GRADIENT := --arm reinforce=algorithm=reinforce \
 	--arm alternatives3=algorithm=vineppo,vineppo.num_mc_rollouts=3,vineppo.alternatives=true \
 	--arm spo_chain3=algorithm=spo_chain,spo_chain.num_mc_rollouts=3 \
 	--arm counterfactual=algorithm=counterfactual \
-	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16 --free exact
+	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16 --free exact \
+	--biased grpo_lambda4 --biased spo_chain3
 GRADIENT_PROBLEMS ?= 4096
 
 runs/half/final/config.json: | $(READY)

@@ -15,8 +15,9 @@ the number of tokens per problem:
 - `tokens_to_snr_1.adam`: every coordinate is divided by the square root of its second moment in a minibatch of
   REINFORCE, as Adam divides it.
 
-The policy gradient is estimated from all arms together. The scale c of an arm, the part of its mean gradient along
-mu, is 1 for an unbiased arm; the signal of an arm is c * mu. Generated tokens are those of rollouts and MC rollouts,
+The policy gradient is estimated from all arms together, except those that `--biased NAME` names. The scale c of an arm, the part of its mean gradient along
+mu, is 1 for an unbiased arm; the signal of an arm is c * mu. Of a biased arm's mean gradient, the part that is
+orthogonal to mu counts as noise. Generated tokens are those of rollouts and MC rollouts,
 without those that are taken from drafts. `trained_to_snr_1` and `seconds_to_snr_1` are the same for trained tokens and
 for seconds of sampling and credit. Standard errors come from a jackknife over BLOCKS blocks of problems.
 
@@ -82,6 +83,8 @@ class Arm:
     """Number of problems in each block."""
     free: bool = False
     """Whether the tokens of MC rollouts are left out."""
+    biased: bool = False
+    """Whether the arm is left out of the estimate of the policy gradient."""
     generated: float = 0.0
     """Number of generated tokens."""
     trained: float = 0.0
@@ -247,6 +250,7 @@ def figures(arms: list[Arm], scale: np.ndarray) -> dict[str, Any]:
         arm.name: {
             "settings": arm.overrides,
             "free": arm.free,
+            "biased": arm.biased,
             "problems": int(arm.problems.sum()),
             "tokens_per_problem": arm.generated / arm.problems.sum(),
             "trained_per_problem": arm.trained / arm.problems.sum(),
@@ -259,7 +263,7 @@ def figures(arms: list[Arm], scale: np.ndarray) -> dict[str, Any]:
     }
     for row, (space, factor) in enumerate((("raw", np.ones_like(scale)), ("adam", scale))):
         means = [arm.sums / arm.problems[:, None] * factor for arm in arms]
-        weights = np.array([arm.problems.sum() ** 2 / arm.squares[row].sum() for arm in arms])
+        weights = np.array([0 if arm.biased else arm.problems.sum() ** 2 / arm.squares[row].sum() for arm in arms])
         pooled = sum(w * mean for w, mean in zip(weights / weights.sum(), means, strict=True))
         for arm, mean in zip(arms, means, strict=True):
             squares = arm.squares[row] / arm.problems
@@ -313,6 +317,9 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--arm", action="append", required=True, metavar="NAME=KEY=VALUE,...")
     parser.add_argument("--free", action="append", default=[], metavar="NAME")
+    parser.add_argument(
+        "--biased", action="append", default=[], metavar="NAME", help="arm that does not estimate the policy gradient"
+    )
     parser.add_argument("--model", help="model of the policy, instead of the recipe's")
     parser.add_argument("--problems", type=int, default=1024, help="number of problems per arm")
     parser.add_argument("--batch", type=int, default=64, help="number of problems that are sampled together")
@@ -325,11 +332,21 @@ def main() -> None:
         parsed = [parse_arm(text) for text in arguments.arm]
     except UserError as error:
         parser.error(str(error))
-    unknown = sorted({*arguments.free} - {arm.name for arm in parsed})
-    if unknown:
-        parser.error(f"--free {unknown[0]}: no arm has this name; allowed: {', '.join(arm.name for arm in parsed)}")
+    names = [arm.name for arm in parsed]
+    for option in ("free", "biased"):
+        unknown = sorted({*getattr(arguments, option)} - {*names})
+        if unknown:
+            parser.error(f"--{option} {unknown[0]}: no arm has this name; allowed: {', '.join(names)}")
+    if {*names} <= {*arguments.biased}:
+        parser.error("every arm is --biased; at least one must estimate the policy gradient")
     arms = [
-        Arm(arm.name, {"algorithm": arm.algorithm, **arm.overrides}, free=arm.name in arguments.free) for arm in parsed
+        Arm(
+            arm.name,
+            {"algorithm": arm.algorithm, **arm.overrides},
+            free=arm.name in arguments.free,
+            biased=arm.name in arguments.biased,
+        )
+        for arm in parsed
     ]
     for arm in arms:
         try:

@@ -61,7 +61,7 @@ def test_the_problems_to_a_ratio_of_1_by_hand() -> None:
 def arm_with(name: str, means: np.ndarray, square: float, tokens: float) -> Arm:
     """An arm with two problems in each block."""
     count = np.full(BLOCKS, 2.0)
-    return Arm(name, {}, 2 * means, np.full((2, BLOCKS), 2 * square), count, False, 2 * BLOCKS * tokens, 32.0, 8.0)
+    return Arm(name, {}, 2 * means, np.full((2, BLOCKS), 2 * square), count, False, False, 2 * BLOCKS * tokens, 32.0, 8.0)
 
 
 def test_figures_by_hand_and_a_signal_that_is_hidden_by_noise() -> None:
@@ -74,3 +74,14 @@ def test_figures_by_hand_and_a_signal_that_is_hidden_by_noise() -> None:
     hidden = figures([arm_with("a", mu * signs, 75.0, 100)], np.ones(2))
     table = markdown({"command": "x", "torch": "2", "reward": 0.5, "methods": hidden})
     assert "| a | 100 | 2 | - | - | - | - | 1.00 | 1.00 |" in table
+
+
+def test_a_biased_arm_does_not_change_the_estimate_of_the_policy_gradient() -> None:
+    """The biased arm's mean is (4, 0): along (3, 4) it has 12 of 25, and 16 - 0.48^2 * 25 = 10.24 is noise."""
+    mu = np.tile([3.0, 4.0], (BLOCKS, 1))
+    other = arm_with("b", np.tile([4.0, 0.0], (BLOCKS, 1)), 16.0, 100)
+    other.biased = True
+    result = figures([arm_with("a", mu, 75.0, 100), other], np.ones(2))
+    assert result["a"]["tokens_to_snr_1"]["raw"]["mean"] == pytest.approx(200)
+    assert result["b"]["scale"]["raw"]["mean"] == pytest.approx(0.48)
+    assert result["b"]["tokens_to_snr_1"]["raw"]["mean"] == pytest.approx(100 * 10.24 / 5.76)

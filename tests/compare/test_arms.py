@@ -19,7 +19,7 @@ from vineppo.compare.plots import styles_of
 from vineppo.compare.records import load_run
 from vineppo.compare.runs import plan_runs
 from vineppo.compare.spec import Arm, CompareSpec, arms_of, check_same_comparison, parse_seeds
-from vineppo.compare.tables import conclusions, header, table_rows
+from vineppo.compare.tables import conclusions, format_interval, header, table_rows
 from vineppo.types import UserError
 
 pytestmark = pytest.mark.usefixtures("drawn_figures")
@@ -287,6 +287,22 @@ def test_the_named_baselines_are_the_baselines(tmp_path: Path) -> None:
         "no finished and evaluated run of a baseline",
     )
     assert none["tokens_ratio"] is None and none["difference_at_equal_tokens"]["mean"] is None
+
+
+def test_an_arm_with_few_finished_runs_is_not_the_best(tmp_path: Path) -> None:
+    """`once` has the highest accuracy, but 1 run where `vines` has 3; with 2 runs it would count."""
+    write_four_arms(tmp_path)
+    write_run(tmp_path, "vines", 2, points([0.2, 0.4, 0.6, 0.7, 0.8], 200, 2))
+    write_run(tmp_path, "once", 0, points([0.2, 0.9, 0.9, 0.9, 0.9], 200, 2))
+    arms = (*VINES, Arm("once", "vineppo"))
+    assert analyse(load_arms_of(tmp_path), arms, ("grpo", "rloo"))["best_vs_baseline"]["arm"] == "vines"
+    write_run(tmp_path, "once", 1, points([0.2, 0.9, 0.9, 0.9, 0.9], 200, 2))
+    assert analyse(load_arms_of(tmp_path), arms, ("grpo", "rloo"))["best_vs_baseline"]["arm"] == "once"
+
+
+def test_the_printed_bounds_of_an_accuracy_are_shares() -> None:
+    assert format_interval({"mean": 0.98, "low": 0.957, "high": 1.003}) == "98.0% [95.7, 100.0]"
+    assert format_interval({"mean": 0.01, "low": -0.02, "high": 0.04}) == "1.0% [0.0, 4.0]"
 
 
 def test_the_difference_at_equal_tokens_uses_common_seeds_only(tmp_path: Path) -> None:

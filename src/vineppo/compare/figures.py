@@ -68,6 +68,12 @@ def _best(finals: Mapping[str, float | None], names: Sequence[str]) -> str | Non
     return max(known, key=lambda name: known[name], default=None)
 
 
+def _with_enough_runs(names: Sequence[str], grouped: Mapping[str, list[RunRecord]]) -> list[str]:
+    """Return those of `names` that have at least half of the finished runs of the one with the most."""
+    most = max((len(grouped[name]) for name in names), default=0)
+    return [name for name in names if 2 * len(grouped[name]) >= most]
+
+
 def _best_versus_baseline(
     finals: Mapping[str, float | None],
     baselines: Collection[str],
@@ -76,8 +82,9 @@ def _best_versus_baseline(
 ) -> dict[str, Any]:
     """Compare the best arm that is no baseline with the best baseline.
 
-    The best arm of a class is the one with the highest mean final accuracy, the first one if several are equal. It is
-    chosen from the same runs as the result. So with many arms in a class, its accuracy is too high on average: choose
+    The best arm of a class is the one with the highest mean final accuracy, the first one if several are equal. An arm
+    with less than half of the finished runs that another arm of its class has is not chosen. The best arm is chosen
+    from the same runs as the result. So with many arms in a class, its accuracy is too high on average: choose
     few arms beforehand, or repeat the comparison of the two with fresh seeds. A ratio is the amount that the baseline
     needs to reach its own best mean accuracy, divided by the amount that the arm needs to reach the same accuracy
     (`versus`).
@@ -91,8 +98,10 @@ def _best_versus_baseline(
         The dictionary of `_pair`, with two more keys: `arm` (name) and `difference_at_equal_tokens`. The names are None
         if a class has no arm with a final accuracy.
     """
-    arm = _best(finals, [name for name in finals if name not in baselines])
-    baseline = _best(finals, [name for name in finals if name in baselines])
+    arm, baseline = (
+        _best(finals, _with_enough_runs([name for name in finals if (name in baselines) is wanted], grouped))
+        for wanted in (False, True)
+    )
     if arm is None or baseline is None:
         absent = "a baseline" if arm is not None else "an arm that is no baseline"
         unknown = _without_ratios(baseline, f"no finished and evaluated run of {absent}")

@@ -222,9 +222,13 @@ def format_percent(value: float | None) -> str:
 
 
 def format_interval(interval: dict[str, float | None]) -> str:
-    """Format a mean and its bounds as `72.5% [70.1, 74.9]`. The bounds are left out if one of them is None."""
+    """Format the mean and the bounds of an accuracy as `72.5% [70.1, 74.9]`.
+
+    A bound outside 0 to 100% is printed as 0 or 100, because no accuracy lies there. The bounds are left out if one of
+    them is None.
+    """
     low, high = interval["low"], interval["high"]
-    bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    bounds = "" if low is None or high is None else f" [{100 * max(0.0, low):.1f}, {100 * min(1.0, high):.1f}]"
     return format_percent(interval["mean"]) + bounds
 
 
