@@ -15,11 +15,11 @@ the number of tokens per problem:
 - `tokens_to_snr_1.adam`: every coordinate is divided by the square root of its second moment in a minibatch of
   REINFORCE, as Adam divides it.
 
-The policy gradient is estimated from all arms together, except those that `--biased NAME` names. The scale c of an arm, the part of its mean gradient along
-mu, is 1 for an unbiased arm; the signal of an arm is c * mu. Of a biased arm's mean gradient, the part that is
-orthogonal to mu counts as noise. Generated tokens are those of rollouts and MC rollouts,
-without those that are taken from drafts. `trained_to_snr_1` and `seconds_to_snr_1` are the same for trained tokens and
-for seconds of sampling and credit. Standard errors come from a jackknife over BLOCKS blocks of problems.
+The policy gradient is estimated from all arms together, except those that `--biased NAME` names. The scale c of an
+arm, the part of its mean gradient along mu, is 1 for an unbiased arm; the signal of an arm is c * mu. Of a biased arm's
+mean gradient, the part that is orthogonal to mu counts as noise. Generated tokens are those of rollouts and MC
+rollouts, without those that are taken from drafts. `trained_to_snr_1` and `seconds_to_snr_1` are the same for trained
+tokens and for seconds of sampling and credit. Standard errors come from a jackknife over BLOCKS blocks of problems.
 
 `--free NAME` leaves out the tokens of an arm's MC rollouts. With many of them, the arm then shows what a method could
 reach at most that has nearly exact values without sampling for them.

@@ -61,7 +61,9 @@ def test_the_problems_to_a_ratio_of_1_by_hand() -> None:
 def arm_with(name: str, means: np.ndarray, square: float, tokens: float) -> Arm:
     """An arm with two problems in each block."""
     count = np.full(BLOCKS, 2.0)
-    return Arm(name, {}, 2 * means, np.full((2, BLOCKS), 2 * square), count, False, False, 2 * BLOCKS * tokens, 32.0, 8.0)
+    return Arm(
+        name, {}, 2 * means, np.full((2, BLOCKS), 2 * square), count, False, False, 2 * BLOCKS * tokens, 32.0, 8.0
+    )
 
 
 def test_figures_by_hand_and_a_signal_that_is_hidden_by_noise() -> None:
