@@ -25,7 +25,7 @@ from vineppo.sampling.torch.sampler import TorchSampler
 from vineppo.sampling.units import Unit, cut
 from vineppo.sampling.version import StaleWeights
 from vineppo.sampling.worker import Arrays, Outline, SamplingWorker, WorkerSettings, packed
-from vineppo.types import Completion, SampleRequest, UserError
+from vineppo.types import Completion, SampleRequest, TrainingWarning, UserError
 
 MAX_ROWS = 4
 KV_MEMORY = 1 << 24
@@ -240,6 +240,14 @@ def test_a_worker_looks_at_its_tokens_as_often_as_the_settings_say(
     assert worker.sampler.pace == pace_of(torch.device("cpu"), 8) != pace_of(torch.device("cpu"))
     alone = TorchSampler(llama, max_rows=MAX_ROWS, kv_memory=KV_MEMORY, pace=Pace(8, 8))
     assert worker.sample(0, requests).get() == alone.sample(requests)
+
+
+def test_warnings_of_a_worker_reach_the_caller() -> None:
+    """The output of a worker process is not shown to the user."""
+    worker = SamplingWorker(Outline.of(build_policy("gpt-neo"), ModelConfig()), SETTINGS)
+    with pytest.warns(TrainingWarning, match="^sampling worker: .* sampling recomputes the whole sequence"):
+        line = worker.ready().get()
+    assert line.startswith("sampling with PyTorch")
 
 
 def test_tied_weights_that_differ_are_untied_in_a_worker() -> None:

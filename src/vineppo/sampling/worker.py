@@ -8,7 +8,8 @@ the processes of a machine without a copy for each.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from vineppo.sampling.build import Engine, build_sampler, sampler_line
 from vineppo.sampling.language_model import LanguageModel
 from vineppo.sampling.torch.pace import pace_of
 from vineppo.sampling.version import StaleWeights
-from vineppo.types import Completion, Sampler, SampleRequest, UserError
+from vineppo.types import Sampler, SampleRequest, TrainingWarning, UserError
 
 Arrays = Mapping[str, tuple[np.ndarray, str, tuple[int, ...]]]
 """Name of each tensor -> (its bytes, the name of its dtype, its shape)."""
@@ -144,12 +145,28 @@ class Outcome:
 
     value: Any = None
     error: Exception | None = None
+    warnings: tuple[str, ...] = ()
+    """Texts of the warnings of the call. The output of a worker process is not shown to the user."""
 
     def get(self) -> Any:
-        """Return the value, or raise the exception."""
+        """Return the value, or raise the exception. Each warning of the call is given as a `TrainingWarning`."""
+        for text in self.warnings:
+            warnings.warn(f"sampling worker: {text}", TrainingWarning, stacklevel=2)
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def _outcome(call: Callable[[], Any]) -> Outcome:
+    """Return what the call returned or raised, with its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            value, error = call(), None
+        except Exception as raised:
+            value, error = None, raised
+    own = [warning for warning in caught if issubclass(warning.category, UserWarning)]
+    return Outcome(value, error, tuple(dict.fromkeys(str(warning.message) for warning in own)))
 
 
 class SamplingWorker:
@@ -165,13 +182,14 @@ class SamplingWorker:
             torch.set_num_threads(settings.threads)
         self.sampler: Sampler | None = None
         self.version = -1
-        try:
+
+        def build() -> str:
             self.policy, rows, memory = outline.policy(settings.device), settings.max_rows, settings.kv_memory
             pace = pace_of(self.policy.device, settings.check_every, settings.graph)
             self.sampler = build_sampler(self.policy, settings.engine, max_rows=rows, kv_memory=memory, pace=pace)
-            self.built = Outcome(settings.line(self.policy))
-        except Exception as error:
-            self.built = Outcome(error=error)
+            return settings.line(self.policy)
+
+        self.built = _outcome(build)
 
     def ready(self) -> Outcome:
         """Return one line that says with what the worker samples."""
@@ -181,22 +199,24 @@ class SamplingWorker:
         """Use new weights for all later calls of `sample`."""
         if self.built.error is not None:
             return self.built
-        try:
-            load_packed(self.policy.model, arrays)
+
+        def copy_weights() -> int:
             assert self.sampler is not None
+            load_packed(self.policy.model, arrays)
             self.sampler.update_weights(version, lambda: self.policy.model.state_dict().items())
-            self.version = version
-        except Exception as error:
-            self.version = -1
-            return Outcome(error=error)
-        return Outcome(version)
+            return version
+
+        outcome = _outcome(copy_weights)
+        self.version = -1 if outcome.error is not None else version
+        return outcome
 
     def sample(self, version: int, requests: Sequence[SampleRequest]) -> Outcome:
         """Return the completions of the requests, one list each.
 
         The outcome is StaleWeights if the worker does not have the weights of the version.
         """
-        if self.sampler is None:
+        sampler = self.sampler
+        if sampler is None:
             return self.built
         if version != self.version:
             return Outcome(
@@ -205,8 +225,4 @@ class SamplingWorker:
                     f"{version} were requested; call update_weights after every change of the learner's weights"
                 )
             )
-        try:
-            completions: list[list[Completion]] = self.sampler.sample(requests)
-        except Exception as error:
-            return Outcome(error=error)
-        return Outcome(completions)
+        return _outcome(lambda: sampler.sample(requests))
