@@ -169,19 +169,20 @@ docs/results/equal_tokens/tuning/%.json: | $(READY)
 	cp runs/tune-$*/tune.json $@
 
 results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_tokens/arms.yaml with ten new seeds
-	$(BIN)/vineppo compare wording --arms docs/results/equal_tokens/arms.yaml --seeds 10-19 --budget tokens=$(STUDY_BUDGET) \
+	$(BIN)/vineppo compare wording --arms docs/results/equal_tokens/arms.yaml --seeds 30-39 --budget tokens=$(STUDY_BUDGET) \
 		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
 		--out runs/equal_tokens
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
 
 # Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
 MAP_BASELINES ?= reinforce
+MAP_FEW_BASELINES ?= rloo
 MAP_SEEDS ?= 3
 MAP_BUDGET ?= 300000
 
 results-map: $(READY)  ## the tuned arms on eleven tasks: lengths, shares of decisive steps, numbers of problems; two hours
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
-		--baselines $(MAP_BASELINES) --seeds $(MAP_SEEDS) --budget $(MAP_BUDGET) --jobs $(STUDY_JOBS) --out runs/map
+		--baselines $(MAP_BASELINES) --few_baselines $(MAP_FEW_BASELINES) --seeds $(MAP_SEEDS) --budget $(MAP_BUDGET) --jobs $(STUDY_JOBS) --out runs/map
 	mkdir -p docs/results/map
 	cd runs/map && cp map.json map.md map.png ../../docs/results/map/
 

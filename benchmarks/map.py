@@ -1,7 +1,7 @@
 """Measure on which kinds of task a credit method needs fewer generated tokens than the best baseline.
 
     python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
-        --baselines reinforce --seeds 5 --budget 300000 --jobs 2 --out runs/map
+        --baselines reinforce --few_baselines rloo --seeds 5 --budget 300000 --jobs 2 --out runs/map
 
 The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
 decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
@@ -50,6 +50,11 @@ class Point:
     """Settings of the recipe that change: dotted key -> value."""
     steps: int = 10
     """Number of steps of the chains. For other numbers than 10, a model is trained first."""
+
+    def arms(self, options: argparse.Namespace) -> tuple[str, ...]:
+        """Return the names of the arms on this task, the measured one first."""
+        few = options.few_baselines if "task.train_problems" in self.settings else ()
+        return (options.arm, *options.baselines, *few)
 
 
 def _length(steps: int, traps: float) -> Point:
@@ -101,8 +106,8 @@ def _compare(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     out = options.out / point.name
     content = yaml.safe_load(options.arms.read_text())
     arms_file = options.out / "arms.yaml"
-    arms_file.write_text(yaml.safe_dump({name: content[name] for name in (options.arm, *options.baselines)}))
-    command = ["compare", "wording", "--arms", str(arms_file), "--baselines", ",".join(options.baselines)]
+    arms_file.write_text(yaml.safe_dump({name: content[name] for name in point.arms(options)}))
+    command = ["compare", "wording", "--arms", str(arms_file), "--baselines", ",".join(point.arms(options)[1:])]
     command += ["--seeds", options.seeds, "--budget", f"tokens={_budget(point, options)}", "--jobs", str(options.jobs)]
     command += ["--out", str(out)]
     _run([*command, *_flags(settings)])
@@ -133,7 +138,7 @@ def _train_accuracy(folder: Path, arm: str) -> float:
 def _entry(point: Point, options: argparse.Namespace, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entry of a task in map.json."""
     best, arms = result["best_vs_baseline"], {}
-    for name in (options.arm, *options.baselines):
+    for name in point.arms(options):
         arm = result["arms"][name]
         arms[name] = {
             "accuracy_before": arm["accuracy_before"]["mean"],
@@ -153,6 +158,11 @@ def _interval(value: Mapping[str, Any] | None, scale: float = 1, digits: int = 2
     return f" [{scale * value['low']:.{digits}f}, {scale * value['high']:.{digits}f}]"
 
 
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of all arms, the measured one first."""
+    return (options.arm, *options.baselines, *options.few_baselines)
+
+
 def _why_no_ratio(entry: Mapping[str, Any]) -> str:
     """Return why there is no ratio. The arm may start at the baseline's best accuracy, or never reach it."""
     starts = "starts at" in (entry["reason"] or "")
@@ -161,7 +171,7 @@ def _why_no_ratio(entry: Mapping[str, Any]) -> str:
 
 def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> str:
     """Return map.md."""
-    names = (options.arm, *options.baselines)
+    names = _names(options)
     lines = [
         f"# Where `{options.arm}` needs fewer tokens than the best baseline",
         "",
@@ -180,7 +190,9 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
     for entry in entries.values():
         cells = [entry["axis"], entry["label"], f"{entry['arms'][options.arm]['accuracy_before']:.0%}"]
         for name in names:
-            of_arm = entry["arms"][name]
+            if (of_arm := entry["arms"].get(name)) is None:
+                cells.append("")
+                continue
             after = of_arm["accuracy_after"]
             trained = of_arm["accuracy_on_training_problems"]
             cells.append(f"{100 * after['mean']:.1f}{_interval(after, 100, 1)} ({trained:.0%})")
@@ -202,7 +214,7 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = dict(zip((options.arm, *options.baselines), COLOURS, strict=False))
+    colours = dict(zip(_names(options), COLOURS, strict=False))
     rows = list(entries.values())[::-1]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.45 * len(rows) + 1.9), sharey=True)
     for position, entry in enumerate(rows):
@@ -213,8 +225,8 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
             left.plot(ratio, position, "o", color=COLOURS[0])
         if interval.get("low") is not None:
             left.plot([interval["low"], interval["high"]], [position] * 2, color=COLOURS[0])
-        for number, (name, colour) in enumerate(colours.items()):
-            of_arm, height = entry["arms"][name], position + 0.16 * ((len(colours) - 1) / 2 - number)
+        for number, (name, of_arm) in enumerate(entry["arms"].items()):
+            colour, height = colours[name], position + 0.16 * ((len(entry["arms"]) - 1) / 2 - number)
             after = of_arm["accuracy_after"]
             right.plot(100 * after["mean"], height, "o", color=colour, markersize=5)
             if after["low"] is not None:
@@ -243,6 +255,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", type=Path, required=True, help="YAML file with all arms, as for `vineppo compare`")
     parser.add_argument("--arm", default="counterfactual", help="name of the arm that is measured")
     parser.add_argument("--baselines", default="reinforce", help="names of the other arms")
+    parser.add_argument(
+        "--few_baselines", default="", help="further arms on the tasks with a limited number of training problems"
+    )
     parser.add_argument("--points", default=",".join(point.name for point in POINTS), help="tasks, by name")
     parser.add_argument("--seeds", default="3", help="as for `vineppo compare`")
     parser.add_argument("--budget", type=int, default=300_000, help="generated tokens of a run, for 10 steps")
@@ -252,8 +267,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.command = " ".join(["python benchmarks/map.py", *(sys.argv[1:] if arguments is None else arguments)])
     options.baselines = options.baselines.split(",")
-    if len(options.baselines) >= len(COLOURS):
-        parser.error(f"--baselines: at most {len(COLOURS) - 1}")
+    options.few_baselines = options.few_baselines.split(",") if options.few_baselines else []
+    if len(_names(options)) > len(COLOURS):
+        parser.error(f"--baselines and --few_baselines: at most {len(COLOURS) - 1} together")
     try:
         arms = [arm.name for arm in load_arms(options.arms)]
     except UserError as error:
@@ -267,6 +283,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("--points", options.points, points),
         ("--arm", [options.arm], arms),
         ("--baselines", options.baselines, arms),
+        ("--few_baselines", options.few_baselines, arms),
     ):
         unknown = sorted(set(names) - set(allowed))
         if unknown:
@@ -286,6 +303,7 @@ def main() -> None:
                 "command": options.command,
                 "arm": options.arm,
                 "baselines": options.baselines,
+                "few_baselines": options.few_baselines,
                 "points": entries,
             }
             (options.out / "map.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -43,14 +43,20 @@ def result(ratio: float | None, reason: str | None, difference: dict[str, Any]) 
     best |= {f"{axis}_ratio": ratio for axis in ("tokens", "seconds")}
     best |= {f"{axis}_ratio_interval": interval for axis in ("tokens", "seconds")}
     best["difference_at_equal_tokens"] = difference
-    return {"arms": {"counterfactual": arm, "reinforce": arm}, "best_vs_baseline": best}
+    return {"arms": {"counterfactual": arm, "reinforce": arm, "rloo": arm}, "best_vs_baseline": best}
 
 
 @pytest.mark.usefixtures("drawn_figures")
 def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
     options = Namespace(arm="counterfactual", baselines=["reinforce"], out=tmp_path, seeds="2", budget=100, command="x")
-    for point in POINTS[:3]:
-        for run, rewards in (("counterfactual-seed0", [0, 0.1, 0.2, 0.3, 0.4, 0.5]), ("reinforce-seed0", [0.6])):
+    options.few_baselines = ["rloo"]
+    points = (*POINTS[:2], POINTS[-1])  # The last task has 256 training problems, and therefore one more arm.
+    for point in points:
+        for run, rewards in (
+            ("counterfactual-seed0", [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+            ("reinforce-seed0", [0.6]),
+            ("rloo-seed0", [1.0]),
+        ):
             folder = tmp_path / point.name / "runs" / run
             folder.mkdir(parents=True)
             (folder / "metrics.jsonl").write_text(
@@ -62,7 +68,7 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
         result(None, "Counterfactual never reached the best accuracy of REINFORCE", NO_DIFFERENCE),
         result(None, starts, NO_DIFFERENCE),
     )
-    entries = {point.name: _entry(point, options, found) for point, found in zip(POINTS[:3], measured, strict=True)}
+    entries = {point.name: _entry(point, options, found) for point, found in zip(points, measured, strict=True)}
     arms = entries["base"]["arms"]
     # The mean of the last five iterations, of which the second arm has one.
     assert arms["counterfactual"]["accuracy_on_training_problems"] == pytest.approx(0.3)
@@ -72,7 +78,9 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
         ["reinforce", "2.00 [1.00, 4.00]", "2.00 [1.00, 4.00]", "+5.0 [1.0, 9.0] |"],
         *[["reinforce", "-", "-", "- |"]] * 2,
     ]
-    assert rows[0][2:5] == ["20%", "80.0 [70.0, 90.0] (30%)", "80.0 [70.0, 90.0] (60%)"]
+    cells = ["20%", "80.0 [70.0, 90.0] (30%)", "80.0 [70.0, 90.0] (60%)"]
+    assert rows[0][2:6] == [*cells, ""]
+    assert rows[2][2:6] == [*cells, "80.0 [70.0, 90.0] (100%)"]
     _picture(entries, options, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
