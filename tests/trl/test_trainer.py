@@ -189,7 +189,7 @@ def test_fields_have_the_same_meaning_as_in_trl() -> None:
     [
         ({"num_generation": 4}, r"VinePPOConfig has no field num_generation; did you mean num_generations"),
         ({"top_p": 0.9}, r"top_p is 0.9; allowed: 1.0"),
-        ({"use_vllm": True}, r"use_vllm is True; allowed: False"),
+        ({"use_vllm": True}, r"use_vllm is True; allowed: False; settings=.*'vllm'"),
         ({"loss_type": "cispo"}, r"loss_type is 'cispo'; allowed: 'dapo', 'bnpo', 'grpo', 'dr_grpo', None"),
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type is 'polynomial'; allowed: 'linear', 'cosine', "),
         ({"save_strategy": "best"}, r"save_strategy is 'best'; allowed: 'steps', 'epoch', 'no'"),

@@ -17,6 +17,7 @@ from vineppo.credit import find_algorithm
 from vineppo.training.configure import config_from_dict, refuse_settings_of_other_algorithms
 from vineppo.trl.fields import (
     FIXED,
+    INSTEAD,
     NEUTRAL,
     WITHOUT_EFFECT,
     check_other_field,
@@ -77,8 +78,8 @@ class VinePPOConfig:
     output_dir: str = "vineppo-output"
     """The run directory, to which checkpoints, metrics and the trained model are written."""
     algorithm: str = "vineppo"
-    """Algorithm that computes the credit: `vineppo`, `ppo`, `grpo`, `rloo`, `reinforce`, or `module:object` for a
-    user-defined algorithm."""
+    """Algorithm that computes the credit: `vineppo`, `counterfactual`, `ppo`, `grpo`, `grpo_lambda`, `rloo`,
+    `reinforce`, `tree`, `tempo`, `spo_chain`, or `module:object` for a user-defined algorithm."""
     num_mc_rollouts: int = 9
     """K: number of continuations that `vineppo` samples from the state before each reasoning step."""
     splitter: str = "newline"
@@ -98,7 +99,8 @@ class VinePPOConfig:
     generation_batch_size: int | None = None
     """Number of responses that an iteration samples. If it is set, `steps_per_generation` is not used."""
     num_generations: int = 8
-    """G: number of responses per prompt. `grpo` and `rloo` require at least 2."""
+    """G: number of responses per prompt. `grpo`, `grpo_lambda`, `rloo` and `tempo` require at least 2, and `tree` a
+    multiple of the product of `tree.branches`."""
     num_generations_eval: int | None = None
     """Number of responses to each prompt of `eval_dataset`; None means `num_generations`."""
     max_completion_length: int = 512
@@ -115,8 +117,8 @@ class VinePPOConfig:
     epsilon: float = 0.2
     epsilon_high: float | None = None
     scale_rewards: str | bool = "group"
-    """For `grpo`: `group` or True divides advantages by the standard deviation of the rewards of the group; `none` or
-    False does not divide."""
+    """For `grpo`, `grpo_lambda` and `tempo`: `group` or True divides advantages by the standard deviation of the rewards
+    of the group; `none` or False does not divide."""
     reward_weights: Sequence[float] | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -174,7 +176,8 @@ class VinePPOConfig:
             value = getattr(self, name)
             # The value of a field may be a member of an enumeration of transformers, whose `value` is the text.
             if getattr(value, "value", value) not in allowed:
-                raise UserError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))} (docs/from-trl.md)")
+                choices = ", ".join(map(repr, allowed)) + INSTEAD.get(name, "")
+                raise UserError(f"{name} is {value!r}; allowed: {choices} (docs/from-trl.md)")
         if "adamw" not in str(getattr(self.optim, "value", self.optim)):
             raise UserError(f"optim is {self.optim!r}; allowed: 'adamw_torch_fused' (AdamW is the only optimizer)")
         if not isinstance(self.settings, Mapping):

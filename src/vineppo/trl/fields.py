@@ -127,8 +127,9 @@ WITHOUT_EFFECT_OF_TRANSFORMERS = (
     "dataloader_in_order",
 )
 """Fields of TrainingArguments (transformers) that are accepted with any value and have no effect."""
-_INSTEAD = {
+INSTEAD = {
     "push_to_hub": "; after training, call trainer.model.push_to_hub and trainer.processing_class.push_to_hub",
+    "use_vllm": "; settings={'sampler.engine': 'vllm'} samples with vLLM",
     "shuffle_dataset": "; every pass over the rows has a new random order",
 }
 """Field that is not supported -> text for the error message: what to do instead."""
@@ -151,7 +152,7 @@ def check_other_field(name: str, value: Any, known: set[str]) -> None:
         hint = did_you_mean(name, {*known, *WITHOUT_EFFECT, *neutral}) or "docs/from-trl.md lists the fields"
         raise UserError(f"VinePPOConfig has no field {name}; {hint}")
     if value != neutral[name]:
-        advice = _INSTEAD.get(name, "")
+        advice = INSTEAD.get(name, "")
         raise UserError(f"{name} is {value!r}, which is not supported; allowed: {neutral[name]!r}{advice}")
 
 

@@ -275,8 +275,8 @@ def telling_responses(run: str | Path) -> list[Telling]:
     """Return the responses that say most about a run, at most five.
 
     They are the largest fall in the first saved iteration; and of the newest one, the largest fall, the first response
-    that is right by wrong steps, the first that was cut off, and the first step at which the trained credit and the
-    Monte-Carlo values disagree (`queues.py`). A response is returned once.
+    that is right in spite of a wrong step, the first that was cut off, and the first step at which the trained credit
+    and the Monte-Carlo values disagree (`queues.py`). A response is returned once.
 
     Raises:
         UserError: if no responses are saved, or a file cannot be read.

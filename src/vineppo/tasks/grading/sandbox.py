@@ -1,6 +1,6 @@
 """A sandbox for grader processes that handle the text of a model.
 
-The math parsers and some scorers of reasoning-gym were not written for hostile text; nine scorers even evaluate the
+The math parsers and some scorers of reasoning-gym were not written for hostile text; ten scorers even evaluate the
 answer as Python code. `enter_sandbox` irrevocably limits the current process: it can read files and import modules, but
 it cannot write or delete files, use the network, start programs or processes, send signals to other processes, or raise
 its limits. It does not protect the reward: code that runs inside a scorer can choose the reward that is returned.

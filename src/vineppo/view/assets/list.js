@@ -4,7 +4,7 @@ const ROW = 48; // height of a row in CSS pixels, as in style.css
 const QUEUES = {
   all: ["All", "all responses, in the order of the run"],
   drops: ["Drops", "the most negative step first"],
-  lucky: ["Lucky", "right, although the value of a state was low after it had been higher: right by wrong steps"],
+  lucky: ["Lucky", "right, although the value of a state was low after it had been higher: right in spite of a wrong step"],
   truncated: ["Truncated", "cut off by the length limit"],
   disagree: ["Disagree", "the trained credit of a step and the Monte-Carlo values differ in sign or rank"],
 };
