@@ -585,7 +585,8 @@ class Config(Settings):
 
     algorithm: str = "vineppo"
     """Algorithm that computes the credit: `vineppo`, `counterfactual`, `ppo`, `grpo`, `grpo_lambda`, `rloo`,
-    `reinforce`, `tree`, `tempo`, `spo_chain`, or `module:object` for a user-defined algorithm. The rest of the training is the same for all algorithms."""
+    `reinforce`, `tree`, `tempo`, `spo_chain`, or `module:object` for a user-defined algorithm. The rest of the training
+    is the same for all algorithms."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig = Field(default_factory=TaskConfig)
     rollouts: RolloutConfig = Field(default_factory=RolloutConfig)

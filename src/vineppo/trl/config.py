@@ -117,8 +117,8 @@ class VinePPOConfig:
     epsilon: float = 0.2
     epsilon_high: float | None = None
     scale_rewards: str | bool = "group"
-    """For `grpo`, `grpo_lambda` and `tempo`: `group` or True divides advantages by the standard deviation of the rewards
-    of the group; `none` or False does not divide."""
+    """For `grpo`, `grpo_lambda` and `tempo`: `group` or True divides advantages by the standard deviation of the
+    rewards of the group; `none` or False does not divide."""
     reward_weights: Sequence[float] | None = None
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
