@@ -143,6 +143,7 @@ results-default results-habit: results-%: $(READY)
 # The study at equal generated tokens (docs/results/equal_tokens): every algorithm is tuned over the same grid of learning
 # rate, KL penalty and rollouts (or continuations) per update, with seeds that the comparison does not use.
 STUDY ?= counterfactual reinforce grpo ppo vineppo rloo tempo tree grpo_lambda spo_chain
+STUDY_BASELINES ?= reinforce,reinforce64,tree,rloo,grpo,grpo_lambda
 STUDY_BUDGET ?= 360000
 STUDY_JOBS ?= 2
 TUNE := wording --grid learner.lr=1e-4,2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
@@ -169,9 +170,9 @@ docs/results/equal_tokens/tuning/%.json: | $(READY)
 	cp runs/tune-$*/tune.json $@
 
 results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_tokens/arms.yaml with ten new seeds
-	$(BIN)/vineppo compare wording --arms docs/results/equal_tokens/arms.yaml --seeds 30-39 --budget tokens=$(STUDY_BUDGET) \
-		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
-		--out runs/equal_tokens
+	$(BIN)/vineppo compare wording --arms docs/results/equal_tokens/arms.yaml --baselines $(STUDY_BASELINES) \
+		--seeds 30-39 --budget tokens=$(STUDY_BUDGET) --jobs $(STUDY_JOBS) --eval.every 2 \
+		--eval.num_problems 256 --run.save_rollouts false --eval.split test --out runs/equal_tokens
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
 
 # Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
@@ -199,19 +200,20 @@ GRADIENT := --arm reinforce=algorithm=reinforce \
 	--arm tempo4=algorithm=tempo,rollouts.group_size=4 --arm tempo16=algorithm=tempo,rollouts.group_size=16 \
 	--arm grpo_lambda4=algorithm=grpo_lambda,rollouts.group_size=4 \
 	--arm tree=algorithm=tree,rollouts.group_size=4,tree.branch_at=steps:5 \
-	--arm vines1=algorithm=vineppo,vineppo.num_mc_rollouts=1 --arm vines3=algorithm=vineppo,vineppo.num_mc_rollouts=3 \
-	--arm vines9=algorithm=vineppo,vineppo.num_mc_rollouts=9 \
+	--arm vines1=algorithm=vineppo,vineppo.num_mc_rollouts=1,vineppo.alternatives=false \
+	--arm vines3=algorithm=vineppo,vineppo.num_mc_rollouts=3,vineppo.alternatives=false \
+	--arm vines9=algorithm=vineppo,vineppo.num_mc_rollouts=9,vineppo.alternatives=false \
 	--arm alternatives1=algorithm=vineppo,vineppo.num_mc_rollouts=1,vineppo.alternatives=true \
 	--arm alternatives3=algorithm=vineppo,vineppo.num_mc_rollouts=3,vineppo.alternatives=true \
 	--arm spo_chain3=algorithm=spo_chain,spo_chain.num_mc_rollouts=3 \
 	--arm counterfactual=algorithm=counterfactual \
-	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16 --free exact \
+	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16,vineppo.alternatives=false --free exact \
 	--biased grpo_lambda4 --biased spo_chain3
 GRADIENT_PROBLEMS ?= 4096
 
 runs/half/final/config.json: | $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/vineppo train $(if $(wildcard runs/half/config.yaml),--resume runs/half,wording --algorithm reinforce \
-		--run.iterations 13 --run.seed 100 --run.dir runs/half)
+		--run.iterations 30 --run.seed 100 --run.dir runs/half)
 
 results-gradient: runs/half/final/config.json  ## tokens to measure the gradient, for every credit method; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording $(GRADIENT) --problems $(GRADIENT_PROBLEMS) \
