@@ -288,7 +288,7 @@ class Rollout:
     """The response as text, without special tokens."""
     reward: float | None
     """Reward of the whole response. None means that no reward function applies to the response (each returned None).
-    Such a rollout has advantages of 0, and it is left out of all means and baselines."""
+    Such a rollout has advantages of 0, and its reward is left out of all mean rewards and baselines."""
 
 
 @dataclass(frozen=True)
