@@ -1,6 +1,7 @@
-"""Places at which sentences and lines of mathematical texts end, for the splitter `math` (see `split_mathematics`).
+"""Find the ends of sentences and lines in mathematical texts, for the splitter `math` (see `split_mathematics`).
 
-Only the text before a place decides whether it is one. The text after it may not have been sampled yet.
+Whether a text may be cut at a place depends only on the text before the place, because the text after it may not have
+been sampled yet.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def mathematical_places(text: str) -> Iterator[tuple[int, int]]:
 def _punctuation_places(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield the place that belongs to the punctuation marks text[start:end], if there is one.
 
-    After a digit or a single letter, marks count only before white space. The place is then behind the white space: in
-    front of it, the text does not show yet that it follows.
+    After a digit or a single letter, marks count only before white space. The place is then after the white space,
+    because the text before the white space does not show that it follows.
     """
     mark, before = text[start], text[max(0, start - 2) : start]
     doubtful = before[-1:].isdigit()

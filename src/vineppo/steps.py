@@ -272,8 +272,8 @@ def split_mathematics(tokens: Sequence[str]) -> tuple[int, ...]:
     - A sentence does not end inside a formula (`$..$`, `$$..$$`, `\(..\)`, `\[..\]`, `\begin..\end`). A line ends
       inside a formula, too, so each line of an `align` environment is a step. A formula that is not closed ends at the
       next blank line; `$` and `\(` end at the next newline.
-    - A step of more than 100 characters also ends after a comma or the word "and" outside formulas, and after an equals
-      sign outside braces.
+    - A step of more than 100 characters also ends after a comma or "and" outside formulas, and after an equals sign
+      outside braces. A longer word that begins with "and" counts too, because the text before a cut does not show it.
     - Blank lines, cuts inside tokens and EOS are treated as in `split_at_newlines`.
     """
     text = "".join(tokens)
@@ -393,10 +393,10 @@ def split_every(num_tokens: int, tokens: Sequence[str]) -> tuple[int, ...]:
 def merge_steps(boundaries: Sequence[int], max_states: int) -> tuple[int, ...]:
     """Merge neighbouring steps so that at most `max_states` steps remain.
 
-    The first half of the `max_states` - 1 first steps are single steps, half of the others consist of two steps each,
-    half of those that are then left of four, and so on. The last step contains all others. With a maximum of 8, the
-    ends of the steps 1, 2, 3, 4, 6, 8 and 12 remain. Which ends remain does not depend on the number of steps, because
-    this number depends on later tokens.
+    Of the `max_states` - 1 first remaining steps, half (rounded up) are single steps. Half of the others consist of two
+    steps each, half of those that are then left of four, and so on. The last remaining step contains all other steps.
+    With a maximum of 8, the ends of the steps 1, 2, 3, 4, 6, 8 and 12 remain, and that of the last step. Which ends
+    remain does not depend on the number of steps, because this number depends on later tokens.
 
     Args:
         boundaries: the end of each step as a number of tokens, strictly increasing, shape (S,).

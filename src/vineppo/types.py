@@ -43,8 +43,9 @@ Metrics = dict[str, float]
 def printable(text: str) -> str:
     r"""Return a text in which characters that can control a terminal are escaped, for example ESC as `\x1b`.
 
-    Newlines and tabs are kept. All other characters that cannot be printed are escaped: control characters, marks that
-    change the direction of the text, and unpaired surrogates, which many streams cannot encode.
+    Newlines and tabs are kept. All other characters for which `str.isprintable` is false are escaped, such as control
+    characters, marks that change the direction of the text, spaces other than U+0020, and unpaired surrogates, which
+    many streams cannot encode.
     """
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
@@ -118,13 +119,13 @@ class Draft:
     The n tokens were sampled with the same weights and temperature, without excluded tokens, and with the random
     numbers of another request. A completion takes the next token d of the draft with probability min(1, p(d) / q(d)): p
     is the probability of d in the completion, q in the draft's own context. The first token that it does not take is
-    replaced by one that is drawn from max(p - q, 0), divided by its sum. The tokens behind it are drawn without the
+    replaced by one that is drawn from max(p - q, 0), divided by its sum. The tokens after it are drawn without the
     draft. (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318)
 
     Over the randomness of the draft and of the completion, the completion has exactly the distribution of the policy,
-    and each token is the draft's with the largest possible probability. For this, the draft must not be chosen by what
-    its tokens are. Given the draft, the distribution is another one: completions with the same draft are not
-    independent of each other, nor of the draft.
+    and each token equals that of the draft with the largest possible probability. This holds only if the draft was not
+    selected by its tokens. Given the draft, the distribution is another one: completions with the same draft depend on
+    each other and on the draft.
 
     Raises:
         ValueError: if the fields do not fit together.
@@ -138,7 +139,7 @@ class Draft:
     """Log-probability of each token in the draft's own context in nats, with the temperature applied, shape (n,). They
     are not used at temperature 0."""
     start: int = 0
-    """Index in the completion of the draft's first token: so many tokens are drawn before it, without the draft."""
+    """Index of the draft's first token in the completion. The tokens before it are drawn without the draft."""
 
     def __post_init__(self) -> None:
         if not self.context:
@@ -232,11 +233,11 @@ class Sampler(Protocol):
     processes can change the logits by rounding errors. `capabilities.reproducible` says whether the number of workers
     can change completions in this way:
 
-    - True: it cannot. The completions are bit-identical for any number of workers. This is the case for the samplers of
-      this package. They divide the requests into units, independently of the number of workers, and sample each unit as
-      one batch.
-    - False: it can. Only the random numbers are the same for any number of workers. Log-probabilities can differ by
-      rounding. A token can differ if the rounding changes which token a random number selects.
+    - True: it cannot. The completions are bit-identical for any number of workers. This is the case for the compiled
+      engine and the PyTorch sampler, also in a Ray pool. They divide the requests into units, independently of the
+      number of workers, and sample each unit as one batch.
+    - False: it can, as with vLLM. Only the random numbers are the same for any number of workers. Log-probabilities can
+      differ by rounding. A token can differ if the rounding changes which token a random number selects.
     """
 
     @property
@@ -287,7 +288,7 @@ class Rollout:
     """The response as text, without special tokens."""
     reward: float | None
     """Reward of the whole response. None means that no reward function applies to the response (each returned None).
-    Such a rollout has advantages of 0, and it is left out of all means and baselines."""
+    Such a rollout has advantages of 0, and its reward is left out of all mean rewards and baselines."""
 
 
 @dataclass(frozen=True)
@@ -397,10 +398,10 @@ class TrainingSample:
 
 
 CreditFn = Callable[[list[RolloutGroup], int], tuple[list[TrainingSample], Metrics]]
-"""Credit function of an algorithm: (groups of rollouts, index of the iteration) -> (training samples, metrics).
+"""Credit function of an algorithm: (groups of rollouts, number of the iteration) -> (training samples, metrics).
 
-The function may return any number of samples in any order: one per rollout; fewer, for example only the rollouts with a
-high reward; or more, for example also prefixes that rollouts share, or MC rollouts."""
+Iterations are counted from 1. The function may return any number of samples in any order: one per rollout; fewer, for
+example only the rollouts with a high reward; or more, for example also prefixes that rollouts share, or MC rollouts."""
 
 RewardFn = Callable[..., Any]
 """Reward function: fn(prompts, completions, completion_ids, **columns) -> list of rewards. All arguments and the result
@@ -563,12 +564,12 @@ class Learner(Protocol):
         """Train on the samples of one iteration for one or more epochs.
 
         Args:
-            iteration: index of the iteration.
+            iteration: number of the iteration, counted from 1.
             num_rollouts: number of rollouts of the iteration. It determines the number of updates, which does not
                 depend on the number of samples.
             check: called before the first optimizer step with the metrics of the samples; it may raise an error.
         Returns:
-            The metric `updates`, which is the number of updates, and other metrics as means over the updates.
+            The metric `updates`, which is the number of updates since the start of the run, and other metrics.
         """
         ...
 

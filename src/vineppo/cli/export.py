@@ -136,7 +136,7 @@ def _float(request: Request, name: str, default: float) -> float:
         number = default if text is None else float(text)
     except ValueError:
         number = float("nan")
-    if number - number != 0:  # neither NaN nor infinite
+    if number - number != 0:  # NaN or infinite
         raise UserError(f"--{name} is {text!r}; it must be a number")
     return number
 

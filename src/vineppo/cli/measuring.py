@@ -51,7 +51,7 @@ def spec_of(request: Request, cls: type[Spec], command: str) -> Spec:
 
 
 def say(line: str) -> None:
-    """Print a line of progress."""
+    """Print a line of progress on standard error."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -36,7 +36,7 @@ class Command:
     settings: Callable[[], type[Settings]] | None = None
     """Returns the settings class. Each of its dotted keys is an option. None if the command has no settings."""
     takes_more: int = 0
-    """Largest number of positional arguments behind the first one."""
+    """Largest number of positional arguments after the first one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Request:
     overrides: Mapping[str, str]
     """Dotted key -> text, for the settings given on the command line."""
     more: tuple[str, ...] = ()
-    """The positional arguments behind the first one."""
+    """The positional arguments after the first one."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,7 +168,11 @@ def _metavar(kind: Any) -> str:
 
 
 def int_option(request: Request, name: str, default: int) -> int:
-    """Return the value of an option as an integer, or `default` if the option is not given."""
+    """Return the value of an option as an integer, or `default` if the option is not given.
+
+    Raises:
+        UserError: if the value is not a whole number.
+    """
     text = request.options[name]
     try:
         return default if text is None else int(text)

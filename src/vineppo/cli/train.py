@@ -121,7 +121,10 @@ def _resume(request: Request) -> int:
 
 @contextlib.contextmanager
 def _reporter(config: Config) -> Iterator[Reporter | None]:
-    """Yield a reporter that does without a closed terminal. It is closed also after an error, with its progress bar."""
+    """Yield a reporter that lets the run go on if the terminal is closed; None on all ranks but the first.
+
+    At the end, also after an error, the progress bar of the reporter is stopped.
+    """
     from vineppo.training.stopping import LastingReporter, without_console
 
     if launched_ranks()[0]:  # Rank 0 reports.

@@ -41,8 +41,8 @@ class Curves:
     seconds: np.ndarray
     """Seconds of training since the start of the run, shape (N, E)."""
     kl: np.ndarray | None
-    """KL divergence from the starting model in nats, shape (N, E), NaN where it was not measured; None if it never
-    was."""
+    """KL divergence from the starting model in nats per response, shape (N, E), NaN where it was not measured; None if
+    it never was."""
 
     def without(self, run: int) -> Curves:
         """Return the curves without one run, given by its index, 0 <= run < N."""
@@ -203,9 +203,9 @@ def _number(value: float | None) -> float:
 def at_equal_amounts(curves: Mapping[str, Curves | None]) -> dict[str, Any]:
     """For each resource, compute the accuracy of each arm after the same amount of the resource.
 
-    This amount is the smallest total amount that any run used. The accuracy of a run is interpolated linearly between
-    its evaluations. If the learning rate decays until the end of a run, the comparison favours the run with the
-    smallest total amount, because only this run has completed its decay at the compared amount.
+    This amount is the smallest amount that any run had used at the end of the curves of its arm. The accuracy of a run
+    is interpolated linearly between the points of its curve. If the learning rate decays until the end of a run, the
+    comparison favours the run with the smallest amount, because only this run has completed its decay at that amount.
 
     Args:
         curves: name of the arm -> its curves, or None if it has no curves.

@@ -47,7 +47,8 @@ _COMMON = (
 
 
 _LEFT_OUT = (("tokens", "greedy"), ("'s best",), ("tuning",))
-"""Words in the names of the columns that a narrow terminal does not show, those left out first at the front."""
+"""Groups of words. If the terminal is too narrow, the columns whose names contain a word of the first group are left
+out, then those of the second group, and so on."""
 
 
 def spec_record(spec: CompareSpec, runs: Sequence[RunRecord]) -> dict[str, Any]:

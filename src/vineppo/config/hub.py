@@ -41,10 +41,10 @@ def needs_local_copy(where: str, name: str, kind: Kind, advice: str) -> bool:
         kind: `model` or `dataset`.
         advice: what the user can do, with which the error message ends.
     Returns:
-        True if the Hub cannot be reached and the cache of downloads contains a copy.
+        True if the cache of downloads contains a copy, and the Hub either cannot be reached or has no model or data set
+        of this name that is public or that the user's token may read.
     Raises:
-        UserError: if the Hub has no public model or data set of this name, or if the Hub cannot be reached and there is
-            no copy.
+        UserError: if there is no copy in this case.
     """
     state = _state(name, kind)
     if state == "exists":

@@ -59,10 +59,10 @@ def smallest_to_come(step_advantages_S: Sequence[float]) -> list[float]:
 
 
 def from_first_drop(step_advantages_S: Sequence[float], drop: float) -> list[float]:
-    """Return step advantages that keep the steps before the first large drop, and punish those from it on.
+    """Return step advantages that are negative from the first large drop on, and not negative before it.
 
     The first step whose advantage is at most -`drop` is taken as the first error. The advantages of the steps before it
-    are raised to at least 0, and all steps behind it get the advantage of the drop. Without such a step, the advantages
+    are raised to at least 0, and all later steps get the advantage of the drop. Without such a step, the advantages
     are unchanged. The division into a good prefix and a suffix with an error is that of arXiv 2601.18984, where a
     process reward model finds the error.
 
@@ -210,7 +210,7 @@ def gae(
         values_T: value of the state before each response token, in reward units, shape (T,).
         reward: reward of the whole response.
         gamma: discount factor per token.
-        gae_lambda: lambda, or the lambda_t of each token, shape (T,). With lambda_t = 1 the value of the state behind
+        gae_lambda: lambda, or the lambda_t of each token, shape (T,). With lambda_t = 1 the value of the state after
             token t cancels.
     Returns:
         (advantages, returns), both in reward units, shape (T,). The return of a token is its advantage plus its value.

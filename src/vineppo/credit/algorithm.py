@@ -18,7 +18,7 @@ PredictValues = Callable[[Sequence[Rollout]], list[list[float]]]
 """Function (rollouts) -> one list per rollout with an entry for each of its T response tokens, shape (T,). An entry is
 the value network's prediction of the value of the state before the token, in reward units."""
 SampleFn = Callable[[Sequence[Problem], int], list[RolloutGroup]]
-"""Function (problems, iteration) -> one group per problem, each with `group_size` graded rollouts."""
+"""Function (problems, number of the iteration) -> one group per problem, each with `group_size` graded rollouts."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 At some places of a response, another token is drawn in place of the response's token, and the response is continued
 from there. The difference between the two rewards is the credit of the other token. The continuation is coupled with
-the response: the tokens of the response behind the place are its draft (`types.Draft`), so it differs from them only as
+the response: the tokens of the response after the place are its draft (`types.Draft`), so it differs from them only as
 far as the other token changes the probabilities of later tokens. Most places change nothing later; their continuations
 cost one or two tokens, and their credit is 0.
 """

@@ -1,8 +1,8 @@
 """GRPO-lambda: the group-relative advantage, spread over the tokens by eligibility traces (arXiv 2510.00194).
 
 A trace says how much a token takes part in an error that is observed later. It starts at 1 when the token is sampled
-and is multiplied by lambda with every later token. The only errors are those of the group: no value network predicts
-the value of the states in between.
+and is multiplied by lambda with every later token. The only error of a response is its advantage in the group, because
+no value network predicts the values of the states in between.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SPO-chain: Monte-Carlo values at cutpoints, and advantages only for the uncertain tokens (arXiv 2505.23564).
 
 A token is uncertain if the policy sampled it with a low probability. A segment ends after a number of uncertain tokens.
-Its advantage is the value after it minus the value before it, estimated as in VinePPO, and only its uncertain tokens
-get it: the others had hardly an alternative.
+Its advantage is the value after it minus the value before it, estimated as in VinePPO. Only its uncertain tokens get
+this advantage, because at the other tokens another choice was unlikely.
 """
 
 from __future__ import annotations

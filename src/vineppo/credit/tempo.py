@@ -62,10 +62,11 @@ def leave_one_out_tree(
     """Return the advantages of all tokens of a group, in which no token is compared with itself.
 
     Let s be the state before a token of response i, and s' the state after it. The return of the token is the mean
-    reward of all responses that pass through s'. They include response i, and are all fair samples of what follows the
-    token. The baseline is the value of s, estimated from the other responses only, so it does not depend on the token.
-    If n other responses pass through s, the baseline is (n * their mean reward + `prior` * b) / (n + `prior`), where b
-    is the baseline at the last state before s at which one of the other responses left response i.
+    reward of all responses that pass through s', including response i. The baseline is the value of s, estimated from
+    the other responses only, so it does not depend on the token. At the prompt, and until a response leaves response i,
+    it is the mean reward of the other responses. If n > 0 other responses pass through a later s, the baseline is
+    (n * their mean reward + `prior` * b) / (n + `prior`), where b is the baseline at the last state before s at which
+    one of the other responses left response i. If no other response passes through s, the baseline is b.
 
     Args:
         responses_G: the token ids of each of the G responses to one problem.

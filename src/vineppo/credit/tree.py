@@ -110,7 +110,7 @@ def _check(settings: TreeSettings, config: Config) -> None:
 def branching_points(settings: TreeSettings, parts: CreditParts) -> BranchingPoints:
     """Return the function that finds the branching points of a response.
 
-    Whether a response branches after b tokens is decided by these b tokens, and by its not having ended with them.
+    Whether a response branches after b tokens depends only on these tokens and on whether the response ends with them.
     """
     levels = len(settings.branches)
     unit, every = _points_every(settings.branch_at)
@@ -154,7 +154,7 @@ class _Grower:
 
     Attributes:
         parts: the objects of the run.
-        iteration: number of the iteration.
+        iteration: number of the iteration, counted from 1.
         owners: (problem, token ids of its prompt, number of earlier groups of the same problem) of each tree.
     """
 
@@ -264,8 +264,9 @@ def tree_credit(settings: TreeSettings, parts: CreditParts) -> CreditFn:
     """Build the credit function.
 
     The value of an edge is the mean reward of its leaves that have one. Its advantage is this value minus a baseline
-    (`TreeSettings.values`), and 0 if no leaf has a reward or there is nothing to compare with. At the prompt, a tree
-    with a single edge is compared with the mean value of the other trees of the iteration.
+    (`TreeSettings.values`), and 0 if no leaf has a reward or there is nothing to compare with. With `siblings`, an edge
+    at the prompt without a sibling that has a value is compared with the mean value of the other trees of the
+    iteration.
 
     There is one training sample per leaf. The tokens of an edge are trained in the sample of its first leaf, with the
     number of its leaves as their weight, and are context in the samples of the others. A response that is in the group
@@ -301,7 +302,7 @@ def _edges(
 
     Args:
         rollouts: the leaves in depth-first order.
-        others: baseline for a tree with a single edge at the prompt; None if there is none.
+        others: baseline of an edge at the prompt that has no sibling with a value (form `siblings`); None for none.
     Raises:
         ValueError: if leaves that should share an edge have different tokens there.
     """
@@ -310,7 +311,7 @@ def _edges(
     edges: list[_Edge] = []
 
     def grow(leaves: range, level: int, start: int) -> None:
-        """Add the edges that begin after `start` tokens, and those behind them."""
+        """Add the edges that begin after `start` tokens, and those that follow them."""
         families = [leaves[i : i + size_at[level]] for i in range(0, len(leaves), size_at[level])]
         values = [_value([rollouts[i] for i in family]) for family in families]
         single = others if level == 0 else None
@@ -346,7 +347,7 @@ def _advantages(
         values: value of each edge.
         sizes: number of leaves of each edge.
         root: mean reward of all leaves of the tree.
-        single: baseline for the form `siblings` if there is only one edge; None for none.
+        single: baseline for the form `siblings` of an edge that has no sibling with a value; None for none.
     """
     known = [value for value in values if value is not None]
     advantages = []

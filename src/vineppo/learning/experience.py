@@ -45,7 +45,7 @@ class Counts(NamedTuple):
     rollouts: float
     """Number of rollouts in the iteration, multiplied by the fraction of the samples that are in the minibatch. The KL
     penalty in the loss is divided by this number if `learner.kl.reduction` is `sequence_sum`, and the policy loss if
-    `learner.reduction` is `sequence_mean`."""
+    `learner.reduction` is `sequence_mean`, or by its product with the maximum length of a response for `constant`."""
     seen: float
     """Sum of the weights of the trained tokens that remain after the function `credited` has removed others. Only these
     tokens are in the forward pass, so the metric `policy/kl_old` is a mean over them."""

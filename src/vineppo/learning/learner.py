@@ -262,10 +262,11 @@ class TorchLearner:
         The log-probabilities under the policy and under the reference are computed. The advantages are reduced by the
         KL penalty if `config.kl.place` is "reward", and are then scaled.
 
-        The samples of the first minibatch of which all tokens are in its forward pass with gradients get their old
-        log-probabilities from this pass, because its weights are those before the update. This is not so if dropout is
+        If all tokens of a sample of the first minibatch are in the minibatch's forward pass with gradients, the sample
+        gets its old log-probabilities from this pass, because its weights are those before the update. All other
+        samples get them from a separate pass without gradients. So do the samples of the first minibatch if dropout is
         active, if the KL penalty is in the reward (the advantages then need the old log-probabilities), or if tokens
-        without gradient are left out of the pass. Then, and for all other samples, there is a pass without gradients.
+        without gradient are left out of the pass.
 
         Args:
             first: the indices of the samples of the first minibatch; empty if all samples need a separate pass.

@@ -83,7 +83,11 @@ def config_from_dict(cls: type[T], data: Mapping[str, Any], where: str = "in the
 
 
 def config_from_layers(layers: Iterable[Layer]) -> Config:
-    """Build a training configuration from several layers; later layers override earlier ones."""
+    """Build a training configuration from several layers; later layers override earlier ones.
+
+    Raises:
+        UserError: for an unknown key, a wrong type, or values that are not allowed.
+    """
     layers = list(layers)
     specs = [_algorithm_spec(data) for data, _ in layers if "algorithm" in data]
     return _resolved(find_algorithm(specs[-1] if specs else Config().algorithm), layers)

@@ -27,7 +27,7 @@ from vineppo.types import Problem, Sampler, Task
 
 @dataclass(frozen=True)
 class Measurement:
-    """Rewards of `num_samples` responses to each of P problems, and numbers of sampled tokens and cut-off responses."""
+    """Rewards of `num_samples` responses to each of P problems, number of sampled tokens, and truncated share."""
 
     rewards: tuple[tuple[float | None, ...], ...]
     """Reward of each response, shape (P, num_samples). It is None if no reward function applies to the response."""

@@ -19,7 +19,11 @@ Accuracy = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and grades responses of the current policy to held-out problems. Always the same problems and seeds."""
+    """Samples and grades responses of the current policy to held-out problems.
+
+    The problems are the same in every evaluation. The sampling seeds depend on the seed of the run and on the time of
+    the evaluation (before or after training, or the iteration).
+    """
 
     codec: Codec
     sampler: Sampler

@@ -43,7 +43,8 @@ def fit_prompts(
     Args:
         max_new_tokens: maximum length of a response in tokens.
         overlong: `drop` removes the prompts that are too long from the task; `error` refuses them.
-        counts: number of problems of each split to check, counted from the first; None means all.
+        counts: number of problems of each split to check, counted from the first; None means all. With `drop`, all
+            problems of these splits are checked.
     Returns:
         The number of problems that were removed from each split.
     Raises:

@@ -17,7 +17,7 @@ from vineppo.types import Rollout, RolloutGroup, UserError
 
 
 def train_in_rounds(session: OfflineSession) -> None:
-    """Train the policy of the session in rounds. Afterwards it is the policy of the last round.
+    """Train the policy of the session in rounds. The result is the policy of the last round.
 
     A round samples responses with the policy of the round before, and trains the starting model on the right ones.
 

@@ -405,10 +405,11 @@ def _is_number(value: Any, *, whole: bool = False) -> bool:
 
 
 def _num_updates(steps: float, updates: int) -> int:
-    """Convert a number of steps, as in transformers, to a number of updates.
+    """Convert a number of steps to a number of updates.
 
     Args:
-        steps: a number of updates, or a fraction of all updates if it is below 1.
+        steps: a number of updates, or, as in transformers, a fraction of all updates if it is below 1. The product is
+            rounded to the nearest whole number (transformers rounds up).
         updates: number of updates of the run.
     """
     return round(steps * updates) if steps < 1 else int(steps)

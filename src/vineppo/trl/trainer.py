@@ -70,8 +70,8 @@ class TrainOutput(NamedTuple):
     global_step: int
     """Number of updates."""
     training_loss: float
-    """Mean of the logged policy losses. The loss does not show whether the policy has improved. Of several processes,
-    only the first one logs; it is 0 in the others."""
+    """Mean of the policy's loss (`policy/objective`) over the iterations. The loss does not show whether the policy has
+    improved. With several processes, it is 0 in all but the first."""
     metrics: dict[str, Any]
     """The content of summary.json in the run directory: accuracies, numbers of tokens and updates, seconds."""
 
@@ -344,7 +344,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
 def _device(args: VinePPOConfig) -> str:
     """Return the device for training: `cuda` if PyTorch finds a GPU and `args.use_cpu` is False, otherwise `cpu`.
 
-    If a launcher has started several processes, each of a machine uses another GPU.
+    If a launcher has started several processes, each process of a machine uses its own GPU.
     """
     if launched_ranks()[1] > 1 and torch.cuda.is_available() and not args.use_cpu:
         use_own_gpu()

@@ -95,7 +95,7 @@ class ValueEstimator(Protocol):
         """Estimate the values of states.
 
         Args:
-            iteration: index of the iteration, from which the seeds are derived.
+            iteration: number of the iteration, from which the seeds are derived.
         Returns:
             (value of each state in the order of `states`, cost of the estimates). The value is None if none of the
             continuations of the state has a reward.
@@ -114,7 +114,7 @@ class NodeEstimator(ValueEstimator, Protocol):
         Args:
             states: the states to evaluate.
             rollouts: (problem, rollout) pairs. Each rollout must be the `State.rollout` of at least one of the states.
-            iteration: index of the iteration, from which the seeds are derived.
+            iteration: number of the iteration, from which the seeds are derived.
         Returns:
             (values, nodes, cost): the value of each state in the order of `states` (None if none of its continuations
             has a reward), one list of nodes per rollout with a node for each response token, and the cost of the
@@ -154,7 +154,7 @@ class MonteCarlo:
         continuation, because the response was truncated by the length limit. The value of such a state is 0.
 
         Args:
-            iteration: index of the iteration, from which the seeds are derived.
+            iteration: number of the iteration, from which the seeds are derived.
         Returns:
             (value of each state in the order of `states`, cost of the estimates). The value is None if none of the
             continuations of the state has a reward.

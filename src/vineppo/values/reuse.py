@@ -204,7 +204,7 @@ class _TreeWalk:
     states: Sequence[State]
     """The states of the problem that are evaluated."""
     iteration: int
-    """Index of the iteration, from which the seeds are derived."""
+    """Number of the iteration, from which the seeds are derived."""
     exits: list[_Exit] = field(default_factory=list)
     """One entry for each state at which walkers leave the tree."""
     pools: dict[Key, np.ndarray] = field(default_factory=dict)
