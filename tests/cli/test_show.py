@@ -71,8 +71,8 @@ def test_lists(
 def test_a_list_can_be_limited_or_empty(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, run, "--drops", "--limit", "1")
     assert lines[0] == "iteration 2: 3 of 3 responses, of which the first 1 are listed" and len(lines) == 4
-    assert output(capsys, run, "1", "--truncated") == ["iteration 1: none of 2 responses"]
-    assert output(capsys, run, "2", "--disagree") == ["iteration 2: none of 3 responses"]
+    assert output(capsys, run, "1", "--truncated") == ["iteration 1: none of 2 responses is in this list"]
+    assert output(capsys, run, "2", "--disagree") == ["iteration 2: none of 3 responses is in this list"]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,25 @@ def test_a_stretch_without_a_difference_is_not_halved() -> None:
     assert sample.advantages[1:] == pytest.approx([1 / 9] * 32 + [0] * 32)
 
 
+def test_kept_continuations_of_a_state_that_another_rollout_evaluates_first() -> None:
+    """Both responses begin with 0. The second one, which is not kept, evaluates the state after it a round earlier."""
+    kept: list[tuple[int, bool]] = []
+
+    class Recording(Scripted):
+        def evaluate(self, states: Sequence[State], iteration: int) -> tuple[list[Value], ValueCost]:
+            kept.extend((len(state.response_ids), state.keep) for state in states)
+            return super().evaluate(states, iteration)
+
+    responses = [((0, 1, 2, 3), 0.0), ((0, 5), 1.0)]
+    rollouts = tuple(Rollout((7,), ids, (0.0,) * len(ids), "stop", "", reward) for ids, reward in responses)
+    splitter = build_splitter("tokens:1")
+    credit = bisected_vine_credit(
+        Recording([0.5, 0.4, 0.3, 0.2, 0.1], []), splitter, lambda ids: ["x"] * len(ids), 0, 0.7, keep=1
+    )
+    credit([RolloutGroup(Problem(id="p", prompt="p"), rollouts)], 0)
+    assert kept[0] == (0, True) and set(kept[1:3]) == {(2, True), (1, True)}
+
+
 def test_the_interval_of_a_difference_is_newcombes() -> None:
     """Example from Newcombe (1998, method 10): 56/70 against 48/80, 0.0524 to 0.3339 at 95%."""
     one, other = Value(56 / 70, 70), Value(48 / 80, 80)

@@ -102,7 +102,7 @@ def expected_credit(w: World, settings: CounterfactualSettings, excluded_first: 
             table, prefix = w.table[ids[:at]], ids[:at]
             behind = ids[at + 1 :] if settings.coupled else ()
             chance = _chance(settings, 1 - table[ids[at]])
-            branch = _Branch(0, at, 1 - table[ids[at]], chance)
+            branch = _Branch(0, 0, at, 1 - table[ids[at]], chance)
             for token in set(range(len(table))) - ({ids[at]} if excluded_first else set()):
                 drawn = table[token] / (branch.others if excluded_first else 1)
                 for tail, p in tails(w, (*prefix, token), ids[: at + 1], behind):
@@ -149,6 +149,17 @@ def test_the_two_tokens_of_a_pair_have_opposite_credit(lowest_reward: float) -> 
             pairs += advantage != 0
         assert not of_others
     assert pairs > 20
+
+
+def test_the_order_of_the_problems_changes_nothing() -> None:
+    """A rollout's branches and continuations depend on its problem, not on what stands before it."""
+    w = build_world(4)
+    groups = [replace(w.sampled_group(3, i), problem=replace(w.problem, id=f"p{i}")) for i in range(4)]
+    credit = counterfactual_credit(CounterfactualSettings(openness=0.7), parts(w))
+    forward, backward = credit(groups, 0)[0], credit(groups[::-1], 0)[0]
+    assert sum(len(sample.alternatives) for sample in forward) > 3
+    reordered = [sample for i in range(4) for sample in backward[3 * (3 - i) : 3 * (4 - i)]]
+    assert reordered == forward
 
 
 def test_a_reward_below_the_lowest_one_is_an_error() -> None:

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import small_config
+from vineppo.cli.common import training_config
 from vineppo.cli.main import main
 from vineppo.config.recipes import load_recipe, recipe_names
 from vineppo.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
 from vineppo.config.settings import replace
 from vineppo.plan.amounts import guessed_amounts
+from vineppo.plan.datasheet import separate_passes
 from vineppo.plan.memory import memory_by_kind
 from vineppo.plan.predict import plan
 from vineppo.plan.shape import GIB, KNOWN
@@ -56,6 +58,26 @@ def test_calibration_predicts_the_counts_of_the_run(tmp_path: Path) -> None:
     assert half.rollout_tokens == pytest.approx(prediction.amounts.rollout_tokens, rel=0.2) and half.updates == 4
     others = {name: tokens for name, tokens, _ in prediction.variants}
     assert others["vineppo.num_mc_rollouts 18"] == pytest.approx(9 * prediction.amounts.mc_tokens)  # K is 2 here
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        # 8 of 32 rollouts are in the first minibatch. The old log-probabilities need a pass over all samples, because
+        # the training pass of a minibatch leaves out tokens without credit.
+        ({}, 1),
+        ({"learner.kl.coefficient": "0.1"}, 0.75 + 1),
+        ({"learner.kl.coefficient": "0.1", "learner.kl.share": "0.5"}, 0.875 + 0.5),
+        ({"learner.kl.coefficient": "0.1", "learner.kl.place": "reward"}, 1 + 1),
+        ({"learner.entropy_coefficient": "0.1"}, 0.75),
+        ({"learner.entropy_coefficient": "0.1", "learner.minibatch_size": "32"}, 0),
+        ({"learner.entropy_coefficient": "0.1", "model.lora.r": "4", "model.lora.dropout": "0.1"}, 1),
+    ],
+)
+def test_forward_passes_before_the_first_update(changes: dict[str, str], passes: float) -> None:
+    settings = {"learner.kl.coefficient": "0", "learner.minibatch_size": "8", **changes}
+    config = training_config("judgement", settings, "rloo")
+    assert separate_passes(config, 32) == pytest.approx(passes)
 
 
 def test_memory_by_hand_with_and_without_adapters() -> None:

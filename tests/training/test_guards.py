@@ -242,7 +242,10 @@ def test_incomplete_rollouts_are_refused(parts: Parts) -> None:
         (replace(rollout, sampler_logprobs=logprobs[1:]), f"has {len(ids)} tokens and {len(ids) - 1} log-prob"),
         (replace(rollout, response_ids=(), sampler_logprobs=()), "has 0 tokens"),
         (replace(rollout, response_ids=(10**6, *ids[1:])), "has token id 1000000; the model's vocabulary has"),
-        (replace(rollout, sampler_logprobs=(math.nan, *logprobs[1:])), "not a finite one"),
+        (
+            replace(rollout, sampler_logprobs=(math.nan, *logprobs[1:])),
+            "has a log-probability of nan; allowed: finite numbers up to 0",
+        ),
         (replace(rollout, sampler_logprobs=(0.5, *logprobs[1:])), "has a log-probability of 0.5"),
         (replace(rollout, response_ids=ids[:-1], sampler_logprobs=logprobs[:-1]), "finish reason stop, but it ends"),
     ]:
@@ -483,4 +486,12 @@ def test_values_that_differ_from_the_rewards_are_a_sign(parts: Parts) -> None:
         return watch.given
 
     assert after(0.0) == {}
-    assert "are +0.2" in after(0.2)["values"]
+    assert "differ from the mean reward by +0.2" in after(0.2)["values"]
+
+
+def test_values_that_are_wrong_by_a_constant_are_a_sign(parts: Parts) -> None:
+    """By rounding, the variance of 30 errors of 0.1 is below 0."""
+    watch = Watch(guards_of(parts), 40)
+    assert sum([0.1**2] * 30) - 30 * (sum([0.1] * 30) / 30) ** 2 < 0
+    watch.value_errors.add(sum([0.1] * 30), sum([0.1**2] * 30), 30)
+    assert "differ from the mean reward by +0.100 on average over 30 groups" in watch._values()

@@ -169,6 +169,10 @@ def test_fields_have_the_same_meaning_as_in_trl() -> None:
         and config.eval.every == 0
         and config.eval.final_num_problems == 0
     )
+    ratios = {0.0: 0, 0.001: 1, 0.0126: 4, 1.0: 240}  # rounded up, as in transformers
+    for ratio, updates in ratios.items():
+        changed = dataclasses.replace(args, warmup_ratio=ratio).to_config(num_train=40)
+        assert changed.learner.warmup_updates == updates
     assert config.learner.kl.importance_weighted and config.rollouts.max_new_tokens == 512  # TRL's defaults
     grpo = VinePPOConfig(num_generations=8, algorithm="grpo", scale_rewards=False).to_config(num_train=40)
     assert config_to_dict(grpo)["grpo"] == {"scale_by_std": False}

@@ -184,9 +184,8 @@ def test_a_sampler_that_cannot_exclude_tokens_gives_new_continuations_and_one_wa
         credit = build_vine_credit(settings, limited, w.policy.codec)
         samples, metrics = credit(groups, 0)
         assert credit(groups, 0) == (samples, metrics)
-    message = (
-        f"vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets {num_mc_rollouts} new"
-    )
+    message = "continuations are not reused: this sampler cannot exclude first tokens, so every state gets "
+    message += f"{num_mc_rollouts} new"
     assert [str(warning.message).startswith(message) for warning in caught] == [True]
     assert "\n" not in str(caught[0].message) and "times as many tokens" in str(caught[0].message)
 

@@ -199,8 +199,8 @@ def _iterations(request: Request, known: list[int]) -> list[int]:
     text = request.options["iterations"]
     if text is None:
         return known
-    first, _, last = text.partition("-")
-    last = last or first
+    first, dash, last = text.partition("-")
+    last = last if dash else first
     if not all(part.isascii() and part.isdigit() for part in (first, last)):
         raise UserError(f"--iterations is {text!r}; give a number such as 5, or a range such as 5-9")
     chosen = [number for number in known if int(first) <= number <= int(last)]

@@ -91,7 +91,7 @@ def _print_queue(request: Request, name: str) -> None:
     _escape_what_cannot_be_encoded()
     where = f"iteration {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} iterations"
     if not entries:
-        print(f"{where}: none of {len(responses)} responses")
+        print(f"{where}: none of {len(responses)} responses is in this list")
         return
     shown = entries[:limit]
     unit = "steps in" if name == "disagree" else "of"

@@ -203,7 +203,7 @@ class CompareSpec:
             f"the comparison contains {', '.join(duplicates)} more than once; list each algorithm once, and give every "
             "arm a name of its own",
         )
-        require(bool(self.seeds), "seeds is empty; it must be at least 1 seed")
+        require(bool(self.seeds), "seeds is empty; give at least one seed")
         require(self.jobs >= 1, f"jobs is {self.jobs}; it must be at least 1")
         _checked_budget(self.budget)
         unknown = [name for name in self.baselines if name not in {arm.name for arm in self.arms}]

@@ -660,7 +660,7 @@ class SFTConfig(Settings):
     result."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate (optimizer AdamW). After the warm-up, the learning rate falls linearly to 0."""
-    warmup_fraction: float = Field(0.03, ge=0)
+    warmup_fraction: float = Field(0.03, ge=0, le=1)
     """Fraction of the updates in which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""

@@ -88,6 +88,8 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
     Returns:
         (total cost of all rounds, number of rounds).
     """
+    # A state of a rollout whose continuations are kept may be evaluated first for another rollout.
+    kept = {search.state(step).key for search in searches if search.keep for step in range(search.num_steps)}
     known: dict[Key, Value | None] = {}
     costs: list[ValueCost] = []
     while pending := [(search, step) for search in searches for step in search.next_steps()]:
@@ -95,8 +97,7 @@ def _evaluate(searches: Sequence[_Bisection], estimator: ValueEstimator, iterati
         for search, step in pending:
             state = search.state(step)
             if state.key not in known:
-                keep = state.keep or (state.key in states and states[state.key].keep)
-                states[state.key] = replace(state, keep=keep)
+                states[state.key] = replace(state, keep=state.key in kept)
         values, cost = estimator.evaluate(list(states.values()), iteration)
         costs.append(cost)
         known.update(zip(states, values, strict=True))

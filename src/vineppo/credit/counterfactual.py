@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ class _Branch:
 
     rollout: int
     """Index of the rollout."""
+    number: int
+    """Number of the rollout among the rollouts of its problem in this iteration, counted from 0."""
     position: int
     """Index of the response's token that is replaced."""
     others: float
@@ -123,11 +126,11 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
     """
 
     def credit(groups: list[RolloutGroup], iteration: int) -> tuple[list[TrainingSample], Metrics]:
-        rollouts = with_reward(groups)
+        rollouts, numbers = with_reward(groups), _numbers(groups)
         branches = [
             branch
             for index, owner in enumerate(rollouts)
-            for branch in _branches(settings, parts.run_seed, iteration, index, owner)
+            for branch in _branches(settings, parts.run_seed, iteration, index, numbers[id(owner[1])], owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
         prefixes = [(rollouts[b.rollout][0], rollouts[b.rollout][1].response_ids[: b.position]) for b in branches]
@@ -231,14 +234,39 @@ def _kept(
     return kept
 
 
+def _numbers(groups: Sequence[RolloutGroup]) -> dict[int, int]:
+    """Return the number of each rollout among the rollouts of its problem, by the id of the object.
+
+    Random numbers depend on it, not on the place of the rollout in the iteration, so that the order of the problems
+    changes nothing.
+    """
+    counts: Counter[str] = Counter()
+    numbers = {}
+    for group in groups:
+        for rollout in group.rollouts:
+            numbers[id(rollout)] = counts[group.problem.id]
+            counts[group.problem.id] += 1
+    return numbers
+
+
 def _branches(
-    settings: CounterfactualSettings, run_seed: int, iteration: int, index: int, owner: tuple[Problem, Rollout]
+    settings: CounterfactualSettings,
+    run_seed: int,
+    iteration: int,
+    index: int,
+    number: int,
+    owner: tuple[Problem, Rollout],
 ) -> list[_Branch]:
-    """Return the places of a rollout that are branched, drawn at random."""
+    """Return the places of a rollout that are branched, drawn at random.
+
+    Args:
+        index: index of the rollout.
+        number: its number among the rollouts of its problem.
+    """
     problem, rollout = owner
     if _is_lowest(settings, reward_of(rollout)):
         return []
-    seed = derive_seed(run_seed, iteration, problem.id, "branches", index)
+    seed = derive_seed(run_seed, iteration, problem.id, "branches", number)
     keys = stream_keys(np.array([seed], np.uint64), np.array([0]))
     numbers = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
     branches = []
@@ -246,7 +274,7 @@ def _branches(
         others = -math.expm1(logprob)  # 1 - p
         chance = _chance(settings, others)
         if number < chance:
-            branches.append(_Branch(index, position, others, chance))
+            branches.append(_Branch(index, number, position, others, chance))
     return branches
 
 
@@ -268,7 +296,7 @@ def _request(
         prompt_ids=rollout.prompt_ids + ids[:at],
         num_samples=1,
         max_new_tokens=parts.max_new_tokens - at,
-        seed=derive_seed(parts.run_seed, iteration, problem.id, "counterfactual", branch.rollout, at),
+        seed=derive_seed(parts.run_seed, iteration, problem.id, "counterfactual", branch.number, at),
         response_tokens=at,
         excluded_first=(ids[at],) if parts.sampler.capabilities.excluded_first else (),
         temperature=parts.temperature,

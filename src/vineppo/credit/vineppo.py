@@ -100,8 +100,8 @@ class VinePPOSettings(Settings):
         require(
             self.transform == "none" or not (self.alternatives or self.bisection),
             f"vineppo.transform is {self.transform}, which changes the advantages of steps: with vineppo.alternatives "
-            "the advantages of tokens are trained, and with vineppo.bisection not all steps have one; set both false, "
-            "or vineppo.transform none",
+            "the advantages of tokens are trained, and with vineppo.bisection not all steps have one; set both to "
+            "false, or vineppo.transform to none",
         )
         require(
             self.reuse or not self.alternatives,

@@ -71,10 +71,10 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     (samples, metrics), credit_seconds = _timed(lambda: parts.credit(groups, 1))
     step = _step_seconds(learner)  # seconds of one optimizer step
     _, update_seconds = _timed(lambda: learner.update(samples, 1, num_rollouts))
-    # All samples are in one minibatch, so the only forward pass before the update is that of the reference model. It
-    # takes as long as one of the policy.
+    # `before`: seconds of the forward passes before the update, with all samples in one minibatch. The reference model
+    # takes as long as the policy.
     forward = _seconds(lambda: learner.logprobs(policy, samples))
-    reference = forward * separate_passes(replace(config, learner=learner_settings), num_rollouts)
+    before = forward * separate_passes(replace(config, learner=learner_settings), num_rollouts)
     scale = settings.num_problems / num_problems
     amounts = _amounts(config, groups, metrics, scale)
     parts.update_sampler()
@@ -84,7 +84,7 @@ def _calibrated(config: Config, problems: int | None) -> Plan:
     tokens = generated_tokens(groups)
     extra = (scale - 1) * per_row
     # Seconds of the forward and backward passes of one epoch.
-    passes = max(0.0, update_seconds - reference - step)
+    passes = max(0.0, update_seconds - before - step)
     prepare = forward * separate_passes(config, num_rollouts * scale)
     # Without MC rollouts, the time of the credit function is proportional to the number of problems.
     seconds = {

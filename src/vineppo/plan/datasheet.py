@@ -83,14 +83,21 @@ def planned_for(config: Config, name: str, response_tokens: int | None) -> Plan:
 def separate_passes(config: Config, rollouts: float) -> float:
     """Return the number of forward passes over all samples of an iteration before its first update.
 
-    The policy's pass gives the old log-probabilities. The first minibatch needs none, because its own training pass
-    gives them. The reference model's pass gives the KL term.
+    The policy's pass gives the old log-probabilities. Samples of the first minibatch need none if their own training
+    pass gives them: it contains all tokens of a sample that has a KL term in its loss, and of every sample if there is
+    an entropy bonus. With a dropout or with the KL penalty in the reward, all samples need the pass. The reference
+    model's pass gives the KL term.
 
     Args:
         rollouts: number of rollouts per iteration.
     """
-    kl = config.learner.kl
-    return max(0.0, 1 - config.learner.minibatch_size / rollouts) + (kl.share if kl.coefficient > 0 else 0.0)
+    learner, kl = config.learner, config.learner.kl
+    with_kl = kl.share if kl.coefficient > 0 else 0.0
+    if (kl.place == "reward" and with_kl) or config.model.lora.dropout > 0:
+        joined = 0.0
+    else:
+        joined = 1.0 if learner.entropy_coefficient > 0 else with_kl
+    return 1 - joined * min(1.0, learner.minibatch_size / rollouts) + with_kl
 
 
 def gpu_of(name: str) -> Gpu:

@@ -154,13 +154,12 @@ class Guards:
                 "one token, and one log-probability for each"
             )
         vocabulary = self.parts.policy.model.get_output_embeddings().weight.shape[0]
-        if not all(0 <= token < vocabulary for token in ids):
-            raise SamplerFault(f"{name} has token id {max(ids)}; the model's vocabulary has {vocabulary} tokens")
-        if not all(-math.inf < logprob <= 1e-3 for logprob in logprobs):
-            raise SamplerFault(
-                f"{name} has a log-probability of {max(logprobs):.3g} or not a finite one; allowed: finite numbers up "
-                "to 0"
-            )
+        unknown = [token for token in ids if not 0 <= token < vocabulary]
+        if unknown:
+            raise SamplerFault(f"{name} has token id {unknown[0]}; the model's vocabulary has {vocabulary} tokens")
+        wrong = [logprob for logprob in logprobs if not -math.inf < logprob <= 1e-3]
+        if wrong:
+            raise SamplerFault(f"{name} has a log-probability of {wrong[0]:.3g}; allowed: finite numbers up to 0")
         ended = ids[-1] in self.parts.codec.eos_ids or any(text in rollout.text for text in self.parts.stop)
         if rollout.finish_reason == "stop" and not ended:
             raise SamplerFault(

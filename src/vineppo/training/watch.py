@@ -209,11 +209,13 @@ class Watch:
         count, mean = round(self.value_errors.count), self.value_errors.mean
         if count < 30:
             return ""
-        variance = (self.value_errors.variance - count * mean**2) / (count - 1)
-        if abs(mean) > _STANDARD_ERRORS * math.sqrt(variance / count):
+        # By rounding, equal errors may have a variance just below 0 and a mean just above 0.
+        variance = max(0.0, (self.value_errors.variance - count * mean**2) / (count - 1))
+        if abs(mean) > max(1e-9, _STANDARD_ERRORS * math.sqrt(variance / count)):
             return (
-                f"the Monte-Carlo values of the prompts are {mean:+.3f} above the mean reward on average over {count} "
-                "groups, which is not chance; continuations must be sampled and graded in the same way as responses"
+                f"the Monte-Carlo values of the prompts differ from the mean reward by {mean:+.3f} on average over "
+                f"{count} groups, which is not chance; continuations must be sampled and graded in the same way as "
+                "responses"
             )
         return ""
 

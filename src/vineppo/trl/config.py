@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -305,12 +306,15 @@ class VinePPOConfig:
 
     def _lengths(self, plan: _Plan) -> dict[str, Any]:
         """Return the settings that depend on the number of updates of the run, as dotted key -> value."""
-        warmup = self.warmup_steps if self.warmup_ratio is None else self.warmup_ratio
+        if self.warmup_ratio is None:
+            warmup = _num_updates(self.warmup_steps, plan.updates)
+        else:
+            warmup = math.ceil(self.warmup_ratio * plan.updates)
         save = self._interval(self.save_strategy, self.save_steps, plan)
         return {
             "rollouts.num_problems": plan.num_problems,
             "learner.minibatch_size": self.minibatch_size,
-            "learner.warmup_updates": _num_updates(warmup, plan.updates),
+            "learner.warmup_updates": warmup,
             "run.iterations": plan.iterations,
             "run.max_updates": max(0, self.max_steps),
             "run.checkpoint_every": -(-save // plan.per_iteration),
@@ -408,11 +412,11 @@ def _num_updates(steps: float, updates: int) -> int:
     """Convert a number of steps to a number of updates.
 
     Args:
-        steps: a number of updates, or, as in transformers, a fraction of all updates if it is below 1. The product is
-            rounded to the nearest whole number (transformers rounds up).
+        steps: a number of updates, or a fraction of all updates if it is below 1. As in transformers, the product is
+            rounded up.
         updates: number of updates of the run.
     """
-    return round(steps * updates) if steps < 1 else int(steps)
+    return math.ceil(steps * updates) if steps < 1 else int(steps)
 
 
 def _checked_init(init: Callable[..., None]) -> Callable[..., None]:

@@ -103,7 +103,7 @@ def reusing_or_fresh(monte_carlo: MonteCarlo) -> ReusingMonteCarlo | MonteCarlo:
     if monte_carlo.sampler.capabilities.excluded_first:
         return ReusingMonteCarlo(monte_carlo)
     warnings.warn(
-        "vineppo.reuse is off: this sampler cannot exclude first tokens, so every state gets "
+        "continuations are not reused: this sampler cannot exclude first tokens, so every state gets "
         f"{monte_carlo.num_mc_rollouts} new continuations; the values are still unbiased, but about 2 to 3 times as "
         "many tokens are sampled",
         stacklevel=2,
