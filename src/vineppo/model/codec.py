@@ -162,7 +162,7 @@ class Codec:
 def _decodes_directly(tokenizer: Any) -> bool:
     """Return whether a tokenizer of transformers passes token ids to its Rust tokenizer and returns the text unchanged.
 
-    This is so if its class does not replace the methods that decode (`Codec.decode` asks for no clean-up of spaces). The
+    This is so if its class does not replace the methods that decode; `Codec.decode` asks for no clean-up of spaces. The
     Rust tokenizer can then be called directly. transformers checks every token id in Python first, which takes several
     times as long as decoding.
     """
