@@ -188,8 +188,8 @@ def llama_cpp(work: Work) -> Run:
 
     The model is first converted to a GGUF file. Each of LLAMA_OPTIONS then samples up to TRIAL_TOKENS tokens of every
     continuation of a quarter of the trunks with all threads, the best of them also with one thread, and the fastest
-    combination is used. With one thread, llama.cpp does not wait
-    at the barriers between operations, which take most of the time of a very small model.
+    combination is used. With one thread, llama.cpp does not wait at the barriers between operations, which take most of
+    the time of a very small model.
     """
     sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `benchmarks` importable.
     from benchmarks.llama import Continuations, Options, trunks_of, write_gguf

@@ -13,10 +13,9 @@ the same responses:
     generate     fixed_k with transformers' `generate` instead of the sampler of this package
 
 The model (`vineppo.measure.longchain`) has random weights and a vocabulary of five tokens. Like those of trained
-models, its continuations stay near
-the response: all have the same length, and one token has a probability of about 0.96 in every state, so the entropy is
-about 0.2 nats per token (the measured entropy is in length.json). Its shape (`build_policy`) makes the share of
-attention in the computation about that of TinyLlama-1.1B.
+models, its continuations stay near the response: all have the same length, and one token has a probability of about
+0.96 in every state, so the entropy is about 0.2 nats per token (the measured entropy is in length.json). Its shape
+(`build_policy`) makes the share of attention in the computation about that of TinyLlama-1.1B.
 
 Tokens and seconds are modelled as proportional to (number of steps)^exponent. The exponent is fitted to the numbers of
 at least 50 steps. Small sweeps give the exponents of the group size G, K and the number of parameters in the same way,
@@ -41,7 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folders `benchmarks` and `tests` importable.
+sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `benchmarks` importable.
 
 from benchmarks.engines import generate, peak_memory
 

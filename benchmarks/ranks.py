@@ -4,10 +4,10 @@
 python benchmarks/ranks.py --out docs/results/scale/equal.json
 ```
 
-Each case samples the training samples of an algorithm once, and makes eight updates with them with 1, 2 and 3 ranks
-(gloo, one thread each). The largest absolute difference of a weight, of a value and of a metric is written as JSON,
-together with the largest change of a weight, with which the difference must be compared. The other fields of the file
-are those of `benchmarks/workers.py`.
+Each case samples the training samples of an algorithm once, and makes eight or more updates with them with 1, 2 and 3
+ranks (gloo, one thread each). The largest absolute difference of a weight, of a value and of a metric is written as
+JSON, together with the largest change of a weight, with which the difference must be compared. The other fields of the
+file are those of `benchmarks/workers.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ SIZE = {
     "learner.micro_batch_tokens": "500",
     "learner.epochs": "1",
 }
-"""Settings of every case. An iteration has 32 rollouts and 4 minibatches of unequal numbers of micro-batches."""
+"""Settings of every case, some of which replace them. An iteration has 32 rollouts and 4 minibatches with unequal
+numbers of micro-batches."""
 FEW = {"rollouts.num_problems": "2", "learner.minibatch_size": "2"}
 """Settings of the cases with bfloat16, which many processors compute slowly."""
 KL = {"learner.kl.coefficient": "0.01"}

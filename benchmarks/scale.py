@@ -12,9 +12,8 @@ The simulation (`benchmarks/simulation.py`) has two workloads:
 
 `same work`: the recipe's work is given to more samplers. `growing work`: each sampler brings 64 rollouts of its own.
 Efficiency is the throughput divided by the number of samplers and by the throughput of one sampler; variants are
-compared with one sampler of the design that they change. The script writes
-simulation.json, simulation.md and simulation.png. `--calibration FILE` takes the measurements from an earlier
-simulation.json.
+compared with one sampler of the design that they change. The script writes simulation.json, simulation.md and
+simulation.png. `--calibration FILE` takes the measurements from an earlier simulation.json.
 """
 
 from __future__ import annotations
@@ -89,8 +88,10 @@ def unit_requests(count: int, rows: int) -> list[list[Any]]:
 
 
 def work_on_units(name: int, units: Any, tasks: Any, results: Any) -> None:
-    """Sample units in a process with one thread until the task None comes. Put (unit, process, seconds, CPU seconds,
-    tokens) into `results`, and first None when the model is loaded.
+    """Sample units in a process with one thread until the task None comes.
+
+    When the model is loaded, None is put into `results`; then, for each unit, (unit, process, seconds, CPU seconds,
+    tokens).
     """
     import torch
 
@@ -261,7 +262,7 @@ def longest_draw(mean: float, limit: int, seconds_per_token: float, whole: bool)
 
 
 def cpu_workload(calibration: dict[str, Any]) -> tuple[Workload, Machines]:
-    """Return the measured workload: the recipe's iteration, 16 times as many rollouts."""
+    """Return the measured workload: the recipe's iteration with 16 times as many rollouts and continuations."""
     iteration = calibration["iteration"]
     units = calibration["runs"][0]
     seconds = units["unit_cpu_seconds"]

@@ -7,10 +7,11 @@ python dev/same_runs.py record after.json                            # this tree
 python dev/same_runs.py compare before.json after.json               # exit code 1 if anything differs
 ```
 
-`record` trains two iterations with every algorithm and with LoRA, runs one `vineppo compare`, and writes a fingerprint
-of each run to a file. A fingerprint is a dictionary of facts: the SHA-256 of the final weights, every metric in
-`metrics.jsonl` except seconds, a hash of each column of the saved rollouts, and numbers from `summary.json`. Results
-depend on the processor and the number of threads, so record both trees on one machine.
+`record` trains two iterations of each of RUNS (VinePPO, PPO, GRPO, RLOO and REINFORCE, also with LoRA), runs one
+`vineppo compare`, and writes a fingerprint of each run to a file. A fingerprint is a dictionary of facts: the SHA-256
+of the final weights, every metric in `metrics.jsonl` except seconds, a hash of each column of the saved rollouts, and
+numbers from `summary.json`. Results depend on the processor and the number of threads, so record both trees on one
+machine.
 """
 
 from __future__ import annotations

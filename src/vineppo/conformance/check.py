@@ -65,7 +65,8 @@ def check_advantages(
         world: the world; None builds the default one with 85 responses (21 if `group_size` is above 1).
         seed: seed of the sampled groups.
     Raises:
-        ValueError: if there are too many groups to enumerate, or an advantage is not a finite number.
+        ValueError: if there are too many groups to enumerate, if the function does not return one number per token, or
+            if a number is not finite.
     """
     world = world or build_world(3 if group_size == 1 else 2)
 

@@ -197,9 +197,10 @@ class World:
         return np.array(rows)
 
     def table_gradient_of(self, weighted: Iterable[tuple[float, TrainingSample]]) -> np.ndarray:
-        """The same gradient from credit: sum of weight * A_t * (one-hot(a_t) - p(.|s_t)), shape (states, 5).
+        """Return the gradient that follows from credit, shape (states, 5).
 
-        Alternatives contribute terms of the same form for their tokens.
+        It is the sum of weight * A_t * (one-hot(a_t) - p(.|s_t)). Alternatives contribute terms of the same form for
+        their tokens.
         """
         credit = np.zeros((len(self.states), NUM_TOKENS))  # summed by state and token
         prompt = len(self.prompt_ids)
@@ -242,7 +243,7 @@ class World:
         return {state: row for row, state in enumerate(self.states)}
 
     def sampled_group(self, group_size: int, iteration: int) -> RolloutGroup:
-        """A group of responses that are drawn from the table."""
+        """Return a group of responses that are drawn from the table. `iteration` is the seed."""
         uniforms = np.random.default_rng([iteration, 7]).random(group_size)
         drawn = np.searchsorted(self._limits, uniforms, side="right")
         return RolloutGroup(self.problem, tuple(self.outcomes[i].rollout for i in drawn.tolist()))
@@ -307,7 +308,7 @@ class TableSampler:
         return [completions[i] for i in np.searchsorted(limits, uniforms, side="right").tolist()]
 
     def _completions(self, state: State, excluded: tuple[int, ...]) -> tuple[list[Completion], np.ndarray]:
-        """All completions of a state, and the upper limits of their parts of [0, 1) except the last one."""
+        """Return all completions of a state, and the upper limits of their parts of [0, 1) except the last one."""
         start, table = len(state), self.world.table
         allowed = 1 - sum(table[state][token] for token in excluded)
         completions, probabilities = [], []
@@ -323,7 +324,7 @@ class TableSampler:
 
 
 def text_of(token_ids: Sequence[int]) -> str:
-    """The text of token ids: a letter per token, nothing for EOS."""
+    """Return the text of token ids: a letter per token, nothing for EOS."""
     return "".join(LETTERS[token - 1] for token in token_ids if token != EOS)
 
 

@@ -3,8 +3,8 @@
 The blamed step of a response is the one with the largest drop of the Monte-Carlo value. Resampling a step keeps what
 stands before it and lets the policy write this step and all that follows again. The effect of resampling step i is the
 success of continuations from the state before it minus the success of continuations from the state after it, which keep
-the step. Both are measured with new continuations that had no part in the choice of the step, so the choice cannot
-flatter the result. The control is a random step at the same depth of another response.
+the step. Both are measured with new continuations that had no part in the choice of the step, so the choice does not
+bias the result. The control is a random step at the same depth of a response to another problem.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Trial:
 
     blamed: Step
     control: Step
-    """Random step at the same depth of another response."""
+    """Step at the same depth of a random response to another problem."""
     sibling: Step | None
     """Random other step of the same response; None if the response has a single step."""
 

@@ -18,8 +18,8 @@ class CostModel:
     """Seconds = sum of coefficient * steps^power, with coefficients of at least 0.
 
     The power 0 is work per response whatever its length, such as a share of the optimizer step. The power 1 is work per
-    token of the response, 2 is work per token of continuations (and attention of a forward
-    pass), 3 is the attention of continuations to their context.
+    token of the response, 2 is work per token of continuations (and attention of a forward pass), 3 is the attention of
+    continuations to their context.
     """
 
     coefficients: tuple[float, ...]

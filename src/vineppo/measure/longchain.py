@@ -45,7 +45,7 @@ USUAL = 1
 CANDIDATES = 2
 """Number of responses that are sampled for each response whose cost is measured."""
 LIKELY = 0.96
-"""Probability of this token, up to the noise of the random weights."""
+"""Probability of the token USUAL, up to the noise of the random weights."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

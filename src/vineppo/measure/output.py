@@ -63,7 +63,7 @@ def about_brackets(num_problems: int) -> str:
 
 
 def heading(result: Mapping[str, Any], what: str) -> list[str]:
-    """Return the first lines of a report: its title, the command, the model, and where it ran."""
+    """Return the first lines of a report: its title, the command, where it ran, and its tokens and seconds."""
     return [
         f"# {what}",
         "",

@@ -183,6 +183,6 @@ class Session:
 
 
 def mean_tokens_left(response: Response, steps: Sequence[int]) -> float:
-    """Return the tokens of one continuation of each of the states before these steps, if it ends as the response."""
+    """Return the sum of the tokens of one continuation from the state before each step, if all end as the response."""
     starts = (0, *response.ends)
     return float(sum(len(response.rollout.response_ids) - starts[step] for step in steps))

@@ -174,8 +174,8 @@ def adapter_dropout(model: Any, seeds: Sequence[int], loss_masks: Sequence[Seque
         seeds: one seed for each of the B sequences.
         loss_masks: the loss mask of each sequence, without padding: 1 for the tokens whose logits are computed.
     Raises:
-        UserError: in the forward pass, if the input of a layer has no rows that belong to the sequences, as in layers
-            of which each computes only some of the tokens (experts).
+        UserError: in the forward pass, if the rows of a layer's input are not those of the sequences. This is so for
+            experts, each of which computes only some of the tokens.
     """
     layers = [module for module in model.modules() if hasattr(module, "lora_dropout")]
     dropouts = [

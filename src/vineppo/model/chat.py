@@ -207,7 +207,7 @@ def _leaves_out_the_last_user_message(tokenizer: Any, chat: Chat, text: str) -> 
 
 
 def _completed(messages: Sequence[Mapping[str, Any]], response: str) -> tuple[Mapping[str, Any], ...]:
-    """Return the messages of a conversation with a response, which continues the last message if the assistant's."""
+    """Return the messages with a response, which continues the last message if that is a message of the assistant."""
     last = messages[-1]
     if last.get("role") != "assistant":
         return (*messages, {"role": "assistant", "content": response})

@@ -97,7 +97,8 @@ class Codec:
 
         Raises:
             UserError: if the tokenizer has no chat template, if the template rejects the conversation or leaves out the
-                last message of the user, or if it does not use the tools or a variable of `chat.template_kwargs`.
+                last message of the user, or if it does not use the tools, the tool calls or a variable of
+                `chat.template_kwargs`.
         """
         return chat_text(self.tokenizer, chat)
 
@@ -124,7 +125,7 @@ class Codec:
         return (*self.tokenizer(response, add_special_tokens=False).input_ids, last)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Decode token ids to text without special tokens and without tokens that the tokenizer added to end turns."""
+        """Decode token ids to text, without special tokens and without added tokens that end a sequence (`eos_ids`)."""
         ids = list(token_ids)
         if self._ends_with_text:
             ids = [token for token in ids if token not in self._ends_with_text]
@@ -161,9 +162,9 @@ class Codec:
 def _decodes_directly(tokenizer: Any) -> bool:
     """Return whether a tokenizer of transformers passes token ids to its Rust tokenizer and returns the text unchanged.
 
-    This is so if its class does not replace the methods that decode, and no clean-up of spaces is asked for. The Rust
-    tokenizer can then be called directly. transformers checks every token id in Python first, which takes several times
-    as long as decoding.
+    This is so if its class does not replace the methods that decode; `Codec.decode` asks for no clean-up of spaces. The
+    Rust tokenizer can then be called directly. transformers checks every token id in Python first, which takes several
+    times as long as decoding.
     """
     from transformers import PreTrainedTokenizerFast  # imported here, because the import is slow
 

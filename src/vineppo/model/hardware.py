@@ -1,4 +1,4 @@
-"""Query which dtypes the processor multiplies fast, and configure the memory allocator of the C library.
+"""Facts about processor and GPU: fast dtypes, memory for keys and values, the allocator of the C library, devices.
 
 PyTorch is imported inside the functions, so that an import of this module does not import PyTorch.
 """

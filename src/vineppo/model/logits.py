@@ -60,9 +60,10 @@ class TokenScores:
     logprobs: torch.Tensor
     """Those of the trained tokens, then those of the alternatives, shape (N + A,), float32."""
     entropies: torch.Tensor | None
-    """Entropy of each next-token distribution, shape (N,)."""
+    """Entropy of each next-token distribution, shape (N,); None if it was not computed."""
     variances: torch.Tensor | None
-    """Variance of the log-probability of a token drawn from each distribution, shape (N,), without gradients."""
+    """Variance of the log-probability of a token drawn from each distribution, shape (N,), without gradients; None if
+    it was not computed."""
 
 
 def sequence_scores(

@@ -135,7 +135,7 @@ def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
 
 
 class _ChunkedScores(torch.autograd.Function):
-    """The function `chunked_scores`. It saves the hidden states and the weight, and two numbers for each row."""
+    """The function `chunked_scores`. It keeps hidden states, weight and two numbers per row for the backward pass."""
 
     @staticmethod
     def forward(

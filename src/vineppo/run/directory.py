@@ -2,14 +2,16 @@
 
 ```
 config.yaml             every setting of the run
-run.json                name of the recipe, version of the package, and settings that were changed on a resume
+run.json                recipe, version of the package, whether the model was in memory, settings changed on a resume
 metrics.jsonl           one JSON object per iteration
 rollouts/000001.parquet one file per iteration, one row per rollout and per other training sample
 checkpoints/000020/     checkpoints (see checkpoint.py)
 final/                  the trained model
 plots/, summary.json    written at the end
 report.md, report.html  written at the end (see view/report.py)
+view.html               all saved responses, written at the end of short runs (see view/page.py)
 exports/                data sets (see view/export.py)
+tensorboard/, tracker_id  written for experiment trackers (see trackers.py)
 .lock                   locked by the process that trains (see lock.py)
 ```
 """

@@ -28,10 +28,7 @@ _ALTERNATIVE = pa.struct(
 _CONTINUATION = pa.struct(
     [
         ("state", pa.int32()),  # number of response tokens before the continuation
-        (
-            "shared",
-            pa.int32(),
-        ),  # number of first tokens that the continuation shares with the response behind the state
+        ("shared", pa.int32()),  # number of first tokens that are also those of the response after the state
         ("accepted", pa.int32()),  # number of tokens taken from a draft; null without a draft
         ("num_tokens", pa.int32()),
         ("text", pa.string()),  # text of the whole continuation, with the shared tokens

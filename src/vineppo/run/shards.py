@@ -52,6 +52,7 @@ def read_shards(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
 
     Raises:
         KeyError: if the names differ from those of the state that was written.
+        ValueError: if a tensor has another shape than the one that was written.
         UserError: if the files cannot be read.
     """
     import torch.distributed as dist

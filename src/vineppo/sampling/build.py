@@ -84,7 +84,8 @@ def bytes_for_training(parameters: Iterable[torch.Tensor], ranks: int) -> float:
     AdamW keeps two float32 numbers per trained weight, and for a 16-bit weight also a float32 copy.
 
     Args:
-        ranks: number of processes. Each of several has a whole copy of the weights and a shard of everything.
+        ranks: number of processes. If there are several, each has a whole copy of the weights, and a shard of the
+            weights and of the optimizer states.
     """
     total = 0.0
     for parameter in parameters:

@@ -6,8 +6,8 @@ Which worker samples what is therefore decided by the clock:
 - The units of a family stay on one worker. Families are given to workers by their cost, the most expensive first.
 - A worker without units takes one from the worker that has the most left.
 - If no unit is left, a worker that has nothing to do takes a copy of a unit that runs much longer than units of its
-  cost did before. The first result counts. A slow worker finishes its unit without the others waiting for it, also
-  beyond the end of a call, and gets no other unit until then.
+  cost did before. The first result counts. The others do not wait for a slow worker: it finishes its unit, even after
+  the end of the call, and gets no other unit until then.
 - The unit of a worker that died is sampled again, and the worker is replaced.
 
 This module does not know how workers are reached. `Crew` is what it needs of them; sampling/ray.py has one for Ray.
@@ -27,7 +27,7 @@ from vineppo.sampling.units import Unit
 from vineppo.types import Completion, OnFinished, SampleRequest, UserError
 
 _MAX_DEATHS = 3
-"""Number of workers that may die while they sample the same unit. Then the unit is given up, and the call fails."""
+"""The call fails when this many workers have died while they sampled the same unit."""
 _MAX_COPIES = 2
 """Maximum number of workers that sample the same unit at the same time."""
 _PATIENCE = 3.0

@@ -245,10 +245,10 @@ def _why_not_connected(address: str, reason: str) -> str:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """Set variables for Ray, unless they are set.
+    """Set environment variables for Ray, unless they are set. They stay set after the context.
 
-    Ray reports no usage to its makers, leaves the visible GPUs unchanged, and gives actors the priority of this process
-    (by default a lower one, so that they would hardly run beside other work on the same machine).
+    With them, Ray reports no usage to its makers, leaves the visible GPUs unchanged, and gives actors the priority of
+    this process. By default, actors have a lower priority and would hardly run beside other work on the same machine.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -27,9 +27,9 @@ class StaleWeights(RuntimeError):
 
 @dataclass
 class CurrentSampler(WrappedSampler):
-    """Wraps a sampler, and checks in every call of `sample` that the wrapped sampler has the current weights.
+    """Wraps a sampler, and checks every call of `sample`. Implements `types.Sampler`.
 
-    Implements `types.Sampler`.
+    The wrapped sampler must have the current weights, and no random numbers may be used twice.
 
     Attributes:
         sampler: the wrapped sampler.
@@ -82,7 +82,7 @@ class CurrentSampler(WrappedSampler):
         return completions
 
     def update_weights(self, version: int, weights: Weights) -> None:
-        """Call `update_weights` of the wrapped sampler, and forget the seeds of requests before long-past updates."""
+        """Call `update_weights` of the wrapped sampler, and forget the seeds of requests before the last 64 updates."""
         self.sampler.update_weights(version, weights)
         self._seeds = {key: used for key, used in self._seeds.items() if used > version - _REMEMBERED_UPDATES}
 

@@ -120,7 +120,8 @@ class VLLMSampler:
         """Return the completions of requests, as `types.Sampler.sample` says.
 
         Raises:
-            UserError: if a sequence is too long for the engine, or a temperature too low.
+            UserError: if a sequence is too long for the engine, if vLLM does not sample at a temperature, or if vLLM's
+                process has ended.
             OldWeights: in the first call, if the engine does not compute the log-probabilities of the policy.
         """
         engine = self.llm.llm_engine
@@ -204,7 +205,7 @@ class VLLMSampler:
         return {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
 
     def _parameters(self, request: SampleRequest, seed: int) -> Any:
-        """Return the sampling parameters of one sample. All others than these change nothing in vLLM."""
+        """Return the sampling parameters of one sample. The defaults of the other parameters have no effect."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -260,7 +261,7 @@ class VLLMSampler:
                 )
 
     def _send(self, weights: Weights) -> None:
-        """Replace the engine's weights, and empty its prefix cache, which no update of vLLM does."""
+        """Replace the engine's weights, and empty its prefix cache. vLLM does not empty it after an update."""
         assert self._sender is not None
         own = head_size(self.policy.model.config)
         self._sender.send(lambda: widened(weights(), own, self._heads) if self._heads else weights())
@@ -268,7 +269,7 @@ class VLLMSampler:
             raise RuntimeError("vLLM did not empty its prefix cache after an update of the weights")
 
     def _choose_probe(self, requests: Sequence[SampleRequest], results: Sequence[Sequence[Completion | None]]) -> None:
-        """Use the first request with a completion of several tokens as the probe, and check the engine."""
+        """Use the first request whose first completion has tokens as the probe, and check the engine."""
         for request, completions in zip(requests, results, strict=True):
             if completions and completions[0] is not None and len(completions[0].token_ids) > 0:
                 self.canary.choose(request.prompt_ids + completions[0].token_ids)

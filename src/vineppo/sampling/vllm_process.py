@@ -55,7 +55,7 @@ def engine_gpus(devices: str, own: int | None) -> list[str]:
 
 
 def transfer_of(setting: Transfer | Literal["auto"], on_gpu: bool, devices: str) -> Transfer:
-    """Return the way of the weights: the setting, or the fastest that is possible.
+    """Return how the weights are sent to the engine: as the setting says, or for `auto` in the fastest possible way.
 
     Args:
         setting: the setting `sampler.vllm.transfer`.
@@ -79,7 +79,7 @@ def transfer_of(setting: Transfer | Literal["auto"], on_gpu: bool, devices: str)
 
 
 def _trainers_of_the_machine() -> tuple[int, int]:
-    """Return (number of processes that a launcher started on this machine, number of this one); (1, 0) without one."""
+    """Return (number of processes that a launcher started on this machine, index of this one); (1, 0) if none did."""
     if launched_ranks()[1] == 1:
         return 1, 0
     local = [os.environ.get(name, default) for name, default in (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
@@ -109,7 +109,7 @@ def environment_of_engine(gpus: Sequence[str]) -> Iterator[None]:
 
 
 def set_variables(transfer: Transfer) -> None:
-    """Set vLLM's environment variables where the user has not set them."""
+    """Set the environment variables of vLLM's process. Variables of vLLM that the user has set are not changed."""
     os.environ["VINEPPO_TRAINER"] = str(os.getpid())  # the workers end with this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send statistics about its use

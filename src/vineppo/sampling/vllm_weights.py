@@ -22,7 +22,7 @@ Transfer = Literal["files", "ipc", "nccl"]
 """`files`: through files in memory, for the CPU and as a fallback. `ipc`: CUDA IPC, for a trainer and an engine on the
 same GPU. `nccl`: for an engine on other GPUs than the trainer."""
 _PART = 1 << 29
-"""Number of bytes of a file, unless a single tensor is larger."""
+"""Number of bytes from which a file gets no further tensor."""
 
 
 class Sender(Protocol):
@@ -164,7 +164,7 @@ def checkpoint_weights(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) 
 
 
 def _parts(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collect the weights in dictionaries of about `_PART` bytes, on the CPU."""
+    """Yield the weights on the CPU, in dictionaries that are complete when they have at least `_PART` bytes."""
     part: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in weights:
@@ -178,7 +178,7 @@ def _parts(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, to
 
 
 def _memory_folder() -> str | None:
-    """Return a folder that is kept in memory, if there is one with space for a part; None: the default for files."""
+    """Return a folder in memory if there is one with space for several files; None: the default for temporary files."""
     folder = "/dev/shm"
     if not os.access(folder, os.W_OK):
         return None

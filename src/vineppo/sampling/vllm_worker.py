@@ -31,7 +31,7 @@ EXCLUDED = "excluded_first"
 
 
 TRAINER = "VINEPPO_TRAINER"
-"""Environment variable with the number of the process that started the engine."""
+"""Environment variable with the id of the process that started the engine."""
 
 
 class Extension:
@@ -173,8 +173,8 @@ def end_with(trainer: int, seconds: float = 2.0) -> None:
     vLLM does not notice that the process that started it was killed. It would keep its memory on the GPU.
 
     Args:
-        trainer: number of the process.
-        seconds: time between two looks at the process.
+        trainer: id of the process.
+        seconds: time between two checks of the process.
     """
     parent = os.getppid()
     while _exists(trainer):
@@ -186,7 +186,7 @@ def end_with(trainer: int, seconds: float = 2.0) -> None:
 
 
 def _exists(process: int) -> bool:
-    """Return whether there is a process with this number."""
+    """Return whether there is a process with this id."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -22,7 +22,7 @@ to the right result. The setting `task.level` determines which way slips:
 The demonstrations contain the right results too, so the policy lacks no arithmetic fact. It does not solve the task by
 sampling its most probable way more often, because the slipping way is often the most probable way at a trap:
 
-- `judgement`: the setting `task.writers` chooses between two kinds of demonstrations. In `wavering` demonstrations,
+- `judgement`: the setting `task.writers` selects one of three kinds of demonstrations. In `wavering` demonstrations,
   every kind of step has a usual way, which 80% of the steps of this kind use. At 10 of the 14 traps, the usual way is
   the slipping way. In `settled` demonstrations, 60% of the steps at traps use the slipping way, and 95% of the other
   steps use the usual way of their kind. `free` demonstrations are like settled ones, except that every step draws its
@@ -139,8 +139,8 @@ class ChainTask:
         level: `judgement` or `habit`.
         num_steps: number of steps of each problem.
         writers: kind of the demonstrations, `settled`, `free` or `wavering`.
-        trap_share: probability that a step of a problem is a trap; None: all kinds of
-            steps have their usual frequency, and a third of the steps are traps on average.
+        trap_share: probability that a step of a problem is a trap; None: all kinds of steps have their usual frequency,
+            and a third of the steps are traps on average.
     """
 
     def __init__(self, level: str, num_steps: int, writers: str = "settled", trap_share: float | None = None):

@@ -140,7 +140,7 @@ def _kind(path: Path) -> str:
 
 
 def _from_file(setting: str, path: Path, limit: int | None = None) -> Rows:
-    """Read a file in the format of its suffix. A file without a suffix is read as JSON lines.
+    """Read a file in the format of its suffix. `.ndjson`, `.txt` and files without a suffix are read as JSON lines.
 
     Args:
         limit: maximum number of rows to read; None means all.

@@ -27,8 +27,8 @@ def before_and_after(
     """Return a response of the starting model and one of the trained model to the same problem, or None.
 
     The problem is the first of the first `num_problems` validation problems to which the trained model's response has
-    a higher reward than the starting model's: the one is wrong, the other right. Both responses are sampled with the
-    same seeds. The values are measured with `NUM_MC_ROLLOUTS` continuations that are sampled for this comparison.
+    a higher reward than the starting model's. Both responses are sampled with the same seeds. The values are measured
+    with `NUM_MC_ROLLOUTS` continuations that are sampled for this comparison.
 
     Args:
         config: settings of the run.

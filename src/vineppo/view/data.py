@@ -7,8 +7,9 @@ The data of an iteration have four parts, which a page reads only when it needs 
 - `tokens`: log-probability, entropy, weight and predicted value of each token;
 - `more`: the continuations from which the credit was computed.
 
-Numbers are rounded: values, rewards and advantages to 6 significant digits, log-probabilities and entropies to
-0.001 nats. Token texts are indices into a table of the iteration. Shapes use the letters of `records.py`.
+Numbers are rounded: values, rewards and advantages to 6 significant digits, intervals, weights and predicted values to
+4, log-probabilities and entropies to 0.001 nats. Token texts are indices into a table of the iteration. Shapes use the
+letters of `records.py`.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _target(name: str, fragment: str) -> str:
 def to_html(blocks: Sequence[Block], title: str) -> str:
     """Return a document as one HTML file that needs no other file and no network.
 
-    Images that cannot be read are left out.
+    An image that cannot be read is replaced by a line that says so.
     """
     body = "\n".join(_html(block) for block in blocks)
     return (

@@ -1,4 +1,4 @@
-"""Read the responses that other trainers wrote, so that what shows responses of a run shows theirs, too.
+"""Read the responses that other trainers wrote, so that the commands for the responses of a run can show them, too.
 
 Formats, which are recognised by the content of the file and not by its name:
 

@@ -1,6 +1,6 @@
 """Read the responses of a run with their credit, from the Parquet files that the run wrote.
 
-This is the layer on which everything stands that shows credit: the terminal, pages and exports. It loads no tokenizer
+Everything that shows credit (the terminal, pages, exports) gets the responses from this module. It loads no tokenizer
 and no model. `response.py` has the types.
 
 Letters: T response tokens, S steps, K MC rollouts of a state.

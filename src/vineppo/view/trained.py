@@ -57,12 +57,12 @@ def report_finished(run_dir: Path, summary: Mapping[str, Any]) -> Path | None:
     """Write the report of a run that has ended, and its page of responses (`view.html`).
 
     The page is left out if the responses have more than `MAX_TOKENS` tokens; `vineppo report` writes it at any length.
-    If a file cannot be written, the run is complete nevertheless, and there is a warning.
+    If a file cannot be written, the run is complete nevertheless, and there is a warning. Of several processes, only
+    the first one writes.
 
     Args:
         run_dir: the directory of the run.
         summary: the content of summary.json. An interrupted run gets no report.
-            Of several processes, the first one writes it.
     Returns:
         The path of the HTML file of the report, or None if there is none.
     """

@@ -57,7 +57,7 @@ class Drafts:
         return states + passing
 
     def _span(self, drafts: Sequence[int]) -> tuple[int, int]:
-        """Return the first and the last of the positions behind which tokens of drafts stand, as [begin, end)."""
+        """Return the range [begin, end) of the positions that are followed by tokens of drafts."""
         spans = []
         for i in drafts:
             draft = self.requests[i].draft

@@ -49,8 +49,8 @@ _LINEAR = {
 def unsupported(model: Any) -> str:
     """Return why the engine cannot compute a model, or an empty text if it can.
 
-    What the engine does not know must be refused, because it would be sampled wrongly without a sign: wrappers of peft
-    around norms and embeddings, hooks, replaced functions, and classes that extend a family.
+    Everything that the engine does not know must be refused, because it would make samples wrong without an error:
+    wrappers of peft around norms and embeddings, hooks, replaced functions, and classes that extend a family.
     """
     config = model.config.get_text_config()
     base = _without_adapters(model)

@@ -1,7 +1,7 @@
 """Find and call the compiled engine.
 
-The engine is compiled once per instruction set and number type, into a library each. `load` chooses the fastest one
-that the processor can run. The functions are called with ctypes, which releases Python's global lock during a call.
+There is one library per instruction set and number type. `load` chooses the fastest one that the processor can run. The
+functions are called with ctypes, which releases Python's global lock during a call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "quer
 _EVENTS = 4096
 """Maximum number of events that are read at once."""
 _WAIT_MS = 100
-"""Longest time in a call of the library. Python handles signals such as Ctrl-C between two calls."""
+"""Longest time of a call of the library that waits, in milliseconds. Python handles signals such as Ctrl-C between two
+calls."""
 
 
 class EngineError(RuntimeError):
@@ -239,9 +240,9 @@ class Job:
             self.library.free("job", pointer)
 
     def events(self, at_once: bool = True) -> Iterator[list[tuple[bool, int]]]:
-        """Yield lists of pairs (whether the sample asks about a stop string, index of the sample) until all is done.
+        """Yield lists of pairs (whether the sample asks about a stop string, index of the sample).
 
-        A list may be empty. A sample that does not ask is finished.
+        The iteration ends when all samples are finished. A list may be empty. A sample that does not ask is finished.
 
         Args:
             at_once: whether a list is yielded as soon as there is a pair. Otherwise pairs are collected for up to

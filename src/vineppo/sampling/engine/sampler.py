@@ -1,8 +1,8 @@
 """The sampler that decodes with the compiled engine.
 
-Every thread of the engine decodes samples on its own, and hardly ever waits for another one. A result has the same bits
-for every number of threads and for every other set of requests in the call, because the engine computes each number of
-a row in the same order whatever rows are computed with it.
+Every thread of the engine decodes samples on its own, and hardly ever waits for another one. The bits of a completion
+depend neither on the number of threads nor on the other requests of the call, because the engine adds up the numbers of
+a row in the same order, whichever rows are computed with it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vineppo.seeds import stream_keys
 from vineppo.types import Capabilities, Completion, OnFinished, SampleRequest, UserError, Weights
 
 _LARGE = 256
-"""Smallest hidden size of a large model."""
+"""Largest hidden size of a small model."""
 _SMALL_BATCH, _LARGE_BATCH, _LARGE_BATCH_BF16 = 24, 96, 256
-"""Maximum number of rows that a thread decodes together, for small and for large models. The states of a batch and the
-weights of a layer of a small model fit into the cache of a core. Those of a large model are read from memory, which
-pays only for many rows: the more, the faster the products are."""
+"""Maximum number of rows that a thread decodes together: for small models, for large ones, and for large ones in
+bfloat16. The states of a batch and the weights of a layer of a small model fit into the cache of a core. The weights of
+a large model are read from memory once per batch, so the time per row falls with the number of rows."""
 
 
 class EngineSampler:
@@ -170,8 +170,8 @@ class EngineSampler:
     def _stop_of(self, request: SampleRequest) -> tuple[str, ...]:
         """Return the stop strings for which tokens are checked.
 
-        If the part of the response in the prefix contains one already, every token is checked: the empty string stands
-        for that.
+        If the part of the response in the prefix contains one already, every token must be checked. The empty string is
+        then added, which every token may complete (`StopTokens`).
         """
         text = self.policy.codec.decode(response_tail(request, stop_window(request.stop))) if request.stop else ""
         return (*request.stop, "") if any(stop in text for stop in request.stop) else request.stop

@@ -16,11 +16,11 @@ from vineppo.sampling.torch.tree import KVTree
 
 
 class TreeDecoder:
-    """The state of the rows of a tree that are being decoded: all of it is on the device.
+    """The state of the rows of a tree that are being decoded. All of it is on the device.
 
     A step feeds the last token of each row to the model and draws the next one. It reads and writes only tensors whose
-    addresses do not change until rows are removed, so that it can be captured (`Steps`). A row does not know that it is
-    finished; the caller drops what it draws afterwards.
+    addresses do not change until rows are removed, so that it can be captured (`Steps`). The state does not contain
+    which rows are finished; the caller drops the tokens that a row draws after its end.
 
     Args:
         model: the model, a transformers causal language model in `tree_mode`.

@@ -3,8 +3,8 @@
 There are three phases:
 
 1. The tokens before the drafts are sampled, together with the requests without drafts.
-2. The model scores the prefixes with their drafts. Each sample takes the tokens of its draft that chance allows it, and
-   one other token at the first that it does not take.
+2. The model scores the prefixes with their drafts. Each sample takes tokens of its draft, up to the first one that its
+   random number refuses. Another token is drawn in place of that one.
 3. The rest of each sample is sampled as a request of its own, whose prefix ends with the tokens so far.
 
 In the second phase the device is waited for once per forward pass, and not once per sample.
@@ -184,7 +184,7 @@ class DraftedSampling:
             self._replace_refused([refused[i] for i in indices], [rows[0] for rows in logits])
 
     def _accept_all(self, groups: Sequence[Sequence[_Sample]], logits: Sequence[torch.Tensor]) -> None:
-        """Take the tokens of the drafts that chance allows. The device is waited for once, for all samples together.
+        """Take tokens of the drafts as `_accept` does. The device is waited for once, for all samples together.
 
         Args:
             groups: samples; those of a group have the same distributions.
@@ -210,7 +210,7 @@ class DraftedSampling:
     def _scored(
         self, sequences: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]
     ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
-        """Yield the logits at the ends of the first part of each sequence, and of all longer prefixes.
+        """Yield the logits after the first part of each sequence, and after each token of its second part.
 
         Args:
             sequences: pairs (first part, second part with n - 1 tokens).
@@ -235,7 +235,9 @@ class DraftedSampling:
             yield some, list(logits.split(counts))
 
     def _accept(self, sample: _Sample, here: Sequence[float], best: Sequence[float], logprobs: torch.Tensor) -> None:
-        """Take the tokens of the draft that chance allows a sample.
+        """Take the tokens of the draft of a sample, up to the first one that its random number refuses.
+
+        At temperature 0, the tokens that are the most likely ones are taken, and the first other one is replaced.
 
         Args:
             here: log-probability of each token of the draft.

@@ -100,7 +100,7 @@ def _first_above(sums: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
 
     Args:
         sums: cumulative sums of n weights of at least 0, shape (B, n). The weight at the returned index is never 0.
-        level: one number per row, at least 0 and about at most the last cumulative sum, shape (B, 1).
+        level: one number per row, at least 0 and (except for rounding) below the last cumulative sum, shape (B, 1).
     """
     total = sums[:, -1:]
     # Rounding may raise a level to the total or above it. No cumulative sum is above the total, so the level is then

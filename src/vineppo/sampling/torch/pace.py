@@ -15,7 +15,7 @@ _FEW_ROWS = 32
 
 @dataclass(frozen=True)
 class Pace:
-    """When a wave looks at its tokens and removes finished rows.
+    """When finished rows of a wave are looked for and removed, and whether steps are captured as graphs.
 
     A finished row draws tokens until it is removed; those after its end are dropped. `check_every`, `fixed` and `graph`
     change no result, except that `fixed` changes the rounding of attention. The other three fields decide how many rows
@@ -44,7 +44,7 @@ class Pace:
 def pace_of(device: torch.device, check_every: int = 0, graph: bool = True) -> Pace:
     """Return the pace for a device.
 
-    On a CPU every token is checked, because nothing waits and a finished row costs as much as another one.
+    On a CPU, every token is checked by default, because nothing waits and a finished row costs as much as another one.
 
     Args:
         check_every: as for `Pace`; 0: 1 on a CPU, and 8 on other devices.

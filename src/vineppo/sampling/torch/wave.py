@@ -100,9 +100,9 @@ class Wave:
         return [(row, self._completion(i)) for i, row in enumerate(self.rows)]
 
     def _decode_tree(self) -> None:
-        """Decode with tree attention, several tokens per row between two looks at which rows are finished.
+        """Decode with tree attention, several tokens per row between two checks of which rows are finished.
 
-        Finished rows are not removed from the tree at every look, because each removal copies the other branches. A
+        Finished rows are not removed from the tree at every check, because each removal copies the other branches. A
         finished row that is still in the tree is computed, too, and `_store` drops its tokens.
         """
         pace, steps, position = self.sampler.pace, self.sampler.steps, 0

@@ -29,8 +29,7 @@ def grade_boxed(
     are equal: fractions and decimals, intervals and inequalities, lists in any order, units and percent signs that one
     side leaves out. Numbers are compared exactly: 0.33 is not 1/3. An equation that is not solved, such as 3x+1=7 for
     x=2, is wrong, and so is a sum, an integral or a limit if the reference answer has none: both may repeat the
-    problem. The reward is None (not applicable) if the texts
-    differ and the reference answer cannot be read.
+    problem. The reward is None (not applicable) if the texts differ and the reference answer cannot be read.
 
     Raises:
         UserError: if math-verify, which reads sums, integrals and limits, is needed and not installed.
@@ -105,7 +104,8 @@ def _readings(text: str) -> tuple[Answer, ...]:
 def _by_math_verify(response: str, gold: str) -> float | None:
     """Return the verdict of math-verify, for reference answers with sums, integrals and other commands.
 
-    None if the reference answer cannot be parsed, or has large numbers, which may take too long.
+    The result is None if the reference answer cannot be parsed, or if one of the two texts is long or has large
+    numbers, factorials or nested powers, which may take too long.
     """
     if re.search(r"\d{4}|!|\^\S*\^", gold + " " + response) or max(len(gold), len(response)) > 200:
         return None

@@ -22,7 +22,7 @@ from vineppo.tasks.grading.workers import START_SECONDS
 from vineppo.types import Problem, TrainingWarning, UserError, Verdict
 
 _MAX_DEATHS = 3
-"""Number of hosts that may die while they grade the same response. Then the run stops."""
+"""The run stops when this many hosts have died while they graded the same response."""
 _RESTART_SECONDS = 20.0
 """Seconds that a host may need, beside the time limit of a response, to replace its grader process."""
 

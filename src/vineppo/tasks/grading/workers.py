@@ -3,8 +3,8 @@
 A reward function can hang in C code, use up the memory or crash the interpreter. Only a separate process can then be
 stopped safely. A worker is such a process. It receives a few responses at a time and grades them one after another. If
 a response exceeds the time limit, or its grading ends the process, its verdict is a `Failure`. Another worker then
-grades the responses that the first worker had received but not graded. A
-worker whose memory has been used up by earlier responses is replaced too.
+grades the responses that the first worker had received but not graded. A worker whose memory has been used up by
+earlier responses is replaced too.
 
 The module `worker` describes the processes and their messages. The main process checks every message, because a reward
 function, or the text of a model, may have written it.
