@@ -64,14 +64,14 @@ def test_the_sampler_is_equal_to_the_trainer_and_to_itself(parts: dict[str, Any]
 
 
 def test_all_ways_of_decoding_give_the_same_tokens(parts: dict[str, Any]) -> None:
-    rows = parts["pace"]["tables"]["compared with the default"]
+    rows = parts["pace"]["tables"]["compared with everything on"]
     names = list(gpu_check._variants(gpu_check.Part("cpu", True, "", Path(), 0.0, lambda: None)))
     assert [row["variant"] for row in rows] == names * 4  # two models, two dtypes
     for row in rows:
         assert row["warning"] == "" and row["graphs"] == 0
         if row["dtype"] == "float32":
             assert row["share equal"] == 1 and row["largest difference if equal"] < 1e-5
-        if row["variant"] in ("default", "no graphs", "no fused attention", "a check at every token"):
+        if row["variant"] in ("everything", "no graphs", "no fused attention", "a check at every token"):
             assert row["same bits"], row  # on a CPU; the others have no fixed tensors
     speeds = parts["pace"]["tables"]["tokens per second"]
     assert [row["engine"] for row in speeds] == names and all(row["tokens/s"] > 0 for row in speeds)

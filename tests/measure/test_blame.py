@@ -171,6 +171,12 @@ def test_the_first_wrong_step_of_a_sum() -> None:
     problem = Problem("p", "", "5", {"entry": {"metadata": {"expression": "4 + 3 - 2"}}})
     assert first_wrong_sum_step(problem, ["4+3=7\n", "7-2=5\n", "#### 5"]) is None
     assert first_wrong_sum_step(problem, ["4+3=8\n", "8-2=6\n", "#### 6"]) == 0
+    for right, wrong in (
+        ("1. 4+3=7\n", "2. 7-2=6\n"),
+        ("1) 4 + 3 = 7\n", "2) 7 - 2 = 4\n"),
+        ("- 4+3=7\n", "* 7-2=6\n"),
+    ):
+        assert first_wrong_sum_step(problem, [right, wrong, "#### 6"]) == 1
     assert first_wrong_sum_step(problem, ["4+3=7\n", "7-3=4\n", "#### 4"]) == 1  # true, but no running sum
     assert first_wrong_sum_step(problem, ["4+3=7\n", "7-2=5\n", "#### 6"]) == 2
 

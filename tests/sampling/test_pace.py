@@ -238,8 +238,8 @@ def test_the_pace_depends_on_the_device() -> None:
     assert pace_of(torch.device("cpu")) == Pace(1, 1, 0.85, 0, fixed=False, graph=False)
     assert pace_of(torch.device("cpu"), check_every=4) == Pace(4, 4)
     cuda = torch.device("cuda", 0)
-    assert pace_of(cuda) == Pace(8, 8, 0.5, 32, fixed=True, graph=True)
-    assert pace_of(cuda, graph=False) == Pace(8, 8, 0.85, 32)
+    assert pace_of(cuda, graph=True) == Pace(8, 8, 0.5, 32, fixed=True, graph=True)
+    assert pace_of(cuda) == Pace(8, 8, 0.85, 32)
     # The divisors of 8 remove the same rows at the same tokens, so that they give the same bits.
     assert {pace_of(cuda, n).remove_every for n in (1, 2, 4, 8)} == {8}
     assert pace_of(cuda, 12).remove_every == 24 and pace_of(cuda, 12).check_every == 12

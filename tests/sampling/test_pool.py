@@ -242,6 +242,17 @@ def test_a_worker_looks_at_its_tokens_as_often_as_the_settings_say(
     assert worker.sample(0, requests).get() == alone.sample(requests)
 
 
+def test_a_failed_load_is_the_error_of_the_next_call(llama: Policy, requests: list[SampleRequest]) -> None:
+    worker = SamplingWorker(Outline.of(llama, ModelConfig()), SETTINGS)
+    arrays = dict(packed(llama.model.state_dict().items()))
+    name = next(iter(arrays))
+    worker.load(1, {**arrays, name: (arrays[name][0], arrays[name][1], (1, *arrays[name][2]))})
+    with pytest.raises(RuntimeError, match=name.rpartition(".")[0]):
+        worker.sample(1, requests).get()
+    worker.load(1, arrays)
+    assert len(worker.sample(1, requests).get()) == len(requests)
+
+
 def test_warnings_of_a_worker_reach_the_caller() -> None:
     """The output of a worker process is not shown to the user."""
     worker = SamplingWorker(Outline.of(build_policy("gpt-neo"), ModelConfig()), SETTINGS)

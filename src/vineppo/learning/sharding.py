@@ -159,9 +159,10 @@ def join_ranks(device: str) -> Ranks:
             # Objects are sent with gloo, also between GPUs.
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"the {count} processes of this run cannot connect: {str(error).splitlines()[0]}; start them with "
-                "torchrun, which sets MASTER_ADDR and MASTER_PORT"
+                f"the {count} processes of this run cannot connect: {reason}; start them with torchrun, which sets "
+                "MASTER_ADDR and MASTER_PORT"
             ) from error
     return Ranks(rank, count, init_device_mesh(kind, (count,)), leads=rank == 0)
 

@@ -103,8 +103,8 @@ def _responses(session: Session, spec: BlameSpec, groups: Sequence[RolloutGroup]
     responses = [response for own in chosen[: session.affordable(costs, "blame")] for response in own]
     if len(responses) < 2:
         raise UserError(
-            f"{len(responses)} responses have failed; the test needs at least 2; give more problems "
-            "(--num_problems) or --which all"
+            f"{len(responses)} responses {'can be used' if spec.which == 'all' else 'have failed'}; the test needs at "
+            f"least 2; give more problems (--num_problems){'' if spec.which == 'all' else ' or --which all'}"
         )
     session.say(f"{len(responses)} responses of {len({r.problem_index for r in responses})} problems, {spec.which}")
     return responses

@@ -10,7 +10,7 @@ import ast
 import itertools
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from vineppo.config.schema import GYM
@@ -22,6 +22,8 @@ Checker = Callable[[Problem, Sequence[str]], int | None]
 
 _CHAIN_LINE = re.compile(r"\s*([a-z])=(-?\d+)([-+*])(\d+)\D+?(\d+)\s*")
 _EQUATION = re.compile(r"([-+*/() \d.]*\d[-+*/() \d.]*)=\s*(-?\d+(?:\.\d+)?)")
+_MARK = re.compile(r"^[^\S\n]*(?:\d+[.)]|[-*+])[^\S\n]+", re.MULTILINE)
+"""The mark of a list at the start of a line, such as `1. ` or `- `. The last one may also be a sign."""
 _ANSWER = re.compile(r"####\s*(-?\d+(?:\.\d+)?)")
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -77,21 +79,29 @@ def first_wrong_sum_step(problem: Problem, steps: Sequence[str]) -> int | None:
     """Return the first wrong step of a response to a data set whose items carry an expression, such as chain_sum.
 
     Every equation `expression = number` must be true. For an expression of additions and subtractions, its result must
-    also be the value of the expression's terms up to some term, as in a running sum. The answer line must have the
-    value of the whole expression.
+    also be the value of the expression's terms up to some term, as in a running sum. A line that begins like an item of
+    a list, such as `1. ` or `- `, may be true with the mark or without it. The answer line must have the value of the
+    whole expression.
     """
     expression = expression_of(problem)
     assert expression is not None, "the checker needs an expression"
     partial = _partial_sums(expression)
     for number, text in enumerate(steps):
-        for match in _EQUATION.finditer(text):
-            value = evaluated(match[1])
-            if value is None or abs(value - float(match[2])) > 1e-9 or (partial and float(match[2]) not in partial):
-                return number
+        if all(_states_something_false(form, partial) for form in {text, _MARK.sub("", text)}):
+            return number
         answer = _ANSWER.search(text)
         if answer and float(answer[1]) != evaluated(expression):
             return number
     return None
+
+
+def _states_something_false(text: str, partial: Collection[float]) -> bool:
+    """Return whether an equation of a text is false, or its result is none of `partial`; empty allows all results."""
+    for match in _EQUATION.finditer(text):
+        value, stated = evaluated(match[1]), float(match[2])
+        if value is None or abs(value - stated) > 1e-9 or (partial and stated not in partial):
+            return True
+    return False
 
 
 def _partial_sums(expression: str) -> set[float]:

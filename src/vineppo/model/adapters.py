@@ -134,7 +134,7 @@ def check_adapters(adapters: Any) -> None:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"peft cannot merge the adapters of {name} into the weights, so that the trained model could not be "
-                f"saved: {str(error).splitlines()[0]}"
+                f"saved: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             ) from error
 
 

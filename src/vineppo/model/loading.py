@@ -81,7 +81,7 @@ def _load_checkpoint(config: ModelConfig) -> tuple[Any, Any]:
     try:
         load_trained_state(model, weights)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint {folder} does not fit the model {base.path!r} of its run: {reason}") from error
     if adapters is not None:
         model = merged_model(adapters, getattr(torch, base.dtype))

@@ -17,7 +17,7 @@ def with_checkpointing(model: Any) -> Any:
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(
-            f"{type(model).__name__} does not support gradient checkpointing; set gradient_checkpointing to false"
+            f"{type(model).__name__} does not support gradient checkpointing; set model.gradient_checkpointing to false"
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -71,7 +71,7 @@ def shape_from_config(config: Config) -> Shape:
         with torch.device("meta"):  # The tensors get shapes but no memory.
             return shape_of(AutoModelForCausalLM.from_config(model_config))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model.path is {path!r}: the model's configuration cannot be read ({reason})") from error
 
 

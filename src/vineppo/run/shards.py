@@ -60,7 +60,7 @@ def read_shards(checkpoint: Path, state: Mapping[str, torch.Tensor]) -> None:
 
     present = _metadata(checkpoint)
     if set(state) != set(present):
-        raise KeyError(f"the checkpoint has no {', '.join(sorted(set(state) ^ set(present))[:3])}, or only it has")
+        raise KeyError(f"only the checkpoint or only the model has {', '.join(sorted(set(state) ^ set(present))[:3])}")
     for name, tensor in state.items():
         if tensor.shape != present[name].size:
             raise ValueError(f"{name} has the shape {tuple(present[name].size)}, and the model {tuple(tensor.shape)}")

@@ -266,6 +266,11 @@ def _check_size(ray: ModuleType, size: int, on_gpu: bool, settings: SamplerConfi
     """Raise UserError if the cluster has not enough GPUs or CPU cores for the actors."""
     kind = "GPU" if on_gpu else "CPU"
     present = int(ray.cluster_resources().get(kind, 0))
+    if on_gpu and not present:
+        raise UserError(
+            "model.device is a GPU, but the Ray cluster has none; add machines that have GPUs with "
+            "`ray start --address ADDRESS`, or set model.device to cpu"
+        )
     if not 0 < size <= present:
         raise UserError(
             f"sampler.workers is {settings.workers}, but the Ray cluster has {present} {kind}s and every worker needs "

@@ -272,7 +272,8 @@ class VLLMSampler:
         """Use the first request whose first completion has tokens as the probe, and check the engine."""
         for request, completions in zip(requests, results, strict=True):
             if completions and completions[0] is not None and len(completions[0].token_ids) > 0:
-                self.canary.choose(request.prompt_ids + completions[0].token_ids)
+                # vLLM scores only a sequence that leaves space for one more token.
+                self.canary.choose((request.prompt_ids + completions[0].token_ids)[: self.max_length - 1])
                 self._check()
                 return
 

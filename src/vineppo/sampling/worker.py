@@ -182,6 +182,7 @@ class SamplingWorker:
             torch.set_num_threads(settings.threads)
         self.sampler: Sampler | None = None
         self.version = -1
+        self.load_error: Exception | None = None
 
         def build() -> str:
             self.policy, rows, memory = outline.policy(settings.device), settings.max_rows, settings.kv_memory
@@ -207,17 +208,20 @@ class SamplingWorker:
             return version
 
         outcome = _outcome(copy_weights)
-        self.version = -1 if outcome.error is not None else version
+        self.version, self.load_error = -1 if outcome.error is not None else version, outcome.error
         return outcome
 
     def sample(self, version: int, requests: Sequence[SampleRequest]) -> Outcome:
         """Return the completions of the requests, one list each.
 
-        The outcome is StaleWeights if the worker does not have the weights of the version.
+        The outcome is StaleWeights if the worker does not have the weights of the version, or the error of the last
+        `load` if that failed.
         """
         sampler = self.sampler
         if sampler is None:
             return self.built
+        if self.load_error is not None:
+            return Outcome(error=self.load_error)
         if version != self.version:
             return Outcome(
                 error=StaleWeights(

@@ -338,7 +338,9 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         try:
             return Policy(model, codec, peft.get_peft_model(model, peft_config))
         except ValueError as error:
-            raise UserError(f"peft_config does not fit the model: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"peft_config does not fit the model: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            ) from error
 
 
 def _device(args: VinePPOConfig) -> str:

@@ -139,7 +139,7 @@ class EngineSampler:
             "temperature": np.array([r.temperature for r in of_row]),
             "ask_kind": np.array([kinds.index(stop) if stop else -1 for stop in stops]),
         }
-        threads = self.num_threads
+        threads = max(1, min(self.num_threads, self.max_rows))
         most = max(1, min(self._batch, self.max_rows // threads))
         return start_job(
             self._model.compiled,

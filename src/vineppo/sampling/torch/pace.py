@@ -41,7 +41,7 @@ class Pace:
         assert self.fixed or not self.graph, "a graph needs fixed tensors"
 
 
-def pace_of(device: torch.device, check_every: int = 0, graph: bool = True) -> Pace:
+def pace_of(device: torch.device, check_every: int = 0, graph: bool = False) -> Pace:
     """Return the pace for a device.
 
     On a CPU, every token is checked by default, because nothing waits and a finished row costs as much as another one.
