@@ -143,7 +143,7 @@ results-default results-habit: results-%: $(READY)
 # The study at equal generated tokens (docs/results/equal_tokens): every algorithm is tuned over the same grid of learning
 # rate, KL penalty and rollouts (or continuations) per update, with seeds that the comparison does not use.
 STUDY ?= counterfactual reinforce grpo ppo vineppo rloo tempo tree grpo_lambda spo_chain
-STUDY_BASELINES ?= reinforce,reinforce64,tree,rloo,grpo,grpo_lambda
+STUDY_BASELINES ?= reinforce,reinforce64,tree,rloo,grpo
 STUDY_BUDGET ?= 360000
 STUDY_JOBS ?= 2
 TUNE := wording --grid learner.lr=1e-4,2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
