@@ -476,11 +476,11 @@ def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> Non
         ("ppo", "1", 0.6),
     ]
     table = (tmp_path / "table.md").read_text()
-    cells = "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 148.5] | 40 | 4,000 | 12,000 | 4,000 | 200 |"
+    cells = "| vineppo | 2 of 2 | 20.0% | 85.0% [21.5, 100.0] | 40 | 4,000 | 12,000 | 4,000 | 200 |"
     assert f"{cells} 15 | 6,000 | 1,500 | 75 |" in table
     assert "updates 2.00" in table and "seconds 0.60" in table
     assert (
-        "At equal generated tokens (4,000 a run), accuracy during training: vineppo 50.0% [-77.1, 177.1], ppo 60.0%"
+        "At equal generated tokens (4,000 a run), accuracy during training: vineppo 50.0% [0.0, 100.0], ppo 60.0%"
         in table
     )
     for name in ("over_updates", "over_tokens", "over_trained", "over_seconds", "over_kl"):

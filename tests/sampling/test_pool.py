@@ -278,7 +278,7 @@ def test_weights_of_another_model_are_refused() -> None:
     outcome = worker.load(1, packed([("other", torch.zeros(1))]))
     with pytest.raises(UserError, match="do not fit the model of the sampling worker"):
         outcome.get()
-    with pytest.raises(StaleWeights):
+    with pytest.raises(UserError, match="do not fit the model of the sampling worker"):
         worker.sample(1, []).get()
 
 

@@ -130,7 +130,7 @@ def counterfactual_credit(settings: CounterfactualSettings, parts: CreditParts) 
         branches = [
             branch
             for index, owner in enumerate(rollouts)
-            for branch in _branches(settings, parts.run_seed, iteration, index, numbers[id(owner[1])], owner)
+            for branch in _branches(settings, parts.run_seed, iteration, index, numbers[index], owner)
         ]
         requests = [_request(settings, parts, iteration, rollouts[b.rollout], b) for b in branches]
         prefixes = [(rollouts[b.rollout][0], rollouts[b.rollout][1].response_ids[: b.position]) for b in branches]
@@ -234,17 +234,18 @@ def _kept(
     return kept
 
 
-def _numbers(groups: Sequence[RolloutGroup]) -> dict[int, int]:
-    """Return the number of each rollout among the rollouts of its problem, by the id of the object.
+def _numbers(groups: Sequence[RolloutGroup]) -> list[int]:
+    """Return the number of each rollout that has a reward among all rollouts of its problem.
 
     Random numbers depend on it, not on the place of the rollout in the iteration, so that the order of the problems
     changes nothing.
     """
     counts: Counter[str] = Counter()
-    numbers = {}
+    numbers = []
     for group in groups:
         for rollout in group.rollouts:
-            numbers[id(rollout)] = counts[group.problem.id]
+            if rollout.reward is not None:
+                numbers.append(counts[group.problem.id])
             counts[group.problem.id] += 1
     return numbers
 

@@ -220,7 +220,7 @@ class SamplingWorker:
         sampler = self.sampler
         if sampler is None:
             return self.built
-        if self.load_error is not None:
+        if self.load_error is not None and version != self.version:
             return Outcome(error=self.load_error)
         if version != self.version:
             return Outcome(
