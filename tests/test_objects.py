@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vineppo.objects import first_line, load_object
+from vineppo.objects import first_line, load_object, message_line
 from vineppo.types import UserError
 
 
@@ -72,6 +72,12 @@ def test_main_refers_to_the_running_script(tmp_path: Path) -> None:
     source = str(Path(__file__).parents[1] / "src")
     done = subprocess.run([sys.executable, str(script)], env={"PYTHONPATH": source}, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("5\n", 0), done.stderr
+
+
+def test_the_message_of_an_exception() -> None:
+    assert message_line(ValueError("\n first\nsecond")) == "first"
+    # peft raises this without a message for layers that it cannot merge.
+    assert message_line(NotImplementedError()) == "NotImplementedError"
 
 
 def test_first_line_of_an_exception() -> None:

@@ -53,6 +53,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
+def message_line(error: BaseException) -> str:
+    """Return the first line of the message of an exception, or the name of its type if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _public_names(module: Any) -> list[str]:
     """Return the public names in a module, except imported modules and names from `typing` and `__future__`."""
     return [

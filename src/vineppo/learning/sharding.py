@@ -29,6 +29,7 @@ from vineppo.model.clone import clone_with_adapters
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.output import share_operations
 from vineppo.model.policy import Policy, Reference
+from vineppo.objects import message_line
 from vineppo.run.peers import PeerEnded, launched_ranks
 from vineppo.types import UserError
 
@@ -159,7 +160,7 @@ def join_ranks(device: str) -> Ranks:
             # Objects are sent with gloo, also between GPUs.
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = message_line(error)
             raise UserError(
                 f"the {count} processes of this run cannot connect: {reason}; start them with torchrun, which sets "
                 "MASTER_ADDR and MASTER_PORT"

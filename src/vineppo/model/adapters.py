@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vineppo.model.lora import adapter_layers, merged_layer
+from vineppo.objects import message_line
 from vineppo.seeds import derive_seed
 from vineppo.types import UserError
 
@@ -134,7 +135,7 @@ def check_adapters(adapters: Any) -> None:
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(
                 f"peft cannot merge the adapters of {name} into the weights, so that the trained model could not be "
-                f"saved: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                f"saved: {message_line(error)}"
             ) from error
 
 

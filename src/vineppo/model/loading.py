@@ -18,6 +18,7 @@ from vineppo.model.location import only_local_copy, resolve_model_path, run_of_c
 from vineppo.model.lora import load_trained_state, merged_model, with_adapters
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.of_run import base_of_checkpoint, dtype_of_checkpoint
+from vineppo.objects import message_line
 from vineppo.run.checkpoint import verify_checkpoint
 from vineppo.run.shards import read_networks
 from vineppo.types import UserError
@@ -55,7 +56,7 @@ def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **options, **attention)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = message_line(error)
         raise UserError(f"model.path {config.path!r} could not be loaded: {reason}") from error
     with device_errors_in_one_line(config.device):
         model = model.to(config.device)
@@ -81,7 +82,7 @@ def _load_checkpoint(config: ModelConfig) -> tuple[Any, Any]:
     try:
         load_trained_state(model, weights)
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = message_line(error)
         raise UserError(f"checkpoint {folder} does not fit the model {base.path!r} of its run: {reason}") from error
     if adapters is not None:
         model = merged_model(adapters, getattr(torch, base.dtype))

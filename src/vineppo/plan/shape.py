@@ -10,6 +10,7 @@ import torch
 from vineppo.config.schema import Config
 from vineppo.model.loading import configuration_path
 from vineppo.model.location import only_local_copy
+from vineppo.objects import message_line
 from vineppo.types import UserError
 
 GIB = float(1 << 30)
@@ -71,7 +72,7 @@ def shape_from_config(config: Config) -> Shape:
         with torch.device("meta"):  # The tensors get shapes but no memory.
             return shape_of(AutoModelForCausalLM.from_config(model_config))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = message_line(error)
         raise UserError(f"model.path is {path!r}: the model's configuration cannot be read ({reason})") from error
 
 

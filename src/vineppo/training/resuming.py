@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vineppo.objects import message_line
 from vineppo.run.checkpoint import latest_checkpoint, load_checkpoint, remove_later_checkpoints
 from vineppo.run.directory import RunDirectory
 from vineppo.training.changes import check_has_checkpoint, describe_changes, numbered_checkpoint
@@ -88,7 +89,7 @@ def restore(parts: Parts, checkpoint: Path, state: Mapping[str, Any]) -> None:
     try:
         parts.learner.load(checkpoint)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = message_line(error)
         raise UserError(
             f"checkpoint {checkpoint} does not fit the model or the settings of the run: {reason}; restore the model "
             "that the run started from, or start a new run"

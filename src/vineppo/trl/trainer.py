@@ -37,6 +37,7 @@ from vineppo.model.codec import Codec
 from vineppo.model.loading import load_pretrained
 from vineppo.model.modes import with_checkpointing
 from vineppo.model.policy import Policy
+from vineppo.objects import message_line
 from vineppo.run.peers import launched_ranks, require_launcher
 from vineppo.sampling.wrapped import close
 from vineppo.statistics import Interval
@@ -338,9 +339,7 @@ def _policy(model: Any, processing_class: Any, peft_config: Any, args: VinePPOCo
         try:
             return Policy(model, codec, peft.get_peft_model(model, peft_config))
         except ValueError as error:
-            raise UserError(
-                f"peft_config does not fit the model: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            ) from error
+            raise UserError(f"peft_config does not fit the model: {message_line(error)}") from error
 
 
 def _device(args: VinePPOConfig) -> str:

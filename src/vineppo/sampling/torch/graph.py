@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from vineppo.objects import message_line
 from vineppo.types import TrainingWarning
 
 Step = Callable[[], None]
@@ -79,7 +80,7 @@ class Steps:
             graph = self._graphs.capture(step)
         except RuntimeError as error:
             self.wanted = False
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = message_line(error)
             warnings.warn(
                 f"sampling without CUDA graphs, which takes longer, because a step of this model cannot be captured: "
                 f"{reason}; sampler.graph false turns this warning off",
