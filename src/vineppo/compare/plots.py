@@ -169,7 +169,7 @@ def _final_figure(result: dict[str, Any]) -> Figure | None:
         return None
     has_band = any(f["final_accuracy"]["low"] is not None for f in shown.values())
     styles = styles_of(result)
-    figure, axes = canvas("Final accuracy", _subtitle(result, has_band), height=1.9 + 0.62 * len(shown))
+    figure, axes = canvas("Final accuracy", _subtitle(result, has_band), height=1.9 + 0.62 * len(shown), width=9)
     starts = [f["accuracy_before"]["mean"] for f in shown.values() if f["accuracy_before"]["mean"] is not None]
     if starts:
         start = sum(starts) / len(starts)
@@ -185,7 +185,9 @@ def _final_figure(result: dict[str, Any]) -> Figure | None:
         axes.annotate(text, (final["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=11)
     axes.scatter([], [], s=18, color=GREY, alpha=0.7, linewidths=0, label="single runs")
     finish(axes, "accuracy after training, held-out problems", "")
-    axes.set_yticks(range(len(shown)), [styles[name].label for name in shown], fontsize=12)
+    # A label such as "REINFORCE (batch64)" gets two lines, and the figure is wide, so that the subtitle fits.
+    labels = [styles[name].label.replace(" (", "\n(") for name in shown]
+    axes.set_yticks(range(len(shown)), labels, fontsize=12)
     axes.set_ylim(len(shown) - 0.4, -0.65)
     axes.grid(axis="y", visible=False)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -20,17 +20,18 @@ _SUBTITLE_CHARACTERS = 88
 is split into rows."""
 
 
-def canvas(title: str, subtitle: str, height: float = 5.0) -> tuple[Figure, Axes]:
+def canvas(title: str, subtitle: str, height: float = 5.0, width: float = 8.0) -> tuple[Figure, Axes]:
     """Create a figure with a title and a subtitle. The figure does not use pyplot, so no display is needed.
 
     Args:
         title: bold text above the axes.
         subtitle: one line of text between the title and the axes.
-        height: height of the figure in inches; the width is 8 inches.
+        height: height of the figure in inches.
+        width: width of the figure in inches.
     Returns:
         The figure and its axes.
     """
-    figure = Figure(figsize=(8, height), dpi=130, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=14, fontweight="bold", loc="left", pad=26)
     note = axes.annotate(
