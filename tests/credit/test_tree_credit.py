@@ -239,7 +239,7 @@ def test_rewards_that_are_missing_or_equal() -> None:
     responses = [(1, 0), (1, 2, 0), (3, 3, 0), (3, 0)]
     samples, _ = credit([leaves(w, *responses, rewards=[None, 1, 0.5, 0])], 1)
     assert [trained(sample) for sample in samples] == [
-        [(0.75, 2), (0, 1)], [(0, 1), (0, 1)], [(-0.75, 2), (0.5, 1), (0.5, 1)], [(-0.5, 1)],
+        [(0, 1)], [(0.75, 2), (0, 1), (0, 1)], [(-0.75, 2), (0.5, 1), (0.5, 1)], [(-0.5, 1)],
     ]  # fmt: skip
     equal, metrics = credit([leaves(w, *responses, rewards=[0.3] * 4)], 1)
     assert {a for sample in equal for a in sample.advantages} == {0.0} and metrics["credit/zero_edge_share"] == 1
@@ -251,6 +251,21 @@ def test_rollouts_that_are_not_a_tree_are_refused() -> None:
     for responses in ([(1, 0), (2, 0), (3, 0), (3, 0)], [(0,), (1, 0), (3, 0), (3, 0)]):
         with pytest.raises(ValueError, match="not the leaves of a tree"):
             credit([leaves(w, *responses, rewards=[1, 0, 1, 0])], 1)
+
+
+def cut_before_the_end(token_texts: Sequence[str], logprobs: Sequence[float]) -> list[int]:
+    """A splitter that looks ahead: it cuts before the last token."""
+    return sorted({len(token_texts) - 1, len(token_texts)} - {0})
+
+
+def test_a_splitter_that_looks_ahead_is_refused_in_one_line() -> None:
+    w = world(4)
+    name = f"{__name__}:{cut_before_the_end.__name__}"
+    credit = tree_credit(TreeSettings(branch_at="steps:1", splitter=name), parts_of(w, 2))
+    message = r"tree.splitter .*:cut_before_the_end' cuts responses with the same first tokens at different places"
+    with pytest.raises(UserError, match=message) as raised, pytest.warns(UserWarning, match="cuts by later tokens"):
+        credit([leaves(w, (1, 2, 0), (1, 0), rewards=[1, 0])], 1)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,10 @@ class _Edge:
     """An edge with its advantage."""
 
     leaves: range
-    """Indices of its leaves in the group. The tokens of the edge are trained with the first of them."""
+    """Indices of its leaves in the group."""
+    trained_in: int
+    """Index of the leaf whose sample trains the tokens of the edge: its first leaf that has a reward, or its first leaf
+    if none has. The learner leaves samples without a reward out of the statistics of `learner.advantage_scaling`."""
     start: int
     """Number of response tokens before the edge."""
     end: int
@@ -268,9 +271,9 @@ def tree_credit(settings: TreeSettings, parts: CreditParts) -> CreditFn:
     at the prompt without a sibling that has a value is compared with the mean value of the other trees of the
     iteration.
 
-    There is one training sample per leaf. The tokens of an edge are trained in the sample of its first leaf, with the
-    number of its leaves as their weight, and are context in the samples of the others. A response that is in the group
-    several times, because it ended before a branching point, is trained once.
+    There is one training sample per leaf. The tokens of an edge are trained in the sample of its first leaf that has a
+    reward, with the number of its leaves as their weight, and are context in the samples of the others. A response that
+    is in the group several times, because it ended before a branching point, is trained once.
     """
     points_of = branching_points(settings, parts)
 
@@ -304,7 +307,8 @@ def _edges(
         rollouts: the leaves in depth-first order.
         others: baseline of an edge at the prompt that has no sibling with a value (form `siblings`); None for none.
     Raises:
-        ValueError: if leaves that should share an edge have different tokens there.
+        UserError: if leaves that should share an edge have different tokens there because of `tree.splitter`.
+        ValueError: if they have for another reason.
     """
     size_at = [math.prod(settings.branches[level:]) for level in range(len(settings.branches) + 1)]
     root, points = _value(rollouts), [points_of(rollout) for rollout in rollouts]
@@ -322,13 +326,24 @@ def _edges(
             is_last = level >= len(branching)
             end = len(first.response_ids) if is_last else branching[level]
             if any(rollouts[i].response_ids[: None if is_last else end] != first.response_ids[:end] for i in family):
-                raise ValueError("the rollouts of the group are not the leaves of a tree in depth-first order")
-            edges.append(_Edge(family, start, end, advantage, is_last))
+                raise _not_a_tree(settings)
+            trained_in = next((i for i in family if rollouts[i].reward is not None), family[0])
+            edges.append(_Edge(family, trained_in, start, end, advantage, is_last))
             if not is_last:
                 grow(family, level + 1, end)
 
     grow(range(len(rollouts)), 0, 0)
     return edges
+
+
+def _not_a_tree(settings: TreeSettings) -> Exception:
+    """Return the error for leaves that should share an edge and have different tokens there."""
+    if _points_every(settings.branch_at)[0] != "steps":
+        return ValueError("the rollouts of the group are not the leaves of a tree in depth-first order")
+    return UserError(
+        f"tree.splitter {settings.splitter!r} cuts responses with the same first tokens at different places: it uses "
+        "the tokens after a cut; choose a splitter that uses only the tokens before it, or tree.branch_at tokens:N"
+    )
 
 
 def _value(rollouts: Sequence[Rollout]) -> float | None:
@@ -366,10 +381,10 @@ def _advantages(
 
 
 def _samples(rollouts: Sequence[Rollout], edges: Sequence[_Edge]) -> list[TrainingSample]:
-    """Return one training sample per rollout; its trained tokens are those of the edges whose first leaf it is."""
+    """Return one training sample per rollout; its trained tokens are those of the edges with its `trained_in`."""
     samples = []
     for number, rollout in enumerate(rollouts):
-        own = [edge for edge in edges if edge.leaves[0] == number]
+        own = [edge for edge in edges if edge.trained_in == number]
         T, prompt = len(rollout.response_ids), len(rollout.prompt_ids)
         start = own[0].start if own else T  # the edges of a leaf follow each other up to its end
         advantages = [0.0] * start + [edge.advantage for edge in own for _ in range(edge.end - edge.start)]
