@@ -20,6 +20,7 @@ from rich.console import Console
 from vineppo.compare.comparison import compare
 from vineppo.compare.curves import Curves, align, first_reach, versus
 from vineppo.compare.figures import analyse
+from vineppo.compare.lock import exclusive_lock
 from vineppo.compare.records import evaluations_of, load_run
 from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
@@ -396,7 +397,7 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     out = tmp_path / "out"
     compare_module._open_directory(make_spec(out), out)
-    with compare_module._exclusive_lock(out), pytest.raises(UserError, match="in use by another comparison"):
+    with exclusive_lock(out), pytest.raises(UserError, match="in use by another process"):
         compare(make_spec(out), buffer_console())
 
 

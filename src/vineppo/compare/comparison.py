@@ -7,15 +7,14 @@ done with each. `run_all` trains the unfinished runs, each in a separate process
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vineppo.compare.figures import analyse
+from vineppo.compare.lock import exclusive_lock
 from vineppo.compare.records import load_run
 from vineppo.compare.report import environment_record, missing_entry, print_table, spec_record, to_json, write_reports
 from vineppo.compare.runs import Action, PlannedRun, plan_runs, print_line, read_json, run_all, run_state
@@ -40,10 +39,10 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
     console = console or Console()
     out = Path(spec.out)
     _open_directory(spec, out)
-    with _exclusive_lock(out):
+    with exclusive_lock(out):
         plans = plan_runs(spec)
         print_line(console, _plan_line(plans))
-        failures = run_all(plans, spec, console)
+        failures = run_all(plans, spec.jobs, console)
         runs = [load_run(plan.directory, plan.arm) for plan in plans if run_state(plan.directory) == "finished"]
         figures = analyse(runs, spec.arms, spec.baseline_names)
         result = {"spec": spec_record(spec, runs), **environment_record(), **figures}
@@ -74,32 +73,6 @@ def _open_directory(spec: CompareSpec, out: Path) -> None:
         write_text(record, to_json(content))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); choose a writable directory") from None
-
-
-@contextlib.contextmanager
-def _exclusive_lock(out: Path) -> Iterator[None]:
-    """Lock the directory of a comparison within the context, so that a second comparison cannot use it.
-
-    The training processes inherit the lock. If the process of the comparison is killed, the directory stays locked
-    until the training processes end.
-
-    Raises:
-        UserError: if the directory is already locked.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl, so the directory is not locked
-        yield
-        return
-    with open(out / ".lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"--out {out} is in use by another comparison or by one of its runs; wait until it ends, or stop it"
-            ) from None
-        os.set_inheritable(lock.fileno(), True)
-        yield
 
 
 def _plan_line(plans: Sequence[PlannedRun]) -> str:

@@ -1,4 +1,7 @@
-"""Determine which runs of a comparison are not finished, and train each of these runs in a separate process."""
+"""Determine which runs of a comparison are not finished, and train runs in separate processes.
+
+`vineppo tune` trains its runs in the same way.
+"""
 
 from __future__ import annotations
 
@@ -126,12 +129,12 @@ class _Child:
     log: TextIO
 
 
-def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) -> dict[str, str]:
-    """Train all runs that have a command, at most `spec.jobs` at the same time.
+def run_all(plans: Sequence[PlannedRun], jobs: int, console: Console) -> dict[str, str]:
+    """Train all runs that have a command, at most `jobs` at the same time.
 
     Args:
-        plans: all runs of the comparison.
-        spec: settings of the comparison.
+        plans: the runs.
+        jobs: largest number of runs that train at the same time.
         console: object that prints the progress.
     Returns:
         Name of each failed run -> last line of its log.
@@ -146,8 +149,8 @@ def run_all(plans: Sequence[PlannedRun], spec: CompareSpec, console: Console) ->
     with _stop_signals(), console.status("starting", refresh_per_second=2) as status:
         try:
             while waiting or running:
-                while waiting and len(running) < spec.jobs:
-                    running.append(_start(waiting.pop(0), spec.jobs))
+                while waiting and len(running) < jobs:
+                    running.append(_start(waiting.pop(0), jobs))
                 time.sleep(0.2)
                 for child in [child for child in running if child.process.poll() is not None]:
                     running.remove(child)
@@ -214,11 +217,7 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
     """
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
-        run = load_run(plan.directory)
-        means = (number_in(run.summary, key, "mean") for key in ("accuracy_before", "accuracy_after"))
-        before, after = map(format_percent, means)
-        updates, seconds = (format_count(run.summary.get(key)) for key in ("updates", "seconds"))
-        print_line(console, f"{counter} {plan.name}: accuracy {before} -> {after}, {updates} updates, {seconds} s")
+        print_line(console, f"{counter} {plan.name}: {_result(load_run(plan.directory).summary)}")
         return
     if code == _INTERRUPTED:
         print_line(console, f"{counter} {plan.name}: interrupted; run the same command again to continue it")
@@ -228,6 +227,15 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
     print_line(console, f"{counter} {plan.name} FAILED with exit code {code}; last lines of {plan.log}:")
     for line in lines:
         print_line(console, f"    {line}")
+
+
+def _result(summary: dict[str, Any]) -> str:
+    """Describe the result of a finished run from its summary. Accuracies that were not measured are left out."""
+    updates, seconds = (format_count(summary.get(key)) for key in ("updates", "seconds"))
+    before, after = (number_in(summary, key, "mean") for key in ("accuracy_before", "accuracy_after"))
+    measured = before is not None and after is not None
+    accuracy = f"accuracy {format_percent(before)} -> {format_percent(after)}, " if measured else ""
+    return f"{accuracy}{updates} updates, {seconds} s"
 
 
 def outcome_of_missing(
