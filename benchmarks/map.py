@@ -6,8 +6,8 @@
 The tasks are neighbours of the recipe `wording` (`POINTS`): each differs from it in one property, such as the share of
 decisive steps or the number of training problems. On each task, `vineppo compare` trains all arms with the same seeds
 and the same budget of generated tokens, which is proportional to the length of the chains. The settings of the arms
-are not tuned again for each task, so this is a map of fixed configurations. Models for other lengths of the chains are
-trained first, with the demonstrations of `sft-wording`. Chains have at most 25 steps: a variable has one letter.
+are not tuned again for each task, so this is a map of fixed configurations. The models for other lengths of the chains
+are trained first, in the same three stages as the embedded model (an hour for 20 steps).
 
 `map.json` has one entry per task: the accuracies on new problems and on the training problems; the baseline that is
 best on this task; the tokens and the seconds that it needs to its best mean accuracy, divided by those that the method
@@ -30,10 +30,13 @@ from typing import Any
 import yaml
 
 from vineppo.compare.arms import load_arms
+from vineppo.compare.tables import format_interval
 from vineppo.types import UserError
 
 LAST = 5
 """The accuracy on training problems is the mean reward of this many last iterations."""
+STAGES = ("sft-judgement-wavering", "sft-judgement", "sft-wording")
+"""Recipes with which the embedded model `wording` was trained, one after the other."""
 COLOURS = ("#7F3C8D", "#888888", "#E68310", "#3969AC", "#11A579")
 """Colours of the arms in the picture: the method first, then the baselines."""
 
@@ -69,7 +72,6 @@ POINTS = (
     BASE,
     _length(5, 3.33),
     _length(20, 3.33),
-    _length(25, 3.33),
     *(
         Point(f"share{share}", "share of decisive steps", f"{share:.0%}", {"task.trap_share": str(share)})
         for share in (0.1, 0.2, 0.5)
@@ -85,10 +87,12 @@ POINTS = (
 
 def _model(point: Point, folder: Path) -> Path:
     """Return the directory of the starting model for chains of another length. Train it if it does not exist."""
-    path = folder / "models" / point.name
-    if not (path / "config.json").exists():
-        options = {"model.path": "embedded:wording", "task.num_steps": str(point.steps), "max_length": "512"}
-        _run(["sft", "sft-wording", "--out", str(path), *_flags(options)])
+    options = {"task.num_steps": str(point.steps), "max_length": "512"}
+    for stage in STAGES:
+        path = folder / "models" / point.name / stage
+        if not (path / "config.json").exists():
+            _run(["sft", stage, "--out", str(path), *_flags(options)])
+        options["model.path"] = str(path)
     return path
 
 
@@ -195,7 +199,7 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
                 continue
             after = of_arm["accuracy_after"]
             trained = of_arm["accuracy_on_training_problems"]
-            cells.append(f"{100 * after['mean']:.1f}{_interval(after, 100, 1)} ({trained:.0%})")
+            cells.append(f"{format_interval(after)} ({trained:.0%})")
         cells.append(entry["baseline"])
         for key in ("tokens_ratio", "seconds_ratio"):
             ratio = entry[key]

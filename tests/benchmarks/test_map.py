@@ -78,9 +78,9 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
         ["reinforce", "2.00 [1.00, 4.00]", "2.00 [1.00, 4.00]", "+5.0 [1.0, 9.0] |"],
         *[["reinforce", "-", "-", "- |"]] * 2,
     ]
-    cells = ["20%", "80.0 [70.0, 90.0] (30%)", "80.0 [70.0, 90.0] (60%)"]
+    cells = ["20%", "80.0% [70.0, 90.0] (30%)", "80.0% [70.0, 90.0] (60%)"]
     assert rows[0][2:6] == [*cells, ""]
-    assert rows[2][2:6] == [*cells, "80.0 [70.0, 90.0] (100%)"]
+    assert rows[2][2:6] == [*cells, "80.0% [70.0, 90.0] (100%)"]
     _picture(entries, options, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
