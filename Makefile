@@ -146,12 +146,12 @@ STUDY ?= counterfactual reinforce grpo ppo vineppo rloo tempo tree grpo_lambda s
 STUDY_BASELINES ?= reinforce,reinforce64,tree,rloo,grpo
 STUDY_BUDGET ?= 360000
 STUDY_JOBS ?= 2
-TUNE := wording --grid learner.lr=1e-4,2e-4,4e-4 --set learner.epochs=4 --set learner.micro_batch_tokens=2048 \
-	--set eval.num_problems=256 --set eval.every=2 --budget $(STUDY_BUDGET) --rungs 3 --eta 2 --target 0.9 \
+TUNE := wording --grid learner.lr=1e-4,2e-4,4e-4 --learner.epochs 4 --learner.micro_batch_tokens 2048 \
+	--eval.num_problems 256 --eval.every 2 --budget tokens=$(STUDY_BUDGET) --rungs 3 --eta 2 --target 0.9 \
 	--seeds 100-101 --jobs $(STUDY_JOBS)
 KL := --grid learner.kl.coefficient=1e-3,3e-3
 ROLLOUTS := --grid rollouts.num_problems+learner.minibatch_size
-BATCH_OF_32 := --set rollouts.num_problems=32 --set learner.minibatch_size=32
+BATCH_OF_32 := --rollouts.num_problems 32 --learner.minibatch_size 32
 TUNE_counterfactual := $(KL) $(ROLLOUTS)=32,64
 TUNE_ppo := $(TUNE_counterfactual)
 TUNE_reinforce := --grid learner.kl.coefficient=0,1e-3,3e-3 $(ROLLOUTS)=32,64
@@ -160,13 +160,13 @@ TUNE_rloo := $(TUNE_grpo)
 TUNE_tempo := $(TUNE_grpo)
 TUNE_tree := $(TUNE_grpo)
 TUNE_grpo_lambda := $(TUNE_grpo)
-TUNE_vineppo := $(KL) $(BATCH_OF_32) --set vineppo.alternatives=true --grid vineppo.num_mc_rollouts=1,3
+TUNE_vineppo := $(KL) $(BATCH_OF_32) --vineppo.alternatives true --grid vineppo.num_mc_rollouts=1,3
 TUNE_spo_chain := $(KL) $(BATCH_OF_32) --grid spo_chain.num_mc_rollouts=1,3
 
 tuning: $(STUDY:%=docs/results/equal_tokens/tuning/%.json)  ## tune every algorithm of the study with equal care; 20 minutes each
 
 docs/results/equal_tokens/tuning/%.json: | $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python dev/tune.py $(TUNE) --algorithms $* $(TUNE_$*) --out runs/tune-$*
+	OMP_NUM_THREADS=1 $(BIN)/vineppo tune $(TUNE) --algorithms $* $(TUNE_$*) --out runs/tune-$*
 	cp runs/tune-$*/tune.json $@
 
 results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_tokens/arms.yaml with ten new seeds
@@ -181,7 +181,7 @@ MAP_FEW_BASELINES ?= rloo
 MAP_SEEDS ?= 3
 MAP_BUDGET ?= 300000
 
-results-map: $(READY)  ## the tuned arms on eleven tasks: lengths, shares of decisive steps, numbers of problems; two hours
+results-map: $(READY)  ## the tuned arms on ten tasks: lengths, shares of decisive steps, numbers of problems; three hours
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/map.py --arms docs/results/equal_tokens/arms.yaml --arm counterfactual \
 		--baselines $(MAP_BASELINES) --few_baselines $(MAP_FEW_BASELINES) --seeds $(MAP_SEEDS) --budget $(MAP_BUDGET) --jobs $(STUDY_JOBS) --out runs/map
 	mkdir -p docs/results/map

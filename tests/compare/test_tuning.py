@@ -1,22 +1,27 @@
-"""dev/tune.py: the rule of successive halving by hand, and a small tuning with real runs."""
+"""`vineppo tune`: the rule of successive halving by hand, and a small tuning with real runs."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from dev.tune import Score, budgets_of, cells_of, command_of, grids_of, parsed, ranked, score, survivors
+from rich.console import Console
 
-from dev import tune
 from vineppo.cli.main import main
+from vineppo.cli.options import parse_request, parser_of
+from vineppo.cli.tune import COMMAND, _spec_of, check_cells
+from vineppo.compare import tuning
 from vineppo.compare.arms import load_arms
+from vineppo.compare.grid import cells_of, grids_of
 from vineppo.compare.records import Evaluation
+from vineppo.compare.runs import PlannedRun
 from vineppo.compare.spec import arms_of
+from vineppo.compare.tuning import Score, TuneSpec, budgets_of, planned_run, ranked, score_of, survivors, tune
 from vineppo.types import UserError
 
 
@@ -49,12 +54,12 @@ def test_the_score_of_a_cell_by_hand() -> None:
         evaluations((0, 0.2), (100, 0.4), (200, 0.6), (300, 0.8)),
         evaluations((0, 0.2), (100, 0.5), (200, 0.8), (300, 0.6)),
     ]
-    result = score(runs, 250, 0.6)
+    result = score_of(runs, 250, 0.6)
     assert result.accuracy == pytest.approx(0.7)  # .7 with both seeds, half-way between 200 and 300
     assert result.tokens == pytest.approx(160)
-    assert score(runs, 150, 0.6).tokens is None  # reached only beyond the budget
+    assert score_of(runs, 150, 0.6).tokens is None  # reached only beyond the budget
     longer = [(*run, *evaluations((400, 0.99))) for run in runs]
-    assert score(longer, 250, 0.6) == result  # a run that has gone on counts as it was at the budget
+    assert score_of(longer, 250, 0.6) == result  # a run that has gone on counts as it was at the budget
 
 
 def test_every_algorithm_gets_the_same_number_of_cells() -> None:
@@ -95,11 +100,20 @@ def test_tied_settings_have_the_same_value() -> None:
         cells_of(arm, wrong, None)
 
 
-SMALL = [
-    *("judgement", "--budget", "1200", "--rungs", "2", "--target", "0.9", "--grid", "learner.lr=1e-5,3e-4"),
-    *("--set", "rollouts.num_problems=2", "--set", "rollouts.group_size=2", "--set", "learner.minibatch_size=4"),
-    *("--set", "eval.every=1", "--set", "eval.num_problems=4"),
-]
+SMALL = (
+    *("judgement", "--budget", "tokens=1200", "--rungs", "2", "--target", "0.9", "--grid", "learner.lr=1e-5,3e-4"),
+    *("--rollouts.num_problems", "2", "--rollouts.group_size", "2", "--learner.minibatch_size", "4"),
+    *("--eval.every", "1", "--eval.num_problems", "4"),
+)
+
+
+def spec_of(*arguments: str) -> TuneSpec:
+    """What a command line asks for."""
+    return _spec_of(parse_request(parser_of("tune", COMMAND), COMMAND, list(arguments)))
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=200)
 
 
 def tokens_of(run: Path) -> list[int]:
@@ -109,15 +123,17 @@ def tokens_of(run: Path) -> list[int]:
     return [line["tokens/generated"] for line in lines]
 
 
+def run_in_this_process(plans: Sequence[PlannedRun], jobs: int, console: Console) -> dict[str, str]:
+    """Train as `run_all` does, but in this process, which saves its start."""
+    codes = {plan.name: main(list(plan.command[3:])) for plan in plans if plan.command}
+    return {name: f"exit code {code}" for name, code in codes.items() if code}
+
+
 def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainings are real, but run in this process, which saves its start."""
-
-    def in_this_process(command: Sequence[str], **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(returncode=main(list(command[3:])))
-
-    monkeypatch.setattr(tune, "subprocess", SimpleNamespace(run=in_this_process, STDOUT=None))
-    arguments = [*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path)]
-    result = tune.tune(*parsed(arguments))
+    monkeypatch.setattr(tuning, "run_all", run_in_this_process)
+    spec = spec_of(*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path))
+    check_cells(spec)
+    result = tune(spec, quiet())
     own = result["algorithms"]["grpo"]
     first, second = own["rungs"]
     best, lost = first["cells"]
@@ -134,41 +150,73 @@ def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path, monkeypatch: py
     assert yaml.safe_load((tmp_path / "arms.yaml").read_text())["grpo"]["algorithm"] == "grpo"
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    plan, algorithms, cells = parsed(arguments)
-    assert command_of(plan, cells["grpo"][0], 100, 600) == ()
-    assert tune.tune(plan, algorithms, cells)["algorithms"] == result["algorithms"]
+    assert planned_run(spec, spec.cells["grpo"][0], 100, 600).action == "keep"
+    assert tune(spec, quiet())["algorithms"] == result["algorithms"]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
-    with pytest.raises(UserError, match="was tuned with"):
-        tune.tune(*parsed([*arguments, "--set", "learner.epochs=1"]))
+    other = spec_of(*SMALL, "--algorithms", "grpo", "--out", str(tmp_path), "--learner.epochs", "1")
+    with pytest.raises(UserError, match="contains a tuning of judgement with the settings"):
+        tune(other, quiet())
 
 
 @pytest.mark.parametrize(
     ("more", "named"),
     [
         (["--grid", "learner.epochs=1,x"], "learner.epochs is 'x'"),
-        (["--set", "eval.every=0"], "eval.every is 0"),
+        (["--eval.every", "0"], "eval.every is 0"),
         (["--grid", "reinforce:learner.epochs=1,2"], "different numbers of cells"),
-        (["--eta", "1"], "--eta above 1"),
+        (["--eta", "1"], "eta is 1; it must be a finite number above 1"),
+        (["--eta", "two"], "--eta is 'two'; it must be a number"),
+        (["--cells", "0"], "--cells is 0"),
+        (["--budget", "updates=9"], "cells are ranked by tokens"),
+        (["--budget", "tokens=1", "--rungs", "3"], "first of 3 rungs has less than one token"),
+        (["--run.seed", "1"], "run.seed is set by `vineppo tune`"),
+        (["--grid", "run.max_tokens=1,2"], "run.max_tokens is set by `vineppo tune`"),
+        (["--vineppo.splitter", "newline"], "vineppo.splitter is a setting of vineppo, which is not tuned"),
+        (["--algorithms", "grpo,grpo"], "an algorithm occurs twice"),
     ],
 )
 def test_mistakes_are_found_before_the_first_run(tmp_path: Path, more: list[str], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        tune.tune(*parsed([*SMALL, "--algorithms", "reinforce,grpo", "--out", str(tmp_path / "o"), *more]))
+    with pytest.raises(UserError, match=named) as raised:
+        check_cells(spec_of(*SMALL, "--algorithms", "reinforce,grpo", "--out", str(tmp_path / "o"), *more))
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "o").exists()
 
 
-def test_an_algorithm_whose_cells_all_failed_has_no_arm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def failing(command: Sequence[str], stdout: Any, **options: Any) -> SimpleNamespace:
-        stdout.write("error: no memory\n")
-        return SimpleNamespace(returncode=1)
+@pytest.mark.parametrize("name", ["algorithms", "grid", "budget", "out"])
+def test_a_missing_option_is_named(name: str, capsys: pytest.CaptureFixture) -> None:
+    options = {"algorithms": "grpo", "grid": "learner.lr=1,2", "budget": "tokens=9", "out": "somewhere"}
+    given = [text for key, value in options.items() if key != name for text in (f"--{key}", value)]
+    assert main(["tune", "judgement", *given]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --{name} is not given; give ")
 
-    monkeypatch.setattr(tune, "subprocess", SimpleNamespace(run=failing, STDOUT=None))
-    result = tune.tune(*parsed([*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path)]))
+
+def test_a_setting_of_one_algorithm_is_given_to_its_cells_only() -> None:
+    algorithms = ("--algorithms", "vineppo,grpo", "--vineppo.num_mc_rollouts", "3")
+    spec = spec_of("judgement", *algorithms, "--grid", "learner.lr=1e-4,2e-4", "--budget", "tokens=800", "--out", "o")
+    settings = {name: spec.settings_of(cells[0], 200) for name, cells in spec.cells.items()}
+    assert settings["vineppo"]["vineppo.num_mc_rollouts"] == "3"
+    assert "vineppo.num_mc_rollouts" not in settings["grpo"]
+    assert {own["run.max_tokens"] for own in settings.values()} == {"200"}
+    assert {own["learner.lr"] for own in settings.values()} == {"1e-4"}
+
+
+def test_an_algorithm_without_a_finished_cell_has_no_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(plans: Sequence[PlannedRun], jobs: int, console: Console) -> dict[str, str]:
+        return {plan.name: "error: no memory" for plan in plans}
+
+    monkeypatch.setattr(tuning, "run_all", failing)
+    console = quiet()
+    result = tune(spec_of(*SMALL, "--algorithms", "grpo", "--seeds", "100-100", "--out", str(tmp_path)), console)
     own = result["algorithms"]["grpo"]
-    assert own["best"] is None and {cell["reason"] for cell in own["rungs"][-1]["cells"].values()} == {
-        "error: no memory"
-    }
-    assert "all cells of the last rung failed, so arms.yaml has no grpo" in capsys.readouterr().out
+    reasons: dict[str, Any] = own["rungs"][-1]["cells"]
+    assert own["best"] is None and {cell["reason"] for cell in reasons.values()} == {"error: no memory"}
+    assert isinstance(console.file, io.StringIO)
+    assert "no cell of the last rung finished, so arms.yaml has no grpo" in console.file.getvalue()
     assert yaml.safe_load((tmp_path / "arms.yaml").read_text()) == {}
+
+
+def test_another_directory_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    for out, message in ((tmp_path, "is not empty and contains no tuning"), (tmp_path / "thesis.tex", "is a file")):
+        with pytest.raises(UserError, match=message):
+            tune(spec_of(*SMALL, "--algorithms", "grpo", "--out", str(out)), quiet())

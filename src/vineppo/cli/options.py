@@ -180,6 +180,19 @@ def int_option(request: Request, name: str, default: int) -> int:
         raise UserError(f"--{name} is {text!r}; it must be a whole number") from None
 
 
+def float_option(request: Request, name: str, default: float) -> float:
+    """Return the value of an option as a number, or `default` if the option is not given.
+
+    Raises:
+        UserError: if the value is not a number.
+    """
+    text = request.options[name]
+    try:
+        return default if text is None else float(text)
+    except ValueError:
+        raise UserError(f"--{name} is {text!r}; it must be a number") from None
+
+
 def add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:
     """Add a paragraph with a title to the help."""
     width = max(40, min(shutil.get_terminal_size().columns, 120) - 4)
