@@ -19,7 +19,9 @@ models, its continuations stay near the response: all have the same length, and 
 
 Tokens and seconds are modelled as proportional to (number of steps)^exponent. The exponent is fitted to the numbers of
 at least 50 steps. Small sweeps give the exponents of the group size G, K and the number of parameters in the same way,
-at `--sweep-steps` steps. The script writes length.json and length.md.
+at `--sweep-steps` steps. The seconds with larger models on GPUs are predicted from the token counts and from data
+sheets, as in `vineppo scaling`. The script writes length.json and length.md. With `--report`, it measures nothing and
+only writes length.md again from length.json.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # This makes the folder `ben
 
 from benchmarks.engines import generate, peak_memory
 
+from vineppo.measure.gpus import ASSUMPTIONS, gpu_rows
 from vineppo.measure.longchain import Scene, build_policy, build_scene, fixed_tokens
+from vineppo.measure.scaling import METHODS as CREDIT_METHODS
+from vineppo.measure.scaling import share_of_tokens
+from vineppo.measure.scaling_report import larger_models
 from vineppo.model.policy import Policy
 from vineppo.sampling.build import sampler_line
 
@@ -57,6 +63,8 @@ ENOUGH_SECONDS = 30.0
 """When the runs of a row have taken this time, there is no further run."""
 SWEEP_PROBLEMS = 2
 """Number of problems in the sweeps."""
+GPUS = ("a100", "h100")
+"""The accelerators of the table of larger models."""
 
 
 def measure(scene: Scene, method: str, folder: Path) -> dict[str, float]:
@@ -230,7 +238,14 @@ def markdown(result: dict[str, Any]) -> str:
         values = ", ".join(f"{value:,}" for value in dict.fromkeys(row[column] for row in rows))
         lines += ["", f"Exponents over the {over[name]}, {values}, at {result['sweep_steps']} steps:", ""]
         lines += exponent_table(sweep["exponents"])
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *larger_models(predictions(result), ASSUMPTIONS)])
+
+
+def predictions(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the credit costs with larger models on GPUs, from the measured token counts (see `gpu_rows`)."""
+    rows, k, step_tokens = result["rows"], result["k"], result["step_tokens"]
+    measured = [method for method in CREDIT_METHODS if any(row["method"] == method for row in rows)]
+    return gpu_rows(GPUS, k, {method: share_of_tokens(rows, method, k, step_tokens) for method in measured})
 
 
 def exponent_table(exponents: dict[str, dict[str, float | None]]) -> list[str]:
@@ -257,7 +272,10 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="number of runs per median")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/length"))
+    parser.add_argument("--report", action="store_true", help="only write length.md again, from OUT/length.json")
     arguments = parser.parse_args()
+    if arguments.report and not (arguments.out / "length.json").is_file():
+        parser.error(f"--report needs {arguments.out / 'length.json'}, which does not exist; measure without --report")
     for option, allowed in (("methods", METHODS), ("sweeps", tuple(SWEEPS))):
         chosen = [name for name in getattr(arguments, option).split(",") if name]
         if unknown := set(chosen) - set(allowed):
@@ -268,8 +286,11 @@ def parsed_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the measurements and write the results."""
+    """Run the measurements and write the results, or only write the report again."""
     arguments = parsed_arguments()
+    if arguments.report:
+        (arguments.out / "length.md").write_text(markdown(json.loads((arguments.out / "length.json").read_text())))
+        return
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     policy = build_policy(max([*arguments.steps, arguments.sweep_steps]) * arguments.step_tokens)

@@ -321,7 +321,7 @@ def other_warnings(caught: Sequence[warnings.WarningMessage], known: Sequence[st
 
 def notice(fault: Fault) -> dict[str, Any]:
     """Train with a fault. Return what noticed it, and after how many iterations with an update."""
-    reporter, found = Counter(), {"noticed": False, "by": "", "updates_before": None}
+    reporter, found = Counter(), {"noticed": False, "by": ""}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught, fault.patches():
         warnings.simplefilter("always")
         try:

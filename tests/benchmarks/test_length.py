@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.length import build_policy, build_scene, exponents_of, fitted, fixed_tokens, generate_work, measure
+from benchmarks.length import (
+    build_policy,
+    build_scene,
+    exponents_of,
+    fitted,
+    fixed_tokens,
+    generate_work,
+    markdown,
+    measure,
+    predictions,
+)
 
 
 @pytest.mark.parametrize("width", [144, 288])
@@ -59,3 +70,24 @@ def test_exponents_are_slopes_of_logarithms() -> None:
     }
     widths = [{"method": "reuse", "parameters": p, "tokens": 5, "seconds": p**0.5} for p in (100, 400)]
     assert exponents_of(widths, "parameters", 0)["reuse"] == {"tokens": pytest.approx(0), "seconds": pytest.approx(0.5)}
+
+
+def test_the_published_report_is_that_of_its_measurements() -> None:
+    folder = Path(__file__).parents[2] / "docs/results/length"
+    assert markdown(json.loads((folder / "length.json").read_text())) == (folder / "length.md").read_text()
+
+
+def test_costs_with_larger_models_by_hand() -> None:
+    """Decoding has 6% and training 12% of the speed, so a token of a continuation costs twice as much as one forward.
+
+    10 steps of 30 tokens with K = 9: 9 * 30 * 55 tokens of continuations. The value network: 7 forward passes (one
+    prediction, and two epochs of three) over 420 tokens.
+    """
+    tokens = {"fixed_k": 1485, "reuse": 297}  # 9 * 3 * 55, and a fifth of it
+    rows = [{"method": method, "steps": 10, "tokens": number} for method, number in tokens.items()]
+    found = predictions({"rows": [*rows, {"method": "generate", "steps": 10}], "k": 9, "step_tokens": 3})
+    assert [row["method"] for row in found[:2]] == ["fixed_k", "reuse"] and len(found) == 3 * 2 * 2
+    ratios = [row["lengths"][0]["continuations"] / row["lengths"][0]["value_network"] for row in found[:2]]
+    whole = 2 * 9 * 30 * 55 / (7 * 420)
+    assert ratios == pytest.approx([whole, whole / 5])
+    assert found[0]["lengths"][0]["steps"] == 10 and found[0]["gpus"] == "1x a100"

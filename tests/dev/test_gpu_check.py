@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from dev.gpu.pace import variants
+from dev.gpu.part import Part
+from dev.gpu.policies import EMBEDDED
+from dev.gpu.results import ROOT, without_folders
+from dev.gpu.trainings import COMPARED
 
 from dev import gpu_check
 
@@ -59,13 +64,13 @@ def test_the_sampler_is_equal_to_the_trainer_and_to_itself(parts: dict[str, Any]
         assert row["twice the same"] and 0 < row["mean difference"] < row["largest difference"]
         assert row["largest difference"] < (1e-4 if row["dtype"] == "float32" else 0.5), row
         # Two responses to each prompt, and three continuations of each of their two states.
-        assert row["completions"] <= (2 + 2 * 2 * 3) * (8 if row["model"] == gpu_check.EMBEDDED else 2)
+        assert row["completions"] <= (2 + 2 * 2 * 3) * (8 if row["model"] == EMBEDDED else 2)
     assert all(row["share equal"] == 1 and row["largest difference if equal"] == 0 for row in to_cpu)
 
 
 def test_all_ways_of_decoding_give_the_same_tokens(parts: dict[str, Any]) -> None:
     rows = parts["pace"]["tables"]["compared with everything on"]
-    names = list(gpu_check._variants(gpu_check.Part("cpu", True, "", Path(), 0.0, lambda: None)))
+    names = list(variants(Part("cpu", True, "", Path(), 0.0, lambda: None)))
     assert [row["variant"] for row in rows] == names * 4  # two models, two dtypes
     for row in rows:
         assert row["warning"] == "" and row["graphs"] == 0
@@ -94,7 +99,7 @@ def test_trainings_on_one_device_are_equal(parts: dict[str, Any]) -> None:
     assert set(facts.values()) == {1.0}
     first, later = tables["iteration 1"], tables["later iterations, after different samples"]
     assert {row["iteration"] for row in first} == {1} and {row["iteration"] for row in later} == {2}
-    assert {row["metric"] for row in first} == set(gpu_check.COMPARED)
+    assert {row["metric"] for row in first} == set(COMPARED)
     assert all(row["difference"] == 0 for row in first + later)
 
 
@@ -129,11 +134,11 @@ def test_learning_has_the_accuracies(parts: dict[str, Any]) -> None:
 def test_a_part_that_fails_and_a_part_that_never_ends_do_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(part: gpu_check.Part) -> None:
+    def fail(part: Part) -> None:
         part.row("so far", {"number": 1})
         raise ValueError("no such kernel")
 
-    def never_ends(part: gpu_check.Part) -> None:
+    def never_ends(part: Part) -> None:
         part.facts["started"] = True
         while True:
             part.check()
@@ -151,5 +156,5 @@ def test_a_part_that_fails_and_a_part_that_never_ends_do_not_stop_the_others(
 
 
 def test_the_folders_of_the_machine_are_not_in_the_results() -> None:
-    assert gpu_check._clean(f'File "{gpu_check.ROOT}/src/vineppo/seeds.py"') == 'File "src/vineppo/seeds.py"'
-    assert gpu_check._clean('File "/opt/python/site-packages/torch/x.py"') == 'File "torch/x.py"'
+    assert without_folders(f'File "{ROOT}/src/vineppo/seeds.py"') == 'File "src/vineppo/seeds.py"'
+    assert without_folders('File "/opt/python/site-packages/torch/x.py"') == 'File "torch/x.py"'

@@ -71,12 +71,11 @@ def test_a_held_out_length_is_not_fitted() -> None:
 
 
 def test_the_share_of_tokens_is_interpolated() -> None:
-    spec = ScalingSpec()
     rows = [
         {"method": "reuse", "steps": n, "tokens": share * fixed_tokens(n, 3, 9)}
         for n, share in ((10, 0.4), (1000, 0.1))
     ]
-    share = scaling.share_of_tokens(rows, "reuse", spec)
+    share = scaling.share_of_tokens(rows, "reuse", 9, 3)
     assert [share(n) for n in (1, 10, 100, 1000, 5000)] == pytest.approx([0.4, 0.4, 0.2, 0.1, 0.1])
 
 

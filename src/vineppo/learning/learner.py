@@ -38,7 +38,7 @@ from vineppo.learning.experience import (
     without_truncated,
 )
 from vineppo.learning.losses import clipped_value_loss
-from vineppo.learning.objective import policy_loss, tokens_of
+from vineppo.learning.objective import all_tokens_stay, policy_loss, scored_in_training, tokens_of
 from vineppo.learning.optim import GradientError, Optimizer, lr_factor
 from vineppo.learning.sample_metrics import kl_metric, kl_of_tokens, sample_metrics
 from vineppo.learning.scaling import penalties_to_go
@@ -262,11 +262,8 @@ class TorchLearner:
         The log-probabilities under the policy and under the reference are computed. The advantages are reduced by the
         KL penalty if `config.kl.place` is "reward", and are then scaled.
 
-        If all tokens of a sample of the first minibatch are in the minibatch's forward pass with gradients, the sample
-        gets its old log-probabilities from this pass, because its weights are those before the update. All other
-        samples get them from a separate pass without gradients. So do the samples of the first minibatch if dropout is
-        active, if the KL penalty is in the reward (the advantages then need the old log-probabilities), or if tokens
-        without gradient are left out of the pass.
+        A sample of the first minibatch gets its old log-probabilities from the minibatch's forward pass with gradients,
+        if that is enough (`scored_in_training`). All other samples get them from a separate pass without gradients.
 
         Args:
             first: the indices of the samples of the first minibatch; empty if all samples need a separate pass.
@@ -275,9 +272,8 @@ class TorchLearner:
             has been computed, or None).
         """
         kl_weights, sheet = self._kl_weights(len(samples), iteration), ScoreSheet(samples)
-        joined = {i for i in first if self._all_tokens_stay(kl_weights[i])}
-        if self.policy.has_dropout or (self.reference is not None and self.config.kl.place == "reward"):
-            joined = set()
+        dropout = self.policy.has_dropout
+        joined = {i for i in first if scored_in_training(self.config, kl_weights[i] > 0, dropout)}
         others = [i for i in range(len(samples)) if i not in joined]
         self._score(self.trained, others, sheet, ranks=self.ranks)
         refs = self._ref_logprobs(samples, kl_weights)
@@ -313,10 +309,13 @@ class TorchLearner:
         return experience, metrics, gradient
 
     def _kl_weights(self, count: int, iteration: int) -> list[float]:
-        """Return the factor of the KL term of each sample: 1 / share with probability `config.kl.share`, else 0."""
+        """Return the factor of the KL term of each sample: 1 / share with probability `config.kl.share`, else 0.
+
+        Without a reference, it is 0.
+        """
         share = self.config.kl.share
         if self.reference is None or share == 1:
-            return [1.0] * count
+            return [float(self.reference is not None)] * count
         seeds = (derive_seed(self.seed, iteration, "kl share", index) for index in range(count))
         return [1 / share if random.Random(seed).random() < share else 0.0 for seed in seeds]
 
@@ -446,7 +445,7 @@ class TorchLearner:
             numbers: the indices of the samples of the minibatch on the sheet.
         """
         config, kl_in_loss = self.config, self.reference is not None and self.config.kl.place == "loss"
-        numbered = credited(minibatch, [self._all_tokens_stay(e.kl_weight) for e in minibatch])
+        numbered = credited(minibatch, [all_tokens_stay(config, e.kl_weight > 0) for e in minibatch])
         parts = [part for _, part in numbered]
         counts = Counts(
             total_weight(minibatch) or 1, num_rollouts, total_weight(parts) or 1, ratio_weight(minibatch) or 1
@@ -488,19 +487,6 @@ class TorchLearner:
             samples = [parts[i].sample for i in chosen]
             for group in self._micro_batches(samples, packed, self.ranks):
                 yield [chosen[i] for i in group], new
-
-    def _all_tokens_stay(self, kl_weight: float) -> bool:
-        """Return whether all tokens of a sample are in the forward pass of its minibatch; see `credited`.
-
-        Args:
-            kl_weight: factor of the KL term of the sample.
-        """
-        return self._all_tokens_have_gradients and (kl_weight > 0 or self.config.entropy_coefficient > 0)
-
-    @property
-    def _all_tokens_have_gradients(self) -> bool:
-        """Whether an entropy bonus or a KL penalty in the loss gives a gradient also to tokens with advantage 0."""
-        return self.config.entropy_coefficient > 0 or (self.reference is not None and self.config.kl.place == "loss")
 
     def _divisor(self, counts: Counts) -> float:
         """Return the number by which the sum of the policy loss over a minibatch is divided (`learner.reduction`)."""

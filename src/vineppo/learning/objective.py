@@ -71,6 +71,32 @@ def tokens_of(chosen: Sequence[Experience], logprobs: torch.Tensor) -> Tokens:
     )
 
 
+def all_tokens_stay(config: LearnerConfig, with_kl: bool) -> bool:
+    """Return whether the loss of a sample has a gradient at all its tokens, also at those with advantage 0.
+
+    This is so with an entropy bonus, and for a sample with a KL term in the loss. From all other samples, `credited`
+    removes tokens.
+
+    Args:
+        with_kl: whether the sample has a KL penalty. `learner.kl.share` draws the samples that have one.
+    """
+    return config.entropy_coefficient > 0 or (with_kl and config.kl.place == "loss")
+
+
+def scored_in_training(config: LearnerConfig, with_kl: bool, dropout: bool) -> bool:
+    """Return whether a sample of the first minibatch gets its old log-probabilities from its own training pass.
+
+    The weights in this pass are those before the update. It is not enough if dropout is active, if the KL penalty is in
+    the reward (the advantages then need the old log-probabilities), or if tokens are left out of the pass.
+
+    Args:
+        with_kl: whether the sample has a KL penalty.
+        dropout: whether the policy has adapters with dropout.
+    """
+    in_reward = with_kl and config.kl.place == "reward"
+    return not dropout and not in_reward and all_tokens_stay(config, with_kl)
+
+
 def policy_loss(
     config: LearnerConfig,
     tokens: Tokens,

@@ -60,7 +60,7 @@ def measure_scaling(spec: ScalingSpec, say: Say) -> dict[str, Any]:
     models = {method: _model_of(rows, method, spec.held_out) for method in (*METHODS, CRITIC)}
     fits = {method: fit for method, fit in models.items() if fit is not None}
     critic = CostModel(tuple(fits[CRITIC]["coefficients"]))
-    shares = {method: share_of_tokens(rows, method, spec) for method in METHODS if method in fits}
+    shares = {method: share_of_tokens(rows, method, spec.k, spec.step_tokens) for method in METHODS if method in fits}
     return {
         "kind": "scaling",
         "k": spec.k,
@@ -191,13 +191,21 @@ def _model_of(rows: Sequence[Mapping[str, Any]], method: str, held_out: int) -> 
     return result
 
 
-def share_of_tokens(rows: Sequence[Mapping[str, Any]], method: str, spec: ScalingSpec) -> Callable[[float], float]:
+def share_of_tokens(
+    rows: Sequence[Mapping[str, Any]], method: str, k: int, step_tokens: int
+) -> Callable[[float], float]:
     """Return the continuation tokens of a method relative to K new continuations of every state, over the steps.
 
     Between measured lengths, the logarithm of the share is interpolated over the logarithm of the steps; outside, the
     share is that of the nearest measured length.
+
+    Args:
+        rows: measurements with method, steps and tokens per response; at least one of the method.
+        method: one of METHODS.
+        k: K, the number of continuations per state.
+        step_tokens: tokens per step.
     """
     own = [row for row in rows if row["method"] == method]
     x = np.log([row["steps"] for row in own])
-    y = np.log([max(1e-6, row["tokens"] / fixed_tokens(row["steps"], spec.step_tokens, spec.k)) for row in own])
+    y = np.log([max(1e-6, row["tokens"] / fixed_tokens(row["steps"], step_tokens, k)) for row in own])
     return lambda steps: float(np.exp(np.interp(np.log(steps), x, y)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         ),
         "",
         *_models(result),
-        *_gpus(result),
+        *larger_models(result["gpus"], result["assumptions"]),
         "Plot: [scaling.png](scaling.png).",
         "",
     ]
@@ -87,19 +87,19 @@ def _ratio(part: Mapping[str, Any]) -> str:
     return f"{part['continuations'] / part['value_network']:.1f} ({part['iteration_ratio']:.1f})"
 
 
-def _gpus(result: Mapping[str, Any]) -> list[str]:
-    """Return the lines about larger models."""
-    if not result["gpus"]:
+def larger_models(gpus: Sequence[Mapping[str, Any]], assumptions: Sequence[str]) -> list[str]:
+    """Return the lines about larger models.
+
+    Args:
+        gpus: the rows of `gpu_rows`; without any, there are no lines.
+        assumptions: what the numbers assume.
+    """
+    if not gpus:
         return []
-    lengths = [part["steps"] for part in result["gpus"][0]["lengths"]]
+    lengths = [part["steps"] for part in gpus[0]["lengths"]]
     rows = [
-        [row["model"], row["gpus"], row["method"]]
-        + [
-            f"{part['continuations'] / part['value_network']:.1f} ({part['iteration_ratio']:.1f})"
-            for part in row["lengths"]
-        ]
-        + [_break_even(row["break_even"])]
-        for row in result["gpus"]
+        [row["model"], row["gpus"], row["method"], *map(_ratio, row["lengths"]), _break_even(row["break_even"])]
+        for row in gpus
     ]
     return [
         "Larger models, from data sheets: seconds of the continuations relative to those of the value network, and in "
@@ -109,7 +109,7 @@ def _gpus(result: Mapping[str, Any]) -> list[str]:
         "",
         "These numbers assume:",
         "",
-        *(f"- {text}." for text in result["assumptions"]),
+        *(f"- {text}." for text in assumptions),
         "",
     ]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from vineppo.config.schema import Config
 from vineppo.credit import find_algorithm
+from vineppo.learning.objective import scored_in_training
 from vineppo.plan.amounts import Plan, guessed_amounts, iterations
 from vineppo.plan.memory import memory_by_kind
 from vineppo.plan.shape import GIB, Shape, count_trainable, kv_bytes, shape_from_config
@@ -84,19 +85,17 @@ def separate_passes(config: Config, rollouts: float) -> float:
     """Return the number of forward passes over all samples of an iteration before its first update.
 
     The policy's pass gives the old log-probabilities. Samples of the first minibatch need none if their own training
-    pass gives them: it contains all tokens of a sample that has a KL term in its loss, and of every sample if there is
-    an entropy bonus. With a dropout or with the KL penalty in the reward, all samples need the pass. The reference
-    model's pass gives the KL term.
+    pass gives them (`scored_in_training`). The reference model's pass gives the KL term.
 
     Args:
         rollouts: number of rollouts per iteration.
     """
     learner, kl = config.learner, config.learner.kl
     with_kl = kl.share if kl.coefficient > 0 else 0.0
-    if (kl.place == "reward" and with_kl) or config.model.lora.dropout > 0:
-        joined = 0.0
-    else:
-        joined = 1.0 if learner.entropy_coefficient > 0 else with_kl
+    dropout = config.model.lora.dropout > 0
+    # Share of the samples that need no pass if they are in the first minibatch.
+    joined = with_kl * scored_in_training(learner, True, dropout)
+    joined += (1 - with_kl) * scored_in_training(learner, False, dropout)
     return 1 - joined * min(1.0, learner.minibatch_size / rollouts) + with_kl
 
 

@@ -1,0 +1,1 @@
+"""The parts of dev/gpu_check.py, and what they share."""
