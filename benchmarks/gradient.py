@@ -38,6 +38,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,17 @@ def measure(arm: Arm, arguments: argparse.Namespace, scale: np.ndarray) -> None:
             arm.squares[0, block] += float(gradient @ gradient)
             arm.squares[1, block] += float(((gradient * scale) ** 2).sum())
             arm.problems[block] += 1
+    check_blocks(arm)
+
+
+def check_blocks(arm: Arm) -> None:
+    """Raise UserError if so few blocks have a gradient that there is no signal without one of them."""
+    used = np.count_nonzero(arm.squares[0])
+    if used < 3:
+        raise UserError(
+            f"arm {arm.name}: {used} of {BLOCKS} blocks of problems have a gradient that is not 0; at least 3 are "
+            "needed: raise --problems"
+        )
 
 
 def batch_of(
@@ -218,10 +230,27 @@ def adam_scale(arguments: argparse.Namespace) -> tuple[np.ndarray, float]:
             first, second = first + gradient, second + gradient.astype(np.float64) ** 2
             rewards += [reward_of(rollout) for rollout in group.rollouts]
             count += 1
+    return scale_of(first, second, count), float(np.mean(rewards))
+
+
+def scale_of(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """Return the factor of each coordinate from the gradients of `count` problems, shape (D,).
+
+    Args:
+        first: sum of the gradients, shape (D,).
+        second: sum of their squares, shape (D,).
+    Raises:
+        UserError: if all gradients are 0.
+    """
+    if not second.any():
+        raise UserError(
+            f"the REINFORCE gradients of {count} problems are 0, because all rewards are equal; choose a policy that "
+            "is sometimes right and sometimes wrong"
+        )
     variance = (second / count - (first / count) ** 2) * count / (count - 1)
     moment = np.maximum(0, (first / count) ** 2 - variance / count) + variance / MINIBATCH
     root = np.sqrt(moment)
-    return 1 / np.maximum(root, FLOOR * float(np.median(root[root > 0]))), float(np.mean(rewards))
+    return 1 / np.maximum(root, FLOOR * float(np.median(root[root > 0])))
 
 
 def cross(left: np.ndarray, right: np.ndarray) -> float:
@@ -311,8 +340,8 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Parse the arguments, measure every arm and write the results."""
+def parsed(given: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[Arm]]:
+    """Parse the command line, and check the settings of every arm before the first one is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--arm", action="append", required=True, metavar="NAME=KEY=VALUE,...")
@@ -325,14 +354,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="number of problems that are sampled together")
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/gradient"))
-    arguments = parser.parse_args()
-    if arguments.batch % BLOCKS or arguments.problems < arguments.batch or PILOT % arguments.batch:
-        parser.error(f"--batch must be a multiple of {BLOCKS} that divides {PILOT}, and --problems at least --batch")
+    arguments = parser.parse_args(given)
+    batch, problems = arguments.batch, arguments.problems
+    if batch < BLOCKS or batch % BLOCKS or PILOT % batch or problems < batch or problems % batch:
+        parser.error(
+            f"--batch is {batch} and --problems is {problems}; --batch must be a multiple of {BLOCKS} that divides "
+            f"{PILOT}, and --problems a multiple of --batch"
+        )
     try:
-        parsed = [parse_arm(text) for text in arguments.arm]
+        named = [parse_arm(text) for text in arguments.arm]
     except UserError as error:
         parser.error(str(error))
-    names = [arm.name for arm in parsed]
+    names = [arm.name for arm in named]
+    if len(set(names)) < len(names):
+        parser.error(f"--arm: two arms have the same name ({', '.join(names)}); give every arm a name of its own")
     for option in ("free", "biased"):
         unknown = sorted({*getattr(arguments, option)} - {*names})
         if unknown:
@@ -346,13 +381,19 @@ def main() -> None:
             free=arm.name in arguments.free,
             biased=arm.name in arguments.biased,
         )
-        for arm in parsed
+        for arm in named
     ]
     for arm in arms:
         try:
             config_of(arm, arguments)
         except UserError as error:
             parser.error(f"arm {arm.name}: {error}")
+    return arguments, arms
+
+
+def main() -> None:
+    """Measure every arm and write the results."""
+    arguments, arms = parsed()
     arguments.out.mkdir(parents=True, exist_ok=True)
     scale, reward = adam_scale(arguments)
     for arm in arms:
@@ -372,4 +413,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"gradient.py: {error}")

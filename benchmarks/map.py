@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from vineppo.compare.arms import load_arms
+from vineppo.compare.spec import parse_budget, parse_seeds
 from vineppo.compare.tables import format_interval
 from vineppo.types import UserError
 
@@ -130,10 +131,14 @@ def _flags(settings: Mapping[str, str]) -> list[str]:
     return [text for key, value in settings.items() for text in (f"--{key}", value)]
 
 
-def _train_accuracy(folder: Path, arm: str) -> float:
-    """Return the mean reward in the last iterations of the runs of an arm, which is the accuracy on their problems."""
+def _train_accuracy(folder: Path, arm: str, seeds: str) -> float:
+    """Return the mean reward in the last iterations of the runs of an arm, which is the accuracy on their problems.
+
+    The folder may have runs with other seeds from an earlier call.
+    """
     rewards = []
-    for run in sorted(folder.glob(f"runs/{arm}-seed*")):
+    for seed in parse_seeds(seeds):
+        run = folder / "runs" / f"{arm}-seed{seed}"
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         rewards.append(statistics.fmean([row["reward/mean"] for row in rows if "reward/mean" in row][-LAST:]))
     return statistics.fmean(rewards)
@@ -147,7 +152,7 @@ def _entry(point: Point, options: argparse.Namespace, result: Mapping[str, Any])
         arms[name] = {
             "accuracy_before": arm["accuracy_before"]["mean"],
             "accuracy_after": arm["final_accuracy"],
-            "accuracy_on_training_problems": _train_accuracy(options.out / point.name, name),
+            "accuracy_on_training_problems": _train_accuracy(options.out / point.name, name, options.seeds),
         }
     keys = ["baseline", "baseline_best_accuracy", "tokens_ratio", "tokens_ratio_interval", "seconds_ratio"]
     keys += ["seconds_ratio_interval", "difference_at_equal_tokens", "reason"]
@@ -179,8 +184,8 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
     lines = [
         f"# Where `{options.arm}` needs fewer tokens than the best baseline",
         "",
-        f"{options.seeds} seeds, {options.budget:,} generated tokens per run for chains of {BASE.steps} steps, and in "
-        f"proportion for other lengths. Command: `{options.command}`.",
+        f"{len(parse_seeds(options.seeds))} seed(s), {options.budget:,} generated tokens per run for chains of "
+        f"{BASE.steps} steps, and in proportion for other lengths. Command: `{options.command}`.",
         "",
         "*Tokens* and *seconds*: the amount that the best baseline needs to its best mean accuracy, divided by the "
         f"amount that `{options.arm}` needs to the same accuracy; - if it never reaches it, or starts at it. "
@@ -274,10 +279,18 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.few_baselines = options.few_baselines.split(",") if options.few_baselines else []
     if len(_names(options)) > len(COLOURS):
         parser.error(f"--baselines and --few_baselines: at most {len(COLOURS) - 1} together")
+    chosen = _names(options)
+    twice = sorted({name for name in chosen if chosen.count(name) > 1})
+    if twice:
+        parser.error(f"--arm, --baselines and --few_baselines name {', '.join(twice)} twice; name every arm once")
     try:
         arms = [arm.name for arm in load_arms(options.arms)]
+        parse_seeds(options.seeds)
+        parse_budget(f"tokens={options.budget}")
     except UserError as error:
         parser.error(str(error))
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; it must be at least 1")
     if not all("=" in text for text in options.set):
         parser.error("--set must be KEY=VALUE")
     options.set = dict(text.split("=", 1) for text in options.set)

@@ -5,13 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from benchmarks.gradient import BLOCKS, Arm, Gradients, cross, figures, markdown, needed, samples_by_group
+from benchmarks.gradient import (
+    BLOCKS,
+    FLOOR,
+    MINIBATCH,
+    Arm,
+    Gradients,
+    check_blocks,
+    cross,
+    figures,
+    markdown,
+    needed,
+    parsed,
+    samples_by_group,
+    scale_of,
+)
 from tests.credit.test_counterfactual import credit_of
 from tests.credit.test_tree_credit import parts_of
 from tests.world import World, build_world
 
 from vineppo.credit.tree import TreeSettings, sample_trees, tree_credit
-from vineppo.types import TrainingSample
+from vineppo.types import TrainingSample, UserError
 
 
 def one_by_one(w: World, samples: list[TrainingSample]) -> np.ndarray:
@@ -87,3 +101,42 @@ def test_a_biased_arm_does_not_change_the_estimate_of_the_policy_gradient() -> N
     assert result["a"]["tokens_to_snr_1"]["raw"]["mean"] == pytest.approx(200)
     assert result["b"]["scale"]["raw"]["mean"] == pytest.approx(0.48)
     assert result["b"]["tokens_to_snr_1"]["raw"]["mean"] == pytest.approx(100 * 10.24 / 5.76)
+
+
+def test_gradients_that_are_0_end_in_one_line() -> None:
+    """The variances are 0.5, 2 and 0, and no mean is significant. The last coordinate gets the floor."""
+    first, second = np.array([1.0, 2.0, 0.0]), np.array([1.0, 4.0, 0.0])
+    assert scale_of(first, second, 2) == pytest.approx(
+        [1 / (0.5 / MINIBATCH) ** 0.5, 1 / (2 / MINIBATCH) ** 0.5, 1 / (FLOOR * 0.75 * (2 / MINIBATCH) ** 0.5)]
+    )
+    with pytest.raises(UserError, match=r"^the REINFORCE gradients of 512 problems are 0, because all rewards are eq"):
+        scale_of(np.zeros(3), np.zeros(3), 512)
+    arm = arm_with("a", np.tile([3.0, 4.0], (BLOCKS, 1)), 75.0, 100)
+    arm.squares[:, 3:] = 0
+    check_blocks(arm)
+    arm.squares[:, 2:] = 0
+    with pytest.raises(UserError, match=f"^arm a: 2 of {BLOCKS} blocks of problems .* raise --problems$"):
+        check_blocks(arm)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--batch", "0"], "--batch is 0 and --problems is 1024; --batch must be a multiple of 8 that divides 512"),
+        (["--batch", "-8"], "--batch is -8"),
+        (["--problems", "100"], "--problems a multiple of --batch"),
+        (["--arm", "a=algorithm=rloo,rollouts.group_size=4"], "two arms have the same name"),
+        (["--free", "b"], "--free b: no arm has this name; allowed: a"),
+        (["--biased", "a"], "every arm is --biased"),
+        (["--arm", "b=algorithm=grpo,rollouts.group_size=1"], "arm b: "),
+    ],
+)
+def test_mistakes_are_found_before_the_first_arm_is_measured(
+    more: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["judgement", "--arm", "a=algorithm=reinforce"]
+    with pytest.raises(SystemExit):
+        parsed([*given, *more])
+    assert named in " ".join(capsys.readouterr().err.split())
+    _, [arm] = parsed([*given, "--free", "a"])
+    assert arm.free and arm.overrides == {"algorithm": "reinforce"}

@@ -48,13 +48,14 @@ def result(ratio: float | None, reason: str | None, difference: dict[str, Any]) 
 
 @pytest.mark.usefixtures("drawn_figures")
 def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
-    options = Namespace(arm="counterfactual", baselines=["reinforce"], out=tmp_path, seeds="2", budget=100, command="x")
+    options = Namespace(arm="counterfactual", baselines=["reinforce"], out=tmp_path, seeds="1", budget=100, command="x")
     options.few_baselines = ["rloo"]
     points = (*POINTS[:2], POINTS[-1])  # The last task has 256 training problems, and therefore one more arm.
     for point in points:
         for run, rewards in (
             ("counterfactual-seed0", [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
             ("reinforce-seed0", [0.6]),
+            ("reinforce-seed1", [0.0]),  # from an earlier call with more seeds
             ("rloo-seed0", [1.0]),
         ):
             folder = tmp_path / point.name / "runs" / run
@@ -81,6 +82,7 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
     cells = ["20%", "80.0% [70.0, 90.0] (30%)", "80.0% [70.0, 90.0] (60%)"]
     assert rows[0][2:6] == [*cells, ""]
     assert rows[2][2:6] == [*cells, "80.0% [70.0, 90.0] (100%)"]
+    assert "\n1 seed(s), 100 generated tokens per run" in _table(entries, options)
     _picture(entries, options, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -89,10 +91,15 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
     ("more", "named"),
     [
         (["--points", "steps99"], "--points: unknown steps99; allowed: base, "),
-        (["--baselines", "a,grpo"], "--baselines: unknown grpo; allowed: a, b"),
+        (["--baselines", "b,grpo"], "--baselines: unknown grpo; allowed: a, b"),
         (["--arm", "c"], "--arm: unknown c; allowed: a, b"),
         (["--set", "eval.every"], "--set must be KEY=VALUE"),
         (["--arms", "absent.yaml"], "absent.yaml is not a file"),
+        (["--baselines", "a"], "name a twice"),
+        (["--few_baselines", "b"], "--arm, --baselines and --few_baselines name b twice"),
+        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--budget", "0"], "budget is tokens=0; it must be a finite number above 0"),
+        (["--jobs", "0"], "--jobs is 0; it must be at least 1"),
     ],
 )
 def test_wrong_names_are_found_before_the_first_run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,8 @@ from vineppo.credit.counterfactual import (
     counterfactual_credit,
 )
 from vineppo.credit.sample import training_sample
-from vineppo.types import Alternative, Capabilities, Completion, Metrics, TrainingSample, UserError
+from vineppo.seeds import derive_seed
+from vineppo.types import Alternative, Capabilities, Completion, Metrics, SampleRequest, TrainingSample, UserError
 
 RESPONSES = 20_000
 """Number of responses; enough for a standard error of the gradient's length of at most 2.5%."""
@@ -160,6 +161,32 @@ def test_the_order_of_the_problems_changes_nothing() -> None:
     assert sum(len(sample.alternatives) for sample in forward) > 3
     reordered = [sample for i in range(4) for sample in backward[3 * (3 - i) : 3 * (4 - i)]]
     assert reordered == forward
+
+
+def test_random_numbers_are_addressed_by_the_number_of_the_rollout_of_its_problem() -> None:
+    """Seeds are made of whole numbers and texts. The first rollout has no reward, and is counted nevertheless."""
+    w = build_world(4)
+    group = w.sampled_group(3, 0)
+    rollouts = tuple(replace(r, reward=None if i == 0 else 1.0) for i, r in enumerate(group.rollouts))
+    requests: list[SampleRequest] = []
+    given = parts(w)
+
+    class Recording:
+        capabilities = given.sampler.capabilities
+
+        def sample(self, asked: Sequence[SampleRequest], *rest: Any, **named: Any) -> list[list[Completion]]:
+            requests.extend(asked)
+            return given.sampler.sample(asked, *rest, **named)
+
+    sampler: Any = Recording()
+    credit = counterfactual_credit(CounterfactualSettings(openness=0.01), replace(given, sampler=sampler))
+    credit([replace(group, rollouts=rollouts)], 7)
+    expected = {
+        derive_seed(given.run_seed, 7, w.problem.id, "counterfactual", number, at)
+        for number in (1, 2)
+        for at in range(len(rollouts[number].response_ids))
+    }
+    assert len(requests) > 3 and {request.seed for request in requests} <= expected
 
 
 def test_a_reward_below_the_lowest_one_is_an_error() -> None:

@@ -258,13 +258,28 @@ def cut_before_the_end(token_texts: Sequence[str], logprobs: Sequence[float]) ->
     return sorted({len(token_texts) - 1, len(token_texts)} - {0})
 
 
-def test_a_splitter_that_looks_ahead_is_refused_in_one_line() -> None:
+def cut_by_the_length(token_texts: Sequence[str], logprobs: Sequence[float]) -> list[int]:
+    """A splitter that looks ahead: a response of four tokens has later cuts than one of three."""
+    return [2, 3, 4] if len(token_texts) == 4 else list(range(1, len(token_texts) + 1))
+
+
+@pytest.mark.parametrize(
+    ("splitter", "branches", "responses"),
+    [
+        (cut_before_the_end, (2,), [(1, 2, 0), (1, 0)]),
+        # The second branch begins after two tokens, where its own second cut is.
+        (cut_by_the_length, (2, 2), [(1, 2, 3, 0), (1, 2, 3, 0), (1, 2, 0), (1, 2, 0)]),
+    ],
+)
+def test_a_splitter_that_looks_ahead_is_refused_in_one_line(
+    splitter: Any, branches: tuple[int, ...], responses: list[tuple[int, ...]]
+) -> None:
     w = world(4)
-    name = f"{__name__}:{cut_before_the_end.__name__}"
-    credit = tree_credit(TreeSettings(branch_at="steps:1", splitter=name), parts_of(w, 2))
-    message = r"tree.splitter .*:cut_before_the_end' cuts responses with the same first tokens at different places"
+    name = f"{__name__}:{splitter.__name__}"
+    credit = tree_credit(TreeSettings(branch_at="steps:1", splitter=name, branches=branches), parts_of(w, 4))
+    message = f"tree.splitter .*:{splitter.__name__}' cuts responses with the same first tokens at different places"
     with pytest.raises(UserError, match=message) as raised, pytest.warns(UserWarning, match="cuts by later tokens"):
-        credit([leaves(w, (1, 2, 0), (1, 0), rewards=[1, 0])], 1)
+        credit([leaves(w, *responses, rewards=[1, 0] * (len(responses) // 2))], 1)
     assert "\n" not in str(raised.value)
 
 

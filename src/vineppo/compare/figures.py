@@ -25,8 +25,9 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Arm], baselines: Collectio
     """Compute the results that `compare.json` contains.
 
     The first arm is compared with two others. One is the second arm, which is called the reference. The other is the
-    arm that has the highest final accuracy, not counting the first arm. In addition, the best arm that is no baseline
-    is compared with the best baseline (`_best_versus_baseline`).
+    arm that has the highest final accuracy, not counting the first arm and arms with less than half of the finished
+    runs that another of them has. In addition, the best arm that is no baseline is compared with the best baseline
+    (`_best_versus_baseline`).
 
     Args:
         runs: the finished runs of all arms.
@@ -56,7 +57,7 @@ def analyse(runs: Sequence[RunRecord], arms: Sequence[Arm], baselines: Collectio
         "reference": reference,
         "baselines": [name for name in labels if name in baselines],
         "vs_reference": pair(first, reference),
-        "vs_best": pair(first, _best(finals, [name for name in labels if name != first])),
+        "vs_best": pair(first, _best(finals, _with_enough_runs([n for n in labels if n != first], grouped))),
         "best_vs_baseline": _best_versus_baseline(finals, baselines, pair, grouped),
         "equal": at_equal_amounts(curves),
     }

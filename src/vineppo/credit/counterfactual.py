@@ -269,12 +269,12 @@ def _branches(
         return []
     seed = derive_seed(run_seed, iteration, problem.id, "branches", number)
     keys = stream_keys(np.array([seed], np.uint64), np.array([0]))
-    numbers = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
+    drawn = uniforms(keys[:, None], np.arange(len(rollout.response_ids)))[0].tolist()
     branches = []
-    for position, (logprob, number) in enumerate(zip(rollout.sampler_logprobs, numbers, strict=True)):
+    for position, (logprob, uniform) in enumerate(zip(rollout.sampler_logprobs, drawn, strict=True)):
         others = -math.expm1(logprob)  # 1 - p
         chance = _chance(settings, others)
-        if number < chance:
+        if uniform < chance:
             branches.append(_Branch(index, number, position, others, chance))
     return branches
 

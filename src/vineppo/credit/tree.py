@@ -307,7 +307,8 @@ def _edges(
         rollouts: the leaves in depth-first order.
         others: baseline of an edge at the prompt that has no sibling with a value (form `siblings`); None for none.
     Raises:
-        UserError: if leaves that should share an edge have different tokens there because of `tree.splitter`.
+        UserError: if leaves that should share an edge have different tokens there, or an edge has no tokens, because of
+            `tree.splitter`.
         ValueError: if they have for another reason.
     """
     size_at = [math.prod(settings.branches[level:]) for level in range(len(settings.branches) + 1)]
@@ -325,7 +326,8 @@ def _edges(
             branching = points[family[0]]
             is_last = level >= len(branching)
             end = len(first.response_ids) if is_last else branching[level]
-            if any(rollouts[i].response_ids[: None if is_last else end] != first.response_ids[:end] for i in family):
+            parted = (rollouts[i].response_ids[: None if is_last else end] != first.response_ids[:end] for i in family)
+            if end <= start or any(parted):
                 raise _not_a_tree(settings)
             trained_in = next((i for i in family if rollouts[i].reward is not None), family[0])
             edges.append(_Edge(family, trained_in, start, end, advantage, is_last))
