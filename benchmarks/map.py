@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ import yaml
 from vineppo.compare.arms import load_arms
 from vineppo.compare.spec import parse_budget, parse_seeds
 from vineppo.compare.tables import format_interval
+from vineppo.statistics import interval_over_seeds
 from vineppo.types import UserError
 
 LAST = 5
@@ -213,7 +215,46 @@ def _table(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace
         mean = difference["mean"]
         cells.append("-" if mean is None else f"{100 * mean:+.1f}{_interval(difference, 100, 1)}")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", _over_tasks_text(entries, options.arm)])
+
+
+def _over_tasks(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean difference over the tasks, and the geometric mean of the ratios of tokens where there are any.
+
+    The intervals are Student's t intervals over tasks, each of which is one number.
+    """
+    means = [entry["difference_at_equal_tokens"]["mean"] for entry in entries.values()]
+    differences = [mean for mean in means if mean is not None]
+    logs = [math.log(entry["tokens_ratio"]) for entry in entries.values() if entry["tokens_ratio"] is not None]
+    return {
+        "tasks": len(entries),
+        "difference": _mean_over_tasks(differences),
+        "tasks_with_ratio": len(logs),
+        "tokens_ratio": _mean_over_tasks(logs, math.exp),
+    }
+
+
+def _mean_over_tasks(
+    values: Sequence[float], scale: Callable[[float], float] = float
+) -> dict[str, float | None] | None:
+    """Return the mean of values with its interval, all in another scale; None without values."""
+    if not values:
+        return None
+    bounds = asdict(interval_over_seeds(values))
+    return {key: None if math.isnan(bound) else scale(bound) for key, bound in bounds.items()}
+
+
+def _over_tasks_text(entries: Mapping[str, Mapping[str, Any]], arm: str) -> str:
+    """Return `_over_tasks` as sentences."""
+    summary = _over_tasks(entries)
+    if not (difference := summary["difference"]) or not (ratio := summary["tokens_ratio"]):
+        return ""
+    return (
+        f"Over the {summary['tasks']} tasks, `{arm}` is {100 * difference['mean']:+.1f} points"
+        f"{_interval(difference, 100, 1)} from the best baseline at equal generated tokens. Where it reaches the "
+        f"baseline's best accuracy ({summary['tasks_with_ratio']} tasks), the baseline needs {ratio['mean']:.2f}"
+        f"{_interval(ratio)} times its tokens (geometric mean). These two intervals are over tasks.\n"
+    )
 
 
 def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespace, path: Path) -> None:
@@ -321,6 +362,7 @@ def main() -> None:
                 "arm": options.arm,
                 "baselines": options.baselines,
                 "few_baselines": options.few_baselines,
+                "over_tasks": _over_tasks(entries),
                 "points": entries,
             }
             (options.out / "map.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.map import POINTS, _entry, _picture, _table, parsed
+from benchmarks.map import POINTS, _entry, _over_tasks, _picture, _table, parsed
 
 from vineppo.cli.common import training_config
 from vineppo.model.policy import Policy
@@ -83,6 +83,15 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
     assert rows[0][2:6] == [*cells, ""]
     assert rows[2][2:6] == [*cells, "80.0% [70.0, 90.0] (100%)"]
     assert "\n1 seed(s), 100 generated tokens per run" in _table(entries, options)
+    # One ratio, 2, and one difference, 5 points: there is no interval over tasks.
+    assert _over_tasks(entries)["tokens_ratio"] == {"mean": pytest.approx(2), "low": None, "high": None}
+    assert "Over the 3 tasks, `counterfactual` is +5.0 points from" in _table(entries, options)
+    other = {"tokens_ratio": 8.0, "difference_at_equal_tokens": {"mean": 0.01}}
+    overall = _over_tasks({"a": entries["base"], "b": other})
+    # The mean of log 2 and log 8 is log 4, their standard error log 2, and Student's t for one degree 12.706.
+    assert overall["tokens_ratio"]["mean"] == pytest.approx(4)
+    assert overall["tokens_ratio"]["high"] == pytest.approx(4 * 2**12.7062, rel=1e-3)
+    assert overall["difference"]["mean"] == pytest.approx(0.03)
     _picture(entries, options, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
