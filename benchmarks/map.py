@@ -266,7 +266,7 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
 
     colours = dict(zip(_names(options), COLOURS, strict=False))
     rows = list(entries.values())[::-1]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.45 * len(rows) + 1.9), sharey=True)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 0.45 * len(rows) + 2.3), sharey=True)
     for position, entry in enumerate(rows):
         ratio, interval = entry["tokens_ratio"], entry["tokens_ratio_interval"] or {}
         if ratio is None:
@@ -282,13 +282,18 @@ def _picture(entries: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
             if after["low"] is not None:
                 right.plot([100 * after["low"], 100 * after["high"]], [height] * 2, color=colour)
             right.plot(100 * of_arm["accuracy_on_training_problems"], height, "|", color=colour, markersize=9)
+    if overall := _over_tasks(entries)["tokens_ratio"]:
+        left.plot(overall["mean"], -1, "D", color="black")
+        if overall["low"] is not None:
+            left.plot([overall["low"], overall["high"]], [-1, -1], color="black")
     left.axvline(1, color="black", linewidth=0.8)
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter("{x:g}")
     low, high = left.get_xlim()
     left.set_xlim(min(0.5, low), max(4, high))
-    left.set_ylim(-0.6, len(rows) - 0.4)
-    left.set_yticks(range(len(rows)), [f"{entry['axis']}: {entry['label']}" for entry in rows], fontsize=8)
+    left.set_ylim(-1.6, len(rows) - 0.4)
+    labels = ["geometric mean of the tasks with a ratio", *(f"{entry['axis']}: {entry['label']}" for entry in rows)]
+    left.set_yticks(range(-1, len(rows)), labels, fontsize=8)
     left.set_xlabel(f"tokens of the best baseline divided by\nthose of {options.arm}")
     right.set_xlim(-2, 102)
     right.set_xlabel("accuracy, %\n(dot: new problems, bar: training problems)")
