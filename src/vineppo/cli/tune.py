@@ -148,12 +148,10 @@ COMMAND = Command(
     settings=config_class_with_all_sections,
     examples=(
         (
-            "tune two algorithms over learning rates and numbers of rollouts, then compare them with other seeds",
+            "tune two algorithms over learning rates and numbers of rollouts",
             "vineppo tune wording --algorithms counterfactual,reinforce --grid learner.lr=1e-4,2e-4,4e-4 "
             "--grid rollouts.num_problems+learner.minibatch_size=32,64 --eval.every 2 --budget tokens=300000 --jobs 2 "
-            "--out runs/tune\n"
-            "  vineppo compare wording --arms runs/tune/arms.yaml --baselines reinforce --budget tokens=300000 "
-            "--out runs/tuned",
+            "--out runs/tune",
         ),
         (
             "the same number of cells, six, from grids of different sizes",
