@@ -114,7 +114,7 @@ def test_doctor_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["zzz"],
             "unknown command zzz; commands: train, sft, offline, eval, plan, show, view, export, report, plot, "
-            "compare, values, blame, variance, scaling, demo, doctor",
+            "compare, tune, values, blame, variance, scaling, demo, doctor",
         ),
         (["--verison"], "unknown option --verison; did you mean --version?"),
         (["train", "--lr", "3"], "unknown option --lr; did you mean --learner.lr?"),
