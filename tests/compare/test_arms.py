@@ -14,11 +14,12 @@ from vineppo.compare.arms import load_arms, parse_arm, swept
 from vineppo.compare.checklist import checklist
 from vineppo.compare.comparison import compare
 from vineppo.compare.curves import difference_at_equal_tokens
+from vineppo.compare.directory import open_directory
 from vineppo.compare.figures import analyse
 from vineppo.compare.plots import styles_of
 from vineppo.compare.records import load_run
 from vineppo.compare.runs import plan_runs
-from vineppo.compare.spec import Arm, CompareSpec, arms_of, check_same_comparison, parse_seeds
+from vineppo.compare.spec import Arm, CompareSpec, arms_of, check_same, parse_seeds
 from vineppo.compare.tables import conclusions, format_interval, header, table_rows
 from vineppo.types import UserError
 
@@ -120,14 +121,14 @@ def test_arms_may_be_added_to_a_comparison_but_not_changed(tmp_path: Path) -> No
     first = make_spec(tmp_path, arms=(parse_arm(GRPO320), *arms_of(("ppo",))))
     recorded = first.identity()
     added = make_spec(tmp_path, arms=arms_of(("ppo", "rloo")), seeds=(5,))
-    kept = check_same_comparison(recorded, added, tmp_path)
+    kept = check_same(recorded, added.identity(), tmp_path, "comparison")
     assert list(kept["arms"]) == ["grpo320", "ppo", "rloo"]
     for text in (GRPO320.replace("4e-4", "2e-4"), GRPO320.replace("algorithm=grpo", "algorithm=rloo")):
         changed = make_spec(tmp_path, arms=(parse_arm(text),))
         with pytest.raises(UserError, match="contains a comparison with arm grpo320 --algorithm=grpo"):
-            check_same_comparison(kept, changed, tmp_path)
+            check_same(kept, changed.identity(), tmp_path, "comparison")
     order = parse_arm("grpo320=learner.lr=4e-4,rollouts.group_size=4,rollouts.num_problems=80,algorithm=grpo")
-    check_same_comparison(kept, make_spec(tmp_path, arms=(order,)), tmp_path)
+    check_same(kept, make_spec(tmp_path, arms=(order,)).identity(), tmp_path, "comparison")
 
 
 COMPARE = ["compare", "judgement", "--out", "o"]
@@ -369,7 +370,7 @@ def test_reports_of_arms(tmp_path: Path) -> None:
     """The table has the tuning cells and the greedy accuracies; the checklist the settings and the missing run."""
     arms = (Arm("vines", "vineppo", {}, 12), *VINES[1:])
     spec = make_spec(tmp_path, arms=arms, seeds=(0, 1))
-    compare_module._open_directory(spec, tmp_path)
+    open_directory(tmp_path, "compare-spec.json", spec.identity(), "comparison")
     write_four_arms(tmp_path)
     write_greedy(tmp_path / "runs" / "vines-seed0", 0.5, 0.9)
     (tmp_path / "runs" / "grpo-seed1" / "summary.json").unlink()

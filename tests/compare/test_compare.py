@@ -19,8 +19,8 @@ from rich.console import Console
 
 from vineppo.compare.comparison import compare
 from vineppo.compare.curves import Curves, align, first_reach, versus
+from vineppo.compare.directory import exclusive_lock, open_directory
 from vineppo.compare.figures import analyse
-from vineppo.compare.lock import exclusive_lock
 from vineppo.compare.records import evaluations_of, load_run
 from vineppo.compare.report import missing_entry
 from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
@@ -38,6 +38,11 @@ Point = tuple[float, float, float, float]
 
 PPO = [[0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.3, 0.4, 0.7, 0.6]]  # mean .2 .3 .4 .6 .6: the best is .6, first at 30 updates
 VINE = [[0.2, 0.4, 0.7, 0.8, 0.8], [0.2, 0.6, 0.7, 0.8, 0.9]]  # mean .2 .5 .7 .8 .85: .6 is half-way between 10 and 20
+
+
+def opened(spec: CompareSpec, out: Path) -> None:
+    """Open the directory of a comparison."""
+    open_directory(out, "compare-spec.json", spec.identity(), "comparison")
 
 
 def points(accuracies: Sequence[float], tokens: float, seconds: float, every: int = 10) -> list[Point]:
@@ -368,7 +373,7 @@ def test_an_interrupted_run_without_checkpoint_or_with_truncated_summary_is_brok
 def test_comparison_with_other_settings_is_refused(tmp_path: Path, changes: dict, named: str) -> None:
     write_ppo_and_vine(tmp_path / "a")
     out = tmp_path / "b"
-    compare_module._open_directory(make_spec(out), out)
+    opened(make_spec(out), out)
     with pytest.raises(UserError) as caught:
         compare(make_spec(out, **changes), buffer_console())
     assert named in str(caught.value) and "\n" not in str(caught.value)
@@ -378,11 +383,11 @@ def test_edited_recipe_is_detected(tmp_path: Path) -> None:
     recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
     recipe.write_text("learner:\n  lr: 1.0e-4\n")
     spec = make_spec(out, recipe=str(recipe))
-    compare_module._open_directory(spec, out)
-    compare_module._open_directory(spec, out)  # the same text: no error
+    opened(spec, out)
+    opened(spec, out)  # the same text: no error
     recipe.write_text("learner:\n  lr: 2.0e-4\n")
     with pytest.raises(UserError, match="another version of recipe"):
-        compare_module._open_directory(spec, out)
+        opened(spec, out)
 
 
 def test_directory_without_comparison_is_refused(tmp_path: Path) -> None:
@@ -396,7 +401,7 @@ def test_directory_without_comparison_is_refused(tmp_path: Path) -> None:
 def test_two_comparisons_do_not_share_a_directory(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     out = tmp_path / "out"
-    compare_module._open_directory(make_spec(out), out)
+    opened(make_spec(out), out)
     with exclusive_lock(out), pytest.raises(UserError, match="in use by another process"):
         compare(make_spec(out), buffer_console())
 
@@ -459,7 +464,7 @@ def test_wrong_specification_raises_one_line(tmp_path: Path, changes: dict, name
 
 
 def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> None:
-    compare_module._open_directory(make_spec(tmp_path), tmp_path)
+    opened(make_spec(tmp_path), tmp_path)
     write_ppo_and_vine(tmp_path, kl=True)
     result = compare(make_spec(tmp_path), buffer_console())
     assert result["missing"] == []
@@ -490,7 +495,7 @@ def test_finished_comparison_is_reported_without_training(tmp_path: Path) -> Non
 
 
 def test_figures_do_not_depend_on_other_runs_in_the_directory(tmp_path: Path) -> None:
-    compare_module._open_directory(make_spec(tmp_path), tmp_path)
+    opened(make_spec(tmp_path), tmp_path)
     write_ppo_and_vine(tmp_path)
     write_run(tmp_path, "grpo", 0, points([0.2] * 5, 100, 1))
     result = compare(make_spec(tmp_path, seeds=(0,)), buffer_console())

@@ -154,7 +154,8 @@ def test_survivors_go_on_and_nothing_is_repeated(tmp_path: Path, monkeypatch: py
     assert tune(spec, quiet())["algorithms"] == result["algorithms"]
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/metrics.jsonl")}
     other = spec_of(*SMALL, "--algorithms", "grpo", "--out", str(tmp_path), "--learner.epochs", "1")
-    with pytest.raises(UserError, match="contains a tuning of judgement with the settings"):
+    named = r"contains a tuning with overrides .*--rollouts.num_problems=2.*, not .*--learner.epochs=1"
+    with pytest.raises(UserError, match=named):
         tune(other, quiet())
 
 
@@ -213,6 +214,19 @@ def test_an_algorithm_without_a_finished_cell_has_no_arm(tmp_path: Path, monkeyp
     assert isinstance(console.file, io.StringIO)
     assert "no cell of the last rung finished, so arms.yaml has no grpo" in console.file.getvalue()
     assert yaml.safe_load((tmp_path / "arms.yaml").read_text()) == {}
+
+
+def test_an_edited_recipe_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise runs with two versions of the recipe would be ranked together."""
+    monkeypatch.setattr(tuning, "run_all", lambda plans, jobs, console: {})
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learner: {lr: 1.0e-4}\n")
+    arguments = (str(recipe), *SMALL[1:], "--algorithms", "grpo", "--out", str(tmp_path / "out"))
+    tune(spec_of(*arguments), quiet())
+    tune(spec_of(*arguments), quiet())  # the same text: no error
+    recipe.write_text("learner: {lr: 2.0e-4}\n")
+    with pytest.raises(UserError, match="contains a tuning with another version of recipe"):
+        tune(spec_of(*arguments), quiet())
 
 
 def test_another_directory_is_not_used(tmp_path: Path) -> None:

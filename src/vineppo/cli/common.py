@@ -53,6 +53,24 @@ def training_config(recipe: str, overrides: Mapping[str, str], algorithm: str | 
     return build_config(load_recipe(recipe), algorithm, overrides, name=recipe)
 
 
+def check_arm(recipe: str, settings: Mapping[str, str], algorithm: str, name: str) -> Config:
+    """Build the configuration of an arm without using it, to report wrong settings before the first run starts.
+
+    Args:
+        name: what the error message begins with, such as `arm grpo32`; empty for nothing.
+    Raises:
+        UserError: for the first setting that is not allowed, or if the model or the task cannot be used.
+    """
+    from vineppo.training.preflight import check_model_and_task, needed_splits
+
+    try:
+        config = training_config(recipe, settings, algorithm)
+    except UserError as error:
+        raise UserError(f"{name}: {error}" if name else str(error)) from None
+    check_model_and_task(config.model, config.task, needed_splits(config.eval))
+    return config
+
+
 def check_kind(recipe: str, command: str) -> None:
     """Check that a recipe of the package is meant for a command. Recipes outside the package are not checked.
 

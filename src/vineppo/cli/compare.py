@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vineppo.cli.common import add_recipe_note, training_config, training_recipes
+from vineppo.cli.common import add_recipe_note, check_arm, training_recipes
 from vineppo.cli.options import Command, Request, add_settings, int_option
 from vineppo.credit import BASELINES, COMPARED
 from vineppo.run.environment import require_one_process
@@ -137,15 +137,10 @@ def check_arms(spec: CompareSpec) -> None:
         UserError: for the first setting that is not allowed. The message names the arm if it has settings of its own.
     """
     from vineppo.compare.spec import settings_of_budget
-    from vineppo.training.preflight import check_model_and_task, needed_splits
 
     for arm in spec.arms:
         settings = {**spec.settings_of(arm), **settings_of_budget(spec.budget)}
-        try:
-            config = training_config(spec.recipe, settings, arm.algorithm)
-        except UserError as error:
-            raise UserError(f"arm {arm.name}: {error}" if arm.overrides else str(error)) from None
-        check_model_and_task(config.model, config.task, needed_splits(config.eval))
+        check_arm(spec.recipe, settings, arm.algorithm, f"arm {arm.name}" if arm.overrides else "")
 
 
 COMMAND = Command(

@@ -9,12 +9,14 @@ import textwrap
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from vineppo.config.load import sections_of, settings_of, suggestion
 from vineppo.config.messages import did_you_mean
 from vineppo.config.settings import Settings
 from vineppo.types import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,7 @@ def int_option(request: Request, name: str, default: int) -> int:
     Raises:
         UserError: if the value is not a whole number.
     """
-    text = request.options[name]
-    try:
-        return default if text is None else int(text)
-    except ValueError:
-        raise UserError(f"--{name} is {text!r}; it must be a whole number") from None
+    return _converted(request, name, default, int, "a whole number")
 
 
 def float_option(request: Request, name: str, default: float) -> float:
@@ -186,11 +184,21 @@ def float_option(request: Request, name: str, default: float) -> float:
     Raises:
         UserError: if the value is not a number.
     """
+    return _converted(request, name, default, float, "a number")
+
+
+def _converted(request: Request, name: str, default: T, convert: Callable[[str], T], kind: str) -> T:
+    """Return the converted value of an option, or `default` if the option is not given.
+
+    Args:
+        convert: raises ValueError for a text that it cannot convert.
+        kind: what the option must be, for the error message.
+    """
     text = request.options[name]
     try:
-        return default if text is None else float(text)
+        return default if text is None else convert(text)
     except ValueError:
-        raise UserError(f"--{name} is {text!r}; it must be a number") from None
+        raise UserError(f"--{name} is {text!r}; it must be {kind}") from None
 
 
 def add_note(parser: argparse.ArgumentParser, title: str, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from vineppo.cli.common import add_recipe_note, training_config, training_recipes
+from vineppo.cli.common import add_recipe_note, check_arm, training_recipes
 from vineppo.cli.options import Command, Request, add_note, add_settings, float_option, int_option
 from vineppo.run.environment import require_one_process
 from vineppo.training.configure import config_class_with_all_sections
@@ -127,16 +127,10 @@ def check_cells(spec: TuneSpec) -> None:
     Raises:
         UserError: for the first setting that is not allowed, or if the recipe has no evaluation during training.
     """
-    from vineppo.training.preflight import check_model_and_task, needed_splits
-
     for cell in spec.all_cells:
-        try:
-            config = training_config(spec.recipe, spec.settings_of(cell, spec.budget), cell.algorithm)
-        except UserError as error:
-            raise UserError(f"cell {cell.name}: {error}") from None
+        config = check_arm(spec.recipe, spec.settings_of(cell, spec.budget), cell.algorithm, f"cell {cell.name}")
         if not config.eval.every:
             raise UserError("eval.every is 0, so there is no accuracy to rank by; set --eval.every N")
-        check_model_and_task(config.model, config.task, needed_splits(config.eval))
 
 
 COMMAND = Command(

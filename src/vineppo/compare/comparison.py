@@ -13,14 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
+from vineppo.compare.directory import exclusive_lock, open_directory
 from vineppo.compare.figures import analyse
-from vineppo.compare.lock import exclusive_lock
 from vineppo.compare.records import load_run
-from vineppo.compare.report import environment_record, missing_entry, print_table, spec_record, to_json, write_reports
-from vineppo.compare.runs import Action, PlannedRun, plan_runs, print_line, read_json, run_all, run_state
-from vineppo.compare.spec import CompareSpec, check_same_comparison
-from vineppo.run.files import write_text
-from vineppo.types import UserError
+from vineppo.compare.report import environment_record, missing_entry, print_table, spec_record, write_reports
+from vineppo.compare.runs import Action, PlannedRun, plan_runs, print_line, run_all, run_state
+from vineppo.compare.spec import CompareSpec
 
 
 def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]:
@@ -38,7 +36,7 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
     """
     console = console or Console()
     out = Path(spec.out)
-    _open_directory(spec, out)
+    open_directory(out, "compare-spec.json", spec.identity(), "comparison")
     with exclusive_lock(out):
         plans = plan_runs(spec)
         print_line(console, _plan_line(plans))
@@ -51,28 +49,6 @@ def compare(spec: CompareSpec, console: Console | None = None) -> dict[str, Any]
     print_table(result, console)
     print_line(console, f"tables and plots: {out}")
     return result
-
-
-def _open_directory(spec: CompareSpec, out: Path) -> None:
-    """Create the directory of a comparison, or check that an existing directory belongs to the same comparison.
-
-    The settings that identify the comparison are written to `compare-spec.json` in the directory.
-
-    Raises:
-        UserError: if the directory cannot be written, contains other files, or contains another comparison.
-    """
-    record = out / "compare-spec.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; choose a directory")
-    try:
-        if out.is_dir() and any(out.iterdir()) and not record.exists():
-            raise UserError(f"--out {out} is not empty and contains no comparison; choose a new directory")
-        content = check_same_comparison(read_json(record), spec, out)
-        for folder in (out / "runs", out / "logs"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(record, to_json(content))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose a writable directory") from None
 
 
 def _plan_line(plans: Sequence[PlannedRun]) -> str:

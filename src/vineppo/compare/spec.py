@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,6 +166,36 @@ def arms_of(algorithms: Iterable[str]) -> tuple[Arm, ...]:
     return tuple(Arm(find_algorithm(spec).name, spec) for spec in algorithms)
 
 
+def check_keys(shared: Mapping[str, str], arms: Sequence[Arm], reserved: Collection[str], command: str) -> None:
+    """Check the names of settings before any value is read.
+
+    Args:
+        shared: settings of all arms.
+        reserved: settings that the command chooses for every run.
+        command: `compare` or `tune`, for the messages.
+    Raises:
+        UserError: for a setting that the command chooses, or a shared one of a built-in algorithm without an arm.
+    """
+    for key in (*shared, *(key for arm in arms for key in arm.overrides)):
+        require(
+            key not in reserved,
+            f"{key} is set by `vineppo {command}`; use --algorithms, --seeds, --budget or --out instead",
+        )
+    algorithms = {arm.method.name for arm in arms}
+    for key in shared:
+        section = key.split(".")[0]
+        require(
+            section in algorithms or section not in BUILT_IN,
+            f"{key} is a setting of {section}, which is not {command}d; remove it, or add {section} to --algorithms",
+        )
+
+
+def shared_settings(shared: Mapping[str, str], arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
+    """Return the settings of all arms that apply to one of them: without the sections of the others' algorithms."""
+    others = {other.method.name for other in arms} - {arm.method.name}
+    return {key: value for key, value in shared.items() if key.split(".")[0] not in others}
+
+
 @dataclass(frozen=True)
 class CompareSpec:
     """The settings of a comparison."""
@@ -211,22 +241,7 @@ class CompareSpec:
             not unknown,
             f"baselines has {', '.join(unknown)}, which is not compared; arms: {', '.join(a.name for a in self.arms)}",
         )
-        self._check_keys()
-
-    def _check_keys(self) -> None:
-        """Raise UserError for a setting that the comparison chooses, or that belongs to an algorithm without arm."""
-        compared = {arm.method.name for arm in self.arms}
-        for key in (*self.overrides, *(key for arm in self.arms for key in arm.overrides)):
-            require(
-                key not in self.reserved,
-                f"{key} is set by `vineppo compare`; use --algorithms, --seeds, --budget or --out instead",
-            )
-        for key in self.overrides:
-            section = key.split(".")[0]
-            require(
-                section in compared or section not in BUILT_IN,
-                f"{key} is a setting of {section}, which is not compared; remove it, or add {section} to --algorithms",
-            )
+        check_keys(self.overrides, self.arms, self.reserved, "compare")
 
     @property
     def reserved(self) -> tuple[str, ...]:
@@ -244,9 +259,7 @@ class CompareSpec:
         From lowest to highest priority: greedy evaluation, the shared settings (without the sections of other
         algorithms), the arm's own settings.
         """
-        others = {other.method.name for other in self.arms} - {arm.method.name}
-        shared = {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
-        return {**_DEFAULTS, **shared, **arm.overrides}
+        return {**_DEFAULTS, **shared_settings(self.overrides, arm, self.arms), **arm.overrides}
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must stay the same when a comparison is continued, as a dictionary for JSON.
@@ -254,13 +267,17 @@ class CompareSpec:
         Seeds, jobs and baselines are not included, because they may change. The settings of an arm must stay the same,
         but arms may be added or left out.
         """
-        return {
-            "recipe": self.recipe,
-            "recipe_sha256": _recipe_digest(self.recipe),
-            "budget": str(self.budget),
-            "overrides": _options(self.overrides),
-            "arms": {arm.name: [f"--algorithm={arm.algorithm}", *_options(arm.overrides)] for arm in self.arms},
-        }
+        return identity_of(self.recipe, self.overrides, self.arms) | {"budget": str(self.budget)}
+
+
+def identity_of(recipe: str, overrides: Mapping[str, str], arms: Sequence[Arm]) -> dict[str, Any]:
+    """Return the recipe, the shared settings and the arms of a comparison or tuning, as a dictionary for JSON."""
+    return {
+        "recipe": recipe,
+        "recipe_sha256": _recipe_digest(recipe),
+        "overrides": _options(overrides),
+        "arms": {arm.name: [f"--algorithm={arm.algorithm}", *_options(arm.overrides)] for arm in arms},
+    }
 
 
 def _options(overrides: Mapping[str, str]) -> list[str]:
@@ -283,19 +300,19 @@ def _recipe_digest(recipe: str) -> str | None:
     return None
 
 
-def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, out: Path) -> dict[str, Any]:
-    """Check that the comparison in a directory has the same settings as `spec`.
+def check_same(recorded: dict[str, Any] | None, identity: dict[str, Any], out: Path, what: str) -> dict[str, Any]:
+    """Check that the comparison or tuning in a directory has the same settings as the one to run.
 
     Args:
-        recorded: content of `compare-spec.json` in the directory, or None if the file is missing.
-        spec: settings of the comparison to run.
+        recorded: its settings as they were written to the directory, or None if there are none.
+        identity: those of the one to run, from `identity_of`.
         out: the directory, which the error message names.
+        what: `comparison` or `tuning`, for the error message.
     Returns:
-        The new content of the file: the identity of `spec`, with the recorded arms that `spec` leaves out.
+        The new record: `identity`, with the recorded arms that it leaves out.
     Raises:
         UserError: if a setting differs. The message names the first setting that differs.
     """
-    identity = spec.identity()
     known = (recorded or {}).get("arms") or {}
     pairs = {key: ((recorded or {}).get(key), identity[key]) for key in identity if key != "arms"}
     pairs = pairs if recorded is not None else {}
@@ -307,9 +324,9 @@ def check_same_comparison(recorded: dict[str, Any] | None, spec: CompareSpec, ou
             continue
         difference = f"{key} {_format_value(old)}, not {_format_value(new)}"
         if key == "recipe_sha256":
-            difference = f"another version of recipe {spec.recipe}"
+            difference = f"another version of recipe {identity['recipe']}"
         raise UserError(
-            f"--out {out} contains a comparison with {difference}; choose another --out, or restore that setting"
+            f"--out {out} contains a {what} with {difference}; choose another --out, or restore that setting"
         )
     return {**identity, "arms": {**known, **identity["arms"]}}
 

@@ -20,15 +20,13 @@ import yaml
 from rich.console import Console
 
 from vineppo.compare.curves import align, first_reach
-from vineppo.compare.lock import exclusive_lock
+from vineppo.compare.directory import exclusive_lock, open_directory
 from vineppo.compare.records import Evaluation, RunRecord, evaluations_of
-from vineppo.compare.runs import Action, PlannedRun, outcome_of_missing, print_line, read_json, run_all, run_state
-from vineppo.compare.spec import Arm, Budget, settings_of_budget
+from vineppo.compare.runs import Action, PlannedRun, outcome_of_missing, print_line, run_all, run_state
+from vineppo.compare.spec import Arm, Budget, check_keys, identity_of, settings_of_budget, shared_settings
 from vineppo.config.settings import require
-from vineppo.credit import BUILT_IN
 from vineppo.run.directory import RunDirectory
 from vineppo.run.files import write_text
-from vineppo.types import UserError
 
 _FIXED = {"run.save_rollouts": "false", "run.checkpoint_every": "0", "eval.final_num_problems": "0"}
 """Settings of all runs: no files except metrics and one checkpoint, and no evaluation except during training."""
@@ -76,21 +74,7 @@ class TuneSpec:
             self.budgets[0] >= 1,
             f"budget is {self.budget}, so that the first of {self.rungs} rungs has less than one token; raise it",
         )
-        self._check_keys()
-
-    def _check_keys(self) -> None:
-        """Raise UserError for a setting that the tuning chooses, or that belongs to an algorithm that is not tuned."""
-        for key in (*self.overrides, *(key for cell in self.all_cells for key in cell.overrides)):
-            require(
-                key not in self._reserved,
-                f"{key} is set by `vineppo tune` for every run; remove it, or use --algorithms, --seeds, --budget or "
-                "--out",
-            )
-            section = key.split(".")[0]
-            require(
-                section in self.cells or section not in BUILT_IN,
-                f"{key} is a setting of {section}, which is not tuned; remove it, or add {section} to --algorithms",
-            )
+        check_keys(self.overrides, self.all_cells, self._reserved, "tune")
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -109,12 +93,7 @@ class TuneSpec:
     def settings_of(self, cell: Arm, budget: int) -> dict[str, str]:
         """Return the settings of the runs of a cell up to a budget, without algorithm, seed and directory."""
         limits = settings_of_budget(Budget("tokens", budget))
-        return {**self.shared_of(cell), **cell.overrides, **_FIXED, **limits}
-
-    def shared_of(self, cell: Arm) -> dict[str, str]:
-        """Return the settings of all cells, without the sections of the other algorithms."""
-        others = {*self.cells} - {cell.method.name}
-        return {key: value for key, value in self.overrides.items() if key.split(".")[0] not in others}
+        return {**shared_settings(self.overrides, cell, self.all_cells), **cell.overrides, **_FIXED, **limits}
 
 
 @dataclass(frozen=True)
@@ -187,7 +166,8 @@ def tune(spec: TuneSpec, console: Console | None = None) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the running processes have saved their checkpoints.
     """
     console, out = console or Console(), Path(spec.out)
-    _open_directory(spec)
+    identity = identity_of(spec.recipe, spec.overrides, spec.all_cells)
+    open_directory(out, "tune-spec.json", identity, "tuning")
     arms: dict[str, Any] = {}
     result: dict[str, Any] = {"spec": _spec_record(spec), "algorithms": {}}
     with exclusive_lock(out):
@@ -295,28 +275,6 @@ def _has_used(run: Sequence[Evaluation], budget: float) -> bool:
 # --- files ---
 
 
-def _open_directory(spec: TuneSpec) -> None:
-    """Create the output directory, or raise UserError if it cannot be written or belongs to another tuning."""
-    out = Path(spec.out)
-    record, identity = out / "tune-spec.json", {"recipe": spec.recipe, "shared": dict(spec.overrides)}
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; choose a directory")
-    found = read_json(record)
-    if found not in (None, identity):
-        raise UserError(
-            f"--out {out} contains a tuning of {found.get('recipe')} with the settings {found.get('shared')}; choose "
-            "another --out, or restore the recipe and the settings"
-        )
-    try:
-        if found is None and out.is_dir() and any(out.iterdir()):
-            raise UserError(f"--out {out} is not empty and contains no tuning; choose a new directory")
-        for folder in (out / "runs", out / "logs"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text(record, json.dumps(identity, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}); choose a writable directory") from None
-
-
 def _spec_record(spec: TuneSpec) -> dict[str, Any]:
     """Return what is tuned, for `tune.json`."""
     return {
@@ -334,5 +292,6 @@ def _spec_record(spec: TuneSpec) -> dict[str, Any]:
 
 def _arm_entry(spec: TuneSpec, best: Arm, cells: int) -> dict[str, Any]:
     """Return the entry of an algorithm in `arms.yaml`: the settings of its best cell."""
-    shared = {key: value for key, value in spec.shared_of(best).items() if key.split(".")[0] not in _NOT_TUNED}
+    shared = shared_settings(spec.overrides, best, spec.all_cells)
+    shared = {key: value for key, value in shared.items() if key.split(".")[0] not in _NOT_TUNED}
     return {"algorithm": best.algorithm, "cells": cells, **shared, **best.overrides}
