@@ -26,7 +26,8 @@ def rows(count: int) -> list[dict[str, str]]:
     for entry in reasoning_gym.create_dataset("chain_sum", size=4 * count, seed=7, **OPTIONS):
         solution = chain_sum(entry, entry["answer"])
         found.setdefault(
-            entry["question"], {"prompt": entry["question"], "answer": entry["answer"], "solution": solution}
+            entry["question"],
+            {"prompt": entry["question"], "answer": f"#### {entry['answer']}", "solution": solution},
         )
         if len(found) == count:
             return list(found.values())
