@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from tests.helpers import ROOT
+
 from vineppo.config.load import settings_from_layers
 from vineppo.config.schema import TaskConfig
 from vineppo.tasks.build import build_task
