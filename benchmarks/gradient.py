@@ -28,7 +28,8 @@ The signal-to-noise ratio needs many problems. `tokens_times_square`, the tokens
 problem's gradient, is known with fewer. Unbiased arms have the same signal, so its ratio between two of them is the
 ratio of their tokens where the noise is much larger than the signal.
 
-The script prints a table and writes gradient.json and gradient.md.
+The script needs a model with float32 weights, and samples and computes on the CPU. It prints a table and writes
+gradient.json and gradient.md.
 """
 
 from __future__ import annotations

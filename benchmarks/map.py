@@ -340,6 +340,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not all("=" in text for text in options.set):
         parser.error("--set must be KEY=VALUE")
     options.set = dict(text.split("=", 1) for text in options.set)
+    taken = {key for point in POINTS for key in point.settings} | {"run.save_rollouts"}
+    if refused := sorted(taken & set(options.set)):
+        parser.error(f"--set {refused[0]}: the tasks of the map choose it; leave it out")
     options.points = options.points.split(",")
     points = [point.name for point in POINTS]
     for option, names, allowed in (

@@ -103,6 +103,7 @@ def test_a_task_without_a_ratio_has_a_row_that_says_why(tmp_path: Path) -> None:
         (["--baselines", "b,grpo"], "--baselines: unknown grpo; allowed: a, b"),
         (["--arm", "c"], "--arm: unknown c; allowed: a, b"),
         (["--set", "eval.every"], "--set must be KEY=VALUE"),
+        (["--set", "task.trap_share=0.4"], "--set task.trap_share: the tasks of the map choose it"),
         (["--arms", "absent.yaml"], "absent.yaml is not a file"),
         (["--baselines", "a"], "name a twice"),
         (["--few_baselines", "b"], "--arm, --baselines and --few_baselines name b twice"),
