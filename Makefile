@@ -209,13 +209,13 @@ GRADIENT := --arm reinforce=algorithm=reinforce \
 	--arm counterfactual=algorithm=counterfactual \
 	--arm exact=algorithm=vineppo,vineppo.num_mc_rollouts=16,vineppo.alternatives=false --free exact \
 	--biased grpo_lambda4 --biased spo_chain3
-GRADIENT_PROBLEMS ?= 4096
+GRADIENT_PROBLEMS ?= 2048
 
 runs/half/final/config.json: | $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/vineppo train $(if $(wildcard runs/half/config.yaml),--resume runs/half,wording --algorithm reinforce \
 		--run.iterations 30 --run.seed 100 --run.dir runs/half)
 
-results-gradient: runs/half/final/config.json  ## tokens to measure the gradient, for every credit method; half an hour
+results-gradient: runs/half/final/config.json  ## tokens to measure the gradient, for every credit method; an hour and a quarter
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording $(GRADIENT) --problems $(GRADIENT_PROBLEMS) \
 		--out docs/results/gradient
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gradient.py wording --model runs/half/final $(GRADIENT) \
