@@ -229,7 +229,7 @@ runs/ppo40/summary.json: | $(READY)
 		--run.iterations 40 --run.checkpoint_every 40 --run.dir runs/ppo40)
 
 results-values: runs/ppo40/summary.json  ## errors of Monte-Carlo values and of a value network (docs/results/values)
-	OMP_NUM_THREADS=1 $(BIN)/vineppo values runs/ppo40 --num_problems 24 --gold 64 --choices 24 --max_tokens 1500000 \
+	OMP_NUM_THREADS=1 $(BIN)/vineppo values runs/ppo40 --num_problems 24 --choices 24 --max_tokens 6000000 \
 		--out docs/results/values
 
 results-blame: $(READY)  ## whether the blamed step causes the failure (docs/results/blame)
