@@ -229,16 +229,16 @@ runs/ppo40/summary.json: | $(READY)
 		--run.iterations 40 --run.checkpoint_every 40 --run.dir runs/ppo40)
 
 results-values: runs/ppo40/summary.json  ## errors of Monte-Carlo values and of a value network (docs/results/values)
-	OMP_NUM_THREADS=1 $(BIN)/vineppo values runs/ppo40 --num_problems 24 --choices 24 --max_tokens 6000000 \
+	OMP_NUM_THREADS=1 $(BIN)/vineppo values runs/ppo40 --num_problems 80 --choices 80 --max_tokens 20000000 \
 		--out docs/results/values
 
 results-blame: $(READY)  ## whether the blamed step causes the failure (docs/results/blame)
-	OMP_NUM_THREADS=1 $(BIN)/vineppo blame wording --num_problems 48 --score 48 --out docs/results/blame
+	OMP_NUM_THREADS=1 $(BIN)/vineppo blame wording --num_problems 200 --max_tokens 10000000 --out docs/results/blame
 
 results-variance: runs/ppo40/summary.json  ## the noise of advantages and the best K, of a trained model and of its start (docs/results/variance)
-	OMP_NUM_THREADS=1 $(BIN)/vineppo variance runs/ppo40 --num_problems 16 --gold 32 --repeats 4 --max_tokens 1300000 \
+	OMP_NUM_THREADS=1 $(BIN)/vineppo variance runs/ppo40 --num_problems 40 --max_tokens 10000000 \
 		--out docs/results/variance
-	OMP_NUM_THREADS=1 $(BIN)/vineppo variance wording --num_problems 16 --gold 48 --max_tokens 1500000 --out docs/results/variance/start
+	OMP_NUM_THREADS=1 $(BIN)/vineppo variance wording --num_problems 40 --max_tokens 12000000 --out docs/results/variance/start
 
 results-scaling: $(READY)  ## the cost of credit over the length of a chain (docs/results/scaling)
 	OMP_NUM_THREADS=1 $(BIN)/vineppo scaling --steps 10,20,30,40,60,100 --held_out 40 --k 3 --responses 4 --max_tokens 30000 \
