@@ -188,7 +188,7 @@ results-map: $(READY)  ## the tuned arms on ten tasks: lengths, shares of decisi
 	cd runs/map && cp map.json map.md map.png ../../docs/results/map/
 
 # Ablations of the paper: continuations per state and sampling temperature, with VinePPO's best cell of the study.
-results-ablations: $(READY)  ## VinePPO with K = 1, 3, 9 and with temperatures of 0.6, 0.8 and 1, five seeds each; half an hour
+results-ablations: $(READY)  ## VinePPO with K = 1, 3, 9 and with temperatures of 0.6, 0.8 and 1, five seeds each; twenty minutes
 	$(BIN)/vineppo compare wording --arms docs/results/ablations/arms.yaml --seeds 20-24 --budget tokens=$(STUDY_BUDGET) \
 		--jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 --run.save_rollouts false --eval.split test \
 		--out runs/ablations
