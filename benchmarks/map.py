@@ -340,9 +340,6 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not all("=" in text for text in options.set):
         parser.error("--set must be KEY=VALUE")
     options.set = dict(text.split("=", 1) for text in options.set)
-    taken = {key for point in POINTS for key in point.settings} | {"run.save_rollouts"}
-    if refused := sorted(taken & set(options.set)):
-        parser.error(f"--set {refused[0]}: the tasks of the map choose it; leave it out")
     options.points = options.points.split(",")
     points = [point.name for point in POINTS]
     for option, names, allowed in (
@@ -354,6 +351,9 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         unknown = sorted(set(names) - set(allowed))
         if unknown:
             parser.error(f"{option}: unknown {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+    chosen_by_tasks = {key for point in POINTS if point.name in options.points for key in point.settings}
+    if refused := sorted((chosen_by_tasks | {"run.save_rollouts"}) & set(options.set)):
+        parser.error(f"--set {refused[0]}: the tasks of the map choose it; leave it out")
     return options
 
 

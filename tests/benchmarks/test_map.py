@@ -122,3 +122,5 @@ def test_wrong_names_are_found_before_the_first_run(
     assert named in capsys.readouterr().err and not (tmp_path / "o").exists()
     options = parsed([*given, "--set", "eval.every=1", "--points", "base,habit"])
     assert (options.set, options.points, options.baselines) == ({"eval.every": "1"}, ["base", "habit"], ["b"])
+    # A setting that only other tasks set themselves is free.
+    assert parsed([*given, "--set", "task.trap_share=0.4", "--points", "base"]).set == {"task.trap_share": "0.4"}
