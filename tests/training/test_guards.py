@@ -156,7 +156,7 @@ def test_repeated_completions_are_counted_against_their_probability() -> None:
         ("float32", 1.0, None, 0.01),
         ("float32", 0.5, None, 0.02),
         ("float32", 2.0, None, 0.01),
-        ("bfloat16", 1.0, None, 1.0),
+        ("bfloat16", 1.0, None, 5.0),
         ("bfloat16", 0.5, 3.0, 3.0),
     ],
 )

@@ -566,7 +566,7 @@ class GuardConfig(Settings):
 
     max_logprob_gap: float | None = Field(None, gt=0)
     """Largest allowed difference between the sampler's and the trainer's log-probability of a token, in nats. A larger
-    difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 1 for bfloat16."""
+    difference stops the run before the update. If it is not set, the bound is 0.01 for float32 and 5 for bfloat16."""
     max_logprob_excess: float = Field(0.02, gt=0)
     """Largest allowed mean of log-probability plus entropy of the sampled tokens, above or below 0, in nats per token.
     The mean is 0 if tokens are sampled from the trainer's distributions. A mean beyond the bound that is also 6
