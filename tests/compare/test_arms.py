@@ -319,6 +319,24 @@ def test_the_difference_at_equal_tokens_uses_common_seeds_only(tmp_path: Path) -
     assert difference_at_equal_tokens(*by_arm)["mean"] == pytest.approx(0.05)
 
 
+def test_the_difference_at_equal_tokens_without_evaluations_during_training(tmp_path: Path) -> None:
+    """One arm ends at 0.8 after 2,000 tokens, so at 0.5 after 1,000, where the other one ends at 0.4."""
+    for arm, tokens, after in (("vines", 2000, 0.8), ("rloo", 1000, 0.4)):
+        write_run(tmp_path, arm, 0, points([0.2, 0.2], 1, 1))
+        (tmp_path / "runs" / f"{arm}-seed0" / "metrics.jsonl").write_text("")
+        path = tmp_path / "runs" / f"{arm}-seed0" / "summary.json"
+        summary = json.loads(path.read_text())
+        summary |= {name: {"mean": value} for name, value in (("accuracy_before", 0.2), ("accuracy_after", after))}
+        path.write_text(json.dumps(summary | {"tokens": {"generated": tokens, "trained": 1}, "updates": 3}))
+    runs = load_arms_of(tmp_path)
+    by_arm = [[run for run in runs if run.arm == name] for name in ("vines", "rloo")]
+    difference = difference_at_equal_tokens(*by_arm)
+    assert (difference["tokens"], difference["mean"]) == (1000, pytest.approx(0.1))
+    result = analyse(runs, (Arm("vines", "vineppo"), *arms_of(("rloo",))), ("rloo",))["best_vs_baseline"]
+    assert result["difference_at_equal_tokens"] == difference
+    assert result["tokens_ratio"] is None
+
+
 def test_two_arms_of_one_algorithm_are_told_apart(tmp_path: Path) -> None:
     write_four_arms(tmp_path)
     result = analyse(load_arms_of(tmp_path), VINES, ())

@@ -237,7 +237,8 @@ def difference_at_equal_tokens(runs: Sequence[RunRecord], baseline: Sequence[Run
     """Compute the difference in accuracy between two arms after the same number of generated tokens, paired by seed.
 
     The number of tokens is the smallest total that a run of the two arms with a common seed used. The accuracy of a run
-    is interpolated linearly between its evaluations.
+    is interpolated linearly between its evaluations; if no run has any, between the accuracies before and after
+    training.
 
     Args:
         runs: the runs of the arm from whose accuracies the others are subtracted.
@@ -246,7 +247,11 @@ def difference_at_equal_tokens(runs: Sequence[RunRecord], baseline: Sequence[Run
         The keys `tokens` (the number of generated tokens), `mean`, `low` and `high` (difference between -1 and 1, with
         Student's t interval over seeds). All are None if no seed has evaluated runs of both arms.
     """
-    found = [{run.seed: run.evaluations for run in group if run.evaluations} for group in (runs, baseline)]
+    evaluated = any(run.evaluations for run in (*runs, *baseline))
+    found = [
+        {run.seed: points for run in group if (points := run.evaluations if evaluated else run.ends)}
+        for group in (runs, baseline)
+    ]
     pairs = [(found[0][seed], found[1][seed]) for seed in sorted(found[0].keys() & found[1].keys())]
     if not pairs:
         return {"tokens": None, "mean": None, "low": None, "high": None}

@@ -48,6 +48,16 @@ class RunRecord:
     level: str = ""
     """Text that names the problems in titles of plots: `task.level` if the task is `chain`, else `task.name`."""
 
+    @property
+    def ends(self) -> tuple[Evaluation, ...]:
+        """The accuracies before and after training (on `eval.split`), or nothing if one of them was not measured."""
+        before, after = (number_in(self.summary, f"accuracy_{when}", "mean") for when in ("before", "after"))
+        if before is None or after is None:
+            return ()
+        keys = (("updates",), ("tokens", "generated"), ("tokens", "trained"), ("seconds",))
+        used = [number_in(self.summary, *key) or 0.0 for key in keys]
+        return (Evaluation(0.0, 0.0, 0.0, 0.0, before, None), Evaluation(*used, after, None))
+
 
 def load_run(directory: Path, arm: str = "") -> RunRecord:
     """Read the files `summary.json`, `metrics.jsonl` and `config.yaml` of a finished run.
@@ -72,7 +82,7 @@ def evaluations_of(lines: Sequence[dict[str, Any]]) -> tuple[Evaluation, ...]:
     An iteration measures `kl/ref` before its updates and the accuracy after them. So the KL divergence that belongs to
     an accuracy is in the next line.
     """
-    following = [*lines[1:], {}]
+    following = [*lines, {}][1:]
     evaluations = [
         _evaluation(line, after.get("kl/ref"))
         for line, after in zip(lines, following, strict=True)
