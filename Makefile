@@ -42,7 +42,7 @@ marked = -m $(1) $$(grep -rl --include='*.py' 'mark\.$(1)' tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
-	results-habit tuning results-equal-tokens results-map results-ablations results-gradient results-credit results-values results-blame results-variance results-scaling bench bench-vines \
+	results-habit tuning results-equal-tokens results-chain-sum results-map results-ablations results-gradient results-credit results-values results-blame results-variance results-scaling bench bench-vines \
 	bench-budget bench-length bench-update bench-scale test-vllm test-ray test-ranks faults clean
 
 help:  ## list the targets
@@ -174,6 +174,21 @@ results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_
 		--seeds 30-39 --budget tokens=$(STUDY_BUDGET) --jobs $(STUDY_JOBS) --eval.every 2 \
 		--eval.num_problems 256 --run.save_rollouts false --eval.split test --out runs/equal_tokens
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
+
+# The same on a pretrained model, SmolLM2-135M on sums: supervised training, then the arms of chain_sum/arms.yaml.
+CHAIN_SUM_BUDGET ?= 20000
+CHAIN_SUM := experiments/smollm2/chain_sum.yaml --model.dtype bfloat16 --learner.decay constant --learner.micro_batch_tokens 512
+
+runs/smollm2-chain_sum/config.json: | runs/smollm2
+	$(BIN)/vineppo sft experiments/smollm2/sft-chain_sum.yaml --model.dtype bfloat16
+
+results-chain-sum: runs/smollm2-chain_sum/config.json  ## SmolLM2-135M at equal tokens, five seeds; an hour and a half with bfloat16 instructions
+	OMP_NUM_THREADS=1 $(BIN)/vineppo compare $(CHAIN_SUM) --arms docs/results/equal_tokens/chain_sum/arms.yaml \
+		--baselines reinforce,grpo --seeds 0-4 --budget tokens=$(CHAIN_SUM_BUDGET) --jobs $(STUDY_JOBS) --eval.every 0 \
+		--eval.final_num_problems 512 --eval.greedy true --eval.split test --run.save_rollouts false \
+		--run.checkpoint_every 0 --out runs/compare-chain_sum
+	cd runs/compare-chain_sum && cp compare.csv table.md *.png ../../docs/results/equal_tokens/chain_sum/
+	cp runs/compare-chain_sum/compare.json docs/results/equal_tokens/chain_sum.json
 
 # Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
 MAP_BASELINES ?= reinforce
