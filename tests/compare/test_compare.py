@@ -443,6 +443,7 @@ def test_wrong_budget_raises_one_line(text: str, named: str) -> None:
         ({"arms": (Arm("a", "ppo", {"run.seed": "3"}),)}, "run.seed is set by `vineppo compare`"),
         ({"seeds": ()}, "seeds is empty"),
         ({"baselines": ("rloo",)}, "baselines has rloo, which is not compared; arms: vineppo, ppo"),
+        ({"baselines": ("ppo", "ppo")}, "baselines has ppo more than once"),
         ({"jobs": 0}, "jobs is 0"),
         ({"recipe": ""}, "recipe is empty"),
         ({"out": ""}, "out is empty"),

@@ -241,6 +241,8 @@ class CompareSpec:
             not unknown,
             f"baselines has {', '.join(unknown)}, which is not compared; arms: {', '.join(a.name for a in self.arms)}",
         )
+        repeated = sorted({name for name in self.baselines if self.baselines.count(name) > 1})
+        require(not repeated, f"baselines has {', '.join(repeated)} more than once; name each baseline once")
         check_keys(self.overrides, self.arms, self.reserved, "compare")
 
     @property
