@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vineppo.cli.options import Request, add_note
+from vineppo.config.load import COMMAND_LINE
 from vineppo.config.recipes import is_sft_recipe, load_recipe, recipe_names
 from vineppo.config.schema import Config
 from vineppo.training.configure import build_config
@@ -66,7 +67,10 @@ def check_arm(recipe: str, settings: Mapping[str, str], algorithm: str, name: st
     try:
         config = training_config(recipe, settings, algorithm)
     except UserError as error:
-        raise UserError(f"{name}: {error}" if name else str(error)) from None
+        if not name:
+            raise
+        # Settings of an arm also come from --arm, --arms or --sweep, and are merged with those of the command line.
+        raise UserError(f"{name}: {str(error).replace(f' {COMMAND_LINE}', '')}") from None
     check_model_and_task(config.model, config.task, needed_splits(config.eval))
     return config
 
