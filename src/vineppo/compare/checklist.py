@@ -52,7 +52,8 @@ def _task(spec: dict[str, Any]) -> str:
     if name == "chain":
         name += f" {common['task.level']}, {common['task.num_steps']} steps"
     final = f"{common['eval.final_num_problems']} {common['eval.split']} problems before and after training"
-    return f"{name}; {common['eval.num_problems']} validation problems during training, {final}"
+    during = f"{common['eval.num_problems']} validation problems during training, "
+    return f"{name}; {during if common['eval.every'] else ''}{final}"
 
 
 def _listed(seeds: list[int]) -> str:
