@@ -182,7 +182,7 @@ CHAIN_SUM := experiments/smollm2/chain_sum.yaml --model.dtype bfloat16 --learner
 runs/smollm2-chain_sum/config.json: | runs/smollm2
 	$(BIN)/vineppo sft experiments/smollm2/sft-chain_sum.yaml --model.dtype bfloat16
 
-results-chain-sum: runs/smollm2-chain_sum/config.json  ## SmolLM2-135M at equal tokens, five seeds; an hour and a half with bfloat16 instructions
+results-chain-sum: runs/smollm2-chain_sum/config.json  ## SmolLM2-135M at equal tokens, five seeds; an hour with bfloat16 instructions
 	OMP_NUM_THREADS=1 $(BIN)/vineppo compare $(CHAIN_SUM) --arms docs/results/equal_tokens/chain_sum/arms.yaml \
 		--baselines reinforce,grpo --seeds 0-4 --budget tokens=$(CHAIN_SUM_BUDGET) --jobs $(STUDY_JOBS) --eval.every 0 \
 		--eval.final_num_problems 512 --eval.greedy true --eval.split test --run.save_rollouts false \

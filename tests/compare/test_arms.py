@@ -285,7 +285,7 @@ def test_the_named_baselines_are_the_baselines(tmp_path: Path) -> None:
     assert (none["arm"], none["baseline"], none["reason"]) == (
         "vines",
         None,
-        "no finished and evaluated run of a baseline",
+        "no finished run of a baseline was evaluated during training",
     )
     assert none["tokens_ratio"] is None and none["difference_at_equal_tokens"]["mean"] is None
 
@@ -436,6 +436,8 @@ def test_reports_of_arms(tmp_path: Path) -> None:
         "chain judgement, 10 steps; 64 validation problems during training, 512 (vines, few, grpo), 128 (rloo) test"
     )
     assert "and 1 greedy response" in answers["decoding in the evaluation"]
+    never = {**result, "spec": {**result["spec"], "common": {**result["spec"]["common"], "eval.every": 0}}}
+    assert "during training" not in dict(checklist(never))["task and splits"]
     assert answers["runs failed, stopped or skipped"].startswith("FAILED: grpo seed 1")
     assert answers["seeds"] == "0, 1, the same for every arm"
     assert answers["budget of each run"] == "40 updates"

@@ -309,9 +309,11 @@ def test_any_subset_of_algorithms_can_be_analysed(tmp_path: Path) -> None:
     assert figures["arms"]["rloo"]["reach_reference_best"]["updates"] == pytest.approx(10)
     alone = analyse(load_all(tmp_path), arms("rloo"))
     assert alone["reference"] is None and alone["arms"]["rloo"]["reach_reference_best"] is None
-    assert alone["vs_reference"]["reason"] == "no finished and evaluated run of a second arm"
+    assert alone["vs_reference"]["reason"] == "no finished run of a second arm was evaluated during training"
     absent = analyse(load_all(tmp_path), arms("vineppo", "ppo"))["vs_reference"]
-    assert absent["updates_ratio"] is None and absent["reason"] == "no finished and evaluated run of PPO"
+    assert (
+        absent["updates_ratio"] is None and absent["reason"] == "no finished run of PPO was evaluated during training"
+    )
     best = figures["vs_best"]
     assert best["baseline"] == "rloo"
     assert best["updates_ratio"] == pytest.approx(20 / 5)

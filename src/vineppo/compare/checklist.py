@@ -53,7 +53,7 @@ def _task(spec: dict[str, Any]) -> str:
         name += f" {common['task.level']}, {common['task.num_steps']} steps"
     final = f"{common['eval.final_num_problems']} {common['eval.split']} problems before and after training"
     during = f"{common['eval.num_problems']} validation problems during training, "
-    return f"{name}; {during if common['eval.every'] else ''}{final}"
+    return f"{name}; {'' if common.get('eval.every') == 0 else during}{final}"
 
 
 def _listed(seeds: list[int]) -> str:

@@ -105,7 +105,7 @@ def _best_versus_baseline(
     )
     if arm is None or baseline is None:
         absent = "a baseline" if arm is not None else "an arm that is no baseline"
-        unknown = _without_ratios(baseline, f"no finished and evaluated run of {absent}")
+        unknown = _without_ratios(baseline, f"no finished run of {absent} was evaluated during training")
         return {"arm": arm, **unknown, "difference_at_equal_tokens": difference_at_equal_tokens([], [])}
     difference = difference_at_equal_tokens(grouped[arm], grouped[baseline])
     return {"arm": arm, **pair(arm, baseline), "difference_at_equal_tokens": difference}
@@ -222,7 +222,7 @@ def _pair(
     baseline_curves = curves[baseline] if baseline else None
     if baseline is None or first_curves is None or baseline_curves is None:
         absent = labels[first] if first_curves is None else labels[baseline] if baseline else "a second arm"
-        return _without_ratios(baseline, f"no finished and evaluated run of {absent}")
+        return _without_ratios(baseline, f"no finished run of {absent} was evaluated during training")
     result = versus(first_curves, baseline_curves)
     reason = None
     if result["reach"] is None:

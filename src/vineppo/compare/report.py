@@ -36,6 +36,7 @@ _COMMON = (
     "task.num_steps",
     "rollouts.max_new_tokens",
     "rollouts.temperature",
+    "eval.every",
     "eval.num_problems",
     "eval.final_num_problems",
     "eval.num_samples",

@@ -154,7 +154,7 @@ def _equal_sentences(equal: dict[str, Any]) -> list[str]:
 def _pair_sentence(result: dict[str, Any], arm: str, pair: dict[str, Any]) -> str:
     """Return sentences about the comparison of an arm with a baseline.
 
-    The text is empty if one of the two has no finished and evaluated run.
+    The text is empty if one of the two has no finished run that was evaluated during training.
 
     Args:
         arm: name of the arm.
