@@ -331,7 +331,8 @@ def test_the_difference_at_equal_tokens_without_evaluations_during_training(tmp_
     runs = load_arms_of(tmp_path)
     by_arm = [[run for run in runs if run.arm == name] for name in ("vines", "rloo")]
     difference = difference_at_equal_tokens(*by_arm)
-    assert (difference["tokens"], difference["mean"]) == (1000, pytest.approx(0.1))
+    assert difference["tokens"] == 1000
+    assert difference["mean"] == pytest.approx(0.1)
     result = analyse(runs, (Arm("vines", "vineppo"), *arms_of(("rloo",))), ("rloo",))["best_vs_baseline"]
     assert result["difference_at_equal_tokens"] == difference
     assert result["tokens_ratio"] is None

@@ -55,8 +55,12 @@ class RunRecord:
         if before is None or after is None:
             return ()
         keys = (("updates",), ("tokens", "generated"), ("tokens", "trained"), ("seconds",))
-        used = [number_in(self.summary, *key) or 0.0 for key in keys]
-        return (Evaluation(0.0, 0.0, 0.0, 0.0, before, None), Evaluation(*used, after, None))
+        updates, tokens, trained, seconds = (number_in(self.summary, *key) or 0.0 for key in keys)
+        start, end = (
+            Evaluation(0.0, 0.0, 0.0, 0.0, before, None),
+            Evaluation(updates, tokens, trained, seconds, after, None),
+        )
+        return (start, end)
 
 
 def load_run(directory: Path, arm: str = "") -> RunRecord:
