@@ -56,11 +56,8 @@ class RunRecord:
             return ()
         keys = (("updates",), ("tokens", "generated"), ("tokens", "trained"), ("seconds",))
         updates, tokens, trained, seconds = (number_in(self.summary, *key) or 0.0 for key in keys)
-        start, end = (
-            Evaluation(0.0, 0.0, 0.0, 0.0, before, None),
-            Evaluation(updates, tokens, trained, seconds, after, None),
-        )
-        return (start, end)
+        end = Evaluation(updates, tokens, trained, seconds, after, None)
+        return (Evaluation(0.0, 0.0, 0.0, 0.0, before, None), end)
 
 
 def load_run(directory: Path, arm: str = "") -> RunRecord:
