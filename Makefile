@@ -186,9 +186,9 @@ results-chain-sum: runs/smollm2-chain_sum/config.json  ## SmolLM2-135M at equal 
 	OMP_NUM_THREADS=1 $(BIN)/vineppo compare $(CHAIN_SUM) --arms docs/results/equal_tokens/chain_sum/arms.yaml \
 		--baselines reinforce,grpo --seeds 0-4 --budget tokens=$(CHAIN_SUM_BUDGET) --jobs $(STUDY_JOBS) --eval.every 0 \
 		--eval.final_num_problems 512 --eval.greedy true --eval.split test --run.save_rollouts false \
-		--run.checkpoint_every 0 --out runs/compare-chain_sum
-	cd runs/compare-chain_sum && cp compare.csv table.md *.png ../../docs/results/equal_tokens/chain_sum/
-	cp runs/compare-chain_sum/compare.json docs/results/equal_tokens/chain_sum.json
+		--run.checkpoint_every 0 --out runs/chain_sum-tokens
+	cd runs/chain_sum-tokens && cp compare.csv table.md *.png ../../docs/results/equal_tokens/chain_sum/
+	cp runs/chain_sum-tokens/compare.json docs/results/equal_tokens/chain_sum.json
 
 # Where credit per step pays: the tuned arms on neighbours of the recipe `wording`.
 MAP_BASELINES ?= reinforce
