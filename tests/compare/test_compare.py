@@ -23,7 +23,7 @@ from vineppo.compare.directory import exclusive_lock, open_directory
 from vineppo.compare.figures import analyse
 from vineppo.compare.records import evaluations_of, load_run
 from vineppo.compare.report import missing_entry
-from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_state
+from vineppo.compare.runs import PlannedRun, _Child, _report, plan_runs, run_all, run_state
 from vineppo.compare.spec import Arm, Budget, CompareSpec, arms_of, parse_budget
 from vineppo.compare.tables import missing_lines, table_rows
 from vineppo.run.plots import plot_run
@@ -539,6 +539,21 @@ def test_failed_run_is_reported_and_the_others_continue(tmp_path: Path, monkeypa
     assert "ppo seed 0 FAILED with exit code 1" in output and "    error: no such model [x]" in output
     assert "ppo seed 1: accuracy 20.0% -> 60.0%, 40 updates, 80 s" in output
     assert "FAILED: ppo seed 0" in (out / "table.md").read_text()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_finished_run_of_a_comparison_keeps_no_checkpoint(tmp_path: Path, kept: bool) -> None:
+    """The checkpoint of a model with 135 million parameters has 1.8 GB. A tuning may go on from it."""
+    assert [plan.keep_checkpoint for plan in plan_runs(make_spec(tmp_path / "a"))] == [False] * 4
+    plan = dataclasses.replace(scripted_plan(tmp_path, 0, ""), keep_checkpoint=kept)
+    write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1))
+    (plan.directory / "checkpoints" / "000020").mkdir(parents=True)
+    plan.log.parent.mkdir(exist_ok=True)
+    before = {path for path in plan.directory.rglob("*") if "checkpoints" not in path.parts}
+    assert run_all([plan], 1, buffer_console()) == {}
+    assert (plan.directory / "checkpoints" / "000020").exists() == kept
+    assert {path for path in plan.directory.rglob("*") if "checkpoints" not in path.parts} == before
+    assert run_state(plan.directory) == "finished"
 
 
 def test_the_table_says_which_runs_failed_were_stopped_or_skipped(tmp_path: Path) -> None:

@@ -166,6 +166,22 @@ def test_a_finished_run_is_extended_with_the_same_bits(tmp_path: Path, whole: Pa
     assert weights_hash(path / "final") == weights_hash(whole / "final")
 
 
+def test_a_finished_run_without_its_checkpoint_is_not_started_again(tmp_path: Path) -> None:
+    """A comparison removes the checkpoints of finished runs. A higher limit must not overwrite such a run."""
+    config = config_of(tmp_path / "run", iterations=1)
+    train(config, recipe="small")
+    path = tmp_path / "run"
+    before = (path / "metrics.jsonl").read_bytes(), weights_hash(path / "final")
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(UserError) as error:
+        resume(replace(config, run=replace(config.run, iterations=2)))
+    assert str(error.value) == (
+        f"run {path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs), so it "
+        f"cannot be continued; start a new run with --model.path {path} and another run.dir"
+    )
+    assert ((path / "metrics.jsonl").read_bytes(), weights_hash(path / "final")) == before
+
+
 def test_the_recipe_survives_a_kill_before_the_first_checkpoint(tmp_path: Path) -> None:
     """Case 18."""
     config = stopped_run(tmp_path / "run", at=0, iterations=1)

@@ -65,6 +65,8 @@ class PlannedRun:
     """What the comparison does with the run."""
     command: tuple[str, ...]
     """Command line that starts or resumes the run; empty if the action is `keep`."""
+    keep_checkpoint: bool = True
+    """Whether the checkpoint of the run, several times as large as its model, is kept after the run has finished."""
 
     @property
     def name(self) -> str:
@@ -96,7 +98,7 @@ def _plan_run(spec: CompareSpec, arm: Arm, seed: int) -> PlannedRun:
     overrides = (f"--{key}={value}" for key, value in spec.settings_of(arm).items())
     fresh = (*train, spec.recipe, *identity, *budget, *overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
-    return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh))
+    return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh), keep_checkpoint=False)
 
 
 def run_state(directory: Path) -> RunState:
@@ -207,7 +209,8 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
     """Print the result of a training process that has ended. If the run failed, add it to `failures`.
 
-    A run that was interrupted, for example by SIGTERM, has saved a checkpoint and did not fail.
+    A run that was interrupted, for example by SIGTERM, has saved a checkpoint and did not fail. The checkpoint of a
+    finished run is removed if the plan does not keep it.
 
     Args:
         child: the process.
@@ -217,6 +220,8 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
     """
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
+        if not plan.keep_checkpoint:
+            shutil.rmtree(plan.directory / "checkpoints", ignore_errors=True)
         print_line(console, f"{counter} {plan.name}: {_result(load_run(plan.directory).summary)}")
         return
     if code == _INTERRUPTED:

@@ -130,9 +130,19 @@ def check_resumable(run: RunDirectory, config: Config, choice: str) -> None:
 
 
 def check_has_checkpoint(run: RunDirectory, choice: str) -> bool:
-    """Return whether the run has a checkpoint. Raise UserError if it has none and `choice` is not `newest`."""
+    """Return whether the run has a checkpoint.
+
+    Raises:
+        UserError: if it has none and is finished, because starting it again would overwrite its results, or if it has
+            none and `choice` is not `newest`.
+    """
     if has_checkpoint(run.checkpoints):
         return True
+    if run.is_finished:
+        raise UserError(
+            f"run {run.path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs), so "
+            f"it cannot be continued; start a new run with --model.path {run.path} and another run.dir"
+        )
     if choice != "newest":
         raise UserError(f"--from {choice}: {run.path} has no checkpoint yet; leave out --from")
     return False
