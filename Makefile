@@ -42,7 +42,7 @@ marked = -m $(1) $$(grep -rl --include='*.py' 'mark\.$(1)' tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo engine engine-sanitize test test-real test-faults check format models results results-default \
-	results-habit tuning results-equal-tokens results-chain-sum results-map results-ablations results-gradient results-credit results-values results-blame results-variance results-scaling bench bench-vines \
+	results-habit tuning results-equal-tokens results-chain-sum few-tuning results-few-decisive results-map results-ablations results-gradient results-credit results-values results-blame results-variance results-scaling bench bench-vines \
 	bench-budget bench-length bench-update bench-scale test-vllm test-ray test-ranks faults clean
 
 help:  ## list the targets
@@ -174,6 +174,31 @@ results-equal-tokens: $(READY)  ## compare the tuned arms of docs/results/equal_
 		--seeds 30-39 --budget tokens=$(STUDY_BUDGET) --jobs $(STUDY_JOBS) --eval.every 2 \
 		--eval.num_problems 256 --run.save_rollouts false --eval.split test --out runs/equal_tokens
 	cd runs/equal_tokens && cp compare.json compare.csv table.md *.png ../../docs/results/equal_tokens/
+
+# The same where one step in ten decides: the tuning of four algorithms on one seed, then ten new seeds.
+FEW := wording --task.trap_share 0.1
+FEW_BUDGET ?= 300000
+FEW_ALGORITHMS ?= counterfactual reinforce rloo grpo
+FEW_BASELINES ?= reinforce,reinforce64,rloo,grpo
+TUNE_FEW := $(FEW) --grid learner.lr=1e-4,2e-4,4e-4 --learner.epochs 4 --learner.micro_batch_tokens 2048 \
+	--eval.num_problems 256 --eval.every 2 --budget tokens=$(FEW_BUDGET) --rungs 3 --eta 2 --target 0.9 \
+	--seeds 100-100 --jobs $(STUDY_JOBS) $(KL)
+TUNE_FEW_counterfactual := $(ROLLOUTS)=32,64
+TUNE_FEW_reinforce := $(TUNE_FEW_counterfactual)
+TUNE_FEW_rloo := $(ROLLOUTS)=8:32,16:64
+TUNE_FEW_grpo := $(TUNE_FEW_rloo)
+
+few-tuning: $(FEW_ALGORITHMS:%=docs/results/few_decisive/tuning/%.json)  ## tune four algorithms where one step in ten decides; 6 to 10 minutes each
+
+docs/results/few_decisive/tuning/%.json: | $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/vineppo tune $(TUNE_FEW) --algorithms $* $(TUNE_FEW_$*) --out runs/tune-few-$*
+	mkdir -p docs/results/few_decisive/tuning && cp runs/tune-few-$*/tune.json $@
+
+results-few-decisive: $(READY)  ## the tuned arms where one step in ten decides, ten new seeds; an hour
+	$(BIN)/vineppo compare $(FEW) --arms docs/results/few_decisive/arms.yaml --baselines $(FEW_BASELINES) \
+		--seeds 30-39 --budget tokens=$(FEW_BUDGET) --jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 \
+		--run.save_rollouts false --eval.split test --out runs/few_decisive
+	cd runs/few_decisive && cp compare.json compare.csv table.md *.png ../../docs/results/few_decisive/
 
 # The same on a pretrained model, SmolLM2-135M on sums: supervised training, then the arms of chain_sum/arms.yaml.
 CHAIN_SUM_BUDGET ?= 20000
