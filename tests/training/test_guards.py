@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -325,10 +325,15 @@ def test_missing_adapters_stop_the_run(tmp_path: Path) -> None:
         run_with("adapters missing", tmp_path, model=model, learner=changed(FAST, lr=3e-2))
 
 
-def test_a_reference_that_is_trained_stops_the_run(tmp_path: Path) -> None:
-    learner = changed(FAST, kl=KLConfig(coefficient=0.01))
+@pytest.mark.parametrize(("dtype", "lr"), [("float32", 3e-3), ("bfloat16", 1e-3)])
+def test_a_reference_that_is_trained_stops_the_run(
+    tmp_path: Path, dtype: Literal["float32", "bfloat16"], lr: float
+) -> None:
+    """The change in bfloat16 is 0.23 nats, above the bound of 0.1 and below a tenth of the bound of the gap."""
+    learner = changed(FAST, lr=lr, kl=KLConfig(coefficient=0.01))
+    model = ModelConfig(path="embedded:judgement", dtype=dtype)
     with pytest.raises(SamplerFault, match="the probe before iteration 3 found that the reference model has changed"):
-        run_with("shared reference", tmp_path, learner=learner, guards=GuardConfig(probe_every=2))
+        run_with("shared reference", tmp_path, learner=learner, guards=GuardConfig(probe_every=2), model=model)
 
 
 @pytest.mark.parametrize(
