@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,22 @@ def test_tied_settings_have_the_same_value() -> None:
         "rollouts.num_problems": "20",
         "learner.minibatch_size": "80",
     }
+    # Values that begin in the same way are different cells, in different directories.
+    alike = grids_of([arm], ["rollouts.num_problems+learner.lr=64:1e-4,64:2e-4,8:2e-4"])["grpo"]
+    assert [(cell.name, *cell.overrides.values()) for cell in cells_of(arm, alike, None)] == [
+        ("grpo-num_problems=64+1e-4", "64", "1e-4"),
+        ("grpo-num_problems=64+2e-4", "64", "2e-4"),
+        ("grpo-num_problems=8", "8", "2e-4"),
+    ]
     wrong = grids_of([arm], ["rollouts.num_problems+learner.minibatch_size=8:32:4"])["grpo"]
     with pytest.raises(UserError, match="8:32:4 has 3 values for 2 settings"):
         cells_of(arm, wrong, None)
+
+
+def test_cells_with_one_name_are_refused() -> None:
+    cell = replace(arms_of(["grpo"])[0], name="grpo-lr=1_2")
+    with pytest.raises(UserError, match="two cells have the name grpo-lr=1_2, and so the same directory"):
+        TuneSpec("judgement", {"grpo": (cell, replace(cell, overrides={"learner.lr": "2"}))}, 1000, "out")
 
 
 SMALL = (

@@ -66,6 +66,9 @@ class TuneSpec:
             len(set(sizes.values())) == 1,
             f"the grids have different numbers of cells {sizes}; give --cells {min(sizes.values())}",
         )
+        names = [cell.name for cell in self.all_cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"two cells have the name {', '.join(twice)}, and so the same directory; rename one")
         require(self.rungs >= 1, f"rungs is {self.rungs}; it must be at least 1")
         require(1 < self.eta < math.inf, f"eta is {self.eta:g}; it must be a finite number above 1")
         require(0 < self.target <= 1, f"target is {self.target:g}; it must be above 0 and at most 1")
