@@ -33,7 +33,10 @@ def load_critic(path: str | Path, codec_of: Policy) -> Critic:
     """
     run = RunDirectory.open(path, writable=False)
     if not has_checkpoint(run.checkpoints):
-        raise UserError(f"--critic {path} has no complete checkpoint; train it with run.checkpoint_every above 0")
+        raise UserError(
+            f"--critic {path} has no complete checkpoint (`vineppo compare` removes those of finished runs); train a "
+            "run with `vineppo train`"
+        )
     state = read_networks(latest_checkpoint(run.checkpoints))
     if state.get("critic") is None:
         raise UserError(f"--critic {path} has no value network; give a run of an algorithm with one, such as ppo")
