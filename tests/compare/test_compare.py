@@ -542,10 +542,18 @@ def test_failed_run_is_reported_and_the_others_continue(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_finished_run_of_a_comparison_keeps_no_checkpoint(tmp_path: Path, kept: bool) -> None:
-    """The checkpoint of a model with 135 million parameters has 1.8 GB. A tuning may go on from it."""
-    assert [plan.keep_checkpoint for plan in plan_runs(make_spec(tmp_path / "a"))] == [False] * 4
-    plan = dataclasses.replace(scripted_plan(tmp_path, 0, ""), keep_checkpoint=kept)
+@pytest.mark.parametrize("command", [(), (sys.executable, "-c", "")])
+def test_a_finished_run_of_a_comparison_keeps_no_checkpoint(
+    tmp_path: Path, kept: bool, command: tuple[str, ...]
+) -> None:
+    """The checkpoint of a model with 135 million parameters has 1.8 GB.
+
+    A run may have finished just now, or in an earlier call that was stopped before it removed the checkpoint.
+    """
+    overrides = {"run.keep_checkpoints": "1"} if kept else {}
+    plans = plan_runs(make_spec(tmp_path, overrides=overrides))
+    assert [plan.keep_checkpoint for plan in plans] == [kept] * 4
+    plan = dataclasses.replace(next(plan for plan in plans if plan.name == "ppo seed 0"), command=command)
     write_run(tmp_path, "ppo", 0, points(PPO[0], 100, 1))
     (plan.directory / "checkpoints" / "000020").mkdir(parents=True)
     plan.log.parent.mkdir(exist_ok=True)

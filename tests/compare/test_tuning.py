@@ -101,8 +101,10 @@ def test_tied_settings_have_the_same_value() -> None:
     assert [(cell.name, *cell.overrides.values()) for cell in cells_of(arm, alike, None)] == [
         ("grpo-num_problems=64+1e-4", "64", "1e-4"),
         ("grpo-num_problems=64+2e-4", "64", "2e-4"),
-        ("grpo-num_problems=8", "8", "2e-4"),
+        ("grpo-num_problems=8+2e-4", "8", "2e-4"),
     ]
+    # The name of a cell does not depend on other values, so that values can be added to a grid.
+    assert cells_of(arm, {key: values[1:] for key, values in alike.items()}, None) == cells_of(arm, alike, None)[1:]
     wrong = grids_of([arm], ["rollouts.num_problems+learner.minibatch_size=8:32:4"])["grpo"]
     with pytest.raises(UserError, match="8:32:4 has 3 values for 2 settings"):
         cells_of(arm, wrong, None)
@@ -110,7 +112,9 @@ def test_tied_settings_have_the_same_value() -> None:
 
 def test_cells_with_one_name_are_refused() -> None:
     cell = replace(arms_of(["grpo"])[0], name="grpo-lr=1_2")
-    with pytest.raises(UserError, match="two cells have the name grpo-lr=1_2, and so the same directory"):
+    with pytest.raises(
+        UserError, match="--grid gives two cells the name grpo-lr=1_2, which is also the name of their dir"
+    ):
         TuneSpec("judgement", {"grpo": (cell, replace(cell, overrides={"learner.lr": "2"}))}, 1000, "out")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import small_config
 from vineppo.config.settings import replace
-from vineppo.measure.critics import has_critic, load_critic
+from vineppo.measure.critics import has_critic, load_critic, lost_critic
 from vineppo.run.checkpoint import latest_checkpoint
 from vineppo.training.loop import train
 from vineppo.training.parts import build_parts
@@ -33,6 +34,13 @@ def test_the_critic_of_a_run_is_that_of_its_learner(tmp_path: Path) -> None:
         ids = rollout.response_ids
         states = [State(problems[0], rollout.prompt_ids, ids[:t]) for t in range(len(ids))]
         assert critic(states) == pytest.approx(row, abs=1e-5)
+    assert not lost_critic(tmp_path / "ppo")
+    shutil.rmtree(tmp_path / "ppo" / "checkpoints")
+    assert lost_critic(tmp_path / "ppo") and not has_critic(tmp_path / "ppo")
+    with pytest.raises(
+        UserError, match=r"has no complete checkpoint .`vineppo compare` removes those of finished runs"
+    ):
+        load_critic(tmp_path / "ppo", parts.policy)
 
 
 def test_a_run_without_a_value_network_is_refused(tmp_path: Path) -> None:

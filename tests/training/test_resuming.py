@@ -176,8 +176,9 @@ def test_a_finished_run_without_its_checkpoint_is_not_started_again(tmp_path: Pa
     with pytest.raises(UserError) as error:
         resume(replace(config, run=replace(config.run, iterations=2)))
     assert str(error.value) == (
-        f"run {path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs), so it "
-        f"cannot be continued; start a new run with --model.path {path} and another run.dir"
+        f"run {path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs "
+        f"unless run.keep_checkpoints is set), so it cannot be continued; start a new run with "
+        f"--model.path {path} and another run.dir"
     )
     assert ((path / "metrics.jsonl").read_bytes(), weights_hash(path / "final")) == before
 

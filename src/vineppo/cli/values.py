@@ -20,7 +20,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(request: Request) -> int:
     """Measure, print the report and write the files. Return the exit code 0."""
     spec = spec_of(request, ValuesSpec, "values")
-    from vineppo.measure.critics import has_critic
+    from vineppo.measure.critics import has_critic, lost_critic
     from vineppo.measure.output import folder_of
     from vineppo.measure.values import measure_values
     from vineppo.measure.values_report import markdown, plots
@@ -28,6 +28,11 @@ def _run(request: Request) -> int:
     folder, run = folder_of(spec.out, "values"), run_of(Path(str(request.positional)))
     if not spec.critic and run and has_critic(run):
         spec = replace(spec, critic=str(run))
+    elif not spec.critic and run and lost_critic(run):
+        say(
+            f"the value network of {run} is not measured, because the run has no checkpoint (`vineppo compare` removes "
+            "those of finished runs unless run.keep_checkpoints is set)"
+        )
     return finish(folder, "values", measure_values(spec, say), markdown, plots)
 
 

@@ -64,9 +64,8 @@ def cells_of(arm: Arm, grid: Grid, count: int | None) -> tuple[Arm, ...]:
             first, *others = value.split(":") if tied and ":" in value else [value] * (1 + len(tied))
             if len(others) != len(tied):
                 raise UserError(f"--grid {keys}: {value} has {1 + len(others)} values for {1 + len(tied)} settings")
-            # The first value is enough for the name of the cell, unless another value begins in the same way.
-            same = sum(other.split(":")[0] == first for other in grid[keys]) > 1
-            cell = with_setting(cell, key, "+".join((first, *others)) if same else first, short_name(key, firsts))
+            shown = first if set(others) <= {first} else "+".join((first, *others))
+            cell = with_setting(cell, key, shown, short_name(key, firsts))
             cell = replace(cell, overrides={**cell.overrides, **dict(zip((key, *tied), (first, *others), strict=True))})
         cells.append(cell)
     return tuple(cells)

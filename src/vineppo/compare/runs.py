@@ -25,6 +25,7 @@ from vineppo.compare.records import load_run, number_in
 from vineppo.compare.spec import Arm, CompareSpec, settings_of_budget
 from vineppo.compare.tables import format_count, format_percent
 from vineppo.run.directory import RunDirectory
+from vineppo.run.files import remove_tree
 
 _STATUS_SECONDS = 2.0
 """Seconds between updates of the status line. Each update reads the metrics of all running processes."""
@@ -98,7 +99,8 @@ def _plan_run(spec: CompareSpec, arm: Arm, seed: int) -> PlannedRun:
     overrides = (f"--{key}={value}" for key, value in spec.settings_of(arm).items())
     fresh = (*train, spec.recipe, *identity, *budget, *overrides)
     log = Path(spec.out) / "logs" / f"{name}.log"
-    return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh), keep_checkpoint=False)
+    keep_checkpoint = "run.keep_checkpoints" in spec.settings_of(arm)
+    return PlannedRun(arm.name, seed, directory, log, action, commands.get(action, fresh), keep_checkpoint)
 
 
 def run_state(directory: Path) -> RunState:
@@ -148,6 +150,8 @@ def run_all(plans: Sequence[PlannedRun], jobs: int, console: Console) -> dict[st
     failures: dict[str, str] = {}
     done = len(plans) - len(waiting)
     next_status = 0.0
+    for plan in plans:  # runs that finished while an earlier call was being stopped
+        remove_checkpoint(plan)
     with _stop_signals(), console.status("starting", refresh_per_second=2) as status:
         try:
             while waiting or running:
@@ -209,8 +213,7 @@ def _start(plan: PlannedRun, jobs: int) -> _Child:
 def _report(child: _Child, counter: str, failures: dict[str, str], console: Console) -> None:
     """Print the result of a training process that has ended. If the run failed, add it to `failures`.
 
-    A run that was interrupted, for example by SIGTERM, has saved a checkpoint and did not fail. The checkpoint of a
-    finished run is removed if the plan does not keep it.
+    A run that was interrupted, for example by SIGTERM, has saved a checkpoint and did not fail.
 
     Args:
         child: the process.
@@ -220,8 +223,7 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
     """
     plan, code = child.plan, child.process.returncode
     if code == 0 and run_state(plan.directory) == "finished":
-        if not plan.keep_checkpoint:
-            shutil.rmtree(plan.directory / "checkpoints", ignore_errors=True)
+        remove_checkpoint(plan)
         print_line(console, f"{counter} {plan.name}: {_result(load_run(plan.directory).summary)}")
         return
     if code == _INTERRUPTED:
@@ -232,6 +234,12 @@ def _report(child: _Child, counter: str, failures: dict[str, str], console: Cons
     print_line(console, f"{counter} {plan.name} FAILED with exit code {code}; last lines of {plan.log}:")
     for line in lines:
         print_line(console, f"    {line}")
+
+
+def remove_checkpoint(plan: PlannedRun) -> None:
+    """Remove the checkpoints of a run if it has finished and the plan does not keep them."""
+    if not plan.keep_checkpoint and run_state(plan.directory) == "finished":
+        remove_tree(plan.directory / "checkpoints")
 
 
 def _result(summary: dict[str, Any]) -> str:

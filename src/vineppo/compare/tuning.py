@@ -68,7 +68,11 @@ class TuneSpec:
         )
         names = [cell.name for cell in self.all_cells]
         twice = sorted({name for name in names if names.count(name) > 1})
-        require(not twice, f"two cells have the name {', '.join(twice)}, and so the same directory; rename one")
+        require(
+            not twice,
+            f"--grid gives two cells the name {', '.join(twice)}, which is also the name of their directory: two "
+            "values are equal, or differ only in characters that a directory cannot have; remove one of them",
+        )
         require(self.rungs >= 1, f"rungs is {self.rungs}; it must be at least 1")
         require(1 < self.eta < math.inf, f"eta is {self.eta:g}; it must be a finite number above 1")
         require(0 < self.target <= 1, f"target is {self.target:g}; it must be above 0 and at most 1")

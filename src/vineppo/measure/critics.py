@@ -9,6 +9,7 @@ import torch
 
 from vineppo.config.load import settings_from_layers
 from vineppo.config.schema import ModelConfig
+from vineppo.credit import find_algorithm
 from vineppo.model.critic import ValueNetwork
 from vineppo.model.lora import load_trained_state
 from vineppo.model.policy import Policy
@@ -34,8 +35,8 @@ def load_critic(path: str | Path, codec_of: Policy) -> Critic:
     run = RunDirectory.open(path, writable=False)
     if not has_checkpoint(run.checkpoints):
         raise UserError(
-            f"--critic {path} has no complete checkpoint (`vineppo compare` removes those of finished runs); train a "
-            "run with `vineppo train`"
+            f"--critic {path} has no complete checkpoint (`vineppo compare` removes those of finished runs unless "
+            "run.keep_checkpoints is set); train a run with `vineppo train`"
         )
     state = read_networks(latest_checkpoint(run.checkpoints))
     if state.get("critic") is None:
@@ -65,6 +66,15 @@ def has_critic(path: str | Path) -> bool:
         return False
     state = read_networks(latest_checkpoint(run.checkpoints))
     return state.get("critic") is not None
+
+
+def lost_critic(path: str | Path) -> bool:
+    """Return whether a path is a finished run of an algorithm with a value network that has no checkpoint any more."""
+    if not (Path(path) / "config.yaml").is_file():
+        return False
+    run = RunDirectory.open(path, writable=False)
+    has_network = find_algorithm(str(run.config.get("algorithm"))).needs_critic
+    return has_network and run.is_finished and not has_checkpoint(run.checkpoints)
 
 
 @torch.no_grad()

@@ -140,8 +140,9 @@ def check_has_checkpoint(run: RunDirectory, choice: str) -> bool:
         return True
     if run.is_finished:
         raise UserError(
-            f"run {run.path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs), so "
-            f"it cannot be continued; start a new run with --model.path {run.path} and another run.dir"
+            f"run {run.path} is finished and has no checkpoint (`vineppo compare` removes those of finished runs "
+            "unless run.keep_checkpoints is set), so it cannot be continued; start a new run with "
+            f"--model.path {run.path} and another run.dir"
         )
     if choice != "newest":
         raise UserError(f"--from {choice}: {run.path} has no checkpoint yet; leave out --from")
