@@ -206,7 +206,7 @@ docs/results/few_decisive/tuning/%.json: | $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/vineppo tune $(TUNE_FEW) --algorithms $* $(TUNE_FEW_$*) --out runs/tune-few-$*
 	mkdir -p docs/results/few_decisive/tuning && cp runs/tune-few-$*/tune.json $@
 
-results-few-decisive: $(READY)  ## the tuned arms where one step in ten decides, ten new seeds; an hour
+results-few-decisive: $(READY)  ## the tuned arms where one step in ten decides, ten new seeds; 45 minutes
 	$(BIN)/vineppo compare $(FEW) --arms docs/results/few_decisive/arms.yaml --baselines $(FEW_BASELINES) \
 		--seeds 40-49 --budget tokens=$(FEW_BUDGET) --jobs $(STUDY_JOBS) --eval.every 2 --eval.num_problems 256 \
 		--run.save_rollouts false --eval.split test --out runs/few_decisive
